@@ -1,0 +1,133 @@
+"""A plain classifier that knows nothing of debias: what the recipes train."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from torch import Tensor, nn
+
+__all__ = ["Classifier"]
+
+
+class Classifier(pl.LightningModule):
+    """Train a backbone with cross-entropy on batches ``(x, y)``.
+
+    ``x`` is float of shape ``(N, in_channels, image_size, image_size)``, ``y`` is int64 of shape ``(N,)``.
+    Logs ``train/loss``, ``val/loss`` and ``test/loss``.
+
+    Args:
+        backbone: ``"mlp"``, ``"cnn"``, or the name of any timm model (``pip install 'debias[recipes]'``).
+        num_classes: number of logits; 1 trains a binary classifier with binary cross-entropy, on ``y`` in {0, 1}.
+        in_channels: channels of an image.
+        image_size: height and width of an image; only the MLP needs to know.
+        width: hidden units of the MLP, channels of the CNN.
+        pretrained: start from timm's weights.
+        backbone_args: further arguments of ``timm.create_model``, such as ``drop_rate``.
+        optimizer: builds the optimiser from the parameters.
+        lr_scheduler: builds a learning-rate scheduler, stepped once an epoch, from the optimiser.
+
+    Raises:
+        ValueError: ``pretrained`` or ``backbone_args`` with a backbone that is not timm's.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "mlp",
+        num_classes: int = 2,
+        *,
+        in_channels: int = 3,
+        image_size: int = 32,
+        width: int = 128,
+        pretrained: bool = False,
+        backbone_args: dict[str, Any] | None = None,
+        optimizer: OptimizerCallable = torch.optim.Adam,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        # Factories would be pickled into the checkpoint, which then would not load with `weights_only=True`.
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.num_classes = num_classes
+        self.optimizer_factory, self.lr_scheduler_factory = optimizer, lr_scheduler
+        if backbone in ("mlp", "cnn"):
+            if pretrained or backbone_args:
+                raise ValueError(
+                    f"Expected `pretrained` and `backbone_args` only with a timm backbone, but got `{backbone}`."
+                )
+            make = _mlp if backbone == "mlp" else _cnn
+            self.network = make(in_channels, image_size, width, num_classes)
+        else:
+            self.network = _timm(backbone, pretrained, num_classes, in_channels, backbone_args or {})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute logits of shape ``(N, num_classes)``."""
+        return self.network(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Compute the mean loss of a batch."""
+        return self._loss(batch, "train")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the validation loss."""
+        self._loss(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the test loss."""
+        self._loss(batch, "test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Compute the logits of a batch ``(x, y)`` or ``x``."""
+        return self(batch if isinstance(batch, Tensor) else batch[0])
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimiser and the scheduler."""
+        optimizer = self.optimizer_factory(self.parameters())
+        if self.lr_scheduler_factory is None:
+            return optimizer
+        scheduler = self.lr_scheduler_factory(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def _loss(self, batch: Any, stage: str) -> Tensor:
+        x, y = batch
+        logits = self(x)
+        if self.num_classes == 1:
+            loss = F.binary_cross_entropy_with_logits(logits.squeeze(-1), y.to(logits.dtype))
+        else:
+            loss = F.cross_entropy(logits, y)
+        self.log(f"{stage}/loss", loss, prog_bar=stage == "train", batch_size=len(y), sync_dist=stage != "train")
+        return loss
+
+
+def _mlp(in_channels: int, image_size: int, width: int, num_classes: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(in_channels * image_size**2, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, num_classes),
+    )
+
+
+def _cnn(in_channels: int, image_size: int, width: int, num_classes: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, width, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(width, width, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, num_classes),
+    )
+
+
+def _timm(name: str, pretrained: bool, num_classes: int, in_channels: int, options: dict[str, Any]) -> nn.Module:
+    import timm
+
+    return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels, **options)

@@ -1,0 +1,102 @@
+"""The command ``debias``: train from YAML, run the demo, and list what is there.
+
+Nothing heavier than the standard library is imported until a command needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from debias import __version__
+from debias.cli.suggest import nearest
+
+__all__ = ["main"]
+
+TRAINING = {
+    "fit": "train a model, validating as it goes",
+    "validate": "evaluate a checkpoint on the validation set",
+    "test": "evaluate a checkpoint on the test set",
+    "predict": "run a checkpoint on the prediction set",
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run one command; the entry point of ``debias`` and ``python -m debias``.
+
+    Args:
+        args: the words after ``debias``; those of the command line by default.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    if words and words[0] in TRAINING:
+        from debias.cli.training import train
+
+        train(words[0], words[1:])
+        return
+    parser = make_parser()
+    if words and not words[0].startswith("-") and words[0] not in parser.get_default("commands"):
+        parser.error(f"unknown command `{words[0]}`{nearest(words[0], parser.get_default('commands'))}")
+    options = parser.parse_args(words)
+    options.run(options)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Build the parser of everything but training, whose options come from the classes that a config names."""
+    parser = argparse.ArgumentParser(prog="debias", description="Debiasing methods as PyTorch Lightning callbacks.")
+    parser.add_argument("--version", action="version", version=f"debias {__version__}")
+    parser.set_defaults(run=lambda _: parser.print_help())
+    commands = parser.add_subparsers(metavar="command")
+
+    for name, summary in TRAINING.items():  # listed here, handled by `train`
+        commands.add_parser(name, help=f"{summary}: debias {name} --config base.yaml --config method.yaml")
+
+    demo = commands.add_parser("demo", help="compare methods on coloured digits: no network, no GPU, a minute or so")
+    demo.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run per method and seed")
+    demo.add_argument("--epochs", type=int, default=None, help="epochs of a run")
+    demo.add_argument("--out", type=Path, default=Path("debias_demo"), help="folder of the table and the figure")
+    demo.set_defaults(run=_demo)
+
+    methods = commands.add_parser("methods", help="what is there, what each needs from a batch, its reference")
+    methods.set_defaults(run=_methods)
+
+    recipes = commands.add_parser("recipes", help="list the recipes, or copy one to edit it")
+    recipes.set_defaults(run=_recipes)
+    actions = recipes.add_subparsers(metavar="action")
+    copy = actions.add_parser("copy", help="copy a recipe and the method files: debias recipes copy colored_digits .")
+    copy.add_argument("recipe", help="a name that `debias recipes` lists")
+    copy.add_argument("folder", type=Path, nargs="?", default=Path(), help="receives recipes/<recipe>")
+    copy.set_defaults(run=_copy)
+
+    parser.set_defaults(commands=tuple(commands.choices))
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from debias.cli.errors import readable_errors
+
+    with readable_errors():
+        from debias.demo import run
+
+        run(seeds=options.seeds, out=options.out, max_epochs=options.epochs)
+
+
+def _methods(_: argparse.Namespace) -> None:
+    from debias.cli.listing import print_methods
+
+    print_methods()
+
+
+def _recipes(_: argparse.Namespace) -> None:
+    from debias.cli.recipes import print_recipes
+
+    print_recipes()
+
+
+def _copy(options: argparse.Namespace) -> None:
+    from debias.cli.errors import readable_errors
+    from debias.cli.recipes import copy_recipe
+
+    with readable_errors():
+        copy_recipe(options.recipe, options.folder)

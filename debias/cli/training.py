@@ -1,0 +1,172 @@
+"""``debias fit | validate | test | predict``: LightningCLI, with clear errors and a home for offline W&B runs."""
+
+from __future__ import annotations
+
+import netrc
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlparse
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from debias.cli.errors import readable_errors
+from debias.cli.suggest import explain
+
+__all__ = ["DebiasCLI", "train"]
+
+
+def train(stage: str, args: Sequence[str]) -> None:
+    """Parse ``args``, build the trainer, model and data that they name, and run one stage.
+
+    Args:
+        stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+        args: the words after ``debias <stage>``.
+    """
+    with readable_errors():
+        DebiasCLI(stage, args).run_stage()
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser, whose errors are one message that names the nearest key instead of a page of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Explain ``message`` and exit with status 2."""
+        if not self.exit_on_error:  # the parser of a nested class: the outermost one explains
+            super().error(message, ex)
+        message = explain(message, (action.dest for action in self._actions))
+        sys.stderr.write(f"error: {message}\ntip: `{self.prog} --help` lists the options.\n")
+        self.exit(2)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Keep the resolved config with the run: in the log folder, or in W&B where that is the logger.
+
+    W&B's log folder is shared by all runs, where Lightning would refuse to start the second one.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save once, before the stage starts."""
+        self.save_to_log_dir = trainer.log_dir is not None and not _wandb_loggers(trainer)
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Hand the config to W&B, as hyperparameters to compare runs by and as a file to run it again."""
+        for logger in _wandb_loggers(trainer):
+            config = self.parser.dump(self.config, skip_none=False)
+            logger.log_hyperparams(self.config.as_dict())
+            Path(logger.experiment.dir, self.config_filename.replace("config", "debias_config")).write_text(config)
+
+
+class DebiasCLI(LightningCLI):
+    """LightningCLI for one stage.
+
+    LightningCLI's own subcommands put every key below the name of the stage, where ``${data.init_args.n_groups}`` no
+    longer finds it; a parser for each stage keeps the keys, and interpolation across files, as they are written.
+
+    Args:
+        stage: the Trainer's method to run.
+        args: command-line words.
+    """
+
+    def __init__(self, stage: str, args: Sequence[str]) -> None:
+        self.stage = stage
+        super().__init__(
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_callback=SaveConfig if stage == "fit" else None,
+            save_config_kwargs={"overwrite": True},
+            parser_class=Parser,
+            parser_kwargs={"parser_mode": "omegaconf+", "prog": f"debias {stage}", "allow_abbrev": False},
+            args=list(args),
+            run=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the arguments of the stage itself, such as ``--ckpt_path``."""
+        skip: set[str | int] = set(LightningCLI.subcommands()[self.stage])
+        self.stage_arguments = parser.add_method_arguments(Trainer, self.stage, skip=skip)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; unlike LightningCLI without a warning that arguments were handed over."""
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        """Send W&B offline where nobody is logged in."""
+        if any(_is_wandb(path) for path in _logger_classes(self.config)):
+            _offline_without_login()
+
+    def run_stage(self) -> None:
+        """Run the stage, then say where its results lie."""
+        arguments = {name: self.config_init[name] for name in self.stage_arguments}
+        try:
+            getattr(self.trainer, self.stage)(self.model, datamodule=self.datamodule, **arguments)
+        finally:
+            _say_where_offline_runs_lie(self.trainer)
+        if self.stage == "fit":
+            _say_where_checkpoint_lies(self.trainer)
+
+
+@rank_zero_only
+def _say_where_checkpoint_lies(trainer: Trainer) -> None:
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
+            score = callback.best_model_score
+            reached = f" ({callback.monitor} = {score:.4g})" if callback.monitor and score is not None else ""
+            print(f"Best checkpoint: {callback.best_model_path}{reached}")
+
+
+@rank_zero_only
+def _say_where_offline_runs_lie(trainer: Trainer) -> None:
+    for logger in _wandb_loggers(trainer):
+        run = logger.experiment
+        if getattr(run, "offline", False):
+            folder = Path(run.dir).parent
+            print(f"W&B ran offline. The run lies in {folder}\nSend it with: wandb sync {folder}")
+
+
+def _wandb_loggers(trainer: Trainer) -> list[Any]:
+    return [logger for logger in trainer.loggers if _is_wandb(type(logger))]
+
+
+def _is_wandb(logger: type) -> bool:
+    """Recognise WandbLogger of either Lightning package, and its subclasses, without importing wandb."""
+    return any(base.__name__ == "WandbLogger" for base in logger.__mro__)
+
+
+def _logger_classes(config: Any) -> Iterator[type]:
+    """Import the classes of the loggers that the config names."""
+    loggers = config.get("trainer.logger")
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        if hasattr(logger, "class_path"):
+            module, _, name = logger.class_path.rpartition(".")
+            yield getattr(import_module(module), name)
+
+
+def _offline_without_login() -> None:
+    """Let W&B run offline where it would otherwise ask for a key or fail; processes started later inherit this."""
+    import wandb
+
+    settings = wandb.setup().settings
+    if os.environ.get("WANDB_MODE") or settings.mode != "online":
+        return  # the user has chosen
+    if not (settings.api_key or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or _in_netrc(settings.base_url)):
+        os.environ["WANDB_MODE"] = "offline"
+
+
+def _in_netrc(url: str) -> bool:
+    """Look for the password that ``wandb login`` stores."""
+    places = [os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc"]
+    for place in filter(None, places):
+        with suppress(OSError, netrc.NetrcParseError):
+            if netrc.netrc(str(place)).authenticators(urlparse(url).hostname or ""):
+                return True
+    return False

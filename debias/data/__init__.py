@@ -1,0 +1,45 @@
+"""Datasets whose groups are known, tags beside a batch, and samplers; loaded on first use (PEP 562)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_EXPORTS = {
+    "ColoredDigits": "debias.data.colored_digits",
+    "DomainFolder": "debias.data.domain_folder",
+    "EvalSampler": "debias.data.samplers",
+    "GroupBalancedSampler": "debias.data.samplers",
+    "TaggedDataset": "debias.data.tagging",
+    "TaggedIterableDataset": "debias.data.tagging",
+    "Waterbirds": "debias.data.waterbirds",
+    "tag": "debias.data.tagging",
+}
+
+__all__ = [
+    "ColoredDigits",
+    "DomainFolder",
+    "EvalSampler",
+    "GroupBalancedSampler",
+    "TaggedDataset",
+    "TaggedIterableDataset",
+    "Waterbirds",
+    "tag",
+]
+
+if TYPE_CHECKING:
+    from debias.data.colored_digits import ColoredDigits
+    from debias.data.domain_folder import DomainFolder
+    from debias.data.samplers import EvalSampler, GroupBalancedSampler
+    from debias.data.tagging import TaggedDataset, TaggedIterableDataset, tag
+    from debias.data.waterbirds import Waterbirds
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

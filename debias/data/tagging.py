@@ -1,0 +1,111 @@
+"""Carry group ids, domains or identities beside a batch, without editing the dataset or what the model receives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from debias.errors import DataError
+from debias.step.batch import TaggedSample
+
+__all__ = ["TaggedDataset", "TaggedIterableDataset", "tag"]
+
+Ids = Sequence[int] | Tensor | Callable[[Any], Any]
+
+
+def tag(dataset: Any, **tags: Any) -> TaggedDataset | TaggedIterableDataset:
+    """Wrap ``dataset`` so that its loader carries one tag per sample beside each batch.
+
+    The training step, the transfer hooks and the other callbacks still receive the bare batch; callbacks of debias
+    find the tag by its name: ``GroupDRO(group="place", n_groups=4)``.
+
+    Args:
+        dataset: a map-style or iterable dataset; it is wrapped, not edited.
+        **tags: name = ids. Ids are a sequence, array or tensor of shape ``(len(dataset),)`` or ``(len(dataset), ...)``
+            (int64 ids, or a boolean membership ``(len(dataset), n_groups)``), or a callable of one sample. Negative
+            ids mean unlabelled.
+
+    Returns:
+        A dataset of the same length; other attributes are those of ``dataset``.
+
+    Raises:
+        DataError: no tag is given, the lengths differ, or ids are not numbers.
+
+    Example:
+        >>> from debias import tag
+        >>> tagged = tag([("image", 0), ("image", 1)], place=[3, 1])
+        >>> tagged[1].tags["place"].item()
+        1
+    """
+    if not tags:
+        raise DataError("Expected at least one tag, but got none. Write `tag(dataset, place=ids)`.")
+    if isinstance(dataset, IterableDataset):
+        return TaggedIterableDataset(dataset, tags)
+    return TaggedDataset(dataset, tags)
+
+
+class TaggedDataset(Dataset):
+    """A map-style dataset and the tags of its samples; made by :func:`tag`."""
+
+    def __init__(self, dataset: Any, tags: dict[str, Any]) -> None:
+        self.dataset = dataset
+        self.tags = {name: _as_ids(name, ids, len(dataset)) for name, ids in tags.items()}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> TaggedSample:
+        sample = self.dataset[index]
+        # A dataset that is tagged twice carries both sets of tags, side by side.
+        inner = sample.tags if isinstance(sample, TaggedSample) else {}
+        sample = sample.sample if isinstance(sample, TaggedSample) else sample
+        return TaggedSample(
+            sample, inner | {k: v(sample) if callable(v) else v[index] for k, v in self.tags.items()}
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("dataset", "tags"):  # neither pickling nor __getitems__ may be forwarded
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+class TaggedIterableDataset(IterableDataset):
+    """An iterable dataset whose tags are computed from each sample; made by :func:`tag`."""
+
+    def __init__(self, dataset: Any, tags: dict[str, Any]) -> None:
+        for name, ids in tags.items():
+            if not callable(ids):
+                raise DataError(
+                    f"Expected the tag `{name}` of an iterable dataset to be a callable of one sample, but got"
+                    f" {type(ids).__name__}: without an index, ids cannot be looked up. Pass e.g. a function that"
+                    " reads the id from the sample."
+                )
+        self.dataset = dataset
+        self.tags = tags
+
+    def __iter__(self) -> Iterator[TaggedSample]:
+        for sample in self.dataset:
+            yield TaggedSample(sample, {name: of(sample) for name, of in self.tags.items()})
+
+
+def _as_ids(name: str, ids: Any, length: int) -> Any:
+    if callable(ids):
+        return ids
+    try:
+        ids = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError):
+        raise DataError(
+            f"Expected the tag `{name}` to be numbers, one row per sample, but got {type(ids).__name__} of"
+            f" {type(ids[0]).__name__ if len(ids) else 'nothing'}. Number the names first, e.g."
+            " `torch.unique` or `sklearn.preprocessing.LabelEncoder`."
+        ) from None
+    if ids.ndim == 0 or len(ids) != length:
+        raise DataError(
+            f"Expected the tag `{name}` to hold one id per sample, but got shape {tuple(ids.shape)} for a dataset of"
+            f" {length}. Pass the ids in the order of the dataset."
+        )
+    return ids

@@ -1,0 +1,62 @@
+"""Errors of debias.
+
+Each message names the argument, the rule, what was received and what to do. All of them subclass Lightning's
+``MisconfigurationException``, so one ``except`` clause catches Lightning's and ours.
+"""
+
+from __future__ import annotations
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+__all__ = [
+    "AmbiguousLossError",
+    "BadRowsError",
+    "BatchKeyError",
+    "DataError",
+    "DebiasError",
+    "HeadNotFoundError",
+    "LossNotFoundError",
+    "RowsError",
+    "UnsupportedStrategyError",
+    "UntappedLossError",
+]
+
+
+class DebiasError(MisconfigurationException):
+    """Base class of all errors of debias; raised directly for a wrong argument or an unsupported combination."""
+
+
+class BatchKeyError(DebiasError):
+    """A batch holds nothing usable at the place a ``BatchKey`` names."""
+
+
+class LossNotFoundError(DebiasError):
+    """The training step computed no loss that can be taken apart per sample."""
+
+
+class AmbiguousLossError(DebiasError):
+    """The training step computed several losses and nothing says which of them is meant."""
+
+
+class UntappedLossError(DebiasError):
+    """A loss reaches the returned loss next to the one that was taken apart, but cannot be taken apart itself."""
+
+
+class RowsError(DebiasError):
+    """The rows of a loss cannot be matched with the samples of the batch."""
+
+
+class HeadNotFoundError(DebiasError):
+    """The classifier head, or the features it reads, cannot be found."""
+
+
+class BadRowsError(DebiasError):
+    """Samples carried a group id outside the range or a loss that is not finite."""
+
+
+class UnsupportedStrategyError(DebiasError):
+    """The Trainer's strategy or optimisation mode is not supported by a method."""
+
+
+class DataError(DebiasError):
+    """A dataset folder is missing, incomplete or malformed."""

@@ -1,0 +1,23 @@
+"""Metrics by group, with states of a fixed size: right when a batch, or a rank, lacks a group."""
+
+from __future__ import annotations
+
+from debias.metrics.group import (
+    GroupAccuracy,
+    GroupedMetric,
+    adjusted_average,
+    group_difference,
+    group_ratio,
+    group_sums,
+    worst_group,
+)
+
+__all__ = [
+    "GroupAccuracy",
+    "GroupedMetric",
+    "adjusted_average",
+    "group_difference",
+    "group_ratio",
+    "group_sums",
+    "worst_group",
+]

@@ -1,0 +1,549 @@
+"""Accuracy, or any torchmetrics metric, by group.
+
+Names follow fairlearn's ``MetricFrame`` (by group, difference, ratio) and WILDS (worst group, adjusted average).
+Everything is NaN-aware: a group without samples is NaN and left out of the worst, the difference, the ratio and the
+adjusted average.
+
+torchmetrics' own group metrics count only the groups present in a batch and number those from 0, so a batch that lacks
+a group puts counts into the wrong rows. Here every state has one row per group, whatever the batch holds.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from debias.errors import BadRowsError, DebiasError
+
+__all__ = [
+    "GroupAccuracy",
+    "GroupedMetric",
+    "adjusted_average",
+    "group_difference",
+    "group_ratio",
+    "group_sums",
+    "worst_group",
+]
+
+
+def group_sums(values: Tensor, groups: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
+    """Sum and number of the values of each group.
+
+    ``sums[g] = sum_i values[i] [i in g]`` and ``counts[g] = sum_i [i in g]``, without loops and without waiting for the
+    device.
+
+    Args:
+        values: floating point, shape ``(N,)``.
+        groups: int ids ``(N,)``, or boolean membership ``(N, n_groups)``. Rows with ids outside ``[0, n_groups)`` are
+            left out; negative ids mean unlabelled.
+        n_groups: number of groups ``G``.
+
+    Returns:
+        ``(sums, counts)``, each of shape ``(G,)`` and the dtype of ``values``; a group without samples has 0 and 0.
+
+    Raises:
+        DebiasError: the shapes do not fit.
+
+    Example:
+        >>> import torch
+        >>> from debias.metrics import group_sums
+        >>> group_sums(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([2, 0, 2, -1]), n_groups=3)
+        (tensor([2., 0., 4.]), tensor([1., 0., 2.]))
+    """
+    _check_groups(groups, len(values), n_groups)
+    if groups.ndim == 2:
+        # where, not a product: a NaN must not reach the groups that its sample does not belong to
+        return torch.where(groups, values[:, None], 0).sum(0), groups.sum(0).to(values.dtype)
+    row = _row(groups, n_groups)
+    both = torch.stack([values, torch.ones_like(values)], dim=1)
+    totals = values.new_zeros(n_groups + 1, 2).index_add_(0, row, both)[:n_groups]
+    return totals[:, 0], totals[:, 1]
+
+
+def worst_group(by_group: Tensor, *, higher_is_better: bool = True) -> Tensor:
+    """The worst value of any group: the smallest, or the largest where ``higher_is_better`` is False.
+
+    Args:
+        by_group: floating point, shape ``(G,)``; NaN where a group has no samples.
+        higher_is_better: which end is the bad one.
+
+    Returns:
+        A scalar tensor; NaN if all groups are NaN.
+    """
+    sign = 1 if higher_is_better else -1
+    return sign * _smallest(sign * by_group)
+
+
+def group_difference(by_group: Tensor) -> Tensor:
+    """The largest value of any group minus the smallest; a scalar tensor, NaN if all groups are NaN.
+
+    Args:
+        by_group: floating point, shape ``(G,)``; NaN where a group has no samples.
+    """
+    return -_smallest(-by_group) - _smallest(by_group)
+
+
+def group_ratio(by_group: Tensor) -> Tensor:
+    """The smallest value of any group over the largest; a scalar tensor, NaN if all are NaN or the largest is 0.
+
+    Args:
+        by_group: floating point and not negative, shape ``(G,)``; NaN where a group has no samples.
+    """
+    return _smallest(by_group) / -_smallest(-by_group)
+
+
+def adjusted_average(by_group: Tensor, train_counts: Tensor) -> Tensor:
+    """The average that a set with the group proportions of the training set would have.
+
+    ``sum_g n_g v_g / sum_g n_g`` over the groups with a value; WILDS and the published GroupDRO code report it for sets
+    whose groups were balanced by hand, such as Waterbirds' validation and test sets.
+
+    Args:
+        by_group: floating point, shape ``(G,)``; NaN where a group has no samples.
+        train_counts: number of training samples of each group, shape ``(G,)``.
+
+    Returns:
+        A scalar tensor; NaN if no group with training samples has a value.
+    """
+    weights = torch.where(by_group.isnan(), 0, train_counts.to(by_group))
+    return (weights * by_group.nan_to_num()).sum() / weights.sum()
+
+
+class GroupAccuracy(Metric):
+    r"""Accuracy over all samples, by group, and of the worst group.
+
+    .. math:: \text{accuracy}_g = \frac{\sum_i [i \in g] \, a_i}{\sum_i [i \in g]}
+
+    with :math:`a_i` 1 or 0 for one label per sample, and the share of right elements where a sample has several
+    (pixels, tokens, labels). Elements whose target is negative, NaN or ``ignore_index`` are missing and left out; a
+    sample without any other element is left out altogether. Counts are kept in float64, hence exact. States are sums of
+    a fixed size, so results are the same however samples are spread over batches and ranks.
+
+    ``update(preds, target, groups)`` takes
+
+    - ``preds``: integer labels of the shape of ``target``; or logits ``(N, C, ...)`` where ``target`` is ``(N, ...)``
+      (the class dimension may also come last), decided by argmax; or floats of the shape of ``target``, right where
+      ``(preds > threshold) == target`` (binary and multi-label). ``(N, 1)`` with a target ``(N,)`` is binary.
+    - ``target``: integers, or 0/1 floats for binary and multi-label.
+    - ``groups``: int ids ``(N,)``, negative = in no group; or boolean membership ``(N, n_groups)``.
+
+    ``compute()`` returns a dictionary of float64 tensors: ``accuracy`` (over all samples, with a group or without),
+    ``worst_group_accuracy``, ``accuracy_by_group`` of shape ``(n_groups,)`` with NaN for a group without samples,
+    ``accuracy_difference``, ``accuracy_ratio`` and, where ``train_counts`` is given, ``adjusted_accuracy``.
+
+    Args:
+        n_groups: number of groups.
+        group_names: their names, for those who print or log; default "0", "1", ...
+        threshold: a binary or multi-label prediction is positive above it; 0.0 fits logits, 0.5 fits probabilities.
+        train_counts: number of training samples of each group, for the adjusted average.
+        ignore_index: a target that marks missing elements, besides negative ones.
+        **kwargs: see ``torchmetrics.Metric``.
+
+    Raises:
+        DebiasError: an argument is out of range, or shapes do not fit.
+        BadRowsError: an id is not below ``n_groups``; on CPU in ``update``, on other devices, where looking would stop
+            the device, in ``compute``, on all ranks together.
+
+    Example:
+        >>> import torch
+        >>> from debias.metrics import GroupAccuracy
+        >>> metric = GroupAccuracy(n_groups=3)
+        >>> metric.update(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), torch.tensor([0, 2, 2]))
+        >>> metric.compute()["accuracy_by_group"]
+        tensor([1.0000,    nan, 0.5000], dtype=torch.float64)
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    correct: Tensor
+    total: Tensor
+    correct_all: Tensor
+    total_all: Tensor
+    bad_ids: Tensor
+    train_counts: Tensor | None
+
+    def __init__(
+        self,
+        n_groups: int,
+        *,
+        group_names: Sequence[str] | None = None,
+        threshold: float = 0.0,
+        train_counts: Sequence[int] | Tensor | None = None,
+        ignore_index: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.n_groups = _check_n_groups(n_groups)
+        self.group_names = _names(group_names, n_groups)
+        self.threshold = threshold
+        self.ignore_index = ignore_index
+        self.register_buffer("train_counts", _counts(train_counts, n_groups), persistent=False)
+        for name, shape in (("correct", n_groups), ("total", n_groups), ("correct_all", ()), ("total_all", ())):
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("bad_ids", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor, groups: Tensor) -> None:
+        """Count a batch; shapes and dtypes are in the docstring of the class."""
+        _check_groups(groups, len(target), self.n_groups)
+        bad_ids = _bad_ids(groups, self.n_groups)
+        hits, valid = _hits(preds, target, self.threshold, self.ignore_index)
+        n_valid = valid.sum(1)
+        counted = n_valid > 0
+        share = hits.sum(1, dtype=torch.float64) / n_valid.clamp(min=1)
+        correct, total = group_sums(share, _only(groups, counted), self.n_groups)
+        self.correct += correct
+        self.total += total
+        self.correct_all += share.sum()
+        self.total_all += counted.sum()
+        self.bad_ids += bad_ids
+
+    def compute(self) -> dict[str, Tensor]:
+        """The dictionary that the docstring of the class describes."""
+        _raise_bad_ids(self.bad_ids, self.n_groups)
+        overall = self.correct_all / self.total_all
+        return _summary("accuracy", overall, self.correct / self.total, self.train_counts, higher_is_better=True)
+
+
+class GroupedMetric(Metric):
+    """Any torchmetrics metric with one value, split by group.
+
+    Each group has a clone of the metric, which sees the rows of its group; another one sees all rows. ``compute()``
+    returns the dictionary of :class:`GroupAccuracy` under the metric's name: ``<name>``, ``worst_group_<name>``,
+    ``<name>_by_group``, ``<name>_difference``, ``<name>_ratio`` and, with ``train_counts``, ``adjusted_<name>``.
+
+    Some metrics of torchmetrics take a batch for logits if any value lies outside [0, 1]; whether one does may differ
+    between groups, so give those metrics probabilities.
+
+    Rows are picked by boolean masks, which stops a GPU once per group and batch: meant for evaluation. For accuracy,
+    :class:`GroupAccuracy` does the same in one pass.
+
+    ``update(preds, target, groups)`` takes what the metric takes, first dimension ``N``, and int ids ``(N,)`` (negative
+    = in no group) or boolean membership ``(N, n_groups)``.
+
+    Args:
+        metric: the metric; it is cloned and left alone.
+        n_groups: number of groups.
+        group_names: their names, for those who print or log; default "0", "1", ...
+        name: name of the value; default: the class name in snake case.
+        train_counts: number of training samples of each group, for the adjusted average.
+        higher_is_better: which end is the bad one; default: the metric's own attribute.
+        **kwargs: see ``torchmetrics.Metric``.
+
+    Raises:
+        DebiasError: an argument is out of range, the metric does not say which end is the bad one, or its value
+            is not a scalar.
+        BadRowsError: an id is not below ``n_groups``; on CPU in ``update``, on other devices in ``compute``.
+
+    Example:
+        >>> import torch
+        >>> from torchmetrics import MeanSquaredError
+        >>> from debias.metrics import GroupedMetric
+        >>> metric = GroupedMetric(MeanSquaredError(), n_groups=2, name="mse")
+        >>> metric.update(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 5.0]), torch.tensor([0, 1, 1]))
+        >>> metric.compute()["worst_group_mse"]
+        tensor(2.)
+    """
+
+    full_state_update = True
+
+    total: Tensor
+    bad_ids: Tensor
+    train_counts: Tensor | None
+
+    def __init__(
+        self,
+        metric: Metric,
+        n_groups: int,
+        *,
+        group_names: Sequence[str] | None = None,
+        name: str | None = None,
+        train_counts: Sequence[int] | Tensor | None = None,
+        higher_is_better: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if not isinstance(metric, Metric):
+            raise DebiasError(
+                f"Expected argument `metric` to be a torchmetrics Metric, but got {type(metric).__name__}. Pass an"
+                " instance, e.g. `torchmetrics.classification.BinaryAUROC()`."
+            )
+        higher = metric.higher_is_better if higher_is_better is None else higher_is_better
+        if higher is None:
+            raise DebiasError(
+                f"Expected the metric to say which group is the worst, but `{type(metric).__name__}.higher_is_better`"
+                " is None. Pass `higher_is_better=True` or `False`."
+            )
+        self._higher_is_better = bool(higher)
+        self.n_groups = _check_n_groups(n_groups)
+        self.group_names = _names(group_names, n_groups)
+        self.name = _snake_case(type(metric).__name__) if name is None else name
+        self.register_buffer("train_counts", _counts(train_counts, n_groups), persistent=False)
+        self.overall = _fresh(metric)
+        self.grouped = nn.ModuleList(_fresh(metric) for _ in range(n_groups))
+        self.add_state("total", torch.zeros(n_groups + 1, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("bad_ids", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    @property
+    def higher_is_better(self) -> bool:  # type: ignore[override]
+        """Whether the lowest value of a group is the worst one."""
+        return self._higher_is_better
+
+    def update(self, preds: Tensor, target: Tensor, groups: Tensor) -> None:
+        """Give each clone its rows of a batch."""
+        self._each(preds, target, groups, lambda clone, *rows: clone.update(*rows))
+
+    def compute(self) -> dict[str, Tensor]:
+        """The dictionary that the docstring of the class describes."""
+        _raise_bad_ids(self.bad_ids, self.n_groups)
+        clones = self._clones()
+        if self._is_synced:
+            clones = _merged(clones, self.process_group, self.device)
+        counts = self.total.tolist()
+        return self._collected([_value(clone) if count else None for clone, count in zip(clones, counts, strict=True)])
+
+    def forward(self, preds: Tensor, target: Tensor, groups: Tensor) -> dict[str, Tensor]:
+        """Update, and return the dictionary of this batch alone."""
+        values: list[Any] = [None] * (self.n_groups + 1)
+
+        def run(clone: Metric, *rows: Tensor) -> None:
+            values[next(i for i, other in enumerate(self._clones()) if other is clone)] = clone(*rows)
+
+        self._update_count += 1
+        self._computed = None
+        self._each(preds, target, groups, run)
+        return self._collected(values)
+
+    def reset(self) -> None:
+        """Forget everything seen."""
+        super().reset()
+        for clone in self._clones():
+            clone.reset()
+
+    def _clones(self) -> list[Metric]:
+        return [*self.grouped, self.overall]
+
+    def _each(self, preds: Tensor, target: Tensor, groups: Tensor, run: Callable[..., None]) -> None:
+        _check_groups(groups, len(target), self.n_groups)
+        bad_ids = _bad_ids(groups, self.n_groups)
+        members = _membership(groups, self.n_groups)
+        counts = members.sum(0)
+        for clone, mask, count in zip(self.grouped, members.unbind(1), counts.tolist(), strict=True):
+            if count:
+                run(clone, preds[mask], target[mask])
+        if len(target):
+            run(self.overall, preds, target)
+        self.total += torch.cat([counts, counts.new_tensor([len(target)])])
+        self.bad_ids += bad_ids
+
+    def _collected(self, values: list[Any]) -> dict[str, Tensor]:
+        for value in values:
+            if value is not None and not (isinstance(value, Tensor) and value.numel() == 1):
+                raise DebiasError(
+                    f"Expected the metric `{self.name}` to compute one number, but got"
+                    f" {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}. Choose an averaged"
+                    ' variant, e.g. `average="macro"`.'
+                )
+        given = [value for value in values if value is not None]
+        dtype = given[0].dtype if given and given[0].is_floating_point() else torch.get_default_dtype()
+        nan = torch.full((), torch.nan, dtype=dtype, device=self.total.device)
+        *by_group, overall = [nan if value is None else value.reshape(()).to(nan) for value in values]
+        return _summary(
+            self.name, overall, torch.stack(by_group), self.train_counts, higher_is_better=self.higher_is_better
+        )
+
+
+def _summary(
+    name: str, overall: Tensor, by_group: Tensor, train_counts: Tensor | None, *, higher_is_better: bool
+) -> dict[str, Tensor]:
+    summary = {
+        name: overall,
+        f"worst_group_{name}": worst_group(by_group, higher_is_better=higher_is_better),
+        f"{name}_by_group": by_group,
+        f"{name}_difference": group_difference(by_group),
+        f"{name}_ratio": group_ratio(by_group),
+    }
+    if train_counts is not None:
+        summary[f"adjusted_{name}"] = adjusted_average(by_group, train_counts)
+    return summary
+
+
+def _hits(preds: Tensor, target: Tensor, threshold: float, ignore_index: int | None) -> tuple[Tensor, Tensor]:
+    """Which elements are right and which count, both boolean ``(N, elements)``; no missing element is right."""
+    labels = _labels(preds, target, threshold)
+    valid = target >= 0  # False for NaN too
+    if ignore_index is not None:
+        valid = valid & (target != ignore_index)
+    hits = (labels == target) & valid
+    return (hits[:, None], valid[:, None]) if hits.ndim == 1 else (hits.flatten(1), valid.flatten(1))
+
+
+def _labels(preds: Tensor, target: Tensor, threshold: float) -> Tensor:
+    """Predicted labels, of the shape of ``target``."""
+    if not preds.is_floating_point():
+        if preds.shape == target.shape:
+            return preds
+        raise DebiasError(
+            f"Expected integer `preds` to have the shape of `target`, but got {tuple(preds.shape)} and"
+            f" {tuple(target.shape)}. Pass labels, or logits as floats."
+        )
+    if preds.ndim == target.ndim + 1 and preds.numel() == target.numel() and 1 in (preds.shape[1], preds.shape[-1]):
+        preds = preds.reshape(target.shape)  # one logit: binary, for which argmax would always say 0
+    if preds.shape == target.shape:
+        return preds > threshold
+    if preds.ndim == target.ndim + 1 and not target.is_floating_point():
+        if preds.shape[:1] + preds.shape[2:] == target.shape:
+            return preds.argmax(1)
+        if preds.shape[:-1] == target.shape:
+            return preds.argmax(-1)
+    raise DebiasError(
+        "Expected `preds` to be labels or scores of the shape of `target`, or logits (N, C, ...) for integer targets"
+        f" (N, ...), but got {tuple(preds.shape)} for a target {tuple(target.shape)} of {target.dtype}. Check that both"
+        " are those of the same batch."
+    )
+
+
+def _check_groups(groups: Tensor, n_rows: int, n_groups: int) -> None:
+    """Shapes and dtype only: looking at values would stop the device."""
+    ids = groups.ndim == 1 and not groups.is_floating_point()
+    members = groups.ndim == 2 and groups.shape[1] == n_groups and groups.dtype == torch.bool
+    if not (ids or members) or len(groups) != n_rows:
+        raise DebiasError(
+            f"Expected argument `groups` to be integer ids ({n_rows},) or boolean membership ({n_rows}, {n_groups}),"
+            f" but got shape {tuple(groups.shape)} of {groups.dtype}. Pass one row per sample; `.bool()` turns 0/1"
+            " columns into a membership."
+        )
+
+
+def _bad_ids(groups: Tensor, n_groups: int) -> Tensor:
+    """The number of ids that are too large; raised at once where looking costs nothing."""
+    if groups.ndim == 2:
+        return torch.zeros((), dtype=torch.int64, device=groups.device)
+    bad_ids = (groups.long() >= n_groups).sum()
+    if groups.device.type == "cpu" and bad_ids:
+        raise BadRowsError(
+            f"Expected argument `groups` to hold ids below `n_groups={n_groups}`, but got {int(groups.max())}. Number"
+            " the groups from 0, give negative ids to samples of no group, or raise `n_groups`."
+        )
+    return bad_ids
+
+
+def _raise_bad_ids(bad_ids: Tensor, n_groups: int) -> None:
+    if count := int(bad_ids):
+        raise BadRowsError(
+            f"Expected argument `groups` to hold ids below `n_groups={n_groups}`, but got {count} samples with larger"
+            " ones. Number the groups from 0, give negative ids to samples of no group, or raise `n_groups`."
+        )
+
+
+def _row(groups: Tensor, n_groups: int) -> Tensor:
+    """The row of each id in a table of ``n_groups + 1`` rows, whose last one collects what belongs to no group."""
+    ids = groups.long()
+    return torch.where((ids >= 0) & (ids < n_groups), ids, n_groups)
+
+
+def _membership(groups: Tensor, n_groups: int) -> Tensor:
+    if groups.ndim == 2:
+        return groups
+    return _row(groups, n_groups)[:, None] == torch.arange(n_groups, device=groups.device)
+
+
+def _only(groups: Tensor, kept: Tensor) -> Tensor:
+    """``groups`` with the other rows in no group."""
+    return groups & kept[:, None] if groups.ndim == 2 else torch.where(kept, groups.long(), -1)
+
+
+def _smallest(values: Tensor) -> Tensor:
+    absent = values.isnan()
+    return torch.where(absent.all(), torch.nan, torch.where(absent, torch.inf, values).amin())
+
+
+def _value(clone: Metric) -> Any:
+    with warnings.catch_warnings():
+        # On a rank without samples of a group the clone has the other ranks' state, but was never updated itself.
+        warnings.filterwarnings("ignore", message="The ``compute`` method of metric", category=UserWarning)
+        return clone.compute()
+
+
+def _fresh(metric: Metric) -> Metric:
+    clone = copy.deepcopy(metric)
+    clone.reset()
+    for part in _parts(clone):
+        part.distributed_available_fn = _never  # _merged gathers instead
+    return clone
+
+
+def _never() -> bool:
+    return False
+
+
+def _parts(metric: Metric) -> list[Metric]:
+    """The metric and those inside it (wrappers, compositions)."""
+    return [part for part in metric.modules() if isinstance(part, Metric)]
+
+
+def _merged(clones: list[Metric], process_group: Any, device: torch.device) -> list[Metric]:
+    """Copies of the clones with the states of all ranks, reduced as torchmetrics reduces them.
+
+    torchmetrics' own gathering aborts where a rank has no samples of a group and the states are lists: it gathers an
+    empty float tensor there and integers elsewhere. Here such a rank contributes nothing.
+    """
+    own = [
+        [part.metric_state if part.update_called else None for part in _parts(clone)]
+        for clone in (copy.deepcopy(clone).cpu() for clone in clones)
+    ]
+    of_ranks: list[Any] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(of_ranks, own, group=process_group)
+    clones = [copy.deepcopy(clone) for clone in clones]
+    for clone, clone_states in zip(clones, zip(*of_ranks, strict=True), strict=True):
+        for part, part_states in zip(_parts(clone), zip(*clone_states, strict=True), strict=True):
+            states = [state for state in part_states if state is not None]
+            reductions: dict[str, Any] = part._reductions if states else {}
+            for name, reduction in reductions.items():
+                if isinstance(states[0][name], list):
+                    setattr(part, name, [item.to(device) for state in states for item in state[name]])
+                else:
+                    stacked = torch.stack([state[name] for state in states]).to(device)
+                    setattr(part, name, reduction(stacked) if reduction is not None else stacked)
+    return clones
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def _check_n_groups(n_groups: int) -> int:
+    if isinstance(n_groups, bool) or not isinstance(n_groups, int) or n_groups < 1:
+        raise DebiasError(f"Expected argument `n_groups` to be an integer of at least 1, but got {n_groups!r}.")
+    return n_groups
+
+
+def _names(group_names: Sequence[str] | None, n_groups: int) -> list[str]:
+    names = [str(g) for g in range(n_groups)] if group_names is None else [str(name) for name in group_names]
+    if len(names) != n_groups or len(set(names)) != n_groups:
+        raise DebiasError(
+            f"Expected argument `group_names` to be {n_groups} different names, but got {names}. Name each group once,"
+            " in the order of the ids."
+        )
+    return names
+
+
+def _counts(train_counts: Sequence[int] | Tensor | None, n_groups: int) -> Tensor | None:
+    if train_counts is None:
+        return None
+    counts = torch.as_tensor(train_counts, dtype=torch.float64)
+    if counts.shape != (n_groups,) or (counts < 0).any() or not counts.sum() > 0:
+        raise DebiasError(
+            f"Expected argument `train_counts` to be {n_groups} counts, not negative and not all 0, but got"
+            f" {counts.tolist()}. Count the training samples of each group."
+        )
+    return counts

@@ -1,0 +1,6 @@
+"""The methods as mixins for a LightningModule."""
+
+from debias.methods.group_dro import GroupDROMixin
+from debias.methods.group_reweighting import GroupReweightingMixin
+
+__all__ = ["GroupDROMixin", "GroupReweightingMixin"]

@@ -1,0 +1,233 @@
+"""Metrics by group while validating and testing: accuracy, worst group, gap.
+
+Reads logits and target from the loss that the step computes, wherever that is; where it computes none, from the output of
+the module's ``forward``. Nothing is changed and nothing is computed twice. Works alone, on a plain ERM baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, LossNotFoundError, RowsError
+from debias.metrics import GroupAccuracy, GroupedMetric
+from debias.ops.groups import check_n_groups, name_groups
+from debias.step.batch import BatchKey, describe, key_name
+from debias.step.context import Step
+from debias.step.engine import select_calls
+from debias.step.head import submodule
+from debias.step.proxy import Hook
+from debias.step.tap import LossCall
+from debias.step.watcher import StepWatcher
+
+__all__ = ["GroupMonitor"]
+
+_CLASSIFICATION = frozenset(
+    {"cross_entropy", "nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits", "multi_margin_loss", "losses"}
+)
+
+
+class GroupMonitor(StepWatcher):
+    """Log a metric overall, by group and for the worst group.
+
+    Logged at the end of every validation and test epoch, ready for ``ModelCheckpoint(monitor=...)`` and early stopping::
+
+        val/accuracy                        all samples
+        val/worst_group_accuracy            the worst group that occurs
+        val/accuracy_by_group/<name>        NaN for a group without a sample
+        val/accuracy_difference             best minus worst group
+        val/accuracy_ratio                  worst over best group
+        val/adjusted_accuracy               with `train_counts`: groups weighted by their share of the training set
+
+    With several loaders every name ends in ``/dataloader_idx_<i>``. The sanity check is skipped. On several ranks the sums
+    are exact; give the loader ``sampler=EvalSampler(dataset)``, or Lightning pads it and counts samples twice.
+
+    Args:
+        group: where the group ids are: a tag, an index, a name, a dotted path, a callable, or a tuple whose ids are crossed.
+        n_groups: number of groups, one per key.
+        group_names: one name per group.
+        metric: any torchmetrics metric, to be split by group instead of accuracy.
+        logits: where the step computes no loss: dotted path of the submodule whose output they are, or a callable of the
+            step's output. By default the output of the module's ``forward``.
+        target: where the target is in the batch; by default the one of the loss.
+        loss: which of several losses is meant: its position, or a callable of :class:`LossCall`.
+        threshold: for binary and multi-label outputs: a logit above it is a positive.
+        train_counts: training samples per group, for the adjusted average.
+        name: prefix of several monitors' logged names, e.g. ``"place"`` gives ``val/place/accuracy``.
+        allow_untested_strategy: run under a strategy other than single-device and DDP.
+
+    Raises:
+        LossNotFoundError: a step computes neither a loss nor ``forward``, and ``logits`` is not given.
+        BatchKeyError: ids or target are not where the argument says.
+    """
+
+    monitors: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ("group",)
+    reference: ClassVar[str] = "by group, difference, ratio: fairlearn; worst group, adjusted average: WILDS"
+
+    def __init__(
+        self,
+        group: BatchKey | tuple[BatchKey, ...],
+        n_groups: int | tuple[int, ...],
+        *,
+        group_names: list[str] | None = None,
+        metric: Any = None,
+        logits: str | Callable[[Any], Tensor] | None = None,
+        target: BatchKey | None = None,
+        loss: int | Callable[[LossCall], bool] | None = None,
+        threshold: float = 0.0,
+        train_counts: list[int] | None = None,
+        name: str | None = None,
+        allow_untested_strategy: bool = False,
+    ) -> None:
+        super().__init__(name=name, allow_untested_strategy=allow_untested_strategy)
+        self.group = group
+        self.n_groups = n_groups
+        self.total = check_n_groups(n_groups)
+        self.group_names = name_groups(n_groups, group_names)
+        self.metric = metric
+        self.logits = logits
+        self.target = target
+        self.loss = loss
+        self.threshold = threshold
+        self.train_counts = train_counts
+        self._metrics: list[Any] = []
+        self._captured: Any = None
+        self._handle: Any = None
+        self._make()  # a wrong argument is an error now, not after the first epoch
+
+    @property
+    def state_key(self) -> str:
+        """Class, name and key: several monitors of one run are told apart."""
+        return f"{type(self).__qualname__}({self.name or key_name(self.group) or 'callable'})"
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Join the engine; watch the submodule that ``logits`` names."""
+        super().setup(trainer, pl_module, stage)
+        if isinstance(self.logits, str) and self._handle is None:
+            self._handle = submodule(pl_module, self.logits, argument="logits").register_forward_hook(Hook(self._capture))
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave the module as it was."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        self._captured, self._metrics = None, []
+        super().teardown(trainer, pl_module, stage)
+
+    def observe(self, step: Step, calls: list[LossCall], forward_output: Any, output: Any) -> None:
+        """Add one batch to the metrics of its loader."""
+        groups = step.ids(self.group, self.n_groups, argument="group")
+        logits, target = self._prediction(step, calls, forward_output, output)
+        self._captured = None
+        n = groups.shape[0]
+        for what, tensor in (("logits", logits), ("target", target)):
+            if tensor.ndim == 0 or tensor.shape[0] != n:
+                raise RowsError(
+                    f"Expected the {what} to have one row for each of the {n} group ids, but got shape"
+                    f" {tuple(tensor.shape)}. Pass `logits=` and `target=` that have one row per sample."
+                )
+        if logits.ndim == target.ndim + 1 and logits.shape[1] == 1:
+            logits = logits.squeeze(1)
+        metric = self._metrics[step.dataloader_idx]
+        with torch.no_grad():
+            metric.update(logits.detach(), target, groups)
+
+    def _prediction(
+        self, step: Step, calls: list[LossCall], forward_output: Any, output: Any
+    ) -> tuple[Tensor, Tensor]:
+        if self.logits is not None:
+            logits = self._captured if isinstance(self.logits, str) else self.logits(output)
+            call = None
+        else:
+            found = select_calls(calls, self.loss, "GroupMonitor") if calls else []
+            if len(found) > 1:
+                raise AmbiguousLossError(
+                    f"Expected `loss` to choose one loss for GroupMonitor, but it chose {[c.name for c in found]}."
+                    " Pass its position."
+                )
+            call = found[0] if found else None
+            logits = forward_output if call is None else call.logits
+        if call is not None and self.metric is None and call.name not in _CLASSIFICATION:
+            raise DebiasError(
+                f"Expected a classification loss for GroupMonitor's accuracy, but the step computes `{call.name}`. Pass a"
+                " metric that fits, e.g. `metric=torchmetrics.MeanAbsoluteError()`, or `logits=`."
+            )
+        if not isinstance(logits, Tensor):
+            raise LossNotFoundError(
+                "Expected the evaluation step to compute a torch loss, or to call the module's `forward` with a tensor as"
+                f" output, but got {describe(logits)}. Pass `logits='dotted.path'` of the submodule whose output"
+                " they are, or `logits=callable(step_output)`."
+            )
+        target = self._target(step, call)
+        if call is not None and call.name == "binary_cross_entropy" and self.metric is None:
+            logits = logits - 0.5  # probabilities, not logits
+        return logits, target
+
+    def _target(self, step: Step, call: LossCall | None) -> Tensor:
+        if self.target is not None:
+            target = step.read(self.target, argument="target")
+        elif call is not None:
+            target = call.target
+        elif isinstance(step.batch, tuple | list) and len(step.batch) >= 2:
+            target = step.batch[1]  # (x, y, ...), where no loss says what the target is
+        else:
+            target = None
+        if not isinstance(target, Tensor):
+            raise BatchKeyError(
+                f"Expected `target` to be given where the evaluation step computes no loss, but the batch is"
+                f" {describe(step.batch)}. Pass e.g. `target='label'`."
+            )
+        return target
+
+    def _capture(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not module.training:
+            self._captured = output
+
+    def _make(self) -> Any:
+        if self.metric is not None:
+            return GroupedMetric(self.metric, self.total, group_names=self.group_names)
+        return GroupAccuracy(
+            self.total, group_names=self.group_names, threshold=self.threshold, train_counts=self.train_counts
+        )
+
+    def _start(self, trainer: Any, pl_module: Any, loaders: Any) -> None:
+        count = len(loaders) if isinstance(loaders, Sequence) else 1
+        self._metrics = [self._make().to(pl_module.device) for _ in range(count)]
+
+    def _end(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if trainer.sanity_checking:
+            return
+        prefix = f"{stage}/{self.name}/" if self.name else f"{stage}/"
+        for i, metric in enumerate(self._metrics):
+            suffix = f"/dataloader_idx_{i}" if len(self._metrics) > 1 else ""
+            values: dict[str, Tensor] = {}
+            for key, value in metric.compute().items():
+                if value.ndim == 0:
+                    values[f"{prefix}{key}{suffix}"] = value
+                else:
+                    parts = zip(self.group_names, value.unbind(), strict=True)
+                    values |= {f"{prefix}{key}/{name}{suffix}": part for name, part in parts}
+            # Every rank holds the global value already, so nothing is left to synchronise.
+            pl_module.log_dict({k: v.float() for k, v in values.items()}, rank_zero_only=False, sync_dist=False)
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Fresh metrics."""
+        self._start(trainer, pl_module, trainer.val_dataloaders)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log under ``val/``."""
+        self._end(trainer, pl_module, "val")
+
+    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Fresh metrics."""
+        self._start(trainer, pl_module, trainer.test_dataloaders)
+
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log under ``test/``."""
+        self._end(trainer, pl_module, "test")
+
+

@@ -1,0 +1,1 @@
+"""How a step is watched and rewritten; the only code that knows Lightning's internals."""

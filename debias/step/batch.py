@@ -1,0 +1,224 @@
+"""Reading parts of any batch, replacing them without touching the original, and carrying tags beside it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.data._utils.collate import default_collate_fn_map
+from torch.utils.data._utils.pin_memory import pin_memory
+from torch.utils.data.dataloader import default_collate
+
+from debias.errors import BatchKeyError
+
+__all__ = ["BatchKey", "TagCollate", "TaggedBatch", "TaggedSample", "key_name", "read", "replace", "split_tags"]
+
+BatchKey: TypeAlias = int | str | Callable[[Any], Any]
+"""Where to look in a batch: an index, a name, a dotted path (``"image"``, ``"1.labels.place"``), or a callable of the batch.
+
+Every step of a path is an integer index, a mapping key or an attribute, whichever fits. A callable can only be given
+from Python, never from YAML. Tags of ``debias.tag`` are looked up first.
+"""
+
+
+@dataclass
+class TaggedSample:
+    """One sample and its tags, as a dataset made by :func:`debias.tag` returns it."""
+
+    sample: Any
+    tags: dict[str, Any]
+
+
+@dataclass
+class TaggedBatch:
+    """A batch, untouched, and the collated tags of its samples, each of shape ``(N,)`` or ``(N, ...)``."""
+
+    batch: Any
+    tags: dict[str, Any]
+
+    def pin_memory(self) -> TaggedBatch:
+        """Pin both parts; the DataLoader calls this under ``pin_memory=True``."""
+        return TaggedBatch(pin_memory(self.batch), pin_memory(self.tags))
+
+    def to(self, *args: Any, **kwargs: Any) -> TaggedBatch:
+        """Move the tensors of both parts, for loops without Lightning."""
+        from lightning.fabric.utilities.apply_func import move_data_to_device
+
+        device = torch.empty(0).to(*args, **kwargs).device
+        return TaggedBatch(move_data_to_device(self.batch, device), move_data_to_device(self.tags, device))
+
+
+def _collate_tagged(batch: list[TaggedSample], *, collate_fn_map: Any = None) -> TaggedBatch:
+    samples = default_collate([item.sample for item in batch])
+    return TaggedBatch(samples, default_collate([item.tags for item in batch]))
+
+
+# PyTorch's own extension point: any DataLoader with the default collate_fn now yields TaggedBatch for tagged datasets.
+default_collate_fn_map[TaggedSample] = _collate_tagged
+
+
+class TagCollate:
+    """A ``collate_fn`` around the user's own one, which sees bare samples and never learns about tags.
+
+    The engine puts it around the ``collate_fn`` of every loader that Lightning runs; other loops write
+    ``DataLoader(tagged, collate_fn=TagCollate(my_collate))``.
+    """
+
+    def __init__(self, collate_fn: Callable[[Any], Any]) -> None:
+        self.collate_fn = collate_fn
+
+    def __call__(self, items: Any) -> Any:
+        if isinstance(items, list) and items and isinstance(items[0], TaggedSample):
+            tags = default_collate([item.tags for item in items])
+            return TaggedBatch(self.collate_fn([item.sample for item in items]), tags)
+        if isinstance(items, TaggedSample):  # batch_size=None: the dataset yields whole batches
+            return TaggedBatch(self.collate_fn(items.sample), items.tags)
+        return self.collate_fn(items)
+
+
+def split_tags(batch: Any) -> tuple[Any, dict[str, Any]]:
+    """The bare batch and its tags; a batch of several loaders (list, tuple or dict) is searched one level deep.
+
+    Raises:
+        BatchKeyError: two of several loaders carry a tag of the same name, so that nothing says which one is meant.
+    """
+    if isinstance(batch, TaggedBatch):
+        return batch.batch, batch.tags
+    if isinstance(batch, TaggedSample):
+        return batch.sample, batch.tags
+    if type(batch) in (list, tuple, dict):
+        parts = list(batch.values()) if isinstance(batch, dict) else list(batch)
+        if not any(isinstance(part, TaggedBatch) for part in parts):
+            return batch, {}
+        tags: dict[str, Any] = {}
+        for part in parts:
+            for name, value in part.tags.items() if isinstance(part, TaggedBatch) else ():
+                if name in tags:
+                    raise BatchKeyError(
+                        f"Expected each tag to come from one of the combined loaders, but got `{name}` from two of"
+                        " them. Give the tags different names, one per loader."
+                    )
+                tags[name] = value
+        bare = [part.batch if isinstance(part, TaggedBatch) else part for part in parts]
+        return (dict(zip(batch, bare, strict=True)) if isinstance(batch, dict) else type(batch)(bare)), tags
+    return batch, {}
+
+
+def key_name(key: Any) -> str | None:
+    """A readable name of a key or tuple of keys (``"place"``, ``"target_place"``); None for a callable."""
+    if isinstance(key, tuple | list):
+        names = [key_name(part) for part in key]
+        return None if None in names else "_".join(str(name) for name in names)
+    return None if callable(key) else str(key)
+
+
+def read(batch: Any, key: BatchKey, tags: Mapping[str, Any] | None = None, *, argument: str = "key") -> Any:
+    """What ``key`` names in ``batch``; tags come first.
+
+    Args:
+        batch: the batch as the step receives it.
+        key: where to look.
+        tags: tags carried beside the batch.
+        argument: name of the user's argument, for the error message.
+
+    Raises:
+        BatchKeyError: nothing is there.
+    """
+    if callable(key):
+        return key(batch)
+    if tags and key in tags:
+        return tags[str(key)]
+    here: Any = batch
+    done: list[str] = []
+    for part in _parts(key):
+        try:
+            here = _child(here, part)
+        except (KeyError, IndexError, AttributeError, TypeError):
+            where = f" at {'.'.join(done)!r}" if done else ""
+            raise BatchKeyError(
+                f"Expected `{argument}={key!r}` to name a part of the batch or a tag, but the batch{where} is"
+                f" {describe(here)} and the tags are {sorted(tags) if tags else 'none'}. Correct the key, or wrap the"
+                f" dataset of this loader: `tag(dataset, {_tag_example(key)}=ids)`."
+            ) from None
+        done.append(str(part))
+    return here
+
+
+def replace(batch: Any, key: BatchKey, value: Any) -> Any:
+    """A copy of ``batch`` with the part that ``key`` names replaced; containers on the way are copied, nothing else.
+
+    Raises:
+        BatchKeyError: nothing is there, or the key is a callable, which cannot be written through.
+    """
+    if callable(key):
+        raise BatchKeyError(
+            "Expected a key that can be written through (an index, a name or a dotted path), but got a callable."
+            " Name the place in the batch instead."
+        )
+    return _replaced(batch, _parts(key), value, key)
+
+
+def describe(batch: Any) -> str:
+    """The layout of a batch in a few words, for error messages."""
+    if isinstance(batch, Tensor):
+        return f"a tensor of shape {tuple(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return f"a {type(batch).__name__} with keys {list(batch)}"
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return f"a {type(batch).__name__} with fields {list(batch._fields)}"
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        return f"a {type(batch).__name__} of {len(batch)}"
+    return f"a {type(batch).__name__}"
+
+
+def _tag_example(key: Any) -> str:
+    return key if isinstance(key, str) and key.isidentifier() else "name"
+
+
+def _parts(key: int | str) -> list[int | str]:
+    if isinstance(key, int):
+        return [key]
+    return [int(part) if part.lstrip("-").isdigit() else part for part in key.split(".")]
+
+
+def _child(here: Any, part: int | str) -> Any:
+    if isinstance(here, Tensor | str):
+        raise TypeError
+    if isinstance(here, Mapping):
+        return here[part] if part in here else here[str(part)]
+    if isinstance(part, int):
+        return here[part]
+    return getattr(here, part)
+
+
+def _replaced(here: Any, parts: list[int | str], value: Any, key: BatchKey) -> Any:
+    if not parts:
+        return value
+    part, rest = parts[0], parts[1:]
+    try:
+        new = _replaced(_child(here, part), rest, value, key)
+    except (KeyError, IndexError, AttributeError, TypeError):
+        raise BatchKeyError(
+            f"Expected `{key!r}` to name a part of the batch that can be replaced, but got {describe(here)} at"
+            f" {part!r}. Correct the key."
+        ) from None
+    if isinstance(here, Mapping):
+        result: Any = copy.copy(here)
+        result[part if part in here else str(part)] = new
+        return result
+    if isinstance(here, tuple) and hasattr(here, "_fields"):
+        return here._replace(**{here._fields[part] if isinstance(part, int) else part: new})
+    if isinstance(here, tuple | list):
+        items = list(here)
+        items[int(part)] = new
+        return type(here)(items)
+    if dataclasses.is_dataclass(here) and not isinstance(here, type):
+        return dataclasses.replace(here, **{str(part): new})
+    result = copy.copy(here)
+    setattr(result, str(part), new)
+    return result

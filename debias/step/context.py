@@ -1,0 +1,115 @@
+"""What a method is told about the step it takes part in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from debias.errors import BatchKeyError
+from debias.step import batch as batches
+from debias.step.batch import BatchKey
+
+__all__ = ["Step"]
+
+
+@dataclass(eq=False)
+class Step:
+    """One micro-batch on one rank.
+
+    Attributes:
+        trainer: the running Trainer.
+        module: the user's LightningModule.
+        stage: ``"train"``, ``"validate"`` or ``"test"``.
+        batch: what the user's step receives; augmenters put a new batch here and never mutate the old one.
+        tags: tags carried beside the batch, on the module's device.
+        batch_idx: index of the batch in its epoch.
+        dataloader_idx: which of several loaders it comes from.
+        epoch: current epoch.
+        global_step: optimiser steps taken so far.
+        counter: micro-batches seen in this fit, resumed with the loop.
+        n: number of samples, known once ids were read.
+        logging: whether values logged in this step reach the logger.
+    """
+
+    trainer: Any
+    module: Any
+    stage: str
+    batch: Any
+    tags: dict[str, Any]
+    batch_idx: int = 0
+    dataloader_idx: int = 0
+    epoch: int = 0
+    global_step: int = 0
+    counter: int = 0
+    n: int | None = None
+    logging: bool = False
+    _ids: dict[Any, Tensor] = field(default_factory=dict)
+
+    def read(self, key: BatchKey, *, argument: str = "key") -> Any:
+        """What ``key`` names among the tags and in the batch."""
+        return batches.read(self.batch, key, self.tags, argument=argument)
+
+    def ids(self, key: Any, count: int | Sequence[int], *, argument: str = "group") -> Tensor:
+        """Group, domain or identity numbers of the samples.
+
+        Args:
+            key: a BatchKey, or a tuple of them whose ids are crossed: ``("target", "place")`` gives
+                ``target * n_places + place``.
+            count: number of groups, one per key.
+            argument: the user's argument, for error messages.
+
+        Returns:
+            int64 ``(N,)``; negative where unlabelled, and the number of groups where an id is out of range. A boolean
+            membership ``(N, G)`` is returned as it is.
+
+        Raises:
+            BatchKeyError: nothing is there, or it is no integer ids ``(N,)`` and no boolean membership ``(N, G)``.
+        """
+        cached = tuple(key) if isinstance(key, list) else key
+        if cached in self._ids:
+            return self._ids[cached]
+        if isinstance(key, tuple | list):
+            counts = list(count) if isinstance(count, Sequence) else [count]
+            parts = [self._one(k, argument) for k in key]
+            ids = torch.zeros_like(parts[0])
+            unlabelled = bad = torch.zeros_like(ids, dtype=torch.bool)
+            total = 1
+            for part, size in zip(parts, counts, strict=True):
+                ids, total = ids * size + part, total * size
+                unlabelled, bad = unlabelled | (part < 0), bad | (part >= size)
+            ids = torch.where(bad, total, torch.where(unlabelled, -1, ids))
+        else:
+            ids = self._one(key, argument)
+        n = ids.shape[0]
+        if self.n is not None and self.n != n:
+            raise BatchKeyError(
+                f"Expected `{argument}={key!r}` to hold one id for each of the {self.n} samples, but got {n}."
+                " Check that all ids come from the same loader."
+            )
+        self.n = n
+        self._ids[cached] = ids
+        return ids
+
+    def _one(self, key: BatchKey, argument: str) -> Tensor:
+        value = self.read(key, argument=argument)
+        try:
+            ids = torch.as_tensor(value, device=self.module.device)
+        except (TypeError, ValueError, RuntimeError):
+            ids = None
+        if ids is None or ids.is_floating_point() or ids.is_complex():
+            raise BatchKeyError(
+                f"Expected `{argument}={key!r}` to hold integer ids of shape (N,), but got {batches.describe(value)}"
+                f"{'' if ids is None else f' of {ids.dtype}'}. Number the groups 0, 1, 2, ..., -1 for unlabelled."
+            )
+        if ids.dtype == torch.bool and ids.ndim == 2:
+            return ids
+        if ids.ndim != 1:
+            raise BatchKeyError(
+                f"Expected `{argument}={key!r}` to hold ids of shape (N,), or a boolean membership (N, G), but got shape"
+                f" {tuple(ids.shape)} of {ids.dtype}. Give one id per sample."
+            )
+        return ids.long()

@@ -1,0 +1,533 @@
+"""One engine per run: wraps the user's steps once, feeds every watcher, and puts everything back.
+
+The first watcher in ``trainer.callbacks`` makes the engine; the others join it. Everything here that reaches into
+Lightning does so at one of five places: the step methods, the hook before batch transfer, the strategy's
+``process_dataloader``, forward hooks on submodules, and the Trainer's loop counters.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler
+from torch.utils.data._utils.collate import default_collate, default_convert
+from torch.utils.data.distributed import DistributedSampler
+
+from debias.errors import (
+    AmbiguousLossError,
+    DebiasError,
+    LossNotFoundError,
+    RowsError,
+    UnsupportedStrategyError,
+    UntappedLossError,
+)
+from debias.step import adapters
+from debias.step.batch import TagCollate, split_tags
+from debias.step.context import Step
+from debias.step.distributed import is_distributed
+from debias.step.head import HeadTap
+from debias.step.proxy import Hook, StepProxy, attach, detach
+from debias.step.rows import RowTracker
+from debias.step.split import split_losses
+from debias.step.tap import LossCall, LossTap, no_loss_error
+
+if TYPE_CHECKING:
+    from debias.step.watcher import Debiaser, StepWatcher
+
+__all__ = ["StepEngine", "select_calls"]
+
+_STEPS = {"fit": ("training_step", "validation_step"), "validate": ("validation_step",), "test": ("test_step",)}
+_STAGES = {"training_step": "train", "validation_step": "validate", "test_step": "test"}
+
+
+class StepEngine:
+    """Watches and rewrites the steps of one module in one run of one Trainer."""
+
+    def __init__(self, trainer: Any, module: Any) -> None:
+        self.trainer = trainer
+        self.module = module
+        self.tags: dict[str, Any] = {}
+        self._proxies: list[StepProxy] = []
+        self._handles: list[Any] = []
+        self._collates: list[tuple[Any, Any]] = []
+        self._heads: dict[str | None, HeadTap] = {}
+        self._tap: LossTap | None = None
+        self._forward_output: Any = None
+        self._frozen_ddp: Any = None
+        # What the first step taught: positions of the selected losses, and whether rows must be replayed.
+        self._positions: tuple[int, ...] | None = None
+        self._rows_needed = True
+
+    # -- opening and closing -------------------------------------------------------------------------------------------
+
+    def open(self, stage: str) -> None:
+        """Wrap what this stage needs."""
+        if self._proxies:
+            return
+        for name in _STEPS.get(stage, ()):
+            self._proxies.append(attach(self.module, name, self._around(name)))
+        self._proxies.append(attach(self.module, "_on_before_batch_transfer", self._strip_tags))
+        self._proxies.append(attach(self.trainer.strategy, "process_dataloader", self._process_dataloader))
+        self._handles.append(self.module.register_forward_hook(Hook(self._keep_forward_output)))
+        for submodule in self.module.modules():
+            if (per_sample := adapters.adapter_of(submodule)) is not None:
+                self._adapt(submodule, per_sample)
+
+    def close(self) -> None:
+        """Put everything back as it was. Safe to call twice."""
+        while self._proxies:
+            detach(self._proxies.pop())
+        while self._handles:
+            self._handles.pop().remove()
+        while self._collates:
+            loader, collate_fn = self._collates.pop()
+            loader.collate_fn = collate_fn
+        for head in self._heads.values():
+            head.close()
+        self._heads.clear()
+        self.resume_buffer_broadcast()
+        self._tap, self._forward_output, self.tags = None, None, {}
+
+    def check(self, watcher: StepWatcher, stage: str) -> None:
+        """Refuse, before anything has run, what a method cannot do."""
+        _check_strategy(self.trainer.strategy, watcher)
+        if stage != "fit" or not watcher.trains:
+            return
+        from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+
+        who = type(watcher).__name__
+        if is_param_in_hook_signature(self.module.training_step, "dataloader_iter", explicit=True):
+            raise UnsupportedStrategyError(
+                f"Expected `training_step(batch, ...)` for {who}, but got `training_step(dataloader_iter)`: the batch is"
+                " fetched inside the step, where it cannot be read. Take the batch as the first argument."
+            )
+        if not self.module.automatic_optimization and watcher.adds_to_loss:
+            raise UnsupportedStrategyError(
+                f"Expected automatic optimisation for {who}, but `automatic_optimization` is False: the loss is used up"
+                " inside the step, so nothing can be added to it. Use automatic optimisation, the mixin form, or a"
+                " reweighing method."
+            )
+        if getattr(self.trainer.strategy, "_ddp_kwargs", {}).get("static_graph") and watcher.adds_to_loss:
+            raise UnsupportedStrategyError(
+                f"Expected DDP without `static_graph=True` for {who}, whose penalty changes the graph when its schedule"
+                " starts. Remove `static_graph=True`."
+            )
+
+    def check_optimizers(self, watcher: StepWatcher) -> None:
+        """LBFGS calls the step several times per batch, which would update a method's state several times."""
+        if watcher.stateful and any(isinstance(o, torch.optim.LBFGS) for o in self.trainer.optimizers):
+            raise UnsupportedStrategyError(
+                f"Expected an optimiser that runs the step once per batch for {type(watcher).__name__}, but got LBFGS,"
+                " which would update the method's state several times per batch. Use another optimiser."
+            )
+
+    # -- what is wrapped -------------------------------------------------------------------------------------------------
+
+    def _around(self, name: str) -> Callable[..., Any]:
+        stage = _STAGES[name]
+        run = self._train if stage == "train" else self._evaluate
+
+        def around(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return run(stage, original, args, kwargs)
+
+        return around
+
+    def _strip_tags(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        batch, self.tags = split_tags(args[0])
+        return original(batch, *args[1:], **kwargs)
+
+    def _process_dataloader(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        loader = original(*args, **kwargs)
+        _refuse_duplicating_sampler(loader, self.trainer)
+        collate_fn = getattr(loader, "collate_fn", None)
+        if collate_fn is not None and collate_fn is not default_collate and not isinstance(collate_fn, TagCollate):
+            loader.collate_fn = TagCollate(collate_fn)
+            self._collates.append((loader, collate_fn))
+        return loader
+
+    def _keep_forward_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._tap is not None and not self._tap.training:
+            self._forward_output = output
+
+    def _adapt(self, loss: nn.Module, per_sample: adapters.PerSample) -> None:
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if self._tap is not None:
+                self._tap.suspended += 1
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            if (tap := self._tap) is None:
+                return None
+            losses = per_sample(module, *args, **kwargs)
+            tap.suspended -= 1
+            return None if tap.suspended else adapters.hand_over(tap, type(module).__name__, args, losses, output)
+
+        self._handles.append(loss.register_forward_pre_hook(Hook(before), with_kwargs=True))
+        self._handles.append(loss.register_forward_hook(Hook(after), with_kwargs=True))
+
+    # -- training --------------------------------------------------------------------------------------------------------
+
+    def _train(self, stage: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        debiasers: list[Debiaser] = [w for w in self.watchers() if w.trains]  # type: ignore[misc]
+        if not debiasers:  # also while a tuner has taken our callbacks away: the user's own step, nothing else
+            return original(*args, **kwargs)
+        step = self._step(stage, args, kwargs)
+        for watcher in debiasers:
+            watcher.start(step)
+        args, kwargs = _with_batch(args, kwargs, step.batch)
+        for watcher in debiasers:
+            watcher.begin(step)
+        reweigher = next((w for w in debiasers if w.reweighs), None)
+        penalisers = [w for w in debiasers if w.penalises]
+        if reweigher is not None and reweigher.losses == "split":
+            loss, output = split_losses(original, args, kwargs, step, reweigher)
+            return _with_loss(output, loss)
+        if reweigher is None and not penalisers and not is_distributed():
+            output = original(*args, **kwargs)
+            self._end_forward(debiasers)
+            return output
+
+        heads = {w.head: self._head(w.head) for w in debiasers if w.needs_features}
+        finders = [finder for head in heads.values() if (finder := head.start()) is not None]
+        tracker = None
+        if step.n is not None:
+            tracker = RowTracker(step.batch, step.n)
+            tracker.recording = self._rows_needed
+        combine, late = self._combiner(reweigher, step)
+        tap = LossTap(combine, late, True, tracker, (reweigher or debiasers[0]).rows, finders[0] if finders else None)
+        output = self._watched(tap, original, args, kwargs)
+        self._end_forward(debiasers)
+        loss = self._rewritten(step, tap, output, reweigher, penalisers, heads)
+        return output if loss is None else _with_loss(output, loss)
+
+    def _watched(self, tap: LossTap, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._tap = tap
+        adapters._active.append(tap)
+        try:
+            with tap:
+                return original(*args, **kwargs)
+        finally:
+            adapters._active.pop()
+            self._tap = None
+
+    def _combiner(self, reweigher: Debiaser | None, step: Step) -> tuple[Callable[[LossCall], Tensor] | None, bool]:
+        """What the step's losses are replaced by while it runs, and whether the right one is known only afterwards."""
+        if reweigher is None:
+            return ((lambda call: call.scaled(call.mean())) if is_distributed() else None), False
+        if self.module.automatic_optimization:
+            positions = self._positions
+        else:  # the loss is used up inside the step: nothing can be corrected afterwards
+            positions = (reweigher.loss if isinstance(reweigher.loss, int) else 0,)
+
+        def combine(call: LossCall) -> Tensor:
+            if positions is not None and call.position in positions:
+                return call.scaled(reweigher.reweigh([call], step)[0])
+            if positions == (0,) and reweigher.loss is None and not self.module.automatic_optimization:
+                raise _ambiguous(["(the first loss)", call.name], type(reweigher).__name__)
+            return call.scaled(call.mean())
+
+        return combine, positions is None or len(positions) > 1
+
+    def _rewritten(
+        self,
+        step: Step,
+        tap: LossTap,
+        output: Any,
+        reweigher: Debiaser | None,
+        penalisers: list[Debiaser],
+        heads: dict[str | None, HeadTap],
+    ) -> Tensor | None:
+        """The loss to return instead of the user's, or None to return the step's output as it is."""
+        if not self.module.automatic_optimization:
+            return None
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor):
+            if is_distributed():
+                raise DebiasError(
+                    "Expected the training step to return a loss on every rank, but got None: the other ranks would wait"
+                    " for this one. Return a loss of zero, e.g. `0 * logits.sum()`, instead of skipping."
+                )
+            return None
+        stated = _stated_losses(output, tap)
+        if stated is not None:
+            return self._from_stated(step, loss, stated, reweigher, penalisers)
+        calls = self._reaching(tap, loss)
+        if not calls and (reweigher or penalisers):
+            raise no_loss_error(_set_losses(self.module))
+        if reweigher is not None:
+            selected = select_calls(calls, reweigher.loss, type(reweigher).__name__)
+            if tap.late:
+                loss = _settle(loss, calls, selected, reweigher, step)
+                self._positions = tuple(call.position for call in selected)
+            elif not any(call.position in (self._positions or ()) for call in calls):
+                raise AmbiguousLossError(
+                    f"Expected the loss at position {self._positions} in every step, but this step computed"
+                    f" {[call.name for call in calls]}. Compute the same losses in every step, or choose one:"
+                    " `loss=callable(call)`."
+                )
+            if step.logging:
+                reweigher.log_value("average_loss", torch.stack([call.mean().detach() for call in selected]).sum(), step)
+        for watcher in penalisers:
+            for call in select_calls(calls, watcher.loss, type(watcher).__name__):
+                if watcher.needs_features:
+                    heads[watcher.head].resolve(call)
+                loss = loss + watcher.penalise(call, step)
+        self._rows_needed = self._rows_needed and tap.needed_rows
+        return loss
+
+    def _reaching(self, tap: LossTap, loss: Tensor) -> list[LossCall]:
+        """The losses that the returned loss depends on; looked for until the structure of the step is known."""
+        if self._positions is not None and not tap.late:
+            return tap.calls
+        ends = {call.edge.node for call in tap.calls if call.edge is not None}
+        seen = _nodes(loss.grad_fn, ends)
+        calls = [call for call in tap.calls if call.edge is not None and call.edge.node in seen]
+        lost = [p.call.name for p in tap.untapped() if p.node in seen and p.node not in ends]
+        if lost:
+            error, what = (UntappedLossError, "next to a loss that can") if calls else (LossNotFoundError, "and no other")
+            raise error(
+                f"Expected every loss that reaches the returned loss to be reduced by `.mean()` or `.sum()`, but"
+                f" `{lost[0]}(reduction='none')` reaches it in a way that cannot be followed, {what}. Reduce it with"
+                " masks and weights only, or return {'loss': loss, 'losses': per_sample}, or"
+                " `debias.register_loss(...)`."
+            )
+        return calls
+
+    def _from_stated(
+        self, step: Step, loss: Tensor, call: LossCall, reweigher: Debiaser | None, penalisers: list[Debiaser]
+    ) -> Tensor:
+        """Swap the mean of the stated per-sample losses inside the returned loss for the debiased one."""
+        if reweigher is not None:
+            num, den = call.num, call.den
+            loss = loss + (reweigher.reweigh([call], step)[0] - num.sum() / den.sum())
+        for watcher in penalisers:
+            loss = loss + watcher.penalise(call, step)
+        return loss
+
+    def _end_forward(self, debiasers: list[Debiaser]) -> None:
+        for watcher in debiasers:
+            watcher.random.end_forward()
+
+    # -- evaluation --------------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, stage: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        monitors = [w for w in self.watchers() if w.monitors]
+        if not monitors or self.trainer.sanity_checking:
+            return original(*args, **kwargs)
+        step = self._step(stage, args, kwargs)
+        self._forward_output = None
+        tap = LossTap(training=False)
+        output = self._watched(tap, original, args, kwargs)
+        for monitor in monitors:
+            monitor.observe(step, tap.calls, self._forward_output, output)
+        self._forward_output = None
+        return output
+
+    def freeze_buffer_broadcast(self) -> None:
+        """Under DDP every evaluation forward broadcasts buffers: ranks with unequal numbers of batches would hang.
+
+        Broadcast once, then not again until training goes on.
+        """
+        model = self.trainer.strategy.model
+        if self._frozen_ddp is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            if model.will_sync_module_buffers():
+                model._sync_buffers()
+            model.require_forward_param_sync = False
+            self._frozen_ddp = model
+
+    def resume_buffer_broadcast(self) -> None:
+        """The reverse of :meth:`freeze_buffer_broadcast`."""
+        if self._frozen_ddp is not None:
+            self._frozen_ddp.require_forward_param_sync = True
+            self._frozen_ddp = None
+
+    # -- shared --------------------------------------------------------------------------------------------------------------
+
+    def watchers(self) -> list[StepWatcher]:
+        """The watchers that are in the Trainer's list right now; a tuner may have taken them out."""
+        return [callback for callback in self.trainer.callbacks if getattr(callback, "engine", None) is self]
+
+    def _step(self, stage: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
+        trainer, module = self.trainer, self.module
+        batch = args[0] if args else next(iter(kwargs.values()))
+        batch_idx = args[1] if len(args) > 1 else kwargs.get("batch_idx", 0)
+        tags = {name: _moved(value, module.device) for name, value in self.tags.items()}
+        training = stage == "train"
+        return Step(
+            trainer=trainer,
+            module=module,
+            stage=stage,
+            batch=batch,
+            tags=tags,
+            batch_idx=batch_idx,
+            dataloader_idx=0 if training else (args[2] if len(args) > 2 else kwargs.get("dataloader_idx", 0)),
+            epoch=trainer.current_epoch,
+            global_step=trainer.global_step,
+            counter=trainer.fit_loop.epoch_loop.total_batch_idx if training else 0,
+            logging=trainer._logger_connector.should_update_logs if training else False,
+        )
+
+    def _head(self, path: str | None) -> HeadTap:
+        if path not in self._heads:
+            self._heads[path] = HeadTap(self.module, path, compiled=_is_compiled(self.module))
+        return self._heads[path]
+
+
+def _check_strategy(strategy: Any, watcher: StepWatcher) -> None:
+    names = {cls.__name__ for cls in type(strategy).__mro__}
+    supported = {"SingleDeviceStrategy", "DDPStrategy"} & names
+    excluded = {"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "SingleDeviceXLAStrategy"} & names
+    if (not supported or excluded) and not watcher.allow_untested_strategy:
+        raise UnsupportedStrategyError(
+            f"Expected the Trainer's `strategy` to be single-device or DDP for {type(watcher).__name__}, but got"
+            f" {type(strategy).__name__}, on which it has not been tested. Choose `strategy='ddp'`, or pass"
+            " `allow_untested_strategy=True` and check the results yourself."
+        )
+
+
+def _refuse_duplicating_sampler(loader: Any, trainer: Any) -> None:
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    if trainer.world_size < 2 or batch_sampler is None or type(batch_sampler) is BatchSampler:
+        return
+    if not isinstance(getattr(batch_sampler, "sampler", None), DistributedSampler):
+        raise UnsupportedStrategyError(
+            f"Expected `batch_sampler` to divide the data between {trainer.world_size} processes, but got"
+            f" {type(batch_sampler).__name__}, which gives every process the same batches. Pass an index sampler that"
+            " subclasses torch's DistributedSampler, such as `GroupBalancedSampler`, as `sampler=`."
+        )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return any(
+        type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None
+        for m in module.modules()
+    ) or hasattr(module, "_compiler_ctx") and module._compiler_ctx is not None
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+
+def _with_batch(args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (batch, *args[1:]), kwargs
+    return args, {name: batch if i == 0 else value for i, (name, value) in enumerate(kwargs.items())}
+
+
+def _with_loss(output: Any, loss: Tensor) -> Any:
+    if not isinstance(output, Mapping):
+        return loss
+    return type(output)({**output, "loss": loss})  # type: ignore[call-arg]
+
+
+def _nodes(start: Any, ends: set[Any]) -> set[Any]:
+    """Nodes of the autograd graph above ``ends``, these included."""
+    seen, todo = set(), [start]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node not in ends:
+            todo.extend(parent for parent, _ in node.next_functions)
+    return seen
+
+
+def select_calls(calls: list[LossCall], loss: Any, who: str) -> list[LossCall]:
+    """The calls that ``loss=`` means."""
+    if loss == "sum":
+        return calls
+    if isinstance(loss, int):
+        chosen = [call for call in calls if call.position == loss]
+    elif callable(loss):
+        chosen = [call for call in calls if loss(call)]
+    elif len(calls) > 1:
+        raise _ambiguous([call.name for call in calls], who)
+    else:
+        return calls
+    if not chosen:
+        raise AmbiguousLossError(
+            f"Expected `loss={loss!r}` of {who} to choose one of the losses that reach the returned loss, but the step"
+            f" computed {[(call.position, call.name) for call in calls]}. Correct `loss=`."
+        )
+    return chosen
+
+
+def _ambiguous(names: list[str], who: str) -> AmbiguousLossError:
+    return AmbiguousLossError(
+        f"Expected the training step to compute one loss for {who}, but got {len(names)}: {', '.join(names)}. Say which:"
+        " `loss='sum'` (all of them, with the same weights), `loss=<index>`, or `loss=callable(call) -> bool`."
+    )
+
+
+def _settle(loss: Tensor, calls: list[LossCall], selected: list[LossCall], reweigher: Debiaser, step: Step) -> Tensor:
+    """After the step: give every loss handed back provisionally its gradient, and the returned loss its value."""
+    means = reweigher.reweigh(selected, step)
+    new = {call: call.scaled(mean) for call, mean in zip(selected, means, strict=True)}
+    for call in calls:
+        if call.late is not None:
+            value = new.get(call)
+            value = call.scaled(call.mean()) if value is None else value
+            (call.late.gradient,) = torch.autograd.grad(value, call.elements[0], retain_graph=True)
+    edges = [call.edge for call in selected]
+    factors = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
+    for call, factor in zip(selected, factors, strict=True):
+        if factor is not None and call.late is not None:
+            loss = loss + (factor * (new[call] - call.late.value)).detach()
+    return loss
+
+
+def _stated_losses(output: Any, tap: LossTap) -> LossCall | None:
+    """The loss of a step that returns its per-sample losses, or its logits and targets."""
+    if not isinstance(output, Mapping):
+        return None
+    if isinstance(losses := output.get("losses"), Tensor):
+        elements, name = losses, "losses"
+    elif isinstance(logits := output.get("logits"), Tensor) and isinstance(target := output.get("targets"), Tensor):
+        if target.is_floating_point() and target.shape == logits.shape:
+            elements = nn.functional.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none")
+        else:
+            elements = nn.functional.cross_entropy(logits.float(), target, reduction="none")
+        name = "logits"
+    else:
+        return None
+    n = tap.tracker.n if tap.tracker is not None else elements.shape[0]
+    if elements.ndim == 0 or elements.shape[0] != n:
+        raise RowsError(
+            f"Expected the returned `{name}` to have one row for each of the {n} samples, but got shape"
+            f" {tuple(elements.shape)}. Return per-sample values, unreduced."
+        )
+    if not elements.requires_grad:
+        raise LossNotFoundError(
+            f"Expected the returned `{name}` to require a gradient, but they are detached. Return them as computed."
+        )
+    call = LossCall(
+        name, output.get("logits"), output.get("targets"), "mean", 0,
+        lambda: (elements, elements.new_ones(())), lambda call, num: None,
+    )  # fmt: skip
+    return call
+
+
+def _set_losses(module: nn.Module) -> list[str]:
+    return [type(m).__name__ for m in module.modules() if type(m).__name__ in adapters.SET_LOSSES]
+
+
+def warn_padding(loader: Any, world: int) -> None:
+    """Lightning's evaluation sampler repeats samples so that all ranks have as many; the metrics then count them twice."""
+    from debias.data.samplers import EvalSampler
+
+    sampler = getattr(loader, "sampler", None)
+    if world < 2 or not isinstance(sampler, DistributedSampler) or isinstance(sampler, EvalSampler):
+        return
+    size = len(sampler.dataset)  # type: ignore[arg-type]
+    if size % world:
+        warnings.warn(
+            f"The evaluation loader of {size} samples is padded to a multiple of {world} processes, so group metrics count"
+            f" {-size % world} samples twice. Pass `sampler=EvalSampler(dataset)` to its DataLoader.",
+            stacklevel=2,
+        )
+
+

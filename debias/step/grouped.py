@@ -1,0 +1,147 @@
+"""What methods that reweigh by group share on Lightning's side: ids, counts of the training set, bad rows, logging."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from debias.errors import BatchKeyError, DebiasError
+from debias.step.batch import BatchKey, split_tags
+from debias.step.context import Step
+from debias.step.tap import LossCall
+from debias.step.watcher import Debiaser, default_name
+
+__all__ = ["GroupDebiaser", "count_groups"]
+
+
+class GroupDebiaser(Debiaser):
+    """A method that reweighs the loss by group; its module does the maths.
+
+    Args:
+        group: where the group ids are: a BatchKey, or a tuple of them whose ids are crossed.
+        n_groups: number of groups, one per key.
+        **options: see :class:`Debiaser`.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("group",)
+    stateful: ClassVar[bool] = True
+    module: Any
+
+    def __init__(
+        self, group: BatchKey | tuple[BatchKey, ...], n_groups: int | Sequence[int], *, name: str | None, **options: Any
+    ) -> None:
+        super().__init__(name=default_name(name, group, "group"), **options)
+        keys = len(group) if isinstance(group, tuple | list) else 1
+        sizes = len(n_groups) if isinstance(n_groups, tuple | list) else 1
+        if keys != sizes:
+            raise DebiasError(
+                f"Expected `n_groups` to hold one number for each key of `group={group!r}`, but got {n_groups!r}."
+                " Write e.g. `group=('target', 'place'), n_groups=(2, 2)`."
+            )
+        self.group = group
+        self.n_groups = n_groups
+
+    def sample_ids(self, step: Step) -> Tensor:
+        """Group ids ``(N,)`` or membership ``(N, G)``."""
+        ids = step.ids(self.group, self.n_groups, argument="group")
+        if ids.dtype == torch.bool and ids.shape[1] != self.module.n_groups:
+            raise BatchKeyError(
+                f"Expected the membership `group={self.group!r}` to have shape (N, {self.module.n_groups}), but got"
+                f" {tuple(ids.shape)}. Correct `n_groups`."
+            )
+        return ids
+
+    def reweigh(self, calls: list[LossCall], step: Step) -> list[Tensor]:
+        """The module's losses for these calls; bad rows raise on CPU at once, elsewhere on logging steps."""
+        ids = self.sample_ids(step)
+        device = str(calls[0].num.device.type)
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _nothing:
+            losses = self.module.reweigh([(call.num, call.den, call.of_rows(ids)) for call in calls])
+        if step.logging:
+            self.module.raise_if_bad()
+            for key, values in self.module.by_group().items():
+                for name, value in zip(self.module.group_names, values.unbind(), strict=True):
+                    self.log_value(f"{key}/{name}", value, step)
+        return losses
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Count the groups of the training set once, if the method needs it and nobody gave or saved the counts."""
+        if self.module.needs_counts and not self.module.has_counts:
+            self.module.set_counts(count_groups(trainer, self.group, self.n_groups))
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """No epoch ends with bad rows unsaid."""
+        self.module.raise_if_bad()
+
+
+class _Nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *args: object) -> None: ...
+
+
+_nothing = _Nothing()
+
+
+def count_groups(trainer: Any, key: Any, n_groups: int | Sequence[int]) -> Tensor:
+    """Number of training samples of each group, the same on every rank.
+
+    Tags are counted as they stand; ids inside the batch take one pass over the training set.
+
+    Returns:
+        float64 ``(G,)``.
+
+    Raises:
+        DebiasError: the training data has no length.
+    """
+    loaders = trainer.train_dataloader
+    loaders = list(loaders.values()) if isinstance(loaders, dict) else loaders
+    counts = None
+    for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+        dataset = getattr(loader, "dataset", None)
+        if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            raise DebiasError(
+                f"Expected `group_counts` to be given where the training data cannot be counted, but got"
+                f" {type(dataset if dataset is not None else loader).__name__}. Pass `group_counts=[...]`."
+            )
+        found = _count(loader, dataset, key, n_groups, trainer)
+        counts = found if counts is None else counts + found
+    return counts  # type: ignore[return-value]
+
+
+def _count(loader: Any, dataset: Any, key: Any, n_groups: Any, trainer: Any) -> Tensor:
+    keys = list(key) if isinstance(key, tuple | list) else [key]
+    tags = [_tag_array(dataset, k) for k in keys]
+    if all(t is not None for t in tags):
+        parts: Any = [(None, dict(zip([str(k) for k in keys], tags, strict=True)))]
+    else:
+        with torch.random.fork_rng(devices=[]):
+            parts = [split_tags(b) for b in DataLoader(dataset, batch_size=256, collate_fn=loader.collate_fn)]
+    total = torch.zeros(1)
+    for batch, tag_values in parts:
+        step = Step(trainer, _OnCPU, "train", batch, tag_values)
+        ids = step.ids(key, n_groups)
+        size = int(torch.tensor(n_groups).prod())
+        found = ids.sum(0).double() if ids.dtype == torch.bool else torch.bincount(ids[(ids >= 0) & (ids < size)], minlength=size)
+        total = total + found.double()
+    return total
+
+
+class _OnCPU:
+    device = torch.device("cpu")
+
+
+def _tag_array(dataset: Any, key: Any) -> Any:
+    """The whole array of a tag, through subsets and nested tags; None if there is none."""
+    if isinstance(dataset, Subset):
+        inner = _tag_array(dataset.dataset, key)
+        return None if inner is None else inner[torch.as_tensor(dataset.indices)]
+    value = vars(dataset).get("tags", {}).get(key) if isinstance(key, str) else None
+    if isinstance(value, Tensor):
+        return value
+    inner = vars(dataset).get("dataset")
+    return _tag_array(inner, key) if inner is not None and isinstance(inner, object) and hasattr(inner, "__dict__") else None

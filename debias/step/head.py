@@ -1,0 +1,142 @@
+"""Finding the classifier head and the features it reads, without being told. No Lightning here.
+
+In the first step every ``F.linear`` is noted; the one whose output became the logits of the loss is the head. From then
+on a hook on that module delivers its input, so that nothing else is kept alive.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from debias.errors import HeadNotFoundError
+
+if TYPE_CHECKING:
+    from debias.step.tap import LossCall
+
+__all__ = ["HeadFinder", "HeadTap"]
+
+_T = torch.Tensor
+# Operations between head and loss that leave every logit what it is.
+_PASS = frozenset(
+    [_T.float, _T.double, _T.to, _T.contiguous, _T.squeeze, _T.unsqueeze, _T.view, _T.reshape, _T.flatten, _T.type_as]
+    + [torch.squeeze, torch.unsqueeze, torch.reshape, torch.flatten, torch.transpose, _T.transpose, _T.permute, _T.clone]
+)
+
+
+class HeadFinder:
+    """Notes linear layers (and 1x1 convolutions) of one step and matches their outputs with the logits of a loss."""
+
+    def __init__(self) -> None:
+        self._linears: list[tuple[Tensor, Tensor, Tensor]] = []  # output, input, weight
+        self._passed: list[tuple[Tensor, Tensor]] = []  # output, input
+
+    def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Note one operation."""
+        if func is F.linear or func is F.conv2d or func is torch.conv2d:
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            if isinstance(weight, Tensor) and (weight.ndim == 2 or weight.shape[2:] == (1, 1)):
+                source = args[0] if args else kwargs["input"]
+                self._linears.append((out, source, weight))
+        elif func in _PASS and isinstance(out, Tensor):
+            self._passed.append((out, args[0]))
+
+    def match(self, call: LossCall) -> None:
+        """Set ``call.features`` and ``call.head`` (its weight, for now) if the logits are a linear layer's output."""
+        logits, end = call.logits, len(self._passed)
+        while True:
+            for out, source, weight in self._linears:
+                if out is logits:
+                    call.features, call.head = source, weight  # type: ignore[assignment]
+                    return
+            # By position, not identity alone: `.float()` may return its argument.
+            for i in range(end - 1, -1, -1):
+                if self._passed[i][0] is logits:
+                    logits, end = self._passed[i][1], i
+                    break
+            else:
+                return
+
+
+class HeadTap:
+    """Delivers features and head of the selected loss: found in the first step, hooked from the second.
+
+    Args:
+        root: the user's module.
+        path: dotted path of the head, or None to find it.
+        compiled: something in the module is compiled. A hook added now would silently never run, so the noting goes on.
+    """
+
+    def __init__(self, root: nn.Module, path: str | None, *, compiled: bool = False) -> None:
+        self.root = root
+        self.head: nn.Module | None = None
+        self._inputs: list[Tensor] = []
+        self._handle: Any = None
+        self._keep_finding = compiled
+        if path is not None:
+            self.head = submodule(root, path, argument="head")
+            self._hook()
+
+    def start(self) -> HeadFinder | None:
+        """Begin a step: nothing of an earlier one may be used."""
+        self._inputs.clear()
+        return HeadFinder() if self.head is None or (self._keep_finding and self._handle is None) else None
+
+    def resolve(self, call: LossCall) -> None:
+        """Give a call its features and its head.
+
+        Raises:
+            HeadNotFoundError: the logits are no linear layer's output, or the head ran not exactly once in this step.
+        """
+        if self._handle is not None:
+            if len(self._inputs) != 1:
+                raise HeadNotFoundError(
+                    f"Expected the head to run once in a step, but it ran {len(self._inputs)} times. Name the layer that"
+                    " makes the logits of the loss: `head='dotted.path'`."
+                )
+            call.features, call.head = self._inputs[0], self.head
+            return
+        weight = call.head
+        found = [m for m in self.root.modules() if getattr(m, "weight", None) is weight] if weight is not None else []
+        if not found:
+            raise HeadNotFoundError(
+                f"Expected the logits of `{call.name}` to be the output of a linear layer of the module, but no layer"
+                " was found (averaged heads, `logits / temperature` and cosine heads are not). Name it:"
+                " `head='dotted.path'`."
+            )
+        self.head = call.head = found[0]
+        if not self._keep_finding:
+            self._hook()
+
+    def close(self) -> None:
+        """Take the hook away."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _hook(self) -> None:
+        from debias.step.proxy import Hook
+
+        self._handle = self.head.register_forward_pre_hook(Hook(self._keep_input))  # type: ignore[union-attr]
+
+    def _keep_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._inputs.append(args[0])
+
+
+def submodule(root: nn.Module, path: str, *, argument: str) -> nn.Module:
+    """The submodule at a dotted path.
+
+    Raises:
+        HeadNotFoundError: there is none; the error lists what is there.
+    """
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        names = [name for name, _ in root.named_modules() if name]
+        raise HeadNotFoundError(
+            f"Expected `{argument}` to be the dotted path of a submodule, but got {path!r}. There are:"
+            f" {', '.join(names[-20:])}."
+        ) from None

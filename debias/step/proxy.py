@@ -1,0 +1,91 @@
+"""Stand-ins for a module's methods and hooks that survive pickling and deep copies, and can be taken back."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["Hook", "StepProxy", "attach", "detach"]
+
+
+class StepProxy:
+    """Runs ``around(original, args, kwargs)`` where the module's method stood.
+
+    A closure would not pickle and would keep deep copies bound to the original module. Pickles and copies of a module
+    that carries this proxy get the plain method back, so they are ordinary modules: weight averaging, SWA and
+    ``ddp_spawn`` see nothing of us.
+    """
+
+    def __init__(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        self.owner = owner
+        self.name = name
+        self.around = around
+        self.had_instance_attribute = name in vars(owner)  # torch.compile sets one
+        self.original = getattr(owner, name)
+        # Sets __wrapped__, which Lightning's is_overridden and signature checks follow to the user's own method.
+        functools.update_wrapper(self, self.original, updated=())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.around(self.original, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.had_instance_attribute:
+            return copy.deepcopy(self.original, memo)
+        owner = memo.get(id(self.owner), self.owner)
+        return getattr(type(owner), self.name).__get__(owner)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.had_instance_attribute:
+            return _same, (self.original,)
+        return _plain_method, (self.owner, self.name)
+
+
+class Hook:
+    """A module hook whose copies and pickles do nothing, so that a copied module is free of us."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _inert
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _get_inert, ()
+
+
+def attach(owner: Any, name: str, around: Callable[..., Any]) -> StepProxy:
+    """Put a proxy where ``owner.name`` stands, as an instance attribute."""
+    proxy = StepProxy(owner, name, around)
+    setattr(owner, name, proxy)
+    return proxy
+
+
+def detach(proxy: StepProxy) -> None:
+    """Take a proxy back, restoring an instance attribute that stood there before. Safe to call twice."""
+    if vars(proxy.owner).get(proxy.name) is not proxy:
+        return
+    if proxy.had_instance_attribute:
+        setattr(proxy.owner, proxy.name, proxy.original)
+    else:
+        delattr(proxy.owner, proxy.name)
+
+
+def _inert(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _get_inert() -> Callable[..., None]:
+    return _inert
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+def _plain_method(owner: Any, name: str) -> Any:
+    return getattr(type(owner), name).__get__(owner)

@@ -1,0 +1,76 @@
+"""Losses that exist only per batch, such as a detector's: the user's step is run once per group.
+
+The one place with a Python loop over groups. The groups' forward passes are separate: BatchNorm in training mode sees
+one group at a time, which differs from one pass over the whole batch (freeze it, as detectors do).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from debias.errors import LossNotFoundError, RowsError
+from debias.step.context import Step
+from debias.step.tap import LossCall
+
+if TYPE_CHECKING:
+    from debias.step.watcher import Debiaser
+
+__all__ = ["split_losses", "take_samples"]
+
+
+def split_losses(
+    original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], step: Step, reweigher: Debiaser
+) -> tuple[Tensor, Any]:
+    """Run the step on the samples of each group and combine the groups' losses.
+
+    Returns:
+        The debiased loss and the last output of the step.
+    """
+    ids = reweigher.sample_ids(step)
+    if ids.ndim != 1:
+        raise RowsError(
+            f"Expected `losses='split'` to get one group id per sample, but got a membership of shape {tuple(ids.shape)}:"
+            " a sample cannot be in two passes. Give ids of shape (N,)."
+        )
+    numbers = ids.tolist()
+    n = len(numbers)
+    nums, dens, firsts, output = [], [], [], None
+    for group in sorted(set(numbers)):
+        members = [i for i, number in enumerate(numbers) if number == group]
+        part = take_samples(step.batch, members, n)
+        output = original(part, *args[1:], **kwargs) if args else original(*args, **{**kwargs, next(iter(kwargs)): part})
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor):
+            raise LossNotFoundError(
+                f"Expected the training step to return a loss for every group with `losses='split'`, but got {loss!r}."
+                " Return a loss of zero instead of skipping."
+            )
+        nums.append(loss.float() * len(members) if loss.dtype in (torch.float16, torch.bfloat16) else loss * len(members))
+        dens.append(float(len(members)))
+        firsts.append(members[0])
+    num = torch.stack(nums)
+    den = torch.tensor(dens, dtype=num.dtype, device=num.device)
+    rows = torch.tensor(firsts, device=num.device)
+    call = LossCall("training_step", None, None, "mean", 0, lambda: (num, den), lambda call, num: rows)
+    return reweigher.reweigh([call], step)[0], output
+
+
+def take_samples(batch: Any, members: list[int], n: int) -> Any:
+    """The same batch with only some of its samples: rows of tensors with ``n`` rows, elements of lists with ``n``."""
+    if isinstance(batch, Tensor):
+        return batch[torch.tensor(members, device=batch.device)] if batch.ndim and batch.shape[0] == n else batch
+    if isinstance(batch, Mapping):
+        return type(batch)({k: take_samples(v, members, n) for k, v in batch.items()})  # type: ignore[call-arg]
+    if isinstance(batch, tuple | list):
+        stacked = all(isinstance(x, Tensor) and x.ndim and x.shape[0] == n for x in batch)
+        nested = any(isinstance(x, tuple | list) and len(x) == n for x in batch)
+        if len(batch) == n and not stacked and not nested:  # one element per sample, such as a detector's images
+            chosen = [batch[i] for i in members]
+        else:
+            chosen = [take_samples(x, members, n) for x in batch]
+        return type(batch)(*chosen) if hasattr(batch, "_fields") else type(batch)(chosen)
+    return batch

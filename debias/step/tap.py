@@ -1,0 +1,488 @@
+"""The loss tap: sees every torch loss of a step, takes it apart per sample, hands back a debiased one. No Lightning here.
+
+A ``TorchFunctionMode`` sees ``F.cross_entropy`` and its like in any call style. Per sample it keeps ``num_i`` and
+``den_i``, with ``mean = sum num / sum den``: with class weights, ``ignore_index``, spatial targets or label smoothing
+a per-sample *mean* loss would be wrong. A loss computed with ``reduction="none"`` is followed through masks, weights
+and reshapes to the ``.mean()`` or ``.sum()`` that ends it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.nn._reduction import legacy_get_string
+from torch.overrides import TorchFunctionMode
+
+from debias.errors import LossNotFoundError, RowsError
+from debias.step.distributed import as_global, global_sum, is_distributed, world_size
+from debias.step.head import HeadFinder
+from debias.step.rows import CASTS, MOVES, RowTracker, apply_move
+
+__all__ = ["LOSSES", "LossCall", "LossTap"]
+
+_T = torch.Tensor
+
+
+@dataclass(eq=False)
+class LossCall:
+    """One loss of one step, taken apart.
+
+    Attributes:
+        name: name of the loss function, e.g. ``"cross_entropy"``.
+        logits: what the loss was computed from, as the step passed it.
+        target: the target, as the step passed it.
+        reduction: ``"mean"``, ``"sum"``, or ``"none"`` for losses reduced by the step itself.
+        position: how many losses came before it in this step.
+        features: input of the classifier head, shape ``(N, d)``, where a method asked for it.
+        head: the classifier head, where a method asked for it.
+    """
+
+    name: str
+    logits: Tensor | None
+    target: Tensor | None
+    reduction: str
+    position: int
+    _elements: Callable[[], tuple[Tensor, Tensor]]
+    _sample_of: Callable[[LossCall, Tensor], Tensor | None]
+    _mean_over: int | None = None  # `reduction="none"` then `.mean()`: the number of elements the step divides by
+    features: Tensor | None = None
+    head: nn.Module | None = None
+    edge: Any = None  # of the tensor handed back, before the step may have changed it in place
+    late: _Late | None = None
+
+    @cached_property
+    def elements(self) -> tuple[Tensor, Tensor]:
+        """Numerator and denominator per element, at least float32, in the shape of ``reduction="none"``."""
+        num, den = self._elements()
+        if num.dtype in (torch.float16, torch.bfloat16):
+            num = num.float()
+        return num, den.to(num.dtype).expand(num.shape)
+
+    @cached_property
+    def _per_row(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        num, den = self.elements
+        if num.ndim == 0:
+            num, den = num.reshape(1), den.reshape(1)
+        index = self._sample_of(self, num)
+        if index is not None and index.shape == num.shape:
+            return num.flatten(), den.flatten(), index.flatten()
+        if num.ndim > 1:
+            num, den = num.flatten(1).sum(1), den.flatten(1).sum(1)
+        return num, den, index
+
+    @property
+    def num(self) -> Tensor:
+        """Numerators, shape ``(rows,)``, differentiable."""
+        return self._per_row[0]
+
+    @property
+    def den(self) -> Tensor:
+        """Denominators, shape ``(rows,)``; the mean loss is ``num.sum() / den.sum()``."""
+        return self._per_row[1]
+
+    @property
+    def rows(self) -> Tensor | None:
+        """Sample of each row, int64 ``(rows,)``; None where row i is sample i."""
+        return self._per_row[2]
+
+    def of_rows(self, per_sample: Tensor) -> Tensor:
+        """Values per row from values per sample, e.g. group ids ``(N,)`` or membership ``(N, G)``."""
+        return per_sample if self.rows is None else per_sample[self.rows]
+
+    def scaled(self, mean: Tensor) -> Tensor:
+        """From a (debiased) mean loss to what the step's own reduction would have returned for it."""
+        if self.reduction == "mean":
+            return mean
+        total = global_sum(self.elements[1].detach().sum())
+        if self.reduction == "sum":
+            return mean * (total / world_size())
+        count = global_sum(torch.as_tensor(float(self._mean_over or 1), dtype=total.dtype, device=total.device))
+        return mean * (total / count)
+
+    def mean(self) -> Tensor:
+        """The mean loss of the global batch; its gradient is this rank's share of it."""
+        num, den = self.elements
+        local = num.sum()
+        if not is_distributed():
+            return local / den.sum()
+        sums = global_sum(torch.stack((local.detach(), den.detach().sum())))
+        return as_global(local * (world_size() / sums[1]), sums[0] / sums[1])
+
+
+class _LateGradient(torch.autograd.Function):
+    """A loss whose per-element weights are only known once the step has ended, and are read in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, num: Tensor, value: Tensor, late: _Late) -> Tensor:
+        ctx.late = late
+        return value.detach().clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad * ctx.late.gradient, None, None
+
+
+@dataclass(eq=False)
+class _Late:
+    value: Tensor
+    gradient: Tensor | None = None
+
+
+@dataclass(eq=False)
+class _Pending:
+    """A tensor of losses that nobody has reduced yet, with denominators and sample numbers of the same shape."""
+
+    tensor: Tensor
+    den: Tensor
+    index: Tensor | None
+    call: LossCall
+    node: Any = None
+
+
+def _legacy(arguments: dict[str, Any]) -> str:
+    size_average, reduce = arguments.get("size_average"), arguments.get("reduce")
+    if size_average is not None or reduce is not None:
+        return legacy_get_string(size_average, reduce, emit_warning=False)
+    return str(arguments.get("reduction", "mean"))
+
+
+def _ones(elements: Tensor, arguments: dict[str, Any]) -> Tensor:
+    return elements.new_ones(())
+
+
+def _class_weights(elements: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """CE and NLL with class indices divide by the weights of the targets that count."""
+    target, weight = arguments["target"], arguments.get("weight")
+    if target.is_floating_point():
+        return elements.new_ones(())
+    counts = target != arguments.get("ignore_index", -100)
+    if weight is None:
+        return counts.to(elements.dtype)
+    # An ignored target may be no class at all, so it must not be looked up.
+    return torch.where(counts, weight.detach()[torch.where(counts, target, 0)].to(elements.dtype), 0)
+
+
+def _weights(elements: Tensor, arguments: dict[str, Any]) -> Tensor:
+    weight = arguments.get("weight")
+    return elements.new_ones(()) if weight is None else weight.detach().to(elements.dtype).expand(elements.shape)
+
+
+def _kl_count(elements: Tensor, arguments: dict[str, Any]) -> Tensor:
+    if _legacy(arguments) != "batchmean":
+        return elements.new_ones(())
+    return elements.new_full((), elements.shape[0] / max(elements.numel(), 1))
+
+
+# Denominator of each torch loss, per element of its reduction="none".
+LOSSES: dict[Any, Callable[[Tensor, dict[str, Any]], Tensor]] = {
+    F.cross_entropy: _class_weights,
+    F.nll_loss: _class_weights,
+    F.mse_loss: _weights,
+    F.l1_loss: _weights,
+    F.smooth_l1_loss: _ones,
+    F.huber_loss: _weights,
+    F.kl_div: _kl_count,
+    **dict.fromkeys(
+        (
+            F.binary_cross_entropy,
+            F.binary_cross_entropy_with_logits,
+            F.gaussian_nll_loss,
+            F.poisson_nll_loss,
+            F.soft_margin_loss,
+            F.hinge_embedding_loss,
+            F.margin_ranking_loss,
+            F.cosine_embedding_loss,
+            F.multi_margin_loss,
+            F.multilabel_margin_loss,
+            F.multilabel_soft_margin_loss,
+            F.triplet_margin_loss,
+        ),
+        _ones,
+    ),
+}
+_NAMES = {loss: tuple(inspect.signature(loss).parameters) for loss in LOSSES}
+_SECOND = {loss: names[1] for loss, names in _NAMES.items()}  # target, except of the ranking losses
+
+_MUL = frozenset({_T.mul, torch.mul, torch.multiply, _T.multiply})
+_DIV = frozenset({_T.div, torch.div, torch.true_divide, _T.true_divide, torch.divide, _T.divide})
+_SUM = frozenset({_T.sum, torch.sum})
+_MEAN = frozenset({_T.mean, torch.mean})
+_WHERE = frozenset({torch.where})
+_FILL = frozenset({_T.masked_fill, torch.masked_fill})
+_ADD = frozenset({_T.add, torch.add})
+_FOLLOWED = MOVES | CASTS | _MUL | _DIV | _SUM | _MEAN | _WHERE | _FILL | _ADD
+
+
+@dataclass(eq=False)
+class LossTap(TorchFunctionMode):
+    """Watches the losses of one step; make a fresh one for every step.
+
+    Args:
+        combine: makes the loss to hand back from a call; None returns the original call's own result.
+        late: hand back a provisional mean, and read the gradient in backward: for steps whose right loss is only known
+            once all losses have been seen.
+        training: only losses that require a gradient count, and unreduced losses are followed.
+        tracker: tells which sample a row belongs to; None where nobody asks.
+        rows: the user's own answer to that question.
+        finder: records what the classifier head needs to be found by; None where nobody asks.
+    """
+
+    combine: Callable[[LossCall], Tensor] | None = None
+    late: bool = False
+    training: bool = True
+    tracker: RowTracker | None = None
+    rows: Callable[[LossCall, int], Tensor] | str | None = None
+    finder: HeadFinder | None = None
+    calls: list[LossCall] = field(default_factory=list)
+    suspended: int = 0
+    needed_rows: bool = False
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._pending: list[_Pending] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.suspended:
+            return func(*args, **kwargs)
+        if func in LOSSES:
+            return self._loss(func, args, kwargs)
+        if self._pending and func in _FOLLOWED:
+            followed = self._follow(func, args, kwargs)
+            if followed is not None:
+                return followed
+        out = func(*args, **kwargs)
+        if self.tracker is not None and self.tracker.recording and (func in MOVES or func in CASTS):
+            self.tracker.record(func, args, kwargs, out)
+        if self.finder is not None:
+            self.finder.record(func, args, kwargs, out)
+        return out
+
+    # -- losses ------------------------------------------------------------------------------------------------------
+
+    def _loss(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        arguments = dict(zip(_NAMES[func], args, strict=False)) | kwargs
+        logits, target = arguments[_NAMES[func][0]], arguments.get(_SECOND[func])
+        if self.training and not (torch.is_grad_enabled() and _requires_grad(logits, target)):
+            return func(*args, **kwargs)
+        reduction = _legacy(arguments)
+        plain = {k: v for k, v in arguments.items() if k not in ("reduction", "size_average", "reduce")}
+
+        def elements() -> tuple[Tensor, Tensor]:
+            unreduced = _unreduced(func, plain)
+            return unreduced, LOSSES[func](unreduced, arguments)
+
+        call = self._call(func.__name__, logits, target, "mean" if reduction == "batchmean" else reduction, elements)
+        if reduction != "none":
+            self.calls.append(call)
+            return self._hand_back(call, lambda: func(*args, **kwargs))
+        out = func(*args, **kwargs)
+        if self.training:
+            den = LOSSES[func](out.detach(), arguments).expand(out.shape)
+            call._elements = lambda: (out, den)
+            index = self._sample_numbers(call, out)
+            self._pending.append(_Pending(out, den, index, call, out.grad_fn))
+        else:
+            self.calls.append(call)
+        return out
+
+    def adapted(self, name: str, logits: Any, target: Any, losses: Tensor, den: Tensor | None, original: Tensor) -> Tensor:
+        """Take a loss that torch's functions do not show from an adapter: per-sample losses ``(rows, ...)``."""
+        if self.training and not (torch.is_grad_enabled() and losses.requires_grad):
+            return original
+        ones = losses.new_ones(()) if den is None else den
+        call = self._call(name, logits, target, "mean", lambda: (losses, ones.expand(losses.shape)))
+        self.calls.append(call)
+        return self._hand_back(call, lambda: original)
+
+    def _call(self, name: str, logits: Any, target: Any, reduction: str, elements: Any) -> LossCall:
+        call = LossCall(name, logits, target, reduction, len(self.calls), elements, self._sample_numbers)
+        if self.finder is not None and isinstance(logits, Tensor):
+            self.finder.match(call)
+        return call
+
+    def _hand_back(self, call: LossCall, original: Callable[[], Tensor]) -> Tensor:
+        if self.combine is None or not self.training:
+            out = original()
+        elif self.late:
+            num = call.elements[0]
+            call.late = _Late(call.scaled(call.mean()).detach())
+            out = _LateGradient.apply(num, call.late.value, call.late)
+        else:
+            out = self.combine(call)
+        if out.requires_grad and self.training:
+            call.edge = torch.autograd.graph.get_gradient_edge(out)
+        return out
+
+    def _sample_numbers(self, call: LossCall, num: Tensor) -> Tensor | None:
+        """Sample numbers for ``num`` (shaped like it, or one per row); None if row i is sample i or nobody asks."""
+        if self.tracker is None:
+            return None
+        n, shape = self.tracker.n, num.shape
+        if self.rows is not None:
+            return _given_rows(self.rows, call, n, shape, num.device)
+        if not self.tracker.recording and shape[:1] == (n,):
+            return None
+        candidates = [x for x in (call.target, call.logits) if isinstance(x, Tensor)]
+        index = self.tracker.resolve(candidates, shape[0] if num.ndim else 1)
+        if index is None:
+            return None
+        if isinstance(index, bool):
+            raise _rows_error(call, n, shape)
+        self.needed_rows = True
+        return _aligned(index, shape)
+
+    # -- unreduced losses --------------------------------------------------------------------------------------------
+
+    def _find(self, x: Any) -> _Pending | None:
+        for pending in self._pending:
+            if pending.tensor is x:
+                return pending
+        return None
+
+    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Carry denominators and sample numbers through one operation on an unreduced loss; None if it is none."""
+        pending = self._find(args[0]) if args else None
+        if func in _MUL and pending is None and len(args) > 1 and (pending := self._find(args[1])) is not None:
+            args = (args[1], args[0])
+        if func in _WHERE and len(args) == 3:
+            pending = self._find(args[1])
+        if pending is None:
+            return None
+        if (func in _SUM or func in _MEAN) and (len(args) < 2 or args[1] is None) and kwargs.get("dim") is None:
+            return self._reduced(func in _MEAN, pending, lambda: func(*args, **kwargs))
+        out = func(*args, **kwargs)
+        den, index = pending.den, pending.index
+        if func in CASTS:
+            pass
+        elif func in MOVES:
+            if isinstance(out, tuple | list):
+                for part, x in enumerate(out):
+                    moved = None if index is None else apply_move(func, args, kwargs, index, part)
+                    self._pending.append(_Pending(x, apply_move(func, args, kwargs, den, part), moved, pending.call))
+                return out
+            getter = getattr(func, "__name__", "") == "__get__"
+            den = func(den) if getter else apply_move(func, args, kwargs, den, None)
+            if index is not None:
+                index = func(index) if getter else apply_move(func, args, kwargs, index, None)
+        elif func in _SUM or func in _MEAN:
+            den = func(den, *args[1:], **kwargs)
+            if index is not None:
+                index = _reduced_index(index, out, args, kwargs)
+        elif func in _MUL or func in _DIV:
+            other = args[1] if len(args) > 1 else kwargs.get("other")
+            # A tensor of weights or a mask weighs numerator and denominator alike; a scalar only scales the loss, and
+            # a factor that is learned from (the focal term) is part of the loss, not a weight.
+            if isinstance(other, Tensor) and other.ndim and not other.requires_grad:
+                weight = other.to(den.dtype)
+                den = den * weight if func in _MUL else den / weight
+            den = den.expand(out.shape)
+            index = None if index is None else index.expand(out.shape)
+        elif func in _WHERE:
+            den = torch.where(args[0], den, 0)
+        elif func in _FILL:
+            den = den.masked_fill(args[1] if len(args) > 1 else kwargs["mask"], 0)
+        elif self._find(args[1] if len(args) > 1 else None) is None:  # only losses of the same samples are added
+            return out
+        self._pending.append(_Pending(out, den, index, pending.call, out.grad_fn))
+        return out
+
+    def _reduced(self, is_mean: bool, pending: _Pending, original: Callable[[], Tensor]) -> Tensor:
+        num, den, index, first = pending.tensor, pending.den, pending.index, pending.call
+        call = self._call(first.name, first.logits, first.target, "none" if is_mean else "sum", lambda: (num, den))
+        call._sample_of = lambda call, flat: None if index is None else index.reshape(flat.shape)
+        call._mean_over = num.numel() if is_mean else None
+        self.calls.append(call)
+        return self._hand_back(call, original)
+
+    def untapped(self) -> list[_Pending]:
+        """Unreduced losses, as the loss functions returned them, for the coverage check."""
+        return [pending for pending in self._pending if pending.call._elements is not None]
+
+
+def _requires_grad(*tensors: Any) -> bool:
+    return any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+
+
+def _unreduced(func: Any, arguments: dict[str, Any]) -> Tensor:
+    """The loss per element, computed in at least float32 and outside autocast."""
+    upcast = {
+        name: x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
+        for name, x in arguments.items()
+    }
+    device = next(x.device.type for x in arguments.values() if isinstance(x, Tensor))
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return func(**upcast, reduction="none")
+    return func(**upcast, reduction="none")
+
+
+def _aligned(index: Tensor, shape: torch.Size) -> Tensor:
+    """Sample numbers in the shape of the losses, or one per row."""
+    if index.ndim == len(shape) + 1:  # logits or soft targets: the class axis is gone in the loss
+        index = index.select(1, 0)
+    if index.shape == shape:
+        return index
+    return index.flatten(1)[:, 0] if index.ndim > 1 else index
+
+
+def _given_rows(rows: Any, call: LossCall, n: int, shape: torch.Size, device: torch.device) -> Tensor | None:
+    count = shape[0] if shape else 1
+    if callable(rows):
+        index = torch.as_tensor(rows(call, n), device=device)
+        if index.is_floating_point() or index.shape not in (shape, shape[:1]):
+            raise RowsError(
+                f"Expected `rows` to return int64 sample numbers of shape {tuple(shape[:1])} or {tuple(shape)}, but got"
+                f" {index.dtype} of shape {tuple(index.shape)}. Return for each row of the loss the sample it belongs to."
+            )
+        return index
+    if count % n:
+        raise RowsError(
+            f"Expected the rows of the loss to be a multiple of the {n} samples with `rows={rows!r}`, but got {count}."
+            " Pass `rows=callable(call, n)` that returns the sample of each row."
+        )
+    numbers = torch.arange(n, device=device)
+    return numbers.repeat(count // n) if rows == "tiled" else numbers.repeat_interleave(count // n)
+
+
+def _rows_error(call: LossCall, n: int, shape: torch.Size) -> RowsError:
+    return RowsError(
+        f"Expected the rows of `{call.name}` to be those of the batch, but the loss has shape {tuple(shape)} and the"
+        f" batch {n} ids. If the rows are built from the samples, say how: `rows='tiled'` (all samples, then all again),"
+        " `rows='interleaved'` (all rows of a sample together), or `rows=callable(call, n)` that returns the sample of"
+        " each row."
+    )
+
+
+def _reduced_index(index: Tensor, out: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Sample numbers after a sum or mean over some axes; the axes must not run over samples."""
+    dims = args[1] if len(args) > 1 else kwargs["dim"]
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    if any(d % index.ndim == 0 for d in dims) and index.ndim > 1:
+        raise RowsError(
+            "Expected an unreduced loss to be summed over its trailing axes or over all of them, but got a sum over axis"
+            f" 0 of shape {tuple(index.shape)}, which mixes samples. Reduce the trailing axes first, then all."
+        )
+    for d in sorted((d % index.ndim for d in dims), reverse=True):
+        index = index.select(d, 0)
+    return index.reshape(out.shape)
+
+
+def no_loss_error(seen: list[str]) -> LossNotFoundError:
+    """What to say where a training step shows no loss that can be taken apart."""
+    hint = f" It computes {', '.join(sorted(set(seen)))}, which has no per-sample form (it compares whole sets)." if seen else ""
+    return LossNotFoundError(
+        "Expected the training step to compute its loss with a torch loss function (cross_entropy, mse_loss, ...), but"
+        f" none that requires a gradient reaches the returned loss.{hint} Ways out: return {{'loss': loss, 'losses':"
+        " per_sample}} with losses of shape (N,); or return {'loss', 'logits', 'targets'}; or register the loss once with"
+        " `debias.register_loss(LossClass, per_sample)`; for models that only give a loss per batch, such as detectors,"
+        " pass `losses='split'`."
+    )

@@ -1,0 +1,305 @@
+"""The two base classes of everything debias puts into ``Trainer(callbacks=[...])``.
+
+A :class:`StepWatcher` sees steps; a :class:`Debiaser` changes training steps in up to three ways, in this order:
+*augment* the batch, *reweigh* the loss, *penalise*.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+from debias.errors import DebiasError
+from debias.step.batch import BatchKey, key_name
+from debias.step.context import Step
+from debias.step.engine import StepEngine, warn_padding
+from debias.step.owned import OwnedModule
+from debias.step.random import StepRandom
+from debias.step.tap import LossCall
+
+if TYPE_CHECKING:
+    from debias.step.engine import StepEngine as _Engine
+
+__all__ = ["Debiaser", "StepWatcher"]
+
+
+class StepWatcher(Callback):
+    """A callback that sees the steps of an unmodified module.
+
+    Args:
+        name: tells several instances of a class apart, in checkpoints and logs; by default the batch key they read.
+        allow_untested_strategy: run under a strategy other than single-device and DDP, at your own risk.
+    """
+
+    trains: ClassVar[bool] = False
+    monitors: ClassVar[bool] = False
+    stateful: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ()
+    reference: ClassVar[str] = ""
+
+    def __init__(self, *, name: str | None = None, allow_untested_strategy: bool = False) -> None:
+        self.name = name
+        self.allow_untested_strategy = allow_untested_strategy
+        self.engine: _Engine | None = None
+
+    @property
+    def adds_to_loss(self) -> bool:
+        """Whether it needs the loss after the step has ended."""
+        return False
+
+    @property
+    def state_key(self) -> str:
+        """Class and name, never hyperparameters: a run resumed with another step size finds its state."""
+        return f"{type(self).__qualname__}({self.name})" if self.name else type(self).__qualname__
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Join the engine of this run; the first watcher makes it."""
+        leader = next(callback for callback in trainer.callbacks if isinstance(callback, StepWatcher))
+        engine = leader.engine
+        if engine is None or engine.trainer is not trainer or engine.module is not pl_module:
+            if engine is not None:
+                engine.close()
+            engine = leader.engine = StepEngine(trainer, pl_module)
+        self.engine = engine
+        try:
+            engine.check(self, stage)
+        except DebiasError:
+            self.teardown(trainer, pl_module, stage)
+            raise
+        engine.open(stage)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave the module as it was."""
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave the module as it was, also after an exception or Ctrl-C."""
+        self.teardown(trainer, pl_module, "")
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Say so when a run is resumed from a checkpoint that holds no state for this method."""
+        if self.stateful and self.state_key not in (checkpoint.get("callbacks") or {}):
+            warnings.warn(
+                f"The checkpoint holds no state of {self.state_key}: it starts afresh. Expected when a method is added to a"
+                " finished run; otherwise check `name=` and the batch key.",
+                stacklevel=2,
+            )
+
+    def _log_name(self, key: str, step: Step) -> str:
+        """Where a value of this method is logged."""
+        return f"train/{key}"
+
+    def log_value(self, key: str, value: Tensor, step: Step) -> None:
+        """Log one value from inside a training step; call it on logging steps only."""
+        step.module.log(self._log_name(key, step), value, on_step=True, on_epoch=False, batch_size=step.n or 1)
+
+    def observe(self, step: Step, calls: list[LossCall], forward_output: Any, output: Any) -> None:
+        """See one evaluation step: the losses it computed, what the module's ``forward`` returned, what the step returned."""
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Make evaluation safe and exact on several ranks."""
+        self._start_evaluation(trainer, trainer.val_dataloaders)
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """Make evaluation safe and exact on several ranks."""
+        self._start_evaluation(trainer, trainer.test_dataloaders)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Training goes on as before."""
+        if self.engine is not None:
+            self.engine.resume_buffer_broadcast()
+
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        """Training goes on as before."""
+        self.on_validation_end(trainer, pl_module)
+
+    def _start_evaluation(self, trainer: Any, loaders: Any) -> None:
+        if self.engine is None or not self.monitors or trainer.world_size < 2:
+            return
+        self.engine.freeze_buffer_broadcast()
+        for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+            warn_padding(loader, trainer.world_size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Lightning puts the module's bound `log` and `log_dict` on every callback; they must not be copied along.
+        return {**{k: v for k, v in vars(self).items() if k not in ("log", "log_dict")}, "engine": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(self.__getstate__(), memo))
+        return twin
+
+
+class Debiaser(StepWatcher):
+    """A method: changes the training step of an unmodified module.
+
+    A subclass overrides one or more of :meth:`augment`, :meth:`reweigh`, :meth:`penalise`, and :meth:`sample_ids`.
+
+    Args:
+        loss: which of a step's losses is meant: None if there is one; ``"sum"`` for all of them, with the same weights;
+            the position of one; or a callable of :class:`LossCall` that says whether it is meant.
+        rows: how the rows of the loss come from the samples where that cannot be followed: ``"tiled"``,
+            ``"interleaved"``, or ``callable(call, n)`` that returns the sample of each row, int64 ``(rows,)``.
+        losses: ``"whole"``, or ``"split"`` to run the user's step once per group, for losses that exist only per batch.
+        head: dotted path of the classifier head; found automatically by default.
+        seed: seed of the method's own random numbers.
+        name: tells several instances of a class apart.
+        allow_untested_strategy: run under a strategy other than single-device and DDP, at your own risk.
+    """
+
+    trains: ClassVar[bool] = True
+    needs_features: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        loss: int | str | Callable[[LossCall], bool] | None = None,
+        rows: str | Callable[[LossCall, int], Tensor] | None = None,
+        losses: Literal["whole", "split"] = "whole",
+        head: str | None = None,
+        seed: int = 0,
+        name: str | None = None,
+        allow_untested_strategy: bool = False,
+    ) -> None:
+        super().__init__(name=name, allow_untested_strategy=allow_untested_strategy)
+        if not (loss is None or loss == "sum" or callable(loss) or (isinstance(loss, int) and loss >= 0)):
+            raise DebiasError(
+                f"Expected `loss` to be None, 'sum', an index >= 0 or a callable, but got {loss!r}. Leave it out if the"
+                " step computes one loss."
+            )
+        if not (rows is None or rows in ("tiled", "interleaved") or callable(rows)):
+            raise DebiasError(f"Expected `rows` to be 'tiled', 'interleaved' or a callable, but got {rows!r}.")
+        if losses not in ("whole", "split"):
+            raise DebiasError(f"Expected `losses` to be 'whole' or 'split', but got {losses!r}.")
+        self.loss = loss
+        self.rows = rows
+        self.losses = losses
+        self.head = head
+        self.random = StepRandom(seed, self.state_key)
+        self.module: nn.Module | None = None
+        self.owned: dict[str, OwnedModule] = {}
+        self._epoch: int | None = None
+
+    # -- what a method overrides -------------------------------------------------------------------------------------------
+
+    def augment(self, step: Step) -> None:
+        """Put a changed batch into ``step.batch``; never change the old one in place."""
+
+    def sample_ids(self, step: Step) -> Tensor:
+        """Ids of the samples this method works with, int64 ``(N,)`` or membership ``(N, G)``; read before the step."""
+        raise NotImplementedError
+
+    def reweigh(self, calls: list[LossCall], step: Step) -> list[Tensor]:
+        """Debiased mean losses, one for each call, from their ``num``, ``den`` and rows; one state update a step."""
+        raise NotImplementedError
+
+    def penalise(self, call: LossCall, step: Step) -> Tensor:
+        """What is added to the returned loss, already weighted."""
+        raise NotImplementedError
+
+    def new_epoch(self, epoch: int) -> None:
+        """Called before the first step of an epoch other than the last step's, also after a resume."""
+
+    # -- how the engine sees it --------------------------------------------------------------------------------------------
+
+    @property
+    def reweighs(self) -> bool:
+        """Whether it reweighs the loss; at most one method of a list may."""
+        return type(self).reweigh is not Debiaser.reweigh
+
+    @property
+    def penalises(self) -> bool:
+        """Whether it adds to the loss."""
+        return type(self).penalise is not Debiaser.penalise
+
+    @property
+    def adds_to_loss(self) -> bool:
+        """Whether it needs the loss after the step has ended."""
+        return self.penalises or bool(self.owned)
+
+    def start(self, step: Step) -> None:
+        """Begin a micro-batch: lazy epoch update, fresh draws, augmentation."""
+        if self._epoch != step.epoch:
+            # Applied here and not in on_train_epoch_end, which a run resumed from a checkpoint of validation end never sees.
+            if self._epoch is not None:
+                self.new_epoch(step.epoch)
+            self._epoch = step.epoch
+        self.random.start(step.counter)
+        self.augment(step)
+
+    def begin(self, step: Step) -> None:
+        """After all augmentation: read what is needed from the batch, so that errors come before the step."""
+        if type(self).sample_ids is not Debiaser.sample_ids:
+            self.sample_ids(step)
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Join the engine and move to the device."""
+        others = [c for c in trainer.callbacks if isinstance(c, Debiaser) and c.reweighs]
+        if self.reweighs and len(others) > 1:
+            raise DebiasError(
+                "Expected at most one method that reweighs the loss in `callbacks`, but got"
+                f" {', '.join(type(c).__name__ for c in others)}. Remove all but one; penalties and augmentations combine."
+            )
+        super().setup(trainer, pl_module, stage)
+        if self.module is not None:
+            self.module.to(trainer.strategy.root_device)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse optimisers the method cannot work with, now that they exist."""
+        if self.engine is not None:
+            self.engine.check_optimizers(self)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Owned networks step with the user's optimiser, after its gradients were unscaled."""
+        for owned in self.owned.values():
+            owned.step(optimizer, getattr(trainer.precision_plugin, "scaler", None))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The method's buffers, the epoch of its last step and its owned networks."""
+        state: dict[str, Any] = {"epoch": self._epoch}
+        if self.module is not None:
+            state["module"] = self.module.state_dict()
+        if self.owned:
+            state["owned"] = {name: owned.state_dict() for name, owned in self.owned.items()}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore; before or after setup, on any device.
+
+        Raises:
+            DebiasError: the state was saved with another number of groups.
+        """
+        self._epoch = state_dict["epoch"]
+        if self.module is not None:
+            try:
+                self.module.load_state_dict(state_dict["module"])
+            except RuntimeError as error:
+                raise DebiasError(
+                    f"Expected the saved state of {self.state_key} to fit, but got: {error}. Resume with the number of"
+                    " groups the checkpoint was made with."
+                ) from None
+        for name, owned in self.owned.items():
+            owned.load_state_dict(state_dict["owned"][name])
+
+
+def default_name(name: str | None, key: BatchKey | tuple[BatchKey, ...], argument: str) -> str:
+    """The instance's name: the user's own, or the batch key's.
+
+    Raises:
+        DebiasError: the key is a callable, which has no name that a later run would share.
+    """
+    found = name or key_name(key)
+    if found is None:
+        raise DebiasError(
+            f"Expected `name` to be given where `{argument}` is a callable, but got none: the state in a checkpoint is"
+            " found by it. Pass e.g. `name='place'`."
+        )
+    return found
