@@ -30,19 +30,24 @@ def readable_errors() -> Iterator[None]:
     """Turn errors of debias and missing extras into a message and exit status 1; let anything else through."""
     try:
         yield
-    except ModuleNotFoundError as error:
-        hint = missing_extra(error.name or "")
-        if hint is None:
-            raise
-        _leave(hint, error)
     except Exception as error:
-        from debias.errors import DebiasError
-
-        if not isinstance(error, DebiasError):
+        message = next(filter(None, map(_readable, _causes(error))), None)
+        if message is None:
             raise
-        _leave(str(error), error)
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(1) from error
 
 
-def _leave(message: str, error: Exception) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(1) from error
+def _readable(error: BaseException) -> str | None:
+    if isinstance(error, ModuleNotFoundError):
+        return missing_extra(error.name or "")
+    from debias.errors import DebiasError
+
+    return str(error) if isinstance(error, DebiasError) else None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Walk from an error to what caused it: jsonargparse wraps what a constructor raises."""
+    while error is not None:
+        yield error
+        error = error.__cause__

@@ -86,7 +86,7 @@ def explain(message: str, keys: Iterable[str]) -> str:
     ):
         rule = re.sub(r"<class '([^']+)'>", r"\1", found["rule"])
         return f"Expected `{found['key']}` of {found['path']} to be {rule}, but got {found['value']}."
-    union = r'^Parser key "(?P<key>[^"]+)":.*Union subtypes\s+Subtypes: \[(?P<types>.+?)\]\n.*Given value: (?P<value>.+)$'
+    union = r'^Parser key "(?P<key>[^"]+)":.*Union.*Subtypes: \[(?P<types>.+?)\]\n.*Given value: (?P<value>.+)$'
     if "class_path" not in message and (found := re.search(union, message, re.DOTALL)):
         types = re.sub(r"<class '([^']+)'>", r"\1", found["types"])
         return f"Expected `{found['key']}` to be one of {types}, but got {found['value']}."

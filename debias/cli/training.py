@@ -126,10 +126,11 @@ def _say_where_checkpoint_lies(trainer: Trainer) -> None:
 
 @rank_zero_only
 def _say_where_offline_runs_lie(trainer: Trainer) -> None:
-    for logger in _wandb_loggers(trainer):
-        run = logger.experiment
-        if getattr(run, "offline", False):
-            folder = Path(run.dir).parent
+    if _wandb_loggers(trainer):
+        import wandb
+
+        if wandb.run is not None and wandb.run.offline:
+            folder = Path(wandb.run.dir).parent
             print(f"W&B ran offline. The run lies in {folder}\nSend it with: wandb sync {folder}")
 
 
@@ -155,10 +156,10 @@ def _offline_without_login() -> None:
     """Let W&B run offline where it would otherwise ask for a key or fail; processes started later inherit this."""
     import wandb
 
-    settings = wandb.setup().settings
-    if os.environ.get("WANDB_MODE") or settings.mode != "online":
-        return  # the user has chosen
-    if not (settings.api_key or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or _in_netrc(settings.base_url)):
+    chosen = ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+    # Not `wandb.setup()`, which reads the environment once and for all.
+    server = os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url
+    if not any(map(os.environ.get, chosen)) and not _in_netrc(server):
         os.environ["WANDB_MODE"] = "offline"
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 from torch.utils.data._utils.collate import default_collate, default_convert
@@ -33,7 +34,7 @@ from debias.step.head import HeadTap
 from debias.step.proxy import Hook, StepProxy, attach, detach
 from debias.step.rows import RowTracker
 from debias.step.split import split_losses
-from debias.step.tap import LossCall, LossTap, no_loss_error
+from debias.step.tap import LossCall, LossTap, no_loss_error, unreduced
 
 if TYPE_CHECKING:
     from debias.step.watcher import Debiaser, StepWatcher
@@ -58,8 +59,10 @@ class StepEngine:
         self._tap: LossTap | None = None
         self._forward_output: Any = None
         self._frozen_ddp: Any = None
-        # What the first step taught: positions of the selected losses, and whether rows must be replayed.
+        # What the first step taught: positions of the selected losses, how many losses a step has and which of them reach
+        # the returned one, and whether rows must be replayed.
         self._positions: tuple[int, ...] | None = None
+        self._reach: tuple[int, tuple[int, ...]] | None = None
         self._rows_needed = True
 
     # -- opening and closing -------------------------------------------------------------------------------------------
@@ -258,11 +261,12 @@ class StepEngine:
         if not calls and (reweigher or penalisers):
             raise no_loss_error(_set_losses(self.module))
         if reweigher is not None:
-            selected = select_calls(calls, reweigher.loss, type(reweigher).__name__)
+            selected = [call for call in calls if call.position in (self._positions or ())]
             if tap.late:
+                selected = select_calls(calls, reweigher.loss, type(reweigher).__name__)
                 loss = _settle(loss, calls, selected, reweigher, step)
                 self._positions = tuple(call.position for call in selected)
-            elif not any(call.position in (self._positions or ()) for call in calls):
+            elif not selected:
                 raise AmbiguousLossError(
                     f"Expected the loss at position {self._positions} in every step, but this step computed"
                     f" {[call.name for call in calls]}. Compute the same losses in every step, or choose one:"
@@ -279,9 +283,9 @@ class StepEngine:
         return loss
 
     def _reaching(self, tap: LossTap, loss: Tensor) -> list[LossCall]:
-        """The losses that the returned loss depends on; looked for until the structure of the step is known."""
-        if self._positions is not None and not tap.late:
-            return tap.calls
+        """The losses that the returned loss depends on; looked for whenever the number of losses is a new one."""
+        if self._reach is not None and self._reach[0] == len(tap.calls):
+            return [call for call in tap.calls if call.position in self._reach[1]]
         ends = {call.edge.node for call in tap.calls if call.edge is not None}
         seen = _nodes(loss.grad_fn, ends)
         calls = [call for call in tap.calls if call.edge is not None and call.edge.node in seen]
@@ -294,6 +298,7 @@ class StepEngine:
                 " masks and weights only, or return {'loss': loss, 'losses': per_sample}, or"
                 " `debias.register_loss(...)`."
             )
+        self._reach = len(tap.calls), tuple(call.position for call in calls)
         return calls
 
     def _from_stated(
@@ -488,9 +493,9 @@ def _stated_losses(output: Any, tap: LossTap) -> LossCall | None:
         elements, name = losses, "losses"
     elif isinstance(logits := output.get("logits"), Tensor) and isinstance(target := output.get("targets"), Tensor):
         if target.is_floating_point() and target.shape == logits.shape:
-            elements = nn.functional.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none")
+            elements = unreduced(F.binary_cross_entropy_with_logits, {"input": logits, "target": target})
         else:
-            elements = nn.functional.cross_entropy(logits.float(), target, reduction="none")
+            elements = unreduced(F.cross_entropy, {"input": logits, "target": target})
         name = "logits"
     else:
         return None

@@ -47,6 +47,8 @@ _ROW_KEEPING = frozenset(
 
 def apply_move(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], data: Any, part: int | None) -> Tensor:
     """Run a recorded move on other data of the same shape."""
+    if func is _T.view and isinstance(data, Tensor):
+        data = data.contiguous()  # expanded, where the original was not
     out = func(data, *args[1:], **kwargs)
     return out if part is None else out[part]
 

@@ -277,8 +277,8 @@ class LossTap(TorchFunctionMode):
         plain = {k: v for k, v in arguments.items() if k not in ("reduction", "size_average", "reduce")}
 
         def elements() -> tuple[Tensor, Tensor]:
-            unreduced = _unreduced(func, plain)
-            return unreduced, LOSSES[func](unreduced, arguments)
+            losses = unreduced(func, plain)
+            return losses, LOSSES[func](losses, arguments)
 
         call = self._call(func.__name__, logits, target, "mean" if reduction == "batchmean" else reduction, elements)
         if reduction != "none":
@@ -412,7 +412,7 @@ def _requires_grad(*tensors: Any) -> bool:
     return any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
 
 
-def _unreduced(func: Any, arguments: dict[str, Any]) -> Tensor:
+def unreduced(func: Any, arguments: dict[str, Any]) -> Tensor:
     """The loss per element, computed in at least float32 and outside autocast."""
     upcast = {
         name: x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from datetime import timedelta
+from itertools import chain
 from unittest import mock
 
 import lightning as L
@@ -37,6 +38,10 @@ def drawn(sampler, *, rank=0, world=1, epoch=0):
     return indices
 
 
+def flat(lists):
+    return list(chain.from_iterable(lists))
+
+
 def batches(indices, size):
     return [indices[i : i + size] for i in range(0, len(indices), size)]
 
@@ -65,9 +70,9 @@ def test_remainders_rotate(sizes, size, world, epoch):
     for of_rank in per_rank:
         assert len(of_rank) == n_groups
         assert all(np.ptp(count(batch)) <= 1 for batch in of_rank)
-        assert np.ptp(count(sum(of_rank, []))) == 0  # equal over G consecutive batches
+        assert np.ptp(count(flat(of_rank))) == 0  # equal over G consecutive batches
     for step in zip(*per_rank, strict=True):
-        assert np.ptp(count(sum(step, []))) <= 1  # over the global batch
+        assert np.ptp(count(flat(step))) <= 1  # over the global batch
 
 
 def test_a_group_is_used_up_before_a_sample_of_it_comes_again():
@@ -90,7 +95,7 @@ def test_two_ranks_draw_disjoint_samples_and_those_of_one_rank_with_double_batch
         first, second = (batches(drawn(sampler, rank=r, world=2, epoch=epoch), 4) for r in range(2))
         whole = batches(drawn(double, epoch=epoch), 8)
         assert [sorted(a + b) for a, b in zip(first, second, strict=True)] == [sorted(b) for b in whole]
-        assert not set(sum(first, [])) & set(sum(second, []))
+        assert not set(flat(first)) & set(flat(second))
 
 
 def test_negative_ids_are_never_drawn_and_the_epoch_is_whole_batches():
@@ -159,7 +164,7 @@ def test_bad_options(options, message):
 def test_eval_sampler_deals_each_sample_once(world):
     sampler = EvalSampler(range(8))
     shares = [drawn(sampler, rank=r, world=world) for r in range(world)]
-    assert sorted(sum(shares, [])) == list(range(8))
+    assert sorted(flat(shares)) == list(range(8))
     assert all(share == sorted(share) for share in shares)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -172,9 +177,7 @@ def test_a_stateful_loader_resumes_within_an_epoch(workers, epoch):
 
     def loader():
         sampler = GroupBalancedSampler(GROUPS, 4, n_groups=4)
-        return stateful.StatefulDataLoader(
-            list(range(len(GROUPS))), batch_size=4, sampler=sampler, num_workers=workers
-        )
+        return stateful.StatefulDataLoader(list(range(len(GROUPS))), batch_size=4, sampler=sampler, num_workers=workers)
 
     first = loader()
     first.sampler.set_epoch(epoch)
@@ -207,22 +210,19 @@ def test_the_state_of_a_finished_epoch_does_not_undo_set_epoch():
 class Recorder(L.LightningModule):
     """Writes down the samples that each step of each rank sees."""
 
-    def __init__(self, folder=None, stop_after=None):
+    def __init__(self, folder=None, save_at=None):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.folder, self.stop_after = folder, stop_after
+        self.folder, self.save_at = folder, save_at
         self.train_log, self.val_log = [], []
 
     def training_step(self, batch, batch_idx):
         self.train_log.append([self.current_epoch, batch.tolist()])
         return self.weight.sum() * 0
 
-    def validation_step(self, batch, batch_idx):
-        self.val_log.append(batch.tolist())
-
     def on_train_batch_end(self, *args):
-        if self.stop_after == self.global_step:
-            self.trainer.should_stop = True
+        if self.save_at is not None and self.save_at[0] == self.global_step:
+            self.trainer.save_checkpoint(self.save_at[1])
 
     def on_fit_end(self):
         if self.folder is not None:
@@ -230,6 +230,11 @@ class Recorder(L.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class EvaluatingRecorder(Recorder):
+    def validation_step(self, batch, batch_idx):
+        self.val_log.append(batch.tolist())
 
 
 def trainer(**options):
@@ -250,22 +255,20 @@ def test_lightning_resumes_within_an_epoch_and_sets_the_epoch(tmp_path):
     assert [batch for _, batch in whole.train_log] == [
         batch for epoch in range(3) for batch in batches(drawn(GroupBalancedSampler(GROUPS, 8), epoch=epoch), 8)
     ]
-    part = Recorder()
-    checkpoint = L.pytorch.callbacks.ModelCheckpoint(
-        dirpath=tmp_path, every_n_train_steps=7, save_top_k=-1, filename="{step}"
-    )
-    trainer(max_steps=7, callbacks=[checkpoint]).fit(part, loader())
+    part = Recorder(save_at=(7, tmp_path / "step.ckpt"))
+    trainer(max_steps=7, enable_checkpointing=False).fit(part, loader())
     resumed = Recorder()
-    trainer(max_epochs=3, enable_checkpointing=False).fit(resumed, loader(), ckpt_path=tmp_path / "step=7.ckpt")
+    trainer(max_epochs=3, enable_checkpointing=False).fit(resumed, loader(), ckpt_path=tmp_path / "step.ckpt")
     assert part.train_log + resumed.train_log == whole.train_log
 
 
+@pytest.mark.slow
 def test_a_real_fit_with_two_processes(tmp_path):
     groups = [0] * 9 + [1] * 12 + [2] * 40 + [-1]
     train = DataLoader(range(len(groups)), batch_size=6, sampler=GroupBalancedSampler(groups, 6, n_groups=3))
     val = DataLoader(range(7), batch_size=2, sampler=EvalSampler(range(7)))
     strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo", timeout=timedelta(seconds=60))
-    model = Recorder(tmp_path)
+    model = EvaluatingRecorder(tmp_path)
     trainer(max_epochs=2, devices=2, strategy=strategy, enable_checkpointing=False).fit(model, train, val)
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     for steps, _ in ranks:

@@ -241,12 +241,14 @@ def test_counts_are_exact_beyond_float32():
 def test_ids_that_are_too_large():
     metric = GroupAccuracy(2)
     ones = torch.ones(2, dtype=torch.long)
-    with pytest.raises(BadRowsError, match="`groups` to hold ids below `n_groups=2`, but got 2. Number the groups from 0"):
+    with pytest.raises(
+        BadRowsError, match=r"`groups` to hold ids below `n_groups=2`, but got 2. Number the groups from 0"
+    ):
         metric.update(ones, ones, torch.tensor([0, 2]))
     assert metric.total_all == 0
     metric.bad_ids += 3  # what other devices count without looking
     metric.update(ones, ones, torch.tensor([0, 1]))
-    with pytest.raises(BadRowsError, match="got 3 samples with larger ones"):
+    with pytest.raises(BadRowsError, match=r"got 3 samples with larger ones"):
         metric.compute()
 
 
@@ -306,8 +308,9 @@ def test_any_metric_by_group_agrees_with_scikit_learn():
 def test_a_grouped_accuracy_is_group_accuracy():
     _, target, groups = data(n_classes=2)
     preds = torch.randint(2, (60,), generator=torch.Generator().manual_seed(3))
-    mine, general = GroupAccuracy(4, train_counts=[1, 2, 3, 4]), GroupedMetric(
-        BinaryAccuracy(), 4, name="accuracy", train_counts=[1, 2, 3, 4]
+    mine, general = (
+        GroupAccuracy(4, train_counts=[1, 2, 3, 4]),
+        GroupedMetric(BinaryAccuracy(), 4, name="accuracy", train_counts=[1, 2, 3, 4]),
     )
     mine.update(preds, target, groups)
     general.update(preds, target, groups)
@@ -333,16 +336,16 @@ def test_errors_are_worst_where_they_are_largest_and_wrapped_metrics_are_left_al
 
 
 def test_grouped_metric_says_what_it_cannot_do():
-    with pytest.raises(DebiasError, match="`metric` to be a torchmetrics Metric, but got str"):
+    with pytest.raises(DebiasError, match=r"`metric` to be a torchmetrics Metric, but got str"):
         GroupedMetric("accuracy", 2)
-    with pytest.raises(DebiasError, match="MulticlassConfusionMatrix.higher_is_better` is None"):
+    with pytest.raises(DebiasError, match=r"MulticlassConfusionMatrix.higher_is_better` is None"):
         GroupedMetric(MulticlassConfusionMatrix(3), 2)
     metric = GroupedMetric(MulticlassConfusionMatrix(2), 1, higher_is_better=True)
     labels = torch.tensor([0, 1])
     metric.update(labels, labels, labels * 0)
     with pytest.raises(DebiasError, match=r"to compute one number, but got \(2, 2\)"):
         metric.compute()
-    with pytest.raises(BadRowsError, match="`n_groups=1`, but got 1"):
+    with pytest.raises(BadRowsError, match=r"`n_groups=1`, but got 1"):
         metric.update(labels, labels, labels)
 
 
@@ -368,6 +371,7 @@ def _two_ranks(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_with_different_groups_are_one(tmp_path):
     torch.multiprocessing.spawn(_two_ranks, args=(str(tmp_path),), nprocs=2)
     logits, target, groups = data(n_classes=2)

@@ -1,0 +1,52 @@
+"""Sphinx settings: warnings are errors, and the build needs no network."""
+
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from debias import __version__
+
+project = "debias"
+author = "The debias authors"
+release = version = __version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.intersphinx", "sphinx.ext.napoleon"]
+html_theme = "furo"
+html_title = f"debias {release}"
+exclude_patterns = ["_build"]
+
+myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+
+
+def inventories(**sites):
+    """Fetch the indices of other projects; links to those out of reach stay plain text instead of failing the build."""
+    folder = Path(__file__).parent / "_build" / "inventories"
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for name, site in sites.items():
+        file = folder / f"{name}.inv"
+        try:
+            if not file.exists():
+                with urlopen(f"{site}objects.inv", timeout=5) as answer:
+                    content = answer.read()
+                if not content.startswith(b"# Sphinx inventory"):
+                    continue
+                file.write_bytes(content)
+        except (OSError, URLError):
+            continue
+        found[name] = (site, str(file))
+    return found
+
+
+intersphinx_mapping = inventories(
+    python="https://docs.python.org/3/",
+    torch="https://docs.pytorch.org/docs/stable/",
+    lightning="https://lightning.ai/docs/pytorch/stable/",
+    torchmetrics="https://lightning.ai/docs/torchmetrics/stable/",
+)

@@ -1,0 +1,82 @@
+"""The code in the README and the pages of the documentation runs, and the commands in them parse."""
+
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import debias
+from debias.cli import TRAINING, main, make_parser
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(
+    r"^(?P<indent> *)(?P<ticks>```+)(?P<language>\w+) *\n(?P<code>.*?)^(?P=indent)(?P=ticks) *$", re.M | re.S
+)
+
+
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """Collect the fenced blocks of one language, each with the number of the line before it."""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    return [
+        (text.count("\n", 0, found.start("code")), re.sub(rf"(?m)^{found['indent']}", "", found["code"]))
+        for found in FENCE.finditer(text)
+        if found["language"] == language
+    ]
+
+
+def commands(page: Path) -> list[str]:
+    """Collect the calls of ``debias`` in the shell blocks of a page."""
+    lines = "\n".join(code for _, code in blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    words = (part.strip().removeprefix("$ ") for line in lines for part in line.split("#")[0].split("&&"))
+    return [part for part in words if re.match(r"debias\s", part)]
+
+
+def cases(collect) -> list:
+    return [pytest.param(p, id=str(p.relative_to(ROOT))) for p in PAGES if collect(p)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", cases(lambda page: blocks(page, "python")))
+def test_code_blocks_run_in_order(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = ModuleType(f"page_{page.stem.lower()}")  # registered, so that what a page defines can be pickled
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for line, code in blocks(page, "python"):
+        exec(compile("\n" * line + code, str(page), "exec"), vars(module))
+
+
+@pytest.mark.parametrize(
+    ("page", "command"),
+    [pytest.param(p, c, id=f"{p.relative_to(ROOT)}: {c}") for p in PAGES for c in dict.fromkeys(commands(p))],
+)
+def test_commands_parse(page, command, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command)[1:]
+    if words[0] in TRAINING:
+        with pytest.raises(SystemExit) as stop:
+            main([*words, "--print_config"])
+        assert stop.value.code == 0, capsys.readouterr().err
+    else:
+        make_parser().parse_args(words)
+
+
+def test_code_of_a_page_that_fails_names_its_line(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Title\n\n```python\nx = 1\n```\n\n```bash\ndebias fit \\\n  --config a.yaml && debias methods  # b\n```\n"
+    )
+    assert blocks(page, "python") == [(3, "x = 1\n")]
+    assert commands(page) == ["debias fit    --config a.yaml", "debias methods"]
+
+
+def test_api_page_lists_every_public_name():
+    text = (ROOT / "docs" / "api.md").read_text()
+    assert [name for name in debias._EXPORTS if f":: debias.{name}\n" not in text] == []
+    for path in re.findall(r"^\.\. auto(?:class|function):: ([\w.]+)$", text, re.M):
+        module, _, name = path.rpartition(".")
+        assert hasattr(importlib.import_module(module), name), path
