@@ -224,8 +224,8 @@ class GroupDROLoss(GroupState):
     def _update(self, losses: Tensor, present: Tensor) -> None:
         self._last = losses
         if self.alpha is not None or self.absent == "ema":
-            rate = torch.where(self.seen, self.ema_rate, 1.0) * present
-            self.losses += rate.to(losses.dtype) * (losses - self.losses)
+            rate = torch.where(self.seen, self.losses.new_full((), self.ema_rate), 1.0) * present
+            self.losses += rate * (losses - self.losses)
             self.seen |= present
         if self.alpha is not None:
             return

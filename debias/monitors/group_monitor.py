@@ -212,7 +212,7 @@ class GroupMonitor(StepWatcher):
                     parts = zip(self.group_names, value.unbind(), strict=True)
                     values |= {f"{prefix}{key}/{name}{suffix}": part for name, part in parts}
             # Every rank holds the global value already, so nothing is left to synchronise.
-            pl_module.log_dict({k: v.float() for k, v in values.items()}, rank_zero_only=False, sync_dist=False)
+            pl_module.log_dict({k: v.float() for k, v in values.items()}, add_dataloader_idx=False)
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Fresh metrics."""

@@ -103,7 +103,7 @@ class LossCall:
         total = global_sum(self.elements[1].detach().sum())
         if self.reduction == "sum":
             return mean * (total / world_size())
-        count = global_sum(torch.as_tensor(float(self._mean_over or 1), dtype=total.dtype, device=total.device))
+        count = global_sum(total.new_full((), self._mean_over or 1))
         return mean * (total / count)
 
     def mean(self) -> Tensor:

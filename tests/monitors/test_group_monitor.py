@@ -1,0 +1,253 @@
+"""GroupMonitor through real Trainers, against numbers computed by hand from the module's predictions."""
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+import torchmetrics
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from debias import GroupMonitor, tag
+from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, LossNotFoundError, RowsError
+
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+g = torch.Generator().manual_seed(3)
+X = torch.randn(23, 4, generator=g)
+Y = torch.randint(0, 3, (23,), generator=g)
+PLACE = torch.randint(0, 3, (23,), generator=g)
+PLACE[5] = -1
+
+
+class Base(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class WithLoss(Base):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        x, y = batch
+        self.log("loss", F.cross_entropy(self.net(x), y))
+
+    test_step = validation_step
+
+
+class ForwardOnly(Base):
+    def validation_step(self, batch, batch_idx):
+        self(batch[0]).argmax(1)
+
+
+class NeitherLossNorForward(Base):
+    def validation_step(self, batch, batch_idx):
+        return {"scores": self.net(batch[0])}
+
+
+def loader(places=PLACE, y=Y, n=23):
+    return DataLoader(tag(TensorDataset(X[:n], y[:n]), place=places[:n]), batch_size=8)
+
+
+def by_hand(module, n=23):
+    with torch.no_grad():
+        correct = (module.net(X[:n]).argmax(1) == Y[:n]).double()
+    return float(correct.mean()), [float(correct[PLACE[:n] == k].mean()) for k in range(3)]
+
+
+def validate(module, monitor, data=None):
+    trainer = L.Trainer(callbacks=[monitor], enable_checkpointing=False, **QUIET)
+    trainer.validate(module, loader() if data is None else data, verbose=False)
+    return {k: float(v) for k, v in trainer.callback_metrics.items()}
+
+
+@pytest.mark.parametrize("module", [WithLoss, ForwardOnly])
+def test_logged_values(module):
+    module = module()
+    logged = validate(module, GroupMonitor("place", 4, train_counts=[6, 3, 1, 0], group_names=["a", "b", "c", "d"]))
+    average, groups = by_hand(module)
+    assert logged["val/accuracy"] == pytest.approx(average)
+    assert [logged[f"val/accuracy_by_group/{k}"] for k in "abc"] == pytest.approx(groups)
+    assert logged["val/accuracy_by_group/d"] != logged["val/accuracy_by_group/d"]  # NaN: no sample
+    assert logged["val/worst_group_accuracy"] == pytest.approx(min(groups))
+    assert logged["val/accuracy_difference"] == pytest.approx(max(groups) - min(groups))
+    assert logged["val/accuracy_ratio"] == pytest.approx(min(groups) / max(groups))
+    assert logged["val/adjusted_accuracy"] == pytest.approx(0.6 * groups[0] + 0.3 * groups[1] + 0.1 * groups[2])
+
+
+def test_checkpoint_and_early_stopping_on_an_erm_baseline(tmp_path):
+    best = ModelCheckpoint(tmp_path, monitor="val/worst_group_accuracy", mode="max", save_top_k=1)
+    stop = EarlyStopping("val/worst_group_accuracy", mode="max", patience=1)
+    module = WithLoss()
+    trainer = L.Trainer(max_epochs=4, callbacks=[best, GroupMonitor("place", 3), stop], num_sanity_val_steps=2, **QUIET)
+    trainer.fit(module, loader(), loader())
+    assert best.best_model_path
+    saved = torch.load(best.best_model_path, weights_only=True)
+    module.load_state_dict(saved["state_dict"])
+    assert float(best.best_model_score) == pytest.approx(min(by_hand(module)[1]))
+    assert "validation_step" not in vars(module)
+
+
+def test_every_epoch_starts_afresh_and_the_sanity_check_is_skipped():
+    class Constant(WithLoss):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+    seen = []
+
+    class Read(L.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            seen.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")})
+
+    module = Constant()
+    trainer = L.Trainer(
+        max_epochs=2, callbacks=[GroupMonitor("place", 3), Read()], num_sanity_val_steps=1, enable_checkpointing=False, **QUIET
+    )
+    trainer.fit(module, loader(), loader())
+    assert seen[0] == {}  # the sanity check
+    assert seen[1] == seen[2]
+    assert seen[1]["val/accuracy"] == pytest.approx(by_hand(module)[0])
+
+
+def test_one_set_for_each_loader():
+    module = WithLoss()
+    logged = validate(module, GroupMonitor("place", 3), [loader(), loader(n=11)])
+    for i, n in enumerate((23, 11)):
+        average, groups = by_hand(module, n)
+        assert logged[f"val/accuracy/dataloader_idx_{i}"] == pytest.approx(average)
+        assert logged[f"val/worst_group_accuracy/dataloader_idx_{i}"] == pytest.approx(min(groups))
+
+
+def test_testing_logs_under_its_own_name():
+    module = WithLoss()
+    trainer = L.Trainer(callbacks=[GroupMonitor("place", 3, name="place")], enable_checkpointing=False, **QUIET)
+    trainer.test(module, loader(), verbose=False)
+    assert float(trainer.callback_metrics["test/place/accuracy"]) == pytest.approx(by_hand(module)[0])
+
+
+def test_any_metric_can_be_split():
+    module = WithLoss()
+    logged = validate(module, GroupMonitor("place", 3, metric=torchmetrics.classification.MulticlassF1Score(3)))
+    with torch.no_grad():
+        predicted = module.net(X).argmax(1)
+    metric = torchmetrics.classification.MulticlassF1Score(3)
+    names = [k for k in logged if k.startswith("val/") and k.endswith("_by_group/1")]
+    assert len(names) == 1
+    assert logged[names[0]] == pytest.approx(float(metric(predicted[PLACE == 1], Y[PLACE == 1])))
+
+
+@pytest.mark.parametrize("logits", ["net", lambda output: output["scores"]])
+def test_logits_where_the_step_has_neither_loss_nor_forward(logits):
+    module = NeitherLossNorForward()
+    logged = validate(module, GroupMonitor("place", 3, logits=logits, target=1))
+    assert logged["val/accuracy"] == pytest.approx(by_hand(module)[0])
+    assert not module.net._forward_hooks
+
+
+def test_nothing_to_read_logits_from():
+    with pytest.raises(LossNotFoundError, match=r"logits='dotted.path'"):
+        validate(NeitherLossNorForward(), GroupMonitor("place", 3))
+
+
+def test_binary_and_multi_label_outputs():
+    y = (torch.rand(23, 3, generator=g) > 0.5).float()
+
+    class MultiLabel(Base):
+        def validation_step(self, batch, batch_idx):
+            F.binary_cross_entropy_with_logits(self.net(batch[0]), batch[1])
+
+    class Probabilities(Base):
+        def validation_step(self, batch, batch_idx):
+            F.binary_cross_entropy(self.net(batch[0]).sigmoid(), batch[1])
+
+    for cls in (MultiLabel, Probabilities):
+        module = cls()
+        logged = validate(module, GroupMonitor("place", 3), loader(y=y))
+        with torch.no_grad():
+            correct = ((module.net(X) > 0) == y.bool()).double().mean(1)
+        assert logged["val/accuracy"] == pytest.approx(float(correct.mean()))
+        assert logged["val/accuracy_by_group/2"] == pytest.approx(float(correct[PLACE == 2].mean()))
+
+
+def test_regression_needs_a_metric():
+    class Regression(Base):
+        def validation_step(self, batch, batch_idx):
+            x, y = batch
+            F.mse_loss(self.net(x)[:, 0], y.float())
+
+    with pytest.raises(DebiasError, match=r"classification loss.*`mse_loss`.*metric="):
+        validate(Regression(), GroupMonitor("place", 3))
+    logged = validate(Regression(), GroupMonitor("place", 3, metric=torchmetrics.MeanAbsoluteError()))
+    module = Regression()
+    with torch.no_grad():
+        error = (module.net(X)[:, 0] - Y).abs()
+    worst = max(float(error[PLACE == k].mean()) for k in range(3))
+    (name,) = (k for k in logged if "worst" in k)
+    assert logged[name] == pytest.approx(worst, rel=1e-5)
+
+
+def test_two_losses_in_validation():
+    class Two(Base):
+        def validation_step(self, batch, batch_idx):
+            x, y = batch
+            out = self.net(x)
+            F.mse_loss(out, out + 1)
+            F.cross_entropy(out, y)
+
+    with pytest.raises(AmbiguousLossError, match="GroupMonitor, but got 2"):
+        validate(Two(), GroupMonitor("place", 3))
+    module = Two()
+    assert validate(module, GroupMonitor("place", 3, loss=1))["val/accuracy"] == pytest.approx(by_hand(module)[0])
+
+
+def test_missing_key_and_wrong_rows():
+    with pytest.raises(BatchKeyError, match=r"`group='site'`.*tag\(dataset, site=ids\)"):
+        validate(WithLoss(), GroupMonitor("site", 3))
+
+    class Tokens(Base):
+        def validation_step(self, batch, batch_idx):
+            x, y = batch
+            F.cross_entropy(self.net(torch.cat([x, x])), torch.cat([y, y]))
+
+    with pytest.raises(RowsError, match=r"logits to have one row for each of the 8 group ids, but got shape \(16, 3\)"):
+        validate(Tokens(), GroupMonitor("place", 3))
+
+
+def test_an_id_out_of_range():
+    with pytest.raises(DebiasError, match="n_groups"):
+        validate(WithLoss(), GroupMonitor("place", 2))
+
+
+def test_wrong_arguments():
+    with pytest.raises(DebiasError, match="`n_groups` to be a positive integer"):
+        GroupMonitor("place", 0)
+    with pytest.raises(DebiasError, match="`group_names`"):
+        GroupMonitor("place", 2, group_names=["a"])
+
+
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_both_trainers(package):
+    pl = pytest.importorskip(package)
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Linear(4, 3)
+
+        def validation_step(self, batch, batch_idx):
+            F.cross_entropy(self.net(batch[0]), batch[1])
+
+    module = Module()
+    trainer = pl.Trainer(callbacks=[GroupMonitor("place", 3)], enable_checkpointing=False, **QUIET)
+    trainer.validate(module, loader(), verbose=False)
+    assert float(trainer.callback_metrics["val/accuracy"]) == pytest.approx(by_hand(module)[0])
