@@ -217,7 +217,7 @@ def test_help_and_version_as_a_process(tmp_path):
 
 
 @pytest.mark.slow
-def test_fit_then_validate_and_test_a_copied_recipe(tmp_path, monkeypatch, capsys):
+def test_fit_then_validate_and_test_a_copied_recipe(tmp_path):
     main(["recipes", "copy", "colored_digits", str(tmp_path)])
     files = ["--config", "recipes/colored_digits/base.yaml", "--config", "recipes/methods/group_dro.yaml"]
     logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs"]
@@ -232,11 +232,10 @@ def test_fit_then_validate_and_test_a_copied_recipe(tmp_path, monkeypatch, capsy
     with (logs / "metrics.csv").open() as file:
         assert {"train/loss", "val/loss", "val/worst_group_accuracy", "val/accuracy"} <= set(next(csv.reader(file)))
     saved = ["--config", str(logs / "config.yaml"), "--ckpt_path", str(checkpoint)]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
     for stage, metric in (("validate", "val/worst_group_accuracy"), ("test", "test/worst_group_accuracy")):
-        main([stage, *saved])
-        assert metric in capsys.readouterr().out
+        done = debias(stage, *saved, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert metric in done.stdout
 
 
 @pytest.mark.slow

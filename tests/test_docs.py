@@ -1,6 +1,8 @@
-"""The code in the README and the pages of the documentation runs, and the commands in them parse."""
+"""The code in docstrings, the README and the pages of the documentation runs, and the commands in them parse."""
 
+import doctest
 import importlib
+import pkgutil
 import re
 import shlex
 import sys
@@ -34,6 +36,17 @@ def commands(page: Path) -> list[str]:
     lines = "\n".join(code for _, code in blocks(page, "bash")).replace("\\\n", " ").splitlines()
     words = (part.strip().removeprefix("$ ") for line in lines for part in line.split("#")[0].split("&&"))
     return [part for part in words if re.match(r"debias\s", part)]
+
+
+MODULES = [found.name for found in pkgutil.walk_packages(debias.__path__, "debias.") if "__main__" not in found.name]
+
+
+@pytest.mark.parametrize("name", ["debias", *MODULES])
+def test_docstring_examples_run(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    result = doctest.testmod(importlib.import_module(name), optionflags=flags)
+    assert result.failed == 0, capsys.readouterr().out
 
 
 def cases(collect) -> list:

@@ -211,8 +211,10 @@ class GroupMonitor(StepWatcher):
                 else:
                     parts = zip(self.group_names, value.unbind(), strict=True)
                     values |= {f"{prefix}{key}/{name}{suffix}": part for name, part in parts}
-            # Every rank holds the global value already, so nothing is left to synchronise.
-            pl_module.log_dict({k: v.float() for k, v in values.items()}, add_dataloader_idx=False)
+            # Every rank holds the global value already: the maximum over ranks leaves it as it is, to the last bit, and
+            # spares the user Lightning's advice to synchronise.
+            options = {"reduce_fx": "max", "sync_dist": trainer.world_size > 1, "add_dataloader_idx": False}
+            pl_module.log_dict({k: v.float() for k, v in values.items()}, **options)
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Fresh metrics."""

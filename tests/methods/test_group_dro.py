@@ -343,7 +343,7 @@ def test_batch_without_any_labelled_row():
     losses = torch.ones(3, requires_grad=True)
     value = GroupDROLoss(2)(losses, torch.full((3,), -1))
     value.backward()
-    assert float(value) == 0.0
+    assert value.item() == 0.0
     assert losses.grad.tolist() == [0.0] * 3
 
 
