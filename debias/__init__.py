@@ -31,7 +31,7 @@ _EXPORTS = {
     "tag": "debias.data.tagging",
 }
 
-__all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604
+__all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
     from debias.data.samplers import EvalSampler, GroupBalancedSampler

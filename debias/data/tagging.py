@@ -63,9 +63,7 @@ class TaggedDataset(Dataset):
         # A dataset that is tagged twice carries both sets of tags, side by side.
         inner = sample.tags if isinstance(sample, TaggedSample) else {}
         sample = sample.sample if isinstance(sample, TaggedSample) else sample
-        return TaggedSample(
-            sample, inner | {k: v(sample) if callable(v) else v[index] for k, v in self.tags.items()}
-        )
+        return TaggedSample(sample, inner | {k: v(sample) if callable(v) else v[index] for k, v in self.tags.items()})
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in ("dataset", "tags"):  # neither pickling nor __getitems__ may be forwarded

@@ -6,14 +6,15 @@ With ``l_g`` the mean loss of group g in the batch (0 if absent)::
     q_g = q_g exp(step_size * a_g) / Z      starting from q_g = 1 / G
     loss = sum_g q_g l_g                    with the new q, no gradient through q
 
-Differences from the authors' code: ``C`` also counts where some ``C_g <= 0`` (there it is then ignored silently); weights
-are kept as logarithms in double precision, where large ``step_size * l_g`` cannot overflow; they are saved and resumed;
-``alpha=1`` works. Published: step size 0.01 with strong weight decay or early stopping, group-balanced batches
-(``GroupBalancedSampler``), Waterbirds lr 1e-3, CelebA lr 1e-4, SGD momentum 0.9, weight decay 1e-4, batch 128.
+Differences from the authors' code: ``C`` also counts where some ``C_g <= 0`` (there it is then ignored silently);
+weights are kept as logarithms in double precision, where large ``step_size * l_g`` cannot overflow; they are saved
+and resumed; ``alpha=1`` works. Published: step size 0.01 with strong weight decay or early stopping, group-balanced
+batches (``GroupBalancedSampler``), Waterbirds lr 1e-3, CelebA lr 1e-4, SGD momentum 0.9, weight decay 1e-4, batch 128.
 
 A group absent from a batch has ``l_g = 0``: its weight falls against the groups that had a loss, or grows by
-``exp(step_size * C_g / sqrt(N_g))`` under an adjustment, as in the authors' code (``absent="zero"``). Costs: one all-reduce
-of 2G + 2 floats a step, a few small kernels. Needs per-sample losses and group ids; no features, no second pass.
+``exp(step_size * C_g / sqrt(N_g))`` under an adjustment, as in the authors' code (``absent="zero"``). Costs: one
+all-reduce of 2G + 2 floats a step, a few small kernels. Needs per-sample losses and group ids; no features, no second
+pass.
 """
 
 from __future__ import annotations
@@ -100,8 +101,8 @@ class GroupDROLoss(GroupState):
         group_counts: training samples per group N_g, ``(G,)``; needed by ``adjustment`` and ``alpha``.
         normalize_loss: divide the losses by their sum before the update.
         alpha: use the greedy form instead: only the worst groups that make up this fraction of the data.
-        absent: what a group absent from a batch counts as in the update: ``"zero"`` (the authors' code), ``"skip"`` (its
-            unnormalised weight stays, also under an adjustment), ``"ema"`` (its running loss).
+        absent: what a group absent from a batch counts as in the update: ``"zero"`` (the authors' code), ``"skip"``
+            (its unnormalised weight stays, also under an adjustment), ``"ema"`` (its running loss).
         ema_rate: gamma of the running loss, used by ``alpha`` and ``absent="ema"``.
         minimum_weight: share of the plain average mixed into the greedy form.
         group_names: one name per group, for logs and messages.
@@ -122,6 +123,7 @@ class GroupDROLoss(GroupState):
         tensor(2.0997)
     """
 
+    constants: Tensor
     log_weights: Tensor
     losses: Tensor
     seen: Tensor
@@ -150,10 +152,13 @@ class GroupDROLoss(GroupState):
             raise DebiasError(f"Expected `absent` to be 'zero', 'skip' or 'ema', but got {absent!r}.")
         if not 0 < ema_rate <= 1 or not 0 <= minimum_weight <= 1:
             raise DebiasError(
-                f"Expected `ema_rate` in (0, 1] and `minimum_weight` in [0, 1], but got {ema_rate!r} and {minimum_weight!r}."
+                f"Expected `ema_rate` in (0, 1] and `minimum_weight` in [0, 1], but got {ema_rate!r} and"
+                f" {minimum_weight!r}."
             )
         total = self.n_groups
-        constants = [float(adjustment)] * total if isinstance(adjustment, int | float) else [float(c) for c in adjustment]
+        constants = (
+            [float(adjustment)] * total if isinstance(adjustment, int | float) else [float(c) for c in adjustment]
+        )
         if len(constants) != total:
             raise DebiasError(f"Expected `adjustment` to be one number or {total}, but got {len(constants)}.")
         self.step_size = step_size
@@ -205,8 +210,8 @@ class GroupDROLoss(GroupState):
         """
         if self.needs_counts and not self.has_counts:
             raise DebiasError(
-                "Expected `group_counts` with `adjustment` or `alpha`, but got none. Pass the number of training samples"
-                " of each group (the callback counts them itself)."
+                "Expected `group_counts` with `adjustment` or `alpha`, but got none. Pass the number of training"
+                " samples of each group (the callback counts them itself)."
             )
         sums, bad = group_losses(calls, self.n_groups)
         self.count_bad(bad)  # on CPU raises here, before anything has changed
@@ -268,8 +273,8 @@ def checked_counts(group_counts: Any, names: Sequence[str]) -> Tensor:
         empty = [name for name, count in zip(names, counts.tolist(), strict=True) if count == 0]
         raise DebiasError(
             f"Expected every group to have training samples, but got none of {', '.join(empty)} (counts"
-            f" {[int(c) for c in counts.tolist()]}). Merge or renumber the groups, so that `n_groups` counts only those that"
-            " occur."
+            f" {[int(c) for c in counts.tolist()]}). Merge or renumber the groups, so that `n_groups` counts only"
+            " those that occur."
         )
     return counts
 
@@ -278,8 +283,8 @@ class GroupDRO(GroupDebiaser):
     """Group DRO on an unmodified module. The method is described at the top of :mod:`debias.methods.group_dro`.
 
     Args:
-        group: where the group ids are: a tag, an index, a name, a dotted path, a callable, or a tuple of these whose ids
-            are crossed.
+        group: where the group ids are: a tag, an index, a name, a dotted path, a callable, or a tuple of these whose
+            ids are crossed.
         n_groups: number of groups, one per key.
         step_size: eta of the weights.
         adjustment: generalisation adjustment C, one number or one per group.
@@ -320,7 +325,13 @@ class GroupDRO(GroupDebiaser):
         allow_untested_strategy: bool = False,
     ) -> None:
         super().__init__(
-            group, n_groups, name=name, loss=loss, rows=rows, losses=losses, allow_untested_strategy=allow_untested_strategy
+            group,
+            n_groups,
+            name=name,
+            loss=loss,
+            rows=rows,
+            losses=losses,
+            allow_untested_strategy=allow_untested_strategy,
         )
         self.module = GroupDROLoss(
             n_groups, step_size, adjustment, group_counts, normalize_loss, alpha, absent=absent, group_names=group_names

@@ -6,12 +6,12 @@ With N_g training samples of group g out of N, and power p::
     loss = sum_i w_g(i) l_i / sum_i 1
 
 ``power=1`` makes every group count the same in expectation (``w_g = N / (G N_g)``, scikit-learn's "balanced"),
-``power=0.5`` is the square-root form (SqrtReWeight), ``power=0`` is ERM. SubpopBench (Yang et al., ICML 2023) scales the
-weights to sum to G instead, a constant factor of the loss. The weights are fixed, so there is nothing to tune and nothing
-adapts: for the same risk, drawing balanced batches (``GroupBalancedSampler``) has lower gradient variance.
+``power=0.5`` is the square-root form (SqrtReWeight), ``power=0`` is ERM. SubpopBench (Yang et al., ICML 2023) scales
+the weights to sum to G instead, a constant factor of the loss. The weights are fixed, so there is nothing to tune and
+nothing adapts: for the same risk, drawing balanced batches (``GroupBalancedSampler``) has lower gradient variance.
 
-A group absent from a batch has no part in it. Costs: one all-reduce of 2G + 2 floats a step. Needs per-sample losses and
-group ids.
+A group absent from a batch has no part in it. Costs: one all-reduce of 2G + 2 floats a step. Needs per-sample losses
+and group ids.
 """
 
 from __future__ import annotations
@@ -154,7 +154,13 @@ class GroupReweighting(GroupDebiaser):
         allow_untested_strategy: bool = False,
     ) -> None:
         super().__init__(
-            group, n_groups, name=name, loss=loss, rows=rows, losses=losses, allow_untested_strategy=allow_untested_strategy
+            group,
+            n_groups,
+            name=name,
+            loss=loss,
+            rows=rows,
+            losses=losses,
+            allow_untested_strategy=allow_untested_strategy,
         )
         self.module = GroupReweightingLoss(n_groups, power, group_counts, group_names=group_names)
 

@@ -1,7 +1,8 @@
 """Metrics by group while validating and testing: accuracy, worst group, gap.
 
-Reads logits and target from the loss that the step computes, wherever that is; where it computes none, from the output of
-the module's ``forward``. Nothing is changed and nothing is computed twice. Works alone, on a plain ERM baseline.
+Reads logits and target from the loss that the step computes, wherever that is; where it computes none, from the
+output of the module's ``forward``. Nothing is changed and nothing is computed twice. Works alone, on a plain ERM
+baseline.
 """
 
 from __future__ import annotations
@@ -26,14 +27,22 @@ from debias.step.watcher import StepWatcher
 __all__ = ["GroupMonitor"]
 
 _CLASSIFICATION = frozenset(
-    {"cross_entropy", "nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits", "multi_margin_loss", "losses"}
+    {
+        "cross_entropy",
+        "nll_loss",
+        "binary_cross_entropy",
+        "binary_cross_entropy_with_logits",
+        "multi_margin_loss",
+        "losses",
+    }
 )
 
 
 class GroupMonitor(StepWatcher):
     """Log a metric overall, by group and for the worst group.
 
-    Logged at the end of every validation and test epoch, ready for ``ModelCheckpoint(monitor=...)`` and early stopping::
+    Logged at the end of every validation and test epoch, ready for ``ModelCheckpoint(monitor=...)`` and early
+    stopping::
 
         val/accuracy                        all samples
         val/worst_group_accuracy            the worst group that occurs
@@ -42,16 +51,17 @@ class GroupMonitor(StepWatcher):
         val/accuracy_ratio                  worst over best group
         val/adjusted_accuracy               with `train_counts`: groups weighted by their share of the training set
 
-    With several loaders every name ends in ``/dataloader_idx_<i>``. The sanity check is skipped. On several ranks the sums
-    are exact; give the loader ``sampler=EvalSampler(dataset)``, or Lightning pads it and counts samples twice.
+    With several loaders every name ends in ``/dataloader_idx_<i>``. The sanity check is skipped. On several ranks the
+    sums are exact; give the loader ``sampler=EvalSampler(dataset)``, or Lightning pads it and counts samples twice.
 
     Args:
-        group: where the group ids are: a tag, an index, a name, a dotted path, a callable, or a tuple whose ids are crossed.
+        group: where the group ids are: a tag, an index, a name, a dotted path, a callable, or a tuple whose ids are
+            crossed.
         n_groups: number of groups, one per key.
         group_names: one name per group.
         metric: any torchmetrics metric, to be split by group instead of accuracy.
-        logits: where the step computes no loss: dotted path of the submodule whose output they are, or a callable of the
-            step's output. By default the output of the module's ``forward``.
+        logits: where the step computes no loss: dotted path of the submodule whose output they are, or a callable of
+            the step's output. By default the output of the module's ``forward``.
         target: where the target is in the batch; by default the one of the loss.
         loss: which of several losses is meant: its position, or a callable of :class:`LossCall`.
         threshold: for binary and multi-label outputs: a logit above it is a positive.
@@ -108,7 +118,9 @@ class GroupMonitor(StepWatcher):
         """Join the engine; watch the submodule that ``logits`` names."""
         super().setup(trainer, pl_module, stage)
         if isinstance(self.logits, str) and self._handle is None:
-            self._handle = submodule(pl_module, self.logits, argument="logits").register_forward_hook(Hook(self._capture))
+            self._handle = submodule(pl_module, self.logits, argument="logits").register_forward_hook(
+                Hook(self._capture)
+            )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the module as it was."""
@@ -136,9 +148,7 @@ class GroupMonitor(StepWatcher):
         with torch.no_grad():
             metric.update(logits.detach(), target, groups)
 
-    def _prediction(
-        self, step: Step, calls: list[LossCall], forward_output: Any, output: Any
-    ) -> tuple[Tensor, Tensor]:
+    def _prediction(self, step: Step, calls: list[LossCall], forward_output: Any, output: Any) -> tuple[Tensor, Tensor]:
         if self.logits is not None:
             logits = self._captured if isinstance(self.logits, str) else self.logits(output)
             call = None
@@ -153,14 +163,14 @@ class GroupMonitor(StepWatcher):
             logits = forward_output if call is None else call.logits
         if call is not None and self.metric is None and call.name not in _CLASSIFICATION:
             raise DebiasError(
-                f"Expected a classification loss for GroupMonitor's accuracy, but the step computes `{call.name}`. Pass a"
-                " metric that fits, e.g. `metric=torchmetrics.MeanAbsoluteError()`, or `logits=`."
+                f"Expected a classification loss for GroupMonitor's accuracy, but the step computes `{call.name}`."
+                " Pass a metric that fits, e.g. `metric=torchmetrics.MeanAbsoluteError()`, or `logits=`."
             )
         if not isinstance(logits, Tensor):
             raise LossNotFoundError(
-                "Expected the evaluation step to compute a torch loss, or to call the module's `forward` with a tensor as"
-                f" output, but got {describe(logits)}. Pass `logits='dotted.path'` of the submodule whose output"
-                " they are, or `logits=callable(step_output)`."
+                "Expected the evaluation step to compute a torch loss, or to call the module's `forward` with a"
+                f" tensor as output, but got {describe(logits)}. Pass `logits='dotted.path'` of the submodule whose"
+                " output they are, or `logits=callable(step_output)`."
             )
         target = self._target(step, call)
         if call is not None and call.name == "binary_cross_entropy" and self.metric is None:
@@ -231,5 +241,3 @@ class GroupMonitor(StepWatcher):
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log under ``test/``."""
         self._end(trainer, pl_module, "test")
-
-

@@ -98,8 +98,8 @@ def group_losses(calls: Sequence[tuple[Tensor, Tensor, Tensor]], n_groups: int) 
 class GroupState(nn.Module):
     """Buffers of a method that works with groups, kept in double precision, and its count of bad rows.
 
-    ``module.half()`` or ``precision="bf16-true"`` would round the method's state; here floating-point buffers keep their
-    dtype and only follow the device. (On MPS, which has no float64, they are float32.)
+    ``module.half()`` or ``precision="bf16-true"`` would round the method's state; here floating-point buffers keep
+    their dtype and only follow the device. (On MPS, which has no float64, they are float32.)
 
     Args:
         n_groups: number of groups G.
@@ -132,21 +132,22 @@ class GroupState(nn.Module):
         self.bad_rows.zero_()
         if ids:
             raise BadRowsError(
-                f"Expected group ids below `n_groups={self.n_groups}`, but {ids} rows had a higher one. They took no part"
-                " in the loss or the method's state. Number the groups 0 .. n_groups - 1 (-1 = unlabelled), or raise"
-                " `n_groups`."
+                f"Expected group ids below `n_groups={self.n_groups}`, but {ids} rows had a higher one. They took no"
+                " part in the loss or the method's state. Number the groups 0 .. n_groups - 1 (-1 = unlabelled), or"
+                " raise `n_groups`."
             )
         raise BadRowsError(
-            f"Expected finite losses, but {losses} rows had a NaN or infinite one. They took no part in the method's state."
-            " Check the inputs of this batch and the learning rate; `Trainer(detect_anomaly=True)` finds the operation."
+            f"Expected finite losses, but {losses} rows had a NaN or infinite one. They took no part in the method's"
+            " state. Check the inputs of this batch and the learning rate; `Trainer(detect_anomaly=True)` finds the"
+            " operation."
         )
 
     def check_shapes(self, losses: Tensor, groups: Tensor) -> None:
         """Refuse losses and groups that do not belong together."""
         if losses.ndim != 1:
             raise DebiasError(
-                f"Expected `losses` to have shape (N,), one loss per sample, but got {tuple(losses.shape)}. Compute them"
-                " with `reduction='none'`."
+                f"Expected `losses` to have shape (N,), one loss per sample, but got {tuple(losses.shape)}. Compute"
+                " them with `reduction='none'`."
             )
         fits = groups.shape == losses.shape and not groups.is_floating_point() and groups.dtype != torch.bool
         if not fits and not (groups.dtype == torch.bool and groups.shape == (len(losses), self.n_groups)):

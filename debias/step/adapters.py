@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debias.errors import DebiasError
@@ -37,8 +37,9 @@ ADAPTERS: dict[str, PerSample] = {
 
 # Losses that compare whole sets of samples and so have no value per sample; named in the error message.
 SET_LOSSES = frozenset(
-    "DiceLoss JaccardLoss TverskyLoss LovaszLoss NTXentLoss SupConLoss ContrastiveLoss TripletMarginLoss CircleLoss"
-    " MultiSimilarityLoss NTXentLoss SelfSupervisedLoss VICRegLoss BarlowTwinsLoss DINOLoss MCCLoss JsdCrossEntropy".split()
+    {"DiceLoss", "JaccardLoss", "TverskyLoss", "LovaszLoss", "NTXentLoss", "SupConLoss"}
+    | {"ContrastiveLoss", "CircleLoss", "MultiSimilarityLoss", "SelfSupervisedLoss"}
+    | {"VICRegLoss", "BarlowTwinsLoss", "DINOLoss", "JsdCrossEntropy"}
 )
 
 
@@ -47,8 +48,8 @@ def register_loss(loss: Any, per_sample: PerSample) -> Any:
 
     Args:
         loss: a loss class (``nn.Module``), recognised wherever it is a submodule of the trained module, or a function.
-        per_sample: computes what the loss averages. For a class it is called as ``per_sample(module, *args, **kwargs)``,
-            for a function as ``per_sample(*args, **kwargs)``. It returns losses of shape ``(N, ...)``, or
+        per_sample: computes what the loss averages. For a class it is called as ``per_sample(module, *args,
+            **kwargs)``, for a function as ``per_sample(*args, **kwargs)``. It returns losses of shape ``(N, ...)``, or
             ``(numerators, denominators)`` where the mean is ``numerators.sum() / denominators.sum()``.
 
     Returns:

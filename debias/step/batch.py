@@ -19,7 +19,8 @@ from debias.errors import BatchKeyError
 __all__ = ["BatchKey", "TagCollate", "TaggedBatch", "TaggedSample", "key_name", "read", "replace", "split_tags"]
 
 BatchKey: TypeAlias = int | str | Callable[[Any], Any]
-"""Where to look in a batch: an index, a name, a dotted path (``"image"``, ``"1.labels.place"``), or a callable of the batch.
+"""Where to look in a batch: an index, a name, a dotted path (``"image"``, ``"1.labels.place"``), or a callable of the
+batch.
 
 Every step of a path is an integer index, a mapping key or an attribute, whichever fits. A callable can only be given
 from Python, never from YAML. Tags of ``debias.tag`` are looked up first.
@@ -40,6 +41,13 @@ class TaggedBatch:
 
     batch: Any
     tags: dict[str, Any]
+
+    def __iter__(self) -> Any:
+        raise BatchKeyError(
+            f"Expected a loop that knows tags, but this one unpacks a tagged batch (tags {sorted(self.tags)})"
+            " itself. Add a callback of debias to the Trainer, e.g. `GroupMonitor`, which hands out the bare batch;"
+            " in a loop of your own use `tagged.batch` and `tagged.tags`."
+        )
 
     def pin_memory(self) -> TaggedBatch:
         """Pin both parts; the DataLoader calls this under ``pin_memory=True``."""
@@ -73,6 +81,7 @@ class TagCollate:
         self.collate_fn = collate_fn
 
     def __call__(self, items: Any) -> Any:
+        """Collate the bare samples, and the tags beside them."""
         if isinstance(items, list) and items and isinstance(items[0], TaggedSample):
             tags = default_collate([item.tags for item in items])
             return TaggedBatch(self.collate_fn([item.sample for item in items]), tags)
@@ -212,7 +221,8 @@ def _replaced(here: Any, parts: list[int | str], value: Any, key: BatchKey) -> A
         result[part if part in here else str(part)] = new
         return result
     if isinstance(here, tuple) and hasattr(here, "_fields"):
-        return here._replace(**{here._fields[part] if isinstance(part, int) else part: new})
+        name = here._fields[part] if isinstance(part, int) else part
+        return here._replace(**{name: new})  # type: ignore[attr-defined]
     if isinstance(here, tuple | list):
         items = list(here)
         items[int(part)] = new

@@ -109,7 +109,7 @@ class Step:
             return ids
         if ids.ndim != 1:
             raise BatchKeyError(
-                f"Expected `{argument}={key!r}` to hold ids of shape (N,), or a boolean membership (N, G), but got shape"
-                f" {tuple(ids.shape)} of {ids.dtype}. Give one id per sample."
+                f"Expected `{argument}={key!r}` to hold ids of shape (N,), or a boolean membership (N, G), but got"
+                f" shape {tuple(ids.shape)} of {ids.dtype}. Give one id per sample."
             )
         return ids.long()

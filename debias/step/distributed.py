@@ -93,5 +93,7 @@ def gather(x: Tensor) -> Tensor:
 
 
 def as_global(local: Tensor, value: Tensor) -> Tensor:
-    """``value`` forward, the gradient of ``local`` backward: what is logged is global, what is summed by DDP is local."""
+    """``value`` forward, the gradient of ``local`` backward: what is logged is global, what is summed by DDP is
+    local.
+    """
     return value.detach() + (local - local.detach()) if is_distributed() else local

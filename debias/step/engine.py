@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler
-from torch.utils.data._utils.collate import default_collate, default_convert
+from torch.utils.data._utils.collate import default_collate
 from torch.utils.data.distributed import DistributedSampler
 
 from debias.errors import (
@@ -58,9 +58,8 @@ class StepEngine:
         self._heads: dict[str | None, HeadTap] = {}
         self._tap: LossTap | None = None
         self._forward_output: Any = None
-        self._frozen_ddp: Any = None
-        # What the first step taught: positions of the selected losses, how many losses a step has and which of them reach
-        # the returned one, and whether rows must be replayed.
+        # What the first step taught: positions of the selected losses, how many losses a step has and which of them
+        # reach the returned one, and whether rows must be replayed.
         self._positions: tuple[int, ...] | None = None
         self._reach: tuple[int, tuple[int, ...]] | None = None
         self._rows_needed = True
@@ -75,7 +74,8 @@ class StepEngine:
             self._proxies.append(attach(self.module, name, self._around(name)))
         self._proxies.append(attach(self.module, "_on_before_batch_transfer", self._strip_tags))
         self._proxies.append(attach(self.trainer.strategy, "process_dataloader", self._process_dataloader))
-        self._handles.append(self.module.register_forward_hook(Hook(self._keep_forward_output)))
+        if any(getattr(callback, "monitors", False) for callback in self.trainer.callbacks):
+            self._handles.append(self.module.register_forward_hook(Hook(self._keep_forward_output)))
         for submodule in self.module.modules():
             if (per_sample := adapters.adapter_of(submodule)) is not None:
                 self._adapt(submodule, per_sample)
@@ -92,7 +92,6 @@ class StepEngine:
         for head in self._heads.values():
             head.close()
         self._heads.clear()
-        self.resume_buffer_broadcast()
         self._tap, self._forward_output, self.tags = None, None, {}
 
     def check(self, watcher: StepWatcher, stage: str) -> None:
@@ -105,14 +104,23 @@ class StepEngine:
         who = type(watcher).__name__
         if is_param_in_hook_signature(self.module.training_step, "dataloader_iter", explicit=True):
             raise UnsupportedStrategyError(
-                f"Expected `training_step(batch, ...)` for {who}, but got `training_step(dataloader_iter)`: the batch is"
-                " fetched inside the step, where it cannot be read. Take the batch as the first argument."
+                f"Expected `training_step(batch, ...)` for {who}, but got `training_step(dataloader_iter)`: the"
+                " batch is fetched inside the step, where it cannot be read. Take the batch as the first argument."
             )
         if not self.module.automatic_optimization and watcher.adds_to_loss:
             raise UnsupportedStrategyError(
                 f"Expected automatic optimisation for {who}, but `automatic_optimization` is False: the loss is used up"
                 " inside the step, so nothing can be added to it. Use automatic optimisation, the mixin form, or a"
                 " reweighing method."
+            )
+        if watcher.losses == "split" and (  # type: ignore[attr-defined]
+            not self.module.automatic_optimization
+            or any(getattr(callback, "adds_to_loss", False) for callback in self.trainer.callbacks)
+        ):
+            raise UnsupportedStrategyError(
+                f"Expected `losses='split'` of {who} with automatic optimisation and without penalties: the step"
+                " then runs once per group, so there is no one loss to add to. Remove the penalties, or use"
+                " `losses='whole'`."
             )
         if getattr(self.trainer.strategy, "_ddp_kwargs", {}).get("static_graph") and watcher.adds_to_loss:
             raise UnsupportedStrategyError(
@@ -128,7 +136,8 @@ class StepEngine:
                 " which would update the method's state several times per batch. Use another optimiser."
             )
 
-    # -- what is wrapped -------------------------------------------------------------------------------------------------
+    # -- what is wrapped
+    # -------------------------------------------------------------------------------------------------
 
     def _around(self, name: str) -> Callable[..., Any]:
         stage = _STAGES[name]
@@ -171,7 +180,8 @@ class StepEngine:
         self._handles.append(loss.register_forward_pre_hook(Hook(before), with_kwargs=True))
         self._handles.append(loss.register_forward_hook(Hook(after), with_kwargs=True))
 
-    # -- training --------------------------------------------------------------------------------------------------------
+    # -- training
+    # --------------------------------------------------------------------------------------------------------
 
     def _train(self, stage: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         debiasers: list[Debiaser] = [w for w in self.watchers() if w.trains]  # type: ignore[misc]
@@ -186,8 +196,8 @@ class StepEngine:
         reweigher = next((w for w in debiasers if w.reweighs), None)
         penalisers = [w for w in debiasers if w.penalises]
         if reweigher is not None and reweigher.losses == "split":
-            loss, output = split_losses(original, args, kwargs, step, reweigher)
-            return _with_loss(output, loss)
+            split, output = split_losses(original, args, kwargs, step, reweigher)
+            return _with_loss(output, split)
         if reweigher is None and not penalisers and not is_distributed():
             output = original(*args, **kwargs)
             self._end_forward(debiasers)
@@ -206,7 +216,9 @@ class StepEngine:
         loss = self._rewritten(step, tap, output, reweigher, penalisers, heads)
         return output if loss is None else _with_loss(output, loss)
 
-    def _watched(self, tap: LossTap, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _watched(
+        self, tap: LossTap, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         self._tap = tap
         adapters._active.append(tap)
         try:
@@ -250,30 +262,35 @@ class StepEngine:
         if not isinstance(loss, Tensor):
             if is_distributed():
                 raise DebiasError(
-                    "Expected the training step to return a loss on every rank, but got None: the other ranks would wait"
-                    " for this one. Return a loss of zero, e.g. `0 * logits.sum()`, instead of skipping."
+                    "Expected the training step to return a loss on every rank, but got None: the other ranks would"
+                    " wait for this one. Return a loss of zero, e.g. `0 * logits.sum()`, instead of skipping."
                 )
             return None
         stated = _stated_losses(output, tap)
         if stated is not None:
             return self._from_stated(step, loss, stated, reweigher, penalisers)
+        known = self._reach is not None and self._reach[0] == len(tap.calls)
         calls = self._reaching(tap, loss)
         if not calls and (reweigher or penalisers):
             raise no_loss_error(_set_losses(self.module))
         if reweigher is not None:
-            selected = [call for call in calls if call.position in (self._positions or ())]
-            if tap.late:
+            if known:
+                selected = [call for call in calls if call.position in (self._positions or ())]
+            else:
                 selected = select_calls(calls, reweigher.loss, type(reweigher).__name__)
+            positions = tuple(call.position for call in selected)
+            if tap.late:
                 loss = _settle(loss, calls, selected, reweigher, step)
-                self._positions = tuple(call.position for call in selected)
-            elif not selected:
+                self._positions = positions
+            elif positions != self._positions:
                 raise AmbiguousLossError(
                     f"Expected the loss at position {self._positions} in every step, but this step computed"
-                    f" {[call.name for call in calls]}. Compute the same losses in every step, or choose one:"
-                    " `loss=callable(call)`."
+                    f" {[call.name for call in tap.calls]}. Compute the same losses in every step, in the same order."
                 )
             if step.logging:
-                reweigher.log_value("average_loss", torch.stack([call.mean().detach() for call in selected]).sum(), step)
+                reweigher.log_value(
+                    "average_loss", torch.stack([call.mean().detach() for call in selected]).sum(), step
+                )
         for watcher in penalisers:
             for call in select_calls(calls, watcher.loss, type(watcher).__name__):
                 if watcher.needs_features:
@@ -291,7 +308,9 @@ class StepEngine:
         calls = [call for call in tap.calls if call.edge is not None and call.edge.node in seen]
         lost = [p.call.name for p in tap.untapped() if p.node in seen and p.node not in ends]
         if lost:
-            error, what = (UntappedLossError, "next to a loss that can") if calls else (LossNotFoundError, "and no other")
+            error, what = (
+                (UntappedLossError, "next to a loss that can") if calls else (LossNotFoundError, "and no other")
+            )
             raise error(
                 f"Expected every loss that reaches the returned loss to be reduced by `.mean()` or `.sum()`, but"
                 f" `{lost[0]}(reduction='none')` reaches it in a way that cannot be followed, {what}. Reduce it with"
@@ -316,7 +335,8 @@ class StepEngine:
         for watcher in debiasers:
             watcher.random.end_forward()
 
-    # -- evaluation --------------------------------------------------------------------------------------------------------
+    # -- evaluation
+    # --------------------------------------------------------------------------------------------------------
 
     def _evaluate(self, stage: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         monitors = [w for w in self.watchers() if w.monitors]
@@ -331,25 +351,8 @@ class StepEngine:
         self._forward_output = None
         return output
 
-    def freeze_buffer_broadcast(self) -> None:
-        """Under DDP every evaluation forward broadcasts buffers: ranks with unequal numbers of batches would hang.
-
-        Broadcast once, then not again until training goes on.
-        """
-        model = self.trainer.strategy.model
-        if self._frozen_ddp is None and isinstance(model, nn.parallel.DistributedDataParallel):
-            if model.will_sync_module_buffers():
-                model._sync_buffers()
-            model.require_forward_param_sync = False
-            self._frozen_ddp = model
-
-    def resume_buffer_broadcast(self) -> None:
-        """The reverse of :meth:`freeze_buffer_broadcast`."""
-        if self._frozen_ddp is not None:
-            self._frozen_ddp.require_forward_param_sync = True
-            self._frozen_ddp = None
-
-    # -- shared --------------------------------------------------------------------------------------------------------------
+    # -- shared
+    # --------------------------------------------------------------------------------------------------------------
 
     def watchers(self) -> list[StepWatcher]:
         """The watchers that are in the Trainer's list right now; a tuner may have taken them out."""
@@ -409,7 +412,7 @@ def _is_compiled(module: nn.Module) -> bool:
     return any(
         type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None
         for m in module.modules()
-    ) or hasattr(module, "_compiler_ctx") and module._compiler_ctx is not None
+    ) or (hasattr(module, "_compiler_ctx") and module._compiler_ctx is not None)
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -463,8 +466,8 @@ def select_calls(calls: list[LossCall], loss: Any, who: str) -> list[LossCall]:
 
 def _ambiguous(names: list[str], who: str) -> AmbiguousLossError:
     return AmbiguousLossError(
-        f"Expected the training step to compute one loss for {who}, but got {len(names)}: {', '.join(names)}. Say which:"
-        " `loss='sum'` (all of them, with the same weights), `loss=<index>`, or `loss=callable(call) -> bool`."
+        f"Expected the training step to compute one loss for {who}, but got {len(names)}: {', '.join(names)}. Say"
+        " which: `loss='sum'` (all of them, with the same weights), `loss=<index>`, or `loss=callable(call) -> bool`."
     )
 
 
@@ -509,11 +512,10 @@ def _stated_losses(output: Any, tap: LossTap) -> LossCall | None:
         raise LossNotFoundError(
             f"Expected the returned `{name}` to require a gradient, but they are detached. Return them as computed."
         )
-    call = LossCall(
+    return LossCall(
         name, output.get("logits"), output.get("targets"), "mean", 0,
         lambda: (elements, elements.new_ones(())), lambda call, num: None,
     )  # fmt: skip
-    return call
 
 
 def _set_losses(module: nn.Module) -> list[str]:
@@ -521,7 +523,9 @@ def _set_losses(module: nn.Module) -> list[str]:
 
 
 def warn_padding(loader: Any, world: int) -> None:
-    """Lightning's evaluation sampler repeats samples so that all ranks have as many; the metrics then count them twice."""
+    """Lightning's evaluation sampler repeats samples so that all ranks have as many; the metrics then count them
+    twice.
+    """
     from debias.data.samplers import EvalSampler
 
     sampler = getattr(loader, "sampler", None)
@@ -530,9 +534,7 @@ def warn_padding(loader: Any, world: int) -> None:
     size = len(sampler.dataset)  # type: ignore[arg-type]
     if size % world:
         warnings.warn(
-            f"The evaluation loader of {size} samples is padded to a multiple of {world} processes, so group metrics count"
-            f" {-size % world} samples twice. Pass `sampler=EvalSampler(dataset)` to its DataLoader.",
+            f"The evaluation loader of {size} samples is padded to a multiple of {world} processes, so group metrics"
+            f" count {-size % world} samples twice. Pass `sampler=EvalSampler(dataset)` to its DataLoader.",
             stacklevel=2,
         )
-
-

@@ -126,7 +126,11 @@ def _count(loader: Any, dataset: Any, key: Any, n_groups: Any, trainer: Any) -> 
         step = Step(trainer, _OnCPU, "train", batch, tag_values)
         ids = step.ids(key, n_groups)
         size = int(torch.tensor(n_groups).prod())
-        found = ids.sum(0).double() if ids.dtype == torch.bool else torch.bincount(ids[(ids >= 0) & (ids < size)], minlength=size)
+        found = (
+            ids.sum(0).double()
+            if ids.dtype == torch.bool
+            else torch.bincount(ids[(ids >= 0) & (ids < size)], minlength=size)
+        )
         total = total + found.double()
     return total
 
@@ -144,4 +148,8 @@ def _tag_array(dataset: Any, key: Any) -> Any:
     if isinstance(value, Tensor):
         return value
     inner = vars(dataset).get("dataset")
-    return _tag_array(inner, key) if inner is not None and isinstance(inner, object) and hasattr(inner, "__dict__") else None
+    return (
+        _tag_array(inner, key)
+        if inner is not None and isinstance(inner, object) and hasattr(inner, "__dict__")
+        else None
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debias.errors import HeadNotFoundError
@@ -22,8 +22,9 @@ __all__ = ["HeadFinder", "HeadTap"]
 _T = torch.Tensor
 # Operations between head and loss that leave every logit what it is.
 _PASS = frozenset(
-    [_T.float, _T.double, _T.to, _T.contiguous, _T.squeeze, _T.unsqueeze, _T.view, _T.reshape, _T.flatten, _T.type_as]
-    + [torch.squeeze, torch.unsqueeze, torch.reshape, torch.flatten, torch.transpose, _T.transpose, _T.permute, _T.clone]
+    {_T.float, _T.double, _T.to, _T.contiguous, _T.squeeze, _T.unsqueeze, _T.view, _T.reshape, _T.flatten, _T.type_as}
+    | {_T.clone, _T.transpose, _T.permute}
+    | {torch.squeeze, torch.unsqueeze, torch.reshape, torch.flatten, torch.transpose, torch.permute, torch.clone}
 )
 
 
@@ -94,8 +95,8 @@ class HeadTap:
         if self._handle is not None:
             if len(self._inputs) != 1:
                 raise HeadNotFoundError(
-                    f"Expected the head to run once in a step, but it ran {len(self._inputs)} times. Name the layer that"
-                    " makes the logits of the loss: `head='dotted.path'`."
+                    f"Expected the head to run once in a step, but it ran {len(self._inputs)} times. Name the layer"
+                    " that makes the logits of the loss: `head='dotted.path'`."
                 )
             call.features, call.head = self._inputs[0], self.head
             return

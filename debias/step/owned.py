@@ -112,8 +112,8 @@ class OwnedModule:
             self.module.load_state_dict(state["module"])  # type: ignore[union-attr]
         except RuntimeError as error:
             raise DebiasError(
-                f"Expected the saved network to fit the one of this run, but got: {error}. Resume with the arguments the"
-                " checkpoint was made with."
+                f"Expected the saved network to fit the one of this run, but got: {error}. Resume with the arguments"
+                " the checkpoint was made with."
             ) from None
         self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[union-attr]
         self.optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]

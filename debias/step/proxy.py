@@ -28,6 +28,7 @@ class StepProxy:
         functools.update_wrapper(self, self.original, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the step, watched."""
         return self.around(self.original, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -49,6 +50,7 @@ class Hook:
         self.function = function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the hook."""
         return self.function(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:

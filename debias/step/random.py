@@ -51,12 +51,14 @@ class StepRandom:
         low, high = zlib.crc32(key.encode()), zlib.crc32(key.encode()[::-1])
         return torch.Generator(device=device).manual_seed((high << 31) ^ low)
 
-    def draw(self, place: str, device: torch.device, sample: Callable[[torch.Generator], Any], *, shared: bool = False) -> Any:
+    def draw(
+        self, place: str, device: torch.device, sample: Callable[[torch.Generator], Any], *, shared: bool = False
+    ) -> Any:
         """``sample(generator)``, or in a recomputation what it returned the first time.
 
         Raises:
-            DebiasError: a layer that ran several times in one step is recomputed; which draw belongs to which run cannot
-                be told.
+            DebiasError: a layer that ran several times in one step is recomputed; which draw belongs to which run
+                cannot be told.
         """
         drawn = self._draws.setdefault(place, [])
         if self._replaying and drawn:

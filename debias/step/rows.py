@@ -40,12 +40,14 @@ MOVES = frozenset(
 )
 # Moves that keep every row in its place whenever they keep the number of rows.
 _ROW_KEEPING = frozenset(
-    [_T.view, _T.reshape, _T.flatten, _T.squeeze, _T.unsqueeze, _T.expand, _T.view_as, _T.reshape_as, _T.unflatten]
-    + [torch.reshape, torch.flatten, torch.squeeze, torch.unsqueeze, torch.unflatten, _T.expand_as]
+    {_T.view, _T.reshape, _T.flatten, _T.squeeze, _T.unsqueeze, _T.expand, _T.view_as, _T.reshape_as, _T.unflatten}
+    | {_T.expand_as, torch.reshape, torch.flatten, torch.squeeze, torch.unsqueeze, torch.unflatten}
 )
 
 
-def apply_move(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], data: Any, part: int | None) -> Tensor:
+def apply_move(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], data: Any, part: int | None
+) -> Tensor:
     """Run a recorded move on other data of the same shape."""
     if func is _T.view and isinstance(data, Tensor):
         data = data.contiguous()  # expanded, where the original was not
@@ -75,7 +77,7 @@ class RowTracker:
         elif isinstance(out, tuple | list):
             self._moves.extend((x, func, args, kwargs, i) for i, x in enumerate(out) if isinstance(x, Tensor))
 
-    def resolve(self, candidates: list[Tensor], rows: int) -> Tensor | None | bool:
+    def resolve(self, candidates: list[Tensor], rows: int) -> Tensor | bool | None:
         """Sample numbers for the rows of a loss.
 
         Args:

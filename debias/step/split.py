@@ -33,8 +33,8 @@ def split_losses(
     ids = reweigher.sample_ids(step)
     if ids.ndim != 1:
         raise RowsError(
-            f"Expected `losses='split'` to get one group id per sample, but got a membership of shape {tuple(ids.shape)}:"
-            " a sample cannot be in two passes. Give ids of shape (N,)."
+            f"Expected `losses='split'` to get one group id per sample, but got a membership of shape"
+            f" {tuple(ids.shape)}: a sample cannot be in two passes. Give ids of shape (N,)."
         )
     numbers = ids.tolist()
     n = len(numbers)
@@ -42,14 +42,18 @@ def split_losses(
     for group in sorted(set(numbers)):
         members = [i for i, number in enumerate(numbers) if number == group]
         part = take_samples(step.batch, members, n)
-        output = original(part, *args[1:], **kwargs) if args else original(*args, **{**kwargs, next(iter(kwargs)): part})
+        output = (
+            original(part, *args[1:], **kwargs) if args else original(*args, **{**kwargs, next(iter(kwargs)): part})
+        )
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             raise LossNotFoundError(
                 f"Expected the training step to return a loss for every group with `losses='split'`, but got {loss!r}."
                 " Return a loss of zero instead of skipping."
             )
-        nums.append(loss.float() * len(members) if loss.dtype in (torch.float16, torch.bfloat16) else loss * len(members))
+        nums.append(
+            loss.float() * len(members) if loss.dtype in (torch.float16, torch.bfloat16) else loss * len(members)
+        )
         dens.append(float(len(members)))
         firsts.append(members[0])
     num = torch.stack(nums)

@@ -1,4 +1,5 @@
-"""The loss tap: sees every torch loss of a step, takes it apart per sample, hands back a debiased one. No Lightning here.
+"""The loss tap: sees every torch loss of a step, takes it apart per sample, hands back a debiased one. No Lightning
+here.
 
 A ``TorchFunctionMode`` sees ``F.cross_entropy`` and its like in any call style. Per sample it keeps ``num_i`` and
 ``den_i``, with ``mean = sum num / sum den``: with class weights, ``ignore_index``, spatial targets or label smoothing
@@ -15,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn._reduction import legacy_get_string
 from torch.overrides import TorchFunctionMode
@@ -294,7 +295,9 @@ class LossTap(TorchFunctionMode):
             self.calls.append(call)
         return out
 
-    def adapted(self, name: str, logits: Any, target: Any, losses: Tensor, den: Tensor | None, original: Tensor) -> Tensor:
+    def adapted(
+        self, name: str, logits: Any, target: Any, losses: Tensor, den: Tensor | None, original: Tensor
+    ) -> Tensor:
         """Take a loss that torch's functions do not show from an adapter: per-sample losses ``(rows, ...)``."""
         if self.training and not (torch.is_grad_enabled() and losses.requires_grad):
             return original
@@ -441,7 +444,8 @@ def _given_rows(rows: Any, call: LossCall, n: int, shape: torch.Size, device: to
         if index.is_floating_point() or index.shape not in (shape, shape[:1]):
             raise RowsError(
                 f"Expected `rows` to return int64 sample numbers of shape {tuple(shape[:1])} or {tuple(shape)}, but got"
-                f" {index.dtype} of shape {tuple(index.shape)}. Return for each row of the loss the sample it belongs to."
+                f" {index.dtype} of shape {tuple(index.shape)}. Return for each row of the loss the sample it"
+                f" belongs to."
             )
         return index
     if count % n:
@@ -456,9 +460,9 @@ def _given_rows(rows: Any, call: LossCall, n: int, shape: torch.Size, device: to
 def _rows_error(call: LossCall, n: int, shape: torch.Size) -> RowsError:
     return RowsError(
         f"Expected the rows of `{call.name}` to be those of the batch, but the loss has shape {tuple(shape)} and the"
-        f" batch {n} ids. If the rows are built from the samples, say how: `rows='tiled'` (all samples, then all again),"
-        " `rows='interleaved'` (all rows of a sample together), or `rows=callable(call, n)` that returns the sample of"
-        " each row."
+        f" batch {n} ids. If the rows are built from the samples, say how: `rows='tiled'` (all samples, then all"
+        " again), `rows='interleaved'` (all rows of a sample together), or `rows=callable(call, n)` that returns"
+        " the sample of each row."
     )
 
 
@@ -468,8 +472,8 @@ def _reduced_index(index: Tensor, out: Tensor, args: tuple[Any, ...], kwargs: di
     dims = [dims] if isinstance(dims, int) else list(dims)
     if any(d % index.ndim == 0 for d in dims) and index.ndim > 1:
         raise RowsError(
-            "Expected an unreduced loss to be summed over its trailing axes or over all of them, but got a sum over axis"
-            f" 0 of shape {tuple(index.shape)}, which mixes samples. Reduce the trailing axes first, then all."
+            "Expected an unreduced loss to be summed over its trailing axes or over all of them, but got a sum over"
+            f" axis 0 of shape {tuple(index.shape)}, which mixes samples. Reduce the trailing axes first, then all."
         )
     for d in sorted((d % index.ndim for d in dims), reverse=True):
         index = index.select(d, 0)
@@ -478,11 +482,15 @@ def _reduced_index(index: Tensor, out: Tensor, args: tuple[Any, ...], kwargs: di
 
 def no_loss_error(seen: list[str]) -> LossNotFoundError:
     """What to say where a training step shows no loss that can be taken apart."""
-    hint = f" It computes {', '.join(sorted(set(seen)))}, which has no per-sample form (it compares whole sets)." if seen else ""
+    hint = (
+        f" It computes {', '.join(sorted(set(seen)))}, which has no per-sample form (it compares whole sets)."
+        if seen
+        else ""
+    )
     return LossNotFoundError(
         "Expected the training step to compute its loss with a torch loss function (cross_entropy, mse_loss, ...), but"
         f" none that requires a gradient reaches the returned loss.{hint} Ways out: return {{'loss': loss, 'losses':"
-        " per_sample}} with losses of shape (N,); or return {'loss', 'logits', 'targets'}; or register the loss once with"
-        " `debias.register_loss(LossClass, per_sample)`; for models that only give a loss per batch, such as detectors,"
-        " pass `losses='split'`."
+        " per_sample}} with losses of shape (N,); or return {'loss', 'logits', 'targets'}; or register the loss once"
+        " with `debias.register_loss(LossClass, per_sample)`; for models that only give a loss per batch, such as"
+        " detectors, pass `losses='split'`."
     )

@@ -87,8 +87,8 @@ class StepWatcher(Callback):
         """Say so when a run is resumed from a checkpoint that holds no state for this method."""
         if self.stateful and self.state_key not in (checkpoint.get("callbacks") or {}):
             warnings.warn(
-                f"The checkpoint holds no state of {self.state_key}: it starts afresh. Expected when a method is added to a"
-                " finished run; otherwise check `name=` and the batch key.",
+                f"The checkpoint holds no state of {self.state_key}: it starts afresh. Expected when a method is"
+                " added to a finished run; otherwise check `name=` and the batch key.",
                 stacklevel=2,
             )
 
@@ -101,29 +101,21 @@ class StepWatcher(Callback):
         step.module.log(self._log_name(key, step), value, on_step=True, on_epoch=False, batch_size=step.n or 1)
 
     def observe(self, step: Step, calls: list[LossCall], forward_output: Any, output: Any) -> None:
-        """See one evaluation step: the losses it computed, what the module's ``forward`` returned, what the step returned."""
+        """See one evaluation step: the losses it computed, what the module's ``forward`` returned, what the step
+        returned.
+        """
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Make evaluation safe and exact on several ranks."""
-        self._start_evaluation(trainer, trainer.val_dataloaders)
+        """Say so if padding would count samples twice."""
+        self._check_padding(trainer, trainer.val_dataloaders)
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        """Make evaluation safe and exact on several ranks."""
-        self._start_evaluation(trainer, trainer.test_dataloaders)
+        """Say so if padding would count samples twice."""
+        self._check_padding(trainer, trainer.test_dataloaders)
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Training goes on as before."""
-        if self.engine is not None:
-            self.engine.resume_buffer_broadcast()
-
-    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
-        """Training goes on as before."""
-        self.on_validation_end(trainer, pl_module)
-
-    def _start_evaluation(self, trainer: Any, loaders: Any) -> None:
+    def _check_padding(self, trainer: Any, loaders: Any) -> None:
         if self.engine is None or not self.monitors or trainer.world_size < 2:
             return
-        self.engine.freeze_buffer_broadcast()
         for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
             warn_padding(loader, trainer.world_size)
 
@@ -188,7 +180,8 @@ class Debiaser(StepWatcher):
         self.owned: dict[str, OwnedModule] = {}
         self._epoch: int | None = None
 
-    # -- what a method overrides -------------------------------------------------------------------------------------------
+    # -- what a method overrides
+    # -------------------------------------------------------------------------------------------
 
     def augment(self, step: Step) -> None:
         """Put a changed batch into ``step.batch``; never change the old one in place."""
@@ -208,7 +201,8 @@ class Debiaser(StepWatcher):
     def new_epoch(self, epoch: int) -> None:
         """Called before the first step of an epoch other than the last step's, also after a resume."""
 
-    # -- how the engine sees it --------------------------------------------------------------------------------------------
+    # -- how the engine sees it
+    # --------------------------------------------------------------------------------------------
 
     @property
     def reweighs(self) -> bool:
@@ -228,7 +222,8 @@ class Debiaser(StepWatcher):
     def start(self, step: Step) -> None:
         """Begin a micro-batch: lazy epoch update, fresh draws, augmentation."""
         if self._epoch != step.epoch:
-            # Applied here and not in on_train_epoch_end, which a run resumed from a checkpoint of validation end never sees.
+            # Applied here and not in on_train_epoch_end, which a run resumed from a checkpoint of validation end
+            # never sees.
             if self._epoch is not None:
                 self.new_epoch(step.epoch)
             self._epoch = step.epoch
@@ -246,7 +241,8 @@ class Debiaser(StepWatcher):
         if self.reweighs and len(others) > 1:
             raise DebiasError(
                 "Expected at most one method that reweighs the loss in `callbacks`, but got"
-                f" {', '.join(type(c).__name__ for c in others)}. Remove all but one; penalties and augmentations combine."
+                f" {', '.join(type(c).__name__ for c in others)}. Remove all but one; penalties and augmentations"
+                f" combine."
             )
         super().setup(trainer, pl_module, stage)
         if self.module is not None:

@@ -119,17 +119,32 @@ class Share(DistributedSampler):
 
 
 def loader(
-    n: int = 39, *, sizes: tuple[int, ...] = (16,), last: tuple[int, ...] | None = None, rank: int = 0, **changed: Any
+    n: int = 39,
+    *,
+    sizes: tuple[int, ...] = (16,),
+    last: tuple[int, ...] | None = None,
+    rank: int = 0,
+    bare: bool = False,
+    **changed: Any,
 ) -> DataLoader:
-    """Training batches of 16 rows over all ranks, in order; the last one has what is left, ``last`` per rank."""
-    dataset = tagged(problem(n), **changed)
+    """Training batches of 16 rows over all ranks, in order; the last one has what is left, ``last`` per rank.
+
+    Args:
+        n: number of rows.
+        sizes: rows per batch of each rank.
+        last: rows of the last batch of each rank.
+        rank: whose loader it is.
+        bare: without tags, for training without debias.
+        **changed: other tags.
+    """
+    dataset = problem(n) if bare else tagged(problem(n), **changed)
     sampler = Share(dataset, sizes, (n % sum(sizes),) if last is None else last, rank)
     return DataLoader(dataset, batch_size=sizes[rank], sampler=sampler)
 
 
-def val_loader(n: int = 21) -> DataLoader:
+def val_loader(n: int = 21, *, bare: bool = False) -> DataLoader:
     """Validation rows, each exactly once over all ranks."""
-    dataset = tagged(problem(n, seed=1))
+    dataset = problem(n, seed=1) if bare else tagged(problem(n, seed=1))
     return DataLoader(dataset, batch_size=4, sampler=EvalSampler(dataset))
 
 
@@ -147,6 +162,13 @@ def make_trainer(callbacks: Any = (), *, package: Any = L, **options: Any) -> An
         "max_epochs": 1,
     }
     return package.Trainer(callbacks=list(callbacks), **(quiet | options))
+
+
+def train(module: Any, callbacks: Any = (), *, bare: bool = False, **options: Any) -> Any:
+    """Train on the default rows, one epoch unless told otherwise; the Trainer."""
+    trainer = make_trainer(callbacks, **options)
+    trainer.fit(module, loader(bare=bare), val_loader(bare=bare))
+    return trainer
 
 
 def parameters(module: nn.Module) -> dict[str, torch.Tensor]:

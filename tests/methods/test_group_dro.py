@@ -30,8 +30,16 @@ def batches(steps=12, seed=0):
 class Oracle:
     """Sagawa et al. as written: plain floats, loops, no tensors shared with the implementation."""
 
-    def __init__(self, step_size=0.01, adjustment=0.0, normalize_loss=False, alpha=None, absent="zero", minimum_weight=0.0):
-        self.eta, self.normalize, self.alpha, self.absent, self.mvw = step_size, normalize_loss, alpha, absent, minimum_weight
+    def __init__(
+        self, step_size=0.01, adjustment=0.0, normalize_loss=False, alpha=None, absent="zero", minimum_weight=0.0
+    ):
+        self.eta, self.normalize, self.alpha, self.absent, self.mvw = (
+            step_size,
+            normalize_loss,
+            alpha,
+            absent,
+            minimum_weight,
+        )
         constants = [adjustment] * G if isinstance(adjustment, float) else adjustment
         self.adjustment = [c / math.sqrt(n) for c, n in zip(constants, COUNTS, strict=True)]
         self.q = [1 / G] * G
@@ -125,7 +133,8 @@ def test_evaluation_mode_leaves_the_weights():
     assert criterion.weights.tolist() == [0.25] * 4
 
 
-# -- invariants ----------------------------------------------------------------------------------------------------------
+# -- invariants
+# ----------------------------------------------------------------------------------------------------------
 
 losses_and_groups = st.integers(1, 8).flatmap(
     lambda n: st.tuples(
@@ -204,7 +213,8 @@ def test_overlapping_membership():
     assert float(value) == pytest.approx(0.5 * 2.0 + 0.5 * 3.0)
 
 
-# -- numerics and state --------------------------------------------------------------------------------------------------
+# -- numerics and state
+# --------------------------------------------------------------------------------------------------
 
 
 def test_large_steps_do_not_overflow():
@@ -260,7 +270,8 @@ def test_pure_update():
     torch.testing.assert_close(group_dro_weights(log_q, a, step_size=0.3).exp(), q / q.sum(), rtol=1e-13, atol=0)
 
 
-# -- arguments and bad rows ----------------------------------------------------------------------------------------------
+# -- arguments and bad rows
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -347,7 +358,8 @@ def test_batch_without_any_labelled_row():
     assert losses.grad.tolist() == [0.0] * 3
 
 
-# -- in a LightningModule ------------------------------------------------------------------------------------------------
+# -- in a LightningModule
+# ------------------------------------------------------------------------------------------------
 
 
 def test_mixin_equals_callback():
@@ -375,11 +387,18 @@ def test_mixin_equals_callback():
 
     g = torch.Generator().manual_seed(0)
     x, y, place = torch.randn(12, 3, generator=g).double(), torch.arange(12) % 2, torch.arange(12) % 3
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     plain, mixed = Plain(), Mixed()
     callback = GroupDRO("place", 3, step_size=0.5)
     data = TensorDataset(x, y)
-    L.Trainer(max_epochs=3, accelerator="cpu", callbacks=[callback], **quiet).fit(plain, DataLoader(tag(data, place=place), 4))
+    L.Trainer(max_epochs=3, accelerator="cpu", callbacks=[callback], **quiet).fit(
+        plain, DataLoader(tag(data, place=place), 4)
+    )
     L.Trainer(max_epochs=3, accelerator="cpu", **quiet).fit(mixed, DataLoader(TensorDataset(x, y, place), 4))
     torch.testing.assert_close(plain.net.weight, mixed.net.weight, rtol=1e-13, atol=0)
     torch.testing.assert_close(callback.module.weights, mixed.group_dro.weights, rtol=1e-13, atol=0)
@@ -404,7 +423,12 @@ def test_counts_are_taken_from_the_training_set_once(key):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), 0.1)
 
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = L.Trainer(max_epochs=1, accelerator="cpu", callbacks=[callback], **quiet)
     if isinstance(key, tuple):
         with pytest.raises(DebiasError, match="but got none of 1_1"):

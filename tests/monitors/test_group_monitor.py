@@ -110,7 +110,11 @@ def test_every_epoch_starts_afresh_and_the_sanity_check_is_skipped():
 
     module = Constant()
     trainer = L.Trainer(
-        max_epochs=2, callbacks=[GroupMonitor("place", 3), Read()], num_sanity_val_steps=1, enable_checkpointing=False, **QUIET
+        max_epochs=2,
+        callbacks=[GroupMonitor("place", 3), Read()],
+        num_sanity_val_steps=1,
+        enable_checkpointing=False,
+        **QUIET,
     )
     trainer.fit(module, loader(), loader())
     assert seen[0] == {}  # the sanity check
@@ -190,7 +194,7 @@ def test_regression_needs_a_metric():
     module = Regression()
     with torch.no_grad():
         error = (module.net(X)[:, 0] - Y).abs()
-    worst = max(float(error[PLACE == k].mean()) for k in range(3))
+    worst = max(float(error[k == PLACE].mean()) for k in range(3))
     (name,) = (k for k in logged if "worst" in k)
     assert logged[name] == pytest.approx(worst, rel=1e-5)
 

@@ -1,7 +1,7 @@
 """Training steps shaped like real ones: each is reweighed exactly, or refused with an error that names the way out.
 
-The oracle computes the Group DRO objective of the step by hand, from the formula, on the same initial weights; with SGD and
-learning rate 1 one step of the Trainer has to move the parameters by exactly its gradient.
+The oracle computes the Group DRO objective of the step by hand, from the formula, on the same initial weights; with
+SGD and learning rate 1 one step of the Trainer has to move the parameters by exactly its gradient.
 """
 
 import dataclasses
@@ -16,7 +16,14 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from debias import GroupDRO, register_loss, tag
-from debias.errors import AmbiguousLossError, BatchKeyError, LossNotFoundError, RowsError, UntappedLossError
+from debias.errors import (
+    AmbiguousLossError,
+    BatchKeyError,
+    LossNotFoundError,
+    RowsError,
+    UnsupportedStrategyError,
+    UntappedLossError,
+)
 
 N, D, C = 6, 5, 4
 GROUPS = torch.tensor([0, 0, 0, 0, 2, 2])  # group 1 is absent
@@ -64,8 +71,11 @@ class Base(L.LightningModule):
 
 def dro(num, den, groups, n_groups=3):
     """The objective from the formula: losses by group, one exponentiated-gradient step, weighted sum."""
-    losses = [num[groups == k].sum() / den[groups == k].sum() if (groups == k).any() else num.sum() * 0 for k in range(n_groups)]
-    q = [math.exp(STEP_SIZE * float(loss)) for loss in losses]
+    losses = [
+        num[groups == k].sum() / den[groups == k].sum() if (groups == k).any() else num.sum() * 0
+        for k in range(n_groups)
+    ]
+    q = [math.exp(STEP_SIZE * loss.item()) for loss in losses]
     return sum(weight / sum(q) * loss for weight, loss in zip(q, losses, strict=True))
 
 
@@ -84,7 +94,9 @@ def assert_exact(module, dataset, objective, callback=None, **loader):
     loss = objective(lambda x: F.linear(x, before["net.weight"], before["net.bias"]))
     grads = torch.autograd.grad(loss, [before["net.weight"], before["net.bias"]])
     for name, grad in zip(("net.weight", "net.bias"), grads, strict=True):
-        torch.testing.assert_close(dict(module.named_parameters())[name].detach(), before[name].detach() - grad, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            dict(module.named_parameters())[name].detach(), before[name].detach() - grad, rtol=1e-12, atol=1e-14
+        )
 
 
 ONES = torch.ones(N, dtype=torch.float64)
@@ -142,7 +154,9 @@ class MultiLabel(Base):
 
 def test_multi_label():
     def objective(net):
-        losses = F.binary_cross_entropy_with_logits(net(X), MULTI, pos_weight=2 * torch.ones(C).double(), reduction="none")
+        losses = F.binary_cross_entropy_with_logits(
+            net(X), MULTI, pos_weight=2 * torch.ones(C).double(), reduction="none"
+        )
         return dro(losses.mean(1), ONES, GROUPS)
 
     assert_exact(MultiLabel(), Samples(X, MULTI), objective)
@@ -181,7 +195,9 @@ def token_losses(net):
 
 
 def test_tokens_in_a_dict_batch():
-    assert_exact(Tokens(), Samples(X, TOKENS, make=as_dict), lambda net: dro(token_losses(net).sum(1), 3 * ONES, GROUPS))
+    assert_exact(
+        Tokens(), Samples(X, TOKENS, make=as_dict), lambda net: dro(token_losses(net).sum(1), 3 * ONES, GROUPS)
+    )
 
 
 class MaskedTokens(Base):
@@ -251,8 +267,8 @@ def test_two_targets_with_the_same_weights():
 
     def objective(net):
         a, b = two_losses(net)
-        mean = [[x[GROUPS == k].mean() if (GROUPS == k).any() else x.sum() * 0 for k in range(3)] for x in (a, b)]
-        q = [math.exp(STEP_SIZE * float(p + r)) for p, r in zip(*mean, strict=True)]
+        mean = [[x[k == GROUPS].mean() if (k == GROUPS).any() else x.sum() * 0 for k in range(3)] for x in (a, b)]
+        q = [math.exp(STEP_SIZE * (p + r).item()) for p, r in zip(*mean, strict=True)]
         return sum(w / sum(q) * (p + 0.5 * r) for w, p, r in zip(q, *mean, strict=True))
 
     callback = GroupDRO("place", 3, step_size=STEP_SIZE, loss="sum")
@@ -295,7 +311,7 @@ def test_from_the_second_step_on_the_weights_are_applied_at_once():
     class Module(MetricFirst):
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
-            seen.append(float(loss))
+            seen.append(loss.item())
             return loss
 
         def configure_optimizers(self):
@@ -535,7 +551,10 @@ class ImageLists(Base):
 
 def test_lists_of_images():
     assert_exact(
-        ImageLists(), Samples(X, Y), lambda net: dro(ce(net), ONES, GROUPS), collate_fn=lambda s: tuple(map(list, zip(*s, strict=True)))
+        ImageLists(),
+        Samples(X, Y),
+        lambda net: dro(ce(net), ONES, GROUPS),
+        collate_fn=lambda s: tuple(map(list, zip(*s, strict=True))),
     )
 
 
@@ -575,7 +594,9 @@ def test_crossed_ids():
 
 
 def test_a_key_that_is_not_there():
-    with pytest.raises(BatchKeyError, match=r"(?s)`group='site'`.*a list of 2 and the tags are \['place'\].*tag\(dataset, site=ids\)"):
+    with pytest.raises(
+        BatchKeyError, match=r"(?s)`group='site'`.*a list of 2 and the tags are \['place'\].*tag\(dataset, site=ids\)"
+    ):
         fit_one_step(CrossEntropy(), Samples(X, Y), GroupDRO("site", 3))
 
 
@@ -585,21 +606,21 @@ def test_ids_that_are_no_ids():
 
 
 class Crop(Base):
-    """Rows that nothing explains."""
-
     def training_step(self, batch, batch_idx):
         x, _ = batch
         return F.mse_loss(self.net(x)[:4], torch.zeros(4, C, dtype=torch.float64))
 
 
 def test_rows_are_never_guessed():
-    with pytest.raises(RowsError, match=r"loss has shape \(4, 4\) and the batch 6 ids"):
-        class Module(Base):
-            def training_step(self, batch, batch_idx):
-                x, _ = batch
-                out = self.net(x.sum(0, keepdim=True).expand(4, D) + 0)
-                return F.mse_loss(out, torch.zeros(4, C, dtype=torch.float64))
+    class Module(Base):
+        """Rows that nothing explains."""
 
+        def training_step(self, batch, batch_idx):
+            x, _ = batch
+            out = self.net(x.sum(0, keepdim=True).expand(4, D) + 0)
+            return F.mse_loss(out, torch.zeros(4, C, dtype=torch.float64))
+
+    with pytest.raises(RowsError, match=r"loss has shape \(4, 4\) and the batch 6 ids"):
         fit_one_step(Module(), Samples(X, Y))
 
 
@@ -619,25 +640,52 @@ def test_split_runs_the_step_once_per_group():
             return {"loss": (self.net(x) - y).abs().max()}
 
     def objective(net):
-        per_group = torch.stack([(net(X[GROUPS == k]) - MULTI[GROUPS == k]).abs().max() for k in (0, 2)])
+        per_group = torch.stack([(net(X[k == GROUPS]) - MULTI[k == GROUPS]).abs().max() for k in (0, 2)])
         counts = torch.tensor([4.0, 2.0]).double()
         return dro(per_group * counts, counts, torch.tensor([0, 2]))
 
     assert_exact(Detector(), Samples(X, MULTI), objective, GroupDRO("place", 3, step_size=STEP_SIZE, losses="split"))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")  # what is tested here
 def test_a_jitted_criterion_is_refused():
-    criterion = torch.jit.script(_JitLoss()) if hasattr(torch.jit, "script") else None
+    class Jitted(nn.Module):
+        def forward(self, x, y):
+            return (x - y).pow(2).mean()
+
+    criterion = torch.jit.trace(Jitted(), (X, X))
 
     class Module(Base):
         def training_step(self, batch, batch_idx):
             x, y = batch
             return criterion(self.net(x), y)
 
-    with pytest.raises(LossNotFoundError):
+    with pytest.raises(LossNotFoundError, match="none that requires a gradient reaches the returned loss"):
         fit_one_step(Module(), Samples(X, MULTI))
 
 
-class _JitLoss(nn.Module):
-    def forward(self, x, y):
-        return torch.nn.functional.mse_loss(x, y)
+def test_a_second_loss_that_appears_later_is_not_left_out_in_silence():
+    class Warmup(Base):
+        def training_step(self, batch, batch_idx):
+            x, y, z = batch
+            out = self.net(x)
+            loss = F.cross_entropy(out, y)
+            return loss + F.mse_loss(out, z) if self.current_epoch else loss
+
+    trainer = L.Trainer(max_epochs=2, callbacks=[GroupDRO("place", 3)], **QUIET)
+    with pytest.raises(AmbiguousLossError, match="got 2: cross_entropy, mse_loss"):
+        trainer.fit(Warmup(), DataLoader(tag(Samples(X, Y, MULTI), place=GROUPS), batch_size=N))
+
+
+def test_a_tagged_batch_without_any_callback_says_what_to_do():
+    trainer = L.Trainer(max_epochs=1, **QUIET)
+    with pytest.raises(BatchKeyError, match=r"tags \['place'\].*GroupMonitor"):
+        trainer.fit(CrossEntropy(), DataLoader(tag(Samples(X, Y), place=GROUPS), batch_size=N))
+
+
+def test_split_refuses_what_it_cannot_do():
+    class Manual(CrossEntropy):
+        automatic_optimization = False
+
+    with pytest.raises(UnsupportedStrategyError, match=r"losses='split'.*automatic optimisation"):
+        fit_one_step(Manual(), Samples(X, Y), GroupDRO("place", 3, losses="split"))

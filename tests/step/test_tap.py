@@ -9,6 +9,9 @@ from debias.errors import RowsError
 from debias.step.rows import RowTracker
 from debias.step.tap import LossTap
 
+# Torch says so whenever its legacy arguments are used, and they are part of what is tested.
+pytestmark = pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated:UserWarning")
+
 N, C, D = 7, 4, 3
 generator = torch.Generator().manual_seed(0)
 
@@ -72,8 +75,8 @@ VARIANTS = {
     "none fill": (X, lambda x: F.cross_entropy(x, YC, reduction="none").masked_fill(MASK < 1, 0).sum() / MASK.sum()),
     "none weights": (X, lambda x: 0.5 * (F.cross_entropy(x, YC, reduction="none") * SAMPLE_WEIGHT).mean()),
     "none rows then mean": (X, lambda x: F.mse_loss(x, SOFT, reduction="none").mean(1).mean()),
-    "none flatten sum mean": (PIXELS, lambda x: F.mse_loss(x, x.detach() + 1, reduction="none").flatten(1).sum(1).mean()),
-    "focal": (X, lambda x: _focal(x)),
+    "none flatten sum mean": (PIXELS, lambda x: F.mse_loss(x, x.detach() + 1,
+    reduction="none").flatten(1).sum(1).mean()), "focal": (X, lambda x: _focal(x)),
     "scaled plus": (X, lambda x: 0.3 * F.cross_entropy(x, YC) + 0.01 * x.pow(2).sum()),
     "in place": (X, lambda x: F.cross_entropy(x, YC).mul_(0.5).add_(1.0)),
 }  # fmt: skip
@@ -147,7 +150,10 @@ def test_per_sample_parts_against_a_loop():
     (call,) = tap.calls
     for i in range(N):
         kept = PIXEL_IGNORED[i] != 255
-        num = sum(-W[PIXEL_TARGET[i, a, b]] * PIXELS[i, :, a, b].log_softmax(0)[PIXEL_TARGET[i, a, b]] for a, b in kept.nonzero())
+        num = sum(
+            -W[PIXEL_TARGET[i, a, b]] * PIXELS[i, :, a, b].log_softmax(0)[PIXEL_TARGET[i, a, b]]
+            for a, b in kept.nonzero()
+        )
         torch.testing.assert_close(call.num[i].detach(), num + torch.zeros((), dtype=torch.float64))
         torch.testing.assert_close(call.den[i], W[PIXEL_TARGET[i][kept]].sum())
 
@@ -315,4 +321,9 @@ def test_rows_that_are_told_wrongly():
     with pytest.raises(RowsError, match="multiple of the 3 samples"):
         _rows((torch.zeros(3),), 3, lambda: F.cross_entropy(logits, torch.zeros(7).long()), "tiled")
     with pytest.raises(RowsError, match=r"int64 sample numbers of shape \(7,\)"):
-        _rows((torch.zeros(3),), 3, lambda: F.cross_entropy(logits, torch.zeros(7).long()), lambda call, n: torch.zeros(3).long())
+        _rows(
+            (torch.zeros(3),),
+            3,
+            lambda: F.cross_entropy(logits, torch.zeros(7).long()),
+            lambda call, n: torch.zeros(3).long(),
+        )
