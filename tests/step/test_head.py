@@ -133,6 +133,7 @@ def test_features_are_those_of_this_step():
     other = one_step(head, lambda: torch.randn(2, 3, requires_grad=True))
     with pytest.raises(HeadNotFoundError, match="ran 0 times"):
         head.resolve(other)
+    head.close()
 
 
 def test_a_head_that_runs_twice():
@@ -140,6 +141,7 @@ def test_a_head_that_runs_twice():
     call = one_step(head, lambda: net(X) + net(X))
     with pytest.raises(HeadNotFoundError, match="ran 2 times"):
         head.resolve(call)
+    head.close()
 
 
 # Dynamo looks at .grad of the noted tensors while it traces, and warns about itself.
