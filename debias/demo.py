@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -46,14 +46,16 @@ __all__ = ["Result", "run", "train", "wilson_interval"]
 
 METHODS = ("ERM", "balanced ERM", "GroupDRO")
 
-# Chosen on the *validation* worst group, averaged over seeds 100 to 107, which are not among those that the demo
-# reports: weight decay 0, 0.003, 0.01 (chosen), 0.02, 0.03; learning rate 1e-3 (chosen), 3e-3; step size 0.01 (chosen,
-# the published default), 0.1. Without weight decay all three methods learn the flipped labels by heart within 30 epochs.
+# Shared by all methods. Tried on seeds 100 to 107, which the demo does not report, and judged by the *validation* worst
+# group alone: Adam's weight decay 0, 0.003, 0.01, 0.02, 0.03; learning rate 1e-3, 3e-3; step size 0.01 (the published
+# default), 0.1; 32 or 128 hidden units; a small CNN. Weight decay between 0.003 and 0.02 and all the rest gave GroupDRO
+# 0.54 to 0.57 there, which is within noise. Without weight decay the flipped labels are learnt by heart.
 EPOCHS = 30
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.01
 STEP_SIZE = 0.01
 
+_SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")  # set by seed_everything
 CHANCE = 0.5
 CEILING = 0.75  # a quarter of the labels is flipped
 # Okabe and Ito's palette: told apart with every common colour vision.
@@ -189,11 +191,9 @@ def train(method: str, seed: int, epochs: int, folder: Path, callbacks: Sequence
         )
         trainer.fit(model, data)
         (metrics,) = trainer.test(model, data, ckpt_path=best.best_model_path, verbose=False)
-        batches = trainer.num_training_batches
-        saved = torch.load(best.best_model_path, weights_only=True)["global_step"]
+        saved = torch.load(best.best_model_path, weights_only=True)
     sizes = torch.bincount(data.test_set.tags["group"], minlength=data.n_groups).tolist()
     accuracies = [metrics[f"test/accuracy_by_group/{name}"] for name in data.group_names]
-    assert best.best_model_score is not None
     return Result(
         method=method,
         seed=seed,
@@ -201,8 +201,8 @@ def train(method: str, seed: int, epochs: int, folder: Path, callbacks: Sequence
         train_sizes=tuple(data.group_counts.tolist()),
         sizes=tuple(sizes),
         correct=tuple(round(share * size) for share, size in zip(accuracies, sizes, strict=True)),
-        validation=best.best_model_score.item(),
-        epoch=saved // batches,
+        validation=float(cast(torch.Tensor, best.best_model_score)),
+        epoch=saved["epoch"] + 1,
         epochs=epochs,
         seconds=time.perf_counter() - start,
     )
@@ -332,19 +332,18 @@ def draw(results: Sequence[Result]) -> Figure:
         right.bar(places, means, width, label=method, zorder=2, **style)
         for result in runs:
             right.scatter(places, [100 * share for share in result.by_group], s=9, color="black", zorder=3)
-    left.axvline(100 * CEILING, color="0.45", linestyle="--", linewidth=1)
+    left.axvline(100 * CEILING, color="0.45", linestyle="--", linewidth=1, zorder=1)
     left.set(xlim=(0, 80), ylim=(-2, 80), xlabel="average accuracy (%)", ylabel="worst-group accuracy (%)")
     left.set_title("Worst group against average, one mark a seed", fontsize=10)
     for axes in (left, right):
-        for height, text, line in ((CEILING, "label-noise ceiling", "--"), (CHANCE, "chance", ":")):
-            axes.axhline(100 * height, color="0.45", linestyle=line, linewidth=1, zorder=1)
-            if axes is left:
-                axes.annotate(text, (1, 100 * height), color="0.3", fontsize=8, va="bottom")
+        line = {"color": "0.45", "linewidth": 1, "zorder": 1}
+        axes.axhline(100 * CEILING, linestyle="--", label=f"label-noise ceiling, {100 * CEILING:.0f} %", **line)
+        axes.axhline(100 * CHANCE, linestyle=":", label=f"chance, {100 * CHANCE:.0f} %", **line)
         axes.spines[["top", "right"]].set_visible(False)
     right.set_xticks(range(len(groups)), [_group_label(results, g) for g in range(len(groups))], fontsize=8)
     right.set(ylim=(0, 104), ylabel="accuracy (%)")
     right.set_title("By group: mean over seeds, one dot a seed", fontsize=10)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS), frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     return figure
 
 
@@ -356,12 +355,11 @@ def _group_label(results: Sequence[Result], group: int) -> str:
 
 def _caption() -> str:
     return (
-        f"Chance is {100 * CHANCE:.0f} %. A quarter of the labels is flipped, so {100 * CEILING:.0f} % is the ceiling for"
-        " whoever reads the digit; above it stands only who reads the colour, in the groups where the colour happens to"
-        " be right. Colour agrees with the label for 80 % and 90 % of the training samples and 10 % of the test samples."
-        " Every run tests the checkpoint with the best worst group on the *validation* set, which is drawn like the"
-        " training set. In brackets: the 95 % binomial (Wilson) interval of that group; after ±: the standard deviation"
-        " over seeds."
+        f"Chance is {100 * CHANCE:.0f} %. A quarter of the labels is flipped, so whoever reads the digit reaches"
+        f" {100 * CEILING:.0f} %; only reading the colour gives more, and only in the groups where it happens to be"
+        " right. Colour agrees with the label for 80 % and 90 % of the samples in training, 10 % at test. Each run"
+        " tests the checkpoint with the best worst group on the validation set, which is drawn like the training set."
+        " In brackets: 95 % binomial (Wilson) interval of that group; after ±: standard deviation over seeds."
     )
 
 
@@ -390,7 +388,7 @@ def _quiet() -> Iterator[None]:
     """Nothing but the demo's own output, one thread for a network this small, and all put back afterwards."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
-    threads, seed = torch.get_num_threads(), os.environ.get("PL_GLOBAL_SEED")
+    threads, environment = torch.get_num_threads(), {name: os.environ.get(name) for name in _SEED_VARIABLES}
     try:
         for logger in loggers:
             logger.setLevel(logging.WARNING)
@@ -404,7 +402,8 @@ def _quiet() -> Iterator[None]:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         torch.set_num_threads(threads)
-        if seed is None:
-            os.environ.pop("PL_GLOBAL_SEED", None)
-        else:
-            os.environ["PL_GLOBAL_SEED"] = seed
+        for name, value in environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

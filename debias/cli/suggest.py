@@ -69,7 +69,7 @@ def explain(message: str, keys: Iterable[str]) -> str:
         return _unknown_key(f"{found['group']}.{found['key']}", keys)
     if found := re.search(r"Option '(?P<key>[^']+)' is not accepted", message):
         return _unknown_key(found["key"], keys)
-    if found := re.search(r"unrecognized arguments: --(?P<key>[^\s=]+)", message):
+    if found := re.search(r"[Uu]nrecognized arguments: --(?P<key>[^\s=]+)", message):
         return _unknown_key(found["key"], keys)
     if (found := re.search(r"No module named '(?P<module>[\w.]+)'", message)) and (
         hint := missing_extra(found["module"])

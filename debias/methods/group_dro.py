@@ -280,7 +280,9 @@ def checked_counts(group_counts: Any, names: Sequence[str]) -> Tensor:
 
 
 class GroupDRO(GroupDebiaser):
-    """Group DRO on an unmodified module. The method is described at the top of :mod:`debias.methods.group_dro`.
+    """Reweigh groups online towards the worst one.
+
+    The method and its formula are described at the top of :mod:`debias.methods.group_dro`.
 
     Args:
         group: where the group ids are: a tag, an index, a name, a dotted path, a callable, or a tuple of these whose

@@ -126,7 +126,7 @@ class GroupReweightingLoss(GroupState):
 
 
 class GroupReweighting(GroupDebiaser):
-    """ERM with fixed group weights on an unmodified module.
+    """Weigh every group by its inverse frequency: fixed, the baseline.
 
     Args:
         group: where the group ids are; see :class:`debias.GroupDRO`.

@@ -45,8 +45,13 @@ class FeatureNorm(Debiaser):
 
     needs_features: ClassVar[bool] = True
 
+    def __init__(self, *, head: str | None = None, name: str | None = None) -> None:
+        super().__init__(head=head, name=name)
+        self.mismatch: list[Tensor] = []
+
     def penalise(self, call: LossCall, step: Step) -> Tensor:
-        torch.testing.assert_close(nn.functional.linear(call.features, call.head.weight, call.head.bias), call.logits)
+        logits = nn.functional.linear(call.features, call.head.weight, call.head.bias)
+        self.mismatch.append((logits - call.logits).detach().abs().max())
         share = global_sum((call.features**2).sum() + 0 * call.head.weight.sum()) / _count(call.features)
         return 0.01 * share * (call.head.weight**2).sum()
 

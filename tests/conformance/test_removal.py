@@ -97,7 +97,7 @@ def test_the_step_is_wrapped_while_training(method):
             hooks = [h for m in pl_module.modules() for h in m._forward_hooks.values() if isinstance(h, Hook)]
             seen.append((isinstance(pl_module.training_step, StepProxy), bool(hooks)))
 
-    train(Classifier(), [*build(method), Look()])
+    train(Classifier(), [*build(method), GroupMonitor("place", 3), Look()])
     assert seen == [(True, True)] * 3
 
 

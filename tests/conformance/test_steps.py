@@ -5,19 +5,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
+import json
 from unittest import mock
 
 import lightning as L
 import pytest
 import torch
-from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder
+from lightning.pytorch.cli import LightningCLI
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from _support.cases import METHODS, arguments, augments, build, has_groups
+from _support.cases import METHODS, arguments, build, has_groups
 from _support.fits import (
     Classifier,
     Manual,
@@ -32,13 +34,13 @@ from _support.fits import (
     val_loader,
 )
 from debias import GroupMonitor
-from debias.errors import BadRowsError, DebiasError, UnsupportedStrategyError
+from debias.errors import BadRowsError, UnsupportedStrategyError
 from debias.ops.groups import GroupState
 
 
 def trained(name, module=None, *, bare=False, extra=(), **options):
     """Parameters and method state after training."""
-    model, callbacks = module or Classifier(), build(name)
+    model, callbacks = Classifier() if module is None else module, build(name)
     train(model, [*callbacks, *extra], bare=bare, **({"max_epochs": 2} | options))
     return {"parameters": parameters(model), "methods": [callback.state_dict() for callback in callbacks]}
 
@@ -91,6 +93,7 @@ def dynamo():
 
 @pytest.mark.parametrize("what", ["backbone", "head", "module"])
 @pytest.mark.usefixtures("dynamo")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo looks at it
 def test_compiled_is_eager(method, what):
     """The backend keeps Dynamo's tracing and autograd's, without a C++ compiler."""
     model = Classifier()
@@ -156,10 +159,10 @@ def test_batch_size_finder(method, tmp_path):
     start = AtStart(callbacks)
     finder = BatchSizeFinder(steps_per_trial=1, max_trials=2)
     make_trainer([*callbacks, finder, start], default_root_dir=tmp_path).fit(model, datamodule=data)
-    assert data.batch_size == 8
+    assert data.batch_size > Data.batch_size
     assert same(start.seen[1], parameters(Classifier()))
     other, others, fixed = Classifier(), build(method), Data()
-    fixed.batch_size = 8
+    fixed.batch_size = data.batch_size
     make_trainer(others).fit(other, datamodule=fixed)
     assert same(parameters(model), parameters(other))
     assert same([c.state_dict() for c in callbacks], [c.state_dict() for c in others])
@@ -170,17 +173,12 @@ def test_batch_size_finder(method, tmp_path):
 
 def test_yaml_builds_the_same_method(method, tmp_path):
     cls = METHODS[method]
-    lines = [f"  - class_path: {cls.__module__}.{cls.__qualname__}", "    init_args:"]
-    lines += [f"      {name}: {value}" for name, value in (arguments(method) | {"name": "mine"}).items()]
-    if "name" not in __import__("inspect").signature(cls).parameters:
-        lines.pop()
+    entry = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": arguments(method)}
+    trainer = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "callbacks": [entry]}
     path = tmp_path / "config.yaml"
-    path.write_text("\n".join(["callbacks:", *(lines if len(lines) > 2 else lines[:1])]))
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--config", action="config")
-    parser.add_argument("--callbacks", type=list[Callback])
-    (callback,) = parser.instantiate_classes(parser.parse_args([f"--config={path}"])).callbacks
-    assert type(callback) is cls
+    path.write_text(json.dumps({"trainer": trainer}))  # JSON is YAML
+    cli = LightningCLI(Classifier, run=False, args=["--config", str(path)], save_config_callback=None)
+    (callback,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, cls)]
     assert same(trained(method)["parameters"], parameters_of_run(callback))
 
 
@@ -216,11 +214,6 @@ def test_absent_groups(method, place):
     assert all(torch.isfinite(p).all() for p in model.parameters())
     states = [c.module.state_dict() for c in callbacks if c.module is not None]
     assert all(torch.isfinite(value).all() for state in states for value in state.values())
-
-
-def groups_only(method):
-    if not has_groups(method):
-        pytest.skip("reads no groups")
 
 
 GROUPED = [name for name in METHODS if has_groups(name)]
@@ -343,8 +336,6 @@ def test_the_state_machine_never_reads_a_cuda_tensor(name):
 
 
 def options_of(name):
-    import inspect
-
     return inspect.signature(METHODS[name]).parameters
 
 
@@ -365,8 +356,19 @@ def test_off_the_cpu_bad_rows_raise_at_the_next_logging_step(name, end):
     assert same(before.seen[0], parameters(model)) == (end == "logging step")
 
 
-def test_errors_are_lightnings(method):
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
+# ---------------------------------------------------------------------------------------------------- found features
 
-    assert issubclass(DebiasError, MisconfigurationException)
-    assert augments(method) or build(method)[0].reweighs or build(method)[0].penalises
+
+@pytest.mark.parametrize("head", [None, "head"], ids=["found", "named"])
+@pytest.mark.parametrize("compiled", [None, "backbone", "head"])
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_features_are_those_of_the_same_step(head, compiled):
+    """In every step the head's weights times the features are the logits of that step."""
+    (callback,) = build("FeatureNorm", head=head)
+    model = Classifier()
+    if compiled:
+        getattr(model, compiled).compile(backend="aot_eager")
+    train(model, [callback], max_epochs=2)
+    assert len(callback.mismatch) == 6
+    assert max(callback.mismatch) < 1e-12

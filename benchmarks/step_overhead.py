@@ -1,0 +1,305 @@
+"""What a method costs per training step: real Lightning loops with and without it, in turn, in one process.
+
+    python benchmarks/step_overhead.py --models mlp resnet18 vit_tiny --steps 200
+
+For every model, plain Lightning and each registered method train in alternating blocks of a few steps, in reversed
+order every other round, so that a busy machine slows both alike. A step is the time from the end of one batch to the end of
+the next: tags taken off the batch, transfer, step, backward, optimiser, callbacks. The batches are made beforehand, so
+what the DataLoader's workers do is not in it, and nothing is logged: these are the steps between logging steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import inspect
+import logging
+import platform
+import statistics
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import debias
+from debias.step.batch import TaggedBatch
+
+N_GROUPS = 4
+WARM_UP = 3  # steps at the start of a block that are not counted: the first one learns the structure of the step
+PLAIN = "plain"
+# Operations whose result the host waits for, or whose output size depends on the data.
+SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "_unique2", "equal", "is_nonzero")
+
+
+class Model(L.LightningModule):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.network(x), y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 2)), (20,), 32
+
+
+def resnet18():
+    from torchvision.models import resnet18
+
+    return resnet18(num_classes=2), (3, 64, 64), 32
+
+
+def vit_tiny():
+    import timm
+
+    return timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=16, num_classes=2), (3, 64, 64), 32
+
+
+MODELS = {"mlp": mlp, "resnet18": resnet18, "vit_tiny": vit_tiny}
+DETAILS = {
+    "mlp": "MLP 20-32-2, batch 32",
+    "resnet18": "ResNet-18 (torchvision), 64 px, batch 32",
+    "vit_tiny": "ViT-tiny (timm), patch 16, 64 px, batch 32",
+}
+
+
+def registered():
+    """Every exported method, with the arguments that any of them may ask for."""
+    given = {"n_groups": N_GROUPS, "group_counts": [40, 30, 20, 10], "group": "group", "domain": "group"}
+    given |= {"n_domains": N_GROUPS, "identity": "group", "n_identities": N_GROUPS, "target": 1}
+    made = {}
+    for name in debias._EXPORTS:
+        cls = getattr(debias, name)
+        if not (inspect.isclass(cls) and issubclass(cls, debias.Debiaser) and cls is not debias.Debiaser):
+            continue
+        parameters = inspect.signature(cls).parameters
+        arguments = {key: value for key, value in given.items() if key in parameters and key != "target"}
+        if "target" in parameters and parameters["target"].default is inspect.Parameter.empty:
+            arguments["target"] = given["target"]
+        made[name] = lambda cls=cls, arguments=arguments: cls(**arguments)
+    return made
+
+
+class Clock(L.Callback):
+    """Durations in nanoseconds from the end of one batch to the end of the next."""
+
+    def __init__(self):
+        self.durations = []
+        self.last = None
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter_ns()
+        if self.last is not None:
+            self.durations.append(now - self.last)
+        self.last = now
+
+
+class CountSyncs(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masked = name in ("index", "index_put", "index_put_") and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
+        )
+        to_host = name == "_to_copy" and args[0].device.type != "cpu" and str((kwargs or {}).get("device")) == "cpu"
+        if name in SYNCS or masked or to_host:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Around(L.Callback):
+    """Enters a context at the start of one step and leaves it at its end, optimiser included."""
+
+    def __init__(self, context, step):
+        self.context, self.step = context, step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == self.step:
+            self.context.__enter__()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == self.step:
+            self.context.__exit__(None, None, None)
+
+
+class Repeated:
+    """A loader of ready-made batches."""
+
+    def __init__(self, batches, steps):
+        self.batches, self.steps = batches, steps
+
+    def __len__(self):
+        return self.steps
+
+    def __iter__(self):
+        return (self.batches[i % len(self.batches)] for i in range(self.steps))
+
+
+class Arm:
+    """One training run that can go on for a few steps at a time."""
+
+    def __init__(self, model, make, accelerator):
+        torch.manual_seed(0)
+        network, shape, size = MODELS[model]()
+        self.module = Model(network)
+        self.methods = [make()] if make is not None else []
+        self.accelerator = accelerator
+        self.batches = []
+        for _ in range(4):
+            batch = (torch.randn(size, *shape), torch.randint(2, (size,)))
+            tags = {"group": torch.randint(N_GROUPS, (size,))}
+            self.batches.append(TaggedBatch(batch, tags) if self.methods else batch)
+
+    def run(self, steps, *callbacks):
+        """Train for ``steps`` steps in a real Lightning loop."""
+        trainer = L.Trainer(
+            max_epochs=1,
+            callbacks=[*self.methods, *callbacks],
+            accelerator=self.accelerator,
+            devices=1,
+            logger=False,
+            log_every_n_steps=10**9,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(self.module, Repeated(self.batches, steps))
+
+    def durations(self, steps):
+        """Nanoseconds of each of ``steps`` steps."""
+        clock = Clock()
+        self.run(steps + WARM_UP, clock)
+        return clock.durations[-steps:]
+
+    def syncs(self):
+        """Operations in one step that make the host wait."""
+        count = CountSyncs()
+        self.run(5, Around(count, 3))
+        return sum(count.counts.values())
+
+    def memory(self):
+        """Bytes of tensors allocated at the peak of one step, above those before it."""
+        if self.accelerator == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self.run(5)
+            return torch.cuda.max_memory_allocated() - before
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        profiler = torch.profiler.profile(activities=activities, profile_memory=True)
+        self.run(5, Around(profiler, 3))
+        events = sorted(
+            (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+        )
+        now = peak = 0
+        for event in events:
+            now += event.nbytes()
+            peak = max(peak, now)
+        return peak
+
+
+def measure(model, methods, steps, block, accelerator):
+    """A row for plain Lightning and for each method."""
+    arms = {PLAIN: Arm(model, None, accelerator)}
+    arms |= {name: Arm(model, make, accelerator) for name, make in methods.items()}
+    for arm in arms.values():
+        arm.durations(block)  # caches, thread pools, lazily made optimiser states
+    times = {name: [] for name in arms}
+    for round_ in range(max(steps // block, 2)):
+        for name in list(arms)[:: 1 if round_ % 2 == 0 else -1]:
+            times[name].append(statistics.median(arms[name].durations(block)))
+    rows = []
+    for name, arm in arms.items():
+        pairs = list(zip(times[name], times[PLAIN], strict=True))
+        extra = sorted((own - plain) / 1e3 for own, plain in pairs)
+        rows.append(
+            {
+                "model": model,
+                "method": name,
+                "step_us": statistics.median(times[name]) / 1e3,
+                "extra_us": statistics.median(extra),
+                "extra_us_low": extra[len(extra) // 4],
+                "extra_us_high": extra[-1 - len(extra) // 4],
+                "ratio": statistics.median(own / plain for own, plain in pairs),
+                "peak_mib": arm.memory() / 2**20,
+                "host_syncs": arm.syncs(),
+                "blocks": len(pairs),
+                "steps_per_block": block,
+            }
+        )
+    return rows
+
+
+def machine(accelerator):
+    """What the numbers depend on."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        name = next(
+            (x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), name
+        )
+    if accelerator == "cuda":
+        name += f", {torch.cuda.get_device_name()}"
+    return (
+        f"{name}, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__},"
+        f" lightning {L.__version__}, debias {debias.__version__}"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--methods", nargs="+", choices=registered(), default=list(registered()))
+    parser.add_argument("--steps", type=int, default=200, help="timed steps of each method and model")
+    parser.add_argument("--block", type=int, default=10, help="steps before it is another method's turn")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, default=None, help="write the rows as CSV")
+    options = parser.parse_args()
+
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(options.threads)
+    methods = {name: make for name, make in registered().items() if name in options.methods}
+
+    print(machine(options.accelerator))
+    rows = []
+    for model in options.models:
+        print(f"\n{DETAILS[model]}")
+        print(
+            f"{'method':<20}{'step':>12}{'extra':>11}{'quartiles':>20}{'ratio':>8}{'peak memory':>14}{'host syncs':>12}"
+        )
+        for row in measure(model, methods, options.steps, options.block, options.accelerator):
+            rows.append(row)
+            quartiles = f"{row['extra_us_low']:.0f} .. {row['extra_us_high']:.0f}"
+            print(
+                f"{row['method']:<20}{row['step_us']:>9.0f} us{row['extra_us']:>8.0f} us{quartiles:>20}"
+                f"{row['ratio']:>8.3f}{row['peak_mib']:>10.2f} MiB{row['host_syncs']:>12}",
+                flush=True,
+            )
+    if options.out is not None:
+        with options.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        print(f"\n{options.out}")
+
+
+if __name__ == "__main__":
+    main()
