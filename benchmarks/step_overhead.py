@@ -3,7 +3,7 @@
     python benchmarks/step_overhead.py --models mlp resnet18 vit_tiny --steps 200
 
 For every model, plain Lightning and each registered method train in alternating blocks of a few steps, in reversed
-order every other round, so that a busy machine slows both alike. A step is the time from the end of one batch to the end of
+order every other round, so that a busy machine slows both alike. A step is the time from the end of a batch to that of
 the next: tags taken off the batch, transfer, step, backward, optimiser, callbacks. The batches are made beforehand, so
 what the DataLoader's workers do is not in it, and nothing is logged: these are the steps between logging steps.
 """
