@@ -216,7 +216,6 @@ def test_help_and_version_as_a_process(tmp_path):
     assert debias("--version", cwd=tmp_path).stdout.startswith("debias ")
 
 
-@pytest.mark.slow
 def test_fit_then_validate_and_test_a_copied_recipe(tmp_path):
     main(["recipes", "copy", "colored_digits", str(tmp_path)])
     files = ["--config", "recipes/colored_digits/base.yaml", "--config", "recipes/methods/group_dro.yaml"]
@@ -238,7 +237,6 @@ def test_fit_then_validate_and_test_a_copied_recipe(tmp_path):
         assert metric in done.stdout
 
 
-@pytest.mark.slow
 def test_wandb_without_login_runs_offline_and_says_where_it_lies(tmp_path):
     logger = ["--trainer.logger", "WandbLogger", "--trainer.logger.project", "digits"]
     done = debias("fit", "--config", BASE, "--trainer.max_epochs", "1", *logger, *QUIET, cwd=tmp_path)

@@ -53,7 +53,6 @@ def cases(collect) -> list:
     return [pytest.param(p, id=str(p.relative_to(ROOT))) for p in PAGES if collect(p)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page", cases(lambda page: blocks(page, "python")))
 def test_code_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

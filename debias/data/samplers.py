@@ -174,6 +174,8 @@ class EvalSampler(_LateRank):
         [0, 1, 2, 3, 4]
     """
 
+    pads = False  # monitors warn of samplers that do
+
     def __init__(self, dataset: Sized) -> None:
         super().__init__(dataset, shuffle=False)
 

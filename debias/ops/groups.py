@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from math import prod
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from debias.errors import BadRowsError, DebiasError
-from debias.step.distributed import as_global, global_sum, world_size
+from debias.step.distributed import as_global, global_sum, is_distributed, world_size
 
-__all__ = ["GroupState", "GroupSums", "check_n_groups", "group_losses", "membership", "name_groups"]
+__all__ = ["GroupState", "GroupSums", "check_n_groups", "group_losses", "membership", "name_groups", "total"]
 
 
 def membership(groups: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
@@ -59,8 +60,10 @@ class GroupSums:
         """
         by = self.den if by is None else by
         factors = (weights / torch.where(by > 0, by, 1)).to(self.local.dtype)
-        local = (factors * self.local).sum() * world_size()
-        return as_global(local, (factors * self.num.to(factors.dtype)).sum())
+        local = (factors * self.local).sum()
+        if not is_distributed():
+            return local
+        return as_global(local * world_size(), (factors * self.num.to(factors.dtype)).sum())
 
 
 def group_losses(calls: Sequence[tuple[Tensor, Tensor, Tensor]], n_groups: int) -> tuple[list[GroupSums], Tensor]:
@@ -95,6 +98,11 @@ def group_losses(calls: Sequence[tuple[Tensor, Tensor, Tensor]], n_groups: int) 
     return sums, total[-2:]
 
 
+def total(terms: Sequence[Tensor]) -> Tensor:
+    """Sum of one or more tensors of the same shape."""
+    return reduce(torch.add, terms)
+
+
 class GroupState(nn.Module):
     """Buffers of a method that works with groups, kept in double precision, and its count of bad rows.
 
@@ -116,7 +124,7 @@ class GroupState(nn.Module):
 
     def count_bad(self, bad: Tensor) -> None:
         """Add the bad rows of a step; on CPU raise at once, elsewhere at the next :meth:`raise_if_bad`."""
-        self.bad_rows += bad.to(self.bad_rows.dtype)
+        self.bad_rows += bad
         if bad.device.type == "cpu":
             self.raise_if_bad()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,15 +29,13 @@ from debias.errors import (
 from debias.step import adapters
 from debias.step.batch import TagCollate, split_tags
 from debias.step.context import Step
+from debias.step.contract import Method, Watcher
 from debias.step.distributed import is_distributed
 from debias.step.head import HeadTap
 from debias.step.proxy import Hook, StepProxy, attach, detach
 from debias.step.rows import RowTracker
 from debias.step.split import split_losses
 from debias.step.tap import LossCall, LossTap, no_loss_error, unreduced
-
-if TYPE_CHECKING:
-    from debias.step.watcher import Debiaser, StepWatcher
 
 __all__ = ["StepEngine", "select_calls"]
 
@@ -94,7 +92,7 @@ class StepEngine:
         self._heads.clear()
         self._tap, self._forward_output, self.tags = None, None, {}
 
-    def check(self, watcher: StepWatcher, stage: str) -> None:
+    def check(self, watcher: Watcher, stage: str) -> None:
         """Refuse, before anything has run, what a method cannot do."""
         _check_strategy(self.trainer.strategy, watcher)
         if stage != "fit" or not watcher.trains:
@@ -128,7 +126,7 @@ class StepEngine:
                 " starts. Remove `static_graph=True`."
             )
 
-    def check_optimizers(self, watcher: StepWatcher) -> None:
+    def check_optimizers(self, watcher: Watcher) -> None:
         """LBFGS calls the step several times per batch, which would update a method's state several times."""
         if watcher.stateful and any(isinstance(o, torch.optim.LBFGS) for o in self.trainer.optimizers):
             raise UnsupportedStrategyError(
@@ -184,7 +182,7 @@ class StepEngine:
     # --------------------------------------------------------------------------------------------------------
 
     def _train(self, stage: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        debiasers: list[Debiaser] = [w for w in self.watchers() if w.trains]  # type: ignore[misc]
+        debiasers: list[Method] = [w for w in self.watchers() if w.trains]  # type: ignore[misc]
         if not debiasers:  # also while a tuner has taken our callbacks away: the user's own step, nothing else
             return original(*args, **kwargs)
         step = self._step(stage, args, kwargs)
@@ -228,7 +226,7 @@ class StepEngine:
             adapters._active.pop()
             self._tap = None
 
-    def _combiner(self, reweigher: Debiaser | None, step: Step) -> tuple[Callable[[LossCall], Tensor] | None, bool]:
+    def _combiner(self, reweigher: Method | None, step: Step) -> tuple[Callable[[LossCall], Tensor] | None, bool]:
         """What the step's losses are replaced by while it runs, and whether the right one is known only afterwards."""
         if reweigher is None:
             return ((lambda call: call.scaled(call.mean())) if is_distributed() else None), False
@@ -251,8 +249,8 @@ class StepEngine:
         step: Step,
         tap: LossTap,
         output: Any,
-        reweigher: Debiaser | None,
-        penalisers: list[Debiaser],
+        reweigher: Method | None,
+        penalisers: list[Method],
         heads: dict[str | None, HeadTap],
     ) -> Tensor | None:
         """The loss to return instead of the user's, or None to return the step's output as it is."""
@@ -321,7 +319,7 @@ class StepEngine:
         return calls
 
     def _from_stated(
-        self, step: Step, loss: Tensor, call: LossCall, reweigher: Debiaser | None, penalisers: list[Debiaser]
+        self, step: Step, loss: Tensor, call: LossCall, reweigher: Method | None, penalisers: list[Method]
     ) -> Tensor:
         """Swap the mean of the stated per-sample losses inside the returned loss for the debiased one."""
         if reweigher is not None:
@@ -331,7 +329,7 @@ class StepEngine:
             loss = loss + watcher.penalise(call, step)
         return loss
 
-    def _end_forward(self, debiasers: list[Debiaser]) -> None:
+    def _end_forward(self, debiasers: list[Method]) -> None:
         for watcher in debiasers:
             watcher.random.end_forward()
 
@@ -354,7 +352,7 @@ class StepEngine:
     # -- shared
     # --------------------------------------------------------------------------------------------------------------
 
-    def watchers(self) -> list[StepWatcher]:
+    def watchers(self) -> list[Watcher]:
         """The watchers that are in the Trainer's list right now; a tuner may have taken them out."""
         return [callback for callback in self.trainer.callbacks if getattr(callback, "engine", None) is self]
 
@@ -384,7 +382,7 @@ class StepEngine:
         return self._heads[path]
 
 
-def _check_strategy(strategy: Any, watcher: StepWatcher) -> None:
+def _check_strategy(strategy: Any, watcher: Watcher) -> None:
     names = {cls.__name__ for cls in type(strategy).__mro__}
     supported = {"SingleDeviceStrategy", "DDPStrategy"} & names
     excluded = {"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "SingleDeviceXLAStrategy"} & names
@@ -471,7 +469,7 @@ def _ambiguous(names: list[str], who: str) -> AmbiguousLossError:
     )
 
 
-def _settle(loss: Tensor, calls: list[LossCall], selected: list[LossCall], reweigher: Debiaser, step: Step) -> Tensor:
+def _settle(loss: Tensor, calls: list[LossCall], selected: list[LossCall], reweigher: Method, step: Step) -> Tensor:
     """After the step: give every loss handed back provisionally its gradient, and the returned loss its value."""
     means = reweigher.reweigh(selected, step)
     new = {call: call.scaled(mean) for call, mean in zip(selected, means, strict=True)}
@@ -526,10 +524,8 @@ def warn_padding(loader: Any, world: int) -> None:
     """Lightning's evaluation sampler repeats samples so that all ranks have as many; the metrics then count them
     twice.
     """
-    from debias.data.samplers import EvalSampler
-
     sampler = getattr(loader, "sampler", None)
-    if world < 2 or not isinstance(sampler, DistributedSampler) or isinstance(sampler, EvalSampler):
+    if world < 2 or not isinstance(sampler, DistributedSampler) or not getattr(sampler, "pads", True):
         return
     size = len(sampler.dataset)  # type: ignore[arg-type]
     if size % world:

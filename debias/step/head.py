@@ -6,16 +6,14 @@ on a hook on that module delivers its input, so that nothing else is kept alive.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debias.errors import HeadNotFoundError
-
-if TYPE_CHECKING:
-    from debias.step.tap import LossCall
+from debias.step.tap import LossCall
 
 __all__ = ["HeadFinder", "HeadTap"]
 
@@ -45,21 +43,20 @@ class HeadFinder:
         elif func in _PASS and isinstance(out, Tensor):
             self._passed.append((out, args[0]))
 
-    def match(self, call: LossCall) -> None:
-        """Set ``call.features`` and ``call.head`` (its weight, for now) if the logits are a linear layer's output."""
-        logits, end = call.logits, len(self._passed)
+    def match(self, logits: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Input and weight of the linear layer whose output the logits are."""
+        end = len(self._passed)
         while True:
             for out, source, weight in self._linears:
                 if out is logits:
-                    call.features, call.head = source, weight  # type: ignore[assignment]
-                    return
+                    return source, weight
             # By position, not identity alone: `.float()` may return its argument.
             for i in range(end - 1, -1, -1):
                 if self._passed[i][0] is logits:
                     logits, end = self._passed[i][1], i
                     break
             else:
-                return
+                return None
 
 
 class HeadTap:
@@ -100,7 +97,7 @@ class HeadTap:
                 )
             call.features, call.head = self._inputs[0], self.head
             return
-        weight = call.head
+        call.features, weight = call.linear or (None, None)
         found = [m for m in self.root.modules() if getattr(m, "weight", None) is weight] if weight is not None else []
         if not found:
             raise HeadNotFoundError(

@@ -51,6 +51,7 @@ class StepRandom:
         low, high = zlib.crc32(key.encode()), zlib.crc32(key.encode()[::-1])
         return torch.Generator(device=device).manual_seed((high << 31) ^ low)
 
+    @torch.compiler.disable  # inside a compiled layer draws are made, kept and replayed outside its graph
     def draw(
         self, place: str, device: torch.device, sample: Callable[[torch.Generator], Any], *, shared: bool = False
     ) -> Any:

@@ -7,23 +7,21 @@ one group at a time, which differs from one pass over the whole batch (freeze it
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from debias.errors import LossNotFoundError, RowsError
 from debias.step.context import Step
+from debias.step.contract import Method
 from debias.step.tap import LossCall
-
-if TYPE_CHECKING:
-    from debias.step.watcher import Debiaser
 
 __all__ = ["split_losses", "take_samples"]
 
 
 def split_losses(
-    original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], step: Step, reweigher: Debiaser
+    original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], step: Step, reweigher: Method
 ) -> tuple[Tensor, Any]:
     """Run the step on the samples of each group and combine the groups' losses.
 

@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,6 @@ from torch.overrides import TorchFunctionMode
 
 from debias.errors import LossNotFoundError, RowsError
 from debias.step.distributed import as_global, global_sum, is_distributed, world_size
-from debias.step.head import HeadFinder
 from debias.step.rows import CASTS, MOVES, RowTracker, apply_move
 
 __all__ = ["LOSSES", "LossCall", "LossTap"]
@@ -55,6 +54,7 @@ class LossCall:
     _mean_over: int | None = None  # `reduction="none"` then `.mean()`: the number of elements the step divides by
     features: Tensor | None = None
     head: nn.Module | None = None
+    linear: tuple[Tensor, Tensor] | None = None  # input and weight of the layer that made the logits, while looked for
     edge: Any = None  # of the tensor handed back, before the step may have changed it in place
     late: _Late | None = None
 
@@ -222,6 +222,18 @@ _ADD = frozenset({_T.add, torch.add})
 _FOLLOWED = MOVES | CASTS | _MUL | _DIV | _SUM | _MEAN | _WHERE | _FILL | _ADD
 
 
+class Finder(Protocol):
+    """Notes operations and tells which linear layer made the logits; see :mod:`debias.step.head`."""
+
+    def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Note one operation."""
+        ...
+
+    def match(self, logits: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Input and weight of the layer."""
+        ...
+
+
 @dataclass(eq=False)
 class LossTap(TorchFunctionMode):
     """Watches the losses of one step; make a fresh one for every step.
@@ -241,7 +253,7 @@ class LossTap(TorchFunctionMode):
     training: bool = True
     tracker: RowTracker | None = None
     rows: Callable[[LossCall, int], Tensor] | str | None = None
-    finder: HeadFinder | None = None
+    finder: Finder | None = None
     calls: list[LossCall] = field(default_factory=list)
     suspended: int = 0
     needed_rows: bool = False
@@ -309,7 +321,7 @@ class LossTap(TorchFunctionMode):
     def _call(self, name: str, logits: Any, target: Any, reduction: str, elements: Any) -> LossCall:
         call = LossCall(name, logits, target, reduction, len(self.calls), elements, self._sample_numbers)
         if self.finder is not None and isinstance(logits, Tensor):
-            self.finder.match(call)
+            call.linear = self.finder.match(logits)
         return call
 
     def _hand_back(self, call: LossCall, original: Callable[[], Tensor]) -> Tensor:

@@ -173,7 +173,7 @@ def train(module: Any, callbacks: Any = (), *, bare: bool = False, **options: An
 
 def parameters(module: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of everything the module's own checkpoint holds."""
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+    return {name.removeprefix("_orig_mod."): value.detach().clone() for name, value in module.state_dict().items()}
 
 
 def flat(state: Any, prefix: str = "") -> dict[str, Any]:

@@ -262,7 +262,6 @@ def test_lightning_resumes_within_an_epoch_and_sets_the_epoch(tmp_path):
     assert part.train_log + resumed.train_log == whole.train_log
 
 
-@pytest.mark.slow
 def test_a_real_fit_with_two_processes(tmp_path):
     groups = [0] * 9 + [1] * 12 + [2] * 40 + [-1]
     train = DataLoader(range(len(groups)), batch_size=6, sampler=GroupBalancedSampler(groups, 6, n_groups=3))

@@ -371,7 +371,6 @@ def _two_ranks(rank, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_two_ranks_with_different_groups_are_one(tmp_path):
     torch.multiprocessing.spawn(_two_ranks, args=(str(tmp_path),), nprocs=2)
     logits, target, groups = data(n_classes=2)

@@ -1,0 +1,166 @@
+"""Sums and gathers over two ranks are those of one process, with their first and second derivatives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from debias.step.distributed import as_global, gather, global_rank, global_sum, is_distributed, world_size
+
+SIZES = [(3, 2), (5, 0), (0, 4)]
+
+
+def rows(n, *, seed=0):
+    return torch.randn(n, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_in_one_process_everything_is_the_identity():
+    x = torch.ones(2, requires_grad=True)
+    assert global_sum(x) is x
+    assert gather(x) is x
+    assert as_global(x, 2 * x) is x
+    assert (is_distributed(), world_size(), global_rank()) == (False, 1, 0)
+
+
+# ------------------------------------------------------------------------------------------- on two ranks, run by name
+
+
+def _where(rank):
+    return is_distributed(), world_size(), global_rank()
+
+
+def _gradchecks(rank):
+    """Both ranks perturb the same entries of the same tensor, so the function of `x` is `2 x` and its like."""
+    x = rows(2).requires_grad_()
+    first = torch.autograd.gradcheck(lambda x: global_sum(x**3) / 2, x)
+    second = torch.autograd.gradgradcheck(lambda x: global_sum(x**3) / 2, x)
+    transposed = global_sum(rows(4).T[:, ::2].requires_grad_())  # not contiguous
+    return first, second, transposed
+
+
+def _objective(x, total):
+    """A mean enters a second statistic, and a derivative the objective: everything a penalty may do."""
+    count = total(x.new_tensor(float(len(x))))
+    mean = total(x.sum(0)) / count
+    variance = total(((x - mean) ** 2).sum(0)) / count
+    return (variance * mean.exp()).sum()
+
+
+def _share(rank, sizes):
+    return rows(sum(sizes)).split(list(sizes))[rank].clone().requires_grad_()
+
+
+def _two_stage(rank, sizes):
+    x = _share(rank, sizes)
+    scale = torch.ones(3, dtype=torch.float64, requires_grad=True)  # a parameter, equal on both ranks
+    value = _objective(x * scale, global_sum)
+    first, own = torch.autograd.grad(value, (scale, x), create_graph=True)
+    # What a penalty on gradients does: the derivative of a function of the (global) gradient.
+    (second,) = torch.autograd.grad((global_sum(first) / world_size()).pow(2).sum(), scale)
+    return value.detach(), first.detach(), own.detach(), second
+
+
+def _gathered(rank, sizes):
+    x = _share(rank, sizes)
+    scale = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    together = gather(x * scale)
+    value = torch.cdist(together, together.detach() + 1).exp().sum()
+    first, own = torch.autograd.grad(value, (scale, x))
+    return together.detach(), value.detach(), first, own
+
+
+def _as_global(rank):
+    x = torch.tensor(float(rank + 1), requires_grad=True)
+    out = as_global(3 * x, torch.tensor(10.0))
+    out.backward()
+    return out.detach(), x.grad
+
+
+# -------------------------------------------------------------------------------------------------------------- tests
+
+
+def test_ranks_know_themselves(ranks):
+    assert ranks.run(_where) == [(True, 2, 0), (True, 2, 1)]
+
+
+def test_global_sum_has_two_derivatives(ranks):
+    for first, second, transposed in ranks.run(_gradchecks):
+        assert first
+        assert second
+        assert torch.equal(transposed, 2 * rows(4).T[:, ::2])
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_two_stage_statistics_are_those_of_one_process(ranks, sizes):
+    x = rows(sum(sizes)).requires_grad_()
+    scale = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    value = _objective(x * scale, lambda x: x)
+    first, own = torch.autograd.grad(value, (scale, x), create_graph=True)
+    (second,) = torch.autograd.grad(first.pow(2).sum(), scale)
+    outcomes = ranks.run(_two_stage, sizes)
+    for got in outcomes:
+        torch.testing.assert_close(got[0], value.detach(), rtol=1e-13, atol=0)
+    # DDP averages the gradients of parameters; those of a rank's own rows are `world` times the objective's.
+    torch.testing.assert_close(sum(o[1] for o in outcomes) / 2, first.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.cat([o[2] for o in outcomes]) / 2, own.detach(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(sum(o[3] for o in outcomes) / 2, second, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_gather_keeps_uneven_and_empty_ranks_in_order(ranks, sizes):
+    x = rows(sum(sizes)).requires_grad_()
+    scale = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    scaled = x * scale
+    value = torch.cdist(scaled, scaled.detach() + 1).exp().sum()
+    first, own = torch.autograd.grad(value, (scale, x))
+    outcomes = ranks.run(_gathered, sizes)
+    for together, got, *_ in outcomes:
+        assert torch.equal(together, x.detach())
+        torch.testing.assert_close(got, value.detach(), rtol=1e-13, atol=0)
+    torch.testing.assert_close(sum(o[2] for o in outcomes) / 2, first, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.cat([o[3] for o in outcomes]) / 2, own, rtol=1e-12, atol=1e-14)
+
+
+def test_as_global_has_the_global_value_and_the_local_gradient(ranks):
+    for value, grad in ranks.run(_as_global):
+        assert value == 10
+        assert grad == 3
+
+
+# ------------------------------------------------------------------------------------------ the runner itself can fail
+
+
+def _waits_for_nobody(rank):
+    if rank == 0:
+        global_sum(torch.ones(1))
+
+
+def _hangs(rank):
+    import time
+
+    time.sleep(600 * rank)
+
+
+def _raises_on_one(rank):
+    if rank == 1:
+        raise ValueError("only here")
+    global_sum(torch.ones(1))
+
+
+def test_a_rank_left_alone_is_an_error_and_not_a_hang(ranks):
+    with pytest.raises(AssertionError, match="rank 0:"):
+        ranks.run(_waits_for_nobody, timeout=20)
+    with pytest.raises(AssertionError, match=r"(?s)rank 1:.*ValueError: only here"):
+        ranks.run(_raises_on_one, timeout=20)
+
+
+def test_a_hang_is_a_failure_and_the_next_task_works():
+    from _support.ranks import Ranks
+
+    two = Ranks()
+    try:
+        with pytest.raises(AssertionError, match=r"ranks \[1\] did not finish in 2 s"):
+            two.run(_hangs, timeout=2)
+        assert two.run(_where) == [(True, 2, 0), (True, 2, 1)]
+    finally:
+        two.close()

@@ -1,0 +1,97 @@
+"""Draws are a function of seed, name, micro-batch, place and rank, are replayed, and disturb nobody."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from debias.errors import DebiasError
+from debias.step.random import StepRandom
+
+CPU = torch.device("cpu")
+
+
+def sample(generator):
+    return torch.rand(4, generator=generator)
+
+
+def draw(random, counter=0, place="layer", **options):
+    random.start(counter)
+    return random.draw(place, CPU, sample, **options)
+
+
+def test_a_new_process_at_the_same_micro_batch_draws_the_same():
+    whole = StepRandom(0, "MixStyle")
+    drawn = [draw(whole, counter) for counter in range(5)]
+    assert torch.equal(draw(StepRandom(0, "MixStyle"), 3), drawn[3])
+    assert len({tuple(d.tolist()) for d in drawn}) == 5
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: draw(StepRandom(1, "MixStyle")),
+        lambda: draw(StepRandom(0, "DSU")),
+        lambda: draw(StepRandom(0, "MixStyle"), 1),
+        lambda: draw(StepRandom(0, "MixStyle"), place="other"),
+        lambda: draw(StepRandom(0, "MixStyle"), shared=True),
+    ],
+    ids=["seed", "name", "micro-batch", "place", "shared"],
+)
+def test_everything_that_may_differ_makes_a_difference(other):
+    assert not torch.equal(draw(StepRandom(0, "MixStyle")), other())
+
+
+def test_the_global_random_state_is_left_alone():
+    before = torch.get_rng_state()
+    draw(StepRandom(0, "MixStyle"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_two_draws_at_one_place_differ():
+    random = StepRandom(0, "MixStyle")
+    assert not torch.equal(draw(random), random.draw("layer", CPU, sample))
+
+
+def test_a_recomputation_sees_the_draw_of_the_forward_pass():
+    random = StepRandom(0, "MixStyle")
+    first = draw(random)
+    random.end_forward()
+    assert random.draw("layer", CPU, sample) is first
+    assert random.draw("layer", CPU, sample) is first
+    assert not torch.equal(draw(random, 1), first)
+
+
+def test_recomputing_a_layer_that_ran_twice_is_refused():
+    random = StepRandom(0, "MixStyle")
+    draw(random)
+    random.draw("layer", CPU, sample)
+    random.end_forward()
+    with pytest.raises(DebiasError, match="'layer' to run once in a step with activation checkpointing, but it ran 2 times"):
+        random.draw("layer", CPU, sample)
+
+
+def _draws(rank):
+    random = StepRandom(0, "MixStyle")
+    return draw(random), draw(random, shared=True)
+
+
+def test_ranks_draw_differently_unless_the_draw_is_shared(ranks):
+    (own, shared), (other, same) = ranks.run(_draws)
+    assert not torch.equal(own, other)
+    assert torch.equal(shared, same)
+    assert torch.equal(own, draw(StepRandom(0, "MixStyle")))
+
+
+def test_a_compiled_layer_draws_as_a_plain_one():
+    random = StepRandom(0, "MixStyle")
+
+    def layer(x):
+        return x * random.draw("layer", CPU, sample)
+
+    x = torch.ones(4, requires_grad=True)
+    random.start(0)
+    plain = layer(x)
+    torch._dynamo.reset()
+    random.start(0)
+    torch.testing.assert_close(torch.compile(layer, backend="aot_eager")(x), plain, rtol=0, atol=0)
