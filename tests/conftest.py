@@ -8,6 +8,7 @@ import pytest
 
 from _support.ranks import Ranks
 
+
 @pytest.fixture(scope="session")
 def ranks(pytestconfig: pytest.Config) -> Iterator[Ranks]:
     """Two processes of one gloo group."""

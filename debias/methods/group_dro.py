@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
-from debias.ops.groups import GroupState, group_losses, total
+from debias.ops.groups import GroupState, group_losses, summed
 from debias.step.batch import BatchKey
 from debias.step.grouped import GroupDebiaser
 from debias.step.tap import LossCall
@@ -217,8 +217,8 @@ class GroupDROLoss(GroupState):
         self.count_bad(bad)  # on CPU raises here, before anything has changed
         if self.training:
             with torch.no_grad():
-                losses = total([s.losses for s in sums]).to(self.log_weights.dtype)
-                self._update(losses, total([s.den for s in sums]) > 0)
+                losses = summed([s.losses for s in sums]).to(self.log_weights.dtype)
+                self._update(losses, summed([s.den for s in sums]) > 0)
         weights = self.weights
         return [s.weighted(weights) for s in sums]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from debias.errors import BadRowsError, DebiasError
 from debias.step.distributed import as_global, global_sum, is_distributed, world_size
 
-__all__ = ["GroupState", "GroupSums", "check_n_groups", "group_losses", "membership", "name_groups", "total"]
+__all__ = ["GroupState", "GroupSums", "check_n_groups", "group_losses", "membership", "name_groups", "summed"]
 
 
 def membership(groups: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ def group_losses(calls: Sequence[tuple[Tensor, Tensor, Tensor]], n_groups: int) 
     return sums, total[-2:]
 
 
-def total(terms: Sequence[Tensor]) -> Tensor:
+def summed(terms: Sequence[Tensor]) -> Tensor:
     """Sum of one or more tensors of the same shape."""
     return reduce(torch.add, terms)
 

@@ -88,8 +88,7 @@ class OwnedModule:
         if scaler is None:
             self.optimizer.step()
         else:
-            scaler.unscale_(self.optimizer)
-            scaler.step(self.optimizer)
+            scaler.step(self.optimizer)  # unscales, and skips the step where a gradient is not finite
         self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:

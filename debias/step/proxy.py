@@ -38,9 +38,7 @@ class StepProxy:
         return getattr(type(owner), self.name).__get__(owner)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self.had_instance_attribute:
-            return _same, (self.original,)
-        return _plain_method, (self.owner, self.name)
+        return _same, (self.original,)
 
 
 class Hook:
@@ -52,9 +50,6 @@ class Hook:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the hook."""
         return self.function(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _inert
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _get_inert, ()
@@ -87,7 +82,3 @@ def _get_inert() -> Callable[..., None]:
 
 def _same(x: Any) -> Any:
     return x
-
-
-def _plain_method(owner: Any, name: str) -> Any:
-    return getattr(type(owner), name).__get__(owner)

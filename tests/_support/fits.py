@@ -15,8 +15,8 @@ from debias import EvalSampler, tag
 
 N_GROUPS = 3
 N_PERSONS = 5
-# Places come in blocks of 16, one block a global batch: the first five rows of a block hold no place 2, the second block
-# holds none at all, and one row is unlabelled.
+# Places come in blocks of 16, one block a global batch: the first five rows of a block hold no place 2, the second
+# block holds none at all, and one row is unlabelled.
 _BLOCK = [0, 1, 0, 1, 0, 0, 1, 0, 2, 0, 1, 0, 0, 1, 0, 2]
 
 
@@ -189,7 +189,9 @@ def same(a: Any, b: Any) -> bool:
     """Bitwise equality of nested states."""
     a, b = flat(a), flat(b)
     return a.keys() == b.keys() and all(
-        torch.equal(value, b[key]) and value.dtype == b[key].dtype if isinstance(value, torch.Tensor) else value == b[key]
+        torch.equal(value, b[key]) and value.dtype == b[key].dtype
+        if isinstance(value, torch.Tensor)
+        else value == b[key]
         for key, value in a.items()
     )
 

@@ -1,4 +1,4 @@
-"""Two processes of one gloo group that stay alive between tests; an exception in one comes back, a hang is a failure."""
+"""Two processes of one gloo group that stay alive between tests; exceptions come back, a hang is a failure."""
 
 from __future__ import annotations
 
@@ -54,13 +54,20 @@ class Ranks:
             AssertionError: a rank raised (with its traceback) or did not finish in time.
         """
         outcomes = self.outcomes(function, *args, timeout=timeout)
-        traces = [f"rank {rank}:\n{outcome.trace}" for rank, outcome in enumerate(outcomes) if outcome.error is not None]
+        traces = [
+            f"rank {rank}:\n{outcome.trace}" for rank, outcome in enumerate(outcomes) if outcome.error is not None
+        ]
         if traces:
             raise AssertionError("\n".join(traces))
         return [outcome.value for outcome in outcomes]
 
     def raises(
-        self, error: type[BaseException], match: str, function: Callable[..., Any], *args: Any, timeout: float | None = None
+        self,
+        error: type[BaseException],
+        match: str,
+        function: Callable[..., Any],
+        *args: Any,
+        timeout: float | None = None,
     ) -> list[BaseException]:
         """Assert that every rank raises ``error`` with a message that matches, and none waits for another."""
         outcomes = self.outcomes(function, *args, timeout=timeout)
@@ -158,4 +165,6 @@ def _dumped(outcome: Outcome) -> bytes:
     try:
         return pickle.dumps(outcome)
     except Exception as error:
-        return pickle.dumps(Outcome(error=RuntimeError(str(outcome.error or error)), trace=outcome.trace or repr(error)))
+        return pickle.dumps(
+            Outcome(error=RuntimeError(str(outcome.error or error)), trace=outcome.trace or repr(error))
+        )

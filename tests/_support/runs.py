@@ -34,7 +34,8 @@ def fit(
 ) -> dict[str, Any]:
     """Train on 39 rows with global batches of 16, in ``len(sizes)`` processes; parameters, method state, metrics."""
     callbacks = build(name, **(method or {}))
-    model = {"classifier": Classifier, "manual": Manual, "skipping": Skipping}[module](optimizer=optimizer)
+    modules = {"classifier": Classifier, "manual": Manual, "skipping": Skipping, "unused": Unused}
+    model = modules[module](optimizer=optimizer)
     if len(sizes) > 1:
         options |= {"devices": len(sizes), "strategy": ddp(**(strategy or {})), "use_distributed_sampler": False}
     monitor = GroupMonitor("place", 3)
@@ -57,3 +58,11 @@ class Skipping(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)
         return None if batch_idx == 1 and self.global_rank == 1 else loss
+
+
+class Unused(Classifier):
+    """Has a layer that no step uses."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.spare = torch.nn.Linear(2, 2).double()

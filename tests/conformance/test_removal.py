@@ -1,4 +1,4 @@
-"""After a fit, an exception or Ctrl-C nothing of a method is left; copies and pickles made meanwhile are plain modules."""
+"""After a fit, an exception or Ctrl-C nothing of a method is left; copies made meanwhile are plain modules."""
 
 from __future__ import annotations
 

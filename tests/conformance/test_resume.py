@@ -1,4 +1,4 @@
-"""Resuming is bitwise, checkpoints cross between runs with and without a method, and hold nothing of it in the module."""
+"""Resuming is bitwise; checkpoints cross between runs with and without a method, whose state is not in the module's."""
 
 from __future__ import annotations
 

@@ -67,7 +67,9 @@ def test_recomputing_a_layer_that_ran_twice_is_refused():
     draw(random)
     random.draw("layer", CPU, sample)
     random.end_forward()
-    with pytest.raises(DebiasError, match="'layer' to run once in a step with activation checkpointing, but it ran 2 times"):
+    with pytest.raises(
+        DebiasError, match="'layer' to run once in a step with activation checkpointing, but it ran 2 times"
+    ):
         random.draw("layer", CPU, sample)
 
 
