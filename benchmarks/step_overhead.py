@@ -1,6 +1,6 @@
 """What a method costs per training step: real Lightning loops with and without it, in turn, in one process.
 
-    python benchmarks/step_overhead.py --models mlp resnet18 vit_tiny --steps 200
+    python benchmarks/step_overhead.py --models mlp resnet18 vit_tiny --steps 200 --threads 1
 
 For every model, plain Lightning and each registered method train in alternating blocks of a few steps, in reversed
 order every other round, so that a busy machine slows both alike. A step is the time from the end of a batch to that of

@@ -19,6 +19,7 @@ pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -144,9 +145,9 @@ class GroupDROLoss(GroupState):
         group_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__(n_groups, group_names)
-        if not step_size >= 0:
+        if not is_number(step_size) or not step_size >= 0:
             raise DebiasError(f"Expected `step_size` to be a number >= 0, but got {step_size!r}.")
-        if alpha is not None and not 0 < alpha <= 1:
+        if alpha is not None and not (is_number(alpha) and 0 < alpha <= 1):
             raise DebiasError(f"Expected `alpha` to be in (0, 1] or None, but got {alpha!r}.")
         if absent not in ("zero", "skip", "ema"):
             raise DebiasError(f"Expected `absent` to be 'zero', 'skip' or 'ema', but got {absent!r}.")
@@ -169,6 +170,7 @@ class GroupDROLoss(GroupState):
         self.minimum_weight = minimum_weight
         self.adjusts = any(constants)
         self.has_counts = False
+        self.given_counts = group_counts
         self.register_buffer("constants", torch.tensor(constants, dtype=torch.float64), persistent=False)
         self.register_buffer("log_weights", torch.full((total,), 1 / total, dtype=torch.float64).log())
         self.register_buffer("losses", torch.zeros(total, dtype=torch.float64))  # running, for alpha and absent="ema"
@@ -218,7 +220,7 @@ class GroupDROLoss(GroupState):
         if self.training:
             with torch.no_grad():
                 losses = summed([s.losses for s in sums]).to(self.log_weights.dtype)
-                self._update(losses, summed([s.den for s in sums]) > 0)
+                self._update(losses, summed([s.den.abs() for s in sums]) > 0)
         weights = self.weights
         return [s.weighted(weights) for s in sums]
 
@@ -255,7 +257,14 @@ class GroupDROLoss(GroupState):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        if self.given_counts is not None:  # an argument, not state: a resumed run keeps its own
+            self.set_counts(self.given_counts)
         self.has_counts = bool(self.counts.sum() > 0)
+
+
+def is_number(x: Any) -> bool:
+    """Whether an argument is a finite number, and no truth value."""
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
 def checked_counts(group_counts: Any, names: Sequence[str]) -> Tensor:
@@ -264,7 +273,7 @@ def checked_counts(group_counts: Any, names: Sequence[str]) -> Tensor:
     Raises:
         DebiasError: the number of counts is wrong, one is negative, or a group has no sample.
     """
-    counts = torch.as_tensor(group_counts, dtype=torch.float64)
+    counts = torch.as_tensor(group_counts, dtype=torch.float64).cpu()
     if counts.shape != (len(names),) or bool((counts < 0).any()):
         raise DebiasError(
             f"Expected `group_counts` to be {len(names)} numbers >= 0, one per group, but got {counts.tolist()}."

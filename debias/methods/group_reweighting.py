@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
-from debias.methods.group_dro import checked_counts
+from debias.methods.group_dro import checked_counts, is_number
 from debias.ops.groups import GroupState, group_losses
 from debias.step.batch import BatchKey
 from debias.step.grouped import GroupDebiaser
@@ -81,10 +81,11 @@ class GroupReweightingLoss(GroupState):
         group_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__(n_groups, group_names)
-        if not power >= 0:
+        if not is_number(power) or not power >= 0:
             raise DebiasError(f"Expected `power` to be a number >= 0, but got {power!r}. 1 is inverse frequency.")
         self.power = power
         self.has_counts = False
+        self.given_counts = group_counts
         self.register_buffer("counts", torch.zeros(self.n_groups, dtype=torch.float64))
         if group_counts is not None:
             self.set_counts(group_counts)
@@ -122,6 +123,8 @@ class GroupReweightingLoss(GroupState):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        if self.given_counts is not None:  # an argument, not state: a resumed run keeps its own
+            self.set_counts(self.given_counts)
         self.has_counts = bool(self.counts.sum() > 0)
 
 

@@ -38,6 +38,9 @@ _CLASSIFICATION = frozenset(
 )
 
 
+IGNORED = -100  # what targets that the loss ignores are renamed to
+
+
 class GroupMonitor(StepWatcher):
     """Log a metric overall, by group and for the worst group.
 
@@ -94,6 +97,8 @@ class GroupMonitor(StepWatcher):
         allow_untested_strategy: bool = False,
     ) -> None:
         super().__init__(name=name, allow_untested_strategy=allow_untested_strategy)
+        if loss == "sum":
+            raise DebiasError("Expected `loss` to choose one loss for GroupMonitor, but got 'sum'. Pass its position.")
         self.group = group
         self.n_groups = n_groups
         self.total = check_n_groups(n_groups)
@@ -116,6 +121,12 @@ class GroupMonitor(StepWatcher):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Join the engine; watch the submodule that ``logits`` names."""
+        others = [c for c in trainer.callbacks if isinstance(c, GroupMonitor) and c is not self and c.name == self.name]
+        if others:
+            raise DebiasError(
+                f"Expected a different `name` for each GroupMonitor, but {self.state_key} and {others[0].state_key}"
+                " would log under the same names. Pass e.g. `name='place'`."
+            )
         super().setup(trainer, pl_module, stage)
         if isinstance(self.logits, str) and self._handle is None:
             self._handle = submodule(pl_module, self.logits, argument="logits").register_forward_hook(
@@ -186,6 +197,11 @@ class GroupMonitor(StepWatcher):
             target = step.batch[1]  # (x, y, ...), where no loss says what the target is
         else:
             target = None
+        if isinstance(target, Tensor) and self.target is None and call is not None and self.metric is None:
+            if call.name == "cross_entropy" and target.is_floating_point():
+                target = target.argmax(1)  # class probabilities
+            elif call.ignore_index is not None:
+                target = torch.where(target == call.ignore_index, IGNORED, target)
         if not isinstance(target, Tensor):
             raise BatchKeyError(
                 f"Expected `target` to be given where the evaluation step computes no loss, but the batch is"
@@ -201,7 +217,11 @@ class GroupMonitor(StepWatcher):
         if self.metric is not None:
             return GroupedMetric(self.metric, self.total, group_names=self.group_names)
         return GroupAccuracy(
-            self.total, group_names=self.group_names, threshold=self.threshold, train_counts=self.train_counts
+            self.total,
+            group_names=self.group_names,
+            threshold=self.threshold,
+            train_counts=self.train_counts,
+            ignore_index=IGNORED,
         )
 
     def _start(self, trainer: Any, pl_module: Any, loaders: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from debias.errors import BadRowsError, DebiasError
-from debias.step.distributed import as_global, global_sum, is_distributed, world_size
+from debias.step.distributed import global_sum, world_size
 
 __all__ = ["GroupState", "GroupSums", "check_n_groups", "group_losses", "membership", "name_groups", "summed"]
 
@@ -32,24 +32,45 @@ def membership(groups: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
     return groups.unsqueeze(1) == torch.arange(n_groups, device=groups.device), groups >= n_groups
 
 
+class _WeightedSum(torch.autograd.Function):
+    """``sum(weights * rows)`` as one node of the graph, with a value that is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(weights)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (weights,) = ctx.saved_tensors
+        return grad * weights, None, None
+
+
 @dataclass(eq=False)
 class GroupSums:
     """Sums of one loss by group.
 
     Attributes:
-        local: numerators of this rank, differentiable, ``(G,)``.
+        rows: numerators of this rank by row, differentiable, ``(rows,)``.
+        members: which row counts for which group, boolean ``(rows, G)``; nowhere for bad rows.
         num: numerators of the global batch, ``(G,)``, without gradient.
         den: denominators of the global batch, ``(G,)``, without gradient; 0 for a group that is absent.
     """
 
-    local: Tensor
+    rows: Tensor
+    members: Tensor
     num: Tensor
     den: Tensor
 
     @property
+    def local(self) -> Tensor:
+        """Numerators of this rank by group, differentiable any number of times, ``(G,)``."""
+        return torch.where(self.members, self.rows.unsqueeze(1), 0).sum(0)
+
+    @property
     def losses(self) -> Tensor:
         """Mean loss by group, 0 where a group is absent, ``(G,)``."""
-        return self.num / torch.where(self.den > 0, self.den, 1)
+        return self.num / torch.where(self.den != 0, self.den, 1)
 
     def weighted(self, weights: Tensor, *, by: Tensor | None = None) -> Tensor:
         """``sum_g weights_g num_g / by_g`` over the global batch; the gradient is this rank's share.
@@ -59,13 +80,12 @@ class GroupSums:
             by: denominators; those of the groups by default.
         """
         by = self.den if by is None else by
-        factors = (weights / torch.where(by > 0, by, 1)).to(self.local.dtype)
-        local = (factors * self.local).sum()
-        if not is_distributed():
-            return local
-        return as_global(local * world_size(), (factors * self.num.to(factors.dtype)).sum())
+        factors = (weights / torch.where(by != 0, by, 1)).to(self.rows.dtype)
+        of_rows = torch.where(self.members, factors, 0).sum(1)
+        return _WeightedSum.apply(self.rows, of_rows * world_size(), (factors * self.num).sum())
 
 
+@torch.no_grad()
 def group_losses(calls: Sequence[tuple[Tensor, Tensor, Tensor]], n_groups: int) -> tuple[list[GroupSums], Tensor]:
     """Sums by group of one or more losses, with one all-reduce of ``2 G`` floats a loss.
 
@@ -78,23 +98,17 @@ def group_losses(calls: Sequence[tuple[Tensor, Tensor, Tensor]], n_groups: int) 
     Returns:
         The sums of each loss, and the number of bad rows of the global batch: ``(2,)``, bad ids and bad losses.
     """
-    locals_, stats = [], []
-    bad = None
+    parts, stats, bad = [], [], []
     for num, den, groups in calls:
         members, bad_ids = membership(groups, n_groups)
-        good = num.detach().isfinite()
-        bad_losses = members.any(1) & ~good
+        good = num.isfinite()
         members = members & good.unsqueeze(1)
-        local = torch.where(members, num.unsqueeze(1), 0).sum(0)
-        locals_.append(local)
-        stats += [local.detach(), torch.where(members, den.detach().unsqueeze(1), 0).sum(0)]
-        counts = torch.stack((bad_ids.sum(), bad_losses.sum()))
-        bad = counts if bad is None else bad + counts
-    total = global_sum(torch.cat([*stats, bad.to(stats[0].dtype)]))  # type: ignore[union-attr]
-    sums = [
-        GroupSums(local, total[2 * i * n_groups :][:n_groups], total[(2 * i + 1) * n_groups :][:n_groups])
-        for i, local in enumerate(locals_)
-    ]
+        parts.append((num, members))
+        stats.append(torch.where(members, torch.stack((num, den)).unsqueeze(-1), 0).sum(1).flatten())
+        # A bad loss of an unlabelled row counts too: its NaN would reach the gradients all the same.
+        bad.append(torch.stack((bad_ids, ~good)).sum(1))
+    total = global_sum(torch.cat([*stats, summed(bad).to(stats[0].dtype)]))
+    sums = [GroupSums(*part, *total[2 * i * n_groups :][: 2 * n_groups].chunk(2)) for i, part in enumerate(parts)]
     return sums, total[-2:]
 
 

@@ -7,6 +7,7 @@ Lightning does so at one of five places: the step methods, the hook before batch
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -56,10 +57,9 @@ class StepEngine:
         self._heads: dict[str | None, HeadTap] = {}
         self._tap: LossTap | None = None
         self._forward_output: Any = None
-        # What the first step taught: positions of the selected losses, how many losses a step has and which of them
-        # reach the returned one, and whether rows must be replayed.
-        self._positions: tuple[int, ...] | None = None
-        self._reach: tuple[int, tuple[int, ...]] | None = None
+        # What the first step taught: the position of the one loss that is meant, and whether rows must be replayed.
+        self._position: int | None = None
+        self._reweighed: list[LossCall] = []
         self._rows_needed = True
 
     # -- opening and closing -------------------------------------------------------------------------------------------
@@ -110,6 +110,11 @@ class StepEngine:
                 f"Expected automatic optimisation for {who}, but `automatic_optimization` is False: the loss is used up"
                 " inside the step, so nothing can be added to it. Use automatic optimisation, the mixin form, or a"
                 " reweighing method."
+            )
+        if not self.module.automatic_optimization and getattr(watcher, "loss", None) == "sum":
+            raise UnsupportedStrategyError(
+                f"Expected `loss` of {who} to choose one loss under manual optimisation, but got 'sum': what all losses"
+                " add up to is only known when the step has used them. Pass `loss=<index>` or a callable."
             )
         if watcher.losses == "split" and (  # type: ignore[attr-defined]
             not self.module.automatic_optimization
@@ -183,7 +188,8 @@ class StepEngine:
 
     def _train(self, stage: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         debiasers: list[Method] = [w for w in self.watchers() if w.trains]  # type: ignore[misc]
-        if not debiasers:  # also while a tuner has taken our callbacks away: the user's own step, nothing else
+        # Also while a tuner has taken our callbacks away, or a validation step calls this one: the user's own step.
+        if not debiasers or not self.trainer.training:
             return original(*args, **kwargs)
         step = self._step(stage, args, kwargs)
         for watcher in debiasers:
@@ -205,8 +211,7 @@ class StepEngine:
         finders = [finder for head in heads.values() if (finder := head.start()) is not None]
         tracker = None
         if step.n is not None:
-            tracker = RowTracker(step.batch, step.n)
-            tracker.recording = self._rows_needed
+            tracker = RowTracker(step.batch, step.n, everything=self._rows_needed)
         combine, late = self._combiner(reweigher, step)
         tap = LossTap(combine, late, True, tracker, (reweigher or debiasers[0]).rows, finders[0] if finders else None)
         output = self._watched(tap, original, args, kwargs)
@@ -228,21 +233,26 @@ class StepEngine:
 
     def _combiner(self, reweigher: Method | None, step: Step) -> tuple[Callable[[LossCall], Tensor] | None, bool]:
         """What the step's losses are replaced by while it runs, and whether the right one is known only afterwards."""
+        self._reweighed = []
         if reweigher is None:
             return ((lambda call: call.scaled(call.mean())) if is_distributed() else None), False
-        if self.module.automatic_optimization:
-            positions = self._positions
-        else:  # the loss is used up inside the step: nothing can be corrected afterwards
-            positions = (reweigher.loss if isinstance(reweigher.loss, int) else 0,)
+        choice, manual = reweigher.loss, not self.module.automatic_optimization
+
+        def meant(call: LossCall) -> bool:
+            if callable(choice):
+                return bool(choice(call))
+            if manual and choice is None and call.position:
+                raise _ambiguous(["(the first loss)", call.name], type(reweigher).__name__)
+            return call.position == (choice if isinstance(choice, int) else 0 if manual else self._position)
 
         def combine(call: LossCall) -> Tensor:
-            if positions is not None and call.position in positions:
-                return call.scaled(reweigher.reweigh([call], step)[0])
-            if positions == (0,) and reweigher.loss is None and not self.module.automatic_optimization:
-                raise _ambiguous(["(the first loss)", call.name], type(reweigher).__name__)
-            return call.scaled(call.mean())
+            if not meant(call):
+                return call.scaled(call.mean())
+            self._reweighed.append(call)
+            return call.scaled(reweigher.reweigh([call], step)[0])
 
-        return combine, positions is None or len(positions) > 1
+        # Under manual optimisation the loss is used up inside the step: nothing can be settled afterwards.
+        return combine, not manual and not isinstance(choice, int) and self._position is None
 
     def _rewritten(
         self,
@@ -255,6 +265,8 @@ class StepEngine:
     ) -> Tensor | None:
         """The loss to return instead of the user's, or None to return the step's output as it is."""
         if not self.module.automatic_optimization:
+            if reweigher is not None and not self._reweighed:
+                raise no_loss_error(_set_losses(self.module))
             return None
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
@@ -264,31 +276,27 @@ class StepEngine:
                     " wait for this one. Return a loss of zero, e.g. `0 * logits.sum()`, instead of skipping."
                 )
             return None
-        stated = _stated_losses(output, tap)
-        if stated is not None:
-            return self._from_stated(step, loss, stated, reweigher, penalisers)
-        known = self._reach is not None and self._reach[0] == len(tap.calls)
         calls = self._reaching(tap, loss)
-        if not calls and (reweigher or penalisers):
-            raise no_loss_error(_set_losses(self.module))
+        if not calls:
+            if (stated := _stated_losses(output, tap)) is None:
+                raise no_loss_error(_set_losses(self.module))
+            return self._from_stated(step, loss, stated, reweigher, penalisers)
         if reweigher is not None:
-            if known:
-                selected = [call for call in calls if call.position in (self._positions or ())]
-            else:
-                selected = select_calls(calls, reweigher.loss, type(reweigher).__name__)
-            positions = tuple(call.position for call in selected)
+            selected = select_calls(calls, reweigher.loss, type(reweigher).__name__)
             if tap.late:
                 loss = _settle(loss, calls, selected, reweigher, step)
-                self._positions = positions
-            elif positions != self._positions:
+                # From the next step on the one loss that is meant is reweighed at once, in the step itself.
+                self._position = selected[0].position if len(selected) == 1 and reweigher.loss != "sum" else None
+            elif self._reweighed != selected:
                 raise AmbiguousLossError(
-                    f"Expected the loss at position {self._positions} in every step, but this step computed"
-                    f" {[call.name for call in tap.calls]}. Compute the same losses in every step, in the same order."
+                    f"Expected the loss that is meant to stand in the same place in every step, but got"
+                    f" {[call.name for call in self._reweighed]} there and {[call.name for call in selected]} in the"
+                    f" returned loss of this step, which computed {[call.name for call in tap.calls]}. Compute losses"
+                    " that are only logged under `torch.no_grad()`, or choose: `loss=callable(call) -> bool`."
                 )
             if step.logging:
-                reweigher.log_value(
-                    "average_loss", torch.stack([call.mean().detach() for call in selected]).sum(), step
-                )
+                average = torch.stack([call.mean().detach() for call in selected]).sum()
+                reweigher.log_value("average_loss", average, step)
         for watcher in penalisers:
             for call in select_calls(calls, watcher.loss, type(watcher).__name__):
                 if watcher.needs_features:
@@ -298,24 +306,25 @@ class StepEngine:
         return loss
 
     def _reaching(self, tap: LossTap, loss: Tensor) -> list[LossCall]:
-        """The losses that the returned loss depends on; looked for whenever the number of losses is a new one."""
-        if self._reach is not None and self._reach[0] == len(tap.calls):
-            return [call for call in tap.calls if call.position in self._reach[1]]
+        """The losses that the returned loss depends on.
+
+        Looked up in every step: the autograd graph is walked down to the losses that were handed back, which is a
+        handful of nodes unless another term of the loss goes through the network.
+        """
         ends = {call.edge.node for call in tap.calls if call.edge is not None}
         seen = _nodes(loss.grad_fn, ends)
         calls = [call for call in tap.calls if call.edge is not None and call.edge.node in seen]
-        lost = [p.call.name for p in tap.untapped() if p.node in seen and p.node not in ends]
+        lost = [name for name, node in tap.untapped if node in seen and node not in ends]
         if lost:
             error, what = (
                 (UntappedLossError, "next to a loss that can") if calls else (LossNotFoundError, "and no other")
             )
             raise error(
-                f"Expected every loss that reaches the returned loss to be reduced by `.mean()` or `.sum()`, but"
-                f" `{lost[0]}(reduction='none')` reaches it in a way that cannot be followed, {what}. Reduce it with"
-                " masks and weights only, or return {'loss': loss, 'losses': per_sample}, or"
+                f"Expected every loss that reaches the returned loss to be one that can be taken apart per sample, but"
+                f" `{lost[0]}` reaches it in a way that cannot be followed, {what}. Reduce it by `.mean()` or `.sum()`"
+                " with masks and weights only, or return {'loss': loss, 'losses': per_sample}, or"
                 " `debias.register_loss(...)`."
             )
-        self._reach = len(tap.calls), tuple(call.position for call in calls)
         return calls
 
     def _from_stated(
@@ -338,7 +347,7 @@ class StepEngine:
 
     def _evaluate(self, stage: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         monitors = [w for w in self.watchers() if w.monitors]
-        if not monitors or self.trainer.sanity_checking:
+        if not monitors or self.trainer.training:  # a training step may call the validation step
             return original(*args, **kwargs)
         step = self._step(stage, args, kwargs)
         self._forward_output = None
@@ -426,7 +435,9 @@ def _with_batch(args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any) -> tu
 def _with_loss(output: Any, loss: Tensor) -> Any:
     if not isinstance(output, Mapping):
         return loss
-    return type(output)({**output, "loss": loss})  # type: ignore[call-arg]
+    changed: Any = copy.copy(output)
+    changed["loss"] = loss
+    return changed
 
 
 def _nodes(start: Any, ends: set[Any]) -> set[Any]:
@@ -478,11 +489,11 @@ def _settle(loss: Tensor, calls: list[LossCall], selected: list[LossCall], rewei
             value = new.get(call)
             value = call.scaled(call.mean()) if value is None else value
             (call.late.gradient,) = torch.autograd.grad(value, call.elements[0], retain_graph=True)
-    edges = [call.edge for call in selected]
-    factors = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
+    # The factors keep their graph: where a step weighs its losses with learned factors, those learn from the new value.
+    factors = torch.autograd.grad(loss, [call.edge for call in selected], create_graph=True)
     for call, factor in zip(selected, factors, strict=True):
-        if factor is not None and call.late is not None:
-            loss = loss + (factor * (new[call] - call.late.value)).detach()
+        if call.late is not None:
+            loss = loss + factor * (new[call] - call.late.value).detach()
     return loss
 
 
@@ -525,7 +536,7 @@ def warn_padding(loader: Any, world: int) -> None:
     twice.
     """
     sampler = getattr(loader, "sampler", None)
-    if world < 2 or not isinstance(sampler, DistributedSampler) or not getattr(sampler, "pads", True):
+    if not isinstance(sampler, DistributedSampler) or not getattr(sampler, "pads", True):
         return
     size = len(sampler.dataset)  # type: ignore[arg-type]
     if size % world:

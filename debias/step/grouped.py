@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler
 
 from debias.errors import BatchKeyError, DebiasError
 from debias.step.batch import BatchKey, split_tags
@@ -59,7 +60,7 @@ class GroupDebiaser(Debiaser):
         """The module's losses for these calls; bad rows raise on CPU at once, elsewhere on logging steps."""
         ids = self.sample_ids(step)
         device = str(calls[0].num.device.type)
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _nothing:
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             losses = self.module.reweigh([(call.num, call.den, call.of_rows(ids)) for call in calls])
         if step.logging:
             self.module.raise_if_bad()
@@ -76,15 +77,6 @@ class GroupDebiaser(Debiaser):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """No epoch ends with bad rows unsaid."""
         self.module.raise_if_bad()
-
-
-class _Nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *args: object) -> None: ...
-
-
-_nothing = _Nothing()
 
 
 def count_groups(trainer: Any, key: Any, n_groups: int | Sequence[int]) -> Tensor:
@@ -114,6 +106,8 @@ def count_groups(trainer: Any, key: Any, n_groups: int | Sequence[int]) -> Tenso
 
 
 def _count(loader: Any, dataset: Any, key: Any, n_groups: Any, trainer: Any) -> Tensor:
+    if isinstance(sampler := getattr(loader, "sampler", None), SubsetRandomSampler):
+        dataset = Subset(dataset, list(sampler.indices))
     keys = list(key) if isinstance(key, tuple | list) else [key]
     tags = [_tag_array(dataset, k) for k in keys]
     if all(t is not None for t in tags):
@@ -140,16 +134,11 @@ class _OnCPU:
 
 
 def _tag_array(dataset: Any, key: Any) -> Any:
-    """The whole array of a tag, through subsets and nested tags; None if there is none."""
+    """The whole array of a tag, through subsets and nested tags; None if there is none, or another dataset between."""
     if isinstance(dataset, Subset):
         inner = _tag_array(dataset.dataset, key)
         return None if inner is None else inner[torch.as_tensor(dataset.indices)]
-    value = vars(dataset).get("tags", {}).get(key) if isinstance(key, str) else None
-    if isinstance(value, Tensor):
-        return value
-    inner = vars(dataset).get("dataset")
-    return (
-        _tag_array(inner, key)
-        if inner is not None and isinstance(inner, object) and hasattr(inner, "__dict__")
-        else None
-    )
+    tags = vars(dataset).get("tags")
+    if not isinstance(tags, dict) or not isinstance(key, str):
+        return None
+    return tags[key] if isinstance(tags.get(key), Tensor) else _tag_array(vars(dataset).get("dataset"), key)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from debias.errors import DebiasError
 from debias.step.distributed import is_distributed, world_size
@@ -65,7 +65,13 @@ class OwnedModule:
         return self.module
 
     def local_loss(self, per_sample: Tensor, counts: Tensor, global_count: Tensor) -> Tensor:
-        """This rank's share of the mean over the global batch, so that averaged gradients are exact."""
+        """This rank's share of the mean over the global batch, so that averaged gradients are exact.
+
+        Args:
+            per_sample: losses of this rank's samples, ``(N,)``.
+            counts: 1 where a sample counts, else 0, ``(N,)``.
+            global_count: number of samples that count over all ranks, scalar.
+        """
         return (per_sample * counts).sum() * (world_size() / global_count.clamp_min(1))
 
     def step(self, user_optimizer: torch.optim.Optimizer, scaler: Any = None) -> None:

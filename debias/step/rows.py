@@ -1,19 +1,23 @@
 """Which sample does a row of a loss belong to? Answered by replaying the shape operations on an index tensor.
 
 A loss often has more rows than the batch has samples: tokens, pixels, anchors, two views, interleaved or tiled. Inside
-a watched step, operations that only move elements are recorded; to learn the order of a loss's rows they are replayed
-on sample numbers. Nothing is ever guessed from sizes.
+a watched step, operations that move elements of the batch are recorded; to learn the order of a loss's rows they are
+replayed on sample numbers. Two things are taken for granted, and nothing else: a network keeps the rows of its input,
+and a target of unknown origin with one row per sample is in the order of the batch, unless the step has reordered the
+batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["CASTS", "MOVES", "RowTracker", "apply_move"]
+__all__ = ["CASTS", "MOVES", "RECORDED", "RowTracker", "apply_move"]
 
 _T = torch.Tensor
 
@@ -25,13 +29,13 @@ CASTS = frozenset(
 # Operations that move, drop or repeat elements; only the first argument (or its list) holds data.
 _METHODS = (
     "view reshape permute transpose t __getitem__ flatten squeeze unsqueeze repeat repeat_interleave expand expand_as"
-    " flip roll index_select chunk split tensor_split unbind unflatten movedim swapaxes swapdims narrow select"
-    " masked_select take_along_dim gather view_as reshape_as tile moveaxis diagonal"
+    " flip fliplr flipud roll index_select chunk split tensor_split unbind unflatten movedim swapaxes swapdims narrow"
+    " select masked_select take take_along_dim gather view_as reshape_as tile moveaxis diagonal rot90"
 )
 _FUNCTIONS = (
-    "reshape permute transpose t flatten squeeze unsqueeze repeat_interleave flip roll index_select chunk split"
-    " tensor_split unbind unflatten movedim swapaxes swapdims narrow select masked_select cat concat concatenate stack"
-    " hstack vstack tile take_along_dim gather moveaxis diagonal"
+    "reshape permute transpose t flatten squeeze unsqueeze repeat_interleave flip fliplr flipud roll index_select chunk"
+    " split tensor_split unbind unflatten movedim swapaxes swapdims narrow select masked_select cat concat concatenate"
+    " stack hstack vstack tile take take_along_dim gather moveaxis diagonal rot90"
 )
 MOVES = frozenset(
     [getattr(_T, name) for name in _METHODS.split() if hasattr(_T, name)]
@@ -43,16 +47,88 @@ _ROW_KEEPING = frozenset(
     {_T.view, _T.reshape, _T.flatten, _T.squeeze, _T.unsqueeze, _T.expand, _T.view_as, _T.reshape_as, _T.unflatten}
     | {_T.expand_as, torch.reshape, torch.flatten, torch.squeeze, torch.unsqueeze, torch.unflatten}
 )
+# Operations that compute each element from the element at the same place; targets are often made with them.
+_ELEMENTWISE = frozenset(
+    getattr(space, name)
+    for space in (_T, torch)
+    for name in [
+        "gt",
+        "ge",
+        "lt",
+        "le",
+        "eq",
+        "ne",
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "true_divide",
+        "floor_divide",
+        "remainder",
+        "fmod",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "abs",
+        "neg",
+        "round",
+        "floor",
+        "ceil",
+        "sign",
+        "logical_not",
+        "logical_and",
+        "logical_or",
+        "bitwise_and",
+        "bitwise_or",
+        "sigmoid",
+        "exp",
+        "log",
+        "pow",
+        "sqrt",
+        "where",
+        "__rsub__",
+        "__invert__",
+        "__and__",
+        "__or__",
+        "minimum",
+        "maximum",
+        "isnan",
+        "nan_to_num",
+    ]
+    if hasattr(space, name)
+)
+RECORDED = MOVES | CASTS | _ELEMENTWISE | {F.one_hot, torch.nn.functional.one_hot}
 
 
 def apply_move(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], data: Any, part: int | None
-) -> Tensor:
+) -> Any:
     """Run a recorded move on other data of the same shape."""
+    if getattr(func, "__name__", "") == "__get__":  # .T and .mT
+        return func(data)
     if func is _T.view and isinstance(data, Tensor):
         data = data.contiguous()  # expanded, where the original was not
     out = func(data, *args[1:], **kwargs)
     return out if part is None else out[part]
+
+
+@dataclass(eq=False)
+class _Record:
+    """One tensor and the operation that made it."""
+
+    out: Tensor
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    part: int | None = None
+
+    @property
+    def sources(self) -> list[Tensor]:
+        """The tensors whose elements it holds."""
+        if self.func in MOVES or self.func in CASTS or self.func is F.one_hot:
+            data = self.args[0]
+            return [x for x in data if isinstance(x, Tensor)] if isinstance(data, tuple | list) else [data]
+        return [x for x in self.args if isinstance(x, Tensor) and x.shape == self.out.shape]
 
 
 class RowTracker:
@@ -62,20 +138,31 @@ class RowTracker:
         batch: what the step receives; tensors of ``n`` rows in it, and tensors inside a list of ``n`` elements, are
             where sample numbers start.
         n: number of samples.
+        everything: record moves of all tensors, not only of those that come from the batch. The first step needs this;
+            later ones would keep a network's intermediate results alive for nothing.
     """
 
-    def __init__(self, batch: Any, n: int) -> None:
+    def __init__(self, batch: Any, n: int, *, everything: bool = True) -> None:
         self.n = n
-        self.recording = True
+        self.everything = everything
         self._roots: list[tuple[Tensor, int | None]] = list(_roots(batch, n))
-        self._moves: list[tuple[Tensor, Any, tuple[Any, ...], dict[str, Any], int | None]] = []
+        self._records: list[_Record] = []
 
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """Remember one move; called for every operation in :data:`MOVES` and :data:`CASTS`."""
+        """Remember one operation; called for every one in :data:`RECORDED`."""
+        if not args:  # torch.cat(tensors=...), torch.reshape(input=...)
+            name = next((name for name in ("tensors", "input", "self") if name in kwargs), None)
+            if name is None:
+                return
+            args, kwargs = (kwargs[name],), {k: v for k, v in kwargs.items() if k != name}
         if isinstance(out, Tensor):
-            self._moves.append((out, func, args, kwargs, None))
+            records = [_Record(out, func, args, kwargs)]
         elif isinstance(out, tuple | list):
-            self._moves.extend((x, func, args, kwargs, i) for i, x in enumerate(out) if isinstance(x, Tensor))
+            records = [_Record(x, func, args, kwargs, i) for i, x in enumerate(out) if isinstance(x, Tensor)]
+        else:
+            return
+        if self.everything or any(self._tracked(source) for source in records[0].sources):
+            self._records.extend(records)
 
     def resolve(self, candidates: list[Tensor], rows: int) -> Tensor | bool | None:
         """Sample numbers for the rows of a loss.
@@ -89,17 +176,18 @@ class RowTracker:
         """
         for tensor in candidates:  # derived from the batch itself
             if self._known(tensor):
-                return None if self._keeps_rows(tensor) else self.index(tensor)
-        if rows == self.n:
+                return None if self._keeps_rows(tensor) else _or_false(self.index(tensor))
+        for tensor in candidates:  # moved from some tensor with one row per sample, e.g. logits (N, T, C)
+            if self._record_of(tensor) is not None and (index := self.index(tensor)) is not None:
+                return None if self._keeps_rows(tensor) else index
+        if rows == self.n and not self._reordered():
             return None
-        for tensor in candidates:  # derived from some tensor with one row per sample, e.g. logits (N, T, C)
-            if self._move_of(tensor) is not None and (index := self.index(tensor)) is not None:
-                return index
         found: list[Tensor] = []
-        for out, *_ in self._moves:  # the network kept the rows of its input, e.g. two concatenated views
+        for record in self._records:  # the network kept the rows of its input, e.g. two concatenated views
+            out = record.out
             if out.ndim and out.shape[0] == rows and self._known(out) and (index := self.index(out)) is not None:
                 found.append(index.flatten(1)[:, 0] if index.ndim > 1 else index)
-        if found and all(torch.equal(found[0], other) for other in found[1:]):
+        if found and rows != self.n and all(torch.equal(found[0], other) for other in found[1:]):
             return found[0]
         return False
 
@@ -107,61 +195,85 @@ class RowTracker:
         """Sample numbers in the shape of ``tensor``, or None where its origin is unknown."""
         for root, sample in self._roots:
             if root is tensor:
-                return self._start(tensor, sample)
-        move = self._move_of(tensor)
-        if move is None:
-            return self._start(tensor, None) if tensor.ndim and tensor.shape[0] == self.n else None
-        _, func, args, kwargs, part = move
-        data = args[0]
-        if isinstance(data, tuple | list):
-            parts = [self.index(x) for x in data]
-            return None if any(x is None for x in parts) else apply_move(func, args, kwargs, parts, part)
-        if func is not None and getattr(func, "__name__", "") == "__get__":  # .T and .mT
-            inner = self.index(data)
-            return None if inner is None else func(inner)
-        inner = self.index(data)
-        if inner is None or func in CASTS:
-            return inner
-        return apply_move(func, args, kwargs, inner, part)
+                return self.start(tensor.shape, tensor.device, sample)
+        record = self._record_of(tensor)
+        if record is None:
+            of_samples = tensor.ndim > 0 and tensor.shape[0] == self.n
+            return self.start(tensor.shape, tensor.device) if of_samples else None
+        if record.func in MOVES:
+            data = record.args[0]
+            if isinstance(data, tuple | list):
+                inner: Any = [self.index(x) for x in data]
+                if any(x is None for x in inner):
+                    return None
+            elif (inner := self.index(data)) is None:
+                return None
+            return apply_move(record.func, record.args, record.kwargs, inner, record.part)
+        if record.func is F.one_hot:
+            inner = self.index(record.args[0])
+            return None if inner is None else inner.unsqueeze(-1).expand(tensor.shape)
+        sources = record.sources
+        moved = [x for x in sources if not self._keeps_rows(x)]
+        if not sources or (moved and len(sources) > 1):  # elementwise in tensors of different orders
+            return None
+        return self.index(sources[0])
 
-    def _start(self, tensor: Tensor, sample: int | None) -> Tensor:
+    def start(self, shape: torch.Size, device: torch.device, sample: int | None = None) -> Tensor:
+        """Sample numbers of a tensor with one row per sample, or of one that belongs to a single sample."""
         if sample is not None:
-            return torch.full((), sample, device=tensor.device).expand(tensor.shape)
-        numbers = torch.arange(self.n, device=tensor.device)
-        return numbers.view(-1, *[1] * (tensor.ndim - 1)).expand(tensor.shape)
+            return torch.full((), sample, device=device).expand(shape)
+        return torch.arange(self.n, device=device).view(-1, *[1] * (len(shape) - 1)).expand(shape)
 
-    def _move_of(self, tensor: Tensor) -> Any:
-        for move in reversed(self._moves):
-            if move[0] is tensor and not (move[1] in CASTS and move[2] and move[2][0] is tensor):  # y.long() may be y
-                return move
+    def _tracked(self, tensor: Any) -> bool:
+        return any(root is tensor for root, _ in self._roots) or any(r.out is tensor for r in self._records)
+
+    def _record_of(self, tensor: Tensor) -> _Record | None:
+        for record in reversed(self._records):  # y.long() may be y itself, then it is no operation
+            if record.out is tensor and not (record.func in CASTS and record.args[0] is tensor):
+                return record
         return None
 
     def _known(self, tensor: Tensor) -> bool:
         if any(root is tensor for root, _ in self._roots):
             return True
-        move = self._move_of(tensor)
-        if move is None:
-            return False
-        data = move[2][0]
-        return all(self._known(x) for x in data) if isinstance(data, tuple | list) else self._known(data)
+        record = self._record_of(tensor)
+        return record is not None and bool(record.sources) and all(self._known(x) for x in record.sources)
 
     def _keeps_rows(self, tensor: Tensor) -> bool:
         for root, sample in self._roots:
             if root is tensor:
                 return sample is None
-        move = self._move_of(tensor)
-        if move is None or tensor.ndim == 0 or tensor.shape[0] != self.n:
+        if tensor.ndim == 0 or tensor.shape[0] != self.n:
             return False
-        _, func, args, _, _ = move
-        data = args[0]
+        record = self._record_of(tensor)
+        if record is None:
+            return True  # of unknown origin, with one row per sample
+        if record.func not in MOVES:
+            return all(self._keeps_rows(x) for x in record.sources)
+        data = record.args[0]
         if isinstance(data, tuple | list) or data.ndim == 0 or data.shape[0] != self.n:
             return False
-        keeps = func in CASTS or func in _ROW_KEEPING
-        if func is _T.__getitem__ and isinstance(args[1], tuple) and args[1]:
-            first = args[1][0]
+        keeps = record.func in _ROW_KEEPING
+        if record.func is _T.__getitem__ and isinstance(record.args[1], tuple) and record.args[1]:
+            first = record.args[1][0]
             keeps = first is Ellipsis or (isinstance(first, slice) and first == slice(None))
-            keeps = keeps and not any(isinstance(key, Tensor) for key in args[1])
+            keeps = keeps and not any(isinstance(key, Tensor) for key in record.args[1])
         return keeps and self._keeps_rows(data)
+
+    def _reordered(self) -> bool:
+        """Whether the step has put samples of the batch in another order."""
+        return any(
+            r.func in MOVES
+            and r.out.ndim
+            and r.out.shape[0] == self.n
+            and self._known(r.out)
+            and not self._keeps_rows(r.out)
+            for r in self._records
+        )
+
+
+def _or_false(index: Tensor | None) -> Tensor | bool:
+    return False if index is None else index
 
 
 def _roots(batch: Any, n: int, sample: int | None = None, depth: int = 0) -> Iterator[tuple[Tensor, int | None]]:
@@ -175,8 +287,8 @@ def _roots(batch: Any, n: int, sample: int | None = None, depth: int = 0) -> Ite
         children = list(batch.values())
     elif isinstance(batch, tuple | list):
         children = list(batch)
-        if sample is None and depth and len(children) == n and not _stacked(children, n):
-            for i, child in enumerate(children):  # one element per sample, such as the image list of a detector
+        if sample is None and depth and one_per_sample(children, n):
+            for i, child in enumerate(children):
                 yield from _roots(child, n, i, depth + 1)
             return
     elif hasattr(batch, "__dict__") and not isinstance(batch, torch.nn.Module):
@@ -187,5 +299,8 @@ def _roots(batch: Any, n: int, sample: int | None = None, depth: int = 0) -> Ite
         yield from _roots(child, n, sample, depth + 1)
 
 
-def _stacked(children: list[Any], n: int) -> bool:
-    return all(isinstance(x, Tensor) and x.ndim and x.shape[0] == n for x in children)
+def one_per_sample(children: list[Any], n: int) -> bool:
+    """Whether a list holds one element per sample, such as a detector's images: n alike, none with n rows itself."""
+    if len(children) != n or len({type(child) for child in children}) != 1:
+        return False
+    return not any(isinstance(x, Tensor) and x.ndim and x.shape[0] == n for x in children)

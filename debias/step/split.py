@@ -15,6 +15,7 @@ from torch import Tensor
 from debias.errors import LossNotFoundError, RowsError
 from debias.step.context import Step
 from debias.step.contract import Method
+from debias.step.rows import one_per_sample
 from debias.step.tap import LossCall
 
 __all__ = ["split_losses", "take_samples"]
@@ -68,9 +69,9 @@ def take_samples(batch: Any, members: list[int], n: int) -> Any:
     if isinstance(batch, Mapping):
         return type(batch)({k: take_samples(v, members, n) for k, v in batch.items()})  # type: ignore[call-arg]
     if isinstance(batch, tuple | list):
-        stacked = all(isinstance(x, Tensor) and x.ndim and x.shape[0] == n for x in batch)
+        # A pair (images, targets) of two samples is a pair, not one element per sample.
         nested = any(isinstance(x, tuple | list) and len(x) == n for x in batch)
-        if len(batch) == n and not stacked and not nested:  # one element per sample, such as a detector's images
+        if one_per_sample(list(batch), n) and not nested:
             chosen = [batch[i] for i in members]
         else:
             chosen = [take_samples(x, members, n) for x in batch]

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn._reduction import legacy_get_string
 from torch.overrides import TorchFunctionMode
 
-from debias.errors import LossNotFoundError, RowsError
+from debias.errors import DebiasError, LossNotFoundError, RowsError, UntappedLossError
 from debias.step.distributed import as_global, global_sum, is_distributed, world_size
-from debias.step.rows import CASTS, MOVES, RowTracker, apply_move
+from debias.step.rows import CASTS, MOVES, RECORDED, RowTracker, apply_move
 
 __all__ = ["LOSSES", "LossCall", "LossTap"]
 
@@ -40,6 +40,7 @@ class LossCall:
         target: the target, as the step passed it.
         reduction: ``"mean"``, ``"sum"``, or ``"none"`` for losses reduced by the step itself.
         position: how many losses came before it in this step.
+        ignore_index: target that does not count, for cross-entropy and NLL.
         features: input of the classifier head, shape ``(N, d)``, where a method asked for it.
         head: the classifier head, where a method asked for it.
     """
@@ -52,6 +53,7 @@ class LossCall:
     _elements: Callable[[], tuple[Tensor, Tensor]]
     _sample_of: Callable[[LossCall, Tensor], Tensor | None]
     _mean_over: int | None = None  # `reduction="none"` then `.mean()`: the number of elements the step divides by
+    ignore_index: int | None = None
     features: Tensor | None = None
     head: nn.Module | None = None
     linear: tuple[Tensor, Tensor] | None = None  # input and weight of the layer that made the logits, while looked for
@@ -128,6 +130,11 @@ class _LateGradient(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.late.gradient is None:
+            raise DebiasError(
+                "Expected the loss of the first step, or of any step with `loss='sum'`, to be differentiated after the"
+                " step has returned, but the step does it itself. Choose the loss by its position: `loss=0`."
+            )
         return grad * ctx.late.gradient, None, None
 
 
@@ -145,7 +152,10 @@ class _Pending:
     den: Tensor
     index: Tensor | None
     call: LossCall
-    node: Any = None
+    version: int = 0
+
+    def __post_init__(self) -> None:
+        self.version = self.tensor._version
 
 
 def _legacy(arguments: dict[str, Any]) -> str:
@@ -189,7 +199,7 @@ LOSSES: dict[Any, Callable[[Tensor, dict[str, Any]], Tensor]] = {
     F.mse_loss: _weights,
     F.l1_loss: _weights,
     F.smooth_l1_loss: _ones,
-    F.huber_loss: _weights,
+    F.huber_loss: _ones,
     F.kl_div: _kl_count,
     **dict.fromkeys(
         (
@@ -209,6 +219,24 @@ LOSSES: dict[Any, Callable[[Tensor, dict[str, Any]], Tensor]] = {
         _ones,
     ),
 }
+# Losses without a per-sample form here; reaching the returned loss they are refused, never left out in silence.
+_NOT_PER_SAMPLE = frozenset(
+    getattr(space, name)
+    for space in (F, torch)
+    for name in [
+        "ctc_loss",
+        "linear_cross_entropy",
+        "triplet_margin_with_distance_loss",
+        "kl_div",
+        "hinge_embedding_loss",
+        "poisson_nll_loss",
+        "margin_ranking_loss",
+        "cosine_embedding_loss",
+        "triplet_margin_loss",
+        "binary_cross_entropy_with_logits",
+    ]
+    if hasattr(space, name) and getattr(space, name) not in LOSSES
+)
 _NAMES = {loss: tuple(inspect.signature(loss).parameters) for loss in LOSSES}
 _SECOND = {loss: names[1] for loss, names in _NAMES.items()}  # target, except of the ranking losses
 
@@ -255,6 +283,8 @@ class LossTap(TorchFunctionMode):
     rows: Callable[[LossCall, int], Tensor] | str | None = None
     finder: Finder | None = None
     calls: list[LossCall] = field(default_factory=list)
+    # Losses that reach the returned loss unseen if nothing reduces them in a way that can be followed: name and node.
+    untapped: list[tuple[str, Any]] = field(default_factory=list)
     suspended: int = 0
     needed_rows: bool = False
 
@@ -269,12 +299,16 @@ class LossTap(TorchFunctionMode):
         if func in LOSSES:
             return self._loss(func, args, kwargs)
         if self._pending and func in _FOLLOWED:
+            if not args and "input" in kwargs:
+                args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
             followed = self._follow(func, args, kwargs)
             if followed is not None:
                 return followed
         out = func(*args, **kwargs)
-        if self.tracker is not None and self.tracker.recording and (func in MOVES or func in CASTS):
+        if self.tracker is not None and func in RECORDED:
             self.tracker.record(func, args, kwargs, out)
+        elif func in _NOT_PER_SAMPLE and isinstance(out, Tensor) and out.requires_grad:
+            self.untapped.append((func.__name__, out.grad_fn))
         if self.finder is not None:
             self.finder.record(func, args, kwargs, out)
         return out
@@ -294,15 +328,15 @@ class LossTap(TorchFunctionMode):
             return losses, LOSSES[func](losses, arguments)
 
         call = self._call(func.__name__, logits, target, "mean" if reduction == "batchmean" else reduction, elements)
+        call.ignore_index = arguments.get("ignore_index")
         if reduction != "none":
             self.calls.append(call)
             return self._hand_back(call, lambda: func(*args, **kwargs))
         out = func(*args, **kwargs)
         if self.training:
             den = LOSSES[func](out.detach(), arguments).expand(out.shape)
-            call._elements = lambda: (out, den)
-            index = self._sample_numbers(call, out)
-            self._pending.append(_Pending(out, den, index, call, out.grad_fn))
+            self._pending.append(_Pending(out, den, self._element_numbers(call, out), call))
+            self.untapped.append((f"{func.__name__}(reduction='none')", out.grad_fn))
         else:
             self.calls.append(call)
         return out
@@ -344,8 +378,6 @@ class LossTap(TorchFunctionMode):
         n, shape = self.tracker.n, num.shape
         if self.rows is not None:
             return _given_rows(self.rows, call, n, shape, num.device)
-        if not self.tracker.recording and shape[:1] == (n,):
-            return None
         candidates = [x for x in (call.target, call.logits) if isinstance(x, Tensor)]
         index = self.tracker.resolve(candidates, shape[0] if num.ndim else 1)
         if index is None:
@@ -355,45 +387,55 @@ class LossTap(TorchFunctionMode):
         self.needed_rows = True
         return _aligned(index, shape)
 
+    def _element_numbers(self, call: LossCall, losses: Tensor) -> Tensor | None:
+        """Sample numbers in the shape of unreduced losses; None only if nobody asks."""
+        if self.tracker is None:
+            return None
+        index = self._sample_numbers(call, losses)
+        if losses.ndim == 0:
+            return torch.zeros((), dtype=torch.long, device=losses.device)
+        if index is None:
+            return self.tracker.start(losses.shape, losses.device)
+        return index if index.shape == losses.shape else index.view(-1, *[1] * (losses.ndim - 1)).expand(losses.shape)
+
     # -- unreduced losses --------------------------------------------------------------------------------------------
 
     def _find(self, x: Any) -> _Pending | None:
         for pending in self._pending:
             if pending.tensor is x:
+                if x._version != pending.version:
+                    raise UntappedLossError(
+                        f"Expected the losses of `{pending.call.name}(reduction='none')` to stay as they are, but they"
+                        " were changed in place, so what they are divided by is not known any more. Write"
+                        " `losses = losses * mask` or `losses.masked_fill(~mask, 0)` instead."
+                    )
                 return pending
         return None
 
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry denominators and sample numbers through one operation on an unreduced loss; None if it is none."""
-        pending = self._find(args[0]) if args else None
-        if func in _MUL and pending is None and len(args) > 1 and (pending := self._find(args[1])) is not None:
-            args = (args[1], args[0])
-        if func in _WHERE and len(args) == 3:
-            pending = self._find(args[1])
+        place = next((i for i, x in enumerate(args[:3]) if isinstance(x, Tensor) and self._find(x) is not None), None)
+        if place is None or (place and func not in _MUL and func not in _WHERE and func not in _ADD):
+            return None
+        pending = self._find(args[place])
         if pending is None:
             return None
-        if (func in _SUM or func in _MEAN) and (len(args) < 2 or args[1] is None) and kwargs.get("dim") is None:
+        other = next((x for i, x in enumerate(args[:2]) if i != place), kwargs.get("other"))
+        if (func in _SUM or func in _MEAN) and _over_all(args, kwargs, pending.tensor.ndim):
             return self._reduced(func in _MEAN, pending, lambda: func(*args, **kwargs))
         out = func(*args, **kwargs)
         den, index = pending.den, pending.index
-        if func in CASTS:
-            pass
-        elif func in MOVES:
-            if isinstance(out, tuple | list):
-                for part, x in enumerate(out):
-                    moved = None if index is None else apply_move(func, args, kwargs, index, part)
-                    self._pending.append(_Pending(x, apply_move(func, args, kwargs, den, part), moved, pending.call))
-                return out
-            getter = getattr(func, "__name__", "") == "__get__"
-            den = func(den) if getter else apply_move(func, args, kwargs, den, None)
-            if index is not None:
-                index = func(index) if getter else apply_move(func, args, kwargs, index, None)
-        elif func in _SUM or func in _MEAN:
+        if func in MOVES:
+            outs = list(out) if isinstance(out, tuple | list) else [out]
+            for i, x in enumerate(outs):
+                part = None if x is out else i
+                moved = None if index is None else apply_move(func, args, kwargs, index, part)
+                self._pending.append(_Pending(x, apply_move(func, args, kwargs, den, part), moved, pending.call))
+            return out
+        if func in _SUM or func in _MEAN:
             den = func(den, *args[1:], **kwargs)
-            if index is not None:
-                index = _reduced_index(index, out, args, kwargs)
+            index = None if index is None else self._reduced_index(index, out, args, kwargs)
         elif func in _MUL or func in _DIV:
-            other = args[1] if len(args) > 1 else kwargs.get("other")
             # A tensor of weights or a mask weighs numerator and denominator alike; a scalar only scales the loss, and
             # a factor that is learned from (the focal term) is part of the loss, not a weight.
             if isinstance(other, Tensor) and other.ndim and not other.requires_grad:
@@ -402,25 +444,43 @@ class LossTap(TorchFunctionMode):
             den = den.expand(out.shape)
             index = None if index is None else index.expand(out.shape)
         elif func in _WHERE:
-            den = torch.where(args[0], den, 0)
+            if place == 0:
+                return out
+            den = torch.where(args[0], den, 0) if place == 1 else torch.where(args[0], 0, den)
         elif func in _FILL:
             den = den.masked_fill(args[1] if len(args) > 1 else kwargs["mask"], 0)
-        elif self._find(args[1] if len(args) > 1 else None) is None:  # only losses of the same samples are added
-            return out
-        self._pending.append(_Pending(out, den, index, pending.call, out.grad_fn))
+        elif func in _ADD and isinstance(other, Tensor) and self._find(other) is None:
+            return out  # only losses of the same samples are added, and numbers
+        self._pending.append(_Pending(out, den, index, pending.call))
         return out
 
     def _reduced(self, is_mean: bool, pending: _Pending, original: Callable[[], Tensor]) -> Tensor:
         num, den, index, first = pending.tensor, pending.den, pending.index, pending.call
+        if not num.requires_grad:
+            return original()
         call = self._call(first.name, first.logits, first.target, "none" if is_mean else "sum", lambda: (num, den))
         call._sample_of = lambda call, flat: None if index is None else index.reshape(flat.shape)
         call._mean_over = num.numel() if is_mean else None
         self.calls.append(call)
         return self._hand_back(call, original)
 
-    def untapped(self) -> list[_Pending]:
-        """Unreduced losses, as the loss functions returned them, for the coverage check."""
-        return [pending for pending in self._pending if pending.call._elements is not None]
+    def _reduced_index(self, index: Tensor, out: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Sample numbers after a sum or mean over some axes, which must not run over samples."""
+        kept = index
+        for d in sorted(_dims(args, kwargs, index.ndim), reverse=True):
+            first = kept.select(d, 0)
+            constant = index.stride(d) == 0 or index.shape[d] == 1
+            # Reading values waits for the device, so beyond the CPU it is done in the first step only.
+            if not constant and (index.device.type == "cpu" or (self.tracker is not None and self.tracker.everything)):
+                constant = bool((kept == first.unsqueeze(d)).all())
+                if not constant:
+                    raise RowsError(
+                        "Expected an unreduced loss to be summed over the elements of a sample or over everything, but"
+                        f" got a sum over axis {d} of shape {tuple(index.shape)}, which mixes samples. Reduce the axes"
+                        " of a sample first, then all."
+                    )
+            kept = first
+        return kept.reshape(out.shape)
 
 
 def _requires_grad(*tensors: Any) -> bool:
@@ -478,18 +538,16 @@ def _rows_error(call: LossCall, n: int, shape: torch.Size) -> RowsError:
     )
 
 
-def _reduced_index(index: Tensor, out: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Sample numbers after a sum or mean over some axes; the axes must not run over samples."""
-    dims = args[1] if len(args) > 1 else kwargs["dim"]
-    dims = [dims] if isinstance(dims, int) else list(dims)
-    if any(d % index.ndim == 0 for d in dims) and index.ndim > 1:
-        raise RowsError(
-            "Expected an unreduced loss to be summed over its trailing axes or over all of them, but got a sum over"
-            f" axis 0 of shape {tuple(index.shape)}, which mixes samples. Reduce the trailing axes first, then all."
-        )
-    for d in sorted((d % index.ndim for d in dims), reverse=True):
-        index = index.select(d, 0)
-    return index.reshape(out.shape)
+def _dims(args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int) -> list[int]:
+    dims = args[1] if len(args) > 1 else kwargs.get("dim")
+    if dims is None:
+        return list(range(ndim))
+    return [d % max(ndim, 1) for d in ([dims] if isinstance(dims, int) else dims)]
+
+
+def _over_all(args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int) -> bool:
+    keeps = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
+    return len(set(_dims(args, kwargs, ndim))) == ndim and not keeps
 
 
 def no_loss_error(seen: list[str]) -> LossNotFoundError:
@@ -502,7 +560,7 @@ def no_loss_error(seen: list[str]) -> LossNotFoundError:
     return LossNotFoundError(
         "Expected the training step to compute its loss with a torch loss function (cross_entropy, mse_loss, ...), but"
         f" none that requires a gradient reaches the returned loss.{hint} Ways out: return {{'loss': loss, 'losses':"
-        " per_sample}} with losses of shape (N,); or return {'loss', 'logits', 'targets'}; or register the loss once"
+        " per_sample} with losses of shape (N,); or return {'loss', 'logits', 'targets'}; or register the loss once"
         " with `debias.register_loss(LossClass, per_sample)`; for models that only give a loss per batch, such as"
         " detectors, pass `losses='split'`."
     )

@@ -162,7 +162,7 @@ class Debiaser(StepWatcher):
         allow_untested_strategy: bool = False,
     ) -> None:
         super().__init__(name=name, allow_untested_strategy=allow_untested_strategy)
-        if not (loss is None or loss == "sum" or callable(loss) or (isinstance(loss, int) and loss >= 0)):
+        if not (loss is None or loss == "sum" or callable(loss) or (type(loss) is int and loss >= 0)):
             raise DebiasError(
                 f"Expected `loss` to be None, 'sum', an index >= 0 or a callable, but got {loss!r}. Leave it out if the"
                 " step computes one loss."

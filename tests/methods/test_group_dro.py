@@ -345,9 +345,10 @@ def test_bad_rows_raise_before_the_state_changes(losses, groups, match):
     criterion(torch.ones(2), torch.tensor([0, 1]))  # and the count starts afresh
 
 
-def test_unlabelled_rows_may_have_any_loss():
-    value = GroupDROLoss(2)(torch.tensor([1.0, float("nan")]), torch.tensor([0, -1]))
-    assert torch.isfinite(value)
+def test_unlabelled_rows_with_a_bad_loss_are_said_too():
+    """They take no part in the value, but their NaN would reach the gradients of whatever they share."""
+    with pytest.raises(BadRowsError, match="finite losses, but 1 rows"):
+        GroupDROLoss(2)(torch.tensor([1.0, float("nan")]), torch.tensor([0, -1]))
 
 
 def test_batch_without_any_labelled_row():

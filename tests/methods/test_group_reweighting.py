@@ -43,7 +43,7 @@ def test_loss_and_gradient_against_a_loop(power):
     value.backward()
     weights = [scale * raw[k] if k >= 0 else 0.0 for k in groups.tolist()]
     expected = math.fsum(w * x for w, x in zip(weights, losses.tolist(), strict=True)) / 4
-    assert float(value) == pytest.approx(expected, rel=1e-13)
+    assert value.item() == pytest.approx(expected, rel=1e-13)
     assert losses.grad.tolist() == pytest.approx([w / 4 for w in weights], rel=1e-13)
 
 

@@ -57,6 +57,7 @@ VARIANTS = {
     "mse module none": (X, lambda x: nn.MSELoss(reduction="none")(x, SOFT).mean()),
     "l1": (X, lambda x: F.l1_loss(x, SOFT)),
     "smooth l1": (X, lambda x: F.smooth_l1_loss(x, SOFT, beta=0.3)),
+    "huber weight": (X, lambda x: F.huber_loss(x, SOFT, delta=0.2, weight=MULTI + 0.5)),
     "huber": (X, lambda x: F.huber_loss(x, SOFT, delta=0.2)),
     "kl batchmean": (X, lambda x: F.kl_div(x.log_softmax(1), SOFT, reduction="batchmean")),
     "kl sum": (X, lambda x: F.kl_div(x.log_softmax(1), SOFT, reduction="sum")),

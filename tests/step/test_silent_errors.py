@@ -1,0 +1,506 @@
+"""Training steps that could be reweighed wrongly without anybody noticing: each is right, or refused."""
+
+import collections
+import math
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset
+
+from debias import GroupDRO, GroupMonitor, GroupReweighting, tag
+from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, RowsError, UntappedLossError
+
+N, D, C = 6, 5, 4
+STEP_SIZE = 0.5
+QUIET = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "accelerator": "cpu",
+}
+g = torch.Generator().manual_seed(1)
+X = torch.randn(N, D, generator=g, dtype=torch.float64)
+Y = torch.tensor([0, 1, 2, 3, 0, 1])
+Z = torch.rand(N, C, generator=g, dtype=torch.float64)
+GROUPS = torch.tensor([0, 0, 0, 0, 1, 1])
+PERM = torch.tensor([4, 2, 5, 0, 1, 3])
+
+
+class Base(L.LightningModule):
+    def __init__(self, step=None, lr=1.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Linear(D, C).double()
+        self.s = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        self.step, self.lr = step, lr
+
+    def training_step(self, batch, batch_idx):
+        return self.step(self, batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+def fit(step, callback=None, epochs=1, module=None, **trainer):
+    module = module or Base(step)
+    callback = callback or GroupDRO("place", 2, step_size=STEP_SIZE)
+    data = DataLoader(tag(TensorDataset(X, Y, Z), place=GROUPS), batch_size=N)
+    L.Trainer(max_epochs=epochs, callbacks=[callback], **QUIET, **trainer).fit(module, data)
+    return module, callback
+
+
+def dro(num, den, groups, log_q=(0.0, 0.0)):
+    """The objective from the formula; also the new logarithms of the weights."""
+    losses = [num[groups == k].sum() / den[groups == k].sum() if (groups == k).any() else num.sum() * 0 for k in (0, 1)]
+    log_q = [q + STEP_SIZE * loss.item() for q, loss in zip(log_q, losses, strict=True)]
+    total = sum(math.exp(q) for q in log_q)
+    return sum(math.exp(q) / total * loss for q, loss in zip(log_q, losses, strict=True)), log_q
+
+
+def assert_step(step, objective, callback=None):
+    """One step of the Trainer moves the parameters by the gradient of the objective."""
+    start = Base()
+    expected = torch.autograd.grad(objective(start), list(start.parameters()), allow_unused=True)
+    module, _ = fit(step, callback)
+    for before, after, grad in zip(start.parameters(), module.parameters(), expected, strict=True):
+        moved = torch.zeros_like(before) if grad is None else grad
+        torch.testing.assert_close(after.detach(), before.detach() - moved, rtol=1e-12, atol=1e-14)
+
+
+def losses_of(module):
+    return F.cross_entropy(module.net(X), Y, reduction="none")
+
+
+ONES = torch.ones(N, dtype=torch.float64)
+
+MOVED = {
+    "permuted": (lambda ls: ls[PERM].mean(), PERM),
+    "sorted": (lambda ls: ls[ls.argsort(descending=True)].mean(), None),
+    "flipped": (lambda ls: ls.flip(0).mean(), torch.arange(N).flip(0)),
+    "rolled": (lambda ls: ls.roll(2).mean(), torch.arange(N).roll(2)),
+    "one group": (lambda ls: ls[Y == 3].mean(), torch.tensor([3])),
+    "sliced": (lambda ls: ls[2:5].mean(), torch.arange(2, 5)),
+    "viewed": (lambda ls: ls.view(2, 3).mean(), torch.arange(N)),
+    "transposed": (lambda ls: ls.view(2, 3).T.reshape(-1).mean(), torch.arange(N).view(2, 3).T.reshape(-1)),
+    "unsqueezed": (lambda ls: ls.unsqueeze(0).mean(), torch.arange(N)),
+    "over its axis": (lambda ls: ls.mean(0), torch.arange(N)),
+    "by keyword": (lambda ls: torch.mean(input=ls), torch.arange(N)),
+    "repeated": (lambda ls: ls.repeat(2).mean(), torch.arange(N).repeat(2)),
+    "plus a number": (lambda ls: (ls + 1.0).mean(), torch.arange(N)),
+    "where": (lambda ls: torch.where(Y > 2, 0.0, ls).sum() / 5, (Y <= 2).nonzero().flatten()),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_moved_unreduced_losses(name):
+    reduce, index = MOVED[name]
+
+    def objective(module):
+        ls = losses_of(module)
+        order = ls.argsort(descending=True) if index is None else index
+        picked = ls[order] + (1.0 if name == "plus a number" else 0.0)
+        return dro(picked, ONES[: len(order)].repeat(2)[: len(order)], GROUPS[order])[0]
+
+    def step(module, batch):
+        x, y, _ = batch
+        return reduce(F.cross_entropy(module.net(x), y, reduction="none"))
+
+    if name == "repeated":
+
+        def objective(module):
+            ls = losses_of(module).repeat(2)
+            return dro(ls, ONES.repeat(2), GROUPS.repeat(2))[0]
+
+    assert_step(step, objective)
+
+
+def test_an_unreduced_loss_that_mixes_samples_is_refused():
+    def step(module, batch):
+        x, y, _ = batch
+        return F.cross_entropy(module.net(x), y, reduction="none").view(2, 3).mean(1).mean()
+
+    with pytest.raises(RowsError, match="mixes samples"):
+        fit(step)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda ls: ls.mul_(torch.ones(N).double()),
+        lambda ls: ls.__setitem__(Y == 3, 0.0),
+        lambda ls: ls.masked_fill_(Y == 3, 0),
+    ],
+)
+def test_unreduced_losses_changed_in_place_are_refused(edit):
+    def step(module, batch):
+        x, y, _ = batch
+        losses = F.cross_entropy(module.net(x), y, reduction="none")
+        edit(losses)
+        return losses.mean()
+
+    with pytest.raises(UntappedLossError, match="changed in place"):
+        fit(step)
+
+
+TARGETS = {
+    "one hot": lambda y: F.one_hot(y, C).double()[PERM],
+    "compared": lambda y: (y > 1).long()[PERM],
+    "plus": lambda y: (y + 0)[PERM],
+    "clamped": lambda y: y.clamp(max=2)[PERM],
+    "where": lambda y: torch.where(y > 2, 0, y)[PERM],
+    "index_select": lambda y: y.index_select(0, PERM),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_derived_targets_keep_their_order(name):
+    make = TARGETS[name]
+
+    def step(module, batch):
+        x, y, _ = batch
+        return F.cross_entropy(module.net(x[PERM]), make(y))
+
+    def objective(module):
+        losses = F.cross_entropy(module.net(X[PERM]), make(Y), reduction="none")
+        return dro(losses, ONES, GROUPS[PERM])[0]
+
+    assert_step(step, objective)
+
+
+def test_a_target_of_unknown_origin_in_a_reordered_batch_is_refused():
+    def step(module, batch):
+        x, y, _ = batch
+        target = torch.from_numpy(y.numpy()[::-1].copy())
+        return F.cross_entropy(module.net(x.flip(0)), target)
+
+    with pytest.raises(RowsError, match="rows="):
+        fit(step)
+    reversed_rows = GroupDRO("place", 2, step_size=STEP_SIZE, rows=_reversed)
+    assert_step(step, lambda m: dro(losses_of(m), ONES, GROUPS)[0], reversed_rows)
+
+
+def _reversed(call, n):
+    return torch.arange(n).flip(0)
+
+
+def test_a_permutation_that_comes_only_in_later_steps():
+    def step(module, batch):
+        x, y, _ = batch
+        if module.current_epoch:
+            x, y = x[PERM], y[PERM]
+        return F.cross_entropy(module.net(x), y)
+
+    module, _ = fit(step, epochs=2)
+    by_hand, log_q = Base(), (0.0, 0.0)
+    for _ in range(2):
+        loss, log_q = dro(losses_of(by_hand), ONES, GROUPS, log_q)
+        for p, grad in zip(
+            by_hand.net.parameters(), torch.autograd.grad(loss, list(by_hand.net.parameters())), strict=True
+        ):
+            p.data -= grad
+    torch.testing.assert_close(module.net.weight, by_hand.net.weight, rtol=1e-12, atol=1e-14)
+
+
+def test_losses_that_change_places_are_refused():
+    def step(module, batch):
+        x, y, z = batch
+        out = module.net(x)
+        if module.current_epoch:
+            F.mse_loss(out, z)  # only logged
+        return F.cross_entropy(out, y)
+
+    with pytest.raises(AmbiguousLossError, match=r"same place in every step.*torch.no_grad"):
+        fit(step, epochs=2)
+    fit(step, GroupDRO("place", 2, loss=_is_cross_entropy), epochs=2)
+
+
+def _is_cross_entropy(call):
+    return call.name == "cross_entropy"
+
+
+def test_an_auxiliary_loss_that_joins_later():
+    def step(module, batch):
+        x, y, z = batch
+        out = module.net(x)
+        auxiliary = F.mse_loss(out, z)
+        loss = F.cross_entropy(out, y)
+        return loss + auxiliary if module.current_epoch else loss
+
+    with pytest.raises(AmbiguousLossError, match="got 2: mse_loss, cross_entropy"):
+        fit(step, epochs=2)
+    fit(step, GroupDRO("place", 2, loss="sum"), epochs=2)
+
+
+def test_an_untappable_loss_that_joins_later():
+    def step(module, batch):
+        x, y, z = batch
+        out = module.net(x)
+        loss = F.cross_entropy(out, y)
+        return loss + F.mse_loss(out, z, reduction="none").pow(2).mean() if module.current_epoch else loss
+
+    with pytest.raises(UntappedLossError, match=r"mse_loss\(reduction='none'\)"):
+        fit(step, epochs=2)
+
+
+def test_a_loss_without_a_per_sample_form_next_to_another_one():
+    def step(module, batch):
+        x, y, z = batch
+        out = module.net(x)
+        triplet = F.triplet_margin_with_distance_loss(out, z, z.flip(0))
+        return F.cross_entropy(out, y) + triplet
+
+    with pytest.raises(UntappedLossError, match="triplet_margin_with_distance_loss"):
+        fit(step)
+
+
+def test_learned_weights_of_several_losses_learn_from_the_debiased_ones():
+    """Kendall weighting: the step is not linear in its losses alone."""
+
+    def combine(module, a, b):
+        return torch.exp(-module.s[0]) * a + module.s[0] + torch.exp(-module.s[1]) * b + module.s[1]
+
+    def step(module, batch):
+        x, y, z = batch
+        out = module.net(x)
+        return combine(module, F.cross_entropy(out, y), F.mse_loss(out, z))
+
+    def objective(module):
+        a, b = losses_of(module), F.mse_loss(module.net(X), Z, reduction="none").mean(1)
+        means = [[x[k == GROUPS].mean() for k in (0, 1)] for x in (a, b)]
+        q = [math.exp(STEP_SIZE * (p + r).item()) for p, r in zip(*means, strict=True)]
+        weighted = [sum(w / sum(q) * x for w, x in zip(q, m, strict=True)) for m in means]
+        return combine(module, *weighted)
+
+    assert_step(step, objective, GroupDRO("place", 2, step_size=STEP_SIZE, loss="sum"))
+
+
+def test_a_squared_loss_has_the_gradient_of_the_debiased_one():
+    def step(module, batch):
+        x, y, _ = batch
+        return F.cross_entropy(module.net(x), y) ** 2
+
+    assert_step(step, lambda module: dro(losses_of(module), ONES, GROUPS)[0] ** 2)
+
+
+def test_a_step_that_differentiates_its_own_loss():
+    def step(module, batch):
+        x, y, _ = batch
+        loss = F.cross_entropy(module.net(x), y)
+        (grad,) = torch.autograd.grad(loss, module.net.bias, create_graph=True)
+        return loss + grad.pow(2).sum()
+
+    with pytest.raises(DebiasError, match=r"the step does it itself.*`loss=0`"):
+        fit(step)
+    fit(step, GroupDRO("place", 2, loss=0))
+
+
+def test_a_nested_pair_of_two_samples_is_a_pair():
+    class Pairs(Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, i):
+            return X[i], (Y[i], f"path {i}")
+
+    class Module(Base):
+        def training_step(self, batch, batch_idx):
+            x, (y, _) = batch
+            return F.cross_entropy(self.net(x), y)
+
+    callback = GroupDRO("place", 2, step_size=STEP_SIZE)
+    module = Module()
+    losses = F.cross_entropy(module.net(X[:2]), Y[:2], reduction="none").tolist()
+    L.Trainer(max_epochs=1, callbacks=[callback], **QUIET).fit(
+        module, DataLoader(tag(Pairs(), place=torch.tensor([0, 1])), batch_size=2)
+    )
+    assert callback.module.by_group()["loss_by_group"].tolist() == pytest.approx(losses)
+
+
+# -- manual optimisation
+# -------------------------------------------------------------------------------------------------
+
+
+def manual(step):
+    class Module(Base):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            loss = step(self, batch)
+            self.optimizers().zero_grad()
+            self.manual_backward(loss)
+            self.optimizers().step()
+
+    return Module()
+
+
+def two_losses(module, batch):
+    x, y, z = batch
+    out = module.net(x)
+    return F.mse_loss(out, z) + F.cross_entropy(out, y)
+
+
+def test_manual_optimisation_with_a_chosen_loss():
+    module, _ = fit(None, GroupDRO("place", 2, step_size=STEP_SIZE, loss=_is_cross_entropy), module=manual(two_losses))
+    start = Base()
+    loss = F.mse_loss(start.net(X), Z) + dro(losses_of(start), ONES, GROUPS)[0]
+    (grad,) = torch.autograd.grad(loss, start.net.weight)
+    torch.testing.assert_close(module.net.weight.detach(), start.net.weight.detach() - grad, rtol=1e-12, atol=1e-14)
+
+
+def test_manual_optimisation_asks_which_loss_and_says_when_there_is_none():
+    with pytest.raises(AmbiguousLossError, match="loss=<index>"):
+        fit(None, module=manual(two_losses))
+    with pytest.raises(DebiasError, match="choose one loss under manual optimisation, but got 'sum'"):
+        fit(None, GroupDRO("place", 2, loss="sum"), module=manual(two_losses))
+    squared = manual(lambda m, b: (F.cross_entropy(m.net(b[0]), b[1], reduction="none") ** 2).mean())
+    with pytest.raises(LossNotFoundError):
+        fit(None, module=squared)
+
+
+# -- outputs and counts
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [dict, collections.OrderedDict, lambda d: collections.defaultdict(float, d)])
+def test_dict_outputs_with_logits_for_other_callbacks(make):
+    """A loss that was seen counts; what else is returned is nobody's loss."""
+
+    def step(module, batch):
+        x, y, _ = batch
+        logits = module.net(x)
+        weight = torch.tensor([1.0, 2.0, 3.0, 4.0]).double()
+        return make({"loss": 0.5 * F.cross_entropy(logits, y, weight=weight), "logits": logits, "targets": y})
+
+    def objective(module):
+        weight = torch.tensor([1.0, 2.0, 3.0, 4.0]).double()
+        num = F.cross_entropy(module.net(X), Y, weight=weight, reduction="none")
+        return 0.5 * dro(num, weight[Y], GROUPS)[0]
+
+    assert_step(step, objective)
+
+
+def test_a_validation_step_that_calls_the_training_step_and_the_reverse():
+    class Module(Base):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", self.training_step(batch, batch_idx))
+
+    class Reverse(Base):
+        def training_step(self, batch, batch_idx):
+            return self.validation_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    data = DataLoader(tag(TensorDataset(X, Y), place=GROUPS), batch_size=4)
+    for module in (Module(), Reverse()):
+        callbacks = [GroupDRO("place", 2), GroupMonitor("place", 2)]
+        trainer = L.Trainer(max_epochs=1, callbacks=callbacks, **QUIET)
+        trainer.fit(module, data, data)
+        correct = (module.net(X).argmax(1) == Y).double().mean()
+        assert float(trainer.callback_metrics["val/accuracy"]) == pytest.approx(float(correct))
+
+
+class Every(Dataset):
+    """A wrapper of the user's own, of which debias knows nothing."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        return self.dataset[2 * i]
+
+
+def test_counts_are_those_of_what_is_trained_on():
+    tagged = tag(TensorDataset(X, Y, Z), place=GROUPS)
+    loaders = {
+        "wrapper": DataLoader(Every(tagged), batch_size=3),
+        "sampler": DataLoader(tagged, batch_size=3, sampler=SubsetRandomSampler([0, 2, 4])),
+    }
+    for loader in loaders.values():
+        callback = GroupReweighting("place", 2)
+        step = Base(lambda m, b: F.cross_entropy(m.net(b[0]), b[1]))
+        L.Trainer(max_epochs=1, callbacks=[callback], **QUIET).fit(step, loader)
+        assert callback.module.counts.tolist() == [2, 1]
+
+
+def test_given_counts_are_arguments_and_not_state():
+    state = GroupDRO("place", 2, adjustment=1.0, group_counts=[4, 2]).state_dict()
+    given, counted = GroupDRO("place", 2, adjustment=1.0, group_counts=[1, 9]), GroupDRO("place", 2, adjustment=1.0)
+    given.load_state_dict(state)
+    counted.load_state_dict(state)
+    assert given.module.counts.tolist() == [1, 9]
+    assert counted.module.counts.tolist() == [4, 2]
+
+
+@pytest.mark.parametrize(("argument", "value"), [("step_size", "0.1"), ("step_size", float("inf")), ("alpha", "x")])
+def test_arguments_of_a_wrong_type(argument, value):
+    with pytest.raises(DebiasError, match=f"`{argument}` to be"):
+        GroupDRO("place", 2, **{argument: value})
+    with pytest.raises(DebiasError, match="`loss` to be"):
+        GroupDRO("place", 2, loss=True)
+
+
+# -- monitors
+# ------------------------------------------------------------------------------------------------------------
+
+
+def watch(validation_step, *monitors):
+    class Module(Base):
+        pass
+
+    Module.validation_step = validation_step
+    module = Module()
+    trainer = L.Trainer(callbacks=list(monitors), **QUIET)
+    trainer.validate(module, DataLoader(tag(TensorDataset(X, Y), place=GROUPS), batch_size=4), verbose=False)
+    return module, {k: float(v) for k, v in trainer.callback_metrics.items()}
+
+
+def test_soft_targets_are_classes():
+    def validation_step(self, batch, batch_idx):
+        F.cross_entropy(self.net(batch[0]), F.one_hot(batch[1], C).double())
+
+    module, logged = watch(validation_step, GroupMonitor("place", 2))
+    assert logged["val/accuracy"] == pytest.approx(float((module.net(X).argmax(1) == Y).double().mean()))
+
+
+def test_ignored_targets_are_left_out():
+    def validation_step(self, batch, batch_idx):
+        target = torch.where(batch[1] == 3, 255, batch[1])
+        F.cross_entropy(self.net(batch[0]), target, ignore_index=255)
+
+    module, logged = watch(validation_step, GroupMonitor("place", 2))
+    kept = Y != 3
+    assert logged["val/accuracy"] == pytest.approx(float((module.net(X).argmax(1) == Y)[kept].double().mean()))
+
+
+def test_two_monitors_that_would_log_the_same_names():
+    def validation_step(self, batch, batch_idx):
+        F.cross_entropy(self.net(batch[0]), batch[1])
+
+    with pytest.raises(DebiasError, match="different `name` for each GroupMonitor"):
+        watch(validation_step, GroupMonitor("place", 2), GroupMonitor(1, C))
+    _, logged = watch(validation_step, GroupMonitor("place", 2), GroupMonitor(1, C, name="label"))
+    assert {"val/accuracy", "val/label/accuracy"} <= set(logged)
+
+
+def test_a_monitor_that_cannot_work_says_so_before_training():
+    class Module(Base):
+        def training_step(self, batch, batch_idx):
+            raise AssertionError("training has begun")
+
+        def validation_step(self, batch, batch_idx):
+            F.cross_entropy(self.net(batch[0]), batch[1])
+
+    data = DataLoader(tag(TensorDataset(X, Y), place=GROUPS), batch_size=4)
+    with pytest.raises(DebiasError, match="`group='site'`"):
+        L.Trainer(max_epochs=1, callbacks=[GroupMonitor("site", 2)], **QUIET).fit(Module(), data, data)
