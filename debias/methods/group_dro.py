@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
-from debias.ops.groups import GroupState, group_losses, summed
+from debias.ops.groups import GroupState, GroupSums, group_losses, summed
 from debias.step.batch import BatchKey
 from debias.step.grouped import GroupDebiaser
 from debias.step.tap import LossCall
@@ -220,7 +220,7 @@ class GroupDROLoss(GroupState):
         if self.training:
             with torch.no_grad():
                 losses = summed([s.losses for s in sums]).to(self.log_weights.dtype)
-                self._update(losses, summed([s.den.abs() for s in sums]) > 0)
+                self._update(losses, sums)
         weights = self.weights
         return [s.weighted(weights) for s in sums]
 
@@ -228,24 +228,32 @@ class GroupDROLoss(GroupState):
         """What is worth logging: weights and the last batch's losses, ``(G,)`` each."""
         return {"group_weight": self.weights, "loss_by_group": self._last}
 
-    def _update(self, losses: Tensor, present: Tensor) -> None:
+    def _update(self, losses: Tensor, sums: Sequence[GroupSums]) -> None:
         self._last = losses
-        if self.alpha is not None or self.absent == "ema":
-            rate = torch.where(self.seen, self.losses.new_full((), self.ema_rate), 1.0) * present
-            self.losses += rate * (losses - self.losses)
-            self.seen |= present
+        present = None
+        if self.alpha is not None or self.absent != "zero":
+            present = summed([s.den.abs() for s in sums]) > 0
+            self._average(losses, present)
         if self.alpha is not None:
             return
+        if present is not None and self.absent == "ema":
+            losses = torch.where(present, losses, self.losses)
         self.log_weights.copy_(
             group_dro_weights(
                 self.log_weights,
-                torch.where(present, losses, self.losses) if self.absent == "ema" else losses,
+                losses,
                 step_size=self.step_size,
                 adjustment=self._adjustment() if self.adjusts else None,
                 normalize_loss=self.normalize_loss,
                 present=present if self.absent == "skip" else None,
             )
         )
+
+    def _average(self, losses: Tensor, present: Tensor) -> None:
+        """Running losses; a group's first loss is taken as it is."""
+        rate = torch.where(self.seen, self.losses.new_full((), self.ema_rate), 1.0) * present
+        self.losses += rate * (losses - self.losses)
+        self.seen |= present
 
     def _adjustment(self) -> Tensor:
         return self.constants / self.counts.sqrt()

@@ -115,7 +115,7 @@ class GroupReweightingLoss(GroupState):
         sums, bad = group_losses(calls, self.n_groups)
         self.count_bad(bad)
         weights = self.weights
-        return [s.weighted(weights, by=s.den.sum().expand_as(s.den)) for s in sums]
+        return [s.weighted(weights, by=s.den.sum().clamp_min(torch.finfo(s.den.dtype).tiny)) for s in sums]
 
     def by_group(self) -> dict[str, Tensor]:
         """What is worth logging."""

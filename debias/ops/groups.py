@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from math import prod
 from typing import Any
 
@@ -67,20 +67,24 @@ class GroupSums:
         """Numerators of this rank by group, differentiable any number of times, ``(G,)``."""
         return torch.where(self.members, self.rows.unsqueeze(1), 0).sum(0)
 
+    @cached_property
+    def divisors(self) -> Tensor:
+        """The denominators, 1 where a group is absent, ``(G,)``."""
+        return torch.where(self.den != 0, self.den, 1)
+
     @property
     def losses(self) -> Tensor:
         """Mean loss by group, 0 where a group is absent, ``(G,)``."""
-        return self.num / torch.where(self.den != 0, self.den, 1)
+        return self.num / self.divisors
 
     def weighted(self, weights: Tensor, *, by: Tensor | None = None) -> Tensor:
         """``sum_g weights_g num_g / by_g`` over the global batch; the gradient is this rank's share.
 
         Args:
             weights: ``(G,)`` without gradient.
-            by: denominators; those of the groups by default.
+            by: denominators, none of them 0; those of the groups by default.
         """
-        by = self.den if by is None else by
-        factors = (weights / torch.where(by != 0, by, 1)).to(self.rows.dtype)
+        factors = (weights / (self.divisors if by is None else by)).to(self.rows.dtype)
         of_rows = torch.where(self.members, factors, 0).sum(1)
         return _WeightedSum.apply(self.rows, of_rows * world_size(), (factors * self.num).sum())
 
@@ -138,9 +142,10 @@ class GroupState(nn.Module):
 
     def count_bad(self, bad: Tensor) -> None:
         """Add the bad rows of a step; on CPU raise at once, elsewhere at the next :meth:`raise_if_bad`."""
-        self.bad_rows += bad
         if bad.device.type == "cpu":
-            self.raise_if_bad()
+            self._raise(bad)
+        else:
+            self.bad_rows += bad
 
     def raise_if_bad(self) -> None:
         """Raise if any row since the last call was bad; waits for the device.
@@ -148,10 +153,14 @@ class GroupState(nn.Module):
         Raises:
             BadRowsError: on all ranks together, since the count is global.
         """
-        ids, losses = (int(x) for x in self.bad_rows.tolist())
+        bad = self.bad_rows.clone()
+        self.bad_rows.zero_()
+        self._raise(bad)
+
+    def _raise(self, bad: Tensor) -> None:
+        ids, losses = (int(x) for x in bad.tolist())
         if not ids and not losses:
             return
-        self.bad_rows.zero_()
         if ids:
             raise BadRowsError(
                 f"Expected group ids below `n_groups={self.n_groups}`, but {ids} rows had a higher one. They took no"

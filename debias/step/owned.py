@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from debias.errors import DebiasError
 from debias.step.distributed import is_distributed, world_size
