@@ -103,9 +103,11 @@ class LossCall:
         """From a (debiased) mean loss to what the step's own reduction would have returned for it."""
         if self.reduction == "mean":
             return mean
-        total = global_sum(self.elements[1].detach().sum())
+        total = self.elements[1].detach().sum()
         if self.reduction == "sum":
-            return mean * (total / world_size())
+            # By this rank's own denominator: a step that sums divides by a count or a mask of its own rank next.
+            return mean * total
+        total = global_sum(total)
         count = global_sum(total.new_full((), self._mean_over or 1))
         return mean * (total / count)
 

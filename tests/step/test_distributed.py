@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from _support.ranks import Ranks
+from debias import GroupDROLoss
 from debias.step.distributed import as_global, gather, global_rank, global_sum, is_distributed, world_size
+from debias.step.rows import RowTracker
+from debias.step.tap import LossTap
 
 SIZES = [(3, 2), (5, 0), (0, 4)]
 
@@ -163,3 +166,40 @@ def test_a_hang_is_a_failure():
         assert not one._processes
     finally:
         one.close()
+
+
+# --------------------------------------------------------- what a step divides by stays exact, however ranks are filled
+
+GROUP = torch.tensor([0, 0, 1, 1, 0, 1, 1])
+MASK = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+LOSSES = {
+    "mean": lambda loss, mask: loss.mean(),
+    "masked mean": lambda loss, mask: (loss * mask).mean(),
+    "own divisor": lambda loss, mask: (loss * mask).sum() / mask.sum(),
+    "own count": lambda loss, mask: loss.sum() / len(loss),
+}
+
+
+def _reduced(rank, name, sizes):
+    """The gradient that DDP would apply, and the value the step sees."""
+    begin = sum(sizes[:rank])
+    part = slice(begin, begin + sizes[rank])
+    weight = rows(1)[0].requires_grad_()
+    criterion = GroupDROLoss(2, step_size=0.5)
+    x, target, mask, group = rows(7)[part], rows(7, seed=1)[part, 0], MASK[part], GROUP[part]
+
+    def combine(call):
+        return call.scaled(criterion.reweigh([(call.num, call.den, call.of_rows(group))])[0])
+
+    with LossTap(combine, tracker=RowTracker((x, target, mask), len(x))):
+        value = LOSSES[name](torch.nn.functional.mse_loss(x @ weight, target, reduction="none"), mask)
+    (grad,) = torch.autograd.grad(value, weight)
+    return global_sum(grad) / world_size(), value.detach(), criterion.weights
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("sizes", [(4, 3), (2, 5), (5, 2)])
+def test_reductions_of_the_step_on_uneven_ranks(ranks: Ranks, name, sizes):
+    expected = _reduced(0, name, (7,))
+    for found in ranks.run(_reduced, name, sizes):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
