@@ -62,7 +62,7 @@ class StepEngine:
         self._reweighed: list[LossCall] = []
         self._rows_needed = True
 
-    # -- opening and closing -------------------------------------------------------------------------------------------
+    # -- opening and closing -----------------------------------------------------------------------
 
     def open(self, stage: str) -> None:
         """Wrap what this stage needs."""
@@ -139,8 +139,7 @@ class StepEngine:
                 " which would update the method's state several times per batch. Use another optimiser."
             )
 
-    # -- what is wrapped
-    # -------------------------------------------------------------------------------------------------
+    # -- what is wrapped ---------------------------------------------------------------------------
 
     def _around(self, name: str) -> Callable[..., Any]:
         stage = _STAGES[name]
@@ -183,8 +182,7 @@ class StepEngine:
         self._handles.append(loss.register_forward_pre_hook(Hook(before), with_kwargs=True))
         self._handles.append(loss.register_forward_hook(Hook(after), with_kwargs=True))
 
-    # -- training
-    # --------------------------------------------------------------------------------------------------------
+    # -- training ----------------------------------------------------------------------------------
 
     def _train(self, stage: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         debiasers: list[Method] = [w for w in self.watchers() if w.trains]  # type: ignore[misc]
@@ -201,6 +199,7 @@ class StepEngine:
         penalisers = [w for w in debiasers if w.penalises]
         if reweigher is not None and reweigher.losses == "split":
             split, output = split_losses(original, args, kwargs, step, reweigher)
+            self._end_forward(debiasers)
             return _with_loss(output, split)
         if reweigher is None and not penalisers and not is_distributed():
             output = original(*args, **kwargs)
@@ -217,6 +216,8 @@ class StepEngine:
         output = self._watched(tap, original, args, kwargs)
         self._end_forward(debiasers)
         loss = self._rewritten(step, tap, output, reweigher, penalisers, heads)
+        self._reweighed = []
+        tap.close()
         return output if loss is None else _with_loss(output, loss)
 
     def _watched(
@@ -276,6 +277,8 @@ class StepEngine:
                     " wait for this one. Return a loss of zero, e.g. `0 * logits.sum()`, instead of skipping."
                 )
             return None
+        if reweigher is None and not penalisers:  # what was handed back, the global mean, is all there is to do
+            return None
         calls = self._reaching(tap, loss)
         if not calls:
             if (stated := _stated_losses(output, tap)) is None:
@@ -287,7 +290,7 @@ class StepEngine:
                 loss = _settle(loss, calls, selected, reweigher, step)
                 # From the next step on the one loss that is meant is reweighed at once, in the step itself.
                 self._position = selected[0].position if len(selected) == 1 and reweigher.loss != "sum" else None
-            elif self._reweighed != selected:
+            elif len(selected) > 1 or self._reweighed != selected:
                 raise AmbiguousLossError(
                     f"Expected the loss that is meant to stand in the same place in every step, but got"
                     f" {[call.name for call in self._reweighed]} there and {[call.name for call in selected]} in the"
@@ -342,8 +345,7 @@ class StepEngine:
         for watcher in debiasers:
             watcher.random.end_forward()
 
-    # -- evaluation
-    # --------------------------------------------------------------------------------------------------------
+    # -- evaluation --------------------------------------------------------------------------------
 
     def _evaluate(self, stage: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         monitors = [w for w in self.watchers() if w.monitors]
@@ -356,10 +358,10 @@ class StepEngine:
         for monitor in monitors:
             monitor.observe(step, tap.calls, self._forward_output, output)
         self._forward_output = None
+        tap.close()
         return output
 
-    # -- shared
-    # --------------------------------------------------------------------------------------------------------------
+    # -- shared ------------------------------------------------------------------------------------
 
     def watchers(self) -> list[Watcher]:
         """The watchers that are in the Trainer's list right now; a tuner may have taken them out."""

@@ -1,10 +1,9 @@
-"""The loss tap: sees every torch loss of a step, takes it apart per sample, hands back a debiased one. No Lightning
-here.
+"""The loss tap: sees every torch loss of a step, takes it apart per sample, hands back a debiased one.
 
-A ``TorchFunctionMode`` sees ``F.cross_entropy`` and its like in any call style. Per sample it keeps ``num_i`` and
-``den_i``, with ``mean = sum num / sum den``: with class weights, ``ignore_index``, spatial targets or label smoothing
-a per-sample *mean* loss would be wrong. A loss computed with ``reduction="none"`` is followed through masks, weights
-and reshapes to the ``.mean()`` or ``.sum()`` that ends it.
+No Lightning here. A ``TorchFunctionMode`` sees ``F.cross_entropy`` and its like in any call style. Per sample it
+keeps ``num_i`` and ``den_i``, with ``mean = sum num / sum den``: with class weights, ``ignore_index``, spatial
+targets or label smoothing a per-sample *mean* loss would be wrong. A loss computed with ``reduction="none"`` is
+followed through masks, weights and reshapes to the ``.mean()`` or ``.sum()`` that ends it.
 """
 
 from __future__ import annotations
@@ -294,6 +293,11 @@ class LossTap(TorchFunctionMode):
         super().__init__()
         self._pending: list[_Pending] = []
 
+    def close(self) -> None:
+        """Let go of every tensor; calls and tap refer to each other, and only the garbage collector would notice."""
+        self.calls, self.untapped, self._pending = [], [], []
+        self.combine = self.tracker = self.finder = None
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.suspended:
@@ -315,7 +319,7 @@ class LossTap(TorchFunctionMode):
             self.finder.record(func, args, kwargs, out)
         return out
 
-    # -- losses ------------------------------------------------------------------------------------------------------
+    # -- losses ------------------------------------------------------------------------------------
 
     def _loss(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         arguments = dict(zip(_NAMES[func], args, strict=False)) | kwargs
@@ -400,7 +404,7 @@ class LossTap(TorchFunctionMode):
             return self.tracker.start(losses.shape, losses.device)
         return index if index.shape == losses.shape else index.view(-1, *[1] * (losses.ndim - 1)).expand(losses.shape)
 
-    # -- unreduced losses --------------------------------------------------------------------------------------------
+    # -- unreduced losses --------------------------------------------------------------------------
 
     def _find(self, x: Any) -> _Pending | None:
         for pending in self._pending:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
@@ -21,9 +21,6 @@ from debias.step.engine import StepEngine, warn_padding
 from debias.step.owned import OwnedModule
 from debias.step.random import StepRandom
 from debias.step.tap import LossCall
-
-if TYPE_CHECKING:
-    from debias.step.engine import StepEngine as _Engine
 
 __all__ = ["Debiaser", "StepWatcher"]
 
@@ -45,7 +42,7 @@ class StepWatcher(Callback):
     def __init__(self, *, name: str | None = None, allow_untested_strategy: bool = False) -> None:
         self.name = name
         self.allow_untested_strategy = allow_untested_strategy
-        self.engine: _Engine | None = None
+        self.engine: StepEngine | None = None
 
     @property
     def adds_to_loss(self) -> bool:
@@ -180,8 +177,7 @@ class Debiaser(StepWatcher):
         self.owned: dict[str, OwnedModule] = {}
         self._epoch: int | None = None
 
-    # -- what a method overrides
-    # -------------------------------------------------------------------------------------------
+    # -- what a method overrides -------------------------------------------------------------------
 
     def augment(self, step: Step) -> None:
         """Put a changed batch into ``step.batch``; never change the old one in place."""
@@ -201,8 +197,7 @@ class Debiaser(StepWatcher):
     def new_epoch(self, epoch: int) -> None:
         """Called before the first step of an epoch other than the last step's, also after a resume."""
 
-    # -- how the engine sees it
-    # --------------------------------------------------------------------------------------------
+    # -- how the engine sees it --------------------------------------------------------------------
 
     @property
     def reweighs(self) -> bool:

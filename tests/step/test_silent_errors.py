@@ -1,7 +1,9 @@
 """Training steps that could be reweighed wrongly without anybody noticing: each is right, or refused."""
 
 import collections
+import gc
 import math
+import weakref
 
 import lightning as L
 import pytest
@@ -504,3 +506,23 @@ def test_a_monitor_that_cannot_work_says_so_before_training():
     data = DataLoader(tag(TensorDataset(X, Y), place=GROUPS), batch_size=4)
     with pytest.raises(DebiasError, match="`group='site'`"):
         L.Trainer(max_epochs=1, callbacks=[GroupMonitor("site", 2)], **QUIET).fit(Module(), data, data)
+
+
+@pytest.mark.parametrize("loss", [None, "sum"])
+def test_no_tensor_outlives_its_step(loss):
+    """Without the garbage collector's help: a step's logits are gone when the next step begins."""
+    logits = []
+
+    def step(module, batch):
+        assert sum(reference() is not None for reference in logits) == 0
+        x, y, _ = batch
+        out = module.net(x)
+        logits.append(weakref.ref(out))
+        return (F.cross_entropy(out, y, reduction="none") * ONES).mean()
+
+    gc.disable()
+    try:
+        fit(step, GroupDRO("place", 2, loss=loss), epochs=4)
+    finally:
+        gc.enable()
+    assert len(logits) == 4
