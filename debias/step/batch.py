@@ -49,6 +49,9 @@ class TaggedBatch:
             " in a loop of your own use `tagged.batch` and `tagged.tags`."
         )
 
+    def __getitem__(self, key: Any) -> Any:
+        return iter(self)  # the same advice
+
     def pin_memory(self) -> TaggedBatch:
         """Pin both parts; the DataLoader calls this under ``pin_memory=True``."""
         return TaggedBatch(pin_memory(self.batch), pin_memory(self.tags))

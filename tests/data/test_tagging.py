@@ -224,3 +224,11 @@ def test_tensor_datasets_work_unchanged():
     (x, y), tags = split_tags(next(iter(DataLoader(tag(dataset, group=[0, 1, 1, -1]), batch_size=4))))
     assert x.tolist() == y.tolist() == [0, 1, 2, 3]
     assert tags["group"].tolist() == [0, 1, 1, -1]
+
+
+def test_a_tagged_batch_that_user_code_opens_itself_says_what_to_do():
+    batch = TaggedBatch((torch.ones(2), torch.zeros(2)), {"place": torch.zeros(2)})
+    with pytest.raises(BatchKeyError, match=r"tags \['place'\].*`tagged.batch`"):
+        _, _ = batch
+    with pytest.raises(BatchKeyError, match=r"`tagged.batch`"):
+        batch[0]
