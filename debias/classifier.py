@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -25,13 +26,19 @@ class Classifier(pl.LightningModule):
         in_channels: channels of an image.
         image_size: height and width of an image; only the MLP needs to know.
         width: hidden units of the MLP, channels of the CNN.
+        init: initial weights of the MLP and the CNN: ``"torch"``, as their layers come, or ``"xavier_uniform"`` with
+            biases of zero.
+        l2: added to the training loss, not to the one that is logged: ``l2`` times the sum of all squared parameters,
+            biases included. Its gradient is that of Adam's ``weight_decay=2 * l2``, but as a part of the loss it is
+            scaled with it.
         pretrained: start from timm's weights.
         backbone_args: further arguments of ``timm.create_model``, such as ``drop_rate``.
         optimizer: builds the optimiser from the parameters.
         lr_scheduler: builds a learning-rate scheduler, stepped once an epoch, from the optimiser.
 
     Raises:
-        ValueError: ``pretrained`` or ``backbone_args`` with a backbone that is not timm's.
+        ValueError: ``pretrained`` or ``backbone_args`` with a backbone that is not timm's, ``init`` with one that is,
+            or ``l2`` below zero.
     """
 
     def __init__(
@@ -42,6 +49,8 @@ class Classifier(pl.LightningModule):
         in_channels: int = 3,
         image_size: int = 32,
         width: int = 128,
+        init: Literal["torch", "xavier_uniform"] = "torch",
+        l2: float = 0.0,
         pretrained: bool = False,
         backbone_args: dict[str, Any] | None = None,
         optimizer: OptimizerCallable = torch.optim.Adam,
@@ -50,7 +59,12 @@ class Classifier(pl.LightningModule):
         super().__init__()
         # Factories would be pickled into the checkpoint, which then would not load with `weights_only=True`.
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        if not (math.isfinite(l2) and l2 >= 0):
+            raise ValueError(f"Expected `l2` to be a finite number of at least 0, but got {l2}.")
+        if init not in ("torch", "xavier_uniform"):
+            raise ValueError(f"Expected `init` to be `torch` or `xavier_uniform`, but got `{init}`.")
         self.num_classes = num_classes
+        self.l2 = l2
         self.optimizer_factory, self.lr_scheduler_factory = optimizer, lr_scheduler
         if backbone in ("mlp", "cnn"):
             if pretrained or backbone_args:
@@ -59,6 +73,10 @@ class Classifier(pl.LightningModule):
                 )
             make = _mlp if backbone == "mlp" else _cnn
             self.network = make(in_channels, image_size, width, num_classes)
+            if init == "xavier_uniform":
+                self.network.apply(_xavier_uniform)
+        elif init != "torch":
+            raise ValueError(f"Expected `init` only with the backbones `mlp` and `cnn`, but got `{backbone}`.")
         else:
             self.network = _timm(backbone, pretrained, num_classes, in_channels, backbone_args or {})
 
@@ -67,14 +85,17 @@ class Classifier(pl.LightningModule):
         return self.network(x)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Compute the mean loss of a batch."""
-        return self._loss(batch, "train")
+        """Compute the mean loss of a batch, with ``l2``."""
+        loss = self._loss(batch, "train")
+        if self.l2:
+            loss = loss + self.l2 * torch.stack([p.square().sum() for p in self.parameters()]).sum()
+        return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the validation loss."""
         self._loss(batch, "val")
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the test loss."""
         self._loss(batch, "test")
 
@@ -112,6 +133,13 @@ def _mlp(in_channels: int, image_size: int, width: int, num_classes: int) -> nn.
         nn.ReLU(),
         nn.Linear(width, num_classes),
     )
+
+
+def _xavier_uniform(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def _cnn(in_channels: int, image_size: int, width: int, num_classes: int) -> nn.Module:
