@@ -12,12 +12,32 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     # methods
+    # -- reweighing
     "GroupDRO": "debias.methods.group_dro",
     "GroupDROLoss": "debias.methods.group_dro",
     "GroupDROMixin": "debias.methods.group_dro",
     "GroupReweighting": "debias.methods.group_reweighting",
     "GroupReweightingLoss": "debias.methods.group_reweighting",
     "GroupReweightingMixin": "debias.methods.group_reweighting",
+    # -- penalties
+    "CORAL": "debias.methods.coral",
+    "CORALPenalty": "debias.methods.coral",
+    "CORALMixin": "debias.methods.coral",
+    "Fishr": "debias.methods.fishr",
+    "FishrPenalty": "debias.methods.fishr",
+    "FishrMixin": "debias.methods.fishr",
+    "HessianAlignment": "debias.methods.hessian_alignment",
+    "HessianAlignmentPenalty": "debias.methods.hessian_alignment",
+    "HessianAlignmentMixin": "debias.methods.hessian_alignment",
+    "IRM": "debias.methods.irm",
+    "IRMPenalty": "debias.methods.irm",
+    "IRMMixin": "debias.methods.irm",
+    "MMD": "debias.methods.mmd",
+    "MMDPenalty": "debias.methods.mmd",
+    "MMDMixin": "debias.methods.mmd",
+    "VREx": "debias.methods.vrex",
+    "VRExPenalty": "debias.methods.vrex",
+    "VRExMixin": "debias.methods.vrex",
     # monitors
     "GroupMonitor": "debias.monitors.group_monitor",
     # the step engine, for those who write a method
@@ -36,8 +56,14 @@ __all__ = ["__version__", *_EXPORTS]
 if TYPE_CHECKING:
     from debias.data.samplers import EvalSampler, GroupBalancedSampler
     from debias.data.tagging import tag
+    from debias.methods.coral import CORAL, CORALMixin, CORALPenalty
+    from debias.methods.fishr import Fishr, FishrMixin, FishrPenalty
     from debias.methods.group_dro import GroupDRO, GroupDROLoss, GroupDROMixin
     from debias.methods.group_reweighting import GroupReweighting, GroupReweightingLoss, GroupReweightingMixin
+    from debias.methods.hessian_alignment import HessianAlignment, HessianAlignmentMixin, HessianAlignmentPenalty
+    from debias.methods.irm import IRM, IRMMixin, IRMPenalty
+    from debias.methods.mmd import MMD, MMDMixin, MMDPenalty
+    from debias.methods.vrex import VREx, VRExMixin, VRExPenalty
     from debias.monitors.group_monitor import GroupMonitor
     from debias.step.adapters import register_loss
     from debias.step.tap import LossCall

@@ -1,6 +1,21 @@
 """The methods as mixins for a LightningModule."""
 
+from debias.methods.coral import CORALMixin
+from debias.methods.fishr import FishrMixin
 from debias.methods.group_dro import GroupDROMixin
 from debias.methods.group_reweighting import GroupReweightingMixin
+from debias.methods.hessian_alignment import HessianAlignmentMixin
+from debias.methods.irm import IRMMixin
+from debias.methods.mmd import MMDMixin
+from debias.methods.vrex import VRExMixin
 
-__all__ = ["GroupDROMixin", "GroupReweightingMixin"]
+__all__ = [
+    "CORALMixin",
+    "FishrMixin",
+    "GroupDROMixin",
+    "GroupReweightingMixin",
+    "HessianAlignmentMixin",
+    "IRMMixin",
+    "MMDMixin",
+    "VRExMixin",
+]

@@ -71,6 +71,10 @@ class Method(Watcher, Protocol):
         """What is added to the loss."""
         ...
 
+    def loss_factor(self, step: Step) -> float:
+        """What the whole loss is multiplied by."""
+        ...
+
     def log_value(self, key: str, value: Tensor, step: Step) -> None:
         """Log one value."""
         ...

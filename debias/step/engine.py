@@ -32,7 +32,7 @@ from debias.step.batch import TagCollate, split_tags
 from debias.step.context import Step
 from debias.step.contract import Method, Watcher
 from debias.step.distributed import is_distributed
-from debias.step.head import HeadTap
+from debias.step.head import HeadFinder, HeadTap
 from debias.step.proxy import Hook, StepProxy, attach, detach
 from debias.step.rows import RowTracker
 from debias.step.split import split_losses
@@ -215,7 +215,7 @@ class StepEngine:
         tap = LossTap(combine, late, True, tracker, (reweigher or debiasers[0]).rows, finders[0] if finders else None)
         output = self._watched(tap, original, args, kwargs)
         self._end_forward(debiasers)
-        loss = self._rewritten(step, tap, output, reweigher, penalisers, heads)
+        loss = self._rewritten(step, tap, output, reweigher, penalisers, heads, finders)
         self._reweighed = []
         tap.close()
         return output if loss is None else _with_loss(output, loss)
@@ -263,6 +263,7 @@ class StepEngine:
         reweigher: Method | None,
         penalisers: list[Method],
         heads: dict[str | None, HeadTap],
+        finders: list[HeadFinder],
     ) -> Tensor | None:
         """The loss to return instead of the user's, or None to return the step's output as it is."""
         if not self.module.automatic_optimization:
@@ -283,7 +284,9 @@ class StepEngine:
         if not calls:
             if (stated := _stated_losses(output, tap)) is None:
                 raise no_loss_error(_set_losses(self.module))
-            return self._from_stated(step, loss, stated, reweigher, penalisers)
+            if finders:
+                stated.linear = finders[0].match(stated.logits) if stated.logits is not None else None
+            return self._from_stated(step, loss, stated, reweigher, penalisers, heads)
         if reweigher is not None:
             selected = select_calls(calls, reweigher.loss, type(reweigher).__name__)
             if tap.late:
@@ -300,11 +303,9 @@ class StepEngine:
             if step.logging:
                 average = torch.stack([call.mean().detach() for call in selected]).sum()
                 reweigher.log_value("average_loss", average, step)
-        for watcher in penalisers:
-            for call in select_calls(calls, watcher.loss, type(watcher).__name__):
-                if watcher.needs_features:
-                    heads[watcher.head].resolve(call)
-                loss = loss + watcher.penalise(call, step)
+        loss = _penalised(
+            loss, penalisers, lambda watcher: select_calls(calls, watcher.loss, type(watcher).__name__), heads, step
+        )
         self._rows_needed = self._rows_needed and tap.needed_rows
         return loss
 
@@ -331,15 +332,19 @@ class StepEngine:
         return calls
 
     def _from_stated(
-        self, step: Step, loss: Tensor, call: LossCall, reweigher: Method | None, penalisers: list[Method]
+        self,
+        step: Step,
+        loss: Tensor,
+        call: LossCall,
+        reweigher: Method | None,
+        penalisers: list[Method],
+        heads: dict[str | None, HeadTap],
     ) -> Tensor:
         """Swap the mean of the stated per-sample losses inside the returned loss for the debiased one."""
         if reweigher is not None:
             num, den = call.num, call.den
             loss = loss + (reweigher.reweigh([call], step)[0] - num.sum() / den.sum())
-        for watcher in penalisers:
-            loss = loss + watcher.penalise(call, step)
-        return loss
+        return _penalised(loss, penalisers, lambda watcher: [call], heads, step)
 
     def _end_forward(self, debiasers: list[Method]) -> None:
         for watcher in debiasers:
@@ -496,6 +501,25 @@ def _settle(loss: Tensor, calls: list[LossCall], selected: list[LossCall], rewei
     for call, factor in zip(selected, factors, strict=True):
         if call.late is not None:
             loss = loss + factor * (new[call] - call.late.value).detach()
+    return loss
+
+
+def _penalised(
+    loss: Tensor,
+    penalisers: list[Method],
+    calls: Callable[[Method], list[LossCall]],
+    heads: dict[str | None, HeadTap],
+    step: Step,
+) -> Tensor:
+    """Add the penalties, then the factors their protocols put on the whole loss."""
+    for watcher in penalisers:
+        for call in calls(watcher):
+            if watcher.needs_features:
+                heads[watcher.head].resolve(call)
+            loss = loss + watcher.penalise(call, step)
+    for watcher in penalisers:
+        if (factor := watcher.loss_factor(step)) != 1:
+            loss = loss * factor
     return loss
 
 

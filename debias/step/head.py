@@ -74,6 +74,7 @@ class HeadTap:
         self._inputs: list[Tensor] = []
         self._handle: Any = None
         self._keep_finding = compiled
+        self._armed = False
         if path is not None:
             self.head = submodule(root, path, argument="head")
             self._hook()
@@ -81,6 +82,7 @@ class HeadTap:
     def start(self) -> HeadFinder | None:
         """Begin a step: nothing of an earlier one may be used."""
         self._inputs.clear()
+        self._armed = True
         return HeadFinder() if self.head is None or (self._keep_finding and self._handle is None) else None
 
     def resolve(self, call: LossCall) -> None:
@@ -89,6 +91,7 @@ class HeadTap:
         Raises:
             HeadNotFoundError: the logits are no linear layer's output, or the head ran not exactly once in this step.
         """
+        self._armed = False  # a penalty may run the head again to differentiate it
         if self._handle is not None:
             if len(self._inputs) != 1:
                 raise HeadNotFoundError(
@@ -121,7 +124,8 @@ class HeadTap:
         self._handle = self.head.register_forward_pre_hook(Hook(self._keep_input))  # type: ignore[union-attr]
 
     def _keep_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._inputs.append(args[0])
+        if self._armed:
+            self._inputs.append(args[0])
 
 
 def submodule(root: nn.Module, path: str, *, argument: str) -> nn.Module:

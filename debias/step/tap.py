@@ -40,6 +40,7 @@ class LossCall:
         reduction: ``"mean"``, ``"sum"``, or ``"none"`` for losses reduced by the step itself.
         position: how many losses came before it in this step.
         ignore_index: target that does not count, for cross-entropy and NLL.
+        arguments: what else the loss was called with, e.g. ``weight`` or ``label_smoothing``.
         features: input of the classifier head, shape ``(N, d)``, where a method asked for it.
         head: the classifier head, where a method asked for it.
     """
@@ -53,6 +54,8 @@ class LossCall:
     _sample_of: Callable[[LossCall, Tensor], Tensor | None]
     _mean_over: int | None = None  # `reduction="none"` then `.mean()`: the number of elements the step divides by
     ignore_index: int | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    followed: bool = False  # the step computed it unreduced and did more to it than the function's own arguments say
     features: Tensor | None = None
     head: nn.Module | None = None
     linear: tuple[Tensor, Tensor] | None = None  # input and weight of the layer that made the logits, while looked for
@@ -241,6 +244,9 @@ _NOT_PER_SAMPLE = frozenset(
 _NAMES = {loss: tuple(inspect.signature(loss).parameters) for loss in LOSSES}
 _SECOND = {loss: names[1] for loss, names in _NAMES.items()}  # target, except of the ranking losses
 
+# Arguments that are part of a loss's formula, beside logits and target.
+_FORM = frozenset({"weight", "pos_weight", "label_smoothing", "ignore_index"})
+
 _MUL = frozenset({_T.mul, torch.mul, torch.multiply, _T.multiply})
 _DIV = frozenset({_T.div, torch.div, torch.true_divide, _T.true_divide, torch.divide, _T.divide})
 _SUM = frozenset({_T.sum, torch.sum})
@@ -335,6 +341,7 @@ class LossTap(TorchFunctionMode):
 
         call = self._call(func.__name__, logits, target, "mean" if reduction == "batchmean" else reduction, elements)
         call.ignore_index = arguments.get("ignore_index")
+        call.arguments = {k: v for k, v in arguments.items() if k in _FORM and v is not None}
         if reduction != "none":
             self.calls.append(call)
             return self._hand_back(call, lambda: func(*args, **kwargs))
@@ -467,6 +474,7 @@ class LossTap(TorchFunctionMode):
         call = self._call(first.name, first.logits, first.target, "none" if is_mean else "sum", lambda: (num, den))
         call._sample_of = lambda call, flat: None if index is None else index.reshape(flat.shape)
         call._mean_over = num.numel() if is_mean else None
+        call.ignore_index, call.arguments, call.followed = first.ignore_index, first.arguments, True
         self.calls.append(call)
         return self._hand_back(call, original)
 

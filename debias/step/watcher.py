@@ -194,6 +194,10 @@ class Debiaser(StepWatcher):
         """What is added to the returned loss, already weighted."""
         raise NotImplementedError
 
+    def loss_factor(self, step: Step) -> float:
+        """What the whole loss, penalties included, is multiplied by; a function of the step alone."""
+        return 1.0
+
     def new_epoch(self, epoch: int) -> None:
         """Called before the first step of an epoch other than the last step's, also after a resume."""
 

@@ -1,0 +1,183 @@
+"""CORAL: features should have the same mean and covariance in every domain. Sun & Saenko 2016, arXiv 1607.01719.
+
+In DomainBed's form (Gulrajani & Lopez-Paz, ICLR 2021), over all pairs of domains a, b, for d features::
+
+    penalty = mean over pairs of  1/d |mu_a - mu_b|^2  +  1/d^2 |C_a - C_b|^2
+
+with ``C`` the unbiased covariance and the Frobenius norm. The paper has the covariances only, over ``4 d^2``.
+
+Published: DomainBed weight 1 (searched 0.1 to 10); WILDS 0.1 to 10 by dataset.
+
+A domain absent from the batch is in no pair; one with a single sample has no covariance, so only its mean is compared.
+The covariances are never made where the batch has fewer rows than features: ``<C_a, C_b>`` is a sum of squared inner
+products of samples (Gram identity), ``rows^2`` of them. Over several ranks ``E (d^2 + d)`` sums are reduced instead,
+and no sample leaves its rank. Needs the features in front of the head, and domain ids; no targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from debias.ops.domain_pairs import mean_over_pairs, squared_differences
+from debias.ops.head_statistics import make_members
+from debias.ops.penalties import DomainPenaltyModule
+from debias.step.batch import BatchKey
+from debias.step.context import Step
+from debias.step.distributed import global_sum, is_distributed
+from debias.step.penalised import DomainPenalty
+from debias.step.tap import LossCall
+
+__all__ = ["CORAL", "CORALMixin", "CORALPenalty", "coral_penalty"]
+
+
+def coral_penalty(features: Tensor, domains: Tensor, n_domains: int, *, by_pairs: bool | None = None) -> Tensor:
+    """Distance of the domains' means and covariances.
+
+    Args:
+        features: ``(N, d)``.
+        domains: int64 ``(N,)``, negative where unlabelled, or boolean membership ``(N, E)``.
+        n_domains: number of domains E.
+        by_pairs: compare samples in pairs (memory ``N^2``) instead of making covariances (``E d^2``); by default what
+            is smaller, and covariances over several ranks.
+
+    Returns:
+        Scalar; 0 with fewer than two domains in the batch.
+
+    Example:
+        >>> import torch
+        >>> from debias.functional import coral_penalty
+        >>> coral_penalty(torch.tensor([[0.0], [2.0], [1.0], [3.0]]), torch.tensor([0, 0, 1, 1]), n_domains=2)
+        tensor(1.)
+    """
+    members = make_members(domains, n_domains, len(features)).to(features.dtype)
+    counts = global_sum(members.sum(0))
+    means = global_sum(members.T @ features) / counts.clamp_min(1).unsqueeze(1)
+    centred = features - members @ means  # rows in no domain have no share in anything
+    shares = members / (counts - 1).clamp_min(1)
+    if by_pairs is None:
+        by_pairs = not is_distributed() and len(features) ** 2 <= n_domains * features.shape[1] ** 2
+    if by_pairs:
+        inner = shares.T @ (centred @ centred.T).square() @ shares
+    else:
+        spread = (shares.unsqueeze(2) * centred.unsqueeze(1)).flatten(1)
+        covariances = global_sum(spread.T @ centred).view(n_domains, -1)
+        inner = covariances @ covariances.T
+    width = features.shape[1]
+    mean_term = mean_over_pairs((means.unsqueeze(0) - means.unsqueeze(1)).square().sum(2) / width, counts > 0)
+    # Pairs without a covariance count as no distance, not as fewer pairs.
+    usable = (counts > 1).unsqueeze(0) & (counts > 1).unsqueeze(1)
+    return mean_term + mean_over_pairs(torch.where(usable, squared_differences(inner), 0) / width**2, counts > 0)
+
+
+class CORALPenalty(DomainPenaltyModule):
+    """The penalty for any training loop.
+
+    Args:
+        n_domains: number of domains E, at least 2.
+        penalty_weight: weight in the end; published default 1.
+        weight_before, start_step, ramp_steps: see :class:`debias.ops.schedule.PenaltySchedule`.
+
+    Shape:
+        features ``(N, d)``; domains ``(N,)`` int64 or boolean ``(N, E)``; output: scalar.
+
+    Raises:
+        DebiasError: an argument is out of range.
+        BadRowsError: a domain id is out of range, or a row is not finite.
+    """
+
+    def __init__(
+        self,
+        n_domains: int | Sequence[int],
+        penalty_weight: float = 1.0,
+        *,
+        weight_before: float = 0.0,
+        start_step: int = 0,
+        ramp_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            n_domains, penalty_weight, weight_before=weight_before, start_step=start_step, ramp_steps=ramp_steps
+        )
+
+    def forward(self, features: Tensor, domains: Tensor, *, step: int | None = None) -> Tensor:
+        """The weighted penalty of one batch; ``step`` is the number of optimiser steps taken so far."""
+        make_members(domains, self.n_domains, len(features))
+        self.count_rows(domains, features)
+        return self.weighted(step, lambda f: coral_penalty(f, domains, self.n_domains), features)
+
+
+class CORAL(DomainPenalty):
+    """Make features have the same mean and covariance in every domain.
+
+    The method and its formula are described at the top of :mod:`debias.methods.coral`.
+
+    Args:
+        domain: where the domain ids are; see :class:`debias.HessianAlignment`.
+        n_domains: number of domains, one per key; at least 2 in all.
+        penalty_weight: weight of the penalty.
+        weight_before, start_step, ramp_steps: the weight before optimiser step ``start_step``, and the steps within
+            which it then grows to ``penalty_weight``.
+        head: dotted path of the layer whose input the features are; by default the head, which is found.
+        loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
+
+    Logs ``train/coral_penalty``, before its weight, on logging steps, and the weight where it changes.
+
+    Example:
+        >>> from debias import CORAL
+        >>> CORAL(domain="hospital", n_domains=3).state_key
+        'CORAL(hospital)'
+    """
+
+    reference: ClassVar[str] = "Sun & Saenko 2016, arXiv 1607.01719; DomainBed's form"
+    needs_features: ClassVar[bool] = True
+    key: ClassVar[str] = "coral"
+
+    def __init__(
+        self,
+        domain: BatchKey | tuple[BatchKey, ...],
+        n_domains: int | tuple[int, ...],
+        *,
+        penalty_weight: float = 1.0,
+        weight_before: float = 0.0,
+        start_step: int = 0,
+        ramp_steps: int = 0,
+        head: str | None = None,
+        loss: int | str | Callable[[LossCall], bool] | None = None,
+        rows: str | Callable[[LossCall, int], Tensor] | None = None,
+        name: str | None = None,
+        allow_untested_strategy: bool = False,
+    ) -> None:
+        super().__init__(
+            domain,
+            n_domains,
+            CORALPenalty(
+                n_domains, penalty_weight, weight_before=weight_before, start_step=start_step, ramp_steps=ramp_steps
+            ),
+            head=head,
+            loss=loss,
+            rows=rows,
+            name=name,
+            allow_untested_strategy=allow_untested_strategy,
+        )
+
+    def penalty(self, call: LossCall, domains: Tensor, step: Step) -> Tensor:
+        """The penalty for the features this loss is computed from."""
+        features, domains = self.feature_rows(call, domains)
+        return coral_penalty(features, domains, self.module.n_domains)
+
+
+class CORALMixin:
+    """CORAL inside a LightningModule, for those who prefer explicit code."""
+
+    coral: CORALPenalty
+
+    def configure_coral(self, n_domains: int | Sequence[int], **options: Any) -> None:
+        """Make the penalty; takes the arguments of :class:`CORALPenalty`. Call it in ``__init__``."""
+        self.coral = CORALPenalty(n_domains, **options)
+
+    def coral_penalty(self, features: Tensor, domains: Tensor) -> Tensor:
+        """The weighted penalty for features ``(N, d)`` and domains ``(N,)`` at this optimiser step."""
+        return self.coral(features, domains, step=self.global_step)  # type: ignore[attr-defined]

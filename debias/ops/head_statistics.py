@@ -1,0 +1,482 @@
+"""Gradients and Hessians of the classifier head by domain, in closed form.
+
+For a linear head ``z_i = W f_i + b`` every derivative of the loss with respect to ``(W, b)`` is made of three things,
+the head's input ``a_i = (f_i, 1)``, the residual ``r_i = d l_i / d z_i``, the curvature ``S_i = d^2 l_i / d z_i^2``::
+
+    gradient of sample i            r_i (x) a_i
+    mean gradient of domain e       G_e = sum_i w_ie r_i (x) a_i
+    Hessian times V                 H_e V = sum_i w_ie (S_i V a_i) (x) a_i
+    diagonal of the Hessian         sum_i w_ie diag(S_i) (x) a_i^2
+    trace                           sum_i w_ie tr(S_i) |a_i|^2
+    <H_a, H_b>                      sum_ij w_ia w_jb <S_i, S_j> <a_i, a_j>^2          (Gram identity)
+
+with ``w_ie = 1 / (denominators of domain e)`` for the samples of e, 0 for others. Each is one matrix product over all
+domains; no ``(N, C, d)`` tensor is made, and gradients of a penalty built from them need one ordinary backward pass.
+Every sum over samples is a sum over ranks too, so the statistics are those of the global batch.
+
+The losses, with ``t`` the targets (soft, smoothed and weighted), m their sum, p the softmax, s the sigmoid:
+
+====================  ======================  ==================================  ==============
+loss                  r                       S v                                 denominator
+====================  ======================  ==================================  ==============
+cross-entropy         m p - t                 m (p * v - p <p, v>)                class weight
+binary cross-entropy  w (s (t c + 1 - t)      w (t c + 1 - t) s (1 - s) * v       C
+                      - t c)
+squared error         2 w (z - t)             2 w v                               C (or sum of w)
+====================  ======================  ==================================  ==============
+
+(c is ``pos_weight``, w the element's weight.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from debias.errors import DebiasError
+from debias.ops.groups import membership
+from debias.step.distributed import gather, global_sum
+
+__all__ = [
+    "HeadLoss",
+    "HeadStatistics",
+    "binary_cross_entropy",
+    "cross_entropy",
+    "domain_mean",
+    "make_head_loss",
+    "squared_error",
+]
+
+
+@dataclass(eq=False)
+class HeadLoss:
+    """A loss as a function of the logits, taken apart as far as second derivatives need it.
+
+    Attributes:
+        kind: ``"cross_entropy"``, ``"binary_cross_entropy"`` or ``"squared_error"``.
+        logits: ``(rows, C)``, differentiable.
+        target: ``(rows, C)``: mass of each class (cross-entropy, with class weights and smoothing in it), or the
+            target of each element.
+        weight: what an element's loss is multiplied by, broadcastable to ``(rows, C)``; 1 for cross-entropy.
+        positive: ``pos_weight`` of the binary cross-entropy, broadcastable to ``(rows, C)``.
+        den: denominators, ``(rows,)``; the mean loss is ``num.sum() / den.sum()``.
+    """
+
+    kind: Literal["cross_entropy", "binary_cross_entropy", "squared_error"]
+    logits: Tensor
+    target: Tensor
+    den: Tensor
+    weight: Tensor | float = 1.0
+    positive: Tensor | float = 1.0
+
+    @property
+    def elements(self) -> int:
+        """How many terms the loss of one sample is the mean of."""
+        return 1 if self.kind == "cross_entropy" else self.logits.shape[1]
+
+    def num(self, logits: Tensor) -> Tensor:
+        """Numerators ``(rows,)`` for other logits of the same rows."""
+        return numerators(self.kind, logits, self.target, self.weight, self.positive)
+
+    @cached_property
+    def mass(self) -> Tensor:
+        """Sum of a row's class targets, ``(rows, 1)``; the weight of an element, for the other losses."""
+        if self.kind == "cross_entropy":
+            return self.target.sum(-1, keepdim=True)
+        if self.kind == "squared_error":
+            return torch.as_tensor(self.weight, dtype=self.logits.dtype, device=self.logits.device) * 2
+        return self.weight * (self.target * self.positive + 1 - self.target)
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """Softmax or sigmoid of the logits, ``(rows, C)``."""
+        return self.logits.softmax(-1) if self.kind == "cross_entropy" else self.logits.sigmoid()
+
+    @cached_property
+    def residuals(self) -> Tensor:
+        """First derivatives of the numerators with respect to the logits, ``(rows, C)``."""
+        if self.kind == "squared_error":
+            return self.mass * (self.logits - self.target)
+        if self.kind == "cross_entropy":
+            return self.mass * self.probabilities - self.target
+        return self.mass * self.probabilities - self.weight * self.target * self.positive
+
+    @cached_property
+    def diagonal(self) -> Tensor:
+        """Diagonal of the second derivatives, ``(rows, C)``."""
+        if self.kind == "squared_error":
+            return self.mass.expand(self.logits.shape)
+        return self.mass * self.probabilities * (1 - self.probabilities)
+
+    def curvature(self, vectors: Tensor) -> Tensor:
+        """Second derivatives times vectors ``(rows, C)`` or ``(rows, k, C)``."""
+        if self.kind != "cross_entropy":
+            return (self.diagonal if vectors.ndim == 2 else self.diagonal.unsqueeze(1)) * vectors
+        p, mass = self.probabilities, self.mass
+        if vectors.ndim == 3:
+            p, mass = p.unsqueeze(1), mass.unsqueeze(1)
+        weighted = p * vectors
+        return mass * (weighted - p * weighted.sum(-1, keepdim=True))
+
+    def inner(self, left: HeadLoss) -> Tensor:
+        """Frobenius inner products of the second derivatives, ``<S_i of left, S_j of self>``, ``(rows, rows)``."""
+        if self.kind != "cross_entropy":
+            return left.diagonal @ self.diagonal.T
+        p, q = left.probabilities, self.probabilities
+        both = p @ q.T
+        products = both - p.square() @ q.T - p @ q.square().T + both.square()
+        return left.mass * products * self.mass.T
+
+    @property
+    def element_den(self) -> Tensor:
+        """Denominators of the elements, ``(rows, C)``, of a loss with one term a logit."""
+        ones = torch.ones_like(self.target)
+        return ones * self.weight if self.kind == "squared_error" else ones
+
+    def weighted(self, factors: Tensor) -> HeadLoss:
+        """The same loss with rows ``(rows,)`` or elements ``(rows, C)`` weighted, denominators alike."""
+        spread = factors.unsqueeze(1) if factors.ndim == 1 else factors
+        if self.kind == "cross_entropy":
+            return HeadLoss(self.kind, self.logits, self.target * spread, self.den * spread[:, 0])
+        den = (self.element_den * spread).sum(1)
+        return HeadLoss(self.kind, self.logits, self.target, den, self.weight * spread, self.positive)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> HeadLoss:
+        """The same loss with every tensor changed row by row, e.g. detached or gathered over ranks."""
+        rows = self.logits.shape
+
+        def of(x: Tensor | float) -> Tensor | float:
+            return change(x.expand(rows)) if isinstance(x, Tensor) else x
+
+        return HeadLoss(
+            self.kind, change(self.logits), change(self.target), change(self.den), of(self.weight), of(self.positive)
+        )
+
+
+def numerators(
+    kind: str, logits: Tensor, target: Tensor, weight: Tensor | float = 1.0, positive: Tensor | float = 1.0
+) -> Tensor:
+    """Numerators of the loss by row, from the parts of a :class:`HeadLoss`."""
+    if kind == "cross_entropy":
+        return -(target * logits.log_softmax(-1)).sum(-1)
+    if kind == "squared_error":
+        return (weight * (logits - target) ** 2).sum(-1)
+    return (weight * (positive * target * F.softplus(-logits) + (1 - target) * F.softplus(logits))).sum(-1)
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+) -> HeadLoss:
+    """``torch.nn.functional.cross_entropy``, taken apart.
+
+    Args:
+        logits: ``(rows, C)``.
+        targets: classes, int64 ``(rows,)``, or probabilities ``(rows, C)``, which need not sum to 1.
+        weight: class weights, ``(C,)``.
+        label_smoothing: share of the uniform distribution.
+        ignore_index: class that does not count.
+
+    Raises:
+        DebiasError: the shapes do not fit.
+    """
+    _check_logits(logits)
+    classes = logits.shape[1]
+    if targets.is_floating_point():
+        if targets.shape != logits.shape:
+            raise _wrong_targets("cross-entropy", targets, f"probabilities of shape {tuple(logits.shape)}")
+        mass, den = targets.to(logits.dtype), logits.new_ones(logits.shape[0])
+        smooth: Tensor | float = label_smoothing / classes
+    elif targets.shape == logits.shape[:1] and targets.dtype != torch.bool:
+        counts = targets != ignore_index
+        mass = (targets.unsqueeze(1) == torch.arange(classes, device=logits.device)).to(logits.dtype)
+        mass = mass * counts.unsqueeze(1)
+        den = counts.to(logits.dtype)
+        smooth = den.unsqueeze(1) * (label_smoothing / classes)
+        if weight is not None:
+            den = (mass * weight.to(logits.dtype)).sum(1)
+    else:
+        raise _wrong_targets(
+            "cross-entropy", targets,
+            f"classes, int64 {tuple(logits.shape[:1])}, or probabilities {tuple(logits.shape)}",
+        )  # fmt: skip
+    if label_smoothing:
+        mass = mass * (1 - label_smoothing) + smooth
+    if weight is not None:
+        mass = mass * weight.to(logits.dtype)
+    return HeadLoss("cross_entropy", logits, mass, den)
+
+
+def binary_cross_entropy(
+    logits: Tensor, targets: Tensor, *, weight: Tensor | None = None, pos_weight: Tensor | None = None
+) -> HeadLoss:
+    """``torch.nn.functional.binary_cross_entropy_with_logits``, taken apart; one or more labels a sample.
+
+    Args:
+        logits: ``(rows, C)`` or ``(rows,)``.
+        targets: floating-point, of the same shape.
+        weight: weights broadcastable to the logits.
+        pos_weight: weights of the positive elements, broadcastable to the logits.
+
+    Raises:
+        DebiasError: the shapes do not fit.
+    """
+    targets = _elementwise("binary cross-entropy", logits, targets)
+    shape = logits.shape
+    logits, targets = _columns(logits), _columns(targets)
+    den = logits.new_full((len(logits),), float(logits.shape[1]))
+    return HeadLoss(
+        "binary_cross_entropy", logits, targets, den, _weight(weight, logits, shape), _weight(pos_weight, logits, shape)
+    )
+
+
+def squared_error(logits: Tensor, targets: Tensor, *, weight: Tensor | None = None) -> HeadLoss:
+    """``torch.nn.functional.mse_loss``, taken apart; with weights the mean is divided by their sum.
+
+    Args:
+        logits: predictions ``(rows, C)`` or ``(rows,)``.
+        targets: of the same shape.
+        weight: weights of the same shape.
+
+    Raises:
+        DebiasError: the shapes do not fit.
+    """
+    targets = _elementwise("squared error", logits, targets)
+    shape = logits.shape
+    logits, targets = _columns(logits), _columns(targets)
+    weights = _weight(weight, logits, shape)
+    ones = torch.ones_like(logits, requires_grad=False)
+    return HeadLoss("squared_error", logits, targets, (weights * ones).sum(1), weights)
+
+
+_MAKERS: dict[str, Callable[..., HeadLoss]] = {
+    "cross_entropy": cross_entropy,
+    "binary_cross_entropy": binary_cross_entropy,
+    "binary_cross_entropy_with_logits": binary_cross_entropy,
+    "squared_error": squared_error,
+    "mse_loss": squared_error,
+}
+
+
+def make_head_loss(loss: str, logits: Tensor, targets: Tensor, **options: Any) -> HeadLoss:
+    """The loss of this name, taken apart.
+
+    Args:
+        loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` or ``"squared_error"``; torch's names
+            ``"binary_cross_entropy_with_logits"`` and ``"mse_loss"`` mean the same.
+        logits: see the function of that name.
+        targets: see the function of that name.
+        **options: ``weight``, ``label_smoothing``, ``ignore_index``, ``pos_weight``, where the loss has them.
+
+    Raises:
+        DebiasError: another loss.
+    """
+    if loss not in _MAKERS:
+        raise DebiasError(
+            "Expected the loss to be cross_entropy, binary_cross_entropy_with_logits or mse_loss, whose derivatives"
+            f" with respect to the logits are known, but got {loss!r}. Choose one of them, or a penalty that only needs"
+            " losses or features (VREx, CORAL, MMD)."
+        )
+    return _MAKERS[loss](logits, targets, **options)
+
+
+@dataclass(eq=False)
+class HeadStatistics:
+    """Statistics of a linear head by domain, over the global batch.
+
+    Args:
+        features: input of the head, ``(rows, d)``.
+        loss: the loss of the rows.
+        members: which row is in which domain, boolean ``(rows, E)``; a row may be in none.
+        bias: whether the head has one; then all statistics have ``d + 1`` columns, the last for the bias.
+
+    Attributes:
+        den: denominators by domain, ``(E,)``, without gradient; 0 for a domain that is absent.
+        counts: samples that count by domain, ``(E,)``.
+    """
+
+    features: Tensor
+    loss: HeadLoss
+    members: Tensor
+    bias: bool = True
+    den: Tensor = field(init=False)
+    counts: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        with torch.no_grad():
+            weight = self.loss.den.unsqueeze(1)
+            both = torch.stack((torch.where(self.members, weight, 0), (self.members & (weight != 0)).to(weight.dtype)))
+            self.den, self.counts = global_sum(both.sum(1))
+
+    @property
+    def present(self) -> Tensor:
+        """Which domains are in the global batch, boolean ``(E,)``."""
+        return self.den != 0
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """Weight of each row in its domain's mean, ``(rows, E)``."""
+        return torch.where(self.members, 1 / torch.where(self.present, self.den, 1), 0)
+
+    @cached_property
+    def sample_shares(self) -> Tensor:
+        """One over the number of samples in the row's domain, whatever they weigh, ``(rows, E)``."""
+        counted = self.members & (self.loss.den != 0).unsqueeze(1)
+        return torch.where(counted, 1 / self.counts.clamp_min(1), 0)
+
+    @cached_property
+    def mean_shares(self) -> Tensor:
+        """Weight of each row in the mean over domains, ``(rows, 1)``."""
+        return self.shares.sum(1, keepdim=True) / self.present.sum().clamp_min(1)
+
+    @cached_property
+    def inputs(self) -> Tensor:
+        """Input of the head with a one for the bias, ``(rows, D)``."""
+        return F.pad(self.features, (0, 1), value=1.0) if self.bias else self.features
+
+    def by_domain(self, rows: Tensor, inputs: Tensor, shares: Tensor | None = None) -> Tensor:
+        """``sum_i shares_ie rows_i (x) inputs_i`` for all domains e, ``(E, C, D)``, summed over ranks."""
+        weights = self.shares if shares is None else shares
+        spread = (weights.unsqueeze(2) * rows.unsqueeze(1)).flatten(1)
+        return global_sum(spread.T @ inputs).unflatten(0, (weights.shape[1], rows.shape[1]))
+
+    @cached_property
+    def gradients(self) -> Tensor:
+        """Mean gradients G_e, ``(E, C, D)``; 0 for an absent domain."""
+        return self.by_domain(self.loss.residuals, self.inputs)
+
+    def images(self, vectors: Tensor) -> Tensor:
+        """``V_e a_i`` for the domain e of row i, from vectors ``(E, C, D)``; ``(rows, C)``."""
+        everywhere = (self.inputs @ vectors.flatten(0, 1).T).unflatten(1, vectors.shape[:2])
+        return torch.where(self.members.unsqueeze(2), everywhere, 0).sum(1)
+
+    def hessian_vector(self, vectors: Tensor) -> Tensor:
+        """``H_e V_e`` for vectors ``(E, C, D)``; ``(E, C, D)``."""
+        return self.by_domain(self.loss.curvature(self.images(vectors)), self.inputs)
+
+    def mean_hessian_vector(self, vector: Tensor) -> Tensor:
+        """``(mean of the H_e) V`` for one vector ``(C, D)``; ``(C, D)``."""
+        return self.by_domain(self.loss.curvature(self.inputs @ vector.T), self.inputs, self.mean_shares)[0]
+
+    @cached_property
+    def diagonals(self) -> Tensor:
+        """Diagonals of the Hessians, ``(E, C, D)``."""
+        return self.by_domain(self.loss.diagonal, self.inputs.square())
+
+    @cached_property
+    def traces(self) -> Tensor:
+        """Traces of the Hessians, ``(E,)``."""
+        of_rows = self.loss.diagonal.sum(1) * self.inputs.square().sum(1)
+        return global_sum((self.shares * of_rows.unsqueeze(1)).sum(0))
+
+    @cached_property
+    def gradient_variances(self) -> Tensor:
+        """Variance of the samples' gradients by domain, ``(E, C, D)``; 0 for one sample and for none.
+
+        A sample's gradient is that of its own loss: the mean over its labels, and without division by the batch.
+        """
+        residuals = self.loss.residuals / self.loss.elements
+        mean = self.by_domain(residuals, self.inputs, self.sample_shares)
+        return self.by_domain(residuals.square(), self.inputs.square(), self.sample_shares) - mean.square()
+
+    def squared_hessian_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
+        """``|H_e - mean H|^2`` (Frobenius) by the Gram identity, and ``|mean H|^2``.
+
+        Samples are compared in pairs, so the rows of all ranks are gathered: memory ``(rows of all ranks)^2``.
+
+        Args:
+            detach_target: take no gradient through the mean.
+
+        Returns:
+            ``(E,)``, and a scalar without gradient.
+        """
+        inputs, shares = gather(self.inputs), gather(self.shares)
+        loss = self.loss.map(gather)
+        left, right = (loss, inputs), (loss.map(Tensor.detach), inputs.detach()) if detach_target else (loss, inputs)
+        products = right[0].inner(left[0]) * (left[1] @ right[1].T).square()
+        by_pair = shares.T @ products @ shares  # <H_a, H_b>, (E, E)
+        towards = self.mean(by_pair, dim=1)  # <H_e, mean H>
+        own = by_pair.diagonal()
+        norm = self.mean(towards)
+        if not detach_target:
+            return own - 2 * towards + norm, norm.detach()
+        # <H_e, H_e> is symmetric, so its gradient is twice that with one side held fixed.
+        value = (own - 2 * towards + norm).detach()
+        moving = 2 * (own - towards)
+        return value + (moving - moving.detach()), norm.detach()
+
+    def mean(self, values: Tensor, dim: int = 0) -> Tensor:
+        """Mean over the domains that are present, along ``dim``."""
+        return domain_mean(values, self.present, dim)
+
+
+def domain_mean(values: Tensor, present: Tensor, dim: int = 0) -> Tensor:
+    """Mean over the domains that are present; 0 if none is.
+
+    Args:
+        values: E values along ``dim``.
+        present: boolean ``(E,)``.
+        dim: the axis of domains.
+    """
+    shape = [1] * values.ndim
+    shape[dim] = -1
+    return torch.where(present.view(shape), values, 0).sum(dim) / present.sum().clamp_min(1)
+
+
+def make_members(domains: Tensor, n_domains: int, rows: int) -> Tensor:
+    """Which row is in which domain, boolean ``(rows, E)``, from ids ``(rows,)`` or a membership.
+
+    Raises:
+        DebiasError: the shapes do not fit.
+    """
+    fits = domains.shape == (rows,) and not domains.is_floating_point() and domains.dtype != torch.bool
+    if not fits and not (domains.dtype == torch.bool and domains.shape == (rows, n_domains)):
+        raise DebiasError(
+            f"Expected `domains` to be integer ids of shape ({rows},), -1 for unlabelled, or a boolean membership of"
+            f" shape ({rows}, {n_domains}), but got {domains.dtype} of shape {tuple(domains.shape)}."
+        )
+    return membership(domains, n_domains)[0]
+
+
+def _check_logits(logits: Tensor) -> None:
+    if logits.ndim != 2:
+        raise DebiasError(
+            f"Expected `logits` to have shape (N, C), one row for each sample, but got {tuple(logits.shape)}. Flatten"
+            " positions into rows before the loss, or use a penalty that only needs losses (VREx)."
+        )
+
+
+def _columns(x: Tensor) -> Tensor:
+    return x.unsqueeze(1) if x.ndim == 1 else x
+
+
+def _elementwise(name: str, logits: Tensor, targets: Tensor) -> Tensor:
+    if logits.ndim not in (1, 2):
+        _check_logits(logits)
+    if targets.shape != logits.shape or not targets.is_floating_point():
+        raise _wrong_targets(name, targets, f"floating-point of shape {tuple(logits.shape)}")
+    return targets.to(logits.dtype)
+
+
+def _weight(weight: Tensor | None, logits: Tensor, shape: torch.Size) -> Tensor | float:
+    """Weights that broadcast to logits of this original shape, as broadcastable to ``(rows, C)``."""
+    if weight is None:
+        return 1.0
+    weight = weight.detach().to(logits.dtype)
+    return weight.expand(shape).reshape(logits.shape)
+
+
+def _wrong_targets(name: str, targets: Tensor, rule: str) -> DebiasError:
+    return DebiasError(
+        f"Expected the targets of the {name} to be {rule}, but got {targets.dtype} of shape {tuple(targets.shape)}."
+    )

@@ -1,0 +1,73 @@
+"""When a penalty begins and how its weight grows: one schedule for all penalties."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from debias.errors import DebiasError
+
+__all__ = ["PenaltySchedule", "check_number"]
+
+
+@dataclass(frozen=True)
+class PenaltySchedule:
+    """Weight of a penalty as a function of the optimiser steps taken.
+
+    ``weight_before`` until ``start_step``, then linearly to ``weight`` within ``ramp_steps``, then ``weight``. The
+    steps are the Trainer's ``global_step``, which is the same on every rank and comes back on resume, so nothing has to
+    be saved.
+
+    Args:
+        weight: the weight in the end, >= 0.
+        weight_before: the weight before ``start_step``, >= 0.
+        start_step: optimiser steps before the change; 0 for none.
+        ramp_steps: optimiser steps the change takes; 0 for a jump.
+
+    Raises:
+        DebiasError: an argument is negative or no number.
+    """
+
+    weight: float
+    weight_before: float = 0.0
+    start_step: int = 0
+    ramp_steps: int = 0
+
+    def __post_init__(self) -> None:
+        check_number("penalty_weight", self.weight)
+        check_number("weight_before", self.weight_before)
+        for name in ("start_step", "ramp_steps"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise DebiasError(f"Expected `{name}` to be a number of optimiser steps >= 0, but got {value!r}.")
+
+    @property
+    def changes(self) -> bool:
+        """Whether the weight depends on the step."""
+        return bool(self.start_step or self.ramp_steps)
+
+    def __call__(self, step: int) -> float:
+        """The weight for a step taken after ``step`` others."""
+        if step < self.start_step:
+            return self.weight_before
+        if step >= self.start_step + self.ramp_steps:
+            return self.weight
+        done = (step - self.start_step) / self.ramp_steps
+        return self.weight_before + done * (self.weight - self.weight_before)
+
+
+def check_number(name: str, value: Any, *, lowest: float = 0.0, highest: float = float("inf")) -> float:
+    """The value of an argument that is a finite number within bounds, both included.
+
+    Raises:
+        DebiasError: it is not.
+    """
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not lowest <= value <= highest
+        or (value == float("inf"))
+    ):
+        rule = f"a number >= {lowest:g}" if highest == float("inf") else f"a number in [{lowest:g}, {highest:g}]"
+        raise DebiasError(f"Expected `{name}` to be {rule}, but got {value!r}.")
+    return value

@@ -1,0 +1,317 @@
+"""What domain penalties share on Lightning's side: ids, head and features of the loss, schedule, bad rows, logging."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from debias.errors import BadRowsError, BatchKeyError, DebiasError, HeadNotFoundError, RowsError
+from debias.ops.head_autograd import AutogradHeadStatistics
+from debias.ops.head_statistics import HeadLoss, HeadStatistics, make_head_loss, make_members
+from debias.step.batch import BatchKey
+from debias.step.context import Step
+from debias.step.tap import LossCall
+from debias.step.watcher import Debiaser, default_name
+
+__all__ = ["DomainPenalty", "features_of", "head_loss", "rows_of"]
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class DomainPenalty(Debiaser):
+    """A method that adds a penalty on how domains differ; its module does the maths.
+
+    Args:
+        domain: where the domain ids are: a BatchKey, or a tuple of them whose ids are crossed.
+        n_domains: number of domains, one per key.
+        module: a :class:`debias.ops.penalties.DomainPenaltyModule`.
+        divide_loss: while the weight is above 1, divide the whole loss by it, as the IRM protocol does.
+        reset_optimizer: forget the optimiser's running averages at ``start_step``, as DomainBed does.
+        derivatives: how a method on the head takes them: ``"closed_form"`` or ``"autograd"``.
+        **options: see :class:`Debiaser`.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("domain",)
+    key: ClassVar[str]  # what its values are called in logs
+    module: Any
+
+    def __init__(
+        self,
+        domain: BatchKey | tuple[BatchKey, ...],
+        n_domains: int | Sequence[int],
+        module: nn.Module,
+        *,
+        name: str | None,
+        divide_loss: bool = False,
+        reset_optimizer: bool = False,
+        derivatives: Literal["closed_form", "autograd"] = "closed_form",
+        **options: Any,
+    ) -> None:
+        super().__init__(name=default_name(name, domain, "domain"), **options)
+        keys = len(domain) if isinstance(domain, tuple | list) else 1
+        sizes = len(n_domains) if isinstance(n_domains, tuple | list) else 1
+        if keys != sizes:
+            raise DebiasError(
+                f"Expected `n_domains` to hold one number for each key of `domain={domain!r}`, but got {n_domains!r}."
+                " Write e.g. `domain=('hospital', 'scanner'), n_domains=(3, 2)`."
+            )
+        self.domain = domain
+        self.n_domains = n_domains
+        self.module = module
+        self.divide_loss = divide_loss
+        self.reset_optimizer = reset_optimizer
+        if derivatives not in ("closed_form", "autograd"):
+            raise DebiasError(
+                f"Expected `derivatives` to be 'closed_form' or 'autograd', but got {derivatives!r}. Closed forms need"
+                " a linear head."
+            )
+        self.derivatives = derivatives
+        self._warned = self._checked = False
+
+    # -- what a method overrides -------------------------------------------------------------------
+
+    def penalty(self, call: LossCall, domains: Tensor, step: Step) -> Tensor:
+        """The module's penalty for this loss, not yet weighted; ``domains`` are those of the loss's samples."""
+        raise NotImplementedError
+
+    # -- the engine's side -------------------------------------------------------------------------
+
+    def sample_ids(self, step: Step) -> Tensor:
+        """Domain ids ``(N,)`` or membership ``(N, E)``."""
+        ids = step.ids(self.domain, self.n_domains, argument="domain")
+        if ids.dtype == torch.bool and ids.shape[1] != self.module.n_domains:
+            raise BatchKeyError(
+                f"Expected the membership `domain={self.domain!r}` to have shape (N, {self.module.n_domains}), but got"
+                f" {tuple(ids.shape)}. Correct `n_domains`."
+            )
+        return ids
+
+    def penalise(self, call: LossCall, step: Step) -> Tensor:
+        """The weighted penalty; bad rows raise on CPU at once, elsewhere on logging steps."""
+        ids = self.sample_ids(step)
+        device = call.num.device.type
+        weight = self.module.schedule(step.global_step)
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            self._count_rows(call, ids, step)
+            if weight:
+                value = self.penalty(call, ids, step)
+                self._check_reach(value)
+            elif self.module.always:
+                with torch.no_grad():
+                    value = self.penalty(call, ids, step)
+            else:
+                return call.num.new_zeros(())
+        if step.logging:
+            self.log_value(f"{self.key}_penalty", value.detach(), step)
+            if self.module.schedule.changes:
+                self.log_value(f"{self.key}_penalty_weight", value.new_tensor(weight), step)
+        return weight * value if weight else value.new_zeros(())
+
+    def loss_factor(self, step: Step) -> float:
+        """``1 / weight`` where the protocol divides the loss by a weight above 1."""
+        weight = self.module.schedule(step.global_step) if self.divide_loss else 1.0
+        return 1 / weight if weight > 1 else 1.0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Forget the optimisers' state at the switch; again in every micro-batch of that step, where it is empty."""
+        if self.reset_optimizer and 0 < self.module.schedule.start_step == trainer.global_step:
+            for optimizer in trainer.optimizers:
+                optimizer.state.clear()
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """No epoch ends with bad rows unsaid."""
+        self._raise_if_bad(trainer.global_step)
+
+    def _count_rows(self, call: LossCall, ids: Tensor, step: Step) -> None:
+        try:
+            self.module.count_rows(call.of_rows(ids), call.num)
+        except BadRowsError as error:
+            raise self._at(error, step.global_step) from None
+        if step.logging:
+            self._raise_if_bad(step.global_step)
+
+    def _raise_if_bad(self, step: int) -> None:
+        try:
+            self.module.raise_if_bad()
+        except BadRowsError as error:
+            raise self._at(error, step) from None
+
+    def _at(self, error: BadRowsError, step: int) -> BadRowsError:
+        return BadRowsError(
+            str(error).replace("n_groups", "n_domains").replace("group", "domain")
+            + f" (Seen by {self.state_key} at optimiser step {step}.)"
+        )
+
+    def _check_reach(self, value: Tensor) -> None:
+        """A penalty without a gradient is plain training, which nobody would notice."""
+        if value.requires_grad or self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            f"The penalty of {type(self).__name__} reaches no trainable parameter: it changes nothing, and this is"
+            " plain training. It is computed from the features or the logits, and everything below them is"
+            " frozen or detached. Unfreeze the backbone, or choose a penalty on the head (HessianAlignment, Fishr).",
+            stacklevel=2,
+        )
+
+    def feature_rows(self, call: LossCall, domains: Tensor) -> tuple[Tensor, Tensor]:
+        """Input of the head ``(rows, d)``, at least float32, and the domains of its rows.
+
+        Raises:
+            RowsError: its rows are not those of the samples or of the loss.
+        """
+        features = call.features
+        assert features is not None
+        width = features.shape[1] if features.ndim == 4 else features.shape[-1]
+        if features.ndim == 4:
+            features = features.movedim(1, -1)
+        features = features.reshape(-1, width)
+        features = features.float() if features.dtype in _HALF else features
+        if len(features) == len(domains) and call.rows is None:
+            return features, domains
+        return features, rows_of(call, domains, len(features))
+
+    def head_statistics(self, call: LossCall, domains: Tensor, step: Step) -> HeadStatistics:
+        """Statistics of the head that made the logits of this loss.
+
+        Raises:
+            HeadNotFoundError: the logits are not what the head makes of its input.
+        """
+        loss = head_loss(call)
+        rows = len(loss.logits)
+        members = make_members(rows_of(call, domains, rows), self.module.n_domains, rows)
+        check = step.logging or not self._checked
+        self._checked = True
+        if self.derivatives == "autograd":
+            assert call.head is not None
+            assert call.features is not None
+            features = call.features.float() if call.features.dtype in _HALF else call.features
+            if check:
+                check_head(call, features, loss.logits)
+            return AutogradHeadStatistics(call.head, features, loss, members)
+        features = features_of(call, rows)
+        if check:
+            check_linear(call, features, loss.logits)
+        return HeadStatistics(features, loss, members, getattr(call.head, "bias", None) is not None)
+
+
+def head_loss(call: LossCall) -> HeadLoss:
+    """The loss of a call, taken apart as a function of its logits.
+
+    Raises:
+        DebiasError: it is a loss whose derivatives are not known, or its logits are not ``(N, C)``.
+    """
+    logits, target, name = call.logits, call.target, call.name
+    if name == "logits":  # stated by the step as {"logits", "targets"}
+        binary = target is not None and target.is_floating_point() and target.shape == logits.shape
+        name = "binary_cross_entropy" if binary else "cross_entropy"
+    if logits is None or target is None:
+        raise DebiasError(
+            f"Expected logits and targets of the loss, but the step states `{call.name}` only. Return {{'loss',"
+            " 'logits', 'targets'}}, or use a penalty that only needs losses (VREx)."
+        )
+    logits = logits.float() if logits.dtype in _HALF else logits
+    loss = make_head_loss(name, logits, target, **_options(name, call.arguments))
+    if not call.followed:
+        return loss
+    # Masks and weights that the step put on unreduced losses: the denominators that were followed, over the loss's own.
+    den = call.elements[1].to(logits.dtype)
+    rows = len(loss.logits)
+    if den.shape == (rows,):
+        return loss.weighted(den / torch.where(loss.den != 0, loss.den, 1))
+    if loss.kind != "cross_entropy" and den.numel() == loss.logits.numel() and den.shape[:1] == (rows,):
+        return loss.weighted(den.reshape(loss.logits.shape) / loss.element_den)
+    raise RowsError(
+        f"Expected the unreduced losses of `{call.name}` to have one value a row of the logits {tuple(logits.shape)}"
+        f" where the step reduces them, but got shape {tuple(den.shape)}. Leave the reduction to the loss function, or"
+        " use a penalty that only needs losses (VREx)."
+    )
+
+
+def rows_of(call: LossCall, per_sample: Tensor, rows: int) -> Tensor:
+    """Values of the rows of the logits, from values of the samples."""
+    index = call.rows
+    if index is None:
+        return per_sample
+    if index.numel() != rows:  # one number per element of a multi-label loss, all of a row the same
+        index = index.view(rows, -1)[:, 0]
+    return per_sample[index]
+
+
+def features_of(call: LossCall, rows: int) -> Tensor:
+    """Input of the head as ``(rows, d)``, at least float32.
+
+    Raises:
+        HeadNotFoundError: it has another number of rows.
+    """
+    features = call.features
+    assert features is not None
+    width = features.shape[1] if features.ndim == 4 and features.shape[2:] == (1, 1) else features.shape[-1]
+    if features.numel() != rows * width:
+        raise HeadNotFoundError(
+            f"Expected the head to have one input row for each of the {rows} rows of the loss, but got features of"
+            f" shape {tuple(features.shape)}. Name the layer that makes the logits of the loss: `head='dotted.path'`."
+        )
+    features = features.reshape(rows, width)
+    return features.float() if features.dtype in _HALF else features
+
+
+def check_linear(call: LossCall, features: Tensor, logits: Tensor) -> None:
+    """Refuse closed forms where the logits are not ``features @ W.T + b``; waits for the device.
+
+    Raises:
+        HeadNotFoundError: they are not.
+    """
+    weight, bias = getattr(call.head, "weight", None), getattr(call.head, "bias", None)
+    who = type(call.head).__name__
+    if not isinstance(weight, Tensor) or weight.flatten(1).shape != (logits.shape[1], features.shape[1]):
+        raise HeadNotFoundError(
+            f"Expected a linear head that makes logits of shape {tuple(logits.shape)} from features of shape"
+            f" {tuple(features.shape)}, but got {who}. Name the last linear layer (`head='dotted.path'`), or take"
+            " `derivatives='autograd'`, which works for any head."
+        )
+    with torch.no_grad():
+        made = F.linear(
+            features, weight.flatten(1).to(features.dtype), None if bias is None else bias.to(features.dtype)
+        )
+        _check_logits(call, made, logits, who)
+
+
+def check_head(call: LossCall, features: Tensor, logits: Tensor) -> None:
+    """Refuse derivatives of a head that does not make the logits from its input; waits for the device.
+
+    Raises:
+        HeadNotFoundError: it does not, also where it draws random numbers.
+    """
+    head = call.head
+    assert head is not None
+    with torch.no_grad():
+        _check_logits(call, head.forward(features).reshape(logits.shape), logits, type(head).__name__)
+
+
+def _check_logits(call: LossCall, made: Tensor, logits: Tensor, who: str) -> None:
+    given = call.logits
+    half = (given is not None and given.dtype in _HALF) or torch.is_autocast_enabled(made.device.type)
+    scale = made.abs().max().clamp_min(1e-6)
+    error = float((made - logits).abs().max() / scale)
+    if error > (0.05 if half else 1e-3):
+        raise HeadNotFoundError(
+            f"Expected the logits of `{call.name}` to be what the head {who} makes of its input, but they differ by"
+            f" {error:.1%} of the largest. Something stands between them (a temperature, a mean over heads, dropout)."
+            " Move it in front of the head, or use a penalty that needs no head (IRM, VREx)."
+        )
+
+
+def _options(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    known = {
+        "cross_entropy": ("weight", "label_smoothing", "ignore_index"),
+        "binary_cross_entropy_with_logits": ("weight", "pos_weight"),
+        "mse_loss": ("weight",),
+    }
+    return {k: arguments[k] for k in known.get(name, ()) if k in arguments}
