@@ -44,6 +44,48 @@ def test_binary_loss_is_the_two_class_loss_with_one_logit_at_zero(tmp_path):
     assert logged["val/loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("backbone", ["mlp", "cnn"])
+def test_xavier_weights_and_zero_biases(backbone):
+    torch.manual_seed(0)
+    model = Classifier(backbone, image_size=8, width=64, init="xavier_uniform")
+    for module in model.network:
+        if hasattr(module, "weight"):
+            fan_in, fan_out = torch.nn.init._calculate_fan_in_and_fan_out(module.weight)
+            bound = (6 / (fan_in + fan_out)) ** 0.5
+            assert 0.9 * bound < module.weight.abs().max() <= bound
+            assert not module.bias.any()
+
+
+def test_l2_is_part_of_the_training_loss_with_the_gradient_of_weight_decay():
+    x, y = loader().dataset.tensors
+    gradients, logged = [], []
+    for l2 in (0.0, 0.03):
+        torch.manual_seed(0)
+        model = Classifier("mlp", image_size=8, width=8, l2=l2)
+        model.log = lambda name, value, **_: logged.append(value.item())
+        loss = model.training_step((x, y), 0)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+        weights = [p.detach() for p in model.parameters()]
+        assert loss.item() - logged[-1] == pytest.approx(l2 * sum(p.norm().item() ** 2 for p in weights), abs=1e-6)
+    assert any(p.ndim == 1 for p in weights)  # biases are part of it
+    for plain, with_l2, weight in zip(*gradients, weights, strict=True):
+        torch.testing.assert_close(with_l2, plain + 2 * 0.03 * weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"l2": -1.0}, "`l2` to be a finite number of at least 0, but got -1.0"),
+        ({"l2": float("nan")}, "`l2` to be a finite"),
+        ({"init": "he"}, "`init` to be `torch` or `xavier_uniform`, but got `he`"),
+        ({"init": "xavier_uniform", "backbone": "test_resnet"}, "only with the backbones `mlp` and `cnn`"),
+    ],
+)
+def test_bad_init_and_l2(options, message):
+    with pytest.raises(ValueError, match=message):
+        Classifier(**options)
+
+
 def test_optimizer_and_scheduler_are_built_by_the_factories():
     model = Classifier(
         image_size=8,

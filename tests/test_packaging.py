@@ -21,7 +21,7 @@ COMBINATIONS = [
 
 
 def test_recipes_and_methods_are_there():
-    assert {"colored_digits", "waterbirds"} <= set(recipes())
+    assert {"colored_digits", "colored_mnist", "waterbirds"} <= set(recipes())
     assert {"balanced", "erm", "group_dro", "reweight"} <= set(METHODS)
 
 
