@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import functional_call, grad, vmap
 
 from debias.errors import DebiasError
 from debias.ops.head_statistics import HeadLoss, HeadStatistics, numerators
@@ -65,10 +65,14 @@ class AutogradHeadStatistics(HeadStatistics):
         return self._products(vector.unsqueeze(0), self.mean_shares)[0]
 
     def _products(self, vectors: Tensor, shares: Tensor) -> Tensor:
-        def product(vector: dict[str, Tensor], share: Tensor) -> dict[str, Tensor]:
-            return jvp(lambda p: grad(self._objective)(p, share), (self.parameters,), (vector,))[1]
+        # Twice in reverse: torch's forward mode compiles its rules on first use, which warns and takes seconds.
+        def directional(parameters: dict[str, Tensor], vector: dict[str, Tensor], share: Tensor) -> Tensor:
+            gradients = grad(self._objective)(parameters, share)
+            return sum(((gradients[name] * vector[name]).sum() for name in gradients), start=share.new_zeros(()))
 
-        return global_sum(self._flat(vmap(product, in_dims=(0, 1))(self._unflat(vectors), shares)))
+        return global_sum(
+            self._flat(vmap(grad(directional), in_dims=(None, 0, 1))(self.parameters, self._unflat(vectors), shares))
+        )
 
     @cached_property
     def gradient_variances(self) -> Tensor:

@@ -1,0 +1,190 @@
+"""Closed forms of the head against torch's losses differentiated twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from _support import head_oracle as oracle
+from torch import nn
+
+from debias.errors import DebiasError
+from debias.ops.head_autograd import AutogradHeadStatistics
+from debias.ops.head_statistics import HeadStatistics, make_head_loss, make_members
+
+EXACT = 1e-10
+KINDS = pytest.mark.parametrize("kind", oracle.LOSSES)
+BIAS = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+
+
+def statistics(p: oracle.Problem) -> HeadStatistics:
+    loss = make_head_loss(p.loss, p.logits, p.targets, **p.options)
+    return HeadStatistics(p.features, loss, make_members(p.domains, p.n_domains, len(p.domains)), p.bias is not None)
+
+
+def by_autograd(p: oracle.Problem) -> AutogradHeadStatistics:
+    head = nn.Linear(3, 4, bias=p.bias is not None).double()
+    head.weight = nn.Parameter(p.weight.detach())
+    if p.bias is not None:
+        head.bias = nn.Parameter(p.bias.detach())
+    p.weight, p.bias = head.weight, head.bias
+    loss = make_head_loss(p.loss, head(p.features), p.targets, **p.options)
+    return AutogradHeadStatistics(head, p.features, loss, make_members(p.domains, p.n_domains, len(p.domains)))
+
+
+def as_matrix(p: oracle.Problem, vector: torch.Tensor) -> torch.Tensor:
+    """The oracle's vector (weights, then biases) as ``(C, D)``."""
+    weight, bias = vector[: p.weight.numel()].view(p.weight.shape), vector[p.weight.numel() :]
+    return weight if p.bias is None else torch.cat((weight, bias.unsqueeze(1)), 1)
+
+
+def agree(p: oracle.Problem, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Values, and gradients of a fixed combination of them, to the features, W and b."""
+    weights = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert oracle.distance([ours], [theirs]) < EXACT
+    if theirs.requires_grad:
+        left = oracle.gradients((weights * ours).sum(), p.leaves)
+        right = oracle.gradients((weights * theirs).sum(), p.leaves)
+        assert oracle.distance(left, right) < EXACT
+
+
+@KINDS
+@BIAS
+def test_gradients(kind: str, bias: bool) -> None:
+    p = oracle.problem(kind, bias=bias)
+    ours = statistics(p).gradients
+    theirs = [as_matrix(p, oracle.gradient(p, loss)) for loss in oracle.domain_losses(p)]
+    agree(p, ours[p.present], torch.stack(theirs))
+    assert ours[2].eq(0).all()
+
+
+@KINDS
+@BIAS
+def test_hessian_vector_products(kind: str, bias: bool) -> None:
+    p = oracle.problem(kind, bias=bias)
+    s = statistics(p)
+    generator = torch.Generator().manual_seed(2)
+    vectors = torch.randn(s.gradients.shape, generator=generator, dtype=torch.float64)
+    losses = oracle.domain_losses(p)
+    flat = [torch.cat((v[:, :3].reshape(-1), v[:, 3:].reshape(-1))) for v in vectors]
+    theirs = [as_matrix(p, oracle.hessian(p, loss) @ flat[e]) for e, loss in zip(p.present, losses, strict=True)]
+    agree(p, s.hessian_vector(vectors)[p.present], torch.stack(theirs))
+    mean = oracle.hessian(p, torch.stack(losses).mean())
+    agree(p, s.mean_hessian_vector(vectors[0]), as_matrix(p, mean @ flat[0]))
+
+
+@KINDS
+@BIAS
+def test_diagonals_and_traces(kind: str, bias: bool) -> None:
+    p = oracle.problem(kind, bias=bias)
+    s = statistics(p)
+    hessians = [oracle.hessian(p, loss) for loss in oracle.domain_losses(p)]
+    agree(p, s.diagonals[p.present], torch.stack([as_matrix(p, h.diagonal()) for h in hessians]))
+    agree(p, s.traces[p.present], torch.stack([h.trace() for h in hessians]))
+
+
+@KINDS
+@BIAS
+@pytest.mark.parametrize("detach", [True, False], ids=["detached", "moving"])
+def test_frobenius_distances(kind: str, bias: bool, detach: bool) -> None:
+    p = oracle.problem(kind, bias=bias)
+    hessians = torch.stack([oracle.hessian(p, loss) for loss in oracle.domain_losses(p)])
+    mean = hessians.mean(0)
+    ours, norm = statistics(p).squared_hessian_distances(detach_target=detach)
+    agree(p, ours[p.present], (hessians - (mean.detach() if detach else mean)).square().sum((1, 2)))
+    assert oracle.distance([norm], [mean.square().sum()]) < EXACT
+
+
+@KINDS
+@BIAS
+def test_gradient_variances(kind: str, bias: bool) -> None:
+    p = oracle.problem(kind, bias=bias)
+    ours = statistics(p).gradient_variances
+    agree(p, ours[p.present], torch.stack([as_matrix(p, v) for v in oracle.variances(p)]))
+    assert ours[3].abs().max() < 1e-14  # one sample does not vary
+
+
+@KINDS
+@BIAS
+def test_the_autograd_route_equals_the_closed_form(kind: str, bias: bool) -> None:
+    p = oracle.problem(kind, bias=bias)
+    route = by_autograd(p)
+    closed = statistics(p)
+
+    def flat(x: torch.Tensor) -> torch.Tensor:  # closed form (E, C, D) in the order of the parameters
+        return torch.cat((x[..., :3].flatten(1), x[..., 3:].flatten(1)), 1).unsqueeze(1)
+
+    agree(p, route.gradients, flat(closed.gradients))
+    agree(p, route.hessian_vector(route.gradients), flat(closed.hessian_vector(closed.gradients)))
+    mean = closed.mean(closed.gradients)
+    ours = route.mean_hessian_vector(route.mean(route.gradients))
+    agree(p, ours, flat(closed.mean_hessian_vector(mean).unsqueeze(0))[0])
+    agree(p, route.gradient_variances, flat(closed.gradient_variances))
+
+
+def test_a_head_of_two_layers() -> None:
+    p = oracle.problem()
+    head = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    loss = make_head_loss(p.loss, head(p.features), p.targets)
+    s = AutogradHeadStatistics(head, p.features, loss, make_members(p.domains, p.n_domains, len(p.domains)))
+    rows = p.rows(1)
+    parameters = list(head.parameters())
+    mean = torch.nn.functional.cross_entropy(head(p.features[rows]), p.targets[rows])
+    theirs = torch.cat([g.flatten() for g in torch.autograd.grad(mean, parameters, create_graph=True)])
+    assert oracle.distance([s.gradients[1, 0]], [theirs]) < EXACT
+    product = torch.autograd.grad(theirs @ theirs.detach(), parameters, create_graph=True)
+    ours = s.hessian_vector(s.gradients.detach())[1, 0]
+    assert oracle.distance([ours], [torch.cat([g.flatten() for g in product])]) < EXACT
+    leaves = [*parameters, p.features]
+    left = oracle.gradients(ours.square().sum(), leaves)
+    right = oracle.gradients(torch.cat([g.flatten() for g in product]).square().sum(), leaves)
+    assert oracle.distance(left, right) < EXACT
+
+
+@pytest.mark.parametrize("what", ["diagonals", "traces"])
+def test_the_autograd_route_refuses_what_it_has_not(what: str) -> None:
+    with pytest.raises(DebiasError, match="linear head"):
+        getattr(by_autograd(oracle.problem()), what)
+    with pytest.raises(DebiasError, match="linear head"):
+        by_autograd(oracle.problem()).squared_hessian_distances()
+
+
+def test_no_tensor_of_samples_by_parameters() -> None:
+    """The largest tensor made is one of domains x classes x features, or of samples x domains x classes."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sizes: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in (out if isinstance(out, tuple | list) else [out]) if hasattr(x, "numel"))
+            return out
+
+    n, d, c, e = 40, 64, 30, 2
+    features = torch.randn(n, d, requires_grad=True)
+    weight = torch.randn(c, d, requires_grad=True)
+    logits = features @ weight.T
+    with Watch():
+        loss = make_head_loss("cross_entropy", logits, torch.arange(n) % c)
+        s = HeadStatistics(features, loss, make_members(torch.arange(n) % e, e, n))
+        (s.hessian_vector(s.gradients).sum() + s.diagonals.sum() + s.gradient_variances.sum()).backward()
+    assert 0 < max(sizes) <= max(e * c * (d + 1), n * e * c) < n * c * d
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: make_head_loss("hinge", torch.zeros(2, 2), torch.zeros(2)), "cross_entropy, binary"),
+        (lambda: make_head_loss("cross_entropy", torch.zeros(2, 2, 2), torch.zeros(2).long()), r"\(N, C\)"),
+        (lambda: make_head_loss("cross_entropy", torch.zeros(2, 3), torch.zeros(3).long()), "classes, int64"),
+        (lambda: make_head_loss("cross_entropy", torch.zeros(2, 3), torch.zeros(2)), "probabilities"),
+        (lambda: make_head_loss("binary_cross_entropy", torch.zeros(2, 3), torch.zeros(2, 3).long()), "floating-point"),
+        (lambda: make_head_loss("squared_error", torch.zeros(2, 3), torch.zeros(2)), "floating-point of shape"),
+        (lambda: make_members(torch.zeros(2), 2, 2), "integer ids"),
+        (lambda: make_members(torch.zeros(3).long(), 2, 2), "integer ids"),
+        (lambda: make_members(torch.zeros(2, 3, dtype=torch.bool), 2, 2), "integer ids"),
+    ],
+)
+def test_wrong_arguments(call, match: str) -> None:
+    with pytest.raises(DebiasError, match=match):
+        call()
