@@ -48,7 +48,9 @@ class ColoredMNIST(GroupDataModule):
     is held out, drawn like it, while the noise and the colour of every image stay what they were.
 
     ``full_batch`` trains as published, all environments in one batch: it is made once, is not collated, and stays on
-    the device, so an epoch is one step. On ``W`` ranks each takes every ``W``-th sample of it, without repetition.
+    the device, so an epoch is one step. On ``W`` ranks each takes every ``W``-th sample of it, without repetition;
+    where ``W`` does not divide the number of samples, DDP's mean over ranks is the mean over samples with a method of
+    debias, but only nearly so without one.
 
     Batches are ``(x, y)``: ``x`` float32 ``(N, 2, image_size, image_size)`` in [0, 1]; ``y`` int64 ``(N,)`` in {0, 1},
     or float32 ``(N, 1)`` with ``target="binary"``. Tags, all int64 ``(N,)``: ``domain`` (0 and 1; -1, none of the

@@ -243,8 +243,9 @@ def test_the_full_batch_is_moved_once(npz):
     assert data.transfer_batch_to_device(batch.batch, torch.device("cpu"), 0)[0].device.type == "cpu"
     other = [torch.zeros(3), torch.zeros(3)]
     assert data.transfer_batch_to_device(other, torch.device("meta"), 0)[0].shape == (3,)
+    kept = data.transfer_batch_to_device(batch.batch, torch.device("meta"), 0)[0]
     data.teardown("fit")
-    assert data.transfer_batch_to_device(batch.batch, torch.device("meta"), 0)[0] is not first[0]
+    assert data.transfer_batch_to_device(batch.batch, torch.device("meta"), 0)[0] is not kept
 
 
 def test_a_datamodule_survives_pickling(npz):
