@@ -5,7 +5,8 @@ In DomainBed's form (Gulrajani & Lopez-Paz, ICLR 2021), over all pairs of domain
     penalty = mean over pairs of  K_aa + K_bb - 2 K_ab
     K_ab    = mean over x in a, y in b of  sum_gamma exp(-gamma |x - y|^2)        gamma = 1e-3, 1e-2, ..., 1e3
 
-(the biased estimate: a sample is also compared with itself). Features whose squared distances are in the hundreds, such
+(the biased estimate: a sample is also compared with itself). DomainBed computes distances by inner products, whose
+rounding the larger gammas turn into differences; here they are computed from differences. Features whose squared distances are in the hundreds, such
 as raw pooled ones, make all terms but the first 0 and that one small: ``kernel="scaled_gaussian"`` divides the squared
 distances by their mean over the batch (without gradient through it).
 
@@ -71,8 +72,8 @@ def mmd_penalty(
     features = gather(features)
     counts = members.sum(0)
     shares = members / counts.clamp_min(1)
-    norms = features.square().sum(1)
-    distances = (norms.unsqueeze(0) + norms.unsqueeze(1) - 2 * features @ features.T).clamp_min(1e-30)
+    # Not by inner products: their rounding error, times a gamma of 1000, makes a sample differ from itself.
+    distances = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist").square()
     if kernel == "scaled_gaussian":
         labelled = members.sum(1).clamp_max(1)
         mean = labelled @ distances.detach() @ labelled / labelled.sum().square().clamp_min(1)

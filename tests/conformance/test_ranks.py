@@ -30,6 +30,28 @@ def test_two_ranks_are_one_process(ranks, method, kind):
         assert found < TOLERANCE.get(kind, 1e-12)
 
 
+VARIANTS = [
+    ("HessianAlignment", {"statistic": "diagonal", "detach_target": False}),
+    ("HessianAlignment", {"statistic": "frobenius"}),
+    ("HessianAlignment", {"statistic": "frobenius", "detach_target": False, "scale_free": True}),
+    ("HessianAlignment", {"statistic": "hutchinson", "n_samples": 3}),
+    ("HessianAlignment", {"derivatives": "autograd"}),
+    ("Fishr", {"derivatives": "autograd", "bias": "reference", "ema": 0.5}),
+    ("IRM", {"form": "squared"}),
+    ("MMD", {"kernel": "scaled_gaussian"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), VARIANTS, ids=[f"{n}-{'-'.join(map(str, o.values()))}" for n, o in VARIANTS]
+)
+def test_two_ranks_are_one_process_for_every_variant(ranks, name, options):
+    """Three rows against thirteen, so that the first rank lacks domains."""
+    first, second = ranks.run(_fit, name, (3, 13), (2, 5), {"method": options})
+    assert same(first, second)
+    assert deviation(fit(0, name, method=options), first) < 1e-12
+
+
 def test_find_unused_parameters_changes_nothing(ranks, method):
     plain = ranks.run(_fit, method, (5, 11), (2, 5), {"max_epochs": 1})[0]
     options = {"max_epochs": 1, "strategy": {"find_unused_parameters": True}, "module": "unused"}

@@ -1,0 +1,379 @@
+"""Hessian alignment against Hessians made by double differentiation, and through a Trainer."""
+
+from __future__ import annotations
+
+import math
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from _support import head_oracle as oracle
+from _support.fits import Classifier, loader, make_trainer, parameters, train, val_loader
+from torch import nn
+from torch.utils.data import DataLoader
+
+from debias import CORAL, HessianAlignment, HessianAlignmentMixin, HessianAlignmentPenalty
+from debias.errors import BadRowsError, DebiasError, HeadNotFoundError
+from debias.functional import hessian_alignment_penalty
+
+EXACT = 1e-10
+STATISTICS = ("hgp", "diagonal", "frobenius")
+
+
+def ours(p: oracle.Problem, **options) -> torch.Tensor:
+    return hessian_alignment_penalty(
+        p.features, p.logits, p.targets, p.domains, p.n_domains, loss=p.loss, bias=p.bias is not None, alpha=0.7,
+        beta=0.3, **options, **p.options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", oracle.LOSSES)
+@pytest.mark.parametrize("statistic", STATISTICS)
+@pytest.mark.parametrize(("bias", "detach"), [(True, True), (False, False), (True, False)])
+def test_penalty_equals_double_differentiation(kind: str, statistic: str, bias: bool, detach: bool) -> None:
+    p = oracle.problem(kind, bias=bias)
+    mine = ours(p, statistic=statistic, detach_target=detach)
+    theirs = oracle.alignment(p, statistic, 0.7, 0.3, detach=detach)
+    assert oracle.distance([mine], [theirs]) < EXACT
+    assert oracle.distance(oracle.gradients(mine, p.leaves), oracle.gradients(theirs, p.leaves)) < EXACT
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_scale_free_and_sum(statistic: str) -> None:
+    p = oracle.problem()
+    mine = ours(p, statistic=statistic, scale_free=True, reduction="sum")
+    theirs = oracle.alignment(p, statistic, 0.7, 0.3, detach=True, scale_free=True, mean=False)
+    assert oracle.distance([mine], [theirs]) < EXACT
+    assert oracle.distance(oracle.gradients(mine, p.leaves), oracle.gradients(theirs, p.leaves)) < EXACT
+
+
+@pytest.mark.parametrize(("statistic", "power"), [("hgp", 6), ("diagonal", 4), ("frobenius", 4), (None, 2)])
+def test_how_the_penalty_grows_with_the_features(statistic: str | None, power: int) -> None:
+    """At fixed predictions: features times s, weights over s. A bias does not scale, so there is none."""
+    p = oracle.problem(bias=False)
+    options = {"statistic": statistic or "hgp", "alpha": float(statistic is not None), "beta": float(statistic is None)}
+
+    def penalty(scale: float, scale_free: bool) -> float:
+        f, w = p.features * scale, p.weight / scale
+        value = hessian_alignment_penalty(
+            f, f @ w.T, p.targets, p.domains, p.n_domains, bias=False, scale_free=scale_free, **options
+        )
+        return float(value.detach())
+
+    assert penalty(3.0, False) / penalty(1.0, False) == pytest.approx(3.0**power, rel=1e-9)
+    assert penalty(3.0, True) == pytest.approx(penalty(1.0, True), rel=1e-9)
+
+
+def test_hutchinson_converges_to_the_diagonal_and_the_known_noise() -> None:
+    """E|q_e - q|^2 = |diag H_e - diag H|^2 + (off-diagonal mass of H_e and H) / m."""
+    p = oracle.problem(sizes=(6, 5, 4))
+    hessians = torch.stack([oracle.hessian(p, loss) for loss in oracle.domain_losses(p)]).detach()
+    mean = hessians.mean(0)
+
+    def off(h: torch.Tensor) -> torch.Tensor:
+        return h.square().sum() - h.diagonal().square().sum()
+
+    m, repeats = 4, 3000
+    exact = torch.stack([(h.diagonal() - mean.diagonal()).square().sum() for h in hessians])
+    noise = torch.stack([off(h) + off(mean) for h in hessians]) / m
+    expected = float((exact + noise).mean())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        draws = torch.stack(
+            [
+                hessian_alignment_penalty(
+                    p.features, p.logits, p.targets, p.domains, p.n_domains, statistic="hutchinson", alpha=1.0, beta=0.0,
+                    n_samples=m, generator=generator,
+                )
+                for _ in range(repeats)
+            ]
+        )  # fmt: skip
+    error = float(draws.std()) / math.sqrt(repeats)
+    assert abs(float(draws.mean()) - expected) < 4 * error
+    assert noise.mean() > 20 * error  # so that the noise term would be missed
+
+
+def test_hutchinson_differentiates_what_it_drew() -> None:
+    """With the same vectors: its gradient equals that of z * (H z) by double differentiation."""
+    p = oracle.problem(sizes=(4, 5))
+    mine = hessian_alignment_penalty(
+        p.features, p.logits, p.targets, p.domains, 2, statistic="hutchinson", alpha=1.0, beta=0.0, n_samples=2,
+        detach_target=False, generator=torch.Generator().manual_seed(3),
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(3)
+    losses = oracle.domain_losses(p)
+    hessians = [*(oracle.hessian(p, x) for x in losses), oracle.hessian(p, torch.stack(losses).mean())]
+    estimates = []
+    for _ in range(2):
+        z = (2 * torch.randint(0, 2, (3, 4, 4), generator=generator) - 1).double()
+        flat = torch.cat((z[..., :3].flatten(1), z[..., 3:].flatten(1)), 1)
+        estimates.append(torch.stack([v * (h @ v) for v, h in zip(flat, hessians, strict=True)]))
+    q = torch.stack(estimates).mean(0)
+    theirs = (q[:2] - q[2]).square().sum() / 2
+    assert oracle.distance([mine], [theirs]) < EXACT
+    assert oracle.distance(oracle.gradients(mine, p.leaves), oracle.gradients(theirs, p.leaves)) < EXACT
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_gradcheck(statistic: str) -> None:
+    p = oracle.problem(sizes=(2, 3))
+
+    def penalty(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        logits = F.linear(features, weight, bias)
+        return hessian_alignment_penalty(
+            features, logits, p.targets, p.domains, 2, statistic=statistic, alpha=1.0, beta=1.0, detach_target=False
+        )
+
+    assert torch.autograd.gradcheck(penalty, p.leaves)
+
+
+@pytest.mark.parametrize("statistic", [*STATISTICS, "hutchinson"])
+@pytest.mark.parametrize("sizes", [(3, 0, 0), (1, 1, 0), (0, 0, 0)], ids=["one domain", "one sample each", "none"])
+@pytest.mark.parametrize("scale_free", [False, True])
+def test_finite_where_domains_are_missing(statistic: str, sizes: tuple[int, ...], scale_free: bool) -> None:
+    p = oracle.problem(sizes=sizes)
+    mine = ours(p, statistic=statistic, scale_free=scale_free, n_samples=3)
+    grads = oracle.gradients(mine, p.leaves)
+    assert mine.isfinite()
+    assert all(g.isfinite().all() for g in grads)
+    if statistic != "hutchinson" and sizes != (1, 1, 0):
+        assert mine.abs() < 1e-20
+
+
+def test_finite_where_gradients_are_zero() -> None:
+    features = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.zeros(3, 2, dtype=torch.float64, requires_grad=True)
+    targets = torch.full((4, 2), 0.5, dtype=torch.float64)  # the prediction is the target: every residual is 0
+    for scale_free in (False, True):
+        value = hessian_alignment_penalty(
+            features,
+            features @ weight,
+            targets,
+            torch.tensor([0, 0, 1, 1]),
+            2,
+            alpha=1.0,
+            beta=1.0,
+            scale_free=scale_free,
+        )
+        (grad,) = torch.autograd.grad(value, features)
+        assert value == 0
+        assert grad.eq(0).all()
+
+
+# -- through a Trainer ---------------------------------------------------------------------------------
+
+
+def fit(module: L.LightningModule, method, **options) -> L.Trainer:
+    return train(module, [method], **options)
+
+
+def by_hand(steps: int, statistic: str, **options) -> dict[str, torch.Tensor]:
+    """Classifier trained by a plain loop on the mean loss and the oracle's penalty."""
+    model = Classifier()
+    optimizer = model.configure_optimizers()
+    for (x, y), tags in [(b.batch, b.tags) for b in loader()][:steps]:
+        features = model.backbone(x)
+        head = model.head
+        p = oracle.Problem("cross_entropy", features, head.weight, head.bias, y, tags["place"], 3)
+        loss = F.cross_entropy(model(x), y) + oracle.alignment(p, statistic, 1.0, 1.0, detach=True)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return parameters(model)
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_the_callback_is_the_paper_on_an_unmodified_module(statistic: str) -> None:
+    model = Classifier()
+    fit(model, HessianAlignment("place", 3, statistic=statistic, alpha=1.0, beta=1.0))
+    theirs = by_hand(3, statistic)
+    plain = Classifier()
+    fit(plain, HessianAlignment("place", 3, penalty_weight=0.0))
+    for name, value in parameters(model).items():
+        assert torch.allclose(value, theirs[name], rtol=1e-11, atol=1e-13), name
+        assert not torch.allclose(value, parameters(plain)[name], rtol=1e-6)
+
+
+def test_autograd_derivatives_equal_closed_forms_and_take_any_head() -> None:
+    results = []
+    for derivatives in ("closed_form", "autograd"):
+        model = Classifier()
+        fit(model, HessianAlignment("place", 3, alpha=1.0, beta=1.0, derivatives=derivatives))
+        results.append(parameters(model))
+    for name, value in results[0].items():
+        assert torch.allclose(value, results[1][name], rtol=1e-11, atol=1e-13), name
+
+    deep = Classifier()
+    deep.head = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    fit(deep, HessianAlignment("place", 3, alpha=1.0, beta=1.0, derivatives="autograd", head="head"))
+    with pytest.raises(HeadNotFoundError, match="linear head .* Sequential.*derivatives='autograd'"):
+        fit(deep, HessianAlignment("place", 3, head="head"))
+
+
+def test_mixin_and_module_equal_the_callback() -> None:
+    class Model(HessianAlignmentMixin, Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.configure_hessian_alignment(n_domains=3, alpha=1.0, beta=1.0, penalty_weight=2.0, start_step=1)
+
+        def training_step(self, batch, batch_idx):
+            x, y, domains = batch
+            features = self.backbone(x)
+            logits = self.head(features)
+            return F.cross_entropy(logits, y) + self.hessian_alignment_penalty(features, logits, y, domains)
+
+    mine = Model()
+    batches = [(*b.batch, b.tags["place"]) for b in loader()]
+    make_trainer().fit(mine, DataLoader(batches, batch_size=None), val_loader(bare=True))
+    theirs = Classifier()
+    fit(theirs, HessianAlignment("place", 3, alpha=1.0, beta=1.0, penalty_weight=2.0, start_step=1))
+    for name, value in parameters(theirs).items():
+        assert torch.allclose(value, mine.state_dict()[name], rtol=1e-12), name
+
+
+def test_protocol_of_irm_divides_the_loss_and_resets_the_optimiser() -> None:
+    """Weight 1 for two steps, then 5 with the whole loss over 5 and Adam as new; against a plain loop."""
+
+    class Model(Classifier):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + 0.1 * self.head.weight.square().sum()
+
+    method = HessianAlignment(
+        "place", 3, alpha=1.0, beta=1.0, penalty_weight=5.0, weight_before=1.0, start_step=2, divide_loss=True,
+        reset_optimizer=True,
+    )  # fmt: skip
+    model = Model(optimizer="adam")
+    fit(model, method, max_epochs=2)
+
+    mine = Model(optimizer="adam")
+    optimizer = mine.configure_optimizers()
+    for step, batch in enumerate([*loader(), *loader()]):
+        (x, y), domains = batch.batch, batch.tags["place"]
+        p = oracle.Problem("cross_entropy", mine.backbone(x), mine.head.weight, mine.head.bias, y, domains, 3)
+        weight = 5.0 if step >= 2 else 1.0
+        loss = F.cross_entropy(mine(x), y) + 0.1 * mine.head.weight.square().sum()
+        loss = (loss + weight * oracle.alignment(p, "hgp", 1.0, 1.0, detach=True)) / weight
+        if step == 2:
+            optimizer = mine.configure_optimizers()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for name, value in parameters(model).items():
+        assert torch.allclose(value, mine.state_dict()[name], rtol=1e-9, atol=1e-12), name
+
+
+def test_logs_penalty_and_weight() -> None:
+    logged: list[dict] = []
+
+    class Keep(L.Callback):
+        def on_train_batch_end(self, trainer, *args) -> None:
+            logged.append({k: float(v) for k, v in trainer.logged_metrics.items()})
+
+    trainer = make_trainer([HessianAlignment("place", 3, start_step=1, ramp_steps=2, penalty_weight=4.0), Keep()])
+    trainer.fit(Classifier(), loader(), val_loader())
+    assert [entry.get("train/hessian_alignment_penalty_weight") for entry in logged] == [None, None, 2.0]
+    assert logged[-1]["train/hessian_alignment_penalty"] > 0
+
+
+def test_says_so_where_it_changes_nothing() -> None:
+    class Detached(Classifier):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            logits = self.head(self.backbone(x).detach())
+            return F.cross_entropy(logits, y)
+
+    with pytest.warns(UserWarning, match="CORAL reaches no trainable parameter.*frozen or detached") as seen:
+        fit(Detached(), CORAL("place", 3), max_epochs=2)
+    assert sum("reaches no trainable" in str(w.message) for w in seen) == 1
+
+
+def test_logits_that_are_not_the_heads_are_refused() -> None:
+    class Tempered(Classifier):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            return F.cross_entropy(self(x) / 2, y)
+
+    with pytest.raises(HeadNotFoundError, match="linear layer"):
+        fit(Tempered(), HessianAlignment("place", 3))
+    for derivatives in ("closed_form", "autograd"):
+        with pytest.raises(HeadNotFoundError, match="what the head Linear makes of its input.*differ"):
+            fit(Tempered(), HessianAlignment("place", 3, head="head", derivatives=derivatives))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_unreduced_losses_with_a_mask(masked: bool) -> None:
+    """``reduction="none"`` and a mask: the rows of the mask are those of the domains' means."""
+
+    class Masked(Classifier):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            mask = (x[:, 1] > -0.5).double() if masked else torch.ones(len(x)).double()
+            return (F.cross_entropy(self(x), y, reduction="none") * mask).sum() / mask.sum()
+
+    model = Masked()
+    fit(model, HessianAlignment("place", 3, alpha=1.0, beta=1.0))
+    mine = Classifier()
+    optimizer = mine.configure_optimizers()
+    for batch in loader():
+        (x, y), domains = batch.batch, batch.tags["place"]
+        keep = (x[:, 1] > -0.5) if masked else torch.ones(len(x), dtype=torch.bool)
+        x, y, domains = x[keep], y[keep], domains[keep]
+        p = oracle.Problem("cross_entropy", mine.backbone(x), mine.head.weight, mine.head.bias, y, domains, 3)
+        optimizer.zero_grad()
+        (F.cross_entropy(mine(x), y) + oracle.alignment(p, "hgp", 1.0, 1.0, detach=True)).backward()
+        optimizer.step()
+    for name, value in parameters(model).items():
+        assert torch.allclose(value, mine.state_dict()[name], rtol=1e-11, atol=1e-13), name
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"n_domains": 1}, "`n_domains` to be at least 2"),
+        ({"statistic": "trace"}, "`statistic` to be one of hgp"),
+        ({"alpha": -1.0}, "`alpha` to be a number >= 0"),
+        ({"beta": float("nan")}, "`beta`"),
+        ({"penalty_weight": -1.0}, "`penalty_weight` to be a number >= 0"),
+        ({"weight_before": float("inf")}, "`weight_before`"),
+        ({"start_step": -1}, "`start_step` to be a number of optimiser steps"),
+        ({"ramp_steps": 1.5}, "`ramp_steps`"),
+        ({"n_samples": 0}, "`n_samples`"),
+        ({"reduction": "max"}, "`reduction`"),
+        ({"derivatives": "numeric"}, "`derivatives`"),
+        ({"derivatives": "autograd", "statistic": "diagonal"}, "'hgp' or 'hutchinson'"),
+        ({"domain": ("a", "b")}, "`n_domains` to hold one number for each key"),
+    ],
+)
+def test_wrong_arguments(options: dict, match: str) -> None:
+    with pytest.raises(DebiasError, match=match):
+        HessianAlignment(**({"domain": "place", "n_domains": 3} | options))
+
+
+def test_wrong_batches_are_refused() -> None:
+    poisoned = loader()
+    poisoned.dataset.dataset.tensors[0][3] = torch.nan
+    with pytest.raises(BadRowsError, match=r"finite losses, but 1 rows.*HessianAlignment\(place\) at optimiser step 0"):
+        make_trainer([HessianAlignment("place", 3)]).fit(Classifier(), poisoned, val_loader())
+    with pytest.raises(BadRowsError, match="domain ids below `n_domains=2`"):
+        fit(Classifier(), HessianAlignment("place", 2))
+
+    class Spatial(Classifier):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            return F.cross_entropy(self(x).unsqueeze(2), y.unsqueeze(1))
+
+    with pytest.raises(DebiasError, match=r"`logits` to have shape \(N, C\)"):
+        fit(Spatial(), HessianAlignment("place", 3, head="head"))
+
+    class Absolute(Classifier):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            return F.l1_loss(self(x), F.one_hot(y, 2).double())
+
+    with pytest.raises(DebiasError, match="whose derivatives.*'l1_loss'"):
+        fit(Absolute(), HessianAlignment("place", 3))
+    module = HessianAlignmentPenalty(2, start_step=3)
+    features = torch.randn(4, 3)
+    with pytest.raises(DebiasError, match="`step`, the optimiser steps"):
+        module(features, features[:, :2], torch.zeros(4).long(), torch.arange(4) % 2)

@@ -1,0 +1,279 @@
+"""V-REx, IRM, Fishr, CORAL and MMD against independent float64 computations."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from _support import head_oracle as oracle
+from _support.fits import Classifier, loader, make_trainer, parameters, train, val_loader
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from debias import CORAL, IRM, MMD, CORALPenalty, Fishr, FishrPenalty, IRMPenalty, MMDPenalty, VREx, VRExPenalty
+from debias.errors import BadRowsError, DebiasError
+from debias.functional import coral_penalty, irm_penalty, mmd_penalty, vrex_penalty
+from debias.ops.head_statistics import HeadStatistics, make_head_loss, make_members
+
+EXACT = 1e-10
+KINDS = pytest.mark.parametrize("kind", oracle.LOSSES)
+
+
+def check(p: oracle.Problem, mine: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert oracle.distance([mine], [theirs]) < EXACT
+    assert oracle.distance(oracle.gradients(mine, p.leaves), oracle.gradients(theirs, p.leaves)) < EXACT
+
+
+# -- V-REx ---------------------------------------------------------------------------------------------
+
+
+@KINDS
+def test_vrex(kind: str) -> None:
+    p = oracle.problem(kind)
+    loss = make_head_loss(p.loss, p.logits, p.targets, **p.options)
+    mine = vrex_penalty(loss.num(p.logits), p.domains, p.n_domains, den=loss.den)
+    check(p, mine, torch.stack(oracle.domain_losses(p)).var(unbiased=False))
+
+
+# -- IRM -----------------------------------------------------------------------------------------------
+
+
+@KINDS
+@pytest.mark.parametrize("form", ["squared", "unbiased"])
+def test_irm(kind: str, form: str) -> None:
+    p = oracle.problem(kind)
+    mine = irm_penalty(p.logits, p.targets, p.domains, p.n_domains, form=form, loss=p.loss, **p.options)
+    terms = []
+    for e in p.present:
+        rows = p.rows(e)
+        if "ignore_index" in p.options:
+            rows = rows[p.targets[rows] != p.options["ignore_index"]]
+        if form == "squared":
+            terms.append(oracle.scale_derivative(p, rows).square())
+        elif len(rows) > 1:
+            terms.append(oracle.scale_derivative(p, rows[::2]) * oracle.scale_derivative(p, rows[1::2]))
+    check(p, mine, torch.stack(terms).mean())
+
+
+# -- Fishr ---------------------------------------------------------------------------------------------
+
+
+def statistics(p: oracle.Problem) -> HeadStatistics:
+    loss = make_head_loss(p.loss, p.logits, p.targets, **p.options)
+    return HeadStatistics(p.features, loss, make_members(p.domains, p.n_domains, len(p.domains)), p.bias is not None)
+
+
+@KINDS
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_fishr_without_average(kind: str, reduction: str) -> None:
+    p = oracle.problem(kind)
+    mine = FishrPenalty(p.n_domains, ema=0.0, reduction=reduction).of(statistics(p))
+    variances = torch.stack(oracle.variances(p))
+    squared = (variances - variances.mean(0)).square()
+    check(p, mine, squared.sum() if reduction == "sum" else squared.mean())
+
+
+@pytest.mark.parametrize("bias", ["corrected", "reference"])
+def test_fishr_averages_over_steps(bias: str) -> None:
+    """Four batches in which domains come and go; the gradient is that of the last batch's variances."""
+    module = FishrPenalty(3, ema=0.8, bias=bias)
+    kept: dict[int, torch.Tensor] = {}
+    seen: dict[int, int] = {}
+    for seed, sizes in enumerate([(4, 3, 0), (2, 0, 3), (3, 3, 3), (5, 2, 2)]):
+        p = oracle.problem(sizes=sizes, seed=seed)
+        mine = module.of(statistics(p))
+        hats = []
+        for e, variance in zip(p.present, oracle.variances(p), strict=True):
+            past = kept.get(e, torch.zeros_like(variance))
+            new = 0.8 * past + 0.2 * variance
+            kept[e], seen[e] = new.detach(), seen.get(e, 0) + 1
+            hats.append(new / (1 - 0.8 ** seen[e] if bias == "corrected" else 0.2))
+        hats = torch.stack(hats)
+        check(p, mine, (hats - hats.mean(0)).square().mean())
+    fresh = FishrPenalty(3, ema=0.8, bias=bias)
+    fresh.load_state_dict(module.state_dict())
+    p = oracle.problem(sizes=(3, 2, 2), seed=9)
+    assert torch.equal(fresh.of(statistics(p)), module.of(statistics(p)))
+
+
+def test_fishr_keeps_its_averages_while_it_waits() -> None:
+    method = Fishr("place", 3, start_step=3)
+    train(Classifier(), [method])
+    assert method.module.updates.tolist() == [3, 3, 1]  # only the first batch has a place 2
+    plain = Classifier()
+    train(plain, [], bare=True)
+    waited = Classifier()
+    train(waited, [Fishr("place", 3, start_step=3)])
+    assert all(torch.equal(v, parameters(waited)[k]) for k, v in parameters(plain).items())
+
+
+def test_fishr_on_another_head_is_refused() -> None:
+    module = FishrPenalty(3)
+    p = oracle.problem(sizes=(3, 2, 2))
+    module.of(statistics(p))
+    other = oracle.problem(sizes=(3, 2, 2), bias=False)
+    with pytest.raises(DebiasError, match="head with 16 parameters.*got 12"):
+        module.of(statistics(other))
+
+
+# -- CORAL and MMD -------------------------------------------------------------------------------------
+
+
+def pairs(p: oracle.Problem) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(p.features[p.rows(a)], p.features[p.rows(b)]) for a, b in itertools.combinations(p.present, 2)]
+
+
+@pytest.mark.parametrize("by_pairs", [True, False, None])
+@pytest.mark.parametrize("sizes", [(4, 7, 0, 1, 5), (3, 2), (9, 8, 7)])
+def test_coral(by_pairs: bool | None, sizes: tuple[int, ...]) -> None:
+    p = oracle.problem(sizes=sizes)
+    terms = []
+    for a, b in pairs(p):
+        term = (a.mean(0) - b.mean(0)).square().mean()
+        if len(a) > 1 and len(b) > 1:
+            term = term + (a.T.cov() - b.T.cov()).square().mean()
+        terms.append(term)
+    mine = coral_penalty(p.features, p.domains, p.n_domains, by_pairs=by_pairs)
+    theirs = torch.stack(terms).mean()
+    assert oracle.distance([mine], [theirs]) < EXACT
+    leaves = [p.features]
+    assert oracle.distance(oracle.gradients(mine, leaves), oracle.gradients(theirs, leaves)) < EXACT
+
+
+@pytest.mark.parametrize("kernel", ["gaussian", "scaled_gaussian"])
+def test_mmd(kernel: str) -> None:
+    p = oracle.problem()
+    gammas = [0.01, 0.3, 2.0]
+    labelled = p.features[p.domains >= 0].detach()
+    scale = 1.0
+    if kernel == "scaled_gaussian":
+        scale = float((labelled.unsqueeze(0) - labelled.unsqueeze(1)).square().sum(-1).mean())
+
+    def similarity(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        distances = (x.unsqueeze(1) - y.unsqueeze(0)).square().sum(-1) / scale
+        return torch.stack([(-g * distances).exp() for g in gammas]).sum(0).mean()
+
+    theirs = torch.stack([similarity(a, a) + similarity(b, b) - 2 * similarity(a, b) for a, b in pairs(p)]).mean()
+    mine = mmd_penalty(p.features, p.domains, p.n_domains, kernel=kernel, gammas=gammas)
+    assert oracle.distance([mine], [theirs]) < EXACT
+    assert oracle.distance(oracle.gradients(mine, [p.features]), oracle.gradients(theirs, [p.features])) < EXACT
+
+
+def test_kernels_of_raw_features_vanish_and_scaled_ones_do_not() -> None:
+    """Distances in the thousands, as between raw pooled features: the published kernels see hardly any."""
+    generator = torch.Generator().manual_seed(0)
+    features = 30 * torch.randn(20, 64, generator=generator)
+    features[10:] += 6
+    domains = torch.arange(20) // 10
+    own = 2 * 0.7  # what comparing each sample with itself gives: 7 kernels / 10 samples, twice
+    plain = mmd_penalty(features, domains, 2)
+    assert float(plain) == pytest.approx(own, rel=1e-3)  # nothing but that: no gradient
+    other = features.clone()
+    other[10:] += 60
+    assert float(mmd_penalty(other, domains, 2)) == pytest.approx(own, rel=1e-3)
+    scaled = [float(mmd_penalty(x, domains, 2, kernel="scaled_gaussian")) for x in (features, other)]
+    assert scaled[1] > scaled[0] + 0.1
+
+
+# -- all of them ---------------------------------------------------------------------------------------
+
+EVERY = {
+    "vrex": lambda p: vrex_penalty(F.cross_entropy(p.logits, p.targets, reduction="none"), p.domains, p.n_domains),
+    "irm": lambda p: irm_penalty(p.logits, p.targets, p.domains, p.n_domains),
+    "irm squared": lambda p: irm_penalty(p.logits, p.targets, p.domains, p.n_domains, form="squared"),
+    "fishr": lambda p: FishrPenalty(p.n_domains).of(statistics(p)),
+    "coral": lambda p: coral_penalty(p.features, p.domains, p.n_domains),
+    "mmd": lambda p: mmd_penalty(p.features, p.domains, p.n_domains),
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("sizes", [(3, 0, 0), (1, 1, 0), (0, 0, 0)], ids=["one domain", "one sample each", "none"])
+def test_finite_where_domains_are_missing(name: str, sizes: tuple[int, ...]) -> None:
+    p = oracle.problem(sizes=sizes)
+    value = EVERY[name](p)
+    assert value.isfinite()
+    assert all(g.isfinite().all() for g in oracle.gradients(value, p.leaves))
+    if sizes != (1, 1, 0) and not name.startswith("irm"):
+        assert value.abs() < 1e-20
+
+
+@pytest.mark.parametrize("name", [n for n in EVERY if n != "fishr"])
+def test_gradcheck(name: str) -> None:
+    p = oracle.problem(sizes=(3, 3))
+
+    def penalty(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return EVERY[name](oracle.Problem(p.loss, features, weight, bias, p.targets, p.domains, 2))
+
+    assert torch.autograd.gradcheck(penalty, p.leaves)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from([n for n in EVERY if n != "irm"]))
+def test_order_of_samples_and_numbers_of_domains_change_nothing(seed: int, name: str) -> None:
+    """The unbiased IRM halves a domain by position, so the order counts there."""
+    p = oracle.problem(sizes=(4, 2, 5), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(p.domains), generator=generator)
+    numbers = torch.cat((torch.randperm(3, generator=generator), torch.tensor([-1])))
+    q = oracle.Problem(
+        p.loss, p.features[order], p.weight, p.bias, p.targets[order], numbers[p.domains[order]], p.n_domains
+    )
+    a, b = float(EVERY[name](p).detach()), float(EVERY[name](q).detach())
+    assert a == pytest.approx(b, rel=1e-9, abs=1e-15)
+
+
+@pytest.mark.parametrize("method", [VREx, IRM, Fishr, CORAL, MMD])
+def test_through_a_trainer_a_membership_is_the_same_as_ids(method: type) -> None:
+    membership = torch.stack([torch.tensor([0, 1, 0, 1, 0, 0, 1, 0, 2, 0, 1, 0, 0, 1, 0, 2]) == g for g in range(3)], 1)
+    ids = membership.int().argmax(1)
+    ends = []
+    for tags in (ids, membership):
+        model = Classifier()
+        batches = loader(16, place=tags)
+        make_trainer([method("place", 3, penalty_weight=0.5)], max_epochs=2).fit(model, batches, val_loader())
+        ends.append(parameters(model))
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: VREx("d", 1), "`n_domains` to be at least 2"),
+        (lambda: VREx("d", 2, penalty_weight=-1), "`penalty_weight`"),
+        (lambda: IRM("d", 2, form="cubed"), "`form` to be 'unbiased' or 'squared'"),
+        (lambda: Fishr("d", 2, ema=1.0), r"`ema` to be in \[0, 1\)"),
+        (lambda: Fishr("d", 2, ema=-0.1), "`ema`"),
+        (lambda: Fishr("d", 2, bias="none"), "`bias`"),
+        (lambda: Fishr("d", 2, reduction="max"), "`reduction`"),
+        (lambda: MMD("d", 2, kernel="linear"), "`kernel`"),
+        (lambda: MMD("d", 2, gammas=[]), "`gammas`"),
+        (lambda: MMD("d", 2, gammas=[-1.0]), "`gammas`"),
+    ],
+)
+def test_wrong_arguments(make, match: str) -> None:
+    with pytest.raises(DebiasError, match=match):
+        make()
+
+
+def test_modules_in_a_plain_loop() -> None:
+    p = oracle.problem(sizes=(4, 5))
+    losses = F.cross_entropy(p.logits, p.targets, reduction="none")
+    inputs = {
+        VRExPenalty: (losses, p.domains),
+        IRMPenalty: (p.logits, p.targets, p.domains),
+        FishrPenalty: (p.features, p.logits, p.targets, p.domains),
+        CORALPenalty: (p.features, p.domains),
+        MMDPenalty: (p.features, p.domains),
+    }
+    for module, arguments in inputs.items():
+        plain = module(2, 3.0)(*arguments)
+        assert plain.requires_grad
+        assert float(plain.detach()) == pytest.approx(3 * float(module(2, 1.0)(*arguments).detach()), rel=1e-12)
+        assert float(module(2, 3.0, weight_before=0.0, start_step=2)(*arguments, step=1)) == 0
+        with pytest.raises(DebiasError, match="`step`"):
+            module(2, 3.0, start_step=2)(*arguments)
+        with pytest.raises(BadRowsError, match="below"):
+            module(2, 3.0)(*arguments[:-1], p.domains + 2)
