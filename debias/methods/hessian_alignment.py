@@ -129,31 +129,25 @@ def alignment(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """The penalty from statistics of any head."""
-    gradients = statistics.gradients
-    mean = statistics.mean(gradients)
-    target = mean.detach() if detach_target else mean
-    distances = beta * _distances(gradients, target, scale_free) if beta else gradients.new_zeros(len(gradients))
-    if alpha and statistic == "frobenius":
-        squared, norm = statistics.squared_hessian_distances(detach_target=detach_target)
-        distances = distances + alpha * (squared / _nonzero(norm) if scale_free else squared)
+    terms = []
+    if beta:
+        terms.append((beta, *statistics.gradient_distances(detach_target=detach_target)))
+    if alpha and statistic == "hutchinson":
+        terms.append((alpha, *_hutchinson(statistics, n_samples, generator, detach_target)))
     elif alpha:
-        if statistic == "hgp":
-            own = statistics.hessian_vector(gradients)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_target):
-                shared = statistics.mean_hessian_vector(mean)
-        elif statistic == "diagonal":
-            own = statistics.diagonals
-            shared = statistics.mean(own)
-        else:
-            own, shared = _hutchinson(statistics, gradients.shape, n_samples, generator, detach_target)
-        distances = distances + alpha * _distances(own, shared.detach() if detach_target else shared, scale_free)
+        terms.append((alpha, *_DISTANCES[statistic](statistics, detach_target=detach_target)))
+    distances = statistics.features.new_zeros(statistics.members.shape[1])
+    for weight, squared, norm in terms:
+        distances = distances + weight * (squared / _nonzero(norm) if scale_free else squared)
     total = torch.where(statistics.present, distances, 0).sum()
     return total if reduction == "sum" else total / statistics.present.sum().clamp_min(1)
 
 
-def _distances(values: Tensor, target: Tensor, scale_free: bool) -> Tensor:
-    squared = (values - target).square().flatten(1).sum(1)
-    return squared / _nonzero(target.detach().square().sum()) if scale_free else squared
+_DISTANCES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "hgp": lambda statistics, **options: statistics.product_distances(**options),
+    "diagonal": lambda statistics, **options: statistics.diagonal_distances(**options),
+    "frobenius": lambda statistics, **options: statistics.squared_hessian_distances(**options),
+}
 
 
 def _nonzero(norm: Tensor) -> Tensor:
@@ -161,14 +155,10 @@ def _nonzero(norm: Tensor) -> Tensor:
 
 
 def _hutchinson(
-    statistics: HeadStatistics,
-    shape: torch.Size,
-    n_samples: int,
-    generator: torch.Generator | None,
-    detach_target: bool,
+    statistics: HeadStatistics, n_samples: int, generator: torch.Generator | None, detach_target: bool
 ) -> tuple[Tensor, Tensor]:
-    """Estimates of the diagonals by domain and of the mean Hessian's, one product after the other as published."""
-    features = statistics.features
+    """Distances of the diagonals' estimates, one product after the other as published."""
+    features, shape = statistics.features, statistics.gradients.shape
     own, shared = [], []
     for _ in range(n_samples):
         bits = torch.randint(0, 2, (shape[0] + 1, *shape[1:]), generator=generator, device=features.device)
@@ -176,7 +166,8 @@ def _hutchinson(
         own.append(signs[:-1] * statistics.hessian_vector(signs[:-1]))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_target):
             shared.append(signs[-1] * statistics.mean_hessian_vector(signs[-1]))
-    return torch.stack(own).mean(0), torch.stack(shared).mean(0)
+    target = torch.stack(shared).mean(0)
+    return (torch.stack(own).mean(0) - target).square().flatten(1).sum(1), target.detach().square().sum()
 
 
 class HessianAlignmentPenalty(DomainPenaltyModule):

@@ -95,6 +95,19 @@ class AutogradHeadStatistics(HeadStatistics):
         mean, square = global_sum(torch.stack((shares.T @ flat, shares.T @ flat.square())))
         return (square - mean.square()).unsqueeze(1)
 
+    def gradient_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
+        """``|G_e - mean G|^2``, and ``|mean G|^2``."""
+        return _distances(self.gradients, self.mean(self.gradients), detach_target)
+
+    def product_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
+        """``|H_e G_e - (mean H)(mean G)|^2``, and ``|(mean H)(mean G)|^2``."""
+        target = self.mean_hessian_vector(self.mean(self.gradients))
+        return _distances(self.hessian_vector(self.gradients), target, detach_target)
+
+    def diagonal_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
+        """Not available."""
+        raise _only_linear("the diagonal of the Hessian")
+
     @cached_property
     def diagonals(self) -> Tensor:
         """Not available."""
@@ -108,6 +121,11 @@ class AutogradHeadStatistics(HeadStatistics):
     def squared_hessian_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
         """Not available."""
         raise _only_linear("the Frobenius distance of Hessians")
+
+
+def _distances(own: Tensor, target: Tensor, detach_target: bool) -> tuple[Tensor, Tensor]:
+    target = target.detach() if detach_target else target
+    return (own - target).square().flatten(1).sum(1), target.detach().square().sum()
 
 
 def _only_linear(what: str) -> DebiasError:

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from debias.errors import DebiasError
 from debias.ops.groups import membership
-from debias.step.distributed import gather, global_sum
+from debias.step.distributed import gather, global_sum, is_distributed
 
 __all__ = [
     "HeadLoss",
@@ -344,34 +344,37 @@ class HeadStatistics:
         """Input of the head with a one for the bias, ``(rows, D)``."""
         return F.pad(self.features, (0, 1), value=1.0) if self.bias else self.features
 
-    def by_domain(self, rows: Tensor, inputs: Tensor, shares: Tensor | None = None) -> Tensor:
-        """``sum_i shares_ie rows_i (x) inputs_i`` for all domains e, ``(E, C, D)``, summed over ranks."""
+    def spread(self, rows: Tensor, shares: Tensor | None = None) -> Tensor:
+        """Coefficients ``shares_ie rows_i``, ``(rows, E, C)``, from ``(rows, C)`` or ``(rows, E, C)``."""
         weights = self.shares if shares is None else shares
-        spread = (weights.unsqueeze(2) * rows.unsqueeze(1)).flatten(1)
-        return global_sum(spread.T @ inputs).unflatten(0, (weights.shape[1], rows.shape[1]))
+        return weights.unsqueeze(2) * (rows.unsqueeze(1) if rows.ndim == 2 else rows)
+
+    def sums(self, coefficients: Tensor, inputs: Tensor) -> Tensor:
+        """``sum_i c_ie (x) inputs_i`` from coefficients ``(rows, k, C)``; ``(k, C, D)``, summed over ranks."""
+        return global_sum(coefficients.flatten(1).T @ inputs).unflatten(0, coefficients.shape[1:])
 
     @cached_property
     def gradients(self) -> Tensor:
         """Mean gradients G_e, ``(E, C, D)``; 0 for an absent domain."""
-        return self.by_domain(self.loss.residuals, self.inputs)
+        return self.sums(self.spread(self.loss.residuals), self.inputs)
 
     def images(self, vectors: Tensor) -> Tensor:
-        """``V_e a_i`` for the domain e of row i, from vectors ``(E, C, D)``; ``(rows, C)``."""
-        everywhere = (self.inputs @ vectors.flatten(0, 1).T).unflatten(1, vectors.shape[:2])
-        return torch.where(self.members.unsqueeze(2), everywhere, 0).sum(1)
+        """``V_e a_i`` for every domain e and row i, from vectors ``(E, C, D)``; ``(rows, E, C)``."""
+        return (self.inputs @ vectors.flatten(0, 1).T).unflatten(1, vectors.shape[:2])
 
     def hessian_vector(self, vectors: Tensor) -> Tensor:
         """``H_e V_e`` for vectors ``(E, C, D)``; ``(E, C, D)``."""
-        return self.by_domain(self.loss.curvature(self.images(vectors)), self.inputs)
+        return self.sums(self.spread(self.loss.curvature(self.images(vectors))), self.inputs)
 
     def mean_hessian_vector(self, vector: Tensor) -> Tensor:
         """``(mean of the H_e) V`` for one vector ``(C, D)``; ``(C, D)``."""
-        return self.by_domain(self.loss.curvature(self.inputs @ vector.T), self.inputs, self.mean_shares)[0]
+        curved = self.loss.curvature(self.inputs @ vector.T)
+        return self.sums(self.spread(curved, self.mean_shares), self.inputs)[0]
 
     @cached_property
     def diagonals(self) -> Tensor:
         """Diagonals of the Hessians, ``(E, C, D)``."""
-        return self.by_domain(self.loss.diagonal, self.inputs.square())
+        return self.sums(self.spread(self.loss.diagonal), self.inputs.square())
 
     @cached_property
     def traces(self) -> Tensor:
@@ -386,8 +389,75 @@ class HeadStatistics:
         A sample's gradient is that of its own loss: the mean over its labels, and without division by the batch.
         """
         residuals = self.loss.residuals / self.loss.elements
-        mean = self.by_domain(residuals, self.inputs, self.sample_shares)
-        return self.by_domain(residuals.square(), self.inputs.square(), self.sample_shares) - mean.square()
+        mean = self.sums(self.spread(residuals, self.sample_shares), self.inputs)
+        return self.sums(self.spread(residuals.square(), self.sample_shares), self.inputs.square()) - mean.square()
+
+    # -- squared distances from the mean over domains: each ``(E,)``, and the target's squared norm without gradient --
+
+    def by_pairs(self, cheaper: int) -> bool:
+        """Whether distances are computed from inner products of samples, without making a ``(E, C, D)`` tensor.
+
+        They cost ``rows^2 D``, where sums cost ``rows E C D``, ``cheaper`` times over. Over several ranks sums are
+        taken, so that no sample leaves its rank.
+        """
+        return (
+            not is_distributed() and len(self.features) <= cheaper * self.members.shape[1] * self.loss.logits.shape[1]
+        )
+
+    @cached_property
+    def gram(self) -> tuple[Tensor, Tensor]:
+        """Inner products of the inputs, ``(rows, rows)``, see :class:`_Gram`."""
+        return _Gram.apply(self.features, self.bias)
+
+    def gradient_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
+        """``|G_e - mean G|^2``."""
+        own = self.spread(self.loss.residuals)
+        return self._distances(own, self.mean(own, 1), detach_target, self.by_pairs(5))
+
+    def product_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
+        """``|H_e G_e - (mean H)(mean G)|^2``."""
+        if self.by_pairs(5):
+            own = self.spread(self.loss.residuals)
+            images = _times(self.gram[0], own)
+        else:
+            images = self.images(self.gradients)
+        target = self.mean_shares * self.loss.curvature(self.mean(images, 1))
+        return self._distances(self.spread(self.loss.curvature(images)), target, detach_target, self.by_pairs(5))
+
+    def diagonal_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
+        """``|diag H_e - mean diag H|^2``."""
+        own = self.spread(self.loss.diagonal)
+        return self._distances(own, self.mean(own, 1), detach_target, self.by_pairs(2), squared=True)
+
+    def _distances(
+        self, own: Tensor, target: Tensor, detach_target: bool, by_pairs: bool, *, squared: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """``|sum_i c_ie (x) x_i - sum_i t_i (x) x_i|^2``, with x the inputs or their squares.
+
+        Args:
+            own: coefficients c, ``(rows, E, C)``.
+            target: coefficients t, ``(rows, C)``.
+            detach_target: take no gradient through the second sum.
+            by_pairs: from inner products of samples.
+            squared: whether x is squared.
+        """
+        if not by_pairs:
+            inputs = self.inputs.square() if squared else self.inputs
+            mean = self.sums(target.unsqueeze(1), inputs)
+            mean = mean.detach() if detach_target else mean
+            distances = (self.sums(own, inputs) - mean).square().flatten(1).sum(1)
+            return distances, mean.detach().square().sum()
+        both, left = _Gram.apply(self.features.square(), self.bias) if squared else self.gram
+        with torch.no_grad():
+            norm = (target * (both @ target)).sum()
+        difference = own - target.unsqueeze(1)
+        if not detach_target:
+            return (difference * _times(both, difference)).sum((0, 2)), norm
+        # With d = c - t held fixed, |c - t|^2 has the value <d, d> and the gradient of 2 <c, d>.
+        fixed = difference.detach()
+        products = _times(left, fixed)
+        moving = (own * products).sum((0, 2))
+        return (fixed * products.detach()).sum((0, 2)) + 2 * (moving - moving.detach()), norm
 
     def squared_hessian_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
         """``|H_e - mean H|^2`` (Frobenius) by the Gram identity, and ``|mean H|^2``.
@@ -418,6 +488,29 @@ class HeadStatistics:
     def mean(self, values: Tensor, dim: int = 0) -> Tensor:
         """Mean over the domains that are present, along ``dim``."""
         return domain_mean(values, self.present, dim)
+
+
+def _times(gram: Tensor, coefficients: Tensor) -> Tensor:
+    return (gram @ coefficients.flatten(1)).unflatten(1, coefficients.shape[1:])
+
+
+class _Gram(torch.autograd.Function):
+    """Inner products ``<x_i, x_j>`` of rows, plus 1 for a bias, twice: differentiated on both sides, and on the left
+    only. One product backward for both.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x)
+        gram = x @ x.T
+        gram = gram.add_(1) if bias else gram
+        return gram, gram.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, both: Tensor, left: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return (both + both.T + left) @ x, None
 
 
 def domain_mean(values: Tensor, present: Tensor, dim: int = 0) -> Tensor:
