@@ -190,9 +190,11 @@ class StepEngine:
         if not debiasers or not self.trainer.training:
             return original(*args, **kwargs)
         step = self._step(stage, args, kwargs)
+        received = step.batch
         for watcher in debiasers:
             watcher.start(step)
-        args, kwargs = _with_batch(args, kwargs, step.batch)
+        if step.batch is not received:
+            args, kwargs = _with_batch(args, kwargs, step.batch)
         for watcher in debiasers:
             watcher.begin(step)
         reweigher = next((w for w in debiasers if w.reweighs), None)
@@ -425,7 +427,9 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor) or value.device == device:
+        return value
+    return value.to(device, non_blocking=True)
 
 
 def _with_batch(args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
