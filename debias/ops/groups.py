@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, reduce
+from functools import cached_property, reduce
 from math import isfinite, prod
 from typing import Any
 
@@ -86,9 +86,7 @@ class GroupSums:
         of_places = self.rows.new_zeros(n_groups + _EXTRA)
         factors = of_places.narrow(0, 1, n_groups)
         if by is not None:
-            by = by.clamp_min(
-                torch.finfo(factors.dtype).tiny
-            )  # or the factors of a loss without rows would be infinite
+            by = by.clamp_min(torch.finfo(factors.dtype).tiny)  # or factors of a batch without rows would be infinite
         torch.div(weights, self.divisors if by is None else by, out=factors)
         if self.places.dtype == torch.bool:
             of_rows = torch.where(self.members, factors, 0).sum(1)
@@ -114,26 +112,26 @@ def group_losses(
         n_groups: number of groups G.
 
     Returns:
-        The sums of each loss, and the numbers of bad ids and of bad losses in the global batch for
+        The sums of each loss, and the numbers of rows of the global batch by place, ``(G + 3,)``, for
         :meth:`GroupState.count_bad`: a tensor, or plain numbers where reading them waits for nothing.
     """
     on_host = _on_host(calls[0][0])
     places, tables = _tables(calls, n_groups, look_for_bad=not on_host)
-    bad: Tensor | list[float]
+    counts: Tensor | list[float]
     if on_host:
         listed = [table.tolist() for table in tables]
         checked = all(isfinite(sum(num)) for num, _, _ in listed)
         if not checked:  # on all ranks alike, since the tables are global
             places, tables = _tables(calls, n_groups, look_for_bad=True)
             listed = [table.tolist() for table in tables]
-        bad = [sum(table[2][i] for table in listed) for i in (-2, -1)]
+        counts = [sum(column) for column in zip(*[table[2] for table in listed], strict=True)]
     else:
-        checked, bad = False, summed([table[2, -2:] for table in tables])
+        checked, counts = False, summed([table[2] for table in tables])
     sums = []
     for (rows, _, _), place, table in zip(calls, places, tables, strict=True):
         num, den, _ = table.narrow(1, 1, n_groups).unbind()
         sums.append(GroupSums(rows, place, num, den, checked))
-    return sums, bad
+    return sums, counts
 
 
 # Columns of a table beside those of the groups: before them no group, after them bad ids and bad losses.
@@ -149,7 +147,11 @@ def _tables(
     places, tables = [], []
     for rows, den, groups in calls:
         num = rows.detach()
-        place = _places(groups, n_groups)
+        ones, limits = _constants(num.shape[0], n_groups, num.device)
+        if groups.dtype == torch.bool:
+            place = F.pad(groups, (1, 2))
+        else:
+            place = torch.bucketize(groups.long().contiguous(), limits, right=True)
         if look_for_bad:
             difference = num - num  # NaN where the loss is NaN or infinite, in half of isfinite()'s operations
             bad = difference != difference
@@ -160,8 +162,8 @@ def _tables(
             else:
                 place = place.masked_fill(bad, n_groups + 2)
         places.append(place)
-        ones = _ones(num.shape[0], num.device)  # stacking promotes to its double precision
-        tables.append(_table(torch.stack((num, den.detach() if den.requires_grad else den, ones)), place, n_groups))
+        data = torch.stack((num, den.detach() if den.requires_grad else den, ones))  # promotes to double precision
+        tables.append(_table(data, place, n_groups))
     if len(tables) == 1:
         return places, [global_sum(tables[0])]
     return places, list(global_sum(torch.stack(tables)))
@@ -170,12 +172,6 @@ def _tables(
 def _on_host(x: Tensor) -> bool:
     """Whether reading a tensor waits for nothing."""
     return x.device.type == "cpu"
-
-
-def _places(groups: Tensor, n_groups: int) -> Tensor:
-    if groups.dtype == torch.bool:
-        return F.pad(groups, (1, 2))
-    return torch.bucketize(groups.long().contiguous(), _limits(n_groups, groups.device), right=True)
 
 
 def _table(data: Tensor, places: Tensor, n_groups: int) -> Tensor:
@@ -193,17 +189,22 @@ def _one_hot(places: Tensor, n_groups: int) -> Tensor:
     return places.unsqueeze(1) == torch.arange(n_groups + _EXTRA, device=places.device)
 
 
-@lru_cache(maxsize=16)
-def _ones(n: int, device: torch.device) -> Tensor:
+def _constants(rows: int, n_groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A one for each row, in the precision of the sums, and the ids that separate the columns of a table."""
+    key = rows, n_groups, device
+    if key in _made:
+        return _made[key]
     with torch.inference_mode(False):
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        return torch.ones((), dtype=dtype, device=device).expand(n)
+        made = torch.ones((), dtype=dtype, device=device).expand(rows), torch.arange(n_groups + 1, device=device)
+    if type(made[0]) is Tensor:  # and no stand-in of a tracer, which must not outlive it
+        if len(_made) >= 32:
+            _made.clear()
+        _made[key] = made
+    return made
 
 
-@lru_cache(maxsize=16)
-def _limits(n_groups: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.arange(n_groups + 1, device=device)
+_made: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
 
 
 def summed(terms: Sequence[Tensor]) -> Tensor:
@@ -212,7 +213,7 @@ def summed(terms: Sequence[Tensor]) -> Tensor:
 
 
 class GroupState(nn.Module):
-    """Buffers of a method that works with groups, kept in double precision, and its count of bad rows.
+    """Buffers of a method that works with groups, kept in double precision, and its count of the rows it has seen.
 
     ``module.half()`` or ``precision="bf16-true"`` would round the method's state; here floating-point buffers keep
     their dtype and only follow the device. (On MPS, which has no float64, they are float32.)
@@ -222,20 +223,34 @@ class GroupState(nn.Module):
         names: one name per group, for messages and logs.
     """
 
-    bad_rows: Tensor
+    row_counts: Tensor
 
     def __init__(self, n_groups: int | Sequence[int], names: Sequence[str] | None = None) -> None:
         super().__init__()
         self.n_groups = check_n_groups(n_groups)
         self.group_names = name_groups(n_groups, names)
-        self.register_buffer("bad_rows", torch.zeros(2, dtype=torch.float64), persistent=False)
+        # Rows by place, as group_losses counts them; what the host has read already is kept there.
+        self.register_buffer("row_counts", torch.zeros(self.n_groups + _EXTRA, dtype=torch.float64), persistent=False)
+        self._read_counts = [0.0, 0.0]
 
-    def count_bad(self, bad: Tensor | list[float]) -> None:
-        """Add the bad rows of a step; plain numbers raise at once, a tensor at the next :meth:`raise_if_bad`."""
-        if isinstance(bad, Tensor):
-            self.bad_rows += bad
-        else:
-            self._raise(bad)
+    def count_bad(self, counts: Tensor | list[float]) -> None:
+        """Add the rows of a step, by place; bad rows in plain numbers raise at once, those in a tensor at the next
+        :meth:`raise_if_bad`.
+        """
+        if isinstance(counts, Tensor):
+            self.row_counts += counts
+            return
+        self._raise(counts[-2:])
+        self._read_counts[0] += counts[0]
+        self._read_counts[1] += sum(counts[1:-2])
+
+    def only_unlabelled(self) -> bool:
+        """Whether there were rows since the last call, but none with a group; waits for the device."""
+        counts, read = self.row_counts.tolist(), self._read_counts
+        unlabelled, labelled = counts[0] + read[0], sum(counts[1:-2]) + read[1]
+        self.row_counts[:-2] = 0
+        self._read_counts = [0.0, 0.0]
+        return unlabelled > 0 and labelled == 0
 
     def raise_if_bad(self) -> None:
         """Raise if any row since the last call was bad; waits for the device.
@@ -243,9 +258,9 @@ class GroupState(nn.Module):
         Raises:
             BadRowsError: on all ranks together, since the count is global.
         """
-        bad = self.bad_rows.clone()
-        self.bad_rows.zero_()
-        self._raise(bad.tolist())
+        bad = self.row_counts[-2:].tolist()
+        self.row_counts[-2:] = 0
+        self._raise(bad)
 
     def _raise(self, bad: list[float]) -> None:
         ids, losses = (int(x) for x in bad)

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler
-from torch.utils.data._utils.collate import default_collate
 from torch.utils.data.distributed import DistributedSampler
 
 from debias.errors import (
@@ -158,7 +157,7 @@ class StepEngine:
         loader = original(*args, **kwargs)
         _refuse_duplicating_sampler(loader, self.trainer)
         collate_fn = getattr(loader, "collate_fn", None)
-        if collate_fn is not None and collate_fn is not default_collate and not isinstance(collate_fn, TagCollate):
+        if collate_fn is not None and not isinstance(collate_fn, TagCollate):
             loader.collate_fn = TagCollate(collate_fn)
             self._collates.append((loader, collate_fn))
         return loader
