@@ -270,4 +270,4 @@ def test_a_trainer_refuses_a_mixture(first):
     mixed = {"tagged": [tagged, data], "untagged": [data, tagged], "other": [tagged, tag(data, site=[0, 1])]}[first]
     trainer = make_trainer([GroupDRO("place", 2)])
     with pytest.raises(BatchKeyError, match=r"all samples of a batch to carry the same tags, but got"):
-        trainer.fit(Classifier(), DataLoader(ConcatDataset(mixed), batch_size=4))
+        trainer.fit(Classifier(), DataLoader(ConcatDataset(mixed), batch_size=4), DataLoader(tagged))
