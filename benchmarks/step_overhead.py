@@ -111,9 +111,11 @@ class CountSyncs(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.counts = Counter()
+        self.operations = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
+        self.operations += 1
         masked = name in ("index", "index_put", "index_put_") and any(
             i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
         )
@@ -187,11 +189,11 @@ class Arm:
         self.run(steps + WARM_UP, clock)
         return clock.durations[-steps:]
 
-    def syncs(self):
-        """Operations in one step that make the host wait."""
+    def operations(self):
+        """Tensor operations of one step, views included, and those among them that make the host wait."""
         count = CountSyncs()
         self.run(5, Around(count, 3))
-        return sum(count.counts.values())
+        return count.operations, sum(count.counts.values())
 
     def memory(self):
         """Bytes of tensors allocated at the peak of one step, above those before it."""
@@ -224,7 +226,9 @@ def measure(model, methods, steps, block, accelerator):
         for name in list(arms)[:: 1 if round_ % 2 == 0 else -1]:
             times[name].append(statistics.median(arms[name].durations(block)))
     rows = []
+    plain_operations, _ = arms[PLAIN].operations()
     for name, arm in arms.items():
+        operations, syncs = arm.operations()
         pairs = list(zip(times[name], times[PLAIN], strict=True))
         extra = sorted((own - plain) / 1e3 for own, plain in pairs)
         rows.append(
@@ -237,7 +241,8 @@ def measure(model, methods, steps, block, accelerator):
                 "extra_us_high": extra[-1 - len(extra) // 4],
                 "ratio": statistics.median(own / plain for own, plain in pairs),
                 "peak_mib": arm.memory() / 2**20,
-                "host_syncs": arm.syncs(),
+                "extra_operations": operations - plain_operations,
+                "host_syncs": syncs,
                 "blocks": len(pairs),
                 "steps_per_block": block,
             }
@@ -283,14 +288,16 @@ def main():
     for model in options.models:
         print(f"\n{DETAILS[model]}")
         print(
-            f"{'method':<20}{'step':>12}{'extra':>11}{'quartiles':>20}{'ratio':>8}{'peak memory':>14}{'host syncs':>12}"
+            f"{'method':<20}{'step':>12}{'extra':>11}{'quartiles':>20}{'ratio':>8}{'peak memory':>14}"
+            f"{'operations':>12}{'host syncs':>12}"
         )
         for row in measure(model, methods, options.steps, options.block, options.accelerator):
             rows.append(row)
             quartiles = f"{row['extra_us_low']:.0f} .. {row['extra_us_high']:.0f}"
             print(
                 f"{row['method']:<20}{row['step_us']:>9.0f} us{row['extra_us']:>8.0f} us{quartiles:>20}"
-                f"{row['ratio']:>8.3f}{row['peak_mib']:>10.2f} MiB{row['host_syncs']:>12}",
+                f"{row['ratio']:>8.3f}{row['peak_mib']:>10.2f} MiB"
+                f"{row['extra_operations']:>+12}{row['host_syncs']:>12}",
                 flush=True,
             )
     if options.out is not None:

@@ -168,6 +168,26 @@ def test_error_of_debias_is_a_message_without_traceback(capsys, words, message):
     assert error.splitlines()[-1].startswith(message)
 
 
+def test_a_method_file_without_its_base(capsys):
+    error = refused(capsys, "fit", "--config", GROUP_DRO, *QUIET)
+    assert "to set `data.init_args.n_groups`, which `trainer.callbacks[0].init_args.n_groups` refers to" in error
+    assert "--config recipes/<name>/base.yaml" in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_a_checkpoint_that_is_not_there(capsys, stage):
+    error = refused(capsys, stage, "--config", BASE, "--ckpt_path", "nowhere/best.ckpt", *QUIET)
+    assert error.splitlines()[-1].startswith("error: Expected `ckpt_path` to name a checkpoint, but there is none at")
+
+
+def test_a_required_argument_that_no_file_gives(tmp_path, capsys):
+    (tmp_path / "method.yaml").write_text(Path(GROUP_DRO).read_text().replace("n_groups:", "# n_groups:"))
+    error = refused(capsys, "fit", "--config", BASE, "--config", str(tmp_path / "method.yaml"), *QUIET)
+    assert error.startswith("error: Expected `n_groups` of debias.GroupDRO, but the config does not give it.")
+    assert len(error.splitlines()) == 2
+
+
 # listings
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,9 +42,24 @@ def readable_errors() -> Iterator[None]:
 def _readable(error: BaseException) -> str | None:
     if isinstance(error, ModuleNotFoundError):
         return missing_extra(error.name or "")
+    if any(base.__name__ == "InterpolationResolutionError" for base in type(error).__mro__):  # omegaconf's
+        return _unresolved(str(error))
     from debias.errors import DebiasError
 
     return str(error) if isinstance(error, DebiasError) else None
+
+
+def _unresolved(message: str) -> str | None:
+    """Say which value refers to one that no file sets; the usual reason is a method file without its base."""
+    name = re.search(r"(?:Interpolation key '|Error trying to access )(?P<name>[\w.\[\]]+)", message)
+    place = re.search(r"full_key: (?P<place>\S+)", message)
+    if name is None:
+        return None
+    where = f"`{place['place']}`" if place else "another value"
+    return (
+        f"Expected the config to set `{name['name']}`, which {where} refers to, but no file does. A method file goes on"
+        " top of a base file, which names the data: `--config recipes/<name>/base.yaml --config <method>.yaml`."
+    )
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

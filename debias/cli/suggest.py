@@ -79,6 +79,12 @@ def explain(message: str, keys: Iterable[str]) -> str:
         return _unknown_class(f"{found['module']}.{found['name']}")
     if found := re.search(_CLASS + r"No module named", message):
         return _unknown_class(found["path"])
+    if found := re.search(_CLASS + r"the following arguments are required: (?P<names>[\w, ]+)", message):
+        names = found["names"].strip()
+        line = f"{names.partition(',')[0]}: ..."
+        return (
+            f"Expected `{names}` of {found['path']}, but the config does not give it. Write `{line}` below `init_args`."
+        )
     if found := re.search(r"Expected a dot import path string: (?P<path>\w+)", message):
         return _unknown_class(found["path"])
     if found := re.search(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import netrc
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -19,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from debias.cli.errors import readable_errors
 from debias.cli.suggest import explain
+from debias.errors import DebiasError
 
 __all__ = ["DebiasCLI", "train"]
 
@@ -107,12 +109,24 @@ class DebiasCLI(LightningCLI):
     def run_stage(self) -> None:
         """Run the stage, then say where its results lie."""
         arguments = {name: self.config_init[name] for name in self.stage_arguments}
+        _refuse_missing_checkpoint(arguments.get("ckpt_path"))
         try:
             getattr(self.trainer, self.stage)(self.model, datamodule=self.datamodule, **arguments)
         finally:
             _say_where_offline_runs_lie(self.trainer)
         if self.stage == "fit":
             _say_where_checkpoint_lies(self.trainer)
+
+
+def _refuse_missing_checkpoint(path: Any) -> None:
+    """Names that Lightning looks up itself, and addresses, are left to it."""
+    if not isinstance(path, str | Path) or str(path) in ("best", "last", "hpc") or re.match(r"\w+:", str(path)):
+        return
+    if not Path(path).exists():
+        raise DebiasError(
+            f"Expected `ckpt_path` to name a checkpoint, but there is none at {path}. `debias fit` says at its end"
+            " where the best one lies."
+        )
 
 
 @rank_zero_only

@@ -53,7 +53,7 @@ def vrex_penalty(losses: Tensor, domains: Tensor, n_domains: int, *, den: Tensor
     (sums,), _ = group_losses([(losses, torch.ones_like(losses) if den is None else den, domains)], n_domains)
     by_domain = global_sum(sums.local) / sums.divisors
     present = sums.den != 0
-    return domain_mean((by_domain - domain_mean(by_domain, present)).square(), present)
+    return domain_mean((by_domain - domain_mean(by_domain, present)).square(), present).to(losses.dtype)
 
 
 class VRExPenalty(DomainPenaltyModule):

@@ -7,6 +7,7 @@ baseline.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, describe, key_name
 from debias.step.context import Step
 from debias.step.engine import select_calls
+from debias.step.grouped import empty_groups, tag_counts
 from debias.step.head import submodule
 from debias.step.proxy import Hook
 from debias.step.tap import LossCall
@@ -223,6 +225,21 @@ class GroupMonitor(StepWatcher):
             train_counts=self.train_counts,
             ignore_index=IGNORED,
         )
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Say which groups have a sample neither in the training nor in the validation set, where tags tell."""
+        if trainer.val_dataloaders is None or not trainer.is_global_zero:
+            return
+        loaders = trainer.train_dataloader, trainer.val_dataloaders
+        counts = [tag_counts(trainer, loader, self.group, self.n_groups) for loader in loaders]
+        total = None if counts[0] is None or counts[1] is None else counts[0] + counts[1]
+        empty = empty_groups(total, self.group_names)
+        if empty:
+            warnings.warn(
+                f"{self.state_key} was given `n_groups={self.n_groups}`, but the tags of the training and validation"
+                f" set hold no sample of {empty}: their metrics are NaN. If `n_groups` counts too many, correct it.",
+                stacklevel=2,
+            )
 
     def _start(self, trainer: Any, pl_module: Any, loaders: Any) -> None:
         count = len(loaders) if isinstance(loaders, Sequence) else 1

@@ -5,45 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debias.errors import BadRowsError, DebiasError
-from debias.step.distributed import global_sum, world_size
+from debias.step.distributed import global_sum, is_distributed, world_size
 
-__all__ = ["GroupState", "GroupSums", "check_n_groups", "group_losses", "membership", "name_groups", "summed"]
-
-
-def membership(groups: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
-    """Which row is in which group.
-
-    Args:
-        groups: int64 ``(rows,)``, negative = unlabelled; or boolean membership ``(rows, n_groups)``.
-        n_groups: number of groups.
-
-    Returns:
-        Boolean ``(rows, n_groups)``, and boolean ``(rows,)`` where an id is out of range.
-    """
-    if groups.dtype == torch.bool:
-        return groups, torch.zeros(groups.shape[0], dtype=torch.bool, device=groups.device)
-    return groups.unsqueeze(1) == torch.arange(n_groups, device=groups.device), groups >= n_groups
+__all__ = ["GroupState", "GroupSums", "check_n_groups", "group_losses", "name_groups", "summed"]
 
 
 class _WeightedSum(torch.autograd.Function):
-    """``sum(weights * rows)`` as one node of the graph, with a value that is known already."""
+    """``sum(weights * rows)`` of the global batch, from factors and sums that are known already."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, factors: Tensor, num: Tensor) -> Tensor:
         ctx.save_for_backward(weights)
-        return value.clone()
+        return factors.dot(num.to(factors.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (weights,) = ctx.saved_tensors
-        return grad * weights, None, None
+        return grad * weights, None, None, None
 
 
 @dataclass(eq=False)
@@ -52,15 +38,23 @@ class GroupSums:
 
     Attributes:
         rows: numerators of this rank by row, differentiable, ``(rows,)``.
-        members: which row counts for which group, boolean ``(rows, G)``; nowhere for bad rows.
-        num: numerators of the global batch, ``(G,)``, without gradient.
-        den: denominators of the global batch, ``(G,)``, without gradient; 0 for a group that is absent.
+        places: column of each row in a table of ``G + 3`` columns, int64 ``(rows,)``, or boolean ``(rows, G + 3)``: no
+            group, the groups, an id out of range, a loss that is not finite.
+        num: numerators of the global batch, ``(G,)``, float64 (float32 on MPS), without gradient.
+        den: denominators of the global batch, as ``num``; 0 for a group that is absent.
+        checked: whether no row can be bad.
     """
 
     rows: Tensor
-    members: Tensor
+    places: Tensor
     num: Tensor
     den: Tensor
+    checked: bool = False
+
+    @cached_property
+    def members(self) -> Tensor:
+        """Which row counts for which group, boolean ``(rows, G)``; nowhere for bad rows."""
+        return _one_hot(self.places, len(self.den))[:, 1 : 1 + len(self.den)]
 
     @property
     def local(self) -> Tensor:
@@ -70,9 +64,9 @@ class GroupSums:
     @cached_property
     def divisors(self) -> Tensor:
         """The denominators, 1 where a group is absent, ``(G,)``."""
-        return torch.where(self.den != 0, self.den, 1)
+        return self.den + self.den.logical_not()
 
-    @property
+    @cached_property
     def losses(self) -> Tensor:
         """Mean loss by group, 0 where a group is absent, ``(G,)``."""
         return self.num / self.divisors
@@ -82,38 +76,135 @@ class GroupSums:
 
         Args:
             weights: ``(G,)`` without gradient.
-            by: denominators, none of them 0; those of the groups by default.
+            by: denominators, ``(G,)`` or a positive number, where 0 stands for no loss at all; those of the groups by
+                default.
+
+        Returns:
+            A scalar in the dtype of the rows.
         """
-        factors = (weights / (self.divisors if by is None else by)).to(self.rows.dtype)
-        of_rows = torch.where(self.members, factors, 0).sum(1)
-        return _WeightedSum.apply(self.rows, of_rows * world_size(), (factors * self.num).sum())
+        n_groups = self.num.shape[0]
+        of_places = self.rows.new_zeros(n_groups + _EXTRA)
+        factors = of_places.narrow(0, 1, n_groups)
+        if by is not None:
+            by = by.clamp_min(torch.finfo(factors.dtype).tiny)  # or factors of a batch without rows would be infinite
+        torch.div(weights, self.divisors if by is None else by, out=factors)
+        if self.places.dtype == torch.bool:
+            of_rows = torch.where(self.members, factors, 0).sum(1)
+        else:
+            of_rows = of_places.index_select(0, self.places)
+        if is_distributed():
+            of_rows *= world_size()
+        elif self.checked:
+            return self.rows.dot(of_rows)
+        return _WeightedSum.apply(self.rows, of_rows, factors, self.num)
 
 
-@torch.no_grad()
-def group_losses(calls: Sequence[tuple[Tensor, Tensor, Tensor]], n_groups: int) -> tuple[list[GroupSums], Tensor]:
-    """Sums by group of one or more losses, with one all-reduce of ``2 G`` floats a loss.
+def group_losses(
+    calls: Sequence[tuple[Tensor, Tensor, Tensor]], n_groups: int
+) -> tuple[list[GroupSums], Tensor | list[float]]:
+    """Sums by group of one or more losses, with one all-reduce of ``3 G + 9`` doubles a loss.
 
     Rows with an id out of range or a loss that is not finite are left out and counted.
 
     Args:
-        calls: for each loss numerators ``(rows,)``, denominators ``(rows,)`` and groups ``(rows,)`` or ``(rows, G)``.
+        calls: for each loss numerators ``(rows,)``, denominators ``(rows,)`` and groups ``(rows,)`` (negative =
+            unlabelled) or boolean ``(rows, G)``.
         n_groups: number of groups G.
 
     Returns:
-        The sums of each loss, and the number of bad rows of the global batch: ``(2,)``, bad ids and bad losses.
+        The sums of each loss, and the numbers of rows of the global batch by place, ``(G + 3,)``, for
+        :meth:`GroupState.count_bad`: a tensor, or plain numbers where reading them waits for nothing.
     """
-    parts, stats, bad = [], [], []
-    for num, den, groups in calls:
-        members, bad_ids = membership(groups, n_groups)
-        good = num.isfinite()
-        members = members & good.unsqueeze(1)
-        parts.append((num, members))
-        stats.append(torch.where(members, torch.stack((num, den)).unsqueeze(-1), 0).sum(1).flatten())
-        # A bad loss of an unlabelled row counts too: its NaN would reach the gradients all the same.
-        bad.append(torch.stack((bad_ids, ~good)).sum(1))
-    total = global_sum(torch.cat([*stats, summed(bad).to(stats[0].dtype)]))
-    sums = [GroupSums(*part, *total[2 * i * n_groups :][: 2 * n_groups].chunk(2)) for i, part in enumerate(parts)]
-    return sums, total[-2:]
+    on_host = _on_host(calls[0][0])
+    places, tables = _tables(calls, n_groups, look_for_bad=not on_host)
+    counts: Tensor | list[float]
+    if on_host:
+        listed = [table.tolist() for table in tables]
+        checked = all(isfinite(sum(num)) for num, _, _ in listed)
+        if not checked:  # on all ranks alike, since the tables are global
+            places, tables = _tables(calls, n_groups, look_for_bad=True)
+            listed = [table.tolist() for table in tables]
+        counts = [sum(column) for column in zip(*[table[2] for table in listed], strict=True)]
+    else:
+        checked, counts = False, summed([table[2] for table in tables])
+    sums = []
+    for (rows, _, _), place, table in zip(calls, places, tables, strict=True):
+        num, den, _ = table.narrow(1, 1, n_groups).unbind()
+        sums.append(GroupSums(rows, place, num, den, checked))
+    return sums, counts
+
+
+# Columns of a table beside those of the groups: before them no group, after them bad ids and bad losses.
+_EXTRA = 3
+# Rows whose places are compared with all columns at once; it bounds the memory that a loss per pixel takes.
+_CHUNK = 2**18
+
+
+def _tables(
+    calls: Sequence[tuple[Tensor, Tensor, Tensor]], n_groups: int, *, look_for_bad: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Places of the rows, and numerators, denominators and counts of the global batch by place, ``(3, G + 3)``."""
+    places, tables = [], []
+    for rows, den, groups in calls:
+        num = rows.detach()
+        ones, limits = _constants(num.shape[0], n_groups, num.device)
+        if groups.dtype == torch.bool:
+            place = F.pad(groups, (1, 2))
+        else:
+            place = torch.bucketize(groups.long().contiguous(), limits, right=True)
+        if look_for_bad:
+            difference = num - num  # NaN where the loss is NaN or infinite, in half of isfinite()'s operations
+            bad = difference != difference
+            # Also a bad loss of an unlabelled row: its NaN would reach the gradients all the same.
+            if place.dtype == torch.bool:
+                place = place.masked_fill(bad.unsqueeze(1), False)
+                place[:, -1] = bad
+            else:
+                place = place.masked_fill(bad, n_groups + 2)
+        places.append(place)
+        data = torch.stack((num, den.detach() if den.requires_grad else den, ones))  # promotes to double precision
+        tables.append(_table(data, place, n_groups))
+    if len(tables) == 1:
+        return places, [global_sum(tables[0])]
+    return places, list(global_sum(torch.stack(tables)))
+
+
+def _on_host(x: Tensor) -> bool:
+    """Whether reading a tensor waits for nothing."""
+    return x.device.type == "cpu"
+
+
+def _table(data: Tensor, places: Tensor, n_groups: int) -> Tensor:
+    """Sums of the columns of ``data`` ``(3, rows)`` by place."""
+    if _on_host(data) and places.dtype != torch.bool:
+        return data.new_zeros(3, n_groups + _EXTRA).scatter_add_(1, places.expand(3, -1), data)
+    # Elsewhere scattering would add in another order in every run.
+    parts = zip(data.split(_CHUNK, dim=1), places.split(_CHUNK), strict=True)
+    return summed([torch.where(_one_hot(place, n_groups), x.unsqueeze(-1), 0).sum(1) for x, place in parts])
+
+
+def _one_hot(places: Tensor, n_groups: int) -> Tensor:
+    if places.dtype == torch.bool:
+        return places
+    return places.unsqueeze(1) == torch.arange(n_groups + _EXTRA, device=places.device)
+
+
+def _constants(rows: int, n_groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A one for each row, in the precision of the sums, and the ids that separate the columns of a table."""
+    key = rows, n_groups, device
+    if key in _made:
+        return _made[key]
+    with torch.inference_mode(False):
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        made = torch.ones((), dtype=dtype, device=device).expand(rows), torch.arange(n_groups + 1, device=device)
+    if type(made[0]) is Tensor:  # and no stand-in of a tracer, which must not outlive it
+        if len(_made) >= 32:
+            _made.clear()
+        _made[key] = made
+    return made
+
+
+_made: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
 
 
 def summed(terms: Sequence[Tensor]) -> Tensor:
@@ -122,7 +213,7 @@ def summed(terms: Sequence[Tensor]) -> Tensor:
 
 
 class GroupState(nn.Module):
-    """Buffers of a method that works with groups, kept in double precision, and its count of bad rows.
+    """Buffers of a method that works with groups, kept in double precision, and its count of the rows it has seen.
 
     ``module.half()`` or ``precision="bf16-true"`` would round the method's state; here floating-point buffers keep
     their dtype and only follow the device. (On MPS, which has no float64, they are float32.)
@@ -132,20 +223,34 @@ class GroupState(nn.Module):
         names: one name per group, for messages and logs.
     """
 
-    bad_rows: Tensor
+    row_counts: Tensor
 
     def __init__(self, n_groups: int | Sequence[int], names: Sequence[str] | None = None) -> None:
         super().__init__()
         self.n_groups = check_n_groups(n_groups)
         self.group_names = name_groups(n_groups, names)
-        self.register_buffer("bad_rows", torch.zeros(2, dtype=torch.float64), persistent=False)
+        # Rows by place, as group_losses counts them; what the host has read already is kept there.
+        self.register_buffer("row_counts", torch.zeros(self.n_groups + _EXTRA, dtype=torch.float64), persistent=False)
+        self._read_counts = [0.0, 0.0]
 
-    def count_bad(self, bad: Tensor) -> None:
-        """Add the bad rows of a step; on CPU raise at once, elsewhere at the next :meth:`raise_if_bad`."""
-        if bad.device.type == "cpu":
-            self._raise(bad)
-        else:
-            self.bad_rows += bad
+    def count_bad(self, counts: Tensor | list[float]) -> None:
+        """Add the rows of a step, by place; bad rows in plain numbers raise at once, those in a tensor at the next
+        :meth:`raise_if_bad`.
+        """
+        if isinstance(counts, Tensor):
+            self.row_counts += counts
+            return
+        self._raise(counts[-2:])
+        self._read_counts[0] += counts[0]
+        self._read_counts[1] += sum(counts[1:-2])
+
+    def only_unlabelled(self) -> bool:
+        """Whether there were rows since the last call, but none with a group; waits for the device."""
+        counts, read = self.row_counts.tolist(), self._read_counts
+        unlabelled, labelled = counts[0] + read[0], sum(counts[1:-2]) + read[1]
+        self.row_counts[:-2] = 0
+        self._read_counts = [0.0, 0.0]
+        return unlabelled > 0 and labelled == 0
 
     def raise_if_bad(self) -> None:
         """Raise if any row since the last call was bad; waits for the device.
@@ -153,12 +258,12 @@ class GroupState(nn.Module):
         Raises:
             BadRowsError: on all ranks together, since the count is global.
         """
-        bad = self.bad_rows.clone()
-        self.bad_rows.zero_()
+        bad = self.row_counts[-2:].tolist()
+        self.row_counts[-2:] = 0
         self._raise(bad)
 
-    def _raise(self, bad: Tensor) -> None:
-        ids, losses = (int(x) for x in bad.tolist())
+    def _raise(self, bad: list[float]) -> None:
+        ids, losses = (int(x) for x in bad)
         if not ids and not losses:
             return
         if ids:

@@ -40,7 +40,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from debias.errors import DebiasError
-from debias.ops.groups import membership
 from debias.step.distributed import gather, global_sum, is_distributed
 
 __all__ = [
@@ -527,7 +526,8 @@ def domain_mean(values: Tensor, present: Tensor, dim: int = 0) -> Tensor:
 
 
 def make_members(domains: Tensor, n_domains: int, rows: int) -> Tensor:
-    """Which row is in which domain, boolean ``(rows, E)``, from ids ``(rows,)`` or a membership.
+    """Which row is in which domain, boolean ``(rows, E)``, from ids ``(rows,)``, negative where unlabelled, or a
+    membership.
 
     Raises:
         DebiasError: the shapes do not fit.
@@ -538,7 +538,9 @@ def make_members(domains: Tensor, n_domains: int, rows: int) -> Tensor:
             f"Expected `domains` to be integer ids of shape ({rows},), -1 for unlabelled, or a boolean membership of"
             f" shape ({rows}, {n_domains}), but got {domains.dtype} of shape {tuple(domains.shape)}."
         )
-    return membership(domains, n_domains)[0]
+    if domains.dtype == torch.bool:
+        return domains
+    return domains.unsqueeze(1) == torch.arange(n_domains, device=domains.device)
 
 
 def _check_logits(logits: Tensor) -> None:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
-from debias.ops.groups import GroupState, membership
+from debias.ops.groups import GroupState, group_losses
 from debias.ops.schedule import PenaltySchedule
-from debias.step.distributed import global_sum
 
 __all__ = ["DomainPenaltyModule"]
 
@@ -82,14 +81,12 @@ class DomainPenaltyModule(GroupState):
         return weight * penalty(*inputs)
 
     def count_rows(self, domains: Tensor, rows: Tensor) -> None:
-        """Count ids out of range and rows that are not finite, over all ranks; raises on CPU.
+        """Count rows by domain, with ids out of range and rows that are not finite, over all ranks; raises on CPU.
 
         Args:
-            domains: ids or membership, see :func:`debias.ops.groups.membership`.
+            domains: ids or membership, see :func:`debias.ops.groups.group_losses`.
             rows: floating-point, ``(rows, ...)``.
         """
-        with torch.no_grad():
-            bad_ids = membership(domains, self.n_groups)[1]
-            bad_rows = ~rows.isfinite() if rows.ndim == 1 else ~rows.flatten(1).isfinite().all(1)
-            bad = torch.stack((bad_ids.sum(), bad_rows.sum())).to(self.bad_rows.dtype)
-            self.count_bad(global_sum(bad))
+        rows = rows.detach()
+        of_rows = rows if rows.ndim == 1 else rows.flatten(1).float().sum(1)
+        self.count_bad(group_losses([(of_rows, torch.ones_like(of_rows), domains)], self.n_groups)[1])

@@ -34,6 +34,22 @@ class TaggedSample:
     sample: Any
     tags: dict[str, Any]
 
+    def __iter__(self) -> Any:
+        raise BatchKeyError(
+            f"Expected the bare sample of a tagged dataset, but got it with its tags {sorted(self.tags)}. Take"
+            " `dataset[i].sample` (and `dataset[i].tags`), and put `tag(...)` around everything else: it has to be the"
+            " outermost dataset. If tagged and untagged samples meet in one batch, tag all of them (-1 = unlabelled)."
+        )
+
+    def __getitem__(self, key: Any) -> Any:
+        return iter(self)  # the same advice
+
+    def __len__(self) -> int:
+        return len(list(self))  # the same advice
+
+    def __bool__(self) -> bool:
+        return True
+
 
 @dataclass
 class TaggedBatch:
@@ -65,8 +81,23 @@ class TaggedBatch:
 
 
 def _collate_tagged(batch: list[TaggedSample], *, collate_fn_map: Any = None) -> TaggedBatch:
-    samples = default_collate([item.sample for item in batch])
-    return TaggedBatch(samples, default_collate([item.tags for item in batch]))
+    return TagCollate(default_collate)(batch)
+
+
+def _refuse_mixed(items: list[Any]) -> None:
+    """All samples of a batch carry the same tags, or none does."""
+    first = _tag_names(items[0])
+    other = next((names for names in map(_tag_names, items) if names != first), first)
+    if other != first:
+        raise BatchKeyError(
+            f"Expected all samples of a batch to carry the same tags, but got {first or 'none'} and {other or 'none'}."
+            " Where datasets are joined, tag each of them alike, or the joined one: `tag(ConcatDataset([...]),"
+            " place=ids)`; -1 stands for unlabelled."
+        )
+
+
+def _tag_names(item: Any) -> list[str]:
+    return sorted(item.tags) if isinstance(item, TaggedSample) else []
 
 
 # PyTorch's own extension point: any DataLoader with the default collate_fn now yields TaggedBatch for tagged datasets.
@@ -85,7 +116,8 @@ class TagCollate:
 
     def __call__(self, items: Any) -> Any:
         """Collate the bare samples, and the tags beside them."""
-        if isinstance(items, list) and items and isinstance(items[0], TaggedSample):
+        if isinstance(items, list) and any(isinstance(item, TaggedSample) for item in items):
+            _refuse_mixed(items)
             tags = default_collate([item.tags for item in items])
             return TaggedBatch(self.collate_fn([item.sample for item in items]), tags)
         if isinstance(items, TaggedSample):  # batch_size=None: the dataset yields whole batches

@@ -97,7 +97,9 @@ class Step:
     def _one(self, key: BatchKey, argument: str) -> Tensor:
         value = self.read(key, argument=argument)
         try:
-            ids = torch.as_tensor(value, device=self.module.device)
+            device = self.module.device
+            here = isinstance(value, Tensor) and value.device == device
+            ids = value if here else torch.as_tensor(value, device=device)
         except (TypeError, ValueError, RuntimeError):
             ids = None
         if ids is None or ids.is_floating_point() or ids.is_complex():

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler
-from torch.utils.data._utils.collate import default_collate
 from torch.utils.data.distributed import DistributedSampler
 
 from debias.errors import (
@@ -158,7 +157,7 @@ class StepEngine:
         loader = original(*args, **kwargs)
         _refuse_duplicating_sampler(loader, self.trainer)
         collate_fn = getattr(loader, "collate_fn", None)
-        if collate_fn is not None and collate_fn is not default_collate and not isinstance(collate_fn, TagCollate):
+        if collate_fn is not None and not isinstance(collate_fn, TagCollate):
             loader.collate_fn = TagCollate(collate_fn)
             self._collates.append((loader, collate_fn))
         return loader
@@ -190,9 +189,11 @@ class StepEngine:
         if not debiasers or not self.trainer.training:
             return original(*args, **kwargs)
         step = self._step(stage, args, kwargs)
+        received = step.batch
         for watcher in debiasers:
             watcher.start(step)
-        args, kwargs = _with_batch(args, kwargs, step.batch)
+        if step.batch is not received:
+            args, kwargs = _with_batch(args, kwargs, step.batch)
         for watcher in debiasers:
             watcher.begin(step)
         reweigher = next((w for w in debiasers if w.reweighs), None)
@@ -430,7 +431,9 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor) or value.device == device:
+        return value
+    return value.to(device, non_blocking=True)
 
 
 def _with_batch(args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, SubsetRandomSampler
 
 from debias.errors import BatchKeyError, DebiasError
 from debias.step.batch import BatchKey, split_tags
@@ -16,7 +17,7 @@ from debias.step.context import Step
 from debias.step.tap import LossCall
 from debias.step.watcher import Debiaser, default_name
 
-__all__ = ["GroupDebiaser", "count_groups"]
+__all__ = ["GroupDebiaser", "count_groups", "empty_groups", "tag_counts"]
 
 
 class GroupDebiaser(Debiaser):
@@ -45,6 +46,7 @@ class GroupDebiaser(Debiaser):
             )
         self.group = group
         self.n_groups = n_groups
+        self._said_unlabelled = False
 
     def sample_ids(self, step: Step) -> Tensor:
         """Group ids ``(N,)`` or membership ``(N, G)``."""
@@ -70,13 +72,33 @@ class GroupDebiaser(Debiaser):
         return losses
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Count the groups of the training set once, if the method needs it and nobody gave or saved the counts."""
-        if self.module.needs_counts and not self.module.has_counts:
-            self.module.set_counts(count_groups(trainer, self.group, self.n_groups))
+        """Count the groups of the training set once, if the method needs it and nobody gave or saved the counts; else
+        say which ones have no sample, where tags tell.
+        """
+        if self.module.needs_counts:
+            if not self.module.has_counts:
+                self.module.set_counts(count_groups(trainer, self.group, self.n_groups))
+            return
+        counts = tag_counts(trainer, trainer.train_dataloader, self.group, self.n_groups)
+        empty = empty_groups(counts, self.module.group_names)
+        if empty and trainer.is_global_zero:
+            warnings.warn(
+                f"{self.state_key} was given `n_groups={self.n_groups}`, but the tags of the training set hold no"
+                f" sample of {empty}. If `n_groups` counts too many, correct it; else these groups take no part.",
+                stacklevel=2,
+            )
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """No epoch ends with bad rows unsaid."""
+        """No epoch ends with bad rows unsaid, nor the first one with unlabelled rows alone."""
         self.module.raise_if_bad()
+        if self.module.only_unlabelled() and not self._said_unlabelled:
+            self._said_unlabelled = True
+            if trainer.is_global_zero:
+                warnings.warn(
+                    f"{self.state_key} has seen no labelled sample in this epoch: all ids of `group={self.group!r}`"
+                    " were negative, so the loss had no gradient. Check the ids; -1 stands for unlabelled.",
+                    stacklevel=2,
+                )
 
 
 def count_groups(trainer: Any, key: Any, n_groups: int | Sequence[int]) -> Tensor:
@@ -105,16 +127,47 @@ def count_groups(trainer: Any, key: Any, n_groups: int | Sequence[int]) -> Tenso
     return counts  # type: ignore[return-value]
 
 
+def tag_counts(trainer: Any, loaders: Any, key: Any, n_groups: int | Sequence[int]) -> Tensor | None:
+    """Samples of each group in the datasets of these loaders, ``(G,)``; None where their tags do not tell, so that it
+    would take a pass over the data.
+    """
+    loaders = list(loaders.values()) if isinstance(loaders, dict) else loaders
+    counts = torch.zeros(1)
+    for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+        if (tags := _tags(_drawn_from(loader), key)) is None:
+            return None
+        try:
+            counts = counts + _sum_up([(None, tags)], key, n_groups, trainer)
+        except BatchKeyError:  # the first step says it, and the shape it has in a batch
+            return None
+    return counts if len(counts) == torch.tensor(n_groups).prod() else None
+
+
+def empty_groups(counts: Tensor | None, names: Sequence[str]) -> str:
+    """The names of the groups without a sample, to be read; empty if there are none or nobody knows."""
+    if counts is None:
+        return ""
+    empty = [name for name, count in zip(names, counts.tolist(), strict=True) if not count]
+    more = f" and {len(empty) - 10} more" if len(empty) > 10 else ""
+    return ("group " if len(empty) == 1 else "groups ") + ", ".join(empty[:10]) + more if empty else ""
+
+
 def _count(loader: Any, dataset: Any, key: Any, n_groups: Any, trainer: Any) -> Tensor:
-    if isinstance(sampler := getattr(loader, "sampler", None), SubsetRandomSampler):
-        dataset = Subset(dataset, list(sampler.indices))
-    keys = list(key) if isinstance(key, tuple | list) else [key]
-    tags = [_tag_array(dataset, k) for k in keys]
-    if all(t is not None for t in tags):
-        parts: Any = [(None, dict(zip([str(k) for k in keys], tags, strict=True)))]
-    else:
-        with torch.random.fork_rng(devices=[]):
-            parts = [split_tags(b) for b in DataLoader(dataset, batch_size=256, collate_fn=loader.collate_fn)]
+    dataset = _drawn_from(loader)
+    if (tags := _tags(dataset, key)) is not None:
+        return _sum_up([(None, tags)], key, n_groups, trainer)
+    with torch.random.fork_rng(devices=[]):
+        parts = [split_tags(b) for b in DataLoader(dataset, batch_size=256, collate_fn=loader.collate_fn)]
+    return _sum_up(parts, key, n_groups, trainer)
+
+
+def _drawn_from(loader: Any) -> Any:
+    dataset: Any = getattr(loader, "dataset", None)
+    sampler = getattr(loader, "sampler", None)
+    return Subset(dataset, list(sampler.indices)) if isinstance(sampler, SubsetRandomSampler) else dataset
+
+
+def _sum_up(parts: Any, key: Any, n_groups: Any, trainer: Any) -> Tensor:
     total = torch.zeros(1)
     for batch, tag_values in parts:
         step = Step(trainer, _OnCPU, "train", batch, tag_values)
@@ -133,11 +186,25 @@ class _OnCPU:
     device = torch.device("cpu")
 
 
+def _tags(dataset: Any, key: Any) -> dict[str, Any] | None:
+    """The whole arrays of the tags that a key names; None unless all of it is tags."""
+    keys = list(key) if isinstance(key, tuple | list) else [key]
+    tags = {str(k): _tag_array(dataset, k) for k in keys}
+    return None if any(array is None for array in tags.values()) else tags
+
+
 def _tag_array(dataset: Any, key: Any) -> Any:
-    """The whole array of a tag, through subsets and nested tags; None if there is none, or another dataset between."""
+    """The whole array of a tag, through subsets, concatenations and nested tags; None if there is none, or another
+    dataset between.
+    """
     if isinstance(dataset, Subset):
         inner = _tag_array(dataset.dataset, key)
         return None if inner is None else inner[torch.as_tensor(dataset.indices)]
+    if isinstance(dataset, ConcatDataset):
+        parts = [_tag_array(part, key) for part in dataset.datasets]
+        return None if any(part is None for part in parts) else torch.cat(parts)
+    if not hasattr(dataset, "__dict__"):
+        return None
     tags = vars(dataset).get("tags")
     if not isinstance(tags, dict) or not isinstance(key, str):
         return None

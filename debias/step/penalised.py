@@ -16,6 +16,7 @@ from debias.ops.head_autograd import AutogradHeadStatistics
 from debias.ops.head_statistics import HeadLoss, HeadStatistics, make_head_loss, make_members
 from debias.step.batch import BatchKey
 from debias.step.context import Step
+from debias.step.grouped import tag_counts
 from debias.step.tap import LossCall
 from debias.step.watcher import Debiaser, default_name
 
@@ -72,7 +73,7 @@ class DomainPenalty(Debiaser):
                 " a linear head."
             )
         self.derivatives = derivatives
-        self._warned = self._checked = False
+        self._warned = self._checked = self._said_unlabelled = False
 
     # -- what a method overrides -------------------------------------------------------------------
 
@@ -124,9 +125,27 @@ class DomainPenalty(Debiaser):
             for optimizer in trainer.optimizers:
                 optimizer.state.clear()
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Say so where the tags of the training set hold fewer than two domains."""
+        counts = tag_counts(trainer, trainer.train_dataloader, self.domain, self.n_domains)
+        if counts is not None and int((counts > 0).sum()) < 2 and trainer.is_global_zero:
+            warnings.warn(
+                f"{self.state_key} compares domains, but the tags of the training set hold samples of"
+                f" {int((counts > 0).sum())} only: the penalty will be 0. Check the ids of `domain={self.domain!r}`.",
+                stacklevel=2,
+            )
+
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """No epoch ends with bad rows unsaid."""
+        """No epoch ends with bad rows unsaid, nor the first one with unlabelled rows alone."""
         self._raise_if_bad(trainer.global_step)
+        if self.module.only_unlabelled() and not self._said_unlabelled:
+            self._said_unlabelled = True
+            if trainer.is_global_zero:
+                warnings.warn(
+                    f"{self.state_key} has seen no labelled sample in this epoch: all ids of `domain={self.domain!r}`"
+                    " were negative, so there was no penalty. Check the ids; -1 stands for unlabelled.",
+                    stacklevel=2,
+                )
 
     def _count_rows(self, call: LossCall, ids: Tensor, step: Step) -> None:
         try:

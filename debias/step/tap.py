@@ -68,7 +68,8 @@ class LossCall:
         num, den = self._elements()
         if num.dtype in (torch.float16, torch.bfloat16):
             num = num.float()
-        return num, den.to(num.dtype).expand(num.shape)
+        den = den.to(num.dtype)
+        return num, den if den.shape == num.shape else den.expand(num.shape)
 
     @cached_property
     def _per_row(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -255,6 +256,7 @@ _WHERE = frozenset({torch.where})
 _FILL = frozenset({_T.masked_fill, torch.masked_fill})
 _ADD = frozenset({_T.add, torch.add})
 _FOLLOWED = MOVES | CASTS | _MUL | _DIV | _SUM | _MEAN | _WHERE | _FILL | _ADD
+_WATCHED = frozenset(LOSSES) | _FOLLOWED | RECORDED | _NOT_PER_SAMPLE
 
 
 class Finder(Protocol):
@@ -306,7 +308,7 @@ class LossTap(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.suspended:
+        if self.suspended or (func not in _WATCHED and self.finder is None):
             return func(*args, **kwargs)
         if func in LOSSES:
             return self._loss(func, args, kwargs)
@@ -333,10 +335,9 @@ class LossTap(TorchFunctionMode):
         if self.training and not (torch.is_grad_enabled() and _requires_grad(logits, target)):
             return func(*args, **kwargs)
         reduction = _legacy(arguments)
-        plain = {k: v for k, v in arguments.items() if k not in ("reduction", "size_average", "reduce")}
 
         def elements() -> tuple[Tensor, Tensor]:
-            losses = unreduced(func, plain)
+            losses = unreduced(func, arguments)
             return losses, LOSSES[func](losses, arguments)
 
         call = self._call(func.__name__, logits, target, "mean" if reduction == "batchmean" else reduction, elements)
@@ -380,8 +381,9 @@ class LossTap(TorchFunctionMode):
             out = _LateGradient.apply(num, call.late.value, call.late)
         else:
             out = self.combine(call)
-        if out.requires_grad and self.training:
-            call.edge = torch.autograd.graph.get_gradient_edge(out)
+        if self.training and out.grad_fn is not None:
+            # What get_gradient_edge(out) returns, without its checks.
+            call.edge = torch.autograd.graph.GradientEdge(out.grad_fn, out.output_nr)
         return out
 
     def _sample_numbers(self, call: LossCall, num: Tensor) -> Tensor | None:
@@ -503,11 +505,13 @@ def _requires_grad(*tensors: Any) -> bool:
 
 def unreduced(func: Any, arguments: dict[str, Any]) -> Tensor:
     """The loss per element, computed in at least float32 and outside autocast."""
-    upcast = {
-        name: x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
-        for name, x in arguments.items()
-    }
-    device = next(x.device.type for x in arguments.values() if isinstance(x, Tensor))
+    upcast, device = {}, ""
+    for name, x in arguments.items():
+        if isinstance(x, Tensor):
+            device = device or x.device.type
+            upcast[name] = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        elif name not in ("reduction", "size_average", "reduce"):
+            upcast[name] = x
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return func(**upcast, reduction="none")

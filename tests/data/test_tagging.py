@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, TensorDataset
 
+from _support.fits import Classifier, make_trainer
+from debias import GroupDRO
 from debias.data import TaggedDataset, tag
 from debias.errors import BatchKeyError, DataError
 from debias.step.batch import TagCollate, TaggedBatch, TaggedSample, read, replace, split_tags
@@ -232,3 +234,40 @@ def test_a_tagged_batch_that_user_code_opens_itself_says_what_to_do():
         _, _ = batch
     with pytest.raises(BatchKeyError, match=r"`tagged.batch`"):
         batch[0]
+
+
+def test_a_tagged_sample_that_user_code_opens_itself_says_what_to_do():
+    tagged = tag([(1.0, 0), (2.0, 1)], place=[0, 1])
+    with pytest.raises(BatchKeyError, match=r"tags \['place'\]. Take `dataset\[i\].sample`"):
+        _, _ = tagged[0]
+    with pytest.raises(BatchKeyError, match=r"`dataset\[i\].sample`"):
+        tagged[0]["image"]
+    with pytest.raises(BatchKeyError, match=r"`dataset\[i\].sample`"):
+        len(tagged[0])
+    assert tagged[0]
+
+
+def plain_collate(items):
+    return torch.tensor([item[0] for item in items])
+
+
+@pytest.mark.parametrize("collate_fn", [None, TagCollate(plain_collate)], ids=["default", "own"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_tagged_and_untagged_samples_do_not_mix(collate_fn, workers):
+    data = [(1.0, 0), (2.0, 1)]
+    tagged, other = tag(data, place=[0, 1]), tag(data, site=[0, 1])
+    for mixed in ([tagged, data], [data, tagged], [tagged, other]):
+        loader = DataLoader(ConcatDataset(mixed), batch_size=4, collate_fn=collate_fn, num_workers=workers)
+        with pytest.raises(BatchKeyError, match=r"samples of a batch|If tagged and untagged samples meet"):
+            next(iter(loader))
+
+
+@pytest.mark.parametrize("first", ["tagged", "untagged", "other"])
+def test_a_trainer_refuses_a_mixture(first):
+    """Whatever the samples are: the engine's collate_fn looks before PyTorch's own can fail over them."""
+    data = TensorDataset(torch.randn(2, 3), torch.tensor([0, 1]))
+    tagged = tag(data, place=[0, 1])
+    mixed = {"tagged": [tagged, data], "untagged": [data, tagged], "other": [tagged, tag(data, site=[0, 1])]}[first]
+    trainer = make_trainer([GroupDRO("place", 2)])
+    with pytest.raises(BatchKeyError, match=r"all samples of a batch to carry the same tags, but got"):
+        trainer.fit(Classifier(), DataLoader(ConcatDataset(mixed), batch_size=4), DataLoader(tagged))

@@ -8,11 +8,11 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from _support import head_oracle as oracle
-from _support.fits import Classifier, loader, make_trainer, parameters, train, val_loader
 from torch import nn
 from torch.utils.data import DataLoader
 
+from _support import head_oracle as oracle
+from _support.fits import Classifier, loader, make_trainer, parameters, train, val_loader
 from debias import CORAL, HessianAlignment, HessianAlignmentMixin, HessianAlignmentPenalty
 from debias.errors import BadRowsError, DebiasError, HeadNotFoundError
 from debias.functional import hessian_alignment_penalty

@@ -7,11 +7,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from _support import head_oracle as oracle
-from _support.fits import Classifier, loader, make_trainer, parameters, train, val_loader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from _support import head_oracle as oracle
+from _support.fits import Classifier, loader, make_trainer, parameters, train, val_loader
 from debias import CORAL, IRM, MMD, CORALPenalty, Fishr, FishrPenalty, IRMPenalty, MMDPenalty, VREx, VRExPenalty
 from debias.errors import BadRowsError, DebiasError
 from debias.functional import coral_penalty, irm_penalty, mmd_penalty, vrex_penalty

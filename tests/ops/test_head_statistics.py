@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _support import head_oracle as oracle
 from torch import nn
 
+from _support import head_oracle as oracle
 from debias.errors import DebiasError
 from debias.ops.head_autograd import AutogradHeadStatistics
 from debias.ops.head_statistics import HeadStatistics, make_head_loss, make_members

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
+from unittest import mock
+
 import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
 
 from _support.cases import build
 from _support.doubles import LogitVariance
@@ -13,6 +24,7 @@ from _support.fits import Classifier, loader, make_trainer, parameters, problem,
 from _support.runs import Manual, Skipping, ddp, fit
 from debias import GroupDRO, GroupMonitor, GroupReweighting
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, UnsupportedStrategyError
+from debias.ops import groups
 from debias.step.proxy import StepProxy
 
 
@@ -126,6 +138,79 @@ def test_membership_of_another_width():
 def test_a_group_without_training_samples():
     match = r"every group to have training samples, but got none of 2"
     refused(DebiasError, match, build("GroupReweighting"), batches=loader(place=torch.arange(39) % 2))
+
+
+def fit_and_collect(callbacks, batches, **options):
+    """The texts of the warnings of a run; of nothing but debias's own."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(callbacks, **options).fit(Classifier(), batches, val_loader())
+    return [str(w.message) for w in caught if "GroupDRO(" in str(w.message) or "GroupMonitor(" in str(w.message)]
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_groups_that_the_tags_do_not_hold_are_named_once(joined):
+    batches = loader()
+    if joined:
+        part = batches.dataset
+        batches = DataLoader(ConcatDataset([part, Subset(part, [1, 0])]), batch_size=16)
+    names = ["a", "b", "c", "d", "e"]
+    said = fit_and_collect([GroupDRO("place", 5, group_names=names), GroupMonitor("place", 5)], batches, max_epochs=2)
+    assert [text.split(" was given")[0] for text in said] == ["GroupMonitor(place)", "GroupDRO(place)"] or [
+        text.split(" was given")[0] for text in said
+    ] == ["GroupDRO(place)", "GroupMonitor(place)"]
+    assert any("the tags of the training set hold no sample of groups d, e. If" in text for text in said)
+    assert any("training and validation set hold no sample of groups 3, 4: their" in text for text in said)
+
+
+def test_groups_are_not_looked_for_where_that_takes_a_pass_over_the_data():
+    class Counted(TensorDataset):
+        read = 0
+
+        def __getitem__(self, i):
+            Counted.read += 1
+            return super().__getitem__(i)
+
+    x, y = problem().tensors
+    said = fit_and_collect(
+        [GroupDRO(lambda batch: batch[1], 5, name="label")], DataLoader(Counted(x, y), batch_size=13), max_epochs=1
+    )
+    assert said == []
+    assert Counted.read == len(x)
+
+
+def test_a_monitor_says_nothing_of_groups_that_are_held_out():
+    """Leaving a domain out of training is not a mistake; it is in the validation set."""
+    x, y = problem(n=32).tensors
+    held_out = DataLoader(tagged(TensorDataset(x, y), place=torch.arange(32) % 2), batch_size=16)
+    assert fit_and_collect([GroupMonitor("place", 3)], held_out, max_epochs=1) == []
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_a_run_without_any_label_is_said_once(on_host):
+    """On other devices the rows are counted in a buffer, which is read at the end of an epoch."""
+    batches = loader(place=torch.full((39,), -1))
+    model, callback = Classifier(), GroupDRO("place", 3, group_counts=[1, 1, 1], adjustment=1.0)
+    before = parameters(model)
+    with (
+        mock.patch.object(groups, "_on_host", return_value=on_host),
+        pytest.warns(UserWarning, match="no labelled") as caught,
+    ):
+        make_trainer([callback], max_epochs=2, log_every_n_steps=2).fit(model, batches, val_loader())
+    said = [str(w.message) for w in caught if "no labelled sample" in str(w.message)]
+    assert len(said) == 1
+    assert said[0].startswith("GroupDRO(place) has seen no labelled sample in this epoch: all ids of `group='place'`")
+    assert same(parameters(model), before)
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_one_label_is_enough_to_say_nothing(on_host):
+    """Also where only the first batch of an epoch holds it."""
+    place = torch.full((39,), -1)
+    place[3] = 1
+    with mock.patch.object(groups, "_on_host", return_value=on_host):
+        callback = GroupDRO("place", 3, group_counts=[1, 1, 1], adjustment=1.0)
+        make_trainer([callback], max_epochs=2, log_every_n_steps=1).fit(Classifier(), loader(place=place), val_loader())
 
 
 def test_head_that_is_not_there():

@@ -27,6 +27,7 @@ from debias.errors import (
 
 N, D, C = 6, 5, 4
 GROUPS = torch.tensor([0, 0, 0, 0, 2, 2])  # group 1 is absent
+pytestmark = pytest.mark.filterwarnings("ignore:.*hold no sample of group 1:UserWarning")
 STEP_SIZE = 0.5
 QUIET = {
     "logger": False,

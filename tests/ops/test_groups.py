@@ -1,0 +1,167 @@
+"""Sums by group against loops over plain numbers, computed in both ways: with the host reading along, as on a CPU, and
+without, as on an accelerator."""
+
+import math
+
+import pytest
+import torch
+
+from debias import GroupDROLoss
+from debias.errors import BadRowsError
+from debias.ops import groups as ops
+from debias.ops.groups import group_losses
+
+G = 3
+
+
+@pytest.fixture(params=["host reads along", "nothing is read"], autouse=True)
+def device(request, monkeypatch):
+    if request.param == "nothing is read":
+        monkeypatch.setattr(ops, "_on_host", lambda x: False)
+
+
+def example(n=40, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    num, den = torch.rand(n, generator=g, dtype=torch.float64), torch.rand(n, generator=g, dtype=torch.float64)
+    return num, den, torch.randint(-2, G, (n,), generator=g)
+
+
+def by_loop(num, den, groups):
+    rows = list(zip(num.tolist(), den.tolist(), groups.tolist(), strict=True))
+    good = [row for row in rows if math.isfinite(row[0])]
+    return (
+        [math.fsum(a for a, _, k in good if k == g) for g in range(G)],
+        [math.fsum(b for _, b, k in good if k == g) for g in range(G)],
+    )
+
+
+@pytest.mark.parametrize("chunk", [2**18, 7])
+def test_sums_members_and_local_sums(chunk, monkeypatch):
+    monkeypatch.setattr(ops, "_CHUNK", chunk)
+    num, den, groups = example()
+    (sums,), counts = group_losses([(num, den, groups)], G)
+    nums, dens = by_loop(num, den, groups)
+    assert sums.num.tolist() == pytest.approx(nums, rel=1e-13)
+    assert sums.den.tolist() == pytest.approx(dens, rel=1e-13)
+    assert sums.local.tolist() == pytest.approx(nums, rel=1e-13)
+    assert sums.members.tolist() == [[k == g for g in range(G)] for k in groups.tolist()]
+    unlabelled, *of_groups, bad_ids, bad_losses = map(float, counts)
+    assert [unlabelled, *of_groups] == [int((groups < 0).sum()), *[int((groups == g).sum()) for g in range(G)]]
+    assert [bad_ids, bad_losses] == [0, 0]
+
+
+def test_single_precision_is_summed_in_double():
+    n = 3 * 2**12
+    num = torch.full((n,), 0.1)
+    (sums,), _ = group_losses([(num, torch.ones(n), torch.arange(n) % G)], G)
+    assert sums.losses.dtype == torch.float64
+    assert sums.losses.tolist() == pytest.approx([float(torch.tensor(0.1).double())] * G, rel=1e-12)
+
+
+@pytest.mark.parametrize("membership", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_rows_with_a_bad_loss_are_left_out_and_counted(value, membership):
+    num, den, groups = example()
+    groups[:3] = torch.tensor([0, 1, -1])
+    num[:3] = value
+    num.requires_grad_()
+    ids = groups.unsqueeze(1) == torch.arange(G) if membership else groups
+    (sums,), bad = group_losses([(num, den, ids)], G)
+    nums, dens = by_loop(num, den, groups)
+    assert sums.num.tolist() == pytest.approx(nums, rel=1e-13)
+    assert sums.den.tolist() == pytest.approx(dens, rel=1e-13)
+    assert [float(x) for x in bad[-2:]] == [0, 3]
+    loss = sums.weighted(torch.ones(G, dtype=torch.float64))
+    assert loss.item() == pytest.approx(sum(a / b for a, b in zip(nums, dens, strict=True)), rel=1e-12)
+    (grad,) = torch.autograd.grad(loss, num)
+    assert grad.tolist() == pytest.approx([0] * 3 + [1 / dens[k] if k >= 0 else 0 for k in groups.tolist()[3:]])
+
+
+def test_ids_out_of_range_are_left_out_and_counted():
+    num, den, groups = example()
+    groups[:4] = torch.tensor([G, G + 1, G + 2, 10**12])
+    (sums,), bad = group_losses([(num, den, groups)], G)
+    assert sums.num.tolist() == pytest.approx(by_loop(num, den, groups)[0], rel=1e-13)
+    assert [float(x) for x in bad[-2:]] == [4, 0]
+
+
+def test_bad_rows_of_several_losses_are_added_up():
+    num, den, groups = example()
+    num[0], groups[1] = math.nan, G
+    _, bad = group_losses([(num, den, groups), (num, den, groups)], G)
+    assert [float(x) for x in bad[-2:]] == [2, 2]
+
+
+def test_finite_losses_whose_sum_is_not():
+    num = torch.full((4,), 1e308, dtype=torch.float64)
+    (sums,), bad = group_losses([(num, torch.ones(4), torch.tensor([0, 0, 1, -1]))], 2)
+    assert sums.num.tolist() == [math.inf, 1e308]
+    assert [float(x) for x in bad[-2:]] == [0, 0]
+
+
+@pytest.mark.parametrize("membership", [False, True])
+@pytest.mark.parametrize("by", [None, 7.0])
+def test_weighted_value_and_two_derivatives(membership, by):
+    x, den, groups = example()
+    x.requires_grad_()
+    weights = torch.tensor([0.5, 2.0, 0.25], dtype=torch.float64)
+    ids = groups.unsqueeze(1) == torch.arange(G) if membership else groups
+    divisor = None if by is None else torch.tensor(by, dtype=torch.float64)
+
+    def weighted(x):
+        (sums,), _ = group_losses([(x**3, den, ids)], G)
+        return sums.weighted(weights, by=divisor)
+
+    dens = by_loop(x.detach(), den, groups)[1]
+    factors = [float(w) / (d if by is None else by) for w, d in zip(weights, dens, strict=True)] + [0.0, 0.0]
+    expected = math.fsum(factors[k] * v**3 for k, v in zip(groups.tolist(), x.tolist(), strict=True))
+    assert weighted(x).item() == pytest.approx(expected, rel=1e-12)
+    assert torch.autograd.gradcheck(weighted, x)
+    assert torch.autograd.gradgradcheck(weighted, x)
+
+
+def test_absent_group_and_rows_that_do_not_count():
+    """A group whose rows all have denominator 0 (ignored targets) is as good as absent."""
+    num = torch.tensor([2.0, 0.0, 4.0], requires_grad=True)
+    (sums,), _ = group_losses([(num, torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0, 1, 0]))], G)
+    assert sums.losses.tolist() == [3.0, 0.0, 0.0]
+    loss = sums.weighted(torch.full((G,), 1 / G, dtype=torch.float64))
+    assert loss.item() == pytest.approx(1.0)
+    assert torch.isfinite(torch.autograd.grad(loss, num)[0]).all()
+
+
+def test_no_row_counts_at_all():
+    """The factors stay finite, also in single precision: with no gradient behind the rows there shall be none."""
+    num = torch.zeros(2, requires_grad=True)
+    (sums,), _ = group_losses([(num, torch.zeros(2), torch.tensor([0, 1]))], G)
+    loss = sums.weighted(torch.ones(G, dtype=torch.float64), by=sums.den.sum())
+    assert loss.item() == 0.0
+    assert torch.isfinite(torch.autograd.grad(loss, num)[0]).all()
+
+
+def test_state_does_not_see_bad_rows_before_they_are_said():
+    """Where nothing is read in a step the rows are masked at once and said later; on the CPU nothing changes at all."""
+    bad, clean = GroupDROLoss(G, step_size=1.0), GroupDROLoss(G, step_size=1.0)
+
+    def step_and_say():
+        bad(torch.tensor([1.0, math.nan, 2.0]), torch.tensor([0, 0, 1]))
+        bad.raise_if_bad()
+
+    with pytest.raises(BadRowsError, match="finite losses, but 1 rows"):
+        step_and_say()
+    if ops._on_host(torch.ones(1)):
+        assert bad.weights.tolist() == pytest.approx([1 / G] * G)
+        return
+    clean(torch.tensor([1.0, 2.0]), torch.tensor([0, 1]))
+    assert torch.equal(bad.weights, clean.weights)
+    bad.raise_if_bad()  # said once
+
+
+def test_one_batch_gives_the_same_on_both_ways(monkeypatch):
+    num, den, groups = example()
+    found = []
+    for on_host in (True, False):
+        monkeypatch.setattr(ops, "_on_host", lambda x, on_host=on_host: on_host)
+        (sums,), _ = group_losses([(num, den, groups)], G)
+        found.append(torch.cat((sums.num, sums.den, sums.losses)))
+    torch.testing.assert_close(*found, rtol=1e-14, atol=0)
