@@ -36,12 +36,13 @@ class ColoredDigits(GroupDataModule):
 
     Batches are ``(x, y)``: ``x`` float32 ``(N, 2, 8, 8)`` in [0, 1], ``y`` int64 ``(N,)`` in {0, 1}. Tags, all int64
     ``(N,)``: ``group`` = 2 * label + colour, ``color``, and ``environment`` (0 and 1; -1, none of the training
-    environments, at test). After ``setup``: ``group_names``, ``train_groups`` ``(N,)``, ``group_counts`` ``(4,)`` of
-    the training set, ``n_environments``.
+    environments, at test), also under the name ``domain``. After ``setup``: ``group_names``, ``train_groups`` ``(N,)``, ``group_counts`` ``(4,)`` of
+    the training set, ``n_domains``, also under the name ``n_environments``.
 
     Args:
         batch_size: samples per batch and rank.
         seed: seed of the split, the noise, the colours and the order of training samples.
+        n_domains: number of values of ``agreement``; stated so that other parts of a configuration can refer to it.
         n_groups: always 4; stated so that other parts of a configuration can refer to it.
         label_noise: share of flipped labels.
         agreement: share of samples whose colour is their noisy label, for each training environment.
@@ -65,6 +66,7 @@ class ColoredDigits(GroupDataModule):
         batch_size: int = 64,
         seed: int = 0,
         n_groups: int = 4,
+        n_domains: int | None = None,
         label_noise: float = 0.25,
         agreement: tuple[float, ...] = (0.8, 0.9),
         test_agreement: float = 0.1,
@@ -79,11 +81,12 @@ class ColoredDigits(GroupDataModule):
             raise DebiasError("Expected argument `agreement` to be one share per training environment, but got none.")
         for share in agreement:
             check_fraction("agreement", share)
+        check_number("n_domains", n_domains, len(agreement), "one per value of `agreement`")
         self.n_groups = n_groups
         self.label_noise = label_noise
         self.agreement = tuple(agreement)
         self.test_agreement = test_agreement
-        self.n_environments = len(self.agreement)
+        self.n_domains = self.n_environments = len(self.agreement)
 
     def setup(self, stage: str | None = None) -> None:
         """Make the three datasets; the same ones whatever the stage."""
@@ -117,7 +120,10 @@ class ColoredDigits(GroupDataModule):
         label, color, environment_id = (torch.from_numpy(np.concatenate(a)).long() for a in (labels, colors, ids))
         x = torch.zeros(len(images), 2, 8, 8)
         x[torch.arange(len(images)), color] = torch.from_numpy(images).float()
-        tagged = tag(TensorDataset(x, label), group=2 * label + color, color=color, environment=environment_id)
+        tagged = tag(
+            TensorDataset(x, label), group=2 * label + color, color=color, environment=environment_id,
+            domain=environment_id,
+        )  # fmt: skip
         return cast(TaggedDataset, tagged)
 
 

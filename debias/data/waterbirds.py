@@ -37,7 +37,8 @@ class Waterbirds(GroupDataModule):
     *adjusted* one, weighted by training proportions (``GroupAccuracy(train_counts=data.group_counts)``).
 
     Batches are ``(x, y)``: ``x`` float32 ``(N, 3, image_size, image_size)``, normalised by ImageNet's mean and standard
-    deviation, ``y`` int64 ``(N,)``. Tags, int64 ``(N,)``: ``group`` = 2 * y + place, and ``place``. After ``setup``:
+    deviation, ``y`` int64 ``(N,)``. Tags, int64 ``(N,)``: ``group`` = 2 * y + place, and ``place``,
+    also under the name ``domain``. After ``setup``:
     ``group_names``, ``train_groups`` ``(N,)``, ``group_counts`` ``(4,)`` of the training set.
 
     Transforms are those of the published code (``kohpangwei/group_DRO``, ``data/cub_dataset.py``): evaluation resizes
@@ -50,6 +51,7 @@ class Waterbirds(GroupDataModule):
         image_size: height and width of the inputs.
         augment: whether to augment training images.
         n_groups: always 4; stated so that other parts of a configuration can refer to it.
+        n_domains: always 2, land and water; stated for the same reason.
         balance: None, or "group" to draw training batches with a ``GroupBalancedSampler``.
         seed: seed of the order of training samples.
         num_workers: worker processes of each loader.
@@ -67,18 +69,21 @@ class Waterbirds(GroupDataModule):
         image_size: int = 224,
         augment: bool = True,
         n_groups: int = 4,
+        n_domains: int = 2,
         balance: str | None = None,
         seed: int = 0,
         num_workers: int = 4,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed, balance=balance, num_workers=num_workers)
         check_number("n_groups", n_groups, 4, "bird x background")
+        check_number("n_domains", n_domains, 2, "land and water")
         if image_size < 1:
             raise DebiasError(f"Expected argument `image_size` to be at least 1 pixel, but got {image_size}.")
         self.root = Path(root).expanduser()
         self.image_size = image_size
         self.augment = augment
         self.n_groups = n_groups
+        self.n_domains = n_domains
 
     def setup(self, stage: str | None = None) -> None:
         """Read and check the table and the files; the same whatever the stage."""
@@ -103,7 +108,7 @@ def _make(rows: list[_Row], split: int, transform: Callable[[Any], Any]) -> Tagg
     rows = [row for row in rows if row.split == split]
     labels, places = [row.y for row in rows], [row.place for row in rows]
     groups = [2 * y + place for y, place in zip(labels, places, strict=True)]
-    return tagged_images([row.path for row in rows], labels, transform, group=groups, place=places)
+    return tagged_images([row.path for row in rows], labels, transform, group=groups, place=places, domain=places)
 
 
 def _read_metadata(root: Path) -> list[_Row]:

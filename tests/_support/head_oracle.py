@@ -1,4 +1,4 @@
-"""Independent computations of head statistics and penalties: torch's own losses, differentiated twice, domain by domain.
+"""Independent computations of head statistics and penalties: torch's own losses, differentiated twice, by domain.
 
 Nothing here uses a closed form, a segment sum or anything of ``debias``.
 """
@@ -75,7 +75,8 @@ LOSSES = {
     "bce": ("binary_cross_entropy", "labels", {}),
     "bce weighted": (
         "binary_cross_entropy", "labels",
-        {"pos_weight": torch.tensor([0.5, 2.0, 1.0, 3.0]).double(), "weight": torch.tensor([1.0, 2.0, 0.5, 1.0]).double()},
+        {"pos_weight": torch.tensor([0.5, 2.0, 1.0, 3.0]).double(),
+         "weight": torch.tensor([1.0, 2.0, 0.5, 1.0]).double()},
     ),
     "mse": ("squared_error", "values", {}),
 }  # fmt: skip

@@ -83,8 +83,8 @@ def test_hutchinson_converges_to_the_diagonal_and_the_known_noise() -> None:
         draws = torch.stack(
             [
                 hessian_alignment_penalty(
-                    p.features, p.logits, p.targets, p.domains, p.n_domains, statistic="hutchinson", alpha=1.0, beta=0.0,
-                    n_samples=m, generator=generator,
+                    p.features, p.logits, p.targets, p.domains, p.n_domains, statistic="hutchinson", alpha=1.0,
+                    beta=0.0, n_samples=m, generator=generator,
                 )
                 for _ in range(repeats)
             ]
@@ -207,7 +207,7 @@ def test_autograd_derivatives_equal_closed_forms_and_take_any_head() -> None:
     deep = Classifier()
     deep.head = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2)).double()
     fit(deep, HessianAlignment("place", 3, alpha=1.0, beta=1.0, derivatives="autograd", head="head"))
-    with pytest.raises(HeadNotFoundError, match="linear head .* Sequential.*derivatives='autograd'"):
+    with pytest.raises(HeadNotFoundError, match=r"linear head .* Sequential.*derivatives='autograd'"):
         fit(deep, HessianAlignment("place", 3, head="head"))
 
 
@@ -297,7 +297,7 @@ def test_logits_that_are_not_the_heads_are_refused() -> None:
     with pytest.raises(HeadNotFoundError, match="linear layer"):
         fit(Tempered(), HessianAlignment("place", 3))
     for derivatives in ("closed_form", "autograd"):
-        with pytest.raises(HeadNotFoundError, match="what the head Linear makes of its input.*differ"):
+        with pytest.raises(HeadNotFoundError, match=r"what the head Linear makes of its input.*differ"):
             fit(Tempered(), HessianAlignment("place", 3, head="head", derivatives=derivatives))
 
 
@@ -371,7 +371,7 @@ def test_wrong_batches_are_refused() -> None:
             x, y = batch
             return F.l1_loss(self(x), F.one_hot(y, 2).double())
 
-    with pytest.raises(DebiasError, match="whose derivatives.*'l1_loss'"):
+    with pytest.raises(DebiasError, match=r"whose derivatives.*'l1_loss'"):
         fit(Absolute(), HessianAlignment("place", 3))
     module = HessianAlignmentPenalty(2, start_step=3)
     features = torch.randn(4, 3)

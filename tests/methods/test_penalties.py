@@ -114,7 +114,7 @@ def test_fishr_on_another_head_is_refused() -> None:
     p = oracle.problem(sizes=(3, 2, 2))
     module.of(statistics(p))
     other = oracle.problem(sizes=(3, 2, 2), bias=False)
-    with pytest.raises(DebiasError, match="head with 16 parameters.*got 12"):
+    with pytest.raises(DebiasError, match=r"head with 16 parameters.*got 12"):
         module.of(statistics(other))
 
 
