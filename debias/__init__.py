@@ -18,6 +18,10 @@ _EXPORTS = {
     "GroupReweighting": "debias.methods.group_reweighting",
     "GroupReweightingLoss": "debias.methods.group_reweighting",
     "GroupReweightingMixin": "debias.methods.group_reweighting",
+    "IdentityAdversarial": "debias.methods.identity_adversarial",
+    "IdentityAdversarialLoss": "debias.methods.identity_adversarial",
+    "IdentityAdversarialMixin": "debias.methods.identity_adversarial",
+    "GradientReversal": "debias.ops.gradient_reversal",
     # monitors
     "GroupMonitor": "debias.monitors.group_monitor",
     # the step engine, for those who write a method
@@ -38,7 +42,13 @@ if TYPE_CHECKING:
     from debias.data.tagging import tag
     from debias.methods.group_dro import GroupDRO, GroupDROLoss, GroupDROMixin
     from debias.methods.group_reweighting import GroupReweighting, GroupReweightingLoss, GroupReweightingMixin
+    from debias.methods.identity_adversarial import (
+        IdentityAdversarial,
+        IdentityAdversarialLoss,
+        IdentityAdversarialMixin,
+    )
     from debias.monitors.group_monitor import GroupMonitor
+    from debias.ops.gradient_reversal import GradientReversal
     from debias.step.adapters import register_loss
     from debias.step.tap import LossCall
     from debias.step.watcher import Debiaser, StepWatcher

@@ -2,5 +2,6 @@
 
 from debias.methods.group_dro import GroupDROMixin
 from debias.methods.group_reweighting import GroupReweightingMixin
+from debias.methods.identity_adversarial import IdentityAdversarialMixin
 
-__all__ = ["GroupDROMixin", "GroupReweightingMixin"]
+__all__ = ["GroupDROMixin", "GroupReweightingMixin", "IdentityAdversarialMixin"]

@@ -38,6 +38,7 @@ class Method(Watcher, Protocol):
     rows: Any
     losses: Any
     head: str | None
+    features: str | None
     needs_features: ClassVar[bool]
     random: StepRandom
 

@@ -32,7 +32,7 @@ from debias.step.batch import TagCollate, split_tags
 from debias.step.context import Step
 from debias.step.contract import Method, Watcher
 from debias.step.distributed import is_distributed
-from debias.step.head import HeadTap
+from debias.step.head import FeatureTap, HeadTap
 from debias.step.proxy import Hook, StepProxy, attach, detach
 from debias.step.rows import RowTracker
 from debias.step.split import split_losses
@@ -54,7 +54,7 @@ class StepEngine:
         self._proxies: list[StepProxy] = []
         self._handles: list[Any] = []
         self._collates: list[tuple[Any, Any]] = []
-        self._heads: dict[str | None, HeadTap] = {}
+        self._heads: dict[Any, HeadTap | FeatureTap] = {}
         self._tap: LossTap | None = None
         self._forward_output: Any = None
         # What the first step taught: the position of the one loss that is meant, and whether rows must be replayed.
@@ -206,7 +206,7 @@ class StepEngine:
             self._end_forward(debiasers)
             return output
 
-        heads = {w.head: self._head(w.head) for w in debiasers if w.needs_features}
+        heads = {(w.head, w.features): self._head(w.head, w.features) for w in debiasers if w.needs_features}
         finders = [finder for head in heads.values() if (finder := head.start()) is not None]
         tracker = None
         if step.n is not None:
@@ -262,7 +262,7 @@ class StepEngine:
         output: Any,
         reweigher: Method | None,
         penalisers: list[Method],
-        heads: dict[str | None, HeadTap],
+        heads: dict[Any, HeadTap | FeatureTap],
     ) -> Tensor | None:
         """The loss to return instead of the user's, or None to return the step's output as it is."""
         if not self.module.automatic_optimization:
@@ -283,7 +283,9 @@ class StepEngine:
         if not calls:
             if (stated := _stated_losses(output, tap)) is None:
                 raise no_loss_error(_set_losses(self.module))
-            return self._from_stated(step, loss, stated, reweigher, penalisers)
+            if tap.finder is not None and isinstance(stated.logits, Tensor):
+                stated.linear = tap.finder.match(stated.logits)
+            return self._from_stated(step, loss, stated, reweigher, penalisers, heads)
         if reweigher is not None:
             selected = select_calls(calls, reweigher.loss, type(reweigher).__name__)
             if tap.late:
@@ -303,7 +305,7 @@ class StepEngine:
         for watcher in penalisers:
             for call in select_calls(calls, watcher.loss, type(watcher).__name__):
                 if watcher.needs_features:
-                    heads[watcher.head].resolve(call)
+                    heads[watcher.head, watcher.features].resolve(call)
                 loss = loss + watcher.penalise(call, step)
         self._rows_needed = self._rows_needed and tap.needed_rows
         return loss
@@ -331,13 +333,21 @@ class StepEngine:
         return calls
 
     def _from_stated(
-        self, step: Step, loss: Tensor, call: LossCall, reweigher: Method | None, penalisers: list[Method]
+        self,
+        step: Step,
+        loss: Tensor,
+        call: LossCall,
+        reweigher: Method | None,
+        penalisers: list[Method],
+        heads: dict[Any, HeadTap | FeatureTap],
     ) -> Tensor:
         """Swap the mean of the stated per-sample losses inside the returned loss for the debiased one."""
         if reweigher is not None:
             num, den = call.num, call.den
             loss = loss + (reweigher.reweigh([call], step)[0] - num.sum() / den.sum())
         for watcher in penalisers:
+            if watcher.needs_features:
+                heads[watcher.head, watcher.features].resolve(call)
             loss = loss + watcher.penalise(call, step)
         return loss
 
@@ -387,10 +397,14 @@ class StepEngine:
             logging=trainer._logger_connector.should_update_logs if training else False,
         )
 
-    def _head(self, path: str | None) -> HeadTap:
-        if path not in self._heads:
-            self._heads[path] = HeadTap(self.module, path, compiled=_is_compiled(self.module))
-        return self._heads[path]
+    def _head(self, path: str | None, features: str | None) -> HeadTap | FeatureTap:
+        if (path, features) not in self._heads:
+            self._heads[path, features] = (
+                HeadTap(self.module, path, compiled=_is_compiled(self.module))
+                if features is None
+                else FeatureTap(self.module, features)
+            )
+        return self._heads[path, features]
 
 
 def _check_strategy(strategy: Any, watcher: Watcher) -> None:

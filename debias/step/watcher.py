@@ -139,6 +139,7 @@ class Debiaser(StepWatcher):
             ``"interleaved"``, or ``callable(call, n)`` that returns the sample of each row, int64 ``(rows,)``.
         losses: ``"whole"``, or ``"split"`` to run the user's step once per group, for losses that exist only per batch.
         head: dotted path of the classifier head; found automatically by default.
+        features: dotted path of the module whose output are the features; by default they are what the head reads.
         seed: seed of the method's own random numbers.
         name: tells several instances of a class apart.
         allow_untested_strategy: run under a strategy other than single-device and DDP, at your own risk.
@@ -154,6 +155,7 @@ class Debiaser(StepWatcher):
         rows: str | Callable[[LossCall, int], Tensor] | None = None,
         losses: Literal["whole", "split"] = "whole",
         head: str | None = None,
+        features: str | None = None,
         seed: int = 0,
         name: str | None = None,
         allow_untested_strategy: bool = False,
@@ -172,6 +174,7 @@ class Debiaser(StepWatcher):
         self.rows = rows
         self.losses = losses
         self.head = head
+        self.features = features
         self.random = StepRandom(seed, self.state_key)
         self.module: nn.Module | None = None
         self.owned: dict[str, OwnedModule] = {}
