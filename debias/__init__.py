@@ -12,6 +12,9 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     # methods
+    "DomainAdversarial": "debias.methods.domain_adversarial",
+    "DomainAdversarialLoss": "debias.methods.domain_adversarial",
+    "DomainAdversarialMixin": "debias.methods.domain_adversarial",
     "GroupDRO": "debias.methods.group_dro",
     "GroupDROLoss": "debias.methods.group_dro",
     "GroupDROMixin": "debias.methods.group_dro",
@@ -40,6 +43,7 @@ __all__ = ["__version__", *_EXPORTS]
 if TYPE_CHECKING:
     from debias.data.samplers import EvalSampler, GroupBalancedSampler
     from debias.data.tagging import tag
+    from debias.methods.domain_adversarial import DomainAdversarial, DomainAdversarialLoss, DomainAdversarialMixin
     from debias.methods.group_dro import GroupDRO, GroupDROLoss, GroupDROMixin
     from debias.methods.group_reweighting import GroupReweighting, GroupReweightingLoss, GroupReweightingMixin
     from debias.methods.identity_adversarial import (
