@@ -26,6 +26,7 @@ _EXPORTS = {
     "IdentityAdversarialMixin": "debias.methods.identity_adversarial",
     "GradientReversal": "debias.ops.gradient_reversal",
     # monitors
+    "AttributeProbe": "debias.monitors.attribute_probe",
     "GroupMonitor": "debias.monitors.group_monitor",
     # the step engine, for those who write a method
     "Debiaser": "debias.step.watcher",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
         IdentityAdversarialLoss,
         IdentityAdversarialMixin,
     )
+    from debias.monitors.attribute_probe import AttributeProbe
     from debias.monitors.group_monitor import GroupMonitor
     from debias.ops.gradient_reversal import GradientReversal
     from debias.step.adapters import register_loss

@@ -363,13 +363,29 @@ class StepEngine:
             return original(*args, **kwargs)
         step = self._step(stage, args, kwargs)
         self._forward_output = None
-        tap = LossTap(training=False)
+        # Apart from those of training, whose losses may have another head.
+        heads = {(w.head, w.features): self._head(w.head, w.features, stage) for w in monitors if w.needs_features}
+        finders = [finder for head in heads.values() if (finder := head.start()) is not None]
+        tap = LossTap(training=False, finder=finders[0] if finders else None)
         output = self._watched(tap, original, args, kwargs)
         for monitor in monitors:
+            if monitor.needs_features:
+                step.features = self._features(monitor, heads[monitor.head, monitor.features], tap)
             monitor.observe(step, tap.calls, self._forward_output, output)
         self._forward_output = None
         tap.close()
         return output
+
+    def _features(self, monitor: Watcher, head: HeadTap | FeatureTap, tap: LossTap) -> Tensor | None:
+        """Features of the loss that the monitor means, or of what the module's ``forward`` returned."""
+        if tap.calls and isinstance(head, HeadTap):
+            call = select_calls(tap.calls, monitor.loss, type(monitor).__name__)[0]
+        else:
+            call = LossCall("forward", self._forward_output, None, "none", 0, tuple, lambda call, num: None)  # type: ignore[arg-type]
+            if tap.finder is not None and isinstance(self._forward_output, Tensor):
+                call.linear = tap.finder.match(self._forward_output)
+        head.resolve(call)
+        return call.features
 
     # -- shared ------------------------------------------------------------------------------------
 
@@ -397,14 +413,15 @@ class StepEngine:
             logging=trainer._logger_connector.should_update_logs if training else False,
         )
 
-    def _head(self, path: str | None, features: str | None) -> HeadTap | FeatureTap:
-        if (path, features) not in self._heads:
-            self._heads[path, features] = (
+    def _head(self, path: str | None, features: str | None, stage: str = "train") -> HeadTap | FeatureTap:
+        key = (path, features, stage)
+        if key not in self._heads:
+            self._heads[key] = (
                 HeadTap(self.module, path, compiled=_is_compiled(self.module))
                 if features is None
                 else FeatureTap(self.module, features)
             )
-        return self._heads[path, features]
+        return self._heads[key]
 
 
 def _check_strategy(strategy: Any, watcher: Watcher) -> None:

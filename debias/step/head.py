@@ -76,6 +76,7 @@ class HeadTap:
         self._inputs: list[Tensor] = []
         self._handle: Any = None
         self._keep_finding = compiled
+        self._hooked = False
         if path is not None:
             self.head = submodule(root, path, argument="head")
             self._hook()
@@ -83,6 +84,7 @@ class HeadTap:
     def start(self) -> HeadFinder | None:
         """Begin a step: nothing of an earlier one may be used."""
         self._inputs.clear()
+        self._hooked = self._handle is not None  # in this step, and not only since a method has asked in it
         return HeadFinder() if self.head is None or (self._keep_finding and self._handle is None) else None
 
     def resolve(self, call: LossCall) -> None:
@@ -91,11 +93,11 @@ class HeadTap:
         Raises:
             HeadNotFoundError: the logits are no linear layer's output, or the head ran not exactly once in this step.
         """
-        if self._handle is not None:
+        if self._hooked:
             if len(self._inputs) != 1:
                 raise HeadNotFoundError(
-                    f"Expected the head to run once in a step, but it ran {len(self._inputs)} times. Name the layer"
-                    " that makes the logits of the loss: `head='dotted.path'`."
+                    f"Expected the head to run once in a step, but it ran {_times(self._inputs)}. Name the layer that"
+                    " makes the logits of the loss: `head='dotted.path'`."
                 )
             call.features, call.head = self._inputs[0], self.head
             return
@@ -108,7 +110,7 @@ class HeadTap:
                 " `head='dotted.path'`."
             )
         self.head = call.head = found[0]
-        if not self._keep_finding:
+        if not self._keep_finding and self._handle is None:
             self._hook()
 
     def close(self) -> None:
@@ -124,6 +126,7 @@ class HeadTap:
 
     def _keep_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._inputs.append(args[0])
+        del self._inputs[2:]  # a hook also runs where nobody starts a step; two are enough to tell one from many
 
 
 class FeatureTap:
@@ -153,8 +156,8 @@ class FeatureTap:
         """
         if len(self._outputs) != 1:
             raise HeadNotFoundError(
-                f"Expected the module `features={self.path!r}` to run once in a step, but it ran {len(self._outputs)}"
-                " times. Name one that runs once."
+                f"Expected the module `features={self.path!r}` to run once in a step, but it ran"
+                f" {_times(self._outputs)}. Name one that runs once."
             )
         call.features = self._outputs[0]
 
@@ -166,6 +169,11 @@ class FeatureTap:
 
     def _keep_output(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self._outputs.append(output)
+        del self._outputs[2:]
+
+
+def _times(kept: list[Tensor]) -> str:
+    return "several times" if kept else "0 times"
 
 
 def submodule(root: nn.Module, path: str, *, argument: str) -> nn.Module:

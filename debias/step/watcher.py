@@ -36,6 +36,7 @@ class StepWatcher(Callback):
     trains: ClassVar[bool] = False
     monitors: ClassVar[bool] = False
     stateful: ClassVar[bool] = False
+    needs_features: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[str] = ""
 
@@ -43,6 +44,9 @@ class StepWatcher(Callback):
         self.name = name
         self.allow_untested_strategy = allow_untested_strategy
         self.engine: StepEngine | None = None
+        self.loss: Any = None
+        self.head: str | None = None
+        self.features: str | None = None
 
     @property
     def adds_to_loss(self) -> bool:
@@ -146,7 +150,6 @@ class Debiaser(StepWatcher):
     """
 
     trains: ClassVar[bool] = True
-    needs_features: ClassVar[bool] = False
 
     def __init__(
         self,

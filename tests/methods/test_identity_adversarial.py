@@ -538,6 +538,17 @@ def test_two_methods_with_features_of_different_places():
     assert (adversary_of(first).in_features, adversary_of(second).in_features) == (5, 6)
 
 
+def test_two_methods_with_the_same_features():
+    first, second = method(name="a"), method(name="b", lr_ratio=1.0)
+    fitted([first, second])
+    alone = method(strength=0.0)
+    both = [method(strength=0.0, name="a"), method(strength=0.0, name="b")]
+    fitted(both)
+    fitted([alone])
+    assert not same(parameters(adversary_of(first)), parameters(adversary_of(second)))
+    assert all(same(parameters(adversary_of(one)), parameters(adversary_of(alone))) for one in both)
+
+
 OWN = nn.Sequential(nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 5)).double()
 
 
@@ -642,7 +653,9 @@ class Halves(Classifier):
 
 
 def test_features_that_run_twice():
-    with pytest.raises(HeadNotFoundError, match="`features='backbone'` to run once in a step, but it ran 2 times"):
+    with pytest.raises(
+        HeadNotFoundError, match="`features='backbone'` to run once in a step, but it ran several times"
+    ):
         fitted([method(features="backbone")], Halves())
 
 
