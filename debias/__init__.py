@@ -27,6 +27,7 @@ _EXPORTS = {
     "GradientReversal": "debias.ops.gradient_reversal",
     # monitors
     "AttributeProbe": "debias.monitors.attribute_probe",
+    "MultilabelF1Monitor": "debias.monitors.multilabel_f1",
     "GroupMonitor": "debias.monitors.group_monitor",
     # the step engine, for those who write a method
     "Debiaser": "debias.step.watcher",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     )
     from debias.monitors.attribute_probe import AttributeProbe
     from debias.monitors.group_monitor import GroupMonitor
+    from debias.monitors.multilabel_f1 import MultilabelF1Monitor
     from debias.ops.gradient_reversal import GradientReversal
     from debias.step.adapters import register_loss
     from debias.step.tap import LossCall
