@@ -36,6 +36,7 @@ EPOCHS = 25
 # The head's own optimiser: fast, so that it stays near its best guess, and with a weight decay that damps the game.
 # Adam on both sides goes round in circles here: features are turned away from the head of a moment ago, and a fresh
 # probe reads them better than before.
+# Rate and decay were chosen on seed 0, its test set included, which is why seed 0 is not among the reported ones.
 HEAD = functools.partial(torch.optim.SGD, weight_decay=0.03)
 HEAD_LR = 1.0
 
@@ -175,7 +176,7 @@ def draw(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--strengths", type=float, nargs="+", default=list(STRENGTHS))
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--out", type=Path, default=Path("identity_shortcut"))
