@@ -13,6 +13,9 @@ __version__ = "0.1.0"
 _EXPORTS = {
     # methods
     # -- reweighing
+    "DomainAdversarial": "debias.methods.domain_adversarial",
+    "DomainAdversarialLoss": "debias.methods.domain_adversarial",
+    "DomainAdversarialMixin": "debias.methods.domain_adversarial",
     "GroupDRO": "debias.methods.group_dro",
     "GroupDROLoss": "debias.methods.group_dro",
     "GroupDROMixin": "debias.methods.group_dro",
@@ -38,7 +41,13 @@ _EXPORTS = {
     "VREx": "debias.methods.vrex",
     "VRExPenalty": "debias.methods.vrex",
     "VRExMixin": "debias.methods.vrex",
+    "IdentityAdversarial": "debias.methods.identity_adversarial",
+    "IdentityAdversarialLoss": "debias.methods.identity_adversarial",
+    "IdentityAdversarialMixin": "debias.methods.identity_adversarial",
+    "GradientReversal": "debias.ops.gradient_reversal",
     # monitors
+    "AttributeProbe": "debias.monitors.attribute_probe",
+    "MultilabelF1Monitor": "debias.monitors.multilabel_f1",
     "GroupMonitor": "debias.monitors.group_monitor",
     # the step engine, for those who write a method
     "Debiaser": "debias.step.watcher",
@@ -57,14 +66,23 @@ if TYPE_CHECKING:
     from debias.data.samplers import EvalSampler, GroupBalancedSampler
     from debias.data.tagging import tag
     from debias.methods.coral import CORAL, CORALMixin, CORALPenalty
+    from debias.methods.domain_adversarial import DomainAdversarial, DomainAdversarialLoss, DomainAdversarialMixin
     from debias.methods.fishr import Fishr, FishrMixin, FishrPenalty
     from debias.methods.group_dro import GroupDRO, GroupDROLoss, GroupDROMixin
     from debias.methods.group_reweighting import GroupReweighting, GroupReweightingLoss, GroupReweightingMixin
     from debias.methods.hessian_alignment import HessianAlignment, HessianAlignmentMixin, HessianAlignmentPenalty
+    from debias.methods.identity_adversarial import (
+        IdentityAdversarial,
+        IdentityAdversarialLoss,
+        IdentityAdversarialMixin,
+    )
     from debias.methods.irm import IRM, IRMMixin, IRMPenalty
     from debias.methods.mmd import MMD, MMDMixin, MMDPenalty
     from debias.methods.vrex import VREx, VRExMixin, VRExPenalty
+    from debias.monitors.attribute_probe import AttributeProbe
     from debias.monitors.group_monitor import GroupMonitor
+    from debias.monitors.multilabel_f1 import MultilabelF1Monitor
+    from debias.ops.gradient_reversal import GradientReversal
     from debias.step.adapters import register_loss
     from debias.step.tap import LossCall
     from debias.step.watcher import Debiaser, StepWatcher

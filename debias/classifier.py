@@ -21,12 +21,13 @@ class Classifier(pl.LightningModule):
     Logs ``train/loss``, ``val/loss`` and ``test/loss``.
 
     Args:
-        backbone: ``"mlp"``, ``"cnn"``, or the name of any timm model (``pip install 'debias[recipes]'``).
+        backbone: ``"mlp"``, ``"cnn"``, ``"strided"`` (a CNN that keeps where things are), or the name of any timm model
+            (``pip install 'debias[recipes]'``).
         num_classes: number of logits; 1 trains a binary classifier with binary cross-entropy, on ``y`` in {0, 1}.
         in_channels: channels of an image.
         image_size: height and width of an image; only the MLP needs to know.
-        width: hidden units of the MLP, channels of the CNN.
-        init: initial weights of the MLP and the CNN: ``"torch"``, as their layers come, or ``"xavier_uniform"`` with
+        width: hidden units of the MLP, channels of the CNN, features of the strided CNN.
+        init: initial weights of the MLP and the CNNs: ``"torch"``, as their layers come, or ``"xavier_uniform"`` with
             biases of zero.
         l2: added to the training loss, not to the one that is logged: ``l2`` times the sum of all squared parameters,
             biases included. Its gradient is that of Adam's ``weight_decay=2 * l2``, but as a part of the loss it is
@@ -66,17 +67,18 @@ class Classifier(pl.LightningModule):
         self.num_classes = num_classes
         self.l2 = l2
         self.optimizer_factory, self.lr_scheduler_factory = optimizer, lr_scheduler
-        if backbone in ("mlp", "cnn"):
+        if backbone in _OWN:
             if pretrained or backbone_args:
                 raise ValueError(
                     f"Expected `pretrained` and `backbone_args` only with a timm backbone, but got `{backbone}`."
                 )
-            make = _mlp if backbone == "mlp" else _cnn
-            self.network = make(in_channels, image_size, width, num_classes)
+            self.network = _OWN[backbone](in_channels, image_size, width, num_classes)
             if init == "xavier_uniform":
                 self.network.apply(_xavier_uniform)
         elif init != "torch":
-            raise ValueError(f"Expected `init` only with the backbones `mlp` and `cnn`, but got `{backbone}`.")
+            raise ValueError(
+                f"Expected `init` only with the backbones `mlp`, `cnn` and `strided`, but got `{backbone}`."
+            )
         else:
             self.network = _timm(backbone, pretrained, num_classes, in_channels, backbone_args or {})
 
@@ -153,6 +155,23 @@ def _cnn(in_channels: int, image_size: int, width: int, num_classes: int) -> nn.
         nn.Flatten(),
         nn.Linear(width, num_classes),
     )
+
+
+def _strided(in_channels: int, image_size: int, width: int, num_classes: int) -> nn.Module:
+    size = -(-image_size // 4)
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 16, 5, stride=2, padding=2),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * size**2, width),
+        nn.LayerNorm(width),
+        nn.Linear(width, num_classes),
+    )
+
+
+_OWN = {"mlp": _mlp, "cnn": _cnn, "strided": _strided}
 
 
 def _timm(name: str, pretrained: bool, num_classes: int, in_channels: int, options: dict[str, Any]) -> nn.Module:

@@ -1,22 +1,31 @@
-"""The methods' maths as pure functions: tensors in, tensors out."""
+"""The maths of methods and monitors as pure functions: tensors in, tensors out."""
 
 from debias.methods.coral import coral_penalty
 from debias.methods.fishr import fishr_penalty
 from debias.methods.group_dro import greedy_group_weights, group_dro_weights
 from debias.methods.group_reweighting import inverse_frequency_weights
 from debias.methods.hessian_alignment import hessian_alignment_penalty
+from debias.methods.identity_adversarial import bce_to_ce_strength, identity_losses
 from debias.methods.irm import irm_penalty
 from debias.methods.mmd import mmd_penalty
 from debias.methods.vrex import vrex_penalty
+from debias.monitors.attribute_probe import ledoit_wolf_shrinkage, probe_attribute
+from debias.ops.gradient_reversal import dann_ramp, gradient_reversal
 
 __all__ = [
+    "bce_to_ce_strength",
     "coral_penalty",
+    "dann_ramp",
     "fishr_penalty",
+    "gradient_reversal",
     "greedy_group_weights",
     "group_dro_weights",
     "hessian_alignment_penalty",
+    "identity_losses",
     "inverse_frequency_weights",
     "irm_penalty",
+    "ledoit_wolf_shrinkage",
     "mmd_penalty",
+    "probe_attribute",
     "vrex_penalty",
 ]

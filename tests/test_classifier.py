@@ -78,7 +78,7 @@ def test_l2_is_part_of_the_training_loss_with_the_gradient_of_weight_decay():
         ({"l2": -1.0}, "`l2` to be a finite number of at least 0, but got -1.0"),
         ({"l2": float("nan")}, "`l2` to be a finite"),
         ({"init": "he"}, "`init` to be `torch` or `xavier_uniform`, but got `he`"),
-        ({"init": "xavier_uniform", "backbone": "test_resnet"}, "only with the backbones `mlp` and `cnn`"),
+        ({"init": "xavier_uniform", "backbone": "test_resnet"}, "only with the backbones `mlp`, `cnn` and `strided`"),
     ],
 )
 def test_bad_init_and_l2(options, message):

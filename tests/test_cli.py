@@ -140,10 +140,8 @@ def test_unknown_key_in_a_file(tmp_path, capsys, text, message):
 def test_unknown_command_and_recipe_name_the_nearest(capsys, tmp_path):
     assert "unknown command `metods`; the nearest is `methods`." in refused(capsys, "metods")
     error = refused(capsys, "recipes", "copy", "colored_digit", str(tmp_path))
-    assert (
-        "one of colored_digits, colored_mnist, waterbirds, but got `colored_digit`; the nearest is `colored_digits`."
-        in error
-    )
+    assert "one of bp4d, colored_digits, colored_mnist, " in error
+    assert "but got `colored_digit`; the nearest is `colored_digits`." in error
 
 
 def test_missing_extra_says_how_to_install_it():
@@ -204,14 +202,14 @@ def test_listings_work_without_rich(capsys, monkeypatch):
     main(["methods"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:2] == ["method", "what"]
-    assert lines[1].startswith("GroupDRO")
+    assert any(line.startswith("GroupDRO") for line in lines[1:])
 
 
 def test_recipes_are_listed_and_copied_and_never_overwritten(tmp_path, capsys):
     main(["recipes"])
     out = capsys.readouterr().out
     assert "colored_digits" in out
-    assert "balanced, erm, group_dro, reweight" in out
+    assert "balanced, cdann, dann, erm, group_dro, identity_adversarial, reweight" in out
 
     main(["recipes", "copy", "colored_digits", str(tmp_path)])
     copied = sorted(str(file.relative_to(tmp_path / "recipes")) for file in tmp_path.rglob("*.yaml"))

@@ -22,7 +22,18 @@ COMBINATIONS = [
 
 def test_recipes_and_methods_are_there():
     assert {"colored_digits", "colored_mnist", "waterbirds"} <= set(recipes())
-    assert {"balanced", "coral", "erm", "fishr", "group_dro", "hessian_alignment", "irm", "mmd", "reweight", "vrex"} <= set(METHODS)
+    assert {
+        "balanced",
+        "coral",
+        "erm",
+        "fishr",
+        "group_dro",
+        "hessian_alignment",
+        "irm",
+        "mmd",
+        "reweight",
+        "vrex",
+    } <= set(METHODS)
 
 
 @pytest.mark.parametrize(("base", "method"), COMBINATIONS)

@@ -10,7 +10,9 @@ _EXPORTS = {
     "ColoredMNIST": "debias.data.colored_mnist",
     "DomainFolder": "debias.data.domain_folder",
     "EvalSampler": "debias.data.samplers",
+    "FacialActionUnits": "debias.data.facial_action_units",
     "GroupBalancedSampler": "debias.data.samplers",
+    "IdentityShortcut": "debias.data.identity_shortcut",
     "TaggedDataset": "debias.data.tagging",
     "TaggedIterableDataset": "debias.data.tagging",
     "Waterbirds": "debias.data.waterbirds",
@@ -22,7 +24,9 @@ __all__ = [
     "ColoredMNIST",
     "DomainFolder",
     "EvalSampler",
+    "FacialActionUnits",
     "GroupBalancedSampler",
+    "IdentityShortcut",
     "TaggedDataset",
     "TaggedIterableDataset",
     "Waterbirds",
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
     from debias.data.colored_digits import ColoredDigits
     from debias.data.colored_mnist import ColoredMNIST
     from debias.data.domain_folder import DomainFolder
+    from debias.data.facial_action_units import FacialActionUnits
+    from debias.data.identity_shortcut import IdentityShortcut
     from debias.data.samplers import EvalSampler, GroupBalancedSampler
     from debias.data.tagging import TaggedDataset, TaggedIterableDataset, tag
     from debias.data.waterbirds import Waterbirds

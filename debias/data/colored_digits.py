@@ -36,8 +36,8 @@ class ColoredDigits(GroupDataModule):
 
     Batches are ``(x, y)``: ``x`` float32 ``(N, 2, 8, 8)`` in [0, 1], ``y`` int64 ``(N,)`` in {0, 1}. Tags, all int64
     ``(N,)``: ``group`` = 2 * label + colour, ``color``, and ``environment`` (0 and 1; -1, none of the training
-    environments, at test), also under the name ``domain``. After ``setup``: ``group_names``, ``train_groups`` ``(N,)``, ``group_counts`` ``(4,)`` of
-    the training set, ``n_domains``, also under the name ``n_environments``.
+    environments, at test), also under the name ``domain``. After ``setup``: ``group_names``, ``train_groups`` ``(N,)``,
+    ``group_counts`` ``(4,)`` of the training set, ``n_domains``, also under the name ``n_environments``.
 
     Args:
         batch_size: samples per batch and rank.

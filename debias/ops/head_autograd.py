@@ -32,7 +32,7 @@ class AutogradHeadStatistics(HeadStatistics):
     def __init__(self, head: nn.Module, features: Tensor, loss: HeadLoss, members: Tensor) -> None:
         super().__init__(features, loss, members)
         self.head = head
-        self.parameters = {name: p for name, p in head.named_parameters() if p.requires_grad}
+        self.parameters: dict[str, Tensor] = {name: p for name, p in head.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise DebiasError("Expected the head to have trainable parameters, but got none. Unfreeze it.")
 

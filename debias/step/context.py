@@ -33,6 +33,7 @@ class Step:
         counter: micro-batches seen in this fit, resumed with the loop.
         n: number of samples, known once ids were read.
         logging: whether values logged in this step reach the logger.
+        features: in evaluation, what a monitor that asks for features reads.
     """
 
     trainer: Any
@@ -47,6 +48,7 @@ class Step:
     counter: int = 0
     n: int | None = None
     logging: bool = False
+    features: Tensor | None = None
     _ids: dict[Any, Tensor] = field(default_factory=dict)
 
     def read(self, key: BatchKey, *, argument: str = "key") -> Any:

@@ -19,6 +19,10 @@ class Watcher(Protocol):
     trains: ClassVar[bool]
     monitors: ClassVar[bool]
     stateful: ClassVar[bool]
+    needs_features: ClassVar[bool]
+    loss: Any
+    head: str | None
+    features: str | None
     allow_untested_strategy: bool
 
     @property
@@ -34,11 +38,8 @@ class Watcher(Protocol):
 class Method(Watcher, Protocol):
     """Changes training steps: augments, reweighs, penalises."""
 
-    loss: Any
     rows: Any
     losses: Any
-    head: str | None
-    needs_features: ClassVar[bool]
     random: StepRandom
 
     @property

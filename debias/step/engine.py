@@ -31,7 +31,7 @@ from debias.step.batch import TagCollate, split_tags
 from debias.step.context import Step
 from debias.step.contract import Method, Watcher
 from debias.step.distributed import is_distributed
-from debias.step.head import HeadFinder, HeadTap
+from debias.step.head import FeatureTap, HeadTap
 from debias.step.proxy import Hook, StepProxy, attach, detach
 from debias.step.rows import RowTracker
 from debias.step.split import split_losses
@@ -53,7 +53,7 @@ class StepEngine:
         self._proxies: list[StepProxy] = []
         self._handles: list[Any] = []
         self._collates: list[tuple[Any, Any]] = []
-        self._heads: dict[str | None, HeadTap] = {}
+        self._heads: dict[Any, HeadTap | FeatureTap] = {}
         self._tap: LossTap | None = None
         self._forward_output: Any = None
         # What the first step taught: the position of the one loss that is meant, and whether rows must be replayed.
@@ -207,7 +207,7 @@ class StepEngine:
             self._end_forward(debiasers)
             return output
 
-        heads = {w.head: self._head(w.head) for w in debiasers if w.needs_features}
+        heads = {(w.head, w.features): self._head(w.head, w.features) for w in debiasers if w.needs_features}
         finders = [finder for head in heads.values() if (finder := head.start()) is not None]
         tracker = None
         if step.n is not None:
@@ -216,7 +216,7 @@ class StepEngine:
         tap = LossTap(combine, late, True, tracker, (reweigher or debiasers[0]).rows, finders[0] if finders else None)
         output = self._watched(tap, original, args, kwargs)
         self._end_forward(debiasers)
-        loss = self._rewritten(step, tap, output, reweigher, penalisers, heads, finders)
+        loss = self._rewritten(step, tap, output, reweigher, penalisers, heads)
         self._reweighed = []
         tap.close()
         return output if loss is None else _with_loss(output, loss)
@@ -263,8 +263,7 @@ class StepEngine:
         output: Any,
         reweigher: Method | None,
         penalisers: list[Method],
-        heads: dict[str | None, HeadTap],
-        finders: list[HeadFinder],
+        heads: dict[Any, HeadTap | FeatureTap],
     ) -> Tensor | None:
         """The loss to return instead of the user's, or None to return the step's output as it is."""
         if not self.module.automatic_optimization:
@@ -285,8 +284,8 @@ class StepEngine:
         if not calls:
             if (stated := _stated_losses(output, tap)) is None:
                 raise no_loss_error(_set_losses(self.module))
-            if finders:
-                stated.linear = finders[0].match(stated.logits) if stated.logits is not None else None
+            if tap.finder is not None and isinstance(stated.logits, Tensor):
+                stated.linear = tap.finder.match(stated.logits)
             return self._from_stated(step, loss, stated, reweigher, penalisers, heads)
         if reweigher is not None:
             selected = select_calls(calls, reweigher.loss, type(reweigher).__name__)
@@ -339,7 +338,7 @@ class StepEngine:
         call: LossCall,
         reweigher: Method | None,
         penalisers: list[Method],
-        heads: dict[str | None, HeadTap],
+        heads: dict[Any, HeadTap | FeatureTap],
     ) -> Tensor:
         """Swap the mean of the stated per-sample losses inside the returned loss for the debiased one."""
         if reweigher is not None:
@@ -359,13 +358,29 @@ class StepEngine:
             return original(*args, **kwargs)
         step = self._step(stage, args, kwargs)
         self._forward_output = None
-        tap = LossTap(training=False)
+        # Apart from those of training, whose losses may have another head.
+        heads = {(w.head, w.features): self._head(w.head, w.features, stage) for w in monitors if w.needs_features}
+        finders = [finder for head in heads.values() if (finder := head.start()) is not None]
+        tap = LossTap(training=False, finder=finders[0] if finders else None)
         output = self._watched(tap, original, args, kwargs)
         for monitor in monitors:
+            if monitor.needs_features:
+                step.features = self._features(monitor, heads[monitor.head, monitor.features], tap)
             monitor.observe(step, tap.calls, self._forward_output, output)
         self._forward_output = None
         tap.close()
         return output
+
+    def _features(self, monitor: Watcher, head: HeadTap | FeatureTap, tap: LossTap) -> Tensor | None:
+        """Features of the loss that the monitor means, or of what the module's ``forward`` returned."""
+        if tap.calls and isinstance(head, HeadTap):
+            call = select_calls(tap.calls, monitor.loss, type(monitor).__name__)[0]
+        else:
+            call = LossCall("forward", self._forward_output, None, "none", 0, tuple, lambda call, num: None)  # type: ignore[arg-type]
+            if tap.finder is not None and isinstance(self._forward_output, Tensor):
+                call.linear = tap.finder.match(self._forward_output)
+        head.resolve(call)
+        return call.features
 
     # -- shared ------------------------------------------------------------------------------------
 
@@ -393,10 +408,15 @@ class StepEngine:
             logging=trainer._logger_connector.should_update_logs if training else False,
         )
 
-    def _head(self, path: str | None) -> HeadTap:
-        if path not in self._heads:
-            self._heads[path] = HeadTap(self.module, path, compiled=_is_compiled(self.module))
-        return self._heads[path]
+    def _head(self, path: str | None, features: str | None, stage: str = "train") -> HeadTap | FeatureTap:
+        key = (path, features, stage)
+        if key not in self._heads:
+            self._heads[key] = (
+                HeadTap(self.module, path, compiled=_is_compiled(self.module))
+                if features is None
+                else FeatureTap(self.module, features)
+            )
+        return self._heads[key]
 
 
 def _check_strategy(strategy: Any, watcher: Watcher) -> None:
@@ -511,14 +531,14 @@ def _penalised(
     loss: Tensor,
     penalisers: list[Method],
     calls: Callable[[Method], list[LossCall]],
-    heads: dict[str | None, HeadTap],
+    heads: dict[Any, HeadTap | FeatureTap],
     step: Step,
 ) -> Tensor:
     """Add the penalties, then the factors their protocols put on the whole loss."""
     for watcher in penalisers:
         for call in calls(watcher):
             if watcher.needs_features:
-                heads[watcher.head].resolve(call)
+                heads[watcher.head, watcher.features].resolve(call)
             loss = loss + watcher.penalise(call, step)
     for watcher in penalisers:
         if (factor := watcher.loss_factor(step)) != 1:

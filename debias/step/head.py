@@ -1,11 +1,13 @@
 """Finding the classifier head and the features it reads, without being told. No Lightning here.
 
 In the first step every ``F.linear`` is noted; the one whose output became the logits of the loss is the head. From then
-on a hook on that module delivers its input, so that nothing else is kept alive.
+on a hook on that module delivers its input, so that nothing else is kept alive. Other features are the output of a
+module that is named.
 """
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from debias.errors import HeadNotFoundError
 from debias.step.tap import LossCall
 
-__all__ = ["HeadFinder", "HeadTap"]
+__all__ = ["FeatureTap", "HeadFinder", "HeadTap", "submodule"]
 
 _T = torch.Tensor
 # Operations between head and loss that leave every logit what it is.
@@ -75,6 +77,7 @@ class HeadTap:
         self._handle: Any = None
         self._keep_finding = compiled
         self._armed = False
+        self._hooked = False
         if path is not None:
             self.head = submodule(root, path, argument="head")
             self._hook()
@@ -83,6 +86,7 @@ class HeadTap:
         """Begin a step: nothing of an earlier one may be used."""
         self._inputs.clear()
         self._armed = True
+        self._hooked = self._handle is not None  # in this step, and not only since a method has asked in it
         return HeadFinder() if self.head is None or (self._keep_finding and self._handle is None) else None
 
     def resolve(self, call: LossCall) -> None:
@@ -92,11 +96,11 @@ class HeadTap:
             HeadNotFoundError: the logits are no linear layer's output, or the head ran not exactly once in this step.
         """
         self._armed = False  # a penalty may run the head again to differentiate it
-        if self._handle is not None:
+        if self._hooked:
             if len(self._inputs) != 1:
                 raise HeadNotFoundError(
-                    f"Expected the head to run once in a step, but it ran {len(self._inputs)} times. Name the layer"
-                    " that makes the logits of the loss: `head='dotted.path'`."
+                    f"Expected the head to run once in a step, but it ran {_times(self._inputs)}. Name the layer that"
+                    " makes the logits of the loss: `head='dotted.path'`."
                 )
             call.features, call.head = self._inputs[0], self.head
             return
@@ -109,7 +113,7 @@ class HeadTap:
                 " `head='dotted.path'`."
             )
         self.head = call.head = found[0]
-        if not self._keep_finding:
+        if not self._keep_finding and self._handle is None:
             self._hook()
 
     def close(self) -> None:
@@ -126,19 +130,68 @@ class HeadTap:
     def _keep_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._armed:
             self._inputs.append(args[0])
+        del self._inputs[2:]  # a hook also runs where nobody starts a step; two are enough to tell one from many
+
+
+class FeatureTap:
+    """Delivers the output of a named module as the features of a loss.
+
+    Args:
+        root: the user's module.
+        path: dotted path of the module whose output the features are.
+    """
+
+    def __init__(self, root: nn.Module, path: str) -> None:
+        from debias.step.proxy import Hook
+
+        self.path = path
+        self._outputs: list[Tensor] = []
+        self._handle: Any = submodule(root, path, argument="features").register_forward_hook(Hook(self._keep_output))
+
+    def start(self) -> None:
+        """Begin a step: nothing of an earlier one may be used."""
+        self._outputs.clear()
+
+    def resolve(self, call: LossCall) -> None:
+        """Give a call its features.
+
+        Raises:
+            HeadNotFoundError: the module ran not exactly once in this step.
+        """
+        if len(self._outputs) != 1:
+            raise HeadNotFoundError(
+                f"Expected the module `features={self.path!r}` to run once in a step, but it ran"
+                f" {_times(self._outputs)}. Name one that runs once."
+            )
+        call.features = self._outputs[0]
+
+    def close(self) -> None:
+        """Take the hook away."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _keep_output(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self._outputs.append(output)
+        del self._outputs[2:]
+
+
+def _times(kept: list[Tensor]) -> str:
+    return "several times" if kept else "0 times"
 
 
 def submodule(root: nn.Module, path: str, *, argument: str) -> nn.Module:
     """The submodule at a dotted path.
 
     Raises:
-        HeadNotFoundError: there is none; the error lists what is there.
+        HeadNotFoundError: there is none; the error names what is near, and lists what is there.
     """
     try:
         return root.get_submodule(path)
     except AttributeError:
         names = [name for name, _ in root.named_modules() if name]
+        near = " or ".join(repr(name) for name in difflib.get_close_matches(path, names))
         raise HeadNotFoundError(
-            f"Expected `{argument}` to be the dotted path of a submodule, but got {path!r}. There are:"
-            f" {', '.join(names[-20:])}."
+            f"Expected `{argument}` to be the dotted path of a submodule, but got"
+            f" {path!r}.{f' Did you mean {near}?' if near else ''} There are: {', '.join(names[-20:])}."
         ) from None

@@ -26,7 +26,7 @@ class OwnedModule:
     Args:
         build: makes the network from the width of its input.
         seed: seed of its initial weights; the global random state is left as it was.
-        lr: learning rate, or None for the user's current one times ``lr_ratio``.
+        lr: learning rate, or None for the user's current one (of several groups the highest) times ``lr_ratio``.
         lr_ratio: see ``lr``.
         optimizer: makes the optimiser from parameters and learning rate; SGD with momentum 0.9 by default.
     """
@@ -89,12 +89,19 @@ class OwnedModule:
             for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
                 p.grad = part.view_as(p)
         if self.lr is None:
+            # With layer-wise decay the first group is the slowest; a network beside the head learns at the head's rate.
+            current = max(group["lr"] for group in user_optimizer.param_groups)
             for group in self.optimizer.param_groups:
-                group["lr"] = user_optimizer.param_groups[0]["lr"] * self.lr_ratio
+                group["lr"] = current * self.lr_ratio
         if scaler is None:
             self.optimizer.step()
         else:
-            scaler.step(self.optimizer)  # unscales, and skips the step where a gradient is not finite
+            scaler.unscale_(self.optimizer)
+            # One backward pass, one decision: where the user's step is skipped, this one is too.
+            ours, users = (scaler._found_inf_per_device(o) for o in (self.optimizer, user_optimizer))
+            for device, found in users.items():
+                ours[device] = ours[device] + found if device in ours else found
+            scaler.step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:

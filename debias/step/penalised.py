@@ -227,14 +227,14 @@ def head_loss(call: LossCall) -> HeadLoss:
         DebiasError: it is a loss whose derivatives are not known, or its logits are not ``(N, C)``.
     """
     logits, target, name = call.logits, call.target, call.name
-    if name == "logits":  # stated by the step as {"logits", "targets"}
-        binary = target is not None and target.is_floating_point() and target.shape == logits.shape
-        name = "binary_cross_entropy" if binary else "cross_entropy"
     if logits is None or target is None:
         raise DebiasError(
             f"Expected logits and targets of the loss, but the step states `{call.name}` only. Return {{'loss',"
             " 'logits', 'targets'}}, or use a penalty that only needs losses (VREx)."
         )
+    if name == "logits":  # stated by the step as {"logits", "targets"}
+        binary = target.is_floating_point() and target.shape == logits.shape
+        name = "binary_cross_entropy" if binary else "cross_entropy"
     logits = logits.float() if logits.dtype in _HALF else logits
     loss = make_head_loss(name, logits, target, **_options(name, call.arguments))
     if not call.followed:

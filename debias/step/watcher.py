@@ -36,6 +36,7 @@ class StepWatcher(Callback):
     trains: ClassVar[bool] = False
     monitors: ClassVar[bool] = False
     stateful: ClassVar[bool] = False
+    needs_features: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[str] = ""
 
@@ -43,6 +44,9 @@ class StepWatcher(Callback):
         self.name = name
         self.allow_untested_strategy = allow_untested_strategy
         self.engine: StepEngine | None = None
+        self.loss: Any = None
+        self.head: str | None = None
+        self.features: str | None = None
 
     @property
     def adds_to_loss(self) -> bool:
@@ -139,13 +143,13 @@ class Debiaser(StepWatcher):
             ``"interleaved"``, or ``callable(call, n)`` that returns the sample of each row, int64 ``(rows,)``.
         losses: ``"whole"``, or ``"split"`` to run the user's step once per group, for losses that exist only per batch.
         head: dotted path of the classifier head; found automatically by default.
+        features: dotted path of the module whose output are the features; by default they are what the head reads.
         seed: seed of the method's own random numbers.
         name: tells several instances of a class apart.
         allow_untested_strategy: run under a strategy other than single-device and DDP, at your own risk.
     """
 
     trains: ClassVar[bool] = True
-    needs_features: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -154,6 +158,7 @@ class Debiaser(StepWatcher):
         rows: str | Callable[[LossCall, int], Tensor] | None = None,
         losses: Literal["whole", "split"] = "whole",
         head: str | None = None,
+        features: str | None = None,
         seed: int = 0,
         name: str | None = None,
         allow_untested_strategy: bool = False,
@@ -172,6 +177,7 @@ class Debiaser(StepWatcher):
         self.rows = rows
         self.losses = losses
         self.head = head
+        self.features = features
         self.random = StepRandom(seed, self.state_key)
         self.module: nn.Module | None = None
         self.owned: dict[str, OwnedModule] = {}

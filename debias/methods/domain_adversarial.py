@@ -1,0 +1,310 @@
+"""Domain-adversarial training: features whose domain nobody can tell. DANN: Ganin et al., JMLR 2016, arXiv 1505.07818.
+
+With ``f`` the features that the classifier reads, R gradient reversal (backward times ``-strength``), and D a
+discriminator over E domains::
+
+    loss = task loss + mean_i [ CE(D(R(f_i)), e_i) + gradient_penalty |d CE_i / d R(f_i)|^2 ]                   DANN
+    loss = task loss + mean_y mean_{i: y_i = y} CE(D(R(f_i) + embedding(y_i)), e_i) + the same penalty         CDANN
+
+CDANN (Li et al., ECCV 2018) looks for the domain within each class: where classes are unevenly spread over domains,
+features that tell the class tell the domain, and DANN fights them. The embedding is learnt with D.
+
+The strength follows DANN's ramp, ``strength (2 / (1 + exp(-10 p)) - 1)`` with p the share of training that is over.
+Published: strength 1 with that ramp (Ganin et al., section 5.2.2); DomainBed trains network and discriminator in turn,
+``10^U(-2, 2)``, a discriminator of 3 layers of 256, gradient penalty 0 or ``10^U(-2, 1)``; WILDS a constant 0.1 to 1.
+
+Differences from DomainBed's code: one step with reversal in place of alternating steps with two optimisers; the
+gradient penalty is not built at all where its weight is 0; the mean over classes in CDANN runs over the classes that
+the batch holds, where theirs divides by the highest label in the batch plus one; domains may be of any size.
+
+A domain or class absent from a batch, or with one sample, needs no care. A batch without any known domain adds a loss
+of 0. Costs: the discriminator forward and backward on (N, D) features (twice under a gradient penalty), one all-reduce
+of a few floats a step and one of the discriminator's gradient. Needs the features and domains of the training samples;
+CDANN their classes, read from the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from debias.errors import DebiasError
+from debias.methods._adversary import AdversarialDebiaser, AdversaryLoss, make_mlp
+from debias.step.batch import BatchKey, describe
+from debias.step.context import Step
+from debias.step.tap import LossCall
+
+__all__ = ["DomainAdversarial", "DomainAdversarialLoss", "DomainAdversarialMixin"]
+
+
+class ClassConditional(nn.Module):
+    """A discriminator of features plus an embedding of their class."""
+
+    def __init__(self, n_classes: int, width: int, discriminator: nn.Module) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(n_classes, width)
+        self.discriminator = discriminator
+
+    def forward(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Logits of the domains."""
+        return self.discriminator(features + self.embedding(targets))
+
+
+class DomainAdversarialLoss(AdversaryLoss):
+    """The discriminator, gradient reversal and loss, for any training loop: add its output to the task's loss.
+
+    Args:
+        in_features: width D of the features; None leaves out the network, for those who pass their own to
+            :meth:`objective`.
+        n_domains: number of domains E, numbered 0 .. E - 1.
+        strength: lambda of the reversal; set :attr:`strength` anew to follow a schedule.
+        n_classes: CDANN with that many classes; None for DANN.
+        discriminator: ``"mlp"`` (D, 256, 256, E with ReLU, as in DomainBed), ``"linear"``, a module from ``(N, D)`` to
+            ``(N, E)``, of which a copy is taken, or a function that makes one from D.
+        gradient_penalty: weight of the squared gradient of each sample's loss with respect to the features.
+
+    Shape:
+        features ``(N, D)`` floating point; domains ``(N,)`` integer, negative = unknown, left out; targets ``(N,)``
+        int64 with ``n_classes``; output: scalar. Under DDP its value and its gradient are those of the global batch.
+
+    Raises:
+        DebiasError: an argument is out of range, or targets are missing.
+        HeadNotFoundError: features are not ``(N, D)``.
+        BadRowsError: an id is out of range or a feature is not finite.
+
+    Example:
+        >>> import torch
+        >>> from debias import DomainAdversarialLoss
+        >>> criterion = DomainAdversarialLoss(in_features=8, n_domains=3, strength=0.5)
+        >>> features = torch.randn(4, 8, requires_grad=True)
+        >>> criterion(features, torch.tensor([0, 2, 1, -1])).backward()
+        >>> features.grad[3].abs().sum()  # of an unknown domain
+        tensor(0.)
+    """
+
+    def __init__(
+        self,
+        in_features: int | None,
+        n_domains: int,
+        strength: float = 1.0,
+        *,
+        n_classes: int | None = None,
+        discriminator: str | nn.Module | Callable[[int], nn.Module] = "mlp",
+        gradient_penalty: float = 0.0,
+    ) -> None:
+        super().__init__(in_features, n_domains, what="domain", argument="n_domains", strength=strength)
+        if isinstance(discriminator, str) and discriminator not in ("linear", "mlp"):
+            raise DebiasError(
+                "Expected `discriminator` to be 'mlp', 'linear', a module or a function of the features' width, but got"
+                f" {discriminator!r}."
+            )
+        if not isinstance(gradient_penalty, int | float) or not 0 <= gradient_penalty < float("inf"):
+            raise DebiasError(f"Expected `gradient_penalty` to be a number >= 0, but got {gradient_penalty!r}.")
+        if n_classes is not None and (isinstance(n_classes, bool) or not isinstance(n_classes, int) or n_classes < 1):
+            raise DebiasError(f"Expected `n_classes` to be a positive integer or None, but got {n_classes!r}.")
+        self.n_classes = n_classes
+        self.gradient_penalty = float(gradient_penalty)
+        # In a tuple: a module of the user's own is a template here, and no part of this one.
+        self._discriminator = (discriminator,)
+        self.network = None if in_features is None else self.build(in_features)
+
+    @property
+    def n_strata(self) -> int:
+        """Classes within which the domain is looked for."""
+        return self.n_classes or 1
+
+    def build(self, width: int) -> nn.Module:
+        """The discriminator for features of this width."""
+        made: dict[str, Callable[[int], nn.Module]] = {
+            "linear": lambda width: nn.Linear(width, self.n_groups),
+            "mlp": lambda width: make_mlp([width, 256, 256, self.n_groups], nn.ReLU),
+        }
+        network = self.network_of(self._discriminator[0], width, made)
+        return network if self.n_classes is None else ClassConditional(self.n_classes, width, network)
+
+    def losses(
+        self, network: nn.Module, features: Tensor, ids: Tensor, targets: Tensor | None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
+        """The discriminator's logits, its loss for each sample, and the gradient penalty of each."""
+        if self.gradient_penalty and not features.requires_grad:
+            features = features.detach().requires_grad_()
+        if self.n_classes is None:
+            strata = None
+            logits = self.guess(network, features)
+        else:
+            if targets is None:
+                raise DebiasError("Expected `targets` with `n_classes`, but got None. Pass the classes of the samples.")
+            # Samples whose class the loss ignores are left out.
+            strata = torch.where((targets >= 0) & (targets < self.n_classes), targets, -1)
+            logits = self.guess(network, features, strata.clamp_min(0))
+        losses = F.cross_entropy(logits, ids, reduction="none")
+        if not self.gradient_penalty:
+            return logits, [(losses, strata)]
+        (gradients,) = torch.autograd.grad(losses.sum(), features, create_graph=True)
+        return logits, [(losses, strata), (self.gradient_penalty * (gradients**2).sum(1), None)]
+
+    def forward(self, features: Tensor, domains: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The loss to add for one batch."""
+        if self.network is None:
+            raise DebiasError("Expected `in_features` to be given, but got None: there is no network to call.")
+        return self.objective(self.network, features, domains, targets=targets)
+
+
+class DomainAdversarial(AdversarialDebiaser):
+    """Keep the domain out of the features, by a discriminator that tries to tell it (DANN, CDANN).
+
+    The methods and their formulas are described at the top of :mod:`debias.methods.domain_adversarial`.
+
+    Args:
+        domain: where the domains are: a tag, an index, a name, a dotted path or a callable; ids int64 ``(N,)``,
+            negative = unknown, left out.
+        n_domains: number of domains E, numbered 0 .. E - 1.
+        conditional: CDANN: look for the domain within each class.
+        n_classes: number of classes, for CDANN; read from the logits of the first step by default.
+        target: where the classes are, for CDANN; by default the target of the loss.
+        strength: lambda of the reversal at full height.
+        schedule: ``"dann"``: from 0 to ``strength`` by :func:`debias.functional.dann_ramp` (Ganin et al.), or
+            ``"constant"``.
+        warmup_steps: optimiser steps during which only the discriminator learns.
+        ramp_steps: length of the ramp in optimiser steps; by default what is left of training.
+        discriminator: ``"mlp"`` (D, 256, 256, E), ``"linear"``, a module from ``(N, D)`` to ``(N, E)``, of which a copy
+            is trained, or a function that makes one from D.
+        gradient_penalty: weight of the squared gradient of the discriminator's loss; nothing is computed at 0.
+        features: dotted path of the module whose output ``(N, D)`` is meant; by default the input of the classifier
+            head, which is found.
+        lr: learning rate of the discriminator; by default the user's current one (of several groups the highest) times
+            ``lr_ratio``.
+        lr_ratio: see ``lr``.
+        optimizer: makes the discriminator's optimiser from parameters and ``lr=``; by default one of the user's class,
+            with its options.
+        loss: which of several losses is meant, by position or a callable of :class:`LossCall`; its features are read.
+        rows, head, seed, name, allow_untested_strategy: see :class:`debias.Debiaser`.
+
+    Logs ``train/domain_adversary/loss``, ``.../accuracy`` (of the discriminator, on the global batch) and
+    ``.../strength`` on logging steps; the first part is the instance's name, ``domain`` if that is the key.
+
+    Raises:
+        BadRowsError: a domain is out of range, a feature is not finite, or a whole epoch had no known domain.
+        HeadNotFoundError: the features are not found or not ``(N, D)``.
+
+    Example:
+        >>> from debias import DomainAdversarial
+        >>> DomainAdversarial(domain="hospital", n_domains=3, conditional=True).state_key
+        'DomainAdversarial(hospital)'
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("domain", "features")
+    reference: ClassVar[str] = "Ganin et al., JMLR 2016, arXiv 1505.07818; Li et al., ECCV 2018"
+
+    def __init__(
+        self,
+        domain: BatchKey,
+        n_domains: int,
+        *,
+        conditional: bool = False,
+        n_classes: int | None = None,
+        target: BatchKey | None = None,
+        strength: float = 1.0,
+        schedule: Literal["constant", "dann"] = "dann",
+        warmup_steps: int = 0,
+        ramp_steps: int | None = None,
+        discriminator: str | nn.Module | Callable[[int], nn.Module] = "mlp",
+        gradient_penalty: float = 0.0,
+        features: str | None = None,
+        lr: float | None = None,
+        lr_ratio: float = 1.0,
+        optimizer: Callable[[Iterable], Optimizer] | None = None,
+        loss: int | Callable[[LossCall], bool] | None = None,
+        rows: str | Callable[[LossCall, int], Tensor] | None = None,
+        head: str | None = None,
+        seed: int = 0,
+        name: str | None = None,
+        allow_untested_strategy: bool = False,
+    ) -> None:
+        module = DomainAdversarialLoss(
+            None,
+            n_domains,
+            strength,
+            n_classes=n_classes if conditional else None,
+            discriminator=discriminator,
+            gradient_penalty=gradient_penalty,
+        )
+        super().__init__(
+            domain,
+            module,
+            schedule=schedule,
+            warmup_steps=warmup_steps,
+            ramp_steps=ramp_steps,
+            features=features,
+            lr=lr,
+            lr_ratio=lr_ratio,
+            optimizer=optimizer,
+            loss=loss,
+            rows=rows,
+            head=head,
+            seed=seed,
+            name=name,
+            allow_untested_strategy=allow_untested_strategy,
+        )
+        self.conditional = conditional
+        self.target = target
+
+    def targets(self, call: LossCall, step: Step, n_rows: int) -> Tensor | None:
+        """Classes of the rows, for CDANN."""
+        if not self.conditional:
+            return None
+        if self.module.n_classes is None:
+            logits = call.logits
+            if logits is None or (logits.ndim > 2):
+                raise DebiasError(
+                    f"Expected `n_classes` to be given where logits are {describe(logits)}, but got None."
+                )
+            self.module.n_classes = max(logits.shape[1] if logits.ndim == 2 else 1, 2)
+        found = call.target if self.target is None else step.read(self.target, argument="target")
+        targets = torch.as_tensor(found, device=step.module.device) if found is not None else None
+        if targets is not None and self.target is not None and targets.ndim == 1:
+            targets = self._of_features(targets, call, n_rows)
+        if targets is not None and targets.ndim == 2 and targets.shape[1] == 1:
+            targets = targets.squeeze(1)
+        if targets is not None and targets.ndim == 2 and call.name == "cross_entropy":
+            targets = targets.argmax(1)  # class probabilities
+        if targets is None or targets.shape != (n_rows,):
+            raise DebiasError(
+                f"Expected one class for each of the {n_rows} rows with `conditional=True`, but got"
+                f" {describe(targets)}. Say where they are: `target='label'`, or use `conditional=False`."
+            )
+        return targets.long()
+
+
+class DomainAdversarialMixin:
+    """Domain-adversarial training inside a LightningModule; the discriminator is then a part of it.
+
+    Example:
+        >>> import lightning as L, torch
+        >>> from debias import DomainAdversarialMixin
+        >>> class Model(DomainAdversarialMixin, L.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.backbone, self.head = torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)
+        ...         self.configure_domain_adversarial(in_features=8, n_domains=3)
+        ...     def training_step(self, batch, batch_idx):
+        ...         x, y, hospital = batch
+        ...         features = self.backbone(x)
+        ...         loss = torch.nn.functional.cross_entropy(self.head(features), y)
+        ...         return loss + self.domain_adversarial_loss(features, hospital)
+    """
+
+    domain_adversarial: DomainAdversarialLoss
+
+    def configure_domain_adversarial(self, in_features: int, n_domains: int, **options: Any) -> None:
+        """Make discriminator and loss; takes the arguments of :class:`DomainAdversarialLoss`."""
+        self.domain_adversarial = DomainAdversarialLoss(in_features, n_domains, **options)
+
+    def domain_adversarial_loss(self, features: Tensor, domains: Tensor, targets: Tensor | None = None) -> Tensor:
+        """What to add to the loss, for features ``(N, D)``, domains ``(N,)`` and, for CDANN, classes ``(N,)``."""
+        return self.domain_adversarial(features, domains, targets)

@@ -1,0 +1,285 @@
+"""Identity-adversarial training: features from which nobody can be recognised. Ning et al., FG 2025, arXiv 2407.11243.
+
+With ``f`` the features that the classifier reads, R gradient reversal (backward times ``-strength``), and
+``z = A(R(f))`` the logits of an identity head over S identities::
+
+    loss = task loss + l(z, s)
+    l = 1/S sum_k BCE(z_k, [k = s])         identity_loss="bce", the paper's
+    l = -log softmax(z)_s                   identity_loss="ce"
+
+The head learns to recognise at weight 1, the network below it to prevent that at weight ``strength``.
+
+**The two losses are not on one scale.** The gradient of "bce" with respect to z is ``(sigmoid(z) - [k = s]) / S``, that
+of "ce" ``softmax(z) - [k = s]``: at zero logits the second is ``2 sqrt(S - 1)`` times as long, and once the head knows
+the base rate 1/S, exactly S times. So the paper's ``strength=2`` on 41 identities is ``2 / 41 = 0.05`` under "ce"
+(:func:`bce_to_ce_strength`), and its pull shrinks as identities are added.
+
+Published: strength 2 on BP4D (41 identities), 1 on BP4D+ (140), 0.5 on DISFA (27), constant, no warm-up, a linear head;
+AdamW with the learning rate of the classifier. Differences from the authors' code: the head is no part of the model,
+its optimiser or its checkpoints; samples without identity are left out instead of failing; ``strength=0`` trains the
+head and leaves the network alone (an online probe), where theirs leaves out the head.
+
+An identity absent from a batch, or with one sample, needs no care: the loss is a mean over samples. A batch without any
+known identity adds a loss of 0. Costs: the identity head forward and backward on (N, D) features, one all-reduce of
+four floats a step and one of the head's gradient. Needs the features and identities of the training samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from debias.errors import DebiasError
+from debias.methods._adversary import AdversarialDebiaser, AdversaryLoss, make_mlp
+from debias.step.batch import BatchKey
+from debias.step.tap import LossCall
+
+__all__ = [
+    "IdentityAdversarial",
+    "IdentityAdversarialLoss",
+    "IdentityAdversarialMixin",
+    "bce_to_ce_strength",
+    "identity_losses",
+]
+
+
+def identity_losses(logits: Tensor, identities: Tensor, *, identity_loss: Literal["bce", "ce"] = "bce") -> Tensor:
+    """Loss of an identity head for each sample.
+
+    Args:
+        logits: ``(N, S)``.
+        identities: int64 ``(N,)``, each in [0, S).
+        identity_loss: ``"bce"``: binary cross-entropy with the one-hot identity, averaged over the S logits;
+            ``"ce"``: cross-entropy.
+
+    Returns:
+        Losses ``(N,)``.
+
+    Example:
+        >>> import torch
+        >>> from debias.functional import identity_losses
+        >>> identity_losses(torch.zeros(1, 4), torch.tensor([2]))
+        tensor([0.6931])
+        >>> identity_losses(torch.zeros(1, 4), torch.tensor([2]), identity_loss="ce")
+        tensor([1.3863])
+    """
+    if identity_loss == "ce":
+        return F.cross_entropy(logits, identities, reduction="none")
+    # By comparison: F.one_hot reads its argument on the host.
+    one_hot = identities.unsqueeze(1) == torch.arange(logits.shape[1], device=logits.device)
+    return F.binary_cross_entropy_with_logits(logits, one_hot.to(logits.dtype), reduction="none").mean(1)
+
+
+def bce_to_ce_strength(strength: float, n_identities: int) -> float:
+    """The strength under ``identity_loss="ce"`` whose pull on the features is that of ``strength`` under ``"bce"``.
+
+    Exact for a head that knows the base rate of identities and nothing more. Before, at zero logits, the factor is
+    ``2 sqrt(S - 1)`` and not S; it depends on what the head has learnt, so search the strength anew.
+
+    Args:
+        strength: lambda under "bce".
+        n_identities: S.
+
+    Returns:
+        ``strength / n_identities``.
+
+    Example:
+        >>> from debias.functional import bce_to_ce_strength
+        >>> round(bce_to_ce_strength(2.0, 41), 3)  # the paper's value on BP4D
+        0.049
+    """
+    return strength / n_identities
+
+
+class IdentityAdversarialLoss(AdversaryLoss):
+    """The identity head, gradient reversal and loss, for any training loop: add its output to the task's loss.
+
+    Args:
+        in_features: width D of the features; None leaves out the network, for those who pass their own to
+            :meth:`objective`.
+        n_identities: number of identities S, numbered 0 .. S - 1.
+        strength: lambda of the reversal; published 0.5 to 2, under "bce".
+        identity_loss: ``"bce"`` (paper) or ``"ce"``.
+        adversary: ``"linear"`` (paper), ``"mlp"`` (the paper's ablation: D, D/2, D/4, S with GELU), a module from
+            ``(N, D)`` to ``(N, S)``, of which a copy is taken, or a function that makes one from D.
+
+    Shape:
+        features ``(N, D)`` floating point; identities ``(N,)`` integer, negative = unknown, left out; output: scalar.
+        Under DDP its value and its gradient are those of the global batch.
+
+    Raises:
+        DebiasError: an argument is out of range.
+        HeadNotFoundError: features are not ``(N, D)``.
+        BadRowsError: an id is out of range or a feature is not finite.
+
+    Example:
+        >>> import torch
+        >>> from debias import IdentityAdversarialLoss
+        >>> criterion = IdentityAdversarialLoss(in_features=8, n_identities=3, strength=0.5)
+        >>> features = torch.randn(4, 8, requires_grad=True)
+        >>> criterion(features, torch.tensor([0, 2, 1, -1])).backward()
+        >>> features.grad[3].abs().sum()  # nobody knows who that is
+        tensor(0.)
+    """
+
+    def __init__(
+        self,
+        in_features: int | None,
+        n_identities: int,
+        strength: float = 1.0,
+        *,
+        identity_loss: Literal["bce", "ce"] = "bce",
+        adversary: str | nn.Module | Callable[[int], nn.Module] = "linear",
+    ) -> None:
+        super().__init__(in_features, n_identities, what="identity", argument="n_identities", strength=strength)
+        if identity_loss not in ("bce", "ce"):
+            raise DebiasError(f"Expected `identity_loss` to be 'bce' or 'ce', but got {identity_loss!r}.")
+        if isinstance(adversary, str) and adversary not in ("linear", "mlp"):
+            raise DebiasError(
+                f"Expected `adversary` to be 'linear', 'mlp', a module or a function of the features' width, but got"
+                f" {adversary!r}."
+            )
+        self.identity_loss = identity_loss
+        # In a tuple: a module of the user's own is a template here, and no part of this one.
+        self._adversary = (adversary,)
+        self.network = None if in_features is None else self.build(in_features)
+
+    def build(self, width: int) -> nn.Module:
+        """The identity head for features of this width."""
+        widths = [width, max(width // 2, 1), max(width // 4, 1), self.n_groups]
+        made: dict[str, Callable[[int], nn.Module]] = {
+            "linear": lambda width: nn.Linear(width, self.n_groups),
+            "mlp": lambda width: make_mlp(widths, nn.GELU),
+        }
+        return self.network_of(self._adversary[0], width, made)
+
+    def losses(
+        self, network: nn.Module, features: Tensor, ids: Tensor, targets: Tensor | None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
+        """The head's logits and its loss for each sample."""
+        logits = self.guess(network, features)
+        return logits, [(identity_losses(logits, ids, identity_loss=self.identity_loss), None)]
+
+    def forward(self, features: Tensor, identities: Tensor) -> Tensor:
+        """The loss to add for one batch."""
+        if self.network is None:
+            raise DebiasError("Expected `in_features` to be given, but got None: there is no network to call.")
+        return self.objective(self.network, features, identities)
+
+
+class IdentityAdversarial(AdversarialDebiaser):
+    """Keep identity out of the features, by an adversary that tries to recognise people.
+
+    The method and its formula are described at the top of :mod:`debias.methods.identity_adversarial`.
+
+    Args:
+        identity: where the identities are: a tag, an index, a name, a dotted path or a callable; ids int64 ``(N,)``,
+            negative = unknown, left out.
+        n_identities: number of identities S, numbered 0 .. S - 1 over the whole training set.
+        strength: lambda of the reversal; published 2 on BP4D, 1 on BP4D+, 0.5 on DISFA, with "bce". At 0 the network
+            trains as without the method, and the head is an online probe.
+        identity_loss: ``"bce"`` (paper), whose pull shrinks as 1/S, or ``"ce"``.
+        adversary: ``"linear"`` (paper), ``"mlp"`` (its ablation), a module from ``(N, D)`` to ``(N, S)``, of which a
+            copy is trained, or a function that makes one from D.
+        schedule: ``"constant"`` (paper), or ``"dann"``: from 0 to ``strength`` by :func:`debias.functional.dann_ramp`.
+        warmup_steps: optimiser steps during which only the head learns.
+        ramp_steps: length of the "dann" ramp in optimiser steps; by default what is left of training.
+        features: dotted path of the module whose output ``(N, D)`` is meant; by default the input of the classifier
+            head, which is found.
+        lr: learning rate of the head; by default the user's current one (of several groups the highest) times
+            ``lr_ratio``.
+        lr_ratio: see ``lr``.
+        optimizer: makes the head's optimiser from parameters and ``lr=``, e.g. ``torch.optim.SGD``; by default one of
+            the user's class, with its options.
+        loss: which of several losses is meant, by position or a callable of :class:`LossCall`; its features are read.
+        rows, head, seed, name, allow_untested_strategy: see :class:`debias.Debiaser`.
+
+    Logs ``train/identity_adversary/loss``, ``.../accuracy`` (of the head, on the global batch) and ``.../strength`` on
+    logging steps; the first part is the instance's name, ``identity`` if that is the key.
+
+    Raises:
+        BadRowsError: an identity is out of range, a feature is not finite, or a whole epoch had no known identity.
+        HeadNotFoundError: the features are not found or not ``(N, D)``.
+
+    Example:
+        >>> from debias import IdentityAdversarial
+        >>> IdentityAdversarial(identity="subject", n_identities=41, strength=2.0).state_key
+        'IdentityAdversarial(subject)'
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("identity", "features")
+    reference: ClassVar[str] = "Ning et al., FG 2025, arXiv 2407.11243"
+
+    def __init__(
+        self,
+        identity: BatchKey,
+        n_identities: int,
+        *,
+        strength: float = 1.0,
+        identity_loss: Literal["bce", "ce"] = "bce",
+        adversary: str | nn.Module | Callable[[int], nn.Module] = "linear",
+        schedule: Literal["constant", "dann"] = "constant",
+        warmup_steps: int = 0,
+        ramp_steps: int | None = None,
+        features: str | None = None,
+        lr: float | None = None,
+        lr_ratio: float = 1.0,
+        optimizer: Callable[[Iterable], Optimizer] | None = None,
+        loss: int | Callable[[LossCall], bool] | None = None,
+        rows: str | Callable[[LossCall, int], Tensor] | None = None,
+        head: str | None = None,
+        seed: int = 0,
+        name: str | None = None,
+        allow_untested_strategy: bool = False,
+    ) -> None:
+        super().__init__(
+            identity,
+            IdentityAdversarialLoss(None, n_identities, strength, identity_loss=identity_loss, adversary=adversary),
+            schedule=schedule,
+            warmup_steps=warmup_steps,
+            ramp_steps=ramp_steps,
+            features=features,
+            lr=lr,
+            lr_ratio=lr_ratio,
+            optimizer=optimizer,
+            loss=loss,
+            rows=rows,
+            head=head,
+            seed=seed,
+            name=name,
+            allow_untested_strategy=allow_untested_strategy,
+        )
+
+
+class IdentityAdversarialMixin:
+    """Identity-adversarial training inside a LightningModule; the identity head is then a part of it.
+
+    Example:
+        >>> import lightning as L, torch
+        >>> from debias import IdentityAdversarialMixin
+        >>> class Model(IdentityAdversarialMixin, L.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.backbone, self.head = torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)
+        ...         self.configure_identity_adversarial(in_features=8, n_identities=41, strength=2.0)
+        ...     def training_step(self, batch, batch_idx):
+        ...         x, y, person = batch
+        ...         features = self.backbone(x)
+        ...         loss = torch.nn.functional.cross_entropy(self.head(features), y)
+        ...         return loss + self.identity_adversarial_loss(features, person)
+    """
+
+    identity_adversarial: IdentityAdversarialLoss
+
+    def configure_identity_adversarial(self, in_features: int, n_identities: int, **options: Any) -> None:
+        """Make head and loss; takes the arguments of :class:`IdentityAdversarialLoss`. Call it in ``__init__``."""
+        self.identity_adversarial = IdentityAdversarialLoss(in_features, n_identities, **options)
+
+    def identity_adversarial_loss(self, features: Tensor, identities: Tensor) -> Tensor:
+        """What to add to the loss, for features ``(N, D)`` and identities ``(N,)``."""
+        return self.identity_adversarial(features, identities)

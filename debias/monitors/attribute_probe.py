@@ -1,0 +1,361 @@
+"""How well an attribute (who it is, where it was taken) can be read from a network's features: a linear probe.
+
+While validating or testing, features and attributes of all samples are kept. At the end of the epoch the samples of
+each value are divided at random into two parts; a linear classifier is fitted on the first and scored on the second,
+once with the true values and once with shuffled ones, which says what a probe reaches by accident.
+
+The classifier is a linear discriminant with a pooled covariance::
+
+    W_k = C^-1 m_k,   b_k = log(n_k / n) - m_k C^-1 m_k / 2,   C = (1 - a) S + a tr(S) / D I
+
+with m_k the mean of value k, S the covariance within values, and the shrinkage a of Ledoit and Wolf (Journal of
+Multivariate Analysis, 2004). Why this one: it is a function of sums, so it is the same on one process and on many, with
+no sample sent anywhere; it has a closed form, so no learning rate or number of steps decides what it finds; and unlike
+least squares it masks no value where there are many. A logistic regression can find a little more where features are
+far from normal, and a deep adversary more still: a probe gives a lower bound of what is there.
+
+Costs an epoch: the features of the set (4 N D bytes), the ids and numbers of all samples on every rank, N D^2
+operations and one decomposition of a D x D matrix, twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DistributedSampler, SequentialSampler
+
+from debias.errors import BadRowsError, BatchKeyError, DebiasError, HeadNotFoundError, RowsError
+from debias.step.batch import BatchKey, key_name
+from debias.step.context import Step
+from debias.step.distributed import gather, global_rank, global_sum, world_size
+from debias.step.tap import LossCall
+from debias.step.watcher import StepWatcher
+
+__all__ = ["AttributeProbe", "ledoit_wolf_shrinkage", "probe_attribute"]
+
+
+def ledoit_wolf_shrinkage(scatter: Tensor, fourth: Tensor, n: Tensor) -> Tensor:
+    """Share of the spherical target in Ledoit and Wolf's covariance, from sums over centred samples.
+
+    Args:
+        scatter: ``sum_i x_i x_i^T``, ``(D, D)``.
+        fourth: ``sum_i |x_i|^4``, scalar.
+        n: number of samples, scalar.
+
+    Returns:
+        The shrinkage, scalar in [0, 1].
+    """
+    width = scatter.shape[0]
+    mean_variance = scatter.diagonal().sum() / n / width
+    squares = (scatter / n).square().sum()
+    distance = squares / width - mean_variance**2
+    noise = torch.minimum((fourth / n - squares) / n / width, distance)
+    return torch.where(noise > 0, noise / distance.clamp_min(torch.finfo(noise.dtype).tiny), 0)
+
+
+def probe_attribute(
+    features: Tensor,
+    attributes: Tensor,
+    n_values: int,
+    *,
+    numbers: Tensor | None = None,
+    fit_fraction: float = 0.5,
+    shrinkage: float | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Fit a linear probe on one part of the samples and score it on the rest; in a distributed run over all ranks.
+
+    Args:
+        features: ``(N, D)`` floating point; ranks may hold different numbers of rows, also none.
+        attributes: int64 ``(N,)``, negative = unknown, left out.
+        n_values: number of values of the attribute.
+        numbers: number of each sample in its set, int64 ``(N,)``: the parts are drawn by it, so that they do not depend
+            on ranks and batches; of samples with the same number one counts. By default every row is another sample.
+        fit_fraction: share of the samples of each value to fit on; at least one sample is, a value with one is not
+            scored.
+        shrinkage: share of the spherical target in the covariance; Ledoit and Wolf's by default.
+        seed: seed of the parts and of the shuffling.
+
+    Returns:
+        Scalars: ``accuracy``, ``balanced_accuracy`` (mean over values), ``chance`` (the share of the most
+        frequent value, what the best guess without features reaches), ``shuffled_accuracy`` and
+        ``shuffled_balanced_accuracy``; NaN where no sample can be scored.
+
+    Raises:
+        BadRowsError: an attribute is ``n_values`` or more, or a feature is not finite; on all ranks together.
+
+    Example:
+        >>> import torch
+        >>> from debias.functional import probe_attribute
+        >>> person = torch.arange(40) % 4
+        >>> scores = probe_attribute(torch.nn.functional.one_hot(person).double(), person, n_values=4)
+        >>> scores["accuracy"].item(), scores["chance"].item()
+        (1.0, 0.25)
+    """
+    rank, device = global_rank(), features.device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    numbers = torch.arange(len(features), device=device) * world_size() + rank if numbers is None else numbers
+    bad_rows = global_sum((~features.isfinite().all(1)).sum().to(dtype))
+    table = gather(torch.stack([numbers, attributes, torch.full_like(numbers, rank)], 1)).cpu()
+    _refuse_bad(table[:, 1], n_values, bad_rows)
+    table = torch.cat([table, (torch.arange(len(table)) - (table[:, 2] < rank).sum()).unsqueeze(1)], 1)
+    table = table[table[:, 0].argsort(stable=True)]
+    again = torch.cat([torch.zeros(min(1, len(table)), dtype=torch.bool), table[1:, 0] == table[:-1, 0]])
+    table = table[~again & (table[:, 1] >= 0)]
+
+    generator = torch.Generator().manual_seed(seed)
+    values = table[:, 1]
+    fits = _stratified(values, n_values, fit_fraction, generator)
+    shuffled = values[torch.randperm(len(values), generator=generator)]
+    own = table[:, 2] == rank
+    x = features[table[own, 3].to(device)].to(dtype)
+    scores: dict[str, Tensor] = {}
+    for prefix, labels in (("", values), ("shuffled_", shuffled)):
+        hits, totals = _fit_and_score(x, labels[own].to(device), fits[own].to(device), n_values, shrinkage)
+        scores[f"{prefix}accuracy"] = hits.sum() / totals.sum()
+        scores[f"{prefix}balanced_accuracy"] = (hits / totals).nanmean()
+        if not prefix:
+            scores["chance"] = totals.max() / totals.sum()
+    return scores
+
+
+def _refuse_bad(attributes: Tensor, n_values: int, bad_rows: Tensor) -> None:
+    if beyond := int((attributes >= n_values).sum()):
+        raise BadRowsError(
+            f"Expected attributes below `n_values={n_values}`, but {beyond} samples had a higher one. Number them"
+            " 0 .. n_values - 1 (-1 = unknown), or raise `n_values`."
+        )
+    if bad := int(bad_rows):
+        raise BadRowsError(
+            f"Expected finite features, but {bad} samples had a NaN or infinite one. Check their inputs and the"
+            " network."
+        )
+
+
+def _stratified(values: Tensor, n_values: int, fraction: float, generator: torch.Generator) -> Tensor:
+    """Which samples to fit on: of each value that share, at least one, at random."""
+    order = torch.randperm(len(values), generator=generator)
+    order = order[values[order].argsort(stable=True)]
+    counts = torch.bincount(values, minlength=n_values)
+    place = torch.arange(len(values)) - (counts.cumsum(0) - counts)[values[order]]
+    fits = torch.zeros(len(values), dtype=torch.bool)
+    fits[order] = place < (counts * fraction).floor().clamp_min(1)[values[order]]
+    return fits
+
+
+def _fit_and_score(
+    x: Tensor, labels: Tensor, fits: Tensor, n_values: int, shrinkage: float | None
+) -> tuple[Tensor, Tensor]:
+    """Right guesses and samples by value, ``(n_values,)``, over all ranks; only values that were fitted are scored."""
+    width = x.shape[1]
+    fitted = x[fits]
+    sums = x.new_zeros(n_values, width + 1)
+    sums.index_add_(0, labels[fits], torch.cat([fitted, fitted.new_ones(len(fitted), 1)], 1))
+    sums = global_sum(sums)
+    counts = sums[:, -1]
+    means = sums[:, :-1] / counts.clamp_min(1).unsqueeze(1)
+    centred = fitted - means[labels[fits]]
+    fourth = centred.square().sum(1).square().sum()
+    moments = global_sum(torch.cat([(centred.T @ centred).flatten(), fourth.reshape(1)]))
+    scatter, n = moments[:-1].view(width, width), counts.sum().clamp_min(1)
+    share = ledoit_wolf_shrinkage(scatter, moments[-1], n) if shrinkage is None else shrinkage
+    variance = scatter.diagonal().sum() / n / width
+    sphere = torch.eye(width, dtype=x.dtype, device=x.device)
+    covariance = (1 - share) * scatter / n + share * variance * sphere if variance > 0 else sphere
+    weights = (torch.linalg.pinv(covariance, hermitian=True) @ means.T).T
+    bias = (counts / n).log() - (means * weights).sum(1) / 2
+    scored = ~fits & (counts[labels] > 0)
+    right = (x[scored] @ weights.T + bias).argmax(1) == labels[scored]
+    tally = x.new_zeros(n_values, 2)
+    tally.index_add_(0, labels[scored], torch.stack([right.to(x.dtype), torch.ones_like(right, dtype=x.dtype)], 1))
+    hits, totals = global_sum(tally).unbind(1)
+    return hits, totals
+
+
+class AttributeProbe(StepWatcher):
+    """Measure how well an attribute can be read from the features, while validating and testing.
+
+    How is described at the top of :mod:`debias.monitors.attribute_probe`. Works alone, on a plain ERM baseline, and
+    changes nothing. Logged at the end of an epoch, with ``val`` or ``test`` as the stage::
+
+        val/identity_probe/accuracy                     samples whose attribute is told
+        val/identity_probe/balanced_accuracy            the same, mean over values
+        val/identity_probe/chance                       the most frequent value's share
+        val/identity_probe/shuffled_accuracy            a probe of shuffled attributes: what is there by accident
+        val/identity_probe/shuffled_balanced_accuracy
+
+    ``identity`` is the instance's name. With several loaders every name ends in ``/dataloader_idx_<i>``. The sanity
+    check is skipped. On several ranks the scores are those of one process, if the loader's sampler is not shuffled.
+
+    Args:
+        attribute: where the attribute is: a tag, an index, a name, a dotted path or a callable; int64 ``(N,)``,
+            negative = unknown, left out. The two parts need the same values: give it the identities of the validation
+            set, not those of the training set.
+        n_values: number of values.
+        features: dotted path of the module whose output ``(N, D)`` is probed; by default the input of the classifier
+            head, found by the loss of the step or the output of the module's ``forward``.
+        head: dotted path of the head, where it is not found.
+        every_n_epochs: probe in every n-th training epoch; testing and validating alone always do.
+        fit_fraction: share of the samples of each value to fit on.
+        shrinkage: share of the spherical target in the covariance; Ledoit and Wolf's by default.
+        loss: which of several losses of a step is meant: its position, or a callable of :class:`LossCall`.
+        seed: seed of the parts and of the shuffling.
+        name: the first part of the logged names; by default the key.
+        allow_untested_strategy: run under a strategy other than single-device and DDP.
+
+    Raises:
+        HeadNotFoundError: the features are not found or not ``(N, D)``.
+        BadRowsError: an attribute is out of range, or a feature is not finite.
+        RowsError: features and attributes have not as many rows.
+
+    Example:
+        >>> from debias import AttributeProbe
+        >>> AttributeProbe(attribute="identity", n_values=41, every_n_epochs=5).state_key
+        'AttributeProbe(identity)'
+    """
+
+    monitors: ClassVar[bool] = True
+    needs_features: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ("attribute", "features")
+    reference: ClassVar[str] = "probe: Alain and Bengio, ICLR 2017; shrinkage: Ledoit and Wolf, 2004"
+
+    def __init__(
+        self,
+        attribute: BatchKey,
+        n_values: int,
+        *,
+        features: str | None = None,
+        head: str | None = None,
+        every_n_epochs: int = 1,
+        fit_fraction: float = 0.5,
+        shrinkage: float | None = None,
+        loss: int | Callable[[LossCall], bool] | None = None,
+        seed: int = 0,
+        name: str | None = None,
+        allow_untested_strategy: bool = False,
+    ) -> None:
+        super().__init__(name=name or key_name(attribute), allow_untested_strategy=allow_untested_strategy)
+        for argument, value in (("n_values", n_values), ("every_n_epochs", every_n_epochs)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise DebiasError(f"Expected `{argument}` to be a positive integer, but got {value!r}.")
+        if not 0 < fit_fraction < 1:
+            raise DebiasError(f"Expected `fit_fraction` to be above 0 and below 1, but got {fit_fraction!r}.")
+        if shrinkage is not None and not 0 <= shrinkage <= 1:
+            raise DebiasError(f"Expected `shrinkage` to be from 0 to 1, or None, but got {shrinkage!r}.")
+        if loss == "sum":
+            raise DebiasError("Expected `loss` to choose one loss, but got 'sum'. Pass its position.")
+        if self.name is None:
+            raise DebiasError("Expected `name` to be given where `attribute` is a callable, but got none.")
+        self.attribute = attribute
+        self.n_values = n_values
+        self.features = features
+        self.head = head
+        self.every_n_epochs = every_n_epochs
+        self.fit_fraction = fit_fraction
+        self.shrinkage = shrinkage
+        self.loss = loss
+        self.seed = seed
+        self._kept: list[list[tuple[Tensor, Tensor]]] = []
+        self._active = False
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Join the engine."""
+        others = [c for c in trainer.callbacks if isinstance(c, AttributeProbe) and c is not self]
+        if any(c.name == self.name for c in others):
+            raise DebiasError(
+                f"Expected a different `name` for each AttributeProbe, but two are called {self.name!r}. Pass e.g."
+                f" `name='{self.name}_late'`."
+            )
+        super().setup(trainer, pl_module, stage)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave the module as it was."""
+        self._kept = []
+        super().teardown(trainer, pl_module, stage)
+
+    def observe(self, step: Step, calls: list[LossCall], forward_output: Any, output: Any) -> None:
+        """Keep features and attributes of one batch."""
+        if not self._active:
+            return
+        ids = step.ids(self.attribute, self.n_values, argument="attribute")
+        if ids.ndim != 1:
+            raise BatchKeyError(
+                f"Expected `attribute={self.attribute!r}` to hold one id per sample, shape (N,), but got a membership"
+                f" of shape {tuple(ids.shape)}."
+            )
+        features = step.features
+        if not isinstance(features, Tensor) or features.ndim != 2:
+            found = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+            raise HeadNotFoundError(
+                f"Expected the features to have shape (N, D), one row per sample, but got {found}. Name a module whose"
+                " output is pooled and flat: `features='dotted.path'`."
+            )
+        if len(features) != len(ids):
+            raise RowsError(f"Expected one row of features for each of {len(ids)} samples, but got {len(features)}.")
+        self._kept[step.dataloader_idx].append((features.detach().float(), ids))
+
+    def _start(self, trainer: Any, loaders: Any, active: bool) -> None:
+        self._loaders = list(loaders) if isinstance(loaders, Sequence) else [loaders]
+        self._kept = [[] for _ in self._loaders]
+        self._active = active and not trainer.sanity_checking
+
+    def _end(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if not self._active:
+            return
+        for i, (loader, kept) in enumerate(zip(self._loaders, self._kept, strict=True)):
+            suffix = f"/dataloader_idx_{i}" if len(self._kept) > 1 else ""
+            scores = self._scores(loader, kept, pl_module.device)
+            values = {f"{stage}/{self.name}_probe/{key}{suffix}": value.float() for key, value in scores.items()}
+            # Equal on every rank already; the maximum leaves them as they are and spares Lightning's advice.
+            options = {"reduce_fx": "max", "sync_dist": trainer.world_size > 1, "add_dataloader_idx": False}
+            pl_module.log_dict(values, **options)
+        self._kept, self._loaders = [], []
+
+    def _scores(self, loader: Any, kept: list[tuple[Tensor, Tensor]], device: torch.device) -> dict[str, Tensor]:
+        # A rank may have had no batch, and then does not know how wide features are.
+        known = torch.tensor([kept[0][0].shape[1] if kept else 0, len(kept) > 0], dtype=torch.float32, device=device)
+        width, ranks = (int(x) for x in global_sum(known))
+        empty = (known.new_zeros(0, width // max(ranks, 1)), torch.zeros(0, dtype=torch.long, device=device))
+        features, ids = (torch.cat(parts) for parts in zip(*(kept or [empty]), strict=True))
+        return probe_attribute(
+            features,
+            ids,
+            self.n_values,
+            numbers=_numbers(loader, len(ids), device),
+            fit_fraction=self.fit_fraction,
+            shrinkage=self.shrinkage,
+            seed=self.seed,
+        )
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start afresh, in the epochs that are probed."""
+        training = trainer.state.fn == "fit"
+        self._start(
+            trainer,
+            trainer.val_dataloaders,
+            not training or (trainer.current_epoch + 1) % self.every_n_epochs == 0,
+        )
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log under ``val/``."""
+        self._end(trainer, pl_module, "val")
+
+    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start afresh."""
+        self._start(trainer, trainer.test_dataloaders, True)
+
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log under ``test/``."""
+        self._end(trainer, pl_module, "test")
+
+
+def _numbers(loader: Any, n: int, device: torch.device) -> Tensor | None:
+    """Numbers of the samples that an unshuffled sampler gave, of which a limited run has seen the first."""
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, SequentialSampler | DistributedSampler) or getattr(sampler, "shuffle", False):
+        return None
+    numbers = torch.tensor(list(sampler), dtype=torch.long, device=device)[:n]
+    return numbers if len(numbers) == n else None

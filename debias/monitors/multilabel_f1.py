@@ -1,0 +1,203 @@
+"""F1 of every label and their mean, overall and by group, at a threshold that is chosen on the validation set.
+
+The published evaluations of action units choose epoch and threshold on the test fold, which is optimistic. Here the
+threshold with the best mean F1 in validation is kept, saved with the checkpoint, and used at test.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, RowsError
+from debias.ops.groups import check_n_groups, name_groups
+from debias.step.batch import BatchKey, key_name
+from debias.step.context import Step
+from debias.step.engine import select_calls
+from debias.step.tap import LossCall
+from debias.step.watcher import StepWatcher
+
+__all__ = ["MultilabelF1", "MultilabelF1Monitor"]
+
+
+class MultilabelF1(Metric):
+    """F1 by threshold, group and label: ``2 TP / (2 TP + FP + FN)``, from counts that add up over batches and ranks.
+
+    Args:
+        n_labels: number of labels A.
+        n_groups: number of groups G.
+        thresholds: number of thresholds T, ``1 / (T + 1) .. T / (T + 1)``.
+
+    Shape:
+        probabilities and targets ``(N, A)``, targets in {0, 1} and negative where missing; groups ``(N,)``, where ids
+        outside [0, G) count overall and in no group. :meth:`compute` returns ``(G + 1, T, A)``, overall last; NaN where
+        there is no positive, neither true nor guessed.
+
+    Example:
+        >>> import torch
+        >>> from debias.monitors.multilabel_f1 import MultilabelF1
+        >>> metric = MultilabelF1(n_labels=1, n_groups=1, thresholds=1)
+        >>> metric.update(torch.tensor([[0.9], [0.8], [0.1]]), torch.tensor([[1], [0], [-1]]), torch.tensor([0, 0, 0]))
+        >>> metric.compute()[-1, 0]
+        tensor([0.6667])
+    """
+
+    higher_is_better = True
+    full_state_update = False
+    counts: Tensor
+    thresholds: Tensor
+
+    def __init__(self, n_labels: int, n_groups: int = 1, thresholds: int = 99) -> None:
+        super().__init__()
+        self.n_groups = n_groups
+        grid = torch.arange(1, thresholds + 1) / (thresholds + 1)
+        self.register_buffer("thresholds", grid, persistent=False)
+        shape = (n_groups + 1, thresholds, n_labels, 3)
+        self.add_state("counts", torch.zeros(shape, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, probabilities: Tensor, targets: Tensor, groups: Tensor) -> None:
+        """Count true positives, false positives and false negatives."""
+        guessed = probabilities.unsqueeze(1) >= self.thresholds.unsqueeze(1)  # (N, T, A)
+        positive, negative = (targets == 1).unsqueeze(1), (targets == 0).unsqueeze(1)
+        found = torch.stack([guessed & positive, guessed & negative, ~guessed & positive], -1).long()
+        inside = (groups >= 0) & (groups < self.n_groups)
+        extra = found.new_zeros(self.n_groups + 1, *found.shape[1:])
+        self.counts[: self.n_groups] += extra.index_add_(0, torch.where(inside, groups, self.n_groups), found)[:-1]
+        self.counts[-1] += found.sum(0)
+
+    def compute(self) -> Tensor:
+        """F1 ``(G + 1, T, A)``."""
+        true, false, missed = self.counts.float().unbind(-1)
+        return 2 * true / (2 * true + false + missed)
+
+
+class MultilabelF1Monitor(StepWatcher):
+    """Log the F1 of every label, the mean, and the worst group, at the threshold that is best in validation.
+
+    Logged at the end of every validation and test epoch, ready for ``ModelCheckpoint(monitor="val/f1", mode="max")``::
+
+        val/f1                  mean over labels
+        val/f1_by_label/<name>  NaN for a label without a positive, neither true nor guessed
+        val/f1_by_group/<name>  mean over labels, for each group
+        val/worst_group_f1
+        val/threshold           of the probability; at test the one of the checkpoint
+
+    Reads the logits from the binary cross-entropy of the evaluation step; targets below 0 are missing.
+    ``trainer.test`` without an earlier validation uses a threshold of 0.5. Several loaders of a stage count as one set.
+
+    Args:
+        label_names: one name per label.
+        target: where the targets are in the batch: of the loss, missing ones may have been filled in.
+        group: where group or identity ids are, or None.
+        n_groups: number of groups.
+        group_names: one name per group.
+        thresholds: number of thresholds tried; published: 99.
+        loss: which of several losses is meant, by its position.
+        allow_untested_strategy: run under a strategy other than single-device and DDP.
+
+    Raises:
+        LossNotFoundError: the evaluation step computes no binary cross-entropy.
+    """
+
+    monitors: ClassVar[bool] = True
+    stateful: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ("logits",)
+    reference: ClassVar[str] = "F1 by unit and mean, as on BP4D and DISFA, the threshold chosen in validation"
+
+    def __init__(
+        self,
+        label_names: list[str],
+        *,
+        target: BatchKey = 1,
+        group: BatchKey | None = None,
+        n_groups: int = 1,
+        group_names: list[str] | None = None,
+        thresholds: int = 99,
+        loss: int | None = None,
+        allow_untested_strategy: bool = False,
+    ) -> None:
+        name = None if group is None else key_name(group)
+        super().__init__(name=name, allow_untested_strategy=allow_untested_strategy)
+        if not label_names or len(set(label_names)) != len(label_names):
+            raise DebiasError(f"Expected `label_names` to be different names, one per label, but got {label_names!r}.")
+        if isinstance(thresholds, bool) or not isinstance(thresholds, int) or thresholds < 1:
+            raise DebiasError(f"Expected `thresholds` to be a positive integer, but got {thresholds!r}.")
+        self.label_names = [str(name) for name in label_names]
+        self.target = target
+        self.group = group
+        self.n_groups = check_n_groups(n_groups)
+        self.group_names = name_groups(n_groups, group_names)
+        self.thresholds = thresholds
+        self.loss = loss
+        self.chosen: int | None = None
+        self._metric: Any = None
+
+    def observe(self, step: Step, calls: list[LossCall], forward_output: Any, output: Any) -> None:
+        """Count one batch."""
+        bce = [c for c in calls if c.name.startswith("binary_cross_entropy")]
+        found = select_calls(bce, self.loss, type(self).__name__) if bce else []
+        if len(found) != 1 or found[0].logits is None:
+            error = AmbiguousLossError if found else LossNotFoundError
+            raise error(
+                "Expected the evaluation step to compute one binary cross-entropy of (N, labels), but got"
+                f" {[c.name for c in calls] or 'no loss'}. Compute it with torch's function, or choose: `loss=<index>`."
+            )
+        logits, targets = found[0].logits, step.read(self.target, argument="target")
+        if logits.shape != targets.shape or logits.ndim != 2 or logits.shape[1] != len(self.label_names):
+            raise RowsError(
+                f"Expected logits and targets of shape (N, {len(self.label_names)}), one column per name in"
+                f" `label_names`, but got {tuple(logits.shape)} and {tuple(targets.shape)}. Correct `label_names` or"
+                " `target`."
+            )
+        groups = targets.new_zeros(len(targets)).long() if self.group is None else step.ids(self.group, self.n_groups)
+        with torch.no_grad():
+            scores = logits if found[0].name == "binary_cross_entropy" else logits.float().sigmoid()
+            self._metric.update(scores.detach(), targets, groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The chosen threshold."""
+        return {"chosen": self.chosen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the threshold of a checkpoint."""
+        self.chosen = state_dict["chosen"]
+
+    def _start(self, pl_module: Any) -> None:
+        self._metric = MultilabelF1(len(self.label_names), self.n_groups, self.thresholds).to(pl_module.device)
+
+    def _end(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if trainer.sanity_checking:
+            return
+        table = self._metric.compute()  # (G + 1, T, A), of all ranks
+        self._metric = None
+        if stage == "val":
+            self.chosen = int(table[-1].nanmean(1).nan_to_num(-1).argmax())
+        place = (self.thresholds - 1) // 2 if self.chosen is None else self.chosen
+        by_label, by_group = table[-1, place], table[:-1, place].nanmean(1)
+        values = {"f1": by_label.nanmean(), "threshold": torch.tensor((place + 1) / (self.thresholds + 1))}
+        values |= {f"f1_by_label/{k}": v for k, v in zip(self.label_names, by_label.unbind(), strict=True)}
+        if self.group is not None:
+            values["worst_group_f1"] = by_group.nan_to_num(torch.inf).min()
+            values |= {f"f1_by_group/{k}": v for k, v in zip(self.group_names, by_group.unbind(), strict=True)}
+        # Equal on every rank already; the maximum leaves them as they are and spares Lightning's advice.
+        options = {"reduce_fx": "max", "sync_dist": trainer.world_size > 1, "add_dataloader_idx": False}
+        pl_module.log_dict({f"{stage}/{k}": v.float().to(pl_module.device) for k, v in values.items()}, **options)
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Count afresh."""
+        self._start(pl_module)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Choose the threshold; log under ``val/``."""
+        self._end(trainer, pl_module, "val")
+
+    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Count afresh."""
+        self._start(pl_module)
+
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log under ``test/``."""
+        self._end(trainer, pl_module, "test")

@@ -1,0 +1,333 @@
+"""The probe against scikit-learn, on one process and two, and as a monitor against the function it calls."""
+
+from __future__ import annotations
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from _support.fits import Classifier, loader, make_trainer, parameters, same, val_loader
+from _support.runs import ddp
+from debias import AttributeProbe, EvalSampler, GroupMonitor, IdentityAdversarial, tag
+from debias.errors import BadRowsError, BatchKeyError, DebiasError, HeadNotFoundError, RowsError
+from debias.functional import ledoit_wolf_shrinkage, probe_attribute
+
+S = 5
+
+
+def samples(n=200, *, signal=1.0, width=6, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, S, (n,), generator=g)
+    centres = torch.randn(S, width, generator=g, dtype=torch.float64)
+    return signal * centres[labels] + torch.randn(n, width, generator=g, dtype=torch.float64), labels
+
+
+def halves(labels, fraction=0.5, seed=0):
+    """The probe's parts, found from outside: samples that a probe of one-hot features is scored on."""
+    from debias.monitors.attribute_probe import _stratified
+
+    return _stratified(labels, S, fraction, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("fraction", [0.3, 0.7])
+def test_it_is_scikit_learns_discriminant(shrinkage, fraction):
+    discriminant = pytest.importorskip("sklearn.discriminant_analysis").LinearDiscriminantAnalysis
+    metrics = pytest.importorskip("sklearn.metrics")
+    x, y = samples()
+    fit = halves(y, fraction)
+    oracle = discriminant(solver="lsqr", shrinkage=shrinkage).fit(x[fit], y[fit])
+    predicted = oracle.predict(x[~fit])
+    found = probe_attribute(x, y, S, shrinkage=shrinkage, fit_fraction=fraction)
+    assert float(found["accuracy"]) == pytest.approx(metrics.accuracy_score(y[~fit], predicted), abs=1e-12)
+    assert float(found["balanced_accuracy"]) == pytest.approx(
+        metrics.balanced_accuracy_score(y[~fit], predicted), abs=1e-12
+    )
+    assert float(found["chance"]) == pytest.approx(np.bincount(y[~fit]).max() / (~fit).sum().item(), abs=1e-12)
+    assert 0.3 < float(found["accuracy"]) < 1
+
+
+@pytest.mark.parametrize(("n", "width"), [(200, 6), (80, 60)])
+def test_shrinkage_is_ledoit_and_wolfs(n, width):
+    covariance = pytest.importorskip("sklearn.covariance")
+    x, y = samples(n, width=width)
+    centred = x - torch.stack([x[y == k].mean(0) for k in range(S)])[y]
+    ours = ledoit_wolf_shrinkage(centred.T @ centred, centred.square().sum(1).square().sum(), torch.tensor(float(n)))
+    theirs = covariance.ledoit_wolf_shrinkage(centred.numpy(), assume_centered=True)
+    assert float(ours) == pytest.approx(theirs, rel=1e-9)
+    discriminant = pytest.importorskip("sklearn.discriminant_analysis").LinearDiscriminantAnalysis
+    fit = halves(y)
+    inner = x[fit] - torch.stack([x[fit][y[fit] == k].mean(0) for k in range(S)])[y[fit]]
+    share = covariance.ledoit_wolf_shrinkage(inner.numpy(), assume_centered=True)
+    expected = discriminant(solver="lsqr", shrinkage=share).fit(x[fit], y[fit]).score(x[~fit], y[~fit])
+    assert float(probe_attribute(x, y, S)["accuracy"]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_it_finds_about_what_a_logistic_regression_finds():
+    linear = pytest.importorskip("sklearn.linear_model")
+    x, y = samples(1000)
+    fit = halves(y)
+    theirs = linear.LogisticRegression(max_iter=1000).fit(x[fit], y[fit]).score(x[~fit], y[~fit])
+    assert float(probe_attribute(x, y, S)["accuracy"]) == pytest.approx(theirs, abs=0.03)
+
+
+def test_where_nothing_is_nothing_is_found():
+    x, y = samples(2000, signal=0.0)
+    found = probe_attribute(x, y, S)
+    assert float(found["accuracy"]) == pytest.approx(1 / S, abs=0.04)
+    x, y = samples(2000, signal=3.0)
+    found = probe_attribute(x, y, S)
+    assert float(found["accuracy"]) > 0.95
+    assert float(found["shuffled_accuracy"]) == pytest.approx(1 / S, abs=0.04)
+    assert float(found["shuffled_balanced_accuracy"]) == pytest.approx(1 / S, abs=0.04)
+
+
+def test_parts_are_shares_of_each_value():
+    labels = torch.tensor([0] * 7 + [1] * 1 + [2] * 2 + [4] * 10)
+    fit = halves(labels, 0.3)
+    assert [int(fit[labels == k].sum()) for k in range(S)] == [2, 1, 1, 0, 3]
+    assert not torch.equal(halves(labels, seed=1), halves(labels))
+
+
+def test_order_and_unknown_samples_change_nothing():
+    x, y = samples()
+    whole = probe_attribute(x, y, S, numbers=torch.arange(200))
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(1))
+    assert probe_attribute(x[order], y[order], S, numbers=order) == whole
+    doubled = torch.cat([order, order[:17]])  # as a padding sampler does
+    assert probe_attribute(x[doubled], y[doubled], S, numbers=doubled) == whole
+    more, ids = torch.cat([x, x + 1]), torch.cat([y, torch.full((200,), -1)])
+    assert probe_attribute(more, ids, S, numbers=torch.arange(400)) == whole
+
+
+def test_edges():
+    x = torch.randn(4, 3)
+    for labels in (torch.full((4,), -1), torch.arange(4), torch.zeros(0).long()):
+        found = probe_attribute(x[: len(labels)], labels, S)
+        assert all(torch.isnan(value) for key, value in found.items() if not key.startswith("shuffled"))
+    same_value = probe_attribute(torch.ones(6, 3), torch.arange(6) % 2, S)  # constant features
+    assert float(same_value["accuracy"]) == 0.5
+    one = probe_attribute(torch.randn(6, 3), torch.zeros(6).long(), S)
+    assert float(one["accuracy"]) == float(one["chance"]) == 1.0
+
+
+def test_what_is_refused():
+    x, y = samples()
+    with pytest.raises(BadRowsError, match=r"below `n_values=3`, but [0-9]+ samples"):
+        probe_attribute(x, y, 3)
+    x[3, 2] = torch.nan
+    with pytest.raises(BadRowsError, match="finite features, but 1 samples"):
+        probe_attribute(x, y, S)
+
+
+# -------------------------------------------------------------------------------------------------- on two ranks
+
+
+def test_two_ranks_are_one_process(ranks):
+    runs = ranks.run(_share, 61)
+    x, y = samples(61)
+    whole = probe_attribute(x, y, S, numbers=torch.arange(61))
+    assert runs[0] == runs[1]
+    assert {k: float(v) for k, v in runs[0].items()} == pytest.approx({k: float(v) for k, v in whole.items()}, abs=0)
+    assert ranks.run(_share, 61, True)[0] == runs[0]  # one rank holds nothing
+    ranks.raises(BadRowsError, "below `n_values=4`", _share, 61, False, 4)
+
+
+def _share(rank, n, all_on_one=False, n_values=S):
+    x, y = samples(n)
+    mine = torch.arange(n)[: n * (rank == 0)] if all_on_one else torch.arange(n)[rank::2]
+    return probe_attribute(x[mine], y[mine], n_values, numbers=mine)
+
+
+def persons(n, seed=2):
+    return torch.randint(0, S, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+def probed(n=41, **changed):
+    g = torch.Generator().manual_seed(1)
+    ids = persons(n)
+    x = torch.randn(n, 4, generator=g, dtype=torch.float64) + 2 * F.one_hot(ids, S)[:, :4]
+    return tag(TensorDataset(x, torch.arange(n) % 2), **({"person": ids, "place": ids % 3} | changed))
+
+
+def validate(callbacks, model=None, dataset=None, **options):
+    dataset = probed() if dataset is None else dataset
+    trainer = make_trainer(callbacks, **options)
+    sampler = EvalSampler(dataset)
+    trainer.validate(
+        Classifier() if model is None else model, DataLoader(dataset, batch_size=8, sampler=sampler), verbose=False
+    )
+    return {k: float(v) for k, v in trainer.callback_metrics.items() if "probe" in k}
+
+
+def _validate(rank, n):
+    return validate(
+        [AttributeProbe("person", S)],
+        dataset=probed(n),
+        devices=2,
+        strategy=ddp(),
+        use_distributed_sampler=False,
+    )
+
+
+def test_the_monitor_on_two_ranks(ranks):
+    n = 41
+    runs = ranks.run(_validate, n)
+    expected = validate([AttributeProbe("person", S)], dataset=probed(n))
+    assert runs[0] == pytest.approx(expected, nan_ok=True, abs=0)
+    assert runs[1] == pytest.approx(expected, nan_ok=True, abs=0)
+
+
+# -------------------------------------------------------------------------------------------------- as a monitor
+
+
+class ForwardOnly(Classifier):
+    """No loss in validation."""
+
+    def validation_step(self, batch, batch_idx):
+        self(batch[0])
+
+
+class Deep(Classifier):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.neck = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 6)).double()
+
+    def forward(self, x):
+        return self.head(self.neck(self.backbone(x)))
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "features"),
+    [
+        (Classifier, {}, lambda m, x: m.backbone(x)),
+        (ForwardOnly, {}, lambda m, x: m.backbone(x)),
+        (Deep, {"features": "neck.0"}, lambda m, x: m.neck[0](m.backbone(x))),
+        (Deep, {"head": "neck.2"}, lambda m, x: m.neck[:2](m.backbone(x))),
+        (ForwardOnly, {"features": "backbone", "fit_fraction": 0.7, "shrinkage": 0.3, "seed": 4}, None),
+    ],
+)
+def test_logged_values_are_the_functions(module, options, features):
+    model = module()
+    logged = validate([AttributeProbe("person", S, **options)], model)
+    x, y = probed().tensors[0], persons(41)
+    with torch.no_grad():
+        f = (model.backbone(x) if features is None else features(model, x)).float()
+    kept = {k: v for k, v in options.items() if k in ("fit_fraction", "shrinkage", "seed")}
+    expected = probe_attribute(f, y, S, numbers=torch.arange(41), **kept)
+    assert logged == pytest.approx({f"val/person_probe/{k}": float(v) for k, v in expected.items()}, rel=1e-6)
+    assert logged["val/person_probe/accuracy"] > logged["val/person_probe/shuffled_accuracy"]
+    assert not [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+
+
+def test_training_is_unchanged_and_every_nth_epoch_is_probed():
+    seen = []
+
+    class Look(L.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            seen.append({k: float(v) for k, v in trainer.callback_metrics.items() if "probe" in k})
+            trainer.callback_metrics.clear()
+
+    def run(extra):
+        model = Classifier()
+        trainer = make_trainer([IdentityAdversarial("person", 5), *extra], max_epochs=4, num_sanity_val_steps=1)
+        trainer.fit(model, loader(), val_loader())
+        return parameters(model)
+
+    with_probe = run([AttributeProbe("person", S, every_n_epochs=2), Look()])
+    assert [bool(values) for values in seen] == [False, False, True, False, True]
+    assert same(with_probe, run([]))
+
+
+def test_several_loaders_and_testing():
+    class Tests(Classifier):
+        def test_step(self, batch, batch_idx, dataloader_idx):
+            F.cross_entropy(self(batch[0]), batch[1])
+
+    trainer = make_trainer([AttributeProbe("person", S), AttributeProbe("place", 3), GroupMonitor("place", 3)])
+    loaders = [DataLoader(probed(), batch_size=8), DataLoader(probed(31), batch_size=8)]
+    trainer.test(Tests(), loaders, verbose=False)
+    for i, n in enumerate((41, 31)):
+        alone = validate([AttributeProbe("person", S)], dataset=probed(n))
+        for key in ("accuracy", "shuffled_accuracy", "chance"):
+            assert float(trainer.callback_metrics[f"test/person_probe/{key}/dataloader_idx_{i}"]) == pytest.approx(
+                alone[f"val/person_probe/{key}"], rel=1e-6
+            )
+    assert "test/place_probe/accuracy/dataloader_idx_1" in trainer.callback_metrics
+
+
+class TwoLosses(Classifier):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.other = nn.Linear(4, 2).double()
+
+    def validation_step(self, batch, batch_idx):
+        F.cross_entropy(self.other(batch[0]), batch[1])
+        F.cross_entropy(self(batch[0]), batch[1])
+
+
+def test_which_loss():
+    assert validate([AttributeProbe("person", S, loss=1)], TwoLosses()) == validate([AttributeProbe("person", S)])
+    assert validate([AttributeProbe("person", S, loss=0)], TwoLosses()) != validate([AttributeProbe("person", S)])
+    with pytest.raises(DebiasError, match="one loss for AttributeProbe, but got 2"):
+        validate([AttributeProbe("person", S)], TwoLosses())
+
+
+class Spatial(Classifier):
+    def forward(self, x):
+        return self.head(self.backbone(x)[:, None]).squeeze(1)
+
+
+class Pairs(Classifier):
+    def validation_step(self, batch, batch_idx):
+        F.cross_entropy(self(batch[0][:4]), batch[1][:4])
+
+
+class NoHead(Classifier):
+    def validation_step(self, batch, batch_idx):
+        F.cross_entropy(self(batch[0]) / 2, batch[1])
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "error", "match"),
+    [
+        (Spatial, {}, HeadNotFoundError, r"features to have shape \(N, D\).*\(8, 1, 6\)"),
+        (Pairs, {}, RowsError, "each of 8 samples, but got 4"),
+        (NoHead, {}, HeadNotFoundError, r"head='dotted\.path'"),
+        (Classifier, {"features": "bakbone"}, HeadNotFoundError, "Did you mean 'backbone'"),
+        (Classifier, {"attribute": "site"}, BatchKeyError, r"`attribute='site'`.*tag\(dataset, site=ids\)"),
+        (Classifier, {"attribute": "many"}, BatchKeyError, "one id per sample"),
+        (Classifier, {"n_values": 3}, BadRowsError, "below `n_values=3`"),
+    ],
+)
+def test_what_is_found_while_validating(module, options, error, match):
+    options = {"attribute": "person", "n_values": S} | options
+    with pytest.raises(error, match=match):
+        validate([AttributeProbe(**options)], module(), probed(many=torch.ones(41, 3, dtype=torch.bool)))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"n_values": 0}, "`n_values` to be a positive integer"),
+        ({"every_n_epochs": 0}, "`every_n_epochs` to be a positive integer"),
+        ({"fit_fraction": 1.0}, "`fit_fraction` to be above 0 and below 1"),
+        ({"shrinkage": 2.0}, "`shrinkage` to be from 0 to 1"),
+        ({"loss": "sum"}, "`loss` to choose one loss"),
+        ({"attribute": len}, "`name` to be given"),
+    ],
+)
+def test_wrong_arguments(options, match):
+    with pytest.raises(DebiasError, match=match):
+        AttributeProbe(**({"attribute": "person", "n_values": S} | options))
+
+
+def test_two_probes_of_one_name():
+    with pytest.raises(DebiasError, match="two are called 'person'"):
+        validate([AttributeProbe("person", S), AttributeProbe("person", S, features="backbone")])
