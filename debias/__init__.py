@@ -12,12 +12,16 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     # methods
+    "DSU": "debias.methods.dsu",
+    "DSULayer": "debias.methods.dsu",
     "GroupDRO": "debias.methods.group_dro",
     "GroupDROLoss": "debias.methods.group_dro",
     "GroupDROMixin": "debias.methods.group_dro",
     "GroupReweighting": "debias.methods.group_reweighting",
     "GroupReweightingLoss": "debias.methods.group_reweighting",
     "GroupReweightingMixin": "debias.methods.group_reweighting",
+    "MixStyle": "debias.methods.mixstyle",
+    "MixStyleLayer": "debias.methods.mixstyle",
     # monitors
     "GroupMonitor": "debias.monitors.group_monitor",
     # the step engine, for those who write a method
@@ -36,8 +40,10 @@ __all__ = ["__version__", *_EXPORTS]
 if TYPE_CHECKING:
     from debias.data.samplers import EvalSampler, GroupBalancedSampler
     from debias.data.tagging import tag
+    from debias.methods.dsu import DSU, DSULayer
     from debias.methods.group_dro import GroupDRO, GroupDROLoss, GroupDROMixin
     from debias.methods.group_reweighting import GroupReweighting, GroupReweightingLoss, GroupReweightingMixin
+    from debias.methods.mixstyle import MixStyle, MixStyleLayer
     from debias.monitors.group_monitor import GroupMonitor
     from debias.step.adapters import register_loss
     from debias.step.tap import LossCall

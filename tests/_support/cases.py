@@ -19,6 +19,7 @@ FILLED = {
     "n_domains": N_GROUPS,
     "identity": "person",
     "n_identities": N_PERSONS,
+    "layers": "backbone.1",
 }
 
 
@@ -64,5 +65,5 @@ def exact(name: str) -> bool:
 
 
 def has_groups(name: str) -> bool:
-    """Whether the method reads group or domain ids."""
-    return bool({"group", "domain"} & set(arguments(name)))
+    """Whether the method reads group or domain ids of a known number."""
+    return bool({"n_groups", "n_domains"} & set(arguments(name)))

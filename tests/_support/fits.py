@@ -49,7 +49,8 @@ class _Steps:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.backbone = nn.Sequential(nn.Linear(4, 6), nn.Tanh())
+            # In between, three tokens of width two, for methods that change feature maps.
+            self.backbone = nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (3, 2)), nn.Flatten(), nn.Tanh())
             self.head = nn.Linear(6, 2)
         self.double()
         self.optimizer = optimizer
