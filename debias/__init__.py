@@ -17,6 +17,8 @@ _EXPORTS = {
     "GroupDRO": "debias.methods.group_dro",
     "GroupDROLoss": "debias.methods.group_dro",
     "GroupDROMixin": "debias.methods.group_dro",
+    "GroupMixup": "debias.methods.group_mixup",
+    "GroupMixupLayer": "debias.methods.group_mixup",
     "GroupReweighting": "debias.methods.group_reweighting",
     "GroupReweightingLoss": "debias.methods.group_reweighting",
     "GroupReweightingMixin": "debias.methods.group_reweighting",
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from debias.data.tagging import tag
     from debias.methods.dsu import DSU, DSULayer
     from debias.methods.group_dro import GroupDRO, GroupDROLoss, GroupDROMixin
+    from debias.methods.group_mixup import GroupMixup, GroupMixupLayer
     from debias.methods.group_reweighting import GroupReweighting, GroupReweightingLoss, GroupReweightingMixin
     from debias.methods.mixstyle import MixStyle, MixStyleLayer
     from debias.monitors.group_monitor import GroupMonitor

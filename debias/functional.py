@@ -2,13 +2,17 @@
 
 from debias.methods.dsu import uncertain_style
 from debias.methods.group_dro import greedy_group_weights, group_dro_weights
+from debias.methods.group_mixup import cutmix, mixup, selective_pairs
 from debias.methods.group_reweighting import inverse_frequency_weights
 from debias.methods.mixstyle import mix_style
 
 __all__ = [
+    "cutmix",
     "greedy_group_weights",
     "group_dro_weights",
     "inverse_frequency_weights",
     "mix_style",
+    "mixup",
+    "selective_pairs",
     "uncertain_style",
 ]
