@@ -12,8 +12,12 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     # methods
+    "AdvStyle": "debias.methods.adv_style",
+    "AdvStyleLayer": "debias.methods.adv_style",
     "DSU": "debias.methods.dsu",
     "DSULayer": "debias.methods.dsu",
+    "EdgeView": "debias.methods.edge_view",
+    "EdgeViewLayer": "debias.methods.edge_view",
     "GroupDRO": "debias.methods.group_dro",
     "GroupDROLoss": "debias.methods.group_dro",
     "GroupDROMixin": "debias.methods.group_dro",
@@ -42,7 +46,9 @@ __all__ = ["__version__", *_EXPORTS]
 if TYPE_CHECKING:
     from debias.data.samplers import EvalSampler, GroupBalancedSampler
     from debias.data.tagging import tag
+    from debias.methods.adv_style import AdvStyle, AdvStyleLayer
     from debias.methods.dsu import DSU, DSULayer
+    from debias.methods.edge_view import EdgeView, EdgeViewLayer
     from debias.methods.group_dro import GroupDRO, GroupDROLoss, GroupDROMixin
     from debias.methods.group_mixup import GroupMixup, GroupMixupLayer
     from debias.methods.group_reweighting import GroupReweighting, GroupReweightingLoss, GroupReweightingMixin

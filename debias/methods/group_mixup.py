@@ -178,7 +178,7 @@ class GroupMixupLayer(nn.Module):
         if box is not None:
             mixed, share = cutmix(x, partners, box)
         alone = partners == torch.arange(x.shape[0], device=x.device)
-        shares = torch.where(alone, 1.0, share)
+        shares = alone.to(torch.float64 if x.dtype == torch.float64 else torch.float32) * (1 - share) + share
         return (mixup(x, partners, shares) if mixed is None else mixed), partners, shares
 
 

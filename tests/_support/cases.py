@@ -9,6 +9,7 @@ from typing import Any
 import debias
 from _support.doubles import DOUBLES
 from _support.fits import N_GROUPS, N_PERSONS
+from _support.flat import EdgeView
 from debias import Debiaser
 
 # What an argument of this name is filled with, whether or not it has a default.
@@ -33,7 +34,7 @@ def _exported() -> dict[str, type[Debiaser]]:
     return found
 
 
-METHODS: dict[str, type[Debiaser]] = _exported() | {cls.__name__: cls for cls in DOUBLES}
+METHODS: dict[str, type[Debiaser]] = _exported() | {"EdgeView": EdgeView} | {cls.__name__: cls for cls in DOUBLES}
 
 
 def arguments(name: str) -> dict[str, Any]:
@@ -65,5 +66,5 @@ def exact(name: str) -> bool:
 
 
 def has_groups(name: str) -> bool:
-    """Whether the method reads group or domain ids of a known number."""
-    return bool({"n_groups", "n_domains"} & set(arguments(name)))
+    """Whether the method computes something for each group or domain; an augmenter only asks who is alike."""
+    return bool({"n_groups", "n_domains"} & set(arguments(name))) and not augments(name)
