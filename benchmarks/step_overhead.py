@@ -33,6 +33,7 @@ from debias.step.batch import TaggedBatch
 N_GROUPS = 4
 WARM_UP = 3  # steps at the start of a block that are not counted: the first one learns the structure of the step
 PLAIN = "plain"
+IMAGES = ("AdvStyle", "DSU", "EdgeView", "MixStyle")  # need feature maps or images, which the MLP has not
 # Operations whose result the host waits for, or whose output size depends on the data.
 SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "_unique2", "equal", "is_nonzero")
 
@@ -216,6 +217,7 @@ class Arm:
 def measure(model, methods, steps, block, accelerator):
     """A row for plain Lightning and for each method."""
     arms = {PLAIN: Arm(model, None, accelerator)}
+    methods = {name: make for name, make in methods.items() if model != "mlp" or name not in IMAGES}
     arms |= {name: Arm(model, make, accelerator) for name, make in methods.items()}
     for arm in arms.values():
         arm.durations(block)  # caches, thread pools, lazily made optimiser states
