@@ -152,6 +152,11 @@ class MixStyle(LayerAugmenter):
         )
         check_probability("p", p)
         check_alpha(alpha)
+        if isinstance(domain, tuple | list):
+            raise DebiasError(
+                f"Expected `domain` of MixStyle to be one key, but got {domain!r}. Tag the crossed ids: which are alike"
+                " is all that counts."
+            )
         self.p, self.alpha, self.domain, self.sync_stats = p, alpha, domain, sync_stats
 
     def begin(self, step: Any) -> None:

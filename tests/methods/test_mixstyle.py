@@ -201,6 +201,11 @@ def test_alpha_is_positive(alpha):
         MixStyleLayer(alpha=alpha)
 
 
+def test_domains_have_one_key():
+    with pytest.raises(DebiasError, match="`domain` of MixStyle to be one key"):
+        MixStyle("stem", domain=("place", "person"))
+
+
 # ------------------------------------------------------------ ranks
 
 
