@@ -33,6 +33,7 @@ from debias.step.batch import TaggedBatch
 N_GROUPS = 4
 WARM_UP = 3  # steps at the start of a block that are not counted: the first one learns the structure of the step
 PLAIN = "plain"
+IMAGES = ("AdvStyle", "DSU", "EdgeView", "MixStyle")  # need feature maps or images, which the MLP has not
 # Operations whose result the host waits for, or whose output size depends on the data.
 SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "_unique2", "equal", "is_nonzero")
 
@@ -94,6 +95,8 @@ def registered():
 class Clock(L.Callback):
     """Durations in nanoseconds from the end of one batch to the end of the next."""
 
+    now = staticmethod(time.perf_counter_ns)
+
     def __init__(self):
         self.durations = []
         self.last = None
@@ -101,7 +104,7 @@ class Clock(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, *args):
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize()
-        now = time.perf_counter_ns()
+        now = self.now()
         if self.last is not None:
             self.durations.append(now - self.last)
         self.last = now
@@ -218,6 +221,7 @@ class Arm:
 def measure(model, methods, steps, block, accelerator):
     """A row for plain Lightning and for each method."""
     arms = {PLAIN: Arm(model, None, accelerator)}
+    methods = {name: make for name, make in methods.items() if model != "mlp" or name not in IMAGES}
     arms |= {name: Arm(model, make, accelerator) for name, make in methods.items()}
     for arm in arms.values():
         arm.durations(block)  # caches, thread pools, lazily made optimiser states
@@ -274,6 +278,7 @@ def main():
     parser.add_argument("--block", type=int, default=10, help="steps before it is another method's turn")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--cpu-time", action="store_true", help="of this process, where others keep the machine busy")
     parser.add_argument("--out", type=Path, default=None, help="write the rows as CSV")
     options = parser.parse_args()
 
@@ -281,6 +286,8 @@ def main():
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
+    if options.cpu_time:
+        Clock.now = staticmethod(time.process_time_ns)
     methods = {name: make for name, make in registered().items() if name in options.methods}
 
     print(machine(options.accelerator))

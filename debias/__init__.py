@@ -16,9 +16,17 @@ _EXPORTS = {
     "DomainAdversarial": "debias.methods.domain_adversarial",
     "DomainAdversarialLoss": "debias.methods.domain_adversarial",
     "DomainAdversarialMixin": "debias.methods.domain_adversarial",
+    "AdvStyle": "debias.methods.adv_style",
+    "AdvStyleLayer": "debias.methods.adv_style",
+    "DSU": "debias.methods.dsu",
+    "DSULayer": "debias.methods.dsu",
+    "EdgeView": "debias.methods.edge_view",
+    "EdgeViewLayer": "debias.methods.edge_view",
     "GroupDRO": "debias.methods.group_dro",
     "GroupDROLoss": "debias.methods.group_dro",
     "GroupDROMixin": "debias.methods.group_dro",
+    "GroupMixup": "debias.methods.group_mixup",
+    "GroupMixupLayer": "debias.methods.group_mixup",
     "GroupReweighting": "debias.methods.group_reweighting",
     "GroupReweightingLoss": "debias.methods.group_reweighting",
     "GroupReweightingMixin": "debias.methods.group_reweighting",
@@ -45,6 +53,8 @@ _EXPORTS = {
     "IdentityAdversarialLoss": "debias.methods.identity_adversarial",
     "IdentityAdversarialMixin": "debias.methods.identity_adversarial",
     "GradientReversal": "debias.ops.gradient_reversal",
+    "MixStyle": "debias.methods.mixstyle",
+    "MixStyleLayer": "debias.methods.mixstyle",
     # monitors
     "AttributeProbe": "debias.monitors.attribute_probe",
     "MultilabelF1Monitor": "debias.monitors.multilabel_f1",
@@ -65,10 +75,14 @@ __all__ = ["__version__", *_EXPORTS]
 if TYPE_CHECKING:
     from debias.data.samplers import EvalSampler, GroupBalancedSampler
     from debias.data.tagging import tag
+    from debias.methods.adv_style import AdvStyle, AdvStyleLayer
     from debias.methods.coral import CORAL, CORALMixin, CORALPenalty
     from debias.methods.domain_adversarial import DomainAdversarial, DomainAdversarialLoss, DomainAdversarialMixin
+    from debias.methods.dsu import DSU, DSULayer
+    from debias.methods.edge_view import EdgeView, EdgeViewLayer
     from debias.methods.fishr import Fishr, FishrMixin, FishrPenalty
     from debias.methods.group_dro import GroupDRO, GroupDROLoss, GroupDROMixin
+    from debias.methods.group_mixup import GroupMixup, GroupMixupLayer
     from debias.methods.group_reweighting import GroupReweighting, GroupReweightingLoss, GroupReweightingMixin
     from debias.methods.hessian_alignment import HessianAlignment, HessianAlignmentMixin, HessianAlignmentPenalty
     from debias.methods.identity_adversarial import (
@@ -77,6 +91,7 @@ if TYPE_CHECKING:
         IdentityAdversarialMixin,
     )
     from debias.methods.irm import IRM, IRMMixin, IRMPenalty
+    from debias.methods.mixstyle import MixStyle, MixStyleLayer
     from debias.methods.mmd import MMD, MMDMixin, MMDPenalty
     from debias.methods.vrex import VREx, VRExMixin, VRExPenalty
     from debias.monitors.attribute_probe import AttributeProbe

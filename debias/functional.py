@@ -1,20 +1,28 @@
 """The maths of methods and monitors as pure functions: tensors in, tensors out."""
 
+from debias.methods.adv_style import adversarial_style
 from debias.methods.coral import coral_penalty
+from debias.methods.dsu import uncertain_style
+from debias.methods.edge_view import canny_edges, otsu_threshold
 from debias.methods.fishr import fishr_penalty
 from debias.methods.group_dro import greedy_group_weights, group_dro_weights
+from debias.methods.group_mixup import cutmix, mixup, selective_pairs
 from debias.methods.group_reweighting import inverse_frequency_weights
 from debias.methods.hessian_alignment import hessian_alignment_penalty
 from debias.methods.identity_adversarial import bce_to_ce_strength, identity_losses
 from debias.methods.irm import irm_penalty
+from debias.methods.mixstyle import mix_style
 from debias.methods.mmd import mmd_penalty
 from debias.methods.vrex import vrex_penalty
 from debias.monitors.attribute_probe import ledoit_wolf_shrinkage, probe_attribute
 from debias.ops.gradient_reversal import dann_ramp, gradient_reversal
 
 __all__ = [
+    "adversarial_style",
     "bce_to_ce_strength",
+    "canny_edges",
     "coral_penalty",
+    "cutmix",
     "dann_ramp",
     "fishr_penalty",
     "gradient_reversal",
@@ -25,7 +33,12 @@ __all__ = [
     "inverse_frequency_weights",
     "irm_penalty",
     "ledoit_wolf_shrinkage",
+    "mix_style",
+    "mixup",
     "mmd_penalty",
+    "otsu_threshold",
     "probe_attribute",
+    "selective_pairs",
+    "uncertain_style",
     "vrex_penalty",
 ]

@@ -31,7 +31,8 @@ _EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 class DomainFolder(GroupDataModule):
-    """Images in ``root/<domain>/<class>/*``; one domain is the test set, the others train and validate.
+    """Images in ``root/<domain>/<class>/*``; one domain is the test set and the others train and validate, or, with
+    ``train_domain``, one domain trains and validates and the others are the test set.
 
     Training domains are numbered 0, 1, ... in the alphabetical order of their names, classes too. Of each training
     domain ``val_fraction`` is held out for validation. Which samples depends on ``seed`` and on that domain's place
@@ -49,7 +50,7 @@ class DomainFolder(GroupDataModule):
 
     Args:
         root: folder of the domains.
-        test_domain: name of the domain to leave out.
+        test_domain: name of the domain to leave out; None with ``train_domain``.
         batch_size: samples per batch and rank.
         val_fraction: share of each training domain that is held out for validation.
         image_size: height and width of the inputs.
@@ -59,6 +60,7 @@ class DomainFolder(GroupDataModule):
         balance: None, or "group" or "domain" to draw training batches with a ``GroupBalancedSampler``.
         seed: seed of the split and of the order of training samples.
         num_workers: worker processes of each loader.
+        train_domain: name of the only domain to train on, for generalisation from a single source.
 
     Raises:
         DataError: in ``setup``: the folder, a domain, a class or its images are missing; the message names them.
@@ -70,7 +72,7 @@ class DomainFolder(GroupDataModule):
     def __init__(
         self,
         root: str | Path,
-        test_domain: str,
+        test_domain: str | None = None,
         batch_size: int = 32,
         val_fraction: float = 0.2,
         image_size: int = 224,
@@ -80,13 +82,20 @@ class DomainFolder(GroupDataModule):
         balance: str | None = None,
         seed: int = 0,
         num_workers: int = 4,
+        train_domain: str | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed, balance=balance, num_workers=num_workers)
+        if (test_domain is None) == (train_domain is None):
+            raise DebiasError(
+                "Expected either `test_domain`, the domain to leave out, or `train_domain`, the only one to train on,"
+                f" but got {test_domain!r} and {train_domain!r}."
+            )
         check_fraction("val_fraction", val_fraction, open_ends=True)
         if image_size < 1:
             raise DebiasError(f"Expected argument `image_size` to be at least 1 pixel, but got {image_size}.")
         self.root = Path(root).expanduser()
         self.test_domain = test_domain
+        self.train_domain = train_domain
         self.val_fraction = val_fraction
         self.image_size = image_size
         self.augment = augment
@@ -96,13 +105,14 @@ class DomainFolder(GroupDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read and check the folders, and split; the same whatever the stage."""
         tree = _read_tree(self.root)
-        if self.test_domain not in tree:
+        argument, given = ("test_domain", self.test_domain) if self.test_domain else ("train_domain", self.train_domain)
+        if given not in tree:
             raise DataError(
-                f"Expected argument `test_domain` to be one of the domains {list(tree)} in {self.root}, but got"
-                f" {self.test_domain!r}.{nearest(self.test_domain, tree) or ' Correct the name.'}"
+                f"Expected argument `{argument}` to be one of the domains {list(tree)} in {self.root}, but got"
+                f" {given!r}.{nearest(str(given), tree) or ' Correct the name.'}"
             )
-        self.domain_names = [name for name in tree if name != self.test_domain]
-        self.class_names = list(tree[self.test_domain])
+        self.domain_names = [name for name in tree if (name == given) == (argument == "train_domain")]
+        self.class_names = list(tree[given])
         self.n_classes, n_domains = len(self.class_names), len(self.domain_names)
         check_number("n_domains", self.n_domains, n_domains, "the number of training domains")
         check_number("n_groups", self.n_groups, self.n_classes * n_domains, "classes x training domains")
@@ -111,7 +121,7 @@ class DomainFolder(GroupDataModule):
         splits = {name: self._split(number, name, tree[name]) for number, name in enumerate(tree)}
         train = [(*sample, domain) for domain, name in enumerate(self.domain_names) for sample in splits[name][0]]
         val = [(*sample, domain) for domain, name in enumerate(self.domain_names) for sample in splits[name][1]]
-        test = [(*sample, -1) for sample in _samples(tree[self.test_domain])]
+        test = [(*sample, -1) for name in tree if name not in self.domain_names for sample in _samples(tree[name])]
         eval_transform = _eval_transform(self.image_size)
         self.train_set = self._make(train, _train_transform(self.image_size) if self.augment else eval_transform)
         self.val_set = self._make(val, eval_transform)

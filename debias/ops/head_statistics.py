@@ -138,13 +138,18 @@ class HeadLoss:
         ones = torch.ones_like(self.target)
         return ones * self.weight if self.kind == "squared_error" else ones
 
-    def weighted(self, factors: Tensor) -> HeadLoss:
-        """The same loss with rows ``(rows,)`` or elements ``(rows, C)`` weighted, denominators alike."""
-        spread = factors.unsqueeze(1) if factors.ndim == 1 else factors
+    def weighted(self, factors: Tensor, *, den: Tensor | None = None) -> HeadLoss:
+        """The same loss with rows ``(rows,)`` or elements ``(rows, C)`` weighted.
+
+        Args:
+            factors: what numerators are multiplied by.
+            den: what denominators are multiplied by; the same by default.
+        """
+        num, den = (x.unsqueeze(1) if x.ndim == 1 else x for x in (factors, factors if den is None else den))
         if self.kind == "cross_entropy":
-            return HeadLoss(self.kind, self.logits, self.target * spread, self.den * spread[:, 0])
-        den = (self.element_den * spread).sum(1)
-        return HeadLoss(self.kind, self.logits, self.target, den, self.weight * spread, self.positive)
+            return HeadLoss(self.kind, self.logits, self.target * num, self.den * den[:, 0])
+        of_rows = (self.element_den * den).sum(1)
+        return HeadLoss(self.kind, self.logits, self.target, of_rows, self.weight * num, self.positive)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> HeadLoss:
         """The same loss with every tensor changed row by row, e.g. detached or gathered over ranks."""

@@ -80,7 +80,7 @@ def register_loss(loss: Any, per_sample: PerSample) -> Any:
         if not _active:
             return loss(*args, **kwargs)
         tap = _active[-1]
-        return take(tap, loss.__name__, args, lambda: loss(*args, **kwargs), lambda: per_sample(*args, **kwargs))
+        return take(tap, loss.__name__, args, lambda: loss(*args, **kwargs), lambda *a: per_sample(*a, **kwargs))
 
     return adapted
 
@@ -93,18 +93,18 @@ def adapter_of(module: nn.Module) -> PerSample | None:
     return None
 
 
-def take(tap: Any, name: str, args: tuple[Any, ...], original: Callable[[], Any], per_sample: Callable[[], Any]) -> Any:
+def take(
+    tap: Any, name: str, args: tuple[Any, ...], original: Callable[[], Any], per_sample: Callable[..., Any]
+) -> Any:
     """Run an adapted loss under a tap: its inner losses are not seen, its per-sample losses are."""
     tap.suspended += 1
     try:
-        out, losses = original(), per_sample()
+        out = original()
     finally:
         tap.suspended -= 1
-    return hand_over(tap, name, args, losses, out)
+    return hand_over(tap, name, args, per_sample, out)
 
 
-def hand_over(tap: Any, name: str, args: tuple[Any, ...], losses: Any, out: Any) -> Any:
-    """Give the tap the per-sample losses of an adapter and return what the step shall see."""
-    num, den = losses if isinstance(losses, tuple) else (losses, None)
-    logits, target = (args[0] if args else None), (args[1] if len(args) > 1 else None)
-    return tap.adapted(name, logits, target, num, den, out)
+def hand_over(tap: Any, name: str, args: tuple[Any, ...], per_sample: Callable[..., Any], out: Any) -> Any:
+    """Give the tap the per-sample losses of an adapter, a function of ``args``; what the step shall see."""
+    return tap.adapted(name, args, per_sample, out)

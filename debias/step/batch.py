@@ -16,7 +16,17 @@ from torch.utils.data.dataloader import default_collate
 
 from debias.errors import BatchKeyError
 
-__all__ = ["BatchKey", "TagCollate", "TaggedBatch", "TaggedSample", "key_name", "read", "replace", "split_tags"]
+__all__ = [
+    "BatchKey",
+    "TagCollate",
+    "TaggedBatch",
+    "TaggedSample",
+    "key_name",
+    "read",
+    "repeated",
+    "replace",
+    "split_tags",
+]
 
 BatchKey: TypeAlias = int | str | Callable[[Any], Any]
 """Where to look in a batch: an index, a name, a dotted path (``"image"``, ``"1.labels.place"``), or a callable of the
@@ -205,6 +215,29 @@ def replace(batch: Any, key: BatchKey, value: Any) -> Any:
             " Name the place in the batch instead."
         )
     return _replaced(batch, _parts(key), value, key)
+
+
+def repeated(batch: Any, index: Tensor, n: int) -> Any:
+    """A batch of the samples ``index``, in that order: rows of tensors with ``n`` rows, elements of lists with ``n``.
+
+    Args:
+        batch: a batch of ``n`` samples.
+        index: int64 ``(rows,)``, ``torch.arange(n)`` any number of times.
+        n: number of samples.
+    """
+    if isinstance(batch, Tensor):
+        return batch[index] if batch.ndim and batch.shape[0] == n else batch
+    if isinstance(batch, Mapping):
+        changed: Any = copy.copy(batch)
+        for key, value in batch.items():
+            changed[key] = repeated(value, index, n)
+        return changed
+    if isinstance(batch, list) and len(batch) == n and not any(isinstance(x, Tensor) and x.ndim for x in batch):
+        return batch * (len(index) // n)
+    if isinstance(batch, tuple | list):
+        parts = [repeated(part, index, n) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return batch
 
 
 def describe(batch: Any) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from debias.errors import BatchKeyError
 from debias.step import batch as batches
 from debias.step.batch import BatchKey
+from debias.step.mixing import Mixture
 
 __all__ = ["Step"]
 
@@ -34,6 +35,7 @@ class Step:
         n: number of samples, known once ids were read.
         logging: whether values logged in this step reach the logger.
         features: in evaluation, what a monitor that asks for features reads.
+        mixture: what augmentation did to the labels, None if nothing.
     """
 
     trainer: Any
@@ -49,6 +51,7 @@ class Step:
     n: int | None = None
     logging: bool = False
     features: Tensor | None = None
+    mixture: Mixture | None = None
     _ids: dict[Any, Tensor] = field(default_factory=dict)
 
     def read(self, key: BatchKey, *, argument: str = "key") -> Any:
@@ -95,6 +98,37 @@ class Step:
         self.n = n
         self._ids[cached] = ids
         return ids
+
+    def mixed(self, n: int, *, loss: Any = None, owner: str = "") -> Mixture:
+        """What the samples stand for, to be changed by an augmenter that mixes or repeats them.
+
+        Args:
+            n: number of samples.
+            loss: which loss the augmenter means, as ``loss=``.
+            owner: name of the augmenter, for messages.
+        """
+        if self.n is not None and self.n != n:
+            raise BatchKeyError(
+                f"Expected the input that {owner} changes to have one row for each of the {self.n} samples, but got"
+                f" {n}. Correct `input=`."
+            )
+        self.n = n
+        if self.mixture is None:
+            self.mixture = Mixture(n, self.module.device, loss, owner)
+        elif loss is not None:
+            self.mixture.loss, self.mixture.owner = loss, owner
+        return self.mixture
+
+    def repeat(self, batch: Any, index: Tensor, weights: Tensor, **options: Any) -> None:
+        """Put a batch in place that holds samples ``index`` of the present one, with ``weights`` on their losses."""
+        self.mixed(self.n or len(index), **options).repeat(index, weights)
+        self.batch = batch
+        self.tags = {
+            name: value[index] if isinstance(value, Tensor) and value.ndim else value
+            for name, value in self.tags.items()
+        }
+        self.n = len(index)
+        self._ids.clear()
 
     def _one(self, key: BatchKey, argument: str) -> Tensor:
         value = self.read(key, argument=argument)

@@ -8,6 +8,7 @@ Lightning does so at one of five places: the step methods, the hook before batch
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,6 +33,7 @@ from debias.step.context import Step
 from debias.step.contract import Method, Watcher
 from debias.step.distributed import is_distributed
 from debias.step.head import FeatureTap, HeadTap
+from debias.step.mixing import unmixable
 from debias.step.proxy import Hook, StepProxy, attach, detach
 from debias.step.rows import RowTracker
 from debias.step.split import split_losses
@@ -174,9 +176,11 @@ class StepEngine:
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             if (tap := self._tap) is None:
                 return None
-            losses = per_sample(module, *args, **kwargs)
             tap.suspended -= 1
-            return None if tap.suspended else adapters.hand_over(tap, type(module).__name__, args, losses, output)
+            if tap.suspended:
+                return None
+            compute = functools.partial(per_sample, module, **kwargs)
+            return adapters.hand_over(tap, type(module).__name__, args, compute, output)
 
         self._handles.append(loss.register_forward_pre_hook(Hook(before), with_kwargs=True))
         self._handles.append(loss.register_forward_hook(Hook(after), with_kwargs=True))
@@ -198,11 +202,17 @@ class StepEngine:
             watcher.begin(step)
         reweigher = next((w for w in debiasers if w.reweighs), None)
         penalisers = [w for w in debiasers if w.penalises]
+        mixture = step.mixture
         if reweigher is not None and reweigher.losses == "split":
+            if mixture is not None:
+                raise UnsupportedStrategyError(
+                    f"Expected `losses='whole'` together with {mixture.owner}, but got 'split': a loss that exists only"
+                    " per batch cannot be mixed from the labels of two samples. Remove one of them."
+                )
             split, output = split_losses(original, args, kwargs, step, reweigher)
             self._end_forward(debiasers)
             return _with_loss(output, split)
-        if reweigher is None and not penalisers and not is_distributed():
+        if reweigher is None and not penalisers and not is_distributed() and mixture is None:
             output = original(*args, **kwargs)
             self._end_forward(debiasers)
             return output
@@ -213,7 +223,8 @@ class StepEngine:
         if step.n is not None:
             tracker = RowTracker(step.batch, step.n, everything=self._rows_needed)
         combine, late = self._combiner(reweigher, step)
-        tap = LossTap(combine, late, True, tracker, (reweigher or debiasers[0]).rows, finders[0] if finders else None)
+        rows = (reweigher or debiasers[0]).rows
+        tap = LossTap(combine, late, True, tracker, rows, finders[0] if finders else None, mixture)
         output = self._watched(tap, original, args, kwargs)
         self._end_forward(debiasers)
         loss = self._rewritten(step, tap, output, reweigher, penalisers, heads)
@@ -237,7 +248,8 @@ class StepEngine:
         """What the step's losses are replaced by while it runs, and whether the right one is known only afterwards."""
         self._reweighed = []
         if reweigher is None:
-            return ((lambda call: call.scaled(call.mean())) if is_distributed() else None), False
+            own = is_distributed() or step.mixture is not None
+            return ((lambda call: call.scaled(call.mean())) if own else None), False
         choice, manual = reweigher.loss, not self.module.automatic_optimization
 
         def meant(call: LossCall) -> bool:
@@ -267,7 +279,7 @@ class StepEngine:
     ) -> Tensor | None:
         """The loss to return instead of the user's, or None to return the step's output as it is."""
         if not self.module.automatic_optimization:
-            if reweigher is not None and not self._reweighed:
+            if (reweigher is not None and not self._reweighed) or (step.mixture is not None and not tap.calls):
                 raise no_loss_error(_set_losses(self.module))
             return None
         loss = output.get("loss") if isinstance(output, Mapping) else output
@@ -278,15 +290,17 @@ class StepEngine:
                     " wait for this one. Return a loss of zero, e.g. `0 * logits.sum()`, instead of skipping."
                 )
             return None
-        if reweigher is None and not penalisers:  # what was handed back, the global mean, is all there is to do
-            return None
+        if reweigher is None and not penalisers and step.mixture is None:
+            return None  # what was handed back, the global mean, is all there is to do
         calls = self._reaching(tap, loss)
         if not calls:
             if (stated := _stated_losses(output, tap)) is None:
                 raise no_loss_error(_set_losses(self.module))
-            if tap.finder is not None and isinstance(stated.logits, Tensor):
-                stated.linear = tap.finder.match(stated.logits)
-            return self._from_stated(step, loss, stated, reweigher, penalisers, heads)
+            if tap.finder is not None and isinstance(stated[0].logits, Tensor):
+                stated[0].linear = tap.finder.match(stated[0].logits)
+            return self._from_stated(step, loss, *stated, reweigher, penalisers, heads)
+        if step.mixture is not None:  # several losses are an error unless `loss=` says which the labels belong to
+            select_calls(calls, step.mixture.loss, step.mixture.owner)
         if reweigher is not None:
             selected = select_calls(calls, reweigher.loss, type(reweigher).__name__)
             if tap.late:
@@ -336,14 +350,16 @@ class StepEngine:
         step: Step,
         loss: Tensor,
         call: LossCall,
+        plain: Tensor,
         reweigher: Method | None,
         penalisers: list[Method],
         heads: dict[Any, HeadTap | FeatureTap],
     ) -> Tensor:
         """Swap the mean of the stated per-sample losses inside the returned loss for the debiased one."""
         if reweigher is not None:
-            num, den = call.num, call.den
-            loss = loss + (reweigher.reweigh([call], step)[0] - num.sum() / den.sum())
+            loss = loss + (reweigher.reweigh([call], step)[0] - plain)
+        elif step.mixture is not None:
+            loss = loss + (call.mean() - plain)
         return _penalised(loss, penalisers, lambda watcher: [call], heads, step)
 
     def _end_forward(self, debiasers: list[Method]) -> None:
@@ -546,18 +562,17 @@ def _penalised(
     return loss
 
 
-def _stated_losses(output: Any, tap: LossTap) -> LossCall | None:
-    """The loss of a step that returns its per-sample losses, or its logits and targets."""
+def _stated_losses(output: Any, tap: LossTap) -> tuple[LossCall, Tensor] | None:
+    """The loss of a step that returns its per-sample losses, or its logits and targets; and its mean as it stands."""
     if not isinstance(output, Mapping):
         return None
+    logits, target = output.get("logits"), output.get("targets")
     if isinstance(losses := output.get("losses"), Tensor):
         elements, name = losses, "losses"
-    elif isinstance(logits := output.get("logits"), Tensor) and isinstance(target := output.get("targets"), Tensor):
-        if target.is_floating_point() and target.shape == logits.shape:
-            elements = unreduced(F.binary_cross_entropy_with_logits, {"input": logits, "target": target})
-        else:
-            elements = unreduced(F.cross_entropy, {"input": logits, "target": target})
-        name = "logits"
+        if tap.mixture is not None and tap.mixture.mixes:
+            raise unmixable("losses", "the step returns them computed, with the labels of the samples themselves")
+    elif isinstance(logits, Tensor) and isinstance(target, Tensor):
+        elements, name = _loss_of(logits, target), "logits"
     else:
         return None
     n = tap.tracker.n if tap.tracker is not None else elements.shape[0]
@@ -570,10 +585,18 @@ def _stated_losses(output: Any, tap: LossTap) -> LossCall | None:
         raise LossNotFoundError(
             f"Expected the returned `{name}` to require a gradient, but they are detached. Return them as computed."
         )
-    return LossCall(
-        name, output.get("logits"), output.get("targets"), "mean", 0,
-        lambda: (elements, elements.new_ones(())), lambda call, num: None,
-    )  # fmt: skip
+    args = (logits, target)
+    call, _ = tap.stated(name, args, _loss_of if name == "logits" else lambda *_: elements)
+    if tap.mixture is None or not tap.mixture.meant(call):
+        call._sample_of = lambda call, num: None
+    return call, elements.mean()
+
+
+def _loss_of(logits: Tensor, target: Tensor) -> Tensor:
+    loss: Any = F.cross_entropy
+    if target.is_floating_point() and target.shape == logits.shape:
+        loss = F.binary_cross_entropy_with_logits
+    return unreduced(loss, {"input": logits, "target": target})
 
 
 def _set_losses(module: nn.Module) -> list[str]:

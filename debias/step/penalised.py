@@ -192,8 +192,8 @@ class DomainPenalty(Debiaser):
             features = features.movedim(1, -1)
         features = features.reshape(-1, width)
         features = features.float() if features.dtype in _HALF else features
-        if len(features) == len(domains) and call.rows is None:
-            return features, domains
+        if len(features) == len(domains) and (call.rows is None or call.parts > 1):
+            return features, domains  # mixed samples count in the domain of their own
         return features, rows_of(call, domains, len(features))
 
     def head_statistics(self, call: LossCall, domains: Tensor, step: Step) -> HeadStatistics:
@@ -207,17 +207,18 @@ class DomainPenalty(Debiaser):
         members = make_members(rows_of(call, domains, rows), self.module.n_domains, rows)
         check = step.logging or not self._checked
         self._checked = True
+        logits = loss.logits[: rows // call.parts]  # as the head made them, where mixed samples count several times
         if self.derivatives == "autograd":
             assert call.head is not None
             assert call.features is not None
             features = call.features.float() if call.features.dtype in _HALF else call.features
             if check:
-                check_head(call, features, loss.logits)
-            return AutogradHeadStatistics(call.head, features, loss, members)
-        features = features_of(call, rows)
+                check_head(call, features, logits)
+            return AutogradHeadStatistics(call.head, call.of_logits(features), loss, members)
+        features = features_of(call, len(logits))
         if check:
-            check_linear(call, features, loss.logits)
-        return HeadStatistics(features, loss, members, getattr(call.head, "bias", None) is not None)
+            check_linear(call, features, logits)
+        return HeadStatistics(call.of_logits(features), loss, members, getattr(call.head, "bias", None) is not None)
 
 
 def head_loss(call: LossCall) -> HeadLoss:
@@ -236,21 +237,31 @@ def head_loss(call: LossCall) -> HeadLoss:
         binary = target.is_floating_point() and target.shape == logits.shape
         name = "binary_cross_entropy" if binary else "cross_entropy"
     logits = logits.float() if logits.dtype in _HALF else logits
+    mixed = call.shares is not None  # augmentation has made rows count with the labels of others
+    if mixed:
+        logits, target = call.of_logits(logits), call.targets
     loss = make_head_loss(name, logits, target, **_options(name, call.arguments))
-    if not call.followed:
+    if not call.followed and not mixed:
         return loss
-    # Masks and weights that the step put on unreduced losses: the denominators that were followed, over the loss's own.
+    # Masks, weights and shares that the step or augmentation put on losses: the denominators, over the loss's own.
     den = call.elements[1].to(logits.dtype)
     rows = len(loss.logits)
     if den.shape == (rows,):
-        return loss.weighted(den / torch.where(loss.den != 0, loss.den, 1))
-    if loss.kind != "cross_entropy" and den.numel() == loss.logits.numel() and den.shape[:1] == (rows,):
-        return loss.weighted(den.reshape(loss.logits.shape) / loss.element_den)
-    raise RowsError(
-        f"Expected the unreduced losses of `{call.name}` to have one value a row of the logits {tuple(logits.shape)}"
-        f" where the step reduces them, but got shape {tuple(den.shape)}. Leave the reduction to the loss function, or"
-        " use a penalty that only needs losses (VREx)."
-    )
+        factors = den / torch.where(loss.den != 0, loss.den, 1)
+    elif loss.kind != "cross_entropy" and den.numel() == loss.logits.numel() and den.shape[:1] == (rows,):
+        factors = den.reshape(loss.logits.shape) / loss.element_den
+    else:
+        factors = None
+    if factors is None or (mixed and call.followed):
+        raise RowsError(
+            f"Expected the unreduced losses of `{call.name}` to have one value a row of the logits"
+            f" {tuple(logits.shape)} where the step reduces them, and not to be those of mixed samples, but got shape"
+            f" {tuple(den.shape)}{' of mixed samples' if mixed else ''}. Leave the reduction to the loss function, or"
+            " use a penalty that only needs losses (VREx)."
+        )
+    if call.shares is None:
+        return loss.weighted(factors)
+    return loss.weighted(call.shares.to(logits.dtype).reshape(factors.shape), den=factors)
 
 
 def rows_of(call: LossCall, per_sample: Tensor, rows: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,11 @@ class StepRandom:
         """From now until the next :meth:`start`, layers are recomputed and must see the draws they saw."""
         self._replaying = True
 
+    @property
+    def replaying(self) -> bool:
+        """Whether the forward pass of this micro-batch has ended."""
+        return self._replaying
+
     def generator(self, device: torch.device, place: str = "", *, shared: bool = False) -> torch.Generator:
         """A generator for this micro-batch.
 
@@ -71,3 +77,11 @@ class StepRandom:
             return drawn[0]
         drawn.append(sample(self.generator(device, f"{place}#{len(drawn)}", shared=shared)))
         return drawn[-1]
+
+    def chance(self, place: str) -> float:
+        """A number in [0, 1) for a decision that all ranks take alike; on the host, so that nothing waits for it."""
+
+        def sample(generator: torch.Generator) -> float:
+            return random.Random(generator.initial_seed()).random()
+
+        return self.draw(f"{place}?", torch.device("cpu"), sample, shared=True)

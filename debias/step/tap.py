@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from debias.errors import DebiasError, LossNotFoundError, RowsError, UntappedLossError
 from debias.step.distributed import as_global, global_sum, is_distributed, world_size
+from debias.step.mixing import Mixture, row_sources, unmixable
 from debias.step.rows import CASTS, MOVES, RECORDED, RowTracker, apply_move
 
 __all__ = ["LOSSES", "LossCall", "LossTap"]
@@ -43,6 +44,10 @@ class LossCall:
         arguments: what else the loss was called with, e.g. ``weight`` or ``label_smoothing``.
         features: input of the classifier head, shape ``(N, d)``, where a method asked for it.
         head: the classifier head, where a method asked for it.
+        parts: how many labels every row of ``logits`` counts with, more than 1 where samples were mixed. ``num``,
+            ``den`` and ``rows`` then hold the rows with their own labels first, then with those of their partners.
+        targets: the targets of these rows.
+        shares: what the losses of these rows were multiplied by, shaped like the elements.
     """
 
     name: str
@@ -61,6 +66,9 @@ class LossCall:
     linear: tuple[Tensor, Tensor] | None = None  # input and weight of the layer that made the logits, while looked for
     edge: Any = None  # of the tensor handed back, before the step may have changed it in place
     late: _Late | None = None
+    parts: int = 1
+    targets: Any = None
+    shares: Tensor | None = None
 
     @cached_property
     def elements(self) -> tuple[Tensor, Tensor]:
@@ -101,6 +109,10 @@ class LossCall:
     def of_rows(self, per_sample: Tensor) -> Tensor:
         """Values per row from values per sample, e.g. group ids ``(N,)`` or membership ``(N, G)``."""
         return per_sample if self.rows is None else per_sample[self.rows]
+
+    def of_logits(self, per_row: Tensor) -> Tensor:
+        """Values per row of ``num`` from values per row of the logits, e.g. the logits or features themselves."""
+        return per_row if self.parts == 1 else torch.cat([per_row] * self.parts)
 
     def scaled(self, mean: Tensor) -> Tensor:
         """From a (debiased) mean loss to what the step's own reduction would have returned for it."""
@@ -158,9 +170,17 @@ class _Pending:
     index: Tensor | None
     call: LossCall
     version: int = 0
+    # Where samples were mixed: the losses with each label, of which `tensor` is the sum, and their shares in it.
+    parts: list[_Pending] = field(default_factory=list)
+    share: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.version = self.tensor._version
+
+    @property
+    def num(self) -> Tensor:
+        """Numerators."""
+        return self.tensor if self.share is None else self.tensor * self.share
 
 
 def _legacy(arguments: dict[str, Any]) -> str:
@@ -283,6 +303,7 @@ class LossTap(TorchFunctionMode):
         tracker: tells which sample a row belongs to; None where nobody asks.
         rows: the user's own answer to that question.
         finder: records what the classifier head needs to be found by; None where nobody asks.
+        mixture: which labels the samples count with; None where augmentation has mixed none.
     """
 
     combine: Callable[[LossCall], Tensor] | None = None
@@ -291,6 +312,7 @@ class LossTap(TorchFunctionMode):
     tracker: RowTracker | None = None
     rows: Callable[[LossCall, int], Tensor] | str | None = None
     finder: Finder | None = None
+    mixture: Mixture | None = None
     calls: list[LossCall] = field(default_factory=list)
     # Losses that reach the returned loss unseen if nothing reduces them in a way that can be followed: name and node.
     untapped: list[tuple[str, Any]] = field(default_factory=list)
@@ -343,6 +365,8 @@ class LossTap(TorchFunctionMode):
         call = self._call(func.__name__, logits, target, "mean" if reduction == "batchmean" else reduction, elements)
         call.ignore_index = arguments.get("ignore_index")
         call.arguments = {k: v for k, v in arguments.items() if k in _FORM and v is not None}
+        if self.training and self.mixture is not None and self.mixture.meant(call):
+            return self._mixed_loss(func, arguments, call)
         if reduction != "none":
             self.calls.append(call)
             return self._hand_back(call, lambda: func(*args, **kwargs))
@@ -355,16 +379,34 @@ class LossTap(TorchFunctionMode):
             self.calls.append(call)
         return out
 
-    def adapted(
-        self, name: str, logits: Any, target: Any, losses: Tensor, den: Tensor | None, original: Tensor
-    ) -> Tensor:
+    def adapted(self, name: str, args: tuple[Any, ...], per_sample: Callable[..., Any], original: Tensor) -> Tensor:
         """Take a loss that torch's functions do not show from an adapter: per-sample losses ``(rows, ...)``."""
-        if self.training and not (torch.is_grad_enabled() and losses.requires_grad):
+        call, requires_grad = self.stated(name, args, per_sample)
+        if self.training and not (torch.is_grad_enabled() and requires_grad):
             return original
-        ones = losses.new_ones(()) if den is None else den
-        call = self._call(name, logits, target, "mean", lambda: (losses, ones.expand(losses.shape)))
         self.calls.append(call)
         return self._hand_back(call, lambda: original)
+
+    def stated(self, name: str, args: tuple[Any, ...], per_sample: Callable[..., Any]) -> tuple[LossCall, bool]:
+        """A loss given by a function of ``args``, logits and target first, and whether it requires a gradient."""
+
+        def compute(*args: Any) -> tuple[Tensor, Tensor]:
+            self.suspended += 1  # the losses inside are not losses of the step
+            try:
+                losses = per_sample(*args)
+            finally:
+                self.suspended -= 1
+            losses, den = losses if isinstance(losses, tuple) else (losses, losses.new_ones(()))
+            return losses, den.expand(losses.shape)
+
+        logits, target = (args[0] if args else None), (args[1] if len(args) > 1 else None)
+        losses, den = compute(*args)
+        call = self._call(name, logits, target, "mean", lambda: (losses, den))
+        if self.training and self.mixture is not None and self.mixture.meant(call):
+            if not isinstance(target, Tensor):
+                raise unmixable(name, "it has no target tensor as second argument")
+            self._mix(call, lambda moved: compute(args[0], moved(target), *args[2:]))
+        return call, losses.requires_grad
 
     def _call(self, name: str, logits: Any, target: Any, reduction: str, elements: Any) -> LossCall:
         call = LossCall(name, logits, target, reduction, len(self.calls), elements, self._sample_numbers)
@@ -413,6 +455,77 @@ class LossTap(TorchFunctionMode):
             return self.tracker.start(losses.shape, losses.device)
         return index if index.shape == losses.shape else index.view(-1, *[1] * (losses.ndim - 1)).expand(losses.shape)
 
+    # -- mixed samples -----------------------------------------------------------------------------
+
+    def _mixed_loss(self, func: Any, arguments: dict[str, Any], call: LossCall) -> Tensor:
+        """A loss of samples that count with several labels."""
+        target: Any = call.target
+        if _SECOND[func] != "target" or not isinstance(target, Tensor):
+            raise unmixable(call.name, "it compares inputs with each other")
+        weight: Any = arguments.get("weight")
+        # Weights of the elements, unlike those of the classes, belong to the labels.
+        of_rows = isinstance(weight, Tensor) and weight.ndim > 0 and weight.shape == target.shape
+        of_rows = of_rows and LOSSES[func] is not _class_weights
+
+        def compute(moved: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+            changed = {"target": moved(target)} | ({"weight": moved(weight)} if of_rows else {})
+            losses = unreduced(func, arguments | changed)
+            return losses, LOSSES[func](losses, arguments | changed).expand(losses.shape)
+
+        parts = self._mix(call, compute)
+        if call.reduction != "none":
+            self.calls.append(call)
+            return self._hand_back(call, lambda: call.scaled(call.mean()))
+        out = torch.stack([part.num for part in parts]).sum(0)
+        first = parts[0]
+        self._pending.append(_Pending(out, first.den, first.index, call, parts=parts))
+        self.untapped.append((f"{call.name}(reduction='none')", out.grad_fn))
+        return out
+
+    def _mix(
+        self, call: LossCall, compute: Callable[[Callable[[Tensor], Tensor]], tuple[Tensor, Tensor]]
+    ) -> list[_Pending]:
+        """Give a call the rows of all parts of the mixture; the parts, unreduced.
+
+        Args:
+            call: the loss.
+            compute: losses and denominators with the targets that its argument makes of the step's own.
+        """
+        mixture: Mixture = self.mixture  # type: ignore[assignment]
+        losses, den = compute(lambda target: target)
+        if losses.ndim == 0:
+            raise unmixable(call.name, "it is a single number")
+        index = self._sample_numbers(call, losses)
+        if index is not None and index.ndim > 1:  # one sample a row, unless the elements are those of the target
+            index = index.flatten() if call.target.shape == losses.shape else index.flatten(1)[:, 0]  # type: ignore[union-attr]
+        check = index is not None and (index.device.type == "cpu" or self.tracker is None or self.tracker.everything)
+        elementwise = index is not None and len(index) != len(losses)
+        parts, targets, sources = [], [], []
+        for part in mixture.parts:
+            rows = None if part.source is None else row_sources(part.source, index, mixture.n, check=check)
+
+            def moved(target: Tensor, rows: Tensor | None = rows) -> Tensor:
+                if rows is None:
+                    return target
+                return target.flatten()[rows].view(target.shape) if elementwise else target[rows]
+
+            if rows is not None:
+                losses, den = compute(moved)
+            shares = [x if index is None else x[index] for x in (part.num, part.den)]
+            shape = losses.shape if elementwise else (-1, *[1] * (losses.ndim - 1))
+            num_share, den_share = (x.to(losses.dtype).view(shape).expand(losses.shape) for x in shares)
+            source = torch.arange(mixture.n, device=mixture.device) if part.source is None else part.source
+            sources.append(source if index is None else source[index])
+            of_elements = sources[-1].view(shape).expand(losses.shape)
+            parts.append(_Pending(losses, den.to(losses.dtype) * den_share, of_elements, call, share=num_share))
+            targets.append(moved(call.target))  # type: ignore[arg-type]
+        call.parts, call.targets = len(parts), torch.cat(targets)
+        _set_parts(call, parts)
+        if not elementwise:
+            samples = torch.cat(sources)
+            call._sample_of = lambda call, num: samples
+        return parts
+
     # -- unreduced losses --------------------------------------------------------------------------
 
     def _find(self, x: Any) -> _Pending | None:
@@ -435,21 +548,37 @@ class LossTap(TorchFunctionMode):
         pending = self._find(args[place])
         if pending is None:
             return None
-        other = next((x for i, x in enumerate(args[:2]) if i != place), kwargs.get("other"))
         if (func in _SUM or func in _MEAN) and _over_all(args, kwargs, pending.tensor.ndim):
             return self._reduced(func in _MEAN, pending, lambda: func(*args, **kwargs))
+        out, followed = self._followed(func, args, kwargs, place, pending)
+        for part in pending.parts:
+            moved = self._followed(func, (*args[:place], part.tensor, *args[place + 1 :]), kwargs, place, part)[1]
+            for whole, of_part in zip(followed, moved, strict=True):
+                whole.parts.append(of_part)
+        self._pending.extend(followed)
+        return out
+
+    def _followed(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], place: int, pending: _Pending
+    ) -> tuple[Any, list[_Pending]]:
+        """The result of an operation on an unreduced loss, and the unreduced losses in it."""
+        other = next((x for i, x in enumerate(args[:2]) if i != place), kwargs.get("other"))
         out = func(*args, **kwargs)
-        den, index = pending.den, pending.index
+        den, index, share = pending.den, pending.index, pending.share
         if func in MOVES:
             outs = list(out) if isinstance(out, tuple | list) else [out]
+            made = []
             for i, x in enumerate(outs):
                 part = None if x is out else i
-                moved = None if index is None else apply_move(func, args, kwargs, index, part)
-                self._pending.append(_Pending(x, apply_move(func, args, kwargs, den, part), moved, pending.call))
-            return out
+                den_, index_, share_ = (
+                    None if y is None else apply_move(func, args, kwargs, y, part) for y in (den, index, share)
+                )
+                made.append(_Pending(x, den_, index_, pending.call, share=share_))  # type: ignore[arg-type]
+            return out, made
         if func in _SUM or func in _MEAN:
             den = func(den, *args[1:], **kwargs)
             index = None if index is None else self._reduced_index(index, out, args, kwargs)
+            share = None if share is None else share.mean(_dims(args, kwargs, share.ndim)).view(out.shape)
         elif func in _MUL or func in _DIV:
             # A tensor of weights or a mask weighs numerator and denominator alike; a scalar only scales the loss, and
             # a factor that is learned from (the focal term) is part of the loss, not a weight.
@@ -458,16 +587,16 @@ class LossTap(TorchFunctionMode):
                 den = den * weight if func in _MUL else den / weight
             den = den.expand(out.shape)
             index = None if index is None else index.expand(out.shape)
+            share = None if share is None else share.expand(out.shape)
         elif func in _WHERE:
             if place == 0:
-                return out
+                return out, []
             den = torch.where(args[0], den, 0) if place == 1 else torch.where(args[0], 0, den)
         elif func in _FILL:
             den = den.masked_fill(args[1] if len(args) > 1 else kwargs["mask"], 0)
         elif func in _ADD and isinstance(other, Tensor) and self._find(other) is None:
-            return out  # only losses of the same samples are added, and numbers
-        self._pending.append(_Pending(out, den, index, pending.call))
-        return out
+            return out, []  # only losses of the same samples are added, and numbers
+        return out, [_Pending(out, den, index, pending.call, share=share)]
 
     def _reduced(self, is_mean: bool, pending: _Pending, original: Callable[[], Tensor]) -> Tensor:
         num, den, index, first = pending.tensor, pending.den, pending.index, pending.call
@@ -477,6 +606,9 @@ class LossTap(TorchFunctionMode):
         call._sample_of = lambda call, flat: None if index is None else index.reshape(flat.shape)
         call._mean_over = num.numel() if is_mean else None
         call.ignore_index, call.arguments, call.followed = first.ignore_index, first.arguments, True
+        if pending.parts:
+            call.parts, call.targets = len(pending.parts), first.targets
+            _set_parts(call, pending.parts)
         self.calls.append(call)
         return self._hand_back(call, original)
 
@@ -497,6 +629,16 @@ class LossTap(TorchFunctionMode):
                     )
             kept = first
         return kept.reshape(out.shape)
+
+
+def _set_parts(call: LossCall, parts: list[_Pending]) -> None:
+    """Rows of a call from those of its parts."""
+    num = torch.cat([part.num for part in parts])
+    den = torch.cat([part.den for part in parts])
+    index = torch.cat([part.index for part in parts])  # type: ignore[misc]
+    call._elements = lambda: (num, den)
+    call._sample_of = lambda call, num: index
+    call.shares = torch.cat([part.share for part in parts])  # type: ignore[misc]
 
 
 def _requires_grad(*tensors: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import debias
 from _support.doubles import DOUBLES
 from _support.fits import N_GROUPS, N_PERSONS
+from _support.flat import EdgeView
 from debias import Debiaser
 
 # What an argument of this name is filled with, whether or not it has a default.
@@ -19,6 +20,7 @@ FILLED = {
     "n_domains": N_GROUPS,
     "identity": "person",
     "n_identities": N_PERSONS,
+    "layers": "backbone.1",
 }
 
 # Weights at which a method changes a short run of the tiny problem visibly and does not let it diverge.
@@ -40,7 +42,7 @@ def _exported() -> dict[str, type[Debiaser]]:
     return found
 
 
-METHODS: dict[str, type[Debiaser]] = _exported() | {cls.__name__: cls for cls in DOUBLES}
+METHODS: dict[str, type[Debiaser]] = _exported() | {"EdgeView": EdgeView} | {cls.__name__: cls for cls in DOUBLES}
 
 
 def arguments(name: str) -> dict[str, Any]:
@@ -72,5 +74,5 @@ def exact(name: str) -> bool:
 
 
 def has_groups(name: str) -> bool:
-    """Whether the method reads group or domain ids."""
-    return bool({"group", "domain"} & set(arguments(name)))
+    """Whether the method computes something for each group or domain; an augmenter only asks who is alike."""
+    return bool({"n_groups", "n_domains"} & set(arguments(name))) and not augments(name)

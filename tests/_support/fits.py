@@ -42,6 +42,13 @@ def tagged(dataset: Dataset, **changed: Any) -> Any:
     return tag(dataset, **({"place": places(n), "person": torch.arange(n) % N_PERSONS} | changed))
 
 
+class Tokens(nn.Module):
+    """Three tokens of width two from each row."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(-1, 3, 2)
+
+
 class _Steps:
     """What a user writes; nothing here knows of debias."""
 
@@ -49,7 +56,8 @@ class _Steps:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.backbone = nn.Sequential(nn.Linear(4, 6), nn.Tanh())
+            # In between, three tokens of width two, for methods that change feature maps.
+            self.backbone = nn.Sequential(nn.Linear(4, 6), Tokens(), nn.Flatten(), nn.Tanh())
             self.head = nn.Linear(6, 2)
         self.double()
         self.optimizer = optimizer

@@ -54,6 +54,29 @@ def test_one_domain_is_left_out(root):
     assert not files(data.train_set) & files(data.val_set)
 
 
+def test_one_domain_is_the_only_one_to_train_on(root):
+    data = make(root, test_domain=None, train_domain="art", n_domains=1, n_groups=2)
+    assert data.domain_names == ["art"]
+    assert {name.split("/")[0] for name in files(data.train_set) | files(data.val_set)} == {"art"}
+    assert {name.split("/")[0] for name in files(data.test_set)} == {"cartoon", "photo"}
+    assert len(data.test_set) == 28
+    assert set(data.test_set.tags["domain"].tolist()) == {-1}
+    # The same samples are held out as where another domain is left out.
+    left_out = files(make(root).val_set)
+    assert files(data.val_set) == {name for name in left_out if name.startswith("art/")}
+
+
+def test_the_domains_are_said_once(root):
+    with pytest.raises(DebiasError, match=r"either `test_domain`.*or `train_domain`.*but got 'photo' and 'art'"):
+        make(root, train_domain="art")
+    with pytest.raises(DebiasError, match="but got None and None"):
+        make(root, test_domain=None)
+    with pytest.raises(
+        DataError, match=r"`train_domain` to be one of the domains .* but got 'arts'. Did you mean 'art'"
+    ):
+        make(root, test_domain=None, train_domain="arts")
+
+
 def test_tags(root):
     data = make(root, test_domain="art")
     for dataset in (data.train_set, data.val_set):

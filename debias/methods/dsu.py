@@ -1,0 +1,152 @@
+"""DSU: draw the styles of samples anew, as far as they vary in the batch. Li et al., ICLR 2022, arXiv 2202.03958.
+
+With mean ``mu`` and standard deviation ``sigma`` of each channel of each sample (section 3.2)::
+
+    S_mu = sqrt(var over the batch of mu + eps)          one number a channel; S_sigma likewise
+    beta_i = mu_i + factor n_i S_mu        gamma_i = sigma_i + factor m_i S_sigma        n, m ~ N(0, 1)
+    x'_i = gamma_i (x_i - mu_i) / sigma_i + beta_i
+
+with ``n_i, m_i`` for each sample and channel. Gradients flow through all statistics, as in the authors' code; ``gamma``
+may become negative there too. A forward pass is changed with probability ``p``, the whole batch or none of it. Defaults
+are the published ones: p 0.5, factor 1, variances unbiased with 1e-6 added, six places in a ResNet: after ``conv1``,
+``maxpool`` and each of the four stages. For vision transformers, which the paper does not have: the blocks at each
+quarter of the depth, with statistics of the patch tokens.
+
+Differences from the authors' code: a batch of one has ``S = sqrt(eps)`` where theirs is NaN, as has a channel of one
+pixel ``sigma = sqrt(eps)``; all ranks decide alike whether a pass is changed; ``sync_stats=True`` takes ``S`` over the
+batches of all ranks, differentiably, at two all-reduces of at most ``2 C + 1`` floats a layer and changed step. Costs
+the statistics and their gradient, which are three passes over the output of each layer; no parameters.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from debias.errors import DebiasError
+from debias.ops.styles import batch_std, check_probability, restyle, style
+from debias.step.distributed import is_distributed
+from debias.step.layers import LayerAugmenter
+
+__all__ = ["DSU", "DSULayer", "uncertain_style"]
+
+
+def uncertain_style(
+    x: Tensor, noise: Tensor, *, factor: float = 1.0, eps: float = 1e-6, sync_stats: bool = False
+) -> Tensor:
+    """Feature maps whose styles are drawn anew.
+
+    Args:
+        x: feature maps ``(N, C, H, W)`` or tokens ``(N, T, D)``.
+        noise: standard normal numbers for means and standard deviations, ``(2, N, C)`` or ``(2, N, D)``.
+        factor: scales the noise.
+        eps: added to variances.
+        sync_stats: take the spread over the batches of all ranks; then all ranks have to call this.
+
+    Returns:
+        The same shape and dtype; differentiable, also through the statistics.
+    """
+    mean, std = style(x, eps=eps)
+    spread = batch_std(torch.stack((mean, std), dim=1), eps=eps, sync=sync_stats).unbind(1)
+    for_mean, for_std = (factor * noise.to(mean.dtype)).view(2, *mean.shape)
+    return restyle(x, mean, std, mean + for_mean * spread[0], std + for_std * spread[1])
+
+
+class DSULayer(nn.Module):
+    """DSU as an ordinary layer, which draws from torch's global random numbers; the identity in eval mode.
+
+    Args:
+        p: probability that a forward pass is changed.
+        factor: scales the noise.
+        eps: added to variances.
+
+    Shape:
+        x and output ``(N, C, H, W)`` or ``(N, T, D)``.
+    """
+
+    def __init__(self, p: float = 0.5, factor: float = 1.0, *, eps: float = 1e-6) -> None:
+        super().__init__()
+        check_probability("p", p)
+        check_factor("factor", factor)
+        self.p, self.factor, self.eps = p, factor, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Draw the styles anew, with probability ``p``."""
+        if not self.training or float(torch.rand(())) >= self.p:
+            return x
+        noise = torch.randn(2, *style_shape(x), device=x.device)
+        return uncertain_style(x, noise, factor=self.factor, eps=self.eps)
+
+
+class DSU(LayerAugmenter):
+    """Draw the channel statistics of samples anew at chosen layers, during training only.
+
+    The method and its formula are described at the top of :mod:`debias.methods.dsu`.
+
+    Args:
+        layers: dotted paths of layers whose output is ``(N, C, H, W)`` or ``(N, T, D)``; ``*`` stands for anything but
+            a dot. By default ``conv1``, ``maxpool`` and the four stages of a ResNet, the blocks at each quarter of the
+            depth of a vision transformer.
+        p: probability that a layer changes a step.
+        factor: scales the noise.
+        sync_stats: under DDP, take the spread over the batches of all ranks.
+        prefix_tokens: tokens before those of the patches, which stay as they are; found in timm and torchvision.
+        seed: seed of its own random numbers.
+        name, allow_untested_strategy: see :class:`debias.Debiaser`.
+
+    A layer of a frozen part of the network that is in eval mode stays as it is.
+
+    Example:
+        >>> from debias import DSU
+        >>> DSU(p=0.3).state_key
+        'DSU'
+    """
+
+    reference: ClassVar[str] = "Li et al., ICLR 2022, arXiv 2202.03958"
+    resnet_layers = ("conv1", "maxpool", "layer1", "layer2", "layer3", "layer4")
+    vit_blocks = (0.25, 0.5, 0.75, 1.0)
+
+    def __init__(
+        self,
+        layers: str | list[str] | None = None,
+        *,
+        p: float = 0.5,
+        factor: float = 1.0,
+        sync_stats: bool = False,
+        prefix_tokens: int | None = None,
+        seed: int = 0,
+        name: str | None = None,
+        allow_untested_strategy: bool = False,
+    ) -> None:
+        super().__init__(
+            layers,
+            prefix_tokens=prefix_tokens,
+            seed=seed,
+            name=name,
+            allow_untested_strategy=allow_untested_strategy,
+        )
+        check_probability("p", p)
+        check_factor("factor", factor)
+        self.p, self.factor, self.sync_stats = p, factor, sync_stats
+
+    def change(self, x: Tensor, path: str) -> Tensor:
+        """Draw the styles of the rows of a layer anew."""
+        if self.random.chance(path) >= self.p:
+            return x
+        noise = self.random.draw(
+            path, x.device, lambda g: torch.randn(2, *style_shape(x), generator=g, device=g.device)
+        )
+        return uncertain_style(x, noise, factor=self.factor, sync_stats=self.sync_stats and is_distributed())
+
+
+def style_shape(x: Tensor) -> tuple[int, int]:
+    """Samples and channels of feature maps ``(N, C, H, W)`` or tokens ``(N, T, D)``."""
+    return x.shape[0], x.shape[1] if x.ndim == 4 else x.shape[2]
+
+
+def check_factor(name: str, value: float) -> None:
+    """Raise unless a scale is a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise DebiasError(f"Expected `{name}` to be a number >= 0, but got {value!r}.")

@@ -1,0 +1,308 @@
+"""EdgeView: train on images and on their edge maps, so that shape counts. arXiv 2409.19774, section 3.
+
+With ``E(x)`` the edge map of an image, white with black edges, in the values of an image, and both in one batch (which
+BatchNorm needs, as its authors say)::
+
+    loss = (sum_i loss(x_i, y_i) + weight sum_i loss(E(x_i), y_i)) / (2 N)
+
+Edges are Canny's: grey values are smoothed by a Gaussian, differentiated by Sobel filters, thinned to the maxima across
+the edge, and kept where they are strong (above the high threshold), or weak (above the low one) and connected to a
+strong one. The thresholds of an image are ``low`` and ``high`` times a threshold ``t`` of its own gradient magnitudes::
+
+    t: Otsu's, or the mean            low = 0.5 - n        high = 1.5 + n        n ~ N(0, jitter)
+
+Defaults are the published ones: weight 1, sigma drawn from {0, 1, 2} and ``t`` from the rules, for each image, jitter
+0.2. Differences from the authors' code: sigma is drawn anew for each image (there the first draw of a worker stays for
+the whole run); of its rules Otsu's and the mean are offered, Yen's, isodata and Li's are not, nor is the noise on the
+magnitudes, nine tenths of whose draws have no effect there; a weak edge counts if a strong one is within
+``hysteresis_steps`` pixels along the edge, where theirs follows it to its end, which would wait for the device.
+
+The batch the step sees holds the images and then their edge maps, with the same labels: the step's own training metrics
+are over both. A batch without gradients in an image (one grey) has a white map. Costs a second forward and backward
+pass: the batch is twice as large; filters and thinning are a few dozen passes over one grey image each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from debias.errors import BatchKeyError, DebiasError
+from debias.methods.dsu import check_factor
+from debias.step.batch import BatchKey, describe, repeated, replace
+from debias.step.context import Step
+from debias.step.tap import LossCall
+from debias.step.watcher import Debiaser
+
+__all__ = ["EdgeView", "EdgeViewLayer", "canny_edges", "otsu_threshold"]
+
+Rule = Literal["otsu", "mean"]
+_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+def canny_edges(
+    grey: Tensor, *, sigma: Tensor, threshold: Callable[[Tensor], Tensor], low: Tensor, high: Tensor,
+    hysteresis_steps: int = 16,
+) -> Tensor:  # fmt: skip
+    """Edges of grey images.
+
+    Args:
+        grey: images ``(N, H, W)``, floating point.
+        sigma: standard deviation of each image's Gaussian in pixels, ``(N,)``; 0 for none.
+        threshold: from gradient magnitudes ``(N, H, W)`` to one threshold an image, ``(N,)``.
+        low: factor of the threshold for weak edges, ``(N,)``.
+        high: factor for strong ones, ``(N,)``.
+        hysteresis_steps: how many pixels a weak edge may be away from a strong one, along weak ones.
+
+    Returns:
+        Boolean ``(N, H, W)``.
+    """
+    smooth = _gaussian(grey, sigma)
+    slope = torch.arange(-1, 2, dtype=grey.dtype, device=grey.device)
+    kernel = (2 - slope.abs()).outer(slope) / 4
+    padded = F.pad(smooth.unsqueeze(1), (1, 1, 1, 1), mode="replicate")
+    across, down = F.conv2d(padded, torch.stack((kernel, kernel.t())).unsqueeze(1)).unbind(1)
+    magnitude = torch.hypot(across, down)
+    thinned = torch.where(_is_maximum(magnitude, across, down), magnitude, 0)
+    cut = threshold(magnitude)
+    # Rounding makes gradients of about 1e-8 in an image of one grey.
+    weak = (thinned >= (low * cut).view(-1, 1, 1)) & (thinned > 1e-6)
+    edges = weak & (thinned >= (high * cut).view(-1, 1, 1))
+    for _ in range(hysteresis_steps):
+        edges = F.max_pool2d(edges.to(grey.dtype).unsqueeze(1), 3, 1, 1).squeeze(1).bool() & weak
+    return edges
+
+
+def otsu_threshold(values: Tensor, bins: int = 256) -> Tensor:
+    """Otsu's threshold of each image: the cut that leaves the least variance within the two sides.
+
+    Args:
+        values: ``(N, ...)``, not negative.
+        bins: of the histogram from 0 to the largest value.
+
+    Returns:
+        The middle of the last bin below the cut, ``(N,)``.
+    """
+    flat = values.flatten(1)
+    width = flat.amax(1, keepdim=True).clamp_min(1e-12) / bins
+    bin_of = (flat / width).long().clamp_max(bins - 1)
+    counts = torch.zeros(flat.shape[0], bins, dtype=flat.dtype, device=flat.device)
+    counts.scatter_add_(1, bin_of, torch.ones_like(flat))
+    centers = torch.arange(bins, dtype=flat.dtype, device=flat.device) + 0.5
+    below, sums = counts.cumsum(1), (counts * centers).cumsum(1)
+    above, rest = flat.shape[1] - below, sums[:, -1:] - sums
+    between = below * above * (sums / below.clamp_min(1) - rest / above.clamp_min(1)) ** 2
+    return (centers[between.argmax(1)] * width.squeeze(1)).to(values.dtype)
+
+
+def _gaussian(grey: Tensor, sigma: Tensor) -> Tensor:
+    """Each image smoothed by its own Gaussian, cut at four of the widest standard deviations published."""
+    radius = min(8, max(grey.shape[1:]) - 1)
+    places = torch.arange(-radius, radius + 1, dtype=grey.dtype, device=grey.device)
+    kernel = torch.exp(-0.5 * (places / sigma.to(grey.dtype).clamp_min(1e-3).unsqueeze(1)) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).unsqueeze(1)  # (N, 1, K): one channel an image
+    n = grey.shape[0]
+    padded = F.pad(grey.unsqueeze(0), (radius, radius, radius, radius), mode="replicate")
+    rows = F.conv2d(padded, kernel.unsqueeze(2), groups=n)
+    return F.conv2d(rows, kernel.unsqueeze(3), groups=n).squeeze(0)
+
+
+def _is_maximum(magnitude: Tensor, across: Tensor, down: Tensor) -> Tensor:
+    """Whether a pixel's gradient is at least that of its neighbours across the edge, interpolated between pixels."""
+    padded = F.pad(magnitude, (1, 1, 1, 1))
+    h, w = magnitude.shape[1:]
+
+    def neighbour(dy: int, dx: int) -> Tensor:
+        return padded[:, 1 + dy : 1 + dy + h, 1 + dx : 1 + dx + w]
+
+    steep = down.abs() > across.abs()
+    longer, shorter = torch.maximum(down.abs(), across.abs()), torch.minimum(down.abs(), across.abs())
+    share = shorter / longer.clamp_min(1e-12)
+    same_sign = (across * down) >= 0
+    found = torch.ones_like(steep)
+    for side in (1, -1):
+        straight = torch.where(steep, neighbour(side, 0), neighbour(0, side))
+        falling, rising = neighbour(side, side), torch.where(steep, neighbour(side, -side), neighbour(-side, side))
+        diagonal = torch.where(same_sign, falling, rising)
+        beyond = share * diagonal + (1 - share) * straight
+        # Of a plateau of two equal pixels one is kept.
+        found &= magnitude >= beyond if side == 1 else magnitude > beyond
+    return found
+
+
+class EdgeViewLayer(nn.Module):
+    """From images to edge maps in the same values, for any loop.
+
+    Args:
+        mean: what was subtracted from each channel of the images; None where they lie in [0, 1].
+        std: what each channel was divided by.
+        sigmas: smoothing is drawn from these, in pixels.
+        rules: the threshold is drawn from these: ``"otsu"``, ``"mean"``.
+        jitter: standard deviation of the noise on the factors of the threshold.
+        hysteresis_steps: see :func:`canny_edges`.
+
+    Shape:
+        images ``(N, C, H, W)`` with 1 or 3 channels; output the same: 0 on edges and 1 elsewhere, less ``mean`` and
+        divided by ``std``. Without a gradient.
+    """
+
+    mean: Tensor
+    std: Tensor
+    grey: Tensor
+
+    def __init__(
+        self,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        sigmas: Sequence[float] = (0.0, 1.0, 2.0),
+        rules: Sequence[Rule] = ("otsu", "mean"),
+        jitter: float = 0.2,
+        hysteresis_steps: int = 16,
+    ) -> None:
+        super().__init__()
+        if (mean is None) != (std is None) or (mean is not None and len(mean) != len(std or ())):
+            raise DebiasError(
+                f"Expected `mean` and `std` to be given together, one number a channel, but got {mean!r} and {std!r}."
+            )
+        if std is not None and not all(s > 0 for s in std):
+            raise DebiasError(f"Expected `std` to be positive numbers, but got {std!r}.")
+        if not sigmas or not all(isinstance(s, int | float) and 0 <= s <= 2 for s in sigmas):
+            raise DebiasError(f"Expected `sigmas` to be numbers from 0 to 2, in pixels, but got {sigmas!r}.")
+        if not rules or not set(rules) <= {"otsu", "mean"}:
+            raise DebiasError(f"Expected `rules` to be of 'otsu' and 'mean', but got {rules!r}.")
+        check_factor("jitter", jitter)
+        if type(hysteresis_steps) is not int or hysteresis_steps < 0:
+            raise DebiasError(f"Expected `hysteresis_steps` to be an integer >= 0, but got {hysteresis_steps!r}.")
+        self.channels = None if mean is None else len(mean)
+        # Buffers, since a constant made in a step would wait for the device.
+        self.register_buffer("mean", torch.tensor(mean or [0.0]).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std or [1.0]).view(-1, 1, 1), persistent=False)
+        self.register_buffer("grey", torch.tensor(_GREY).view(-1, 1, 1), persistent=False)
+        self.sigmas, self.rules, self.jitter = list(sigmas), list(rules), jitter
+        self.hysteresis_steps = hysteresis_steps
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Edge maps, drawn with torch's global random numbers."""
+        seed = int(torch.randint(2**62, ()))
+        return self.edges(images, self.draw(seed, images.shape[0]).to(images.device))
+
+    def draw(self, seed: int, n: int) -> Tensor:
+        """Smoothing, number of the rule and the two factors of each image, float64 ``(4, n)``, on the CPU."""
+        host = np.random.default_rng(seed)
+        noise = host.normal(0, self.jitter, n)
+        drawn = (host.choice(self.sigmas, n), host.integers(len(self.rules), size=n), 0.5 - noise, 1.5 + noise)
+        return torch.from_numpy(np.stack(drawn).astype(np.float64))
+
+    @torch.no_grad()
+    def edges(self, images: Tensor, drawn: Tensor) -> Tensor:
+        """Edge maps as drawn."""
+        channels = images.shape[1]
+        if self.channels not in (None, channels):
+            raise DebiasError(
+                f"Expected `mean` and `std` to hold {channels} numbers, one a channel of the images, but got"
+                f" {self.channels}."
+            )
+        x = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
+        mean, std, weights = (buffer.to(x) for buffer in (self.mean, self.std, self.grey))
+        raw = x * std + mean
+        grey = (raw * weights).sum(1) if channels == 3 else raw.mean(1)
+        sigma, rule, low, high = drawn.to(x.dtype).unbind()
+
+        def threshold(magnitude: Tensor) -> Tensor:
+            made = {"otsu": otsu_threshold, "mean": lambda m: m.mean((1, 2))}
+            cuts = torch.stack([made[name](magnitude) for name in self.rules])
+            return cuts.gather(0, rule.long().unsqueeze(0)).squeeze(0)
+
+        found = canny_edges(
+            grey, sigma=sigma, threshold=threshold, low=low, high=high, hysteresis_steps=self.hysteresis_steps
+        )
+        white = (~found).to(x.dtype).unsqueeze(1).expand_as(x)
+        return ((white - mean) / std).to(images.dtype)
+
+
+class EdgeView(Debiaser):
+    """Add the edge map of every image to the batch, with the same label.
+
+    The method and its formula are described at the top of :mod:`debias.methods.edge_view`.
+
+    Args:
+        input: where the images are in the batch: floating point ``(N, C, H, W)``, 1 or 3 channels.
+        weight: of an edge map's loss against an image's.
+        mean: what the data pipeline subtracted from each channel; None where images lie in [0, 1].
+        std: what it divided by.
+        sigmas: smoothing before the edges, drawn for each image, in pixels, at most 2.
+        rules: rules of the threshold, drawn for each image: ``"otsu"``, ``"mean"``.
+        jitter: standard deviation of the noise on the factors of the threshold.
+        hysteresis_steps: how many pixels a weak edge may be away from a strong one.
+        loss: which loss is meant, if the step computes several; see :class:`debias.Debiaser`.
+        seed: seed of its own random numbers.
+        rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
+
+    Every tensor of the batch with N rows, every list of N and every tag is repeated.
+
+    Example:
+        >>> from debias import EdgeView
+        >>> EdgeView(weight=0.5, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]).weight
+        0.5
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("images",)
+    reference: ClassVar[str] = "Efthymiadis et al., WACV 2025, arXiv 2409.19774"
+    module: Any
+
+    def __init__(
+        self,
+        input: BatchKey = 0,
+        *,
+        weight: float = 1.0,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        sigmas: list[float] | None = None,
+        rules: list[Rule] | None = None,
+        jitter: float = 0.2,
+        hysteresis_steps: int = 16,
+        loss: int | str | Callable[[LossCall], bool] | None = None,
+        rows: str | Callable[[LossCall, int], Tensor] | None = None,
+        seed: int = 0,
+        name: str | None = None,
+        allow_untested_strategy: bool = False,
+    ) -> None:
+        super().__init__(loss=loss, rows=rows, seed=seed, name=name, allow_untested_strategy=allow_untested_strategy)
+        check_factor("weight", weight)
+        self.module = EdgeViewLayer(
+            mean, std, (0.0, 1.0, 2.0) if sigmas is None else sigmas, ("otsu", "mean") if rules is None else rules,
+            jitter, hysteresis_steps,
+        )  # fmt: skip
+        self.input, self.weight = input, weight
+
+    def augment(self, step: Step) -> None:
+        """Put the images and their edge maps into the batch."""
+        images = step.read(self.input, argument="input")
+        maps = self.edge_maps(images)
+        n = images.shape[0]
+        index = torch.arange(n, device=images.device).repeat(2)
+        weights = torch.ones(2 * n, device=images.device)
+        weights[n:] = self.weight
+        batch = replace(repeated(step.batch, index, n), self.input, torch.cat([images, maps]))
+        step.mixed(n, loss=self.loss, owner=type(self).__name__)
+        step.repeat(batch, index, weights)
+
+    def edge_maps(self, images: Tensor) -> Tensor:
+        """Edge maps of the images of a step."""
+        if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4 or (
+            images.shape[1] not in (1, 3)
+        ):  # fmt: skip
+            kind = f" of {images.dtype}" if isinstance(images, Tensor) else ""
+            raise BatchKeyError(
+                f"Expected `input={self.input!r}` to be images (N, C, H, W) of a floating-point type with 1 or 3"
+                f" channels, but got {describe(images)}{kind}. Name the place of the images in the batch."
+            )
+        drawn = self.random.draw(
+            "edges", torch.device("cpu"), lambda g: self.module.draw(g.initial_seed(), images.shape[0])
+        )
+        return self.module.edges(images, drawn.to(images.device, non_blocking=True))

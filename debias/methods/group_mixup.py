@@ -1,0 +1,275 @@
+"""Mixup, CutMix and LISA's selective pairs: train on mixtures of two samples.
+
+With a partner ``p(i)`` of each sample and one ``share`` a batch, drawn from Beta(alpha, alpha)::
+
+    x'_i = share x_i + (1 - share) x_p(i)                                 Mixup: Zhang et al., ICLR 2018, 1710.09412
+    x'_i = x_i with a box of x_p(i) pasted, share = 1 - its area          CutMix: Yun et al., ICCV 2019, 1905.04899
+    loss = sum_i share loss(x'_i, y_i) + (1 - share) loss(x'_i, y_p(i))
+
+LISA (Yao et al., ICML 2022, arXiv 2201.00299, section 3) chooses the partners: with probability ``p_same_label`` of the
+same label from another domain, so that the domain is no clue to the label, else of the same domain with another label.
+Defaults are those of its code on images: alpha 2, p_same_label 0.5, every batch mixed. Mixup was published with alpha
+0.2 (ImageNet) and 1 (CIFAR), CutMix with alpha 1.
+
+Hard labels stay in the batch, so the step's own metrics compare with the sample's own label. The loss is taken apart:
+each sample counts ``share`` with its own label, in its own group, and ``1 - share`` with its partner's label in its
+partner's group, so Group DRO and penalties see soft memberships. For losses linear in the target (cross-entropy, binary
+cross-entropy) this is the loss with soft targets; for others, such as the squared error, it has the same gradient or is
+the mixture of the two losses.
+
+Differences from the authors' code: partners are drawn for all samples at once, where theirs loops over classes and
+domains; a sample with no partner that satisfies the rule (a class with one domain in the batch, an unlabelled sample)
+stays as it is, where theirs leaves it out of the batch and repeats until the batch is full. A batch of one stays as it
+is. Costs one pass over the input, an ``(N, N)`` table for selective pairs, and the loss twice (not the network).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from debias.errors import BatchKeyError, DebiasError
+from debias.methods.mixstyle import check_alpha
+from debias.ops.pairs import random_partners
+from debias.ops.styles import check_probability
+from debias.step.batch import BatchKey, describe, replace
+from debias.step.context import Step
+from debias.step.tap import LossCall
+from debias.step.watcher import Debiaser
+
+__all__ = ["GroupMixup", "GroupMixupLayer", "cutmix", "mixup", "selective_pairs"]
+
+_RULES = ("any", "same_label", "same_domain", "selective")
+
+
+def selective_pairs(labels: Tensor, domains: Tensor, *, same_label: bool) -> Tensor:
+    """Who may be mixed with whom under LISA's two rules.
+
+    Args:
+        labels: int64 ``(N,)``, negative = unknown.
+        domains: int64 ``(N,)``, negative = unknown.
+        same_label: pairs of one label from two domains; otherwise of one domain with two labels.
+
+    Returns:
+        Boolean ``(N, N)``; nowhere for samples whose label or domain is unknown.
+
+    Example:
+        >>> import torch
+        >>> from debias.functional import selective_pairs
+        >>> selective_pairs(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), same_label=True).nonzero().tolist()
+        [[0, 1], [1, 0]]
+    """
+    known = (labels >= 0) & (domains >= 0)
+    one_label = labels.unsqueeze(1) == labels
+    one_domain = domains.unsqueeze(1) == domains
+    pairs = one_label & ~one_domain if same_label else one_domain & ~one_label
+    return pairs & known & known.unsqueeze(1)
+
+
+def mixup(x: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
+    """``share x_i + (1 - share) x_partner``.
+
+    Args:
+        x: inputs ``(N, ...)``, floating point.
+        partners: int64 ``(N,)``.
+        shares: ``(N,)`` in [0, 1].
+
+    Returns:
+        The same shape and dtype.
+    """
+    kept = shares.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+    return torch.lerp(x[partners], x, kept)
+
+
+def cutmix(x: Tensor, partners: Tensor, box: tuple[int, int, int, int]) -> tuple[Tensor, float]:
+    """Images with a box of their partners pasted.
+
+    Args:
+        x: images ``(N, C, H, W)``.
+        partners: int64 ``(N,)``.
+        box: top, bottom, left and right of the box, in pixels; bottom and right are outside.
+
+    Returns:
+        New images, and the share of an image's area that is left of it.
+    """
+    top, bottom, left, right = box
+    out = x.clone()
+    out[:, :, top:bottom, left:right] = x[partners, :, top:bottom, left:right]
+    return out, 1 - (bottom - top) * (right - left) / (x.shape[2] * x.shape[3])
+
+
+def cutmix_box(share: float, center: tuple[float, float], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The box of CutMix (its algorithm 1): an area of ``1 - share`` around a centre in [0, 1)^2, cut at the border."""
+    ends: list[int] = []
+    for where, length in zip(center, size, strict=True):
+        middle, half = int(where * length), int(length * math.sqrt(1 - share)) // 2
+        ends += [max(middle - half, 0), min(middle + half, length)]
+    return ends[0], ends[1], ends[2], ends[3]
+
+
+class GroupMixupLayer(nn.Module):
+    """Mixes a batch in any loop, with torch's global random numbers; the identity in eval mode.
+
+    Args:
+        pairs: ``"any"``, ``"same_label"``, ``"same_domain"`` or ``"selective"``.
+        mix: ``"mixup"`` or ``"cutmix"``.
+        alpha: parameter of the Beta distribution.
+        p_same_label: probability of pairs with the same label, for ``"selective"``.
+
+    Shape:
+        x ``(N, ...)``, for CutMix ``(N, C, H, W)``; labels and domains int64 ``(N,)``, needed unless ``pairs="any"``.
+        Output: the new x, partners int64 ``(N,)`` and shares ``(N,)``; the loss is then
+        ``(shares * losses(labels) + (1 - shares) * losses(labels[partners])).mean()``.
+    """
+
+    def __init__(
+        self,
+        pairs: Literal["any", "same_label", "same_domain", "selective"] = "selective",
+        mix: Literal["mixup", "cutmix"] = "mixup",
+        alpha: float = 2.0,
+        p_same_label: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if pairs not in _RULES:
+            raise DebiasError(f"Expected `pairs` to be one of {', '.join(map(repr, _RULES))}, but got {pairs!r}.")
+        if mix not in ("mixup", "cutmix"):
+            raise DebiasError(f"Expected `mix` to be 'mixup' or 'cutmix', but got {mix!r}.")
+        check_alpha(alpha)
+        check_probability("p_same_label", p_same_label)
+        self.pairs, self.mix, self.alpha, self.p_same_label = pairs, mix, alpha, p_same_label
+
+    def forward(
+        self, x: Tensor, labels: Tensor | None = None, domains: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mix a batch."""
+        if not self.training:
+            own = torch.arange(x.shape[0], device=x.device)
+            return x, own, torch.ones(x.shape[0], device=x.device)
+        seed = int(torch.randint(2**62, ()))
+        return self.apply_draw(x, *self.draw(torch.Generator(x.device).manual_seed(seed), x.shape, labels, domains))
+
+    def draw(
+        self, generator: torch.Generator, shape: torch.Size, labels: Tensor | None, domains: Tensor | None
+    ) -> tuple[Tensor, float, tuple[int, int, int, int] | None]:
+        """Partners, share and, for CutMix, the box, for a batch of this shape."""
+        n, device = shape[0], generator.device
+        # Decisions of the whole batch are made on the host, so that nothing waits for them.
+        host = np.random.default_rng(generator.initial_seed())
+        share, choice, down, across = host.beta(self.alpha, self.alpha), host.random(), host.random(), host.random()
+        box = cutmix_box(share, (down, across), (shape[2], shape[3])) if self.mix == "cutmix" else None
+        if self.pairs == "any":
+            return torch.randperm(n, generator=generator, device=device), share, box
+        if labels is None or domains is None:
+            raise DebiasError(f"Expected `labels` and `domains` with `pairs={self.pairs!r}`, but got None.")
+        same_label = choice < self.p_same_label if self.pairs == "selective" else self.pairs == "same_label"
+        scores = torch.rand(n, n, generator=generator, device=device)
+        return random_partners(selective_pairs(labels, domains, same_label=same_label), scores), share, box
+
+    def apply_draw(
+        self, x: Tensor, partners: Tensor, share: float, box: tuple[int, int, int, int] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mix a batch as drawn."""
+        mixed = None
+        if box is not None:
+            mixed, share = cutmix(x, partners, box)
+        alone = partners == torch.arange(x.shape[0], device=x.device)
+        shares = alone.to(torch.float64 if x.dtype == torch.float64 else torch.float32) * (1 - share) + share
+        return (mixup(x, partners, shares) if mixed is None else mixed), partners, shares
+
+
+class GroupMixup(Debiaser):
+    """Train on mixtures of two samples, chosen by label and domain, with hard labels left in the batch.
+
+    The method and its formula are described at the top of :mod:`debias.methods.group_mixup`.
+
+    Args:
+        domain: where the domain ids are: a tag, an index, a name, a dotted path, a callable, or a tuple of these whose
+            ids are crossed; not needed for ``pairs="any"``.
+        n_domains: number of domains, one per key; only needed where several keys are crossed.
+        pairs: who is mixed: ``"any"`` (plain Mixup), ``"same_label"`` across domains, ``"same_domain"`` across labels,
+            or ``"selective"``, one of the two rules by chance.
+        mix: ``"mixup"`` or, for images ``(N, C, H, W)``, ``"cutmix"``.
+        alpha: parameter of the Beta distribution of the share.
+        p: probability that a batch is mixed.
+        p_same_label: probability of pairs with the same label, for ``pairs="selective"``.
+        input: where the input is in the batch, a floating-point tensor ``(N, ...)``.
+        target: where the labels are, int64 ``(N,)``; not needed for ``pairs="any"``.
+        loss: which loss the labels belong to, if the step computes several; see :class:`debias.Debiaser`.
+        seed: seed of its own random numbers.
+        rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
+
+    Example:
+        >>> from debias import GroupDRO, GroupMixup
+        >>> callbacks = [GroupMixup(domain="place"), GroupDRO(group="place", n_groups=2)]
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("domain", "target")
+    reference: ClassVar[str] = "Yao et al., ICML 2022, arXiv 2201.00299; Mixup 1710.09412; CutMix 1905.04899"
+    module: Any
+
+    def __init__(
+        self,
+        domain: BatchKey | tuple[BatchKey, ...] | None = None,
+        n_domains: int | tuple[int, ...] | None = None,
+        *,
+        pairs: Literal["any", "same_label", "same_domain", "selective"] = "selective",
+        mix: Literal["mixup", "cutmix"] = "mixup",
+        alpha: float = 2.0,
+        p: float = 1.0,
+        p_same_label: float = 0.5,
+        input: BatchKey = 0,
+        target: BatchKey = 1,
+        loss: int | str | Callable[[LossCall], bool] | None = None,
+        rows: str | Callable[[LossCall, int], Tensor] | None = None,
+        seed: int = 0,
+        name: str | None = None,
+        allow_untested_strategy: bool = False,
+    ) -> None:
+        super().__init__(loss=loss, rows=rows, seed=seed, name=name, allow_untested_strategy=allow_untested_strategy)
+        self.module = GroupMixupLayer(pairs, mix, alpha, p_same_label)
+        check_probability("p", p)
+        if pairs != "any" and domain is None:
+            raise DebiasError(
+                f"Expected `domain` with `pairs={pairs!r}`, but got None. Say where the domain ids are, or use"
+                " `pairs='any'`, plain Mixup."
+            )
+        keys = len(domain) if isinstance(domain, tuple | list) else 1
+        if isinstance(domain, tuple | list) and (not isinstance(n_domains, tuple | list) or len(n_domains) != keys):
+            raise DebiasError(
+                f"Expected `n_domains` to hold one number for each key of `domain={domain!r}`, but got {n_domains!r}."
+            )
+        self.domain, self.n_domains, self.p, self.input, self.target = domain, n_domains, p, input, target
+
+    def augment(self, step: Step) -> None:
+        """Mix the input, and say whose labels it now stands for."""
+        x = step.read(self.input, argument="input")
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 1 + 3 * (self.module.mix == "cutmix"):
+            rule = "images (N, C, H, W)" if self.module.mix == "cutmix" else "a tensor (N, ...)"
+            kind = f" of {x.dtype}" if isinstance(x, Tensor) else ""
+            raise BatchKeyError(
+                f"Expected `input={self.input!r}` to be {rule} of a floating-point type, but got {describe(x)}{kind}."
+                " Name the place of the input in the batch."
+            )
+        mixture = step.mixed(x.shape[0], loss=self.loss, owner=type(self).__name__)
+        labels = domains = None
+        if self.module.pairs != "any":
+            labels = step.ids(self.target, 1, argument="target")
+            domains = step.ids(self.domain, self.n_domains or 1, argument="domain")
+            for argument, ids in (("target", labels), ("domain", domains)):
+                if ids.ndim != 1:
+                    raise BatchKeyError(
+                        f"Expected `{argument}` of GroupMixup to hold one id per sample, shape (N,), but got a"
+                        f" membership of shape {tuple(ids.shape)}: which samples are alike cannot be told. Use"
+                        " `pairs='any'`, or give ids."
+                    )
+        if self.random.chance("mix") >= self.p:
+            return
+        drawn = self.random.draw("mix", x.device, lambda g: self.module.draw(g, x.shape, labels, domains))
+        mixed, partners, shares = self.module.apply_draw(x, *drawn)
+        step.batch = replace(step.batch, self.input, mixed)
+        mixture.mix(partners, shares)

@@ -1,0 +1,71 @@
+"""Styles of feature maps: mean and standard deviation of each channel of each sample, and how to replace them.
+
+Feature maps are ``(N, C, H, W)``; tokens of a vision transformer are ``(N, T, D)``, where the tokens take the place of
+the pixels and the width ``D`` that of the channels.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from debias.errors import DebiasError
+from debias.step.distributed import global_sum
+
+__all__ = ["batch_std", "check_probability", "restyle", "style"]
+
+
+def style(x: Tensor, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel of each sample.
+
+    Args:
+        x: feature maps ``(N, C, H, W)`` or tokens ``(N, T, D)``.
+        eps: added to the variance, which is unbiased; of a single pixel it is 0.
+
+    Returns:
+        Means and ``sqrt(variance + eps)``, at least float32, ``(N, C, 1, 1)`` or ``(N, 1, D)``.
+    """
+    dims = (2, 3) if x.ndim == 4 else (1,)
+    several = prod(x.shape[d] for d in dims) > 1
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    variance, mean = torch.var_mean(x, dims, correction=int(several), keepdim=True)
+    return mean, (variance + eps).sqrt()
+
+
+def restyle(x: Tensor, mean: Tensor, std: Tensor, new_mean: Tensor, new_std: Tensor) -> Tensor:
+    """``(x - mean) / std * new_std + new_mean`` in one pass over ``x``, in its dtype."""
+    scale = new_std / std
+    shift = new_mean - mean * scale
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return torch.addcmul(shift, x.float(), scale).to(x.dtype)
+    return torch.addcmul(shift, x, scale)
+
+
+def batch_std(values: Tensor, *, eps: float = 1e-6, sync: bool = False) -> Tensor:
+    """How much a statistic varies from sample to sample: ``sqrt(variance over the batch + eps)``, unbiased.
+
+    Args:
+        values: one statistic, ``(N, ...)``, differentiable.
+        eps: added to the variance, which is 0 for a single sample.
+        sync: over the batches of all ranks. Then every rank has to call this, with the same trailing shape.
+
+    Returns:
+        Standard deviations ``(1, ...)``.
+    """
+    n = values.shape[0]
+    if not sync:
+        return (values.var(0, correction=int(n > 1), keepdim=True) + eps).sqrt()
+    # Two reductions, for the mean first: a difference of squares would cancel.
+    total = global_sum(torch.cat([values.sum(0).flatten(), values.new_full((1,), float(n))]))
+    count = total[-1].detach()
+    mean = (total[:-1] / count).view_as(values[0])
+    squares = global_sum(((values - mean) ** 2).sum(0, keepdim=True))
+    return (squares / (count - 1).clamp_min(1) + eps).sqrt()
+
+
+def check_probability(name: str, value: float) -> None:
+    """Raise unless a probability is one."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise DebiasError(f"Expected `{name}` to be a probability in [0, 1], but got {value!r}.")
