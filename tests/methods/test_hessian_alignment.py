@@ -13,7 +13,18 @@ from torch.utils.data import DataLoader
 
 from _support import head_oracle as oracle
 from _support.fits import Classifier, loader, make_trainer, parameters, train, val_loader
-from debias import CORAL, HessianAlignment, HessianAlignmentMixin, HessianAlignmentPenalty
+from debias import (
+    CORAL,
+    IRM,
+    MMD,
+    Fishr,
+    GroupDRO,
+    GroupMixup,
+    HessianAlignment,
+    HessianAlignmentMixin,
+    HessianAlignmentPenalty,
+    VREx,
+)
 from debias.errors import BadRowsError, DebiasError, HeadNotFoundError
 from debias.functional import hessian_alignment_penalty
 
@@ -377,3 +388,34 @@ def test_wrong_batches_are_refused() -> None:
     features = torch.randn(4, 3)
     with pytest.raises(DebiasError, match="`step`, the optimiser steps"):
         module(features, features[:, :2], torch.zeros(4).long(), torch.arange(4) % 2)
+
+
+def test_mixed_samples_of_one_domain_are_samples_with_soft_labels() -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    class Watched(HessianAlignment):
+        def penalty(self, call, domains, step):
+            value = super().penalty(call, domains, step)
+            n = len(domains)
+            soft = (call.shares[:, None] * F.one_hot(call.targets, 2)).view(call.parts, n, 2).sum(0)
+            assert call.parts == 2
+            assert ((soft > 0) & (soft < 1)).any()  # labels were mixed
+            head = call.head
+            p = oracle.Problem("cross_entropy", call.features, head.weight, head.bias, soft, domains, 3)
+            seen.append((value, oracle.alignment(p, "hgp", 1.0, 1.0, detach=True)))
+            return value
+
+    mixup = GroupMixup("place", 3, pairs="same_domain")
+    make_trainer([mixup, Watched("place", 3, alpha=1.0, beta=1.0)]).fit(Classifier(), loader(32), val_loader())
+    assert len(seen) == 2
+    assert all(torch.allclose(mine, theirs, rtol=1e-11) for mine, theirs in seen)
+
+
+@pytest.mark.parametrize("method", [VREx, IRM, Fishr, CORAL, MMD, HessianAlignment])
+def test_penalties_combine_with_mixing_across_domains_and_group_dro(method: type) -> None:
+    callbacks = [
+        GroupMixup("place", 3, pairs="same_label"), GroupDRO("place", 3), method("place", 3, penalty_weight=0.1),
+    ]  # fmt: skip
+    model = Classifier()
+    make_trainer(callbacks, max_epochs=2).fit(model, loader(), val_loader())
+    assert all(value.isfinite().all() for value in parameters(model).values())
