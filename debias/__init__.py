@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     # methods
+    "CraftedShifts": "debias.methods.crafted_shifts",
     "GroupDRO": "debias.methods.group_dro",
     "GroupDROLoss": "debias.methods.group_dro",
     "GroupDROMixin": "debias.methods.group_dro",
@@ -20,6 +21,7 @@ _EXPORTS = {
     "GroupReweightingMixin": "debias.methods.group_reweighting",
     # monitors
     "GroupMonitor": "debias.monitors.group_monitor",
+    "ShiftedValidation": "debias.monitors.shifted_validation",
     # the step engine, for those who write a method
     "Debiaser": "debias.step.watcher",
     "LossCall": "debias.step.tap",
@@ -36,9 +38,11 @@ __all__ = ["__version__", *_EXPORTS]
 if TYPE_CHECKING:
     from debias.data.samplers import EvalSampler, GroupBalancedSampler
     from debias.data.tagging import tag
+    from debias.methods.crafted_shifts import CraftedShifts
     from debias.methods.group_dro import GroupDRO, GroupDROLoss, GroupDROMixin
     from debias.methods.group_reweighting import GroupReweighting, GroupReweightingLoss, GroupReweightingMixin
     from debias.monitors.group_monitor import GroupMonitor
+    from debias.monitors.shifted_validation import ShiftedValidation
     from debias.step.adapters import register_loss
     from debias.step.tap import LossCall
     from debias.step.watcher import Debiaser, StepWatcher

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 __all__ = ["missing_extra", "readable_errors"]
 
 EXTRAS = {
+    "kornia": "augment",
     "matplotlib": "recipes",
     "rich": "recipes",
     "sklearn": "recipes",
