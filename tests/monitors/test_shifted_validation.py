@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
+from _support.blobs import Net, dataset, eval_loader, images, labels
 from _support.fits import make_trainer, parameters, same
-from _support.images import Net, dataset, eval_loader, images, labels
 from _support.runs import ddp
 from debias import CraftedShifts, EvalSampler, GroupMonitor, ShiftedValidation, tag
 from debias.errors import BatchKeyError, DebiasError, HeadNotFoundError, LossNotFoundError

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from sklearn.cluster import KMeans
 
-from _support.images import images
+from _support.blobs import images
 from debias.errors import DebiasError
 from debias.ops.shifts import (
     FAMILIES,
