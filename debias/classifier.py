@@ -70,11 +70,11 @@ class Classifier(pl.LightningModule):
         """Compute the mean loss of a batch."""
         return self._loss(batch, "train")
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the validation loss."""
         self._loss(batch, "val")
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the test loss."""
         self._loss(batch, "test")
 

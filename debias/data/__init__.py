@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
     "ColoredDigits": "debias.data.colored_digits",
+    "DigitsShift": "debias.data.digits_shift",
     "DomainFolder": "debias.data.domain_folder",
     "EvalSampler": "debias.data.samplers",
     "GroupBalancedSampler": "debias.data.samplers",
@@ -18,6 +19,7 @@ _EXPORTS = {
 
 __all__ = [
     "ColoredDigits",
+    "DigitsShift",
     "DomainFolder",
     "EvalSampler",
     "GroupBalancedSampler",
@@ -29,6 +31,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from debias.data.colored_digits import ColoredDigits
+    from debias.data.digits_shift import DigitsShift
     from debias.data.domain_folder import DomainFolder
     from debias.data.samplers import EvalSampler, GroupBalancedSampler
     from debias.data.tagging import TaggedDataset, TaggedIterableDataset, tag
