@@ -27,15 +27,16 @@ __all__ = ["DigitsShift"]
 class DigitsShift(GroupDataModule):
     """Train on one kind of handwritten digits; test on other writers of it and, with MNIST at hand, on the other kind.
 
-    ``source="digits"``, the default, needs no download: scikit-learn's 1797 digits. They are ordered by writer, so the
-    last 40 %, the test set, are of other people than the first 60 %, of which a random ``val_fraction`` is held out
-    for validation. With ``mnist``, MNIST's test set is a second test loader: a real shift of writers and scanner.
+    ``source="digits"``, the default, needs no download: scikit-learn's 1797 digits. Their order follows the writers
+    (the nearest neighbour lies within 140 places for 59 % of the images, against 16 % in a random order), so the last
+    40 %, the test set, are of other people than the first 60 %, of which a random ``val_fraction`` is held out for
+    validation. With ``mnist``, MNIST's test set is a second test loader: a real shift of writers and scanner.
 
     ``source="mnist"`` trains on MNIST's training set, less ``val_fraction``. The test set is MNIST's own, and the
     second test loader holds scikit-learn's digits.
 
-    MNIST is reduced to ``image_size`` by averaging its middle 24 x 24 pixels, where all digits lie, and digits are
-    enlarged to that size where it is larger than 8; at 28 MNIST is as it is.
+    MNIST is reduced to ``image_size`` by averaging its middle 20 x 20 pixels, the box that its digits were fitted into,
+    as those of scikit-learn fill their frame; at 28 it is as it is, and scikit-learn's digits get its margin of 4.
 
     Batches are ``(x, y)``: ``x`` float32 ``(N, 1, image_size, image_size)`` in [0, 1], ``y`` int64 ``(N,)``, 0 to 9.
     Tag ``group``, int64 ``(N,)``: the digit. After ``setup``: ``group_names``, ``train_groups`` ``(N,)``,
@@ -128,7 +129,7 @@ class DigitsShift(GroupDataModule):
     def _reduced(self, images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
         x = torch.from_numpy(images).float()[:, None] / 255
         if self.image_size < 28:
-            x = F.adaptive_avg_pool2d(x[:, :, 2:26, 2:26], self.image_size)
+            x = F.adaptive_avg_pool2d(x[:, :, 4:24, 4:24], self.image_size)
         return x, torch.from_numpy(labels).long()
 
 
@@ -136,9 +137,9 @@ def _enlarged(x: Tensor, size: int) -> Tensor:
     """Digits with the margin that MNIST has at that size."""
     if size == 8:
         return x
-    inner = size if size < 28 else 24
+    inner = size if size < 28 else 20
     x = F.interpolate(x, (inner, inner), mode="bilinear", align_corners=False)
-    return F.pad(x, (2, 2, 2, 2)) if size == 28 else x
+    return F.pad(x, (4, 4, 4, 4)) if size == 28 else x
 
 
 def _cut(part: tuple[Tensor, Tensor], rows: Any) -> tuple[Tensor, Tensor]:
