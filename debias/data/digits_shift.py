@@ -28,7 +28,7 @@ class DigitsShift(GroupDataModule):
     """Train on one kind of handwritten digits; test on other writers of it and, with MNIST at hand, on the other kind.
 
     ``source="digits"``, the default, needs no download: scikit-learn's 1797 digits. Their order follows the writers
-    (the nearest neighbour lies within 140 places for 59 % of the images, against 16 % in a random order), so the last
+    (the nearest neighbour lies within 140 places for 59 % of the images, against 15 % in a random order), so the last
     40 %, the test set, are of other people than the first 60 %, of which a random ``val_fraction`` is held out for
     validation. With ``mnist``, MNIST's test set is a second test loader: a real shift of writers and scanner.
 

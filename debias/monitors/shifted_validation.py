@@ -141,7 +141,7 @@ class ShiftedValidation(StepWatcher):
         self._check_range(unit, step)
         metric = self._metrics[step.dataloader_idx]
         with _evaluating(step.module):
-            for i, family in enumerate((*self.families, ORIGINAL)):
+            for i, family in enumerate((ORIGINAL, *self.families)):
                 shifted = images
                 if family != ORIGINAL:
                     made = crafted_shift(unit, family, sample_keys(indices, family, seed=self.seed))
@@ -203,7 +203,7 @@ class ShiftedValidation(StepWatcher):
 
     def _start(self, trainer: Any, pl_module: Any, loaders: Any) -> None:
         count = len(_listed(loaders))
-        names = (*self.families, ORIGINAL)
+        names = (ORIGINAL, *self.families)
         self._metrics = [
             GroupAccuracy(len(names), group_names=names, threshold=self.threshold).to(pl_module.device)
             for _ in range(count)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from sklearn.neighbors import NearestNeighbors
 
 from debias.data import DigitsShift, EvalSampler
 from debias.errors import DataError, DebiasError
@@ -130,3 +131,13 @@ def test_bad_files(tmp_path, mnist):
     np.savez(tmp_path / "flat.npz", **{k: v.reshape(len(v), -1) if k[0] == "x" else v for k, v in arrays.items()})
     with pytest.raises(DataError, match=r"bytes of shape \(N, 28, 28\).*\(40, 784\)"):
         ready(mnist=str(tmp_path / "flat.npz"))
+
+
+def test_the_order_of_the_digits_follows_the_writers():
+    """As the docstring says: neighbours in the file look alike, so a split in order parts people."""
+    nearest = NearestNeighbors(n_neighbors=2).fit(load_digits().data)
+    places = np.arange(1797)
+    near = abs(nearest.kneighbors(load_digits().data)[1][:, 1] - places) <= 140
+    assert near.mean() == pytest.approx(0.59, abs=0.01)
+    by_chance = (abs(places[:, None] - places) <= 140).sum() / (1797 * 1797)
+    assert by_chance == pytest.approx(0.15, abs=0.01)
