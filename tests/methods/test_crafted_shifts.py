@@ -179,12 +179,12 @@ def test_with_group_dro_and_the_monitor():
 
 def test_normalised_images_and_bytes_are_shifted_as_the_plain_ones():
     plain, _ = fit([CraftedShifts(families=["arithmetic"])])
-    normal = DataLoader(TensorDataset((images(23) - 0.5) / 0.25, labels(23)), 8)
-    module, _ = fit([CraftedShifts(families=["arithmetic"], mean=0.5, std=0.25)], data=normal)
+    normal = DataLoader(TensorDataset((images(23) - 0.4) / 0.3, labels(23)), 8)
+    module, _ = fit([CraftedShifts(families=["arithmetic"], mean=0.4, std=0.3)], data=normal)
     found = torch.cat([b[0] for b in module.batches])
     kept = torch.cat([b[0] for b in plain.batches]) == images(23)
-    torch.testing.assert_close(0.5 + 0.25 * found, torch.cat([b[0] for b in plain.batches]), rtol=1e-4, atol=1e-4)
-    assert torch.equal(found[kept.flatten(1).all(1)], ((images(23) - 0.5) / 0.25)[kept.flatten(1).all(1)])
+    torch.testing.assert_close(0.4 + 0.3 * found, torch.cat([b[0] for b in plain.batches]), rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[kept.flatten(1).all(1)], ((images(23) - 0.4) / 0.3)[kept.flatten(1).all(1)])
 
     class Bytes(Seen):
         def training_step(self, batch, batch_idx):
