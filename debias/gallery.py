@@ -26,11 +26,20 @@ except ImportError as error:
 
 __all__ = ["draw", "example_images", "read_images", "rows", "run"]
 
-# Layers that change the style of feature maps, here of the images themselves; with p=1 they act in every pass. A new
-# one is a line here.
-_STYLES = (
-    ("MixStyle", "debias.methods.mixstyle", "MixStyleLayer", {"p": 1.0}),
-    ("DSU", "debias.methods.dsu", "DSULayer", {"p": 1.0}),
+# Augmentations that are layers, here of the images themselves, with arguments that make them act in every pass; a new
+# one is a line here. What an installation lacks is left out.
+_LAYERS: tuple[tuple[str, str, str, Callable[[int], dict[str, Any]]], ...] = (
+    ("MixStyle", "debias.methods.mixstyle", "MixStyleLayer", lambda channels: {"p": 1.0}),
+    ("DSU", "debias.methods.dsu", "DSULayer", lambda channels: {"p": 1.0}),
+    (
+        "AdvStyle",
+        "debias.methods.adv_style",
+        "AdvStyleLayer",
+        lambda channels: {"num_channels": channels, "p_adversarial": 1.0, "p_dsu": 0.0},
+    ),
+    ("Mixup", "debias.methods.group_mixup", "GroupMixupLayer", lambda channels: {"pairs": "any"}),
+    ("CutMix", "debias.methods.group_mixup", "GroupMixupLayer", lambda channels: {"pairs": "any", "mix": "cutmix"}),
+    ("EdgeView", "debias.methods.edge_view", "EdgeViewLayer", lambda channels: {}),
 )
 
 
@@ -76,10 +85,15 @@ def rows(batches: Sequence[Tensor], *, draws: int = 1, seed: int = 0) -> dict[st
             made.extend(crafted_shift(batch, family, keys))
             start += len(batch)
         found[family] = made
-    for title, layer in _styles():
+    for title, module, name, options in _LAYERS:
+        if find_spec(module) is None:
+            continue
+        layer = getattr(import_module(module), name)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
-            found[title] = [image for batch in repeated for image in layer(batch).clamp(0, 1)]
+            outputs = [layer(**options(batch.shape[1])).train()(batch) for batch in repeated]
+        tensors = [output[0] if isinstance(output, tuple) else output for output in outputs]
+        found[title] = [image.clamp(0, 1) for made in tensors for image in made]
     return found
 
 
@@ -128,11 +142,3 @@ def _square(image: Tensor, size: int) -> Tensor:
     top, left = (height - side) // 2, (width - side) // 2
     square = image[top : top + side, left : left + side].permute(2, 0, 1)[None].float() / 255
     return F.interpolate(square, (size, size), mode="bilinear", antialias=True, align_corners=False)[0].clamp(0, 1)
-
-
-def _styles() -> list[tuple[str, Callable[[Tensor], Tensor]]]:
-    made: list[tuple[str, Any]] = []
-    for title, module, name, options in _STYLES:
-        if find_spec(module) is not None:
-            made.append((title, getattr(import_module(module), name)(**options).train()))
-    return made

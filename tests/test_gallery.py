@@ -35,7 +35,7 @@ class Negative(nn.Module):
 
     def forward(self, x):
         assert self.training
-        return x + self.p * torch.rand_like(x) - 0.5
+        return x + self.p * torch.rand_like(x) - 0.5, "what else a layer returns"
 
 
 def test_rows_are_the_families_and_the_styles(monkeypatch):
@@ -43,8 +43,11 @@ def test_rows_are_the_families_and_the_styles(monkeypatch):
     module.__spec__ = __import__("importlib.machinery").machinery.ModuleSpec("some_style", None)
     module.Negative = Negative
     monkeypatch.setitem(sys.modules, "some_style", module)
-    styles = (("negative", "some_style", "Negative", {"p": 1.0}), ("absent", "no_such_style", "Absent", {}))
-    monkeypatch.setattr(gallery, "_STYLES", styles)
+    layers = (
+        ("negative", "some_style", "Negative", lambda channels: {"p": 1.0}),
+        ("absent", "no_such_style", "Absent", lambda channels: {}),
+    )
+    monkeypatch.setattr(gallery, "_LAYERS", layers)
     batches = gallery.example_images(16)
     assert [tuple(b.shape) for b in batches] == [(2, 3, 16, 16), (2, 1, 8, 8)]
     state = torch.get_rng_state()
