@@ -22,6 +22,7 @@ _EXPORTS = {
     "DSULayer": "debias.methods.dsu",
     "EdgeView": "debias.methods.edge_view",
     "EdgeViewLayer": "debias.methods.edge_view",
+    "CraftedShifts": "debias.methods.crafted_shifts",
     "GroupDRO": "debias.methods.group_dro",
     "GroupDROLoss": "debias.methods.group_dro",
     "GroupDROMixin": "debias.methods.group_dro",
@@ -59,6 +60,7 @@ _EXPORTS = {
     "AttributeProbe": "debias.monitors.attribute_probe",
     "MultilabelF1Monitor": "debias.monitors.multilabel_f1",
     "GroupMonitor": "debias.monitors.group_monitor",
+    "ShiftedValidation": "debias.monitors.shifted_validation",
     # the step engine, for those who write a method
     "Debiaser": "debias.step.watcher",
     "LossCall": "debias.step.tap",
@@ -77,6 +79,7 @@ if TYPE_CHECKING:
     from debias.data.tagging import tag
     from debias.methods.adv_style import AdvStyle, AdvStyleLayer
     from debias.methods.coral import CORAL, CORALMixin, CORALPenalty
+    from debias.methods.crafted_shifts import CraftedShifts
     from debias.methods.domain_adversarial import DomainAdversarial, DomainAdversarialLoss, DomainAdversarialMixin
     from debias.methods.dsu import DSU, DSULayer
     from debias.methods.edge_view import EdgeView, EdgeViewLayer
@@ -97,6 +100,7 @@ if TYPE_CHECKING:
     from debias.monitors.attribute_probe import AttributeProbe
     from debias.monitors.group_monitor import GroupMonitor
     from debias.monitors.multilabel_f1 import MultilabelF1Monitor
+    from debias.monitors.shifted_validation import ShiftedValidation
     from debias.ops.gradient_reversal import GradientReversal
     from debias.step.adapters import register_loss
     from debias.step.tap import LossCall

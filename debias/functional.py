@@ -16,18 +16,21 @@ from debias.methods.mmd import mmd_penalty
 from debias.methods.vrex import vrex_penalty
 from debias.monitors.attribute_probe import ledoit_wolf_shrinkage, probe_attribute
 from debias.ops.gradient_reversal import dann_ramp, gradient_reversal
+from debias.ops.shifts import crafted_shift, held_out_mean, sample_keys, select_setting, two_fold_score
 
 __all__ = [
     "adversarial_style",
     "bce_to_ce_strength",
     "canny_edges",
     "coral_penalty",
+    "crafted_shift",
     "cutmix",
     "dann_ramp",
     "fishr_penalty",
     "gradient_reversal",
     "greedy_group_weights",
     "group_dro_weights",
+    "held_out_mean",
     "hessian_alignment_penalty",
     "identity_losses",
     "inverse_frequency_weights",
@@ -38,7 +41,10 @@ __all__ = [
     "mmd_penalty",
     "otsu_threshold",
     "probe_attribute",
+    "sample_keys",
+    "select_setting",
     "selective_pairs",
+    "two_fold_score",
     "uncertain_style",
     "vrex_penalty",
 ]

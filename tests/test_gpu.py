@@ -99,3 +99,15 @@ def test_bad_ids_raise_on_a_logging_step_and_leave_the_context_alive():
     with pytest.raises(BadRowsError, match="`n_groups=3`, but 1 rows"):
         fit(GroupDRO("place", 3), "cuda", place=place, log_every_n_steps=2)
     torch.ones(1, device="cuda").sum().item()
+
+
+def test_crafted_shifts_are_those_of_the_cpu():
+    """Edges and clusters may decide a near tie otherwise, so a few pixels are allowed to differ."""
+    pytest.importorskip("kornia")
+    from debias.ops.shifts import FAMILIES, crafted_shift, sample_keys
+
+    x = torch.rand(24, 3, 32, 32, generator=g)
+    for family in FAMILIES:
+        keys = sample_keys(torch.arange(24), family)
+        expected, found = crafted_shift(x, family, keys), crafted_shift(x.cuda(), family, keys).cpu()
+        assert ((expected - found).abs() > 1e-3).float().mean() < 0.01, family

@@ -5,7 +5,17 @@ import sys
 
 import pytest
 
-HEAVY = ["lightning", "pytorch_lightning", "torchmetrics", "torchvision", "sklearn", "timm", "wandb", "matplotlib"]
+HEAVY = [
+    "lightning",
+    "pytorch_lightning",
+    "torchmetrics",
+    "torchvision",
+    "kornia",
+    "sklearn",
+    "timm",
+    "wandb",
+    "matplotlib",
+]
 
 
 def fresh(code: str) -> str:

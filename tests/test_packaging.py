@@ -21,7 +21,7 @@ COMBINATIONS = [
 
 
 def test_recipes_and_methods_are_there():
-    assert {"colored_digits", "colored_mnist", "pacs", "waterbirds"} <= set(recipes())
+    assert {"colored_digits", "colored_mnist", "digits_shift", "mnist_shift", "pacs", "waterbirds"} <= set(recipes())
     assert {
         "balanced",
         "coral",
@@ -48,7 +48,7 @@ def test_every_combination_parses(base, method, capsys):
     assert "${" not in printed
     for callback in config["trainer"]["callbacks"]:
         sizes = config["data"]["init_args"]
-        assert callback["init_args"].get("n_groups", 4) in (sizes["n_groups"], sizes.get("n_domains"), 4)
+        assert callback.get("init_args", {}).get("n_groups", 4) in (sizes["n_groups"], sizes.get("n_domains"), 4)
 
 
 @pytest.mark.parametrize("file", sorted(recipes_folder().rglob("*.yaml")), ids=lambda f: f"{f.parent.name}-{f.stem}")

@@ -58,6 +58,24 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("debias_demo"), help="folder of the table and the figure")
     demo.set_defaults(run=_demo)
 
+    gallery = commands.add_parser("gallery", help="one picture of every crafted shift and style augmentation")
+    gallery.add_argument("--images", type=Path, nargs="+", default=[], help="image files; by default scikit-learn's")
+    gallery.add_argument("--out", type=Path, default=Path("gallery.png"), help="the PNG file")
+    gallery.add_argument("--size", type=int, default=160, help="side of the images in pixels")
+    gallery.add_argument("--draws", type=int, default=2, help="columns for each image")
+    gallery.add_argument("--seed", type=int, default=0, help="another one gives other draws")
+    gallery.set_defaults(run=_gallery)
+
+    selection = commands.add_parser(
+        "shift-selection", help="do crafted shifts choose better than plain validation? a grid of 24 settings on digits"
+    )
+    selection.add_argument("--source", choices=("digits", "mnist"), default="digits", help="what is trained on")
+    selection.add_argument("--mnist", default=None, help="an mnist.npz, for a real shift of writers and scanner")
+    selection.add_argument("--seeds", type=int, nargs="+", default=[0], help="scores are means over seeds")
+    selection.add_argument("--epochs", type=int, default=None, help="epochs of a run")
+    selection.add_argument("--out", type=Path, default=Path("shift_selection"), help="folder of the tables and figure")
+    selection.set_defaults(run=_selection)
+
     methods = commands.add_parser("methods", help="what is there, what each needs from a batch, its reference")
     methods.set_defaults(run=_methods)
 
@@ -80,6 +98,24 @@ def _demo(options: argparse.Namespace) -> None:
         from debias.demo import run
 
         run(seeds=options.seeds, out=options.out, max_epochs=options.epochs)
+
+
+def _gallery(options: argparse.Namespace) -> None:
+    from debias.cli.errors import readable_errors
+
+    with readable_errors():
+        from debias.gallery import run
+
+        run(options.out, options.images, size=options.size, draws=options.draws, seed=options.seed)
+
+
+def _selection(options: argparse.Namespace) -> None:
+    from debias.cli.errors import readable_errors
+
+    with readable_errors():
+        from debias.shift_selection import run
+
+        run(options.out, source=options.source, mnist=options.mnist, seeds=options.seeds, epochs=options.epochs)
 
 
 def _methods(_: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 __all__ = ["missing_extra", "readable_errors"]
 
 EXTRAS = {
+    "kornia": "augment",
     "matplotlib": "recipes",
     "rich": "recipes",
     "sklearn": "recipes",

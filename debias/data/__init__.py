@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 _EXPORTS = {
     "ColoredDigits": "debias.data.colored_digits",
     "ColoredMNIST": "debias.data.colored_mnist",
+    "DigitsShift": "debias.data.digits_shift",
     "DomainFolder": "debias.data.domain_folder",
     "EvalSampler": "debias.data.samplers",
     "FacialActionUnits": "debias.data.facial_action_units",
@@ -22,6 +23,7 @@ _EXPORTS = {
 __all__ = [
     "ColoredDigits",
     "ColoredMNIST",
+    "DigitsShift",
     "DomainFolder",
     "EvalSampler",
     "FacialActionUnits",
@@ -36,6 +38,7 @@ __all__ = [
 if TYPE_CHECKING:
     from debias.data.colored_digits import ColoredDigits
     from debias.data.colored_mnist import ColoredMNIST
+    from debias.data.digits_shift import DigitsShift
     from debias.data.domain_folder import DomainFolder
     from debias.data.facial_action_units import FacialActionUnits
     from debias.data.identity_shortcut import IdentityShortcut

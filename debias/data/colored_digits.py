@@ -90,7 +90,7 @@ class ColoredDigits(GroupDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Make the three datasets; the same ones whatever the stage."""
-        images, digits = _load_digits()
+        images, digits = load_digits()
         # RandomState, because its stream is frozen: results are the same with every version of NumPy.
         random = np.random.RandomState(self.seed)
         order = random.permutation(len(images))
@@ -134,11 +134,11 @@ def _chosen(share: float, size: int, random: np.random.RandomState) -> np.ndarra
     return mask
 
 
-def _load_digits() -> tuple[np.ndarray, np.ndarray]:
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
     """Images ``(1797, 8, 8)`` in [0, 1] and digits ``(1797,)``."""
     try:
-        from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits as load
     except ImportError as error:
         raise missing_extra("scikit-learn", error) from error
-    bunch = load_digits()
+    bunch = load()
     return bunch.images / 16, bunch.target

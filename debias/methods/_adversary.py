@@ -329,7 +329,10 @@ class AdversarialDebiaser(Debiaser):
     def _of_features(self, per_sample: Tensor, call: LossCall, n_rows: int) -> Tensor:
         """Values per row of the features from values per sample."""
         if call.rows is not None and call.logits is not None and len(call.logits) == n_rows:
-            return per_sample[call.rows.view(n_rows, -1)[:, 0]]
+            rows = call.rows[
+                : len(call.rows) // call.parts
+            ]  # mixed samples have rows for each label; the first are own
+            return per_sample[rows.view(n_rows, -1)[:, 0]]
         return _one_each(per_sample, n_rows)
 
 

@@ -212,7 +212,7 @@ class GroupMonitor(StepWatcher):
         return target
 
     def _capture(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not module.training:
+        if not module.training and self.engine is not None and self.engine.in_step:
             self._captured = output
 
     def _make(self) -> Any:

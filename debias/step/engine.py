@@ -400,6 +400,11 @@ class StepEngine:
 
     # -- shared ------------------------------------------------------------------------------------
 
+    @property
+    def in_step(self) -> bool:
+        """Whether a step of the user's is being watched right now; monitors may run the module when it has ended."""
+        return self._tap is not None
+
     def watchers(self) -> list[Watcher]:
         """The watchers that are in the Trainer's list right now; a tuner may have taken them out."""
         return [callback for callback in self.trainer.callbacks if getattr(callback, "engine", None) is self]
