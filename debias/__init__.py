@@ -12,6 +12,9 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     # methods
+    "DomainPenalisation": "debias.methods.domain_penalisation",
+    "DomainPenalisationLoss": "debias.methods.domain_penalisation",
+    "DomainPenalisationMixin": "debias.methods.domain_penalisation",
     "GroupDRO": "debias.methods.group_dro",
     "GroupDROLoss": "debias.methods.group_dro",
     "GroupDROMixin": "debias.methods.group_dro",
@@ -36,6 +39,11 @@ __all__ = ["__version__", *_EXPORTS]
 if TYPE_CHECKING:
     from debias.data.samplers import EvalSampler, GroupBalancedSampler
     from debias.data.tagging import tag
+    from debias.methods.domain_penalisation import (
+        DomainPenalisation,
+        DomainPenalisationLoss,
+        DomainPenalisationMixin,
+    )
     from debias.methods.group_dro import GroupDRO, GroupDROLoss, GroupDROMixin
     from debias.methods.group_reweighting import GroupReweighting, GroupReweightingLoss, GroupReweightingMixin
     from debias.monitors.group_monitor import GroupMonitor

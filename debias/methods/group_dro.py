@@ -275,7 +275,7 @@ def is_number(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
-def checked_counts(group_counts: Any, names: Sequence[str]) -> Tensor:
+def checked_counts(group_counts: Any, names: Sequence[str], kind: str = "group") -> Tensor:
     """Training samples per group as float64 ``(G,)``.
 
     Raises:
@@ -284,13 +284,13 @@ def checked_counts(group_counts: Any, names: Sequence[str]) -> Tensor:
     counts = torch.as_tensor(group_counts, dtype=torch.float64).cpu()
     if counts.shape != (len(names),) or bool((counts < 0).any()):
         raise DebiasError(
-            f"Expected `group_counts` to be {len(names)} numbers >= 0, one per group, but got {counts.tolist()}."
+            f"Expected `{kind}_counts` to be {len(names)} numbers >= 0, one per {kind}, but got {counts.tolist()}."
         )
     if bool((counts == 0).any()):
         empty = [name for name, count in zip(names, counts.tolist(), strict=True) if count == 0]
         raise DebiasError(
-            f"Expected every group to have training samples, but got none of {', '.join(empty)} (counts"
-            f" {[int(c) for c in counts.tolist()]}). Merge or renumber the groups, so that `n_groups` counts only"
+            f"Expected every {kind} to have training samples, but got none of {', '.join(empty)} (counts"
+            f" {[int(c) for c in counts.tolist()]}). Merge or renumber the {kind}s, so that `n_{kind}s` counts only"
             " those that occur."
         )
     return counts
