@@ -27,6 +27,7 @@ _EXPORTS = {
     "Debiaser": "debias.step.watcher",
     "LossCall": "debias.step.tap",
     "StepWatcher": "debias.step.watcher",
+    "detection_losses": "debias.step.detection",
     "register_loss": "debias.step.adapters",
     # data
     "EvalSampler": "debias.data.samplers",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from debias.methods.group_reweighting import GroupReweighting, GroupReweightingLoss, GroupReweightingMixin
     from debias.monitors.group_monitor import GroupMonitor
     from debias.step.adapters import register_loss
+    from debias.step.detection import detection_losses
     from debias.step.tap import LossCall
     from debias.step.watcher import Debiaser, StepWatcher
 

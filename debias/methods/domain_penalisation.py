@@ -34,6 +34,7 @@ from debias.ops.groups import GroupState, GroupSums, group_losses, summed
 from debias.step.batch import BatchKey
 from debias.step.grouped import GroupDebiaser, can_count
 from debias.step.tap import LossCall
+from debias.step.watcher import Losses
 
 __all__ = ["DomainPenalisation", "DomainPenalisationLoss", "DomainPenalisationMixin", "domain_penalisation_weights"]
 
@@ -250,7 +251,7 @@ class DomainPenalisation(GroupDebiaser):
 
     Example:
         >>> from debias import DomainPenalisation
-        >>> DomainPenalisation(domain="session", n_domains=18, losses="split").state_key
+        >>> DomainPenalisation(domain="session", n_domains=18, losses="heads").state_key
         'DomainPenalisation(session)'
     """
 
@@ -270,7 +271,7 @@ class DomainPenalisation(GroupDebiaser):
         domain_names: list[str] | None = None,
         loss: int | str | Callable[[LossCall], bool] | None = None,
         rows: str | Callable[[LossCall, int], Tensor] | None = None,
-        losses: Literal["whole", "split"] = "whole",
+        losses: Losses = "whole",
         name: str | None = None,
         allow_untested_strategy: bool = False,
     ) -> None:

@@ -31,6 +31,7 @@ from debias.ops.groups import GroupState, GroupSums, group_losses, summed
 from debias.step.batch import BatchKey
 from debias.step.grouped import GroupDebiaser
 from debias.step.tap import LossCall
+from debias.step.watcher import Losses
 
 __all__ = ["GroupDRO", "GroupDROLoss", "GroupDROMixin", "group_dro_weights", "greedy_group_weights"]
 
@@ -339,7 +340,7 @@ class GroupDRO(GroupDebiaser):
         group_names: list[str] | None = None,
         loss: int | str | Callable[[LossCall], bool] | None = None,
         rows: str | Callable[[LossCall, int], Tensor] | None = None,
-        losses: Literal["whole", "split"] = "whole",
+        losses: Losses = "whole",
         name: str | None = None,
         allow_untested_strategy: bool = False,
     ) -> None:
