@@ -6,32 +6,47 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
+    "BCCD": "debias.data.bccd",
+    "COCOFolder": "debias.data.coco_folder",
     "ColoredDigits": "debias.data.colored_digits",
     "DomainFolder": "debias.data.domain_folder",
     "EvalSampler": "debias.data.samplers",
+    "GWHD": "debias.data.gwhd",
     "GroupBalancedSampler": "debias.data.samplers",
+    "ShapesDetection": "debias.data.shapes_detection",
     "TaggedDataset": "debias.data.tagging",
     "TaggedIterableDataset": "debias.data.tagging",
+    "VOCFolder": "debias.data.voc_folder",
     "Waterbirds": "debias.data.waterbirds",
     "tag": "debias.data.tagging",
 }
 
 __all__ = [
+    "BCCD",
+    "COCOFolder",
     "ColoredDigits",
     "DomainFolder",
     "EvalSampler",
+    "GWHD",
     "GroupBalancedSampler",
+    "ShapesDetection",
     "TaggedDataset",
     "TaggedIterableDataset",
+    "VOCFolder",
     "Waterbirds",
     "tag",
 ]
 
 if TYPE_CHECKING:
+    from debias.data.bccd import BCCD
+    from debias.data.coco_folder import COCOFolder
     from debias.data.colored_digits import ColoredDigits
     from debias.data.domain_folder import DomainFolder
+    from debias.data.gwhd import GWHD
     from debias.data.samplers import EvalSampler, GroupBalancedSampler
+    from debias.data.shapes_detection import ShapesDetection
     from debias.data.tagging import TaggedDataset, TaggedIterableDataset, tag
+    from debias.data.voc_folder import VOCFolder
     from debias.data.waterbirds import Waterbirds
 
 
