@@ -22,6 +22,8 @@ _EXPORTS = {
     "GroupReweightingLoss": "debias.methods.group_reweighting",
     "GroupReweightingMixin": "debias.methods.group_reweighting",
     # monitors
+    "BoxStability": "debias.monitors.box_stability",
+    "DetectionMonitor": "debias.monitors.detection_monitor",
     "GroupMonitor": "debias.monitors.group_monitor",
     # the step engine, for those who write a method
     "Debiaser": "debias.step.watcher",
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     )
     from debias.methods.group_dro import GroupDRO, GroupDROLoss, GroupDROMixin
     from debias.methods.group_reweighting import GroupReweighting, GroupReweightingLoss, GroupReweightingMixin
+    from debias.monitors.box_stability import BoxStability
+    from debias.monitors.detection_monitor import DetectionMonitor
     from debias.monitors.group_monitor import GroupMonitor
     from debias.step.adapters import register_loss
     from debias.step.detection import detection_losses
