@@ -64,8 +64,9 @@ class BoxStability(StepWatcher):
     """Log how stable a detector's boxes are against dropout in two named layers: ``val/box_stability``.
 
     Evaluation metrics and predictions of the module stay as they are: the second pass runs after the step, in
-    evaluation mode, with draws of its own. Images without a box are left out. With ``domain`` it is logged by domain too, as
-    ``val/box_stability_by_domain/<name>``. The formula stands at the top of :mod:`debias.monitors.box_stability`.
+    evaluation mode, with draws of its own. Images without a box are left out. With ``domain`` it is logged by domain
+    too, as ``val/box_stability_by_domain/<name>``. The formula stands at the top of
+    :mod:`debias.monitors.box_stability`.
 
     Args:
         layers: dotted paths of the layers whose outputs are dropped; tensors of shape ``(N, C, ...)``, whole channels.
