@@ -83,11 +83,9 @@ def test_names_of_parameters_are_those_of_torchvision():
 @pytest.mark.parametrize("dataset", ["shapes_detection", "bccd", "gwhd"])
 @pytest.mark.parametrize("method", ["group_dro", "domain_penalisation"])
 def test_recipes_resolve(dataset, method, capsys):
+    files = [word for name in ("base", method) for word in ("--config", str(RECIPES / dataset / f"{name}.yaml"))]
     with pytest.raises(SystemExit) as exit_:
-        main(
-            ["fit", "--print_config"]
-            + [word for name in ("base", method) for word in ("--config", str(RECIPES / dataset / f"{name}.yaml"))]
-        )
+        main(["fit", *files, "--print_config"])
     assert exit_.value.code == 0
     printed = capsys.readouterr().out
     assert "losses: heads" in printed
