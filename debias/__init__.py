@@ -23,6 +23,9 @@ _EXPORTS = {
     "EdgeView": "debias.methods.edge_view",
     "EdgeViewLayer": "debias.methods.edge_view",
     "CraftedShifts": "debias.methods.crafted_shifts",
+    "DomainPenalisation": "debias.methods.domain_penalisation",
+    "DomainPenalisationLoss": "debias.methods.domain_penalisation",
+    "DomainPenalisationMixin": "debias.methods.domain_penalisation",
     "GroupDRO": "debias.methods.group_dro",
     "GroupDROLoss": "debias.methods.group_dro",
     "GroupDROMixin": "debias.methods.group_dro",
@@ -59,12 +62,15 @@ _EXPORTS = {
     # monitors
     "AttributeProbe": "debias.monitors.attribute_probe",
     "MultilabelF1Monitor": "debias.monitors.multilabel_f1",
+    "BoxStability": "debias.monitors.box_stability",
+    "DetectionMonitor": "debias.monitors.detection_monitor",
     "GroupMonitor": "debias.monitors.group_monitor",
     "ShiftedValidation": "debias.monitors.shifted_validation",
     # the step engine, for those who write a method
     "Debiaser": "debias.step.watcher",
     "LossCall": "debias.step.tap",
     "StepWatcher": "debias.step.watcher",
+    "detection_losses": "debias.step.detection",
     "register_loss": "debias.step.adapters",
     # data
     "EvalSampler": "debias.data.samplers",
@@ -81,6 +87,11 @@ if TYPE_CHECKING:
     from debias.methods.coral import CORAL, CORALMixin, CORALPenalty
     from debias.methods.crafted_shifts import CraftedShifts
     from debias.methods.domain_adversarial import DomainAdversarial, DomainAdversarialLoss, DomainAdversarialMixin
+    from debias.methods.domain_penalisation import (
+        DomainPenalisation,
+        DomainPenalisationLoss,
+        DomainPenalisationMixin,
+    )
     from debias.methods.dsu import DSU, DSULayer
     from debias.methods.edge_view import EdgeView, EdgeViewLayer
     from debias.methods.fishr import Fishr, FishrMixin, FishrPenalty
@@ -98,11 +109,14 @@ if TYPE_CHECKING:
     from debias.methods.mmd import MMD, MMDMixin, MMDPenalty
     from debias.methods.vrex import VREx, VRExMixin, VRExPenalty
     from debias.monitors.attribute_probe import AttributeProbe
+    from debias.monitors.box_stability import BoxStability
+    from debias.monitors.detection_monitor import DetectionMonitor
     from debias.monitors.group_monitor import GroupMonitor
     from debias.monitors.multilabel_f1 import MultilabelF1Monitor
     from debias.monitors.shifted_validation import ShiftedValidation
     from debias.ops.gradient_reversal import GradientReversal
     from debias.step.adapters import register_loss
+    from debias.step.detection import detection_losses
     from debias.step.tap import LossCall
     from debias.step.watcher import Debiaser, StepWatcher
 

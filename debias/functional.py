@@ -2,6 +2,7 @@
 
 from debias.methods.adv_style import adversarial_style
 from debias.methods.coral import coral_penalty
+from debias.methods.domain_penalisation import domain_penalisation_weights
 from debias.methods.dsu import uncertain_style
 from debias.methods.edge_view import canny_edges, otsu_threshold
 from debias.methods.fishr import fishr_penalty
@@ -26,6 +27,7 @@ __all__ = [
     "crafted_shift",
     "cutmix",
     "dann_ramp",
+    "domain_penalisation_weights",
     "fishr_penalty",
     "gradient_reversal",
     "greedy_group_weights",

@@ -2,6 +2,7 @@
 
 from debias.methods.coral import CORALMixin
 from debias.methods.domain_adversarial import DomainAdversarialMixin
+from debias.methods.domain_penalisation import DomainPenalisationMixin
 from debias.methods.fishr import FishrMixin
 from debias.methods.group_dro import GroupDROMixin
 from debias.methods.group_reweighting import GroupReweightingMixin
@@ -14,6 +15,7 @@ from debias.methods.vrex import VRExMixin
 __all__ = [
     "CORALMixin",
     "DomainAdversarialMixin",
+    "DomainPenalisationMixin",
     "FishrMixin",
     "GroupDROMixin",
     "GroupReweightingMixin",

@@ -6,6 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
+    "BCCD": "debias.data.bccd",
+    "COCOFolder": "debias.data.coco_folder",
     "ColoredDigits": "debias.data.colored_digits",
     "ColoredMNIST": "debias.data.colored_mnist",
     "DigitsShift": "debias.data.digits_shift",
@@ -14,13 +16,18 @@ _EXPORTS = {
     "FacialActionUnits": "debias.data.facial_action_units",
     "GroupBalancedSampler": "debias.data.samplers",
     "IdentityShortcut": "debias.data.identity_shortcut",
+    "GWHD": "debias.data.gwhd",
+    "ShapesDetection": "debias.data.shapes_detection",
     "TaggedDataset": "debias.data.tagging",
     "TaggedIterableDataset": "debias.data.tagging",
+    "VOCFolder": "debias.data.voc_folder",
     "Waterbirds": "debias.data.waterbirds",
     "tag": "debias.data.tagging",
 }
 
 __all__ = [
+    "BCCD",
+    "COCOFolder",
     "ColoredDigits",
     "ColoredMNIST",
     "DigitsShift",
@@ -29,21 +36,29 @@ __all__ = [
     "FacialActionUnits",
     "GroupBalancedSampler",
     "IdentityShortcut",
+    "GWHD",
+    "ShapesDetection",
     "TaggedDataset",
     "TaggedIterableDataset",
+    "VOCFolder",
     "Waterbirds",
     "tag",
 ]
 
 if TYPE_CHECKING:
+    from debias.data.bccd import BCCD
+    from debias.data.coco_folder import COCOFolder
     from debias.data.colored_digits import ColoredDigits
     from debias.data.colored_mnist import ColoredMNIST
     from debias.data.digits_shift import DigitsShift
     from debias.data.domain_folder import DomainFolder
     from debias.data.facial_action_units import FacialActionUnits
+    from debias.data.gwhd import GWHD
     from debias.data.identity_shortcut import IdentityShortcut
     from debias.data.samplers import EvalSampler, GroupBalancedSampler
+    from debias.data.shapes_detection import ShapesDetection
     from debias.data.tagging import TaggedDataset, TaggedIterableDataset, tag
+    from debias.data.voc_folder import VOCFolder
     from debias.data.waterbirds import Waterbirds
 
 

@@ -36,6 +36,7 @@ class GroupDataModule(L.LightningDataModule):
 
     # What `balance` may name, each a tag of the training set; subclasses with other tags extend it.
     balances: tuple[str, ...] = ("group",)
+    collate_fn: Callable[[Any], Any] | None = None
 
     def __init__(self, *, batch_size: int, seed: int, balance: str | None, num_workers: int) -> None:
         super().__init__()
@@ -72,6 +73,7 @@ class GroupDataModule(L.LightningDataModule):
             shuffle=None if sampler else True,
             generator=generator,
             num_workers=self.num_workers,
+            collate_fn=self.collate_fn,
         )
 
     def val_dataloader(self) -> DataLoader:
@@ -84,7 +86,13 @@ class GroupDataModule(L.LightningDataModule):
 
     def _eval_dataloader(self, dataset: TaggedDataset) -> DataLoader:
         sampler = EvalSampler(dataset)
-        return DataLoader(dataset, batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers)
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=self.collate_fn,
+        )
 
     def _describe_groups(self, names: Sequence[str]) -> None:
         self.group_names = list(names)

@@ -32,6 +32,7 @@ from debias.ops.groups import GroupState, GroupSums, group_losses, summed
 from debias.step.batch import BatchKey
 from debias.step.grouped import GroupDebiaser
 from debias.step.tap import LossCall
+from debias.step.watcher import Losses
 
 __all__ = ["GroupDRO", "GroupDROLoss", "GroupDROMixin", "group_dro_weights", "greedy_group_weights"]
 
@@ -274,7 +275,7 @@ def is_number(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
-def checked_counts(group_counts: Any, names: Sequence[str]) -> Tensor:
+def checked_counts(group_counts: Any, names: Sequence[str], kind: str = "group") -> Tensor:
     """Training samples per group as float64 ``(G,)``.
 
     Raises:
@@ -283,13 +284,13 @@ def checked_counts(group_counts: Any, names: Sequence[str]) -> Tensor:
     counts = torch.as_tensor(group_counts, dtype=torch.float64).cpu()
     if counts.shape != (len(names),) or bool((counts < 0).any()):
         raise DebiasError(
-            f"Expected `group_counts` to be {len(names)} numbers >= 0, one per group, but got {counts.tolist()}."
+            f"Expected `{kind}_counts` to be {len(names)} numbers >= 0, one per {kind}, but got {counts.tolist()}."
         )
     if bool((counts == 0).any()):
         empty = [name for name, count in zip(names, counts.tolist(), strict=True) if count == 0]
         raise DebiasError(
-            f"Expected every group to have training samples, but got none of {', '.join(empty)} (counts"
-            f" {[int(c) for c in counts.tolist()]}). Merge or renumber the groups, so that `n_groups` counts only"
+            f"Expected every {kind} to have training samples, but got none of {', '.join(empty)} (counts"
+            f" {[int(c) for c in counts.tolist()]}). Merge or renumber the {kind}s, so that `n_{kind}s` counts only"
             " those that occur."
         )
     return counts
@@ -338,7 +339,7 @@ class GroupDRO(GroupDebiaser):
         group_names: list[str] | None = None,
         loss: int | str | Callable[[LossCall], bool] | None = None,
         rows: str | Callable[[LossCall, int], Tensor] | None = None,
-        losses: Literal["whole", "split"] = "whole",
+        losses: Losses = "whole",
         name: str | None = None,
         allow_untested_strategy: bool = False,
     ) -> None:

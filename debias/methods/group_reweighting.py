@@ -17,7 +17,7 @@ and group ids.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from debias.ops.groups import GroupState, group_losses
 from debias.step.batch import BatchKey
 from debias.step.grouped import GroupDebiaser
 from debias.step.tap import LossCall
+from debias.step.watcher import Losses
 
 __all__ = ["GroupReweighting", "GroupReweightingLoss", "GroupReweightingMixin", "inverse_frequency_weights"]
 
@@ -151,7 +152,7 @@ class GroupReweighting(GroupDebiaser):
         group_names: list[str] | None = None,
         loss: int | str | Callable[[LossCall], bool] | None = None,
         rows: str | Callable[[LossCall, int], Tensor] | None = None,
-        losses: Literal["whole", "split"] = "whole",
+        losses: Losses = "whole",
         name: str | None = None,
         allow_untested_strategy: bool = False,
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from debias.metrics.detection import DetectionAccuracy, GroupMeanAveragePrecision, detection_accuracy
 from debias.metrics.group import (
     GroupAccuracy,
     GroupedMetric,
@@ -13,6 +14,9 @@ from debias.metrics.group import (
 )
 
 __all__ = [
+    "DetectionAccuracy",
+    "GroupMeanAveragePrecision",
+    "detection_accuracy",
     "GroupAccuracy",
     "GroupedMetric",
     "adjusted_average",

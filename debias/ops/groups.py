@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from math import isfinite, prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -223,12 +223,13 @@ class GroupState(nn.Module):
         names: one name per group, for messages and logs.
     """
 
+    kind: ClassVar[str] = "group"  # what the method calls its groups, in messages
     row_counts: Tensor
 
     def __init__(self, n_groups: int | Sequence[int], names: Sequence[str] | None = None) -> None:
         super().__init__()
-        self.n_groups = check_n_groups(n_groups)
-        self.group_names = name_groups(n_groups, names)
+        self.n_groups = check_n_groups(n_groups, self.kind)
+        self.group_names = name_groups(n_groups, names, self.kind)
         # Rows by place, as group_losses counts them; what the host has read already is kept there.
         self.register_buffer("row_counts", torch.zeros(self.n_groups + _EXTRA, dtype=torch.float64), persistent=False)
         self._read_counts = [0.0, 0.0]
@@ -267,10 +268,11 @@ class GroupState(nn.Module):
         if not ids and not losses:
             return
         if ids:
+            number = f"n_{self.kind}s"
             raise BadRowsError(
-                f"Expected group ids below `n_groups={self.n_groups}`, but {ids} rows had a higher one. They took no"
-                " part in the loss or the method's state. Number the groups 0 .. n_groups - 1 (-1 = unlabelled), or"
-                " raise `n_groups`."
+                f"Expected {self.kind} ids below `{number}={self.n_groups}`, but {ids} rows had a higher one. They took"
+                f" no part in the loss or the method's state. Number the {self.kind}s 0 .. {number} - 1 (-1 ="
+                f" unlabelled), or raise `{number}`."
             )
         raise BadRowsError(
             f"Expected finite losses, but {losses} rows had a NaN or infinite one. They took no part in the method's"
@@ -301,7 +303,7 @@ class GroupState(nn.Module):
         return self
 
 
-def check_n_groups(n_groups: int | Sequence[int]) -> int:
+def check_n_groups(n_groups: int | Sequence[int], kind: str = "group") -> int:
     """The total number of groups.
 
     Raises:
@@ -310,18 +312,19 @@ def check_n_groups(n_groups: int | Sequence[int]) -> int:
     sizes = list(n_groups) if isinstance(n_groups, Sequence) and not isinstance(n_groups, str) else [n_groups]
     if not sizes or any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in sizes):
         raise DebiasError(
-            f"Expected `n_groups` to be a positive integer, or one per key of a crossed `group`, but got {n_groups!r}."
+            f"Expected `n_{kind}s` to be a positive integer, or one per key of a crossed `{kind}`, but got"
+            f" {n_groups!r}."
         )
     return prod(sizes)
 
 
-def name_groups(n_groups: int | Sequence[int], names: Sequence[str] | None) -> list[str]:
+def name_groups(n_groups: int | Sequence[int], names: Sequence[str] | None, kind: str = "group") -> list[str]:
     """One name per group; by default its number, or the numbers of the crossed ids.
 
     Raises:
         DebiasError: the number of names is wrong.
     """
-    total = check_n_groups(n_groups)
+    total = check_n_groups(n_groups, kind)
     if names is None:
         if not isinstance(n_groups, Sequence):
             return [str(g) for g in range(total)]
@@ -330,5 +333,5 @@ def name_groups(n_groups: int | Sequence[int], names: Sequence[str] | None) -> l
             crossed = [f"{name}_{i}" if name else str(i) for name in crossed for i in range(size)]
         return crossed
     if len(names) != total or len(set(names)) != total:
-        raise DebiasError(f"Expected `group_names` to hold {total} different names, but got {list(names)}.")
+        raise DebiasError(f"Expected `{kind}_names` to hold {total} different names, but got {list(names)}.")
     return [str(name) for name in names]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class DomainPenaltyModule(GroupState):
         DebiasError: fewer than two domains, a negative weight or step.
     """
 
+    kind: ClassVar[str] = "domain"
     # Whether the module has to see every batch, also before its weight is above 0.
     always = False
 

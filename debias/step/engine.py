@@ -31,6 +31,7 @@ from debias.step import adapters
 from debias.step.batch import TagCollate, split_tags
 from debias.step.context import Step
 from debias.step.contract import Method, Watcher
+from debias.step.detection import DetectorStep, detectors
 from debias.step.distributed import is_distributed
 from debias.step.head import FeatureTap, HeadTap
 from debias.step.mixing import unmixable
@@ -57,6 +58,7 @@ class StepEngine:
         self._collates: list[tuple[Any, Any]] = []
         self._heads: dict[Any, HeadTap | FeatureTap] = {}
         self._tap: LossTap | None = None
+        self._detector: DetectorStep | None = None
         self._forward_output: Any = None
         # What the first step taught: the position of the one loss that is meant, and whether rows must be replayed.
         self._position: int | None = None
@@ -75,6 +77,8 @@ class StepEngine:
         self._proxies.append(attach(self.trainer.strategy, "process_dataloader", self._process_dataloader))
         if any(getattr(callback, "monitors", False) for callback in self.trainer.callbacks):
             self._handles.append(self.module.register_forward_hook(Hook(self._keep_forward_output)))
+        for model in detectors(self.module) if stage == "fit" else ():
+            self._proxies.append(attach(model, "forward", functools.partial(self._detect, model)))
         for submodule in self.module.modules():
             if (per_sample := adapters.adapter_of(submodule)) is not None:
                 self._adapt(submodule, per_sample)
@@ -91,7 +95,7 @@ class StepEngine:
         for head in self._heads.values():
             head.close()
         self._heads.clear()
-        self._tap, self._forward_output, self.tags = None, None, {}
+        self._tap, self._detector, self._forward_output, self.tags = None, None, None, {}
 
     def check(self, watcher: Watcher, stage: str) -> None:
         """Refuse, before anything has run, what a method cannot do."""
@@ -117,14 +121,17 @@ class StepEngine:
                 f"Expected `loss` of {who} to choose one loss under manual optimisation, but got 'sum': what all losses"
                 " add up to is only known when the step has used them. Pass `loss=<index>` or a callable."
             )
-        if watcher.losses == "split" and (  # type: ignore[attr-defined]
-            not self.module.automatic_optimization
-            or any(getattr(callback, "adds_to_loss", False) for callback in self.trainer.callbacks)
-        ):
+        losses = watcher.losses  # type: ignore[attr-defined]
+        if losses in ("split", "image") and not self.module.automatic_optimization:
             raise UnsupportedStrategyError(
-                f"Expected `losses='split'` of {who} with automatic optimisation and without penalties: the step"
-                " then runs once per group, so there is no one loss to add to. Remove the penalties, or use"
-                " `losses='whole'`."
+                f"Expected `losses={losses!r}` of {who} with automatic optimisation: the step then runs once per"
+                f" {'group' if losses == 'split' else 'image'}, and would optimise each time. Use `losses='whole'`, or"
+                " `losses='heads'` for torchvision's detectors."
+            )
+        if losses != "whole" and any(getattr(callback, "adds_to_loss", False) for callback in self.trainer.callbacks):
+            raise UnsupportedStrategyError(
+                f"Expected `losses={losses!r}` of {who} without penalties: there is no one loss of the batch that they"
+                " could read. Remove the penalties, or use `losses='whole'`."
             )
         if getattr(self.trainer.strategy, "_ddp_kwargs", {}).get("static_graph") and watcher.adds_to_loss:
             raise UnsupportedStrategyError(
@@ -185,6 +192,20 @@ class StepEngine:
         self._handles.append(loss.register_forward_pre_hook(Hook(before), with_kwargs=True))
         self._handles.append(loss.register_forward_hook(Hook(after), with_kwargs=True))
 
+    def _detect(
+        self, model: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a detector of torchvision; the losses inside are of anchors and proposals, which the tap must not see."""
+        if self._detector is not None:
+            return self._detector(model, original, args, kwargs)
+        if self._tap is None:
+            return original(*args, **kwargs)
+        self._tap.suspended += 1
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._tap.suspended -= 1
+
     # -- training ----------------------------------------------------------------------------------
 
     def _train(self, stage: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -203,12 +224,16 @@ class StepEngine:
         reweigher = next((w for w in debiasers if w.reweighs), None)
         penalisers = [w for w in debiasers if w.penalises]
         mixture = step.mixture
-        if reweigher is not None and reweigher.losses == "split":
-            if mixture is not None:
-                raise UnsupportedStrategyError(
-                    f"Expected `losses='whole'` together with {mixture.owner}, but got 'split': a loss that exists only"
-                    " per batch cannot be mixed from the labels of two samples. Remove one of them."
-                )
+        if reweigher is not None and reweigher.losses != "whole" and mixture is not None:
+            raise UnsupportedStrategyError(
+                f"Expected `losses='whole'` together with {mixture.owner}, but got {reweigher.losses!r}: a loss that"
+                " exists only per batch cannot be mixed from the labels of two samples. Remove one of them."
+            )
+        if reweigher is not None and reweigher.losses == "heads":
+            output = self._with_detector(DetectorStep(step, reweigher, select_calls), original, args, kwargs)
+            self._end_forward(debiasers)
+            return output
+        if reweigher is not None and reweigher.losses != "whole":
             split, output = split_losses(original, args, kwargs, step, reweigher)
             self._end_forward(debiasers)
             return _with_loss(output, split)
@@ -231,6 +256,17 @@ class StepEngine:
         self._reweighed = []
         tap.close()
         return output if loss is None else _with_loss(output, loss)
+
+    def _with_detector(
+        self, detector: DetectorStep, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        self._detector = detector
+        try:
+            output = original(*args, **kwargs)
+        finally:
+            self._detector = None
+        detector.finish()
+        return output
 
     def _watched(
         self, tap: LossTap, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

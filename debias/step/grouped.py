@@ -17,7 +17,7 @@ from debias.step.context import Step
 from debias.step.tap import LossCall
 from debias.step.watcher import Debiaser, default_name
 
-__all__ = ["GroupDebiaser", "count_groups", "empty_groups", "tag_counts"]
+__all__ = ["GroupDebiaser", "can_count", "count_groups", "empty_groups", "tag_counts"]
 
 
 class GroupDebiaser(Debiaser):
@@ -27,6 +27,9 @@ class GroupDebiaser(Debiaser):
         group: where the group ids are: a BatchKey, or a tuple of them whose ids are crossed.
         n_groups: number of groups, one per key.
         **options: see :class:`Debiaser`.
+
+    A subclass whose groups go by another name, such as domains, says so in ``needs``: messages then speak of ``domain``
+    and ``n_domains``.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("group",)
@@ -36,13 +39,13 @@ class GroupDebiaser(Debiaser):
     def __init__(
         self, group: BatchKey | tuple[BatchKey, ...], n_groups: int | Sequence[int], *, name: str | None, **options: Any
     ) -> None:
-        super().__init__(name=default_name(name, group, "group"), **options)
+        super().__init__(name=default_name(name, group, self.needs[0]), **options)
         keys = len(group) if isinstance(group, tuple | list) else 1
         sizes = len(n_groups) if isinstance(n_groups, tuple | list) else 1
         if keys != sizes:
             raise DebiasError(
-                f"Expected `n_groups` to hold one number for each key of `group={group!r}`, but got {n_groups!r}."
-                " Write e.g. `group=('target', 'place'), n_groups=(2, 2)`."
+                f"Expected `n_{self.needs[0]}s` to hold one number for each key of `{self.needs[0]}={group!r}`, but got"
+                f" {n_groups!r}. Write e.g. `{self.needs[0]}=('target', 'place'), n_{self.needs[0]}s=(2, 2)`."
             )
         self.group = group
         self.n_groups = n_groups
@@ -50,11 +53,11 @@ class GroupDebiaser(Debiaser):
 
     def sample_ids(self, step: Step) -> Tensor:
         """Group ids ``(N,)`` or membership ``(N, G)``."""
-        ids = step.ids(self.group, self.n_groups, argument="group")
+        ids = step.ids(self.group, self.n_groups, argument=self.needs[0])
         if ids.dtype == torch.bool and ids.shape[1] != self.module.n_groups:
             raise BatchKeyError(
-                f"Expected the membership `group={self.group!r}` to have shape (N, {self.module.n_groups}), but got"
-                f" {tuple(ids.shape)}. Correct `n_groups`."
+                f"Expected the membership `{self.needs[0]}={self.group!r}` to have shape (N, {self.module.n_groups}),"
+                f" but got {tuple(ids.shape)}. Correct `n_{self.needs[0]}s`."
             )
         return ids
 
@@ -77,14 +80,14 @@ class GroupDebiaser(Debiaser):
         """
         if self.module.needs_counts:
             if not self.module.has_counts:
-                self.module.set_counts(count_groups(trainer, self.group, self.n_groups))
+                self.module.set_counts(count_groups(trainer, self.group, self.n_groups, argument=self.needs[0]))
             return
         counts = tag_counts(trainer, trainer.train_dataloader, self.group, self.n_groups)
         empty = empty_groups(counts, self.module.group_names)
         if empty and trainer.is_global_zero:
             warnings.warn(
-                f"{self.state_key} was given `n_groups={self.n_groups}`, but the tags of the training set hold no"
-                f" sample of {empty}. If `n_groups` counts too many, correct it; else these groups take no part.",
+                f"{self.state_key} was given `n_{self.needs[0]}s={self.n_groups}`, but the tags of the training set hold"
+                f" no sample of {empty}. If that counts too many, correct it; else these take no part.",
                 stacklevel=2,
             )
 
@@ -95,13 +98,13 @@ class GroupDebiaser(Debiaser):
             self._said_unlabelled = True
             if trainer.is_global_zero:
                 warnings.warn(
-                    f"{self.state_key} has seen no labelled sample in this epoch: all ids of `group={self.group!r}`"
-                    " were negative, so the loss had no gradient. Check the ids; -1 stands for unlabelled.",
+                    f"{self.state_key} has seen no labelled sample in this epoch: all ids of"
+                    f" `{self.needs[0]}={self.group!r}` were negative, so the loss had no gradient. Check the ids; -1 stands for unlabelled.",
                     stacklevel=2,
                 )
 
 
-def count_groups(trainer: Any, key: Any, n_groups: int | Sequence[int]) -> Tensor:
+def count_groups(trainer: Any, key: Any, n_groups: int | Sequence[int], *, argument: str = "group") -> Tensor:
     """Number of training samples of each group, the same on every rank.
 
     Tags are counted as they stand; ids inside the batch take one pass over the training set.
@@ -112,17 +115,15 @@ def count_groups(trainer: Any, key: Any, n_groups: int | Sequence[int]) -> Tenso
     Raises:
         DebiasError: the training data has no length.
     """
-    loaders = trainer.train_dataloader
-    loaders = list(loaders.values()) if isinstance(loaders, dict) else loaders
     counts = None
-    for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+    for loader in _train_loaders(trainer):
         dataset = getattr(loader, "dataset", None)
-        if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        if not _has_rows(dataset):
             raise DebiasError(
-                f"Expected `group_counts` to be given where the training data cannot be counted, but got"
-                f" {type(dataset if dataset is not None else loader).__name__}. Pass `group_counts=[...]`."
+                f"Expected `{argument}_counts` to be given where the training data cannot be counted, but got"
+                f" {type(dataset if dataset is not None else loader).__name__}. Pass `{argument}_counts=[...]`."
             )
-        found = _count(loader, dataset, key, n_groups, trainer)
+        found = _count(loader, key, n_groups, trainer, argument)
         counts = found if counts is None else counts + found
     return counts  # type: ignore[return-value]
 
@@ -152,13 +153,28 @@ def empty_groups(counts: Tensor | None, names: Sequence[str]) -> str:
     return ("group " if len(empty) == 1 else "groups ") + ", ".join(empty[:10]) + more if empty else ""
 
 
-def _count(loader: Any, dataset: Any, key: Any, n_groups: Any, trainer: Any) -> Tensor:
+def can_count(trainer: Any) -> bool:
+    """Whether the training data can be counted: it is no stream."""
+    return all(_has_rows(getattr(loader, "dataset", None)) for loader in _train_loaders(trainer))
+
+
+def _train_loaders(trainer: Any) -> list[Any]:
+    loaders = trainer.train_dataloader
+    loaders = list(loaders.values()) if isinstance(loaders, dict) else loaders
+    return list(loaders) if isinstance(loaders, list | tuple) else [loaders]
+
+
+def _has_rows(dataset: Any) -> bool:
+    return dataset is not None and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__")
+
+
+def _count(loader: Any, key: Any, n_groups: Any, trainer: Any, argument: str) -> Tensor:
     dataset = _drawn_from(loader)
     if (tags := _tags(dataset, key)) is not None:
-        return _sum_up([(None, tags)], key, n_groups, trainer)
+        return _sum_up([(None, tags)], key, n_groups, trainer, argument)
     with torch.random.fork_rng(devices=[]):
         parts = [split_tags(b) for b in DataLoader(dataset, batch_size=256, collate_fn=loader.collate_fn)]
-    return _sum_up(parts, key, n_groups, trainer)
+    return _sum_up(parts, key, n_groups, trainer, argument)
 
 
 def _drawn_from(loader: Any) -> Any:
@@ -167,11 +183,11 @@ def _drawn_from(loader: Any) -> Any:
     return Subset(dataset, list(sampler.indices)) if isinstance(sampler, SubsetRandomSampler) else dataset
 
 
-def _sum_up(parts: Any, key: Any, n_groups: Any, trainer: Any) -> Tensor:
+def _sum_up(parts: Any, key: Any, n_groups: Any, trainer: Any, argument: str = "group") -> Tensor:
     total = torch.zeros(1)
     for batch, tag_values in parts:
         step = Step(trainer, _OnCPU, "train", batch, tag_values)
-        ids = step.ids(key, n_groups)
+        ids = step.ids(key, n_groups, argument=argument)
         size = int(torch.tensor(n_groups).prod())
         found = (
             ids.sum(0).double()

@@ -162,10 +162,7 @@ class DomainPenalty(Debiaser):
             raise self._at(error, step) from None
 
     def _at(self, error: BadRowsError, step: int) -> BadRowsError:
-        return BadRowsError(
-            str(error).replace("n_groups", "n_domains").replace("group", "domain")
-            + f" (Seen by {self.state_key} at optimiser step {step}.)"
-        )
+        return BadRowsError(f"{error} (Seen by {self.state_key} at optimiser step {step}.)")
 
     def _check_reach(self, value: Tensor) -> None:
         """A penalty without a gradient is plain training, which nobody would notice."""

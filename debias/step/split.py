@@ -1,7 +1,7 @@
-"""Losses that exist only per batch, such as a detector's: the user's step is run once per group.
+"""Losses that exist only per batch, such as a detector's: the user's step is run once per group, or once per sample.
 
-The one place with a Python loop over groups. The groups' forward passes are separate: BatchNorm in training mode sees
-one group at a time, which differs from one pass over the whole batch (freeze it, as detectors do).
+The one place with a Python loop over groups or samples. The forward passes are separate: BatchNorm in training mode
+sees one group at a time, which differs from one pass over the whole batch (freeze it, as detectors do).
 """
 
 from __future__ import annotations
@@ -24,22 +24,25 @@ __all__ = ["split_losses", "take_samples"]
 def split_losses(
     original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], step: Step, reweigher: Method
 ) -> tuple[Tensor, Any]:
-    """Run the step on the samples of each group and combine the groups' losses.
+    """Run the step on the samples of each group, or on each sample, and combine the losses.
 
     Returns:
         The debiased loss and the last output of the step.
     """
     ids = reweigher.sample_ids(step)
-    if ids.ndim != 1:
+    n = ids.shape[0]
+    if reweigher.losses == "image":
+        passes = [[i] for i in range(n)]
+    elif ids.ndim == 1:
+        numbers = ids.tolist()
+        passes = [[i for i in range(n) if numbers[i] == group] for group in sorted(set(numbers))]
+    else:
         raise RowsError(
             f"Expected `losses='split'` to get one group id per sample, but got a membership of shape"
             f" {tuple(ids.shape)}: a sample cannot be in two passes. Give ids of shape (N,)."
         )
-    numbers = ids.tolist()
-    n = len(numbers)
     nums, dens, firsts, output = [], [], [], None
-    for group in sorted(set(numbers)):
-        members = [i for i, number in enumerate(numbers) if number == group]
+    for members in passes:
         part = take_samples(step.batch, members, n)
         output = (
             original(part, *args[1:], **kwargs) if args else original(*args, **{**kwargs, next(iter(kwargs)): part})
@@ -47,8 +50,8 @@ def split_losses(
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             raise LossNotFoundError(
-                f"Expected the training step to return a loss for every group with `losses='split'`, but got {loss!r}."
-                " Return a loss of zero instead of skipping."
+                f"Expected the training step to return a loss every time with `losses={reweigher.losses!r}`, but got"
+                f" {loss!r}. Return a loss of zero instead of skipping."
             )
         nums.append(
             loss.float() * len(members) if loss.dtype in (torch.float16, torch.bfloat16) else loss * len(members)
@@ -70,9 +73,17 @@ def take_samples(batch: Any, members: list[int], n: int) -> Any:
         return type(batch)({k: take_samples(v, members, n) for k, v in batch.items()})  # type: ignore[call-arg]
     if isinstance(batch, tuple | list):
         # A pair (images, targets) of two samples is a pair, not one element per sample.
-        nested = any(isinstance(x, tuple | list) and len(x) == n for x in batch)
-        if one_per_sample(list(batch), n) and not nested:
+        lists = [list(x) for x in batch if isinstance(x, tuple | list) and len(x) == n]
+        if one_per_sample(list(batch), n) and not lists:
             chosen = [batch[i] for i in members]
+        elif any(one_per_sample(x, n) for x in lists):
+            # Three images of three channels could be three tensors with a row per sample; the targets beside them tell.
+            chosen = [
+                type(x)([x[i] for i in members])
+                if isinstance(x, tuple | list) and len(x) == n
+                else take_samples(x, members, n)
+                for x in batch
+            ]
         else:
             chosen = [take_samples(x, members, n) for x in batch]
         return type(batch)(*chosen) if hasattr(batch, "_fields") else type(batch)(chosen)

@@ -721,6 +721,6 @@ def no_loss_error(seen: list[str]) -> LossNotFoundError:
         "Expected the training step to compute its loss with a torch loss function (cross_entropy, mse_loss, ...), but"
         f" none that requires a gradient reaches the returned loss.{hint} Ways out: return {{'loss': loss, 'losses':"
         " per_sample} with losses of shape (N,); or return {'loss', 'logits', 'targets'}; or register the loss once"
-        " with `debias.register_loss(LossClass, per_sample)`; for models that only give a loss per batch, such as"
-        " detectors, pass `losses='split'`."
+        " with `debias.register_loss(LossClass, per_sample)`; for models that only give a loss per batch, pass"
+        " `losses='heads'` (torchvision's detectors) or `losses='split'`."
     )

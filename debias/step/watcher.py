@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
@@ -22,7 +22,10 @@ from debias.step.owned import OwnedModule
 from debias.step.random import StepRandom
 from debias.step.tap import LossCall
 
-__all__ = ["Debiaser", "StepWatcher"]
+__all__ = ["Debiaser", "Losses", "StepWatcher"]
+
+Losses: TypeAlias = Literal["whole", "split", "image", "heads"]
+"""How the losses of a step are taken apart; see :class:`Debiaser`."""
 
 
 class StepWatcher(Callback):
@@ -141,7 +144,9 @@ class Debiaser(StepWatcher):
             the position of one; or a callable of :class:`LossCall` that says whether it is meant.
         rows: how the rows of the loss come from the samples where that cannot be followed: ``"tiled"``,
             ``"interleaved"``, or ``callable(call, n)`` that returns the sample of each row, int64 ``(rows,)``.
-        losses: ``"whole"``, or ``"split"`` to run the user's step once per group, for losses that exist only per batch.
+        losses: ``"whole"``; or, for losses that exist only per batch: ``"heads"`` for torchvision's detectors, whose
+            losses are then taken per image from one pass; ``"split"`` or ``"image"`` to run the user's step once per
+            group or once per sample, whatever it does.
         head: dotted path of the classifier head; found automatically by default.
         features: dotted path of the module whose output are the features; by default they are what the head reads.
         seed: seed of the method's own random numbers.
@@ -156,7 +161,7 @@ class Debiaser(StepWatcher):
         *,
         loss: int | str | Callable[[LossCall], bool] | None = None,
         rows: str | Callable[[LossCall, int], Tensor] | None = None,
-        losses: Literal["whole", "split"] = "whole",
+        losses: Losses = "whole",
         head: str | None = None,
         features: str | None = None,
         seed: int = 0,
@@ -171,8 +176,8 @@ class Debiaser(StepWatcher):
             )
         if not (rows is None or rows in ("tiled", "interleaved") or callable(rows)):
             raise DebiasError(f"Expected `rows` to be 'tiled', 'interleaved' or a callable, but got {rows!r}.")
-        if losses not in ("whole", "split"):
-            raise DebiasError(f"Expected `losses` to be 'whole' or 'split', but got {losses!r}.")
+        if losses not in (names := get_args(Losses)):
+            raise DebiasError(f"Expected `losses` to be one of {', '.join(map(repr, names))}, but got {losses!r}.")
         self.loss = loss
         self.rows = rows
         self.losses = losses

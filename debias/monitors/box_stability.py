@@ -1,0 +1,229 @@
+"""Box stability: how far a detector's boxes move when features are dropped. Yang et al., ICLR 2024.
+
+*Bounding Box Stability against Feature Dropout Reflects Detector Generalization across Environments*. With the boxes
+b_i found in an image, and the boxes c_j found when the outputs of chosen layers pass through dropout::
+
+    BoS = mean over images of  max over matchings m of  sum_i IoU(b_i, c_m(i)) / number of b_i
+
+The matching is one to one (Hungarian), as in the paper; a box that finds no partner counts 0. No labels are used, so it
+estimates on an unlabelled test set how a detector generalises: higher is more stable. Only values of the same detector,
+layers and rate compare.
+
+The paper drops features in the backbone; layers, rate and the least score of a box are the user's to name here, and the
+defaults are not the paper's. Costs one more forward pass per evaluation batch and draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from debias.errors import DebiasError, LossNotFoundError
+from debias.monitors.detection_monitor import find_predictions
+from debias.ops.groups import check_n_groups, name_groups
+from debias.step.batch import BatchKey
+from debias.step.context import Step
+from debias.step.distributed import global_rank, global_sum
+from debias.step.head import submodule
+from debias.step.proxy import Hook
+from debias.step.tap import LossCall
+from debias.step.watcher import StepWatcher
+
+__all__ = ["BoxStability", "box_stability"]
+
+
+def box_stability(boxes: Tensor, perturbed: Tensor) -> Tensor:
+    """Mean overlap of the boxes of an image with those found under perturbation, matched one to one.
+
+    Args:
+        boxes: x1, y1, x2, y2, ``(n, 4)``, n > 0.
+        perturbed: the same, ``(m, 4)``; m may be 0.
+
+    Returns:
+        Scalar in [0, 1], float64.
+
+    Example:
+        >>> import torch
+        >>> from debias.monitors.box_stability import box_stability
+        >>> boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [20.0, 20.0, 30.0, 30.0]])
+        >>> box_stability(boxes, torch.tensor([[0.0, 0.0, 10.0, 5.0]]))
+        tensor(0.2500, dtype=torch.float64)
+    """
+    from scipy.optimize import linear_sum_assignment
+    from torchvision.ops import box_iou
+
+    overlap = box_iou(boxes.double(), perturbed.double()).nan_to_num(0).cpu()  # boxes without an area
+    rows, columns = linear_sum_assignment(overlap.numpy(), maximize=True)
+    return overlap[torch.from_numpy(rows), torch.from_numpy(columns)].sum() / len(boxes)
+
+
+class BoxStability(StepWatcher):
+    """Log how stable a detector's boxes are against dropout in two named layers: ``val/box_stability``.
+
+    Evaluation metrics and predictions of the module stay as they are: the second pass runs after the step, in
+    evaluation mode, with draws of its own. Images without a box are left out. With ``domain`` it is logged by domain
+    too, as ``val/box_stability_by_domain/<name>``. The formula stands at the top of
+    :mod:`debias.monitors.box_stability`.
+
+    Args:
+        layers: dotted paths of the layers whose outputs are dropped; tensors of shape ``(N, C, ...)``, whole channels.
+        predictions: dotted path of the submodule that predicts; by default the module itself.
+        rate: probability of dropping a channel, in (0, 1).
+        score_threshold: boxes below it are left out.
+        draws: perturbed passes per batch, averaged.
+        domain: where the domain ids are, to tell domains apart; see :class:`debias.DetectionMonitor`.
+        n_domains: number of domains.
+        domain_names: one name per domain.
+        seed: seed of the draws. They depend on the position of a batch in the epoch and on the rank.
+        name: prefix of several monitors' logged names.
+        allow_untested_strategy: run under a strategy other than single-device and DDP.
+
+    Raises:
+        DebiasError: an argument is out of range, or a layer's output is no tensor of at least two dimensions.
+        HeadNotFoundError: a layer is not there.
+        LossNotFoundError: the evaluation step did not run what ``predictions`` names.
+    """
+
+    monitors: ClassVar[bool] = True
+    reference: ClassVar[str] = "Yang et al., ICLR 2024"
+
+    def __init__(
+        self,
+        layers: list[str],
+        *,
+        predictions: str | None = None,
+        rate: float = 0.15,
+        score_threshold: float = 0.5,
+        draws: int = 1,
+        domain: BatchKey | None = None,
+        n_domains: int = 1,
+        domain_names: list[str] | None = None,
+        seed: int = 0,
+        name: str | None = None,
+        allow_untested_strategy: bool = False,
+    ) -> None:
+        super().__init__(name=name, allow_untested_strategy=allow_untested_strategy)
+        if isinstance(layers, str) or not layers:
+            raise DebiasError(f"Expected `layers` to be a list of dotted paths, but got {layers!r}.")
+        if not 0 < rate < 1:
+            raise DebiasError(f"Expected `rate` to be between 0 and 1, but got {rate!r}.")
+        if type(draws) is not int or draws < 1:
+            raise DebiasError(f"Expected `draws` to be an integer of at least 1, but got {draws!r}.")
+        self.layers = list(layers)
+        self.predictions = predictions
+        self.rate = rate
+        self.score_threshold = score_threshold
+        self.draws = draws
+        self.domain = domain
+        self.total = check_n_groups(n_domains, "domain")
+        self.domain_names = name_groups(n_domains, domain_names, "domain")
+        self.seed = seed
+        self._handles: list[Any] = []
+        self._predictor: Any = None
+        self._seen: tuple[Any, Any, Any] | None = None
+        self._generator: torch.Generator | None = None
+        self._sums: list[Tensor] = []
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Join the engine; watch the layers and what predicts."""
+        super().setup(trainer, pl_module, stage)
+        if not self._handles:
+            self._handles = [
+                submodule(pl_module, path, argument="layers").register_forward_hook(Hook(self._drop))
+                for path in self.layers
+            ]
+            self._predictor = (
+                pl_module
+                if self.predictions is None
+                else submodule(pl_module, self.predictions, argument="predictions")
+            )
+            hook: Callable[..., Any] = Hook(self._keep)
+            self._handles.append(self._predictor.register_forward_hook(hook, with_kwargs=True))
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave the module as it was."""
+        while self._handles:
+            self._handles.pop().remove()
+        self._seen, self._generator, self._sums, self._predictor = None, None, [], None
+        super().teardown(trainer, pl_module, stage)
+
+    def observe(self, step: Step, calls: list[LossCall], forward_output: Any, output: Any) -> None:
+        """Run the batch again with dropout, and compare the boxes."""
+        if self._seen is None:
+            raise LossNotFoundError(
+                "Expected the evaluation step to run what predicts for BoxStability, but it did not. Pass"
+                " `predictions='dotted.path'` of the submodule that the step calls."
+            )
+        (args, kwargs, plain), self._seen = self._seen, None
+        plain = find_predictions(None, None, plain, None, "BoxStability")
+        n = len(plain)
+        ids = [0] * n if self.domain is None else step.ids(self.domain, self.total, argument="domain").tolist()
+        sums = self._sums[step.dataloader_idx]
+        for draw in range(self.draws):
+            key = (self.seed, draw, step.batch_idx, step.dataloader_idx, global_rank())
+            self._generator = torch.Generator().manual_seed(hash(key) & 0x7FFFFFFFFFFFFFFF)
+            try:
+                with torch.no_grad():
+                    perturbed = self._predictor(*args, **kwargs)
+            finally:
+                self._generator, self._seen = None, None
+            for before, after, d in zip(plain, perturbed, ids, strict=True):
+                boxes = before["boxes"][before["scores"] > self.score_threshold]
+                if len(boxes):
+                    value = box_stability(boxes, after["boxes"][after["scores"] > self.score_threshold])
+                    for place in {self.total, d} if 0 <= d < self.total else {self.total}:
+                        sums[:, place] += torch.stack((value, torch.ones_like(value)))
+
+    def _drop(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self._generator is None:
+            return None
+        if not isinstance(output, Tensor) or output.ndim < 2:
+            raise DebiasError(
+                f"Expected the layers of BoxStability to return a tensor (N, C, ...), but {type(module).__name__}"
+                f" returned {type(output).__name__}. Name layers inside the backbone, such as `network.backbone.4`."
+            )
+        shape = (*output.shape[:2], *[1] * (output.ndim - 2))
+        kept = torch.rand(shape, generator=self._generator) >= self.rate
+        return output * kept.to(output) / (1 - self.rate)
+
+    def _keep(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not module.training and self._generator is None:
+            self._seen = args, kwargs, output
+
+    def _start(self, loaders: Any) -> None:
+        count = len(loaders) if isinstance(loaders, Sequence) else 1
+        self._sums = [torch.zeros(2, self.total + 1, dtype=torch.float64) for _ in range(count)]
+
+    def _end(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if trainer.sanity_checking:
+            return
+        prefix = f"{stage}/{self.name}/" if self.name else f"{stage}/"
+        for i, sums in enumerate(self._sums):
+            suffix = f"/dataloader_idx_{i}" if len(self._sums) > 1 else ""
+            total, count = global_sum(sums.to(pl_module.device))
+            scores = (total / count).float()
+            values = {f"{prefix}box_stability{suffix}": scores[-1]}
+            if self.domain is not None:
+                parts = zip(self.domain_names, scores[:-1].unbind(), strict=True)
+                values |= {f"{prefix}box_stability_by_domain/{name}{suffix}": part for name, part in parts}
+            options = {"reduce_fx": "max", "sync_dist": trainer.world_size > 1, "add_dataloader_idx": False}
+            pl_module.log_dict(values, **options)
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Fresh sums."""
+        self._start(trainer.val_dataloaders)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log under ``val/``."""
+        self._end(trainer, pl_module, "val")
+
+    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Fresh sums."""
+        self._start(trainer.test_dataloaders)
+
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log under ``test/``."""
+        self._end(trainer, pl_module, "test")

@@ -1,0 +1,369 @@
+"""Losses per image of torchvision's detectors, whose training loss exists only per batch. No Lightning here.
+
+Every detector divides by something of the batch: FCOS and SSD by its foreground anchors, Faster R-CNN by its sampled
+anchors and proposals, Mask R-CNN's mask loss by its positive proposals; only RetinaNet averages over images. A method
+that weighs images or domains needs a loss per image, each with the image's own divisor. Three ways, all of them with
+torchvision's own loss functions, see :func:`detection_losses`:
+
+``"heads"``  the detector's own forward runs once on the batch; only its loss functions are called image by image
+``"image"``  the detector runs once per image
+``"split"``  the detector runs once per domain
+
+What differs between them: transforms pad the images of one call to a common size, which an image on its own is spared,
+and padding moves the anchors near the border; BatchNorm in training mode sees other batches (freeze it); and anchors
+and proposals that are sampled at random (Faster and Mask R-CNN) are other draws. With images of one size, frozen
+BatchNorm, and the same draws or none, ``"heads"`` and ``"image"`` agree to rounding. ``"split"`` has one loss per
+domain, with the domain's divisor: a domain's images with many boxes count more in it.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, RowsError
+from debias.step.context import Step
+from debias.step.contract import Method
+from debias.step.proxy import attach, detach
+from debias.step.tap import LossCall
+
+__all__ = ["DetectionLosses", "DetectorStep", "detection_losses", "detectors", "one_pass"]
+
+_FAMILIES = ("FCOS", "GeneralizedRCNN", "RetinaNet", "SSD")
+_SUPPORTED = "FasterRCNN, MaskRCNN, RetinaNet, FCOS and SSD"
+
+
+@dataclass(eq=False)
+class DetectionLosses:
+    """A detector's losses, taken apart.
+
+    Attributes:
+        losses: by the detector's own names, one value a row, ``(rows,)``, differentiable: what torchvision returns
+            for the images of that row alone. A row is an image, or a domain with ``losses="split"``.
+        rows: the images of each row, in the order of the batch.
+        counts: what torchvision divides each loss by, for each row ``(rows,)``; 1 for RetinaNet, which averages over
+            images. None where the detector was run more than once and its own divisors are not looked at.
+    """
+
+    losses: dict[str, Tensor]
+    rows: list[list[int]]
+    counts: dict[str, Tensor] | None = None
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of a row's losses, ``(rows,)``."""
+        return torch.stack(list(self.losses.values())).sum(0)
+
+    def batch(self) -> dict[str, Tensor]:
+        """The losses of the whole batch as the detector itself would have returned them, with the batch's divisors.
+
+        Raises:
+            DebiasError: the divisors are not known.
+        """
+        if self.counts is None:
+            raise DebiasError(
+                "Expected losses whose divisors are known, but these come from several runs of the detector. Use"
+                " `losses='heads'`."
+            )
+        return {
+            name: (loss * self.counts[name].clamp_min(1)).sum() / self.counts[name].sum().clamp_min(1)
+            for name, loss in self.losses.items()
+        }
+
+
+def detection_losses(
+    model: nn.Module,
+    images: Sequence[Tensor],
+    targets: Sequence[dict[str, Tensor]],
+    *,
+    losses: Literal["heads", "image", "split"] = "heads",
+    domains: Tensor | None = None,
+) -> DetectionLosses:
+    """A detector's training losses by image, or by domain.
+
+    Args:
+        model: one of torchvision's FasterRCNN, MaskRCNN, RetinaNet, FCOS or SSD, in training mode. For ``"image"`` and
+            ``"split"`` anything that is called like them and returns a dictionary of scalar losses.
+        images: float tensors ``(3, H, W)`` of any sizes.
+        targets: for each image ``boxes`` ``(n, 4)`` in pixels, ``labels`` ``(n,)``, and what else the detector needs;
+            n may be 0.
+        losses: ``"heads"``: one pass, about the cost of a plain step; ``"image"``: one pass per image; ``"split"``: one
+            pass per domain.
+        domains: for ``"split"`` the domain of each image, int64 ``(N,)``.
+
+    Raises:
+        DebiasError: the model is not in training mode, or not supported by ``"heads"``, or ``domains`` is missing.
+        RowsError: the numbers of images, targets and domains differ.
+
+    Example:
+        >>> import torch
+        >>> from debias import detection_losses
+        >>> from debias.detector import tiny_detector
+        >>> model = tiny_detector("fcos", num_classes=2)
+        >>> images = [torch.rand(3, 64, 64), torch.rand(3, 64, 64)]
+        >>> boxes = [torch.tensor([[8.0, 8.0, 24.0, 24.0]]), torch.zeros(0, 4)]
+        >>> targets = [{"boxes": b, "labels": torch.ones(len(b), dtype=torch.int64)} for b in boxes]
+        >>> detection_losses(model, images, targets).total.shape
+        torch.Size([2])
+    """
+    n = len(images)
+    if len(targets) != n or (domains is not None and tuple(domains.shape) != (n,)):
+        raise RowsError(
+            f"Expected one target and one domain for each of the {n} images, but got {len(targets)} targets and domains"
+            f" of shape {None if domains is None else tuple(domains.shape)}."
+        )
+    if losses not in ("heads", "image", "split"):
+        raise DebiasError(f"Expected `losses` to be 'heads', 'image' or 'split', but got {losses!r}.")
+    if not model.training:
+        raise DebiasError(
+            "Expected the detector to be in training mode, where it returns losses, but got one in evaluation mode."
+            " Call `model.train()`; keep BatchNorm frozen with FrozenBatchNorm2d."
+        )
+    if losses == "heads":
+        return one_pass(model, model, (list(images), list(targets)), {})
+    if losses == "image":
+        rows = [[i] for i in range(n)]
+    elif domains is None:
+        raise DebiasError("Expected `domains` with `losses='split'`, but got None. Pass one id per image.")
+    else:
+        numbers = domains.tolist()
+        rows = [[i for i in range(n) if numbers[i] == number] for number in sorted(set(numbers))]
+    parts = [model([images[i] for i in row], [targets[i] for i in row]) for row in rows]
+    return DetectionLosses({name: torch.stack([part[name] for part in parts]) for name in parts[0]}, rows)
+
+
+def detectors(module: nn.Module) -> list[nn.Module]:
+    """The torchvision detectors inside a module."""
+    return [m for m in module.modules() if _family(m) is not None]
+
+
+def one_pass(
+    model: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> DetectionLosses:
+    """Run a detector's forward once, with its losses per image.
+
+    Raises:
+        DebiasError: the detector is none of the supported ones.
+    """
+    with _per_image(model) as counts:
+        losses = dict(forward(*args, **kwargs))
+    return DetectionLosses(losses, [[i] for i in range(len(next(iter(losses.values()))))], counts)
+
+
+def _family(model: nn.Module) -> str | None:
+    """Which of torchvision's detectors a module is, also a subclass, without importing torchvision."""
+    for cls in type(model).__mro__:
+        if cls.__module__.startswith("torchvision.models.detection.") and cls.__name__ in _FAMILIES:
+            return cls.__name__
+    return None
+
+
+@contextmanager
+def _per_image(model: Any) -> Iterator[dict[str, Tensor]]:
+    """While this lasts the detector's loss functions return one value per image; yields where the divisors go."""
+    counts: dict[str, Tensor] = {}
+    family = _family(model)
+    with ExitStack() as stack:
+
+        def put(owner: Any, name: str, around: Callable[..., Any]) -> None:
+            stack.callback(detach, attach(owner, name, around))
+
+        if family == "GeneralizedRCNN" and not model.roi_heads.has_keypoint():
+            put(model.rpn, "compute_loss", _RPNLosses(model.rpn, counts))
+            put(model.roi_heads, "forward", _RoILosses(model.roi_heads, counts))
+        elif family in ("FCOS", "RetinaNet"):
+            put(model.head, "compute_loss", _AnchorLosses(counts, by_foreground=family == "FCOS"))
+        elif family == "SSD":
+            put(model, "compute_loss", _AnchorLosses(counts, by_foreground=True))
+        else:
+            raise DebiasError(
+                f"Expected one of torchvision's {_SUPPORTED} for `losses='heads'`, but got {type(model).__name__}. Use"
+                " `losses='image'` (one pass per image) or `losses='split'` (one pass per domain), which run any model."
+            )
+        yield counts
+
+
+class _AnchorLosses:
+    """Losses of the one-stage detectors: their own function, one image at a time."""
+
+    def __init__(self, counts: dict[str, Tensor], *, by_foreground: bool) -> None:
+        self.counts = counts
+        self.by_foreground = by_foreground
+
+    def __call__(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        targets, outputs, anchors, matched = args
+        parts = [
+            original([targets[i]], {k: v[i : i + 1] for k, v in outputs.items()}, [anchors[i]], [matched[i]])
+            for i in range(len(targets))
+        ]
+        losses = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+        foreground = torch.stack([(m >= 0).sum() for m in matched])
+        count = foreground if self.by_foreground else torch.ones_like(foreground)
+        self.counts.update(dict.fromkeys(losses, count))
+        return losses
+
+
+class _RPNLosses:
+    """Losses of the region proposal network; anchors are sampled image by image, as torchvision does."""
+
+    def __init__(self, rpn: Any, counts: dict[str, Tensor]) -> None:
+        self.rpn = rpn
+        self.counts = counts
+
+    def __call__(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        objectness, deltas, labels, regression = args
+        sampled: list[Tensor] = []
+        sampler = self.rpn.fg_bg_sampler
+
+        def sample(labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            positive, negative = sampler(labels)
+            sampled.append(positive[0].sum() + negative[0].sum())
+            return positive, negative
+
+        sizes = [len(x) for x in labels]
+        self.rpn.fg_bg_sampler = sample
+        try:
+            parts = [
+                original(*part[:2], [part[2]], [part[3]])
+                for part in zip(objectness.split(sizes), deltas.split(sizes), labels, regression, strict=True)
+            ]
+        finally:
+            self.rpn.fg_bg_sampler = sampler
+        count = torch.stack(sampled)
+        self.counts.update(loss_objectness=count, loss_rpn_box_reg=count)
+        return tuple(torch.stack(losses) for losses in zip(*parts, strict=True))
+
+
+class _RoILosses:
+    """The RoI heads' own forward, with loss functions of its module replaced: they are no methods."""
+
+    def __init__(self, heads: Any, counts: dict[str, Tensor]) -> None:
+        self.heads = heads
+        self.counts = counts
+
+    def __call__(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        function = original.__func__  # type: ignore[attr-defined]
+        names = function.__globals__
+        box, mask = names["fastrcnn_loss"], names["maskrcnn_loss"]
+        # A copy of the function that looks names up elsewhere; replacing them in torchvision would reach other threads.
+        replaced = types.FunctionType(
+            function.__code__,
+            names
+            | {
+                "fastrcnn_loss": lambda *tensors: self._boxes(box, *tensors),
+                "maskrcnn_loss": lambda *tensors: self._masks(mask, *tensors),
+            },
+            function.__name__,
+            function.__defaults__,
+            function.__closure__,
+        )
+        return replaced(self.heads, *args, **kwargs)
+
+    def _boxes(
+        self, loss: Callable[..., Any], logits: Tensor, boxes: Tensor, labels: list[Tensor], regression: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        sizes = [len(x) for x in labels]
+        parts = [
+            loss(x, y, [label], [target])
+            if len(label)
+            else (x.sum(), y.sum())  # no proposal: zeros, where a mean is NaN
+            for x, y, label, target in zip(logits.split(sizes), boxes.split(sizes), labels, regression, strict=True)
+        ]
+        count = torch.tensor(sizes, device=logits.device)
+        self.counts.update(loss_classifier=count, loss_box_reg=count)
+        classification, box = (torch.stack(losses) for losses in zip(*parts, strict=True))
+        return classification, box
+
+    def _masks(self, loss: Callable[..., Any], logits: Tensor, proposals: list[Tensor], *others: list[Any]) -> Tensor:
+        sizes = [len(x) for x in proposals]
+        parts = [
+            loss(x, [proposal], *([y] for y in rest))
+            for x, proposal, *rest in zip(logits.split(sizes), proposals, *others, strict=True)
+        ]
+        self.counts["loss_mask"] = torch.tensor(sizes, device=logits.device)
+        return torch.stack(parts)
+
+
+class DetectorStep:
+    """What the detector of one training step runs instead of its forward: the same, with reweighed losses.
+
+    The dictionary that the step receives holds the reweighed mean over images of each of the detector's losses, so that
+    what the step does with it (adding, scaling, logging) stays right. A detector in evaluation mode runs as it is.
+
+    Args:
+        step: the running step.
+        reweigher: the method; its ``loss`` chooses among the detector's losses by position or callable, all of them by
+            default.
+        select: chooses among them: ``select(calls, loss, name of the method)``.
+    """
+
+    def __init__(
+        self, step: Step, reweigher: Method, select: Callable[[list[LossCall], Any, str], list[LossCall]]
+    ) -> None:
+        self.step = step
+        self.reweigher = reweigher
+        self.select = select
+        self.called = False
+
+    def __call__(
+        self, model: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the detector.
+
+        Raises:
+            AmbiguousLossError: it runs a second time in the same step.
+            RowsError: it was given other images than the batch's.
+        """
+        if not model.training:
+            return forward(*args, **kwargs)
+        if self.called:
+            raise AmbiguousLossError(
+                "Expected the training step to run its detector once with `losses='heads'`, but it did so twice, and"
+                " a method updates its state once a step. Use `losses='image'` or `losses='split'`."
+            )
+        self.called = True
+        found = one_pass(model, forward, args, kwargs)
+        if len(found.rows) != self.step.n:
+            raise RowsError(
+                f"Expected the detector to run on the {self.step.n} images of the batch, but it was given"
+                f" {len(found.rows)}. Use `losses='split'` for a step that changes their number."
+            )
+        calls = [
+            LossCall(name, None, None, "mean", i, partial(_mean, losses), _as_samples)
+            for i, (name, losses) in enumerate(found.losses.items())
+        ]
+        choice = self.reweigher.loss
+        chosen = self.select(calls, "sum" if choice is None else choice, type(self.reweigher).__name__)
+        means = dict(zip((call.name for call in chosen), self.reweigher.reweigh(chosen, self.step), strict=True))
+        if self.step.logging:
+            average = torch.stack([call.mean().detach() for call in chosen]).sum()
+            self.reweigher.log_value("average_loss", average, self.step)
+        return {call.name: means[call.name] if call.name in means else call.mean() for call in calls}
+
+    def finish(self) -> None:
+        """Once the step has returned.
+
+        Raises:
+            LossNotFoundError: it ran no detector in training mode.
+        """
+        if not self.called:
+            raise LossNotFoundError(
+                f"Expected the training step to run one of torchvision's {_SUPPORTED} in training mode with"
+                " `losses='heads'`, but it ran none. Use `losses='whole'` for other losses, or `losses='image'` or"
+                " `losses='split'` for other detectors."
+            )
+
+
+def _mean(losses: Tensor) -> tuple[Tensor, Tensor]:
+    return losses, losses.new_ones(())
+
+
+def _as_samples(call: LossCall, num: Tensor) -> None:
+    return None
