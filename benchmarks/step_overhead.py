@@ -77,8 +77,8 @@ DETAILS = {
 
 def registered():
     """Every exported method, with the arguments that any of them may ask for."""
-    given = {"n_groups": N_GROUPS, "group_counts": [40, 30, 20, 10], "group": "group", "domain": "group"}
-    given |= {"n_domains": N_GROUPS, "identity": "group", "n_identities": N_GROUPS, "target": 1}
+    given = {"n_groups": N_GROUPS, "group_counts": [10 + i for i in range(N_GROUPS)], "group": "group"}
+    given |= {"domain": "group", "n_domains": N_GROUPS, "identity": "group", "n_identities": N_GROUPS, "target": 1}
     made = {}
     for name in debias._EXPORTS:
         cls = getattr(debias, name)
@@ -276,11 +276,13 @@ def main():
     parser.add_argument("--methods", nargs="+", choices=registered(), default=list(registered()))
     parser.add_argument("--steps", type=int, default=200, help="timed steps of each method and model")
     parser.add_argument("--block", type=int, default=10, help="steps before it is another method's turn")
+    parser.add_argument("--groups", type=int, default=N_GROUPS, help="number of groups, domains or identities")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cpu-time", action="store_true", help="of this process, where others keep the machine busy")
     parser.add_argument("--out", type=Path, default=None, help="write the rows as CSV")
     options = parser.parse_args()
+    globals()["N_GROUPS"] = options.groups
 
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
