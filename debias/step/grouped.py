@@ -86,8 +86,8 @@ class GroupDebiaser(Debiaser):
         empty = empty_groups(counts, self.module.group_names)
         if empty and trainer.is_global_zero:
             warnings.warn(
-                f"{self.state_key} was given `n_{self.needs[0]}s={self.n_groups}`, but the tags of the training set hold"
-                f" no sample of {empty}. If that counts too many, correct it; else these take no part.",
+                f"{self.state_key} was given `n_{self.needs[0]}s={self.n_groups}`, but the tags of the training set"
+                f" hold no sample of {empty}. If that counts too many, correct it; else these take no part.",
                 stacklevel=2,
             )
 
@@ -99,7 +99,8 @@ class GroupDebiaser(Debiaser):
             if trainer.is_global_zero:
                 warnings.warn(
                     f"{self.state_key} has seen no labelled sample in this epoch: all ids of"
-                    f" `{self.needs[0]}={self.group!r}` were negative, so the loss had no gradient. Check the ids; -1 stands for unlabelled.",
+                    f" `{self.needs[0]}={self.group!r}` were negative, so the loss had no gradient. Check the ids; -1"
+                    " stands for unlabelled.",
                     stacklevel=2,
                 )
 
