@@ -29,7 +29,7 @@ class ShapesDetection(DetectionDataModule):
     studio      saturated colours on an even, light background
     texture     the same colours on stripes of random direction
     dusk        a fifth of the light, with noise
-    fog         little contrast, blurred, grey, with noise: the hard one
+    fog         little contrast, blurred, grey, with noise: the rare one
     ==========  ================================================================================
 
     Each image holds ``0`` to ``max_boxes`` shapes that do not touch. Training images are spread over the domains by
