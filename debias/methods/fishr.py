@@ -208,6 +208,7 @@ class Fishr(DomainPenalty):
     """
 
     reference: ClassVar[str] = "Rame et al., ICML 2022, arXiv 2109.02934"
+    needs: ClassVar[tuple[str, ...]] = ("domain", "features")
     needs_features: ClassVar[bool] = True
     stateful: ClassVar[bool] = True
     key: ClassVar[str] = "fishr"

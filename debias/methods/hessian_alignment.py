@@ -139,8 +139,7 @@ def alignment(
     distances = statistics.features.new_zeros(statistics.members.shape[1])
     for weight, squared, norm in terms:
         distances = distances + weight * (squared / _nonzero(norm) if scale_free else squared)
-    total = torch.where(statistics.present, distances, 0).sum()
-    return total if reduction == "sum" else total / statistics.present.sum().clamp_min(1)
+    return distances @ (statistics.present.to(distances.dtype) if reduction == "sum" else statistics.domain_shares)
 
 
 _DISTANCES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
@@ -297,6 +296,7 @@ class HessianAlignment(DomainPenalty):
     """
 
     reference: ClassVar[str] = "Hemati et al., ICCV 2023, arXiv 2308.11778"
+    needs: ClassVar[tuple[str, ...]] = ("domain", "features")
     needs_features: ClassVar[bool] = True
     key: ClassVar[str] = "hessian_alignment"
 

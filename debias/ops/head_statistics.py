@@ -322,7 +322,7 @@ class HeadStatistics:
             both = torch.stack((torch.where(self.members, weight, 0), (self.members & (weight != 0)).to(weight.dtype)))
             self.den, self.counts = global_sum(both.sum(1))
 
-    @property
+    @cached_property
     def present(self) -> Tensor:
         """Which domains are in the global batch, boolean ``(E,)``."""
         return self.den != 0
@@ -341,7 +341,13 @@ class HeadStatistics:
     @cached_property
     def mean_shares(self) -> Tensor:
         """Weight of each row in the mean over domains, ``(rows, 1)``."""
-        return self.shares.sum(1, keepdim=True) / self.present.sum().clamp_min(1)
+        return self.shares @ self.domain_shares.unsqueeze(1)
+
+    @cached_property
+    def domain_shares(self) -> Tensor:
+        """Weight of each domain in the mean over those that are present, ``(E,)``."""
+        present = self.present.to(self.features.dtype)
+        return present / present.sum().clamp_min(1)
 
     @cached_property
     def inputs(self) -> Tensor:
@@ -358,9 +364,14 @@ class HeadStatistics:
         return global_sum(coefficients.flatten(1).T @ inputs).unflatten(0, coefficients.shape[1:])
 
     @cached_property
+    def residuals(self) -> Tensor:
+        """Coefficients of the mean gradients, ``(rows, E, C)``."""
+        return self.spread(self.loss.residuals)
+
+    @cached_property
     def gradients(self) -> Tensor:
         """Mean gradients G_e, ``(E, C, D)``; 0 for an absent domain."""
-        return self.sums(self.spread(self.loss.residuals), self.inputs)
+        return self.sums(self.residuals, self.inputs)
 
     def images(self, vectors: Tensor) -> Tensor:
         """``V_e a_i`` for every domain e and row i, from vectors ``(E, C, D)``; ``(rows, E, C)``."""
@@ -415,14 +426,13 @@ class HeadStatistics:
 
     def gradient_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
         """``|G_e - mean G|^2``."""
-        own = self.spread(self.loss.residuals)
-        return self._distances(own, self.mean(own, 1), detach_target, self.by_pairs(5))
+        target = self.mean_shares * self.loss.residuals
+        return self._distances(self.residuals, target, detach_target, self.by_pairs(5))
 
     def product_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
         """``|H_e G_e - (mean H)(mean G)|^2``."""
         if self.by_pairs(5):
-            own = self.spread(self.loss.residuals)
-            images = _times(self.gram[0], own)
+            images = _times(self.gram[0], self.residuals)
         else:
             images = self.images(self.gradients)
         target = self.mean_shares * self.loss.curvature(self.mean(images, 1))
@@ -430,8 +440,8 @@ class HeadStatistics:
 
     def diagonal_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
         """``|diag H_e - mean diag H|^2``."""
-        own = self.spread(self.loss.diagonal)
-        return self._distances(own, self.mean(own, 1), detach_target, self.by_pairs(2), squared=True)
+        own, target = self.spread(self.loss.diagonal), self.mean_shares * self.loss.diagonal
+        return self._distances(own, target, detach_target, self.by_pairs(2), squared=True)
 
     def _distances(
         self, own: Tensor, target: Tensor, detach_target: bool, by_pairs: bool, *, squared: bool = False
@@ -490,8 +500,10 @@ class HeadStatistics:
         return value + (moving - moving.detach()), norm.detach()
 
     def mean(self, values: Tensor, dim: int = 0) -> Tensor:
-        """Mean over the domains that are present, along ``dim``."""
-        return domain_mean(values, self.present, dim)
+        """Mean over the domains that are present, along ``dim``; those of an absent one are finite."""
+        shape = [1] * values.ndim
+        shape[dim] = -1
+        return (values * self.domain_shares.view(shape)).sum(dim)
 
 
 def _times(gram: Tensor, coefficients: Tensor) -> Tensor:
