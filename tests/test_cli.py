@@ -140,7 +140,7 @@ def test_unknown_key_in_a_file(tmp_path, capsys, text, message):
 def test_unknown_command_and_recipe_name_the_nearest(capsys, tmp_path):
     assert "unknown command `metods`; the nearest is `methods`." in refused(capsys, "metods")
     error = refused(capsys, "recipes", "copy", "colored_digit", str(tmp_path))
-    assert "one of bp4d, colored_digits, colored_mnist, " in error
+    assert "one of bccd, bp4d, colored_digits, colored_mnist, " in error
     assert "but got `colored_digit`; the nearest is `colored_digits`." in error
 
 
@@ -209,7 +209,7 @@ def test_recipes_are_listed_and_copied_and_never_overwritten(tmp_path, capsys):
     main(["recipes"])
     out = capsys.readouterr().out
     assert "colored_digits" in out
-    assert "balanced, cdann, dann, erm, group_dro, identity_adversarial, reweight" in out
+    assert all(name in out for name in ("balanced", "erm", "group_dro", "hessian_alignment", "identity_adversarial"))
 
     main(["recipes", "copy", "colored_digits", str(tmp_path)])
     copied = sorted(str(file.relative_to(tmp_path / "recipes")) for file in tmp_path.rglob("*.yaml"))
