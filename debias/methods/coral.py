@@ -22,13 +22,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from debias.methods._domain_penalty import DomainPenalty
 from debias.ops.domain_pairs import mean_over_pairs, squared_differences
 from debias.ops.head_statistics import make_members
 from debias.ops.penalties import DomainPenaltyModule
 from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.distributed import global_sum, is_distributed
-from debias.step.penalised import DomainPenalty
 from debias.step.tap import LossCall
 
 __all__ = ["CORAL", "CORALMixin", "CORALPenalty", "coral_penalty"]

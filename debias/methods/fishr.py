@@ -34,12 +34,12 @@ import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
+from debias.methods._domain_penalty import DomainPenalty
 from debias.ops.head_statistics import HeadStatistics, domain_mean, make_head_loss, make_members
 from debias.ops.penalties import DomainPenaltyModule
 from debias.ops.schedule import check_number
 from debias.step.batch import BatchKey
 from debias.step.context import Step
-from debias.step.penalised import DomainPenalty
 from debias.step.tap import LossCall
 
 __all__ = ["Fishr", "FishrMixin", "FishrPenalty", "fishr_penalty"]

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
+from debias.methods._domain_penalty import DomainPenalty, head_loss, rows_of
 from debias.ops.head_statistics import HeadLoss, domain_mean, make_head_loss, make_members
 from debias.ops.penalties import DomainPenaltyModule
 from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.distributed import global_rank, global_sum, world_size
-from debias.step.penalised import DomainPenalty, head_loss, rows_of
 from debias.step.tap import LossCall
 
 __all__ = ["IRM", "IRMMixin", "IRMPenalty", "irm_penalty"]

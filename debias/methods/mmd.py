@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
+from debias.methods._domain_penalty import DomainPenalty
 from debias.ops.domain_pairs import mean_over_pairs, squared_differences
 from debias.ops.head_statistics import make_members
 from debias.ops.penalties import DomainPenaltyModule
@@ -33,7 +34,6 @@ from debias.ops.schedule import check_number
 from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.distributed import gather
-from debias.step.penalised import DomainPenalty
 from debias.step.tap import LossCall
 
 __all__ = ["MMD", "MMDMixin", "MMDPenalty", "mmd_penalty"]

@@ -20,13 +20,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from debias.methods._domain_penalty import DomainPenalty
 from debias.ops.groups import group_losses
 from debias.ops.head_statistics import domain_mean
 from debias.ops.penalties import DomainPenaltyModule
 from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.distributed import global_sum
-from debias.step.penalised import DomainPenalty
 from debias.step.tap import LossCall
 
 __all__ = ["VREx", "VRExMixin", "VRExPenalty", "vrex_penalty"]
