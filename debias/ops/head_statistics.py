@@ -431,10 +431,7 @@ class HeadStatistics:
 
     def product_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
         """``|H_e G_e - (mean H)(mean G)|^2``."""
-        if self.by_pairs(5):
-            images = _times(self.gram[0], self.residuals)
-        else:
-            images = self.images(self.gradients)
+        images = _times(self.gram[0], self.residuals) if self.by_pairs(5) else self.images(self.gradients)
         target = self.mean_shares * self.loss.curvature(self.mean(images, 1))
         return self._distances(self.spread(self.loss.curvature(images)), target, detach_target, self.by_pairs(5))
 
