@@ -7,15 +7,13 @@ package; with the penalty by double backward, written here the way published cod
 Hutchinson's estimator with 300 vectors is timed at 10 and 50 vectors and extrapolated; the two timings show whether
 that is linear. Float32, 32 samples a domain, d = 2048. On the CPU what is timed is the process's CPU time, on one
 thread, so that another process on the machine counts little; on CUDA the time on the clock after a synchronisation.
-Peak memory is what a fresh process needs on top of the plain head (CPU: maximum resident size; CUDA: allocated).
+Peak memory is that of the tensors of one step, above those before it.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -204,20 +202,21 @@ def timings(case: Case, names: list[str], seconds: float) -> dict[str, float]:
     return {name: min(values) for name, values in taken.items()}
 
 
-def memory(classes: int, domains: int, device: str, name: str) -> float:
-    """Peak MiB of two steps in this process, from when the plain head has run."""
-    case = Case(classes, domains, device)
-    case.step("plain")
-    if device == "cuda":
+def memory(case: Case, name: str) -> float:
+    """MiB of tensors allocated at the peak of one step, above those before it."""
+    if case.features.is_cuda:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-    else:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(2):
         case.step(name)
-    if device == "cuda":
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        case.step(name)
+    events = profiler.profiler.kineto_results.events()
+    now = peak = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak / 2**20
 
 
 def main() -> None:
@@ -228,17 +227,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sizes", nargs="+", type=int, default=[0, 1, 2], help="which of the (C, E)")
     parser.add_argument("--out", type=Path, default=None, help="CSV")
-    parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.memory_of:
-        print(memory(int(args.memory_of[0]), int(args.memory_of[1]), args.device, args.memory_of[2]))
-        return
-
-    def peak(classes: int, domains: int, name: str) -> float:
-        command = [sys.executable, __file__, "--device", args.device, "--memory-of", str(classes), str(domains), name]
-        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
     rows = []
     for classes, domains in [SIZES[i] for i in args.sizes]:
         case = Case(classes, domains, args.device)
@@ -252,7 +242,7 @@ def main() -> None:
             rows.append(
                 [f"{classes}, {domains}", label, found["plain"] * 1e3, found[mine] * 1e3,
                  found[double] * 1e3 if double else None, found[double] / found[mine] if double else None,
-                 peak(classes, domains, mine), peak(classes, domains, double) if double else None]
+                 memory(case, mine), memory(case, double) if double else None]
             )  # fmt: skip
         rows.append(
             [f"{classes}, {domains}", "Hutchinson, m = 300 (extrapolated) against diagonal", found["plain"] * 1e3,

@@ -273,7 +273,7 @@ def machine(accelerator):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--methods", nargs="+", choices=registered(), default=list(registered()))
+    parser.add_argument("--methods", nargs="+", choices=registered(), default=["GroupDRO", "GroupReweighting"])
     parser.add_argument("--steps", type=int, default=200, help="timed steps of each method and model")
     parser.add_argument("--block", type=int, default=10, help="steps before it is another method's turn")
     parser.add_argument("--groups", type=int, default=N_GROUPS, help="number of groups, domains or identities")
