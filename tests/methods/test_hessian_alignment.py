@@ -312,6 +312,46 @@ def test_logits_that_are_not_the_heads_are_refused() -> None:
             fit(Tempered(), HessianAlignment("place", 3, head="head", derivatives=derivatives))
 
 
+class TwoHeads(Classifier):
+    """Two losses, each of a head with features of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.other_backbone = nn.Sequential(nn.Linear(4, 6), nn.Tanh()).double()
+            self.other_head = nn.Linear(6, 2, bias=False).double()
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self(x), y) + F.cross_entropy(self.other_head(self.other_backbone(x)), 1 - y)
+
+
+@pytest.mark.parametrize("one", [True, False])
+def test_two_heads_each_with_its_features(one: bool) -> None:
+    """The heads share nothing, so each trains as it would alone; no step logs, so nothing but the first is checked."""
+    options = {"alpha": 1.0, "beta": 1.0}
+    methods = [HessianAlignment("place", 3, loss="sum", **options)]
+    if not one:
+        methods = [HessianAlignment("place", 3, loss=i, name=str(i), **options) for i in range(2)]
+    both = TwoHeads()
+    make_trainer(methods, max_epochs=2, log_every_n_steps=100).fit(both, loader(), val_loader())
+    alone = Classifier()
+    fit(alone, HessianAlignment("place", 3, **options), max_epochs=2)
+    for name, value in parameters(alone).items():
+        assert torch.allclose(value, both.state_dict()[name], rtol=1e-11, atol=1e-13), name
+
+
+def test_a_head_that_one_penalty_names_and_another_finds() -> None:
+    """Differentiating a head runs it again, which is no step of the user's."""
+    methods = [
+        HessianAlignment("place", 3, derivatives="autograd", head="head"),
+        Fishr("place", 3),
+        HessianAlignment("place", 3, name="again"),
+    ]
+    make_trainer(methods, max_epochs=2).fit(Classifier(), loader(), val_loader())
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_unreduced_losses_with_a_mask(masked: bool) -> None:
     """``reduction="none"`` and a mask: the rows of the mask are those of the domains' means."""
