@@ -25,6 +25,7 @@ from torch import Tensor
 from debias.ops.domain_pairs import mean_over_pairs, squared_differences
 from debias.ops.head_statistics import make_members
 from debias.ops.penalties import DomainPenaltyModule
+from debias.ops.precision import in_full_precision
 from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.distributed import global_sum, is_distributed
@@ -34,6 +35,7 @@ from debias.step.tap import LossCall
 __all__ = ["CORAL", "CORALMixin", "CORALPenalty", "coral_penalty"]
 
 
+@in_full_precision
 def coral_penalty(features: Tensor, domains: Tensor, n_domains: int, *, by_pairs: bool | None = None) -> Tensor:
     """Distance of the domains' means and covariances.
 

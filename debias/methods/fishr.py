@@ -135,11 +135,11 @@ class FishrPenalty(DomainPenaltyModule):
         members = make_members(domains, self.n_domains, len(logits))
         self.count_rows(domains, logits)
 
-        def penalty(logits: Tensor) -> Tensor:
+        def penalty(logits: Tensor, features: Tensor) -> Tensor:
             loss = make_head_loss(self.loss, logits, targets)
             return self.of(HeadStatistics(features, loss, members, self.head_bias))
 
-        return self.weighted(step, penalty, logits)
+        return self.weighted(step, penalty, logits, features)
 
     def of(self, statistics: HeadStatistics) -> Tensor:
         """The penalty, not yet weighted, from statistics of any head; in training mode the averages are updated."""
@@ -249,6 +249,11 @@ class Fishr(DomainPenalty):
             name=name,
             allow_untested_strategy=allow_untested_strategy,
         )  # fmt: skip
+        if loss == "sum" and ema:
+            raise DebiasError(
+                "Expected `loss` of Fishr to choose one loss, but got 'sum': the running averages are those of one."
+                " Pass `loss=<index>`, in an instance with a `name` of its own for each loss, or `ema=0`."
+            )
 
     def penalty(self, call: LossCall, domains: Tensor, step: Step) -> Tensor:
         """The module's penalty for this loss."""

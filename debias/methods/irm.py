@@ -30,6 +30,7 @@ from torch import Tensor
 from debias.errors import DebiasError
 from debias.ops.head_statistics import HeadLoss, domain_mean, make_head_loss, make_members
 from debias.ops.penalties import DomainPenaltyModule
+from debias.ops.precision import in_full_precision
 from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.distributed import global_rank, global_sum, world_size
@@ -41,6 +42,7 @@ __all__ = ["IRM", "IRMMixin", "IRMPenalty", "irm_penalty"]
 Form = Literal["unbiased", "squared"]
 
 
+@in_full_precision
 def irm_penalty(
     logits: Tensor,
     targets: Tensor,
