@@ -125,7 +125,8 @@ class CORAL(DomainPenalty):
         head: dotted path of the layer whose input the features are; by default the head, which is found.
         loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
 
-    Logs ``train/coral_penalty``, before its weight, on logging steps, and the weight where it changes.
+    Logs ``train/coral_penalty``, before its weight, on logging steps, and the weight where it changes;
+    with ``/name`` behind where there are several of them.
 
     Example:
         >>> from debias import CORAL

@@ -21,7 +21,7 @@ Published: DomainBed weight 1000 (searched 10 to 1e4), ``ema=0.95`` (0.9 to 0.99
 (searched 0 to 5000), Adam reset at the switch; Colored MNIST weight 91257 after 190 steps.
 
 A domain absent from the batch keeps its average and has no part in the penalty of this batch. One sample in a domain
-has variance 0. Costs one all-reduce of ``2 E P`` floats. Needs features, a linear head (or ``derivatives="autograd"``
+has variance 0. Costs two all-reduces of ``E P`` floats. Needs features, a linear head (or ``derivatives="autograd"``
 for any), domain ids.
 """
 
@@ -197,9 +197,11 @@ class Fishr(DomainPenalty):
         reset_optimizer: forget the optimiser's running averages at ``start_step``, as DomainBed does.
         derivatives: ``"closed_form"`` for a linear head, ``"autograd"`` for any head.
         head: dotted path of the head; found by default.
-        loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
+        loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`; ``loss="sum"`` with ``ema=0`` only, as
+            the averages are those of one loss.
 
-    Logs ``train/fishr_penalty``, before its weight, on logging steps, and the weight where it changes.
+    Logs ``train/fishr_penalty``, before its weight, on logging steps, and the weight where it changes;
+    with ``/name`` behind where there are several of them.
 
     Example:
         >>> from debias import Fishr

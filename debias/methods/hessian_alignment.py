@@ -29,8 +29,9 @@ At fixed predictions, features s times as large make ``|g_e - g|^2`` s^2, ``|dia
 on another. ``scale_free=True`` divides each distance by the squared norm of its target, without gradient through it.
 
 A domain absent from the batch has no part in it, nor in E. One sample in a domain is a mean like another. Zero
-gradients are no special case: no root is taken. Costs one all-reduce of ``E C (d + 1)`` floats a statistic
-(``"frobenius"`` gathers the rows of all ranks). Needs features, a linear head (or ``derivatives="autograd"`` for any),
+gradients are no special case: no root is taken. Costs one all-reduce of ``E C (d + 1)`` floats and one of ``C (d + 1)``
+for the gradients and as much for the statistic; ``"hgp"`` one of ``E C (d + 1)`` more; ``"frobenius"`` gathers the rows
+of all ranks. Needs features, a linear head (or ``derivatives="autograd"`` for any),
 domain ids.
 """
 
@@ -293,7 +294,8 @@ class HessianAlignment(DomainPenalty):
         seed: seed of the Rademacher vectors.
         loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
 
-    Logs ``train/hessian_alignment_penalty``, before its weight, on logging steps, and the weight where it changes.
+    Logs ``train/hessian_alignment_penalty``, before its weight, on logging steps, and the weight where it changes;
+    with ``/name`` behind where there are several of them.
 
     Example:
         >>> from debias import HessianAlignment

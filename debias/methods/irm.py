@@ -162,7 +162,8 @@ class IRM(DomainPenalty):
         reset_optimizer: forget the optimiser's running averages at ``start_step``, as DomainBed does.
         loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
 
-    Logs ``train/irm_penalty``, before its weight, on logging steps, and the weight where it changes.
+    Logs ``train/irm_penalty``, before its weight, on logging steps, and the weight where it changes;
+    with ``/name`` behind where there are several of them.
 
     Example:
         >>> from debias import IRM
