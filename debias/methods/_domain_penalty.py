@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -114,6 +114,11 @@ class DomainPenalty(Debiaser):
                 self.log_value(f"{self.key}_penalty_weight", value.new_tensor(weight), step)
         return weight * value if weight else value.new_zeros(())
 
+    def _log_name(self, key: str, step: Step) -> str:
+        """With the instance's name where there are several of a class, whose values would overwrite each other."""
+        several = sum(type(callback) is type(self) for callback in step.trainer.callbacks) > 1
+        return super()._log_name(key, step) + (f"/{self.name}" if several else "")
+
     def loss_factor(self, step: Step) -> float:
         """``1 / weight`` where the protocol divides the loss by a weight above 1."""
         weight = self.module.schedule(step.global_step) if self.divide_loss else 1.0
@@ -184,8 +189,10 @@ class DomainPenalty(Debiaser):
         """
         features = call.features
         assert features is not None
-        width = features.shape[1] if features.ndim == 4 else features.shape[-1]
-        if features.ndim == 4:
+        weight = getattr(call.head, "weight", None)
+        by_channel = features.ndim == 4 and not (isinstance(weight, Tensor) and weight.ndim == 2)
+        width = features.shape[1] if by_channel else features.shape[-1]
+        if by_channel:
             features = features.movedim(1, -1)
         features = features.reshape(-1, width)
         features = features.float() if features.dtype in _HALF else features
@@ -210,6 +217,7 @@ class DomainPenalty(Debiaser):
             assert call.features is not None
             features = call.features.float() if call.features.dtype in _HALF else call.features
             if check:
+                _refuse_batch_norm(call.head)
                 check_head(call, features, logits)
             return AutogradHeadStatistics(call.head, call.of_logits(features), loss, members)
         features = features_of(call, len(logits))
@@ -262,11 +270,22 @@ def head_loss(call: LossCall) -> HeadLoss:
 
 
 def rows_of(call: LossCall, per_sample: Tensor, rows: int) -> Tensor:
-    """Values of the rows of the logits, from values of the samples."""
+    """Values of the rows of the logits, from values of the samples.
+
+    Raises:
+        RowsError: the rows are not those of the loss.
+    """
     index = call.rows
+    count = len(per_sample) if index is None else index.numel()
+    if count != rows and (index is None or count % max(rows, 1)):
+        raise RowsError(
+            f"Expected {rows} rows that belong to the {count} of `{call.name}`, but they do not divide it. The loss is"
+            " computed from other rows than the head reads (a mean over tokens?); name a layer that sees one row a"
+            " sample: `head='dotted.path'`."
+        )
     if index is None:
         return per_sample
-    if index.numel() != rows:  # one number per element of a multi-label loss, all of a row the same
+    if count != rows:  # one number per element of a multi-label loss, all of a row the same
         index = index.view(rows, -1)[:, 0]
     return per_sample[index]
 
@@ -295,7 +314,8 @@ def check_linear(call: LossCall, features: Tensor, logits: Tensor) -> None:
     Raises:
         HeadNotFoundError: they are not.
     """
-    weight, bias = getattr(call.head, "weight", None), getattr(call.head, "bias", None)
+    with _steady(call.head):
+        weight, bias = getattr(call.head, "weight", None), getattr(call.head, "bias", None)
     who = type(call.head).__name__
     if not isinstance(weight, Tensor) or weight.flatten(1).shape != (logits.shape[1], features.shape[1]):
         raise HeadNotFoundError(
@@ -318,8 +338,35 @@ def check_head(call: LossCall, features: Tensor, logits: Tensor) -> None:
     """
     head = call.head
     assert head is not None
+    features = features.to(next((p.dtype for p in head.parameters()), features.dtype))
     with torch.no_grad():
         _check_logits(call, head.forward(features).reshape(logits.shape), logits, type(head).__name__)
+
+
+@contextmanager
+def _steady(head: nn.Module | None) -> Iterator[None]:
+    """Parametrizations that change whenever the weight is read in training, such as spectral norms, do not here."""
+    parts = getattr(head, "parametrizations", None)
+    modules = [m for m in parts.modules() if m.training] if isinstance(parts, nn.Module) else []
+    for module in modules:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in modules:
+            module.training = True
+
+
+def _refuse_batch_norm(head: nn.Module) -> None:
+    """A sample's logits must not depend on the others: its derivatives would not be its own, nor the same by rank."""
+    for module in head.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise HeadNotFoundError(
+                f"Expected a head in which a sample's logits depend on that sample alone, but got {type(head).__name__}"
+                f" with a {type(module).__name__} in training mode. Name the layers behind it"
+                " (`head='dotted.path'`), or use a penalty that needs no head (IRM, VREx)."
+            )
 
 
 def _check_logits(call: LossCall, made: Tensor, logits: Tensor, who: str) -> None:

@@ -26,6 +26,7 @@ from debias.methods._domain_penalty import DomainPenalty
 from debias.ops.domain_pairs import mean_over_pairs, squared_differences
 from debias.ops.head_statistics import make_members
 from debias.ops.penalties import DomainPenaltyModule
+from debias.ops.precision import in_full_precision
 from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.distributed import global_sum, is_distributed
@@ -34,6 +35,7 @@ from debias.step.tap import LossCall
 __all__ = ["CORAL", "CORALMixin", "CORALPenalty", "coral_penalty"]
 
 
+@in_full_precision
 def coral_penalty(features: Tensor, domains: Tensor, n_domains: int, *, by_pairs: bool | None = None) -> Tensor:
     """Distance of the domains' means and covariances.
 
@@ -123,7 +125,8 @@ class CORAL(DomainPenalty):
         head: dotted path of the layer whose input the features are; by default the head, which is found.
         loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
 
-    Logs ``train/coral_penalty``, before its weight, on logging steps, and the weight where it changes.
+    Logs ``train/coral_penalty``, before its weight, on logging steps, and the weight where it changes;
+    with ``/name`` behind where there are several of them.
 
     Example:
         >>> from debias import CORAL

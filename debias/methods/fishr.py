@@ -21,7 +21,7 @@ Published: DomainBed weight 1000 (searched 10 to 1e4), ``ema=0.95`` (0.9 to 0.99
 (searched 0 to 5000), Adam reset at the switch; Colored MNIST weight 91257 after 190 steps.
 
 A domain absent from the batch keeps its average and has no part in the penalty of this batch. One sample in a domain
-has variance 0. Costs one all-reduce of ``2 E P`` floats. Needs features, a linear head (or ``derivatives="autograd"``
+has variance 0. Costs two all-reduces of ``E P`` floats. Needs features, a linear head (or ``derivatives="autograd"``
 for any), domain ids.
 """
 
@@ -135,11 +135,11 @@ class FishrPenalty(DomainPenaltyModule):
         members = make_members(domains, self.n_domains, len(logits))
         self.count_rows(domains, logits)
 
-        def penalty(logits: Tensor) -> Tensor:
+        def penalty(logits: Tensor, features: Tensor) -> Tensor:
             loss = make_head_loss(self.loss, logits, targets)
             return self.of(HeadStatistics(features, loss, members, self.head_bias))
 
-        return self.weighted(step, penalty, logits)
+        return self.weighted(step, penalty, logits, features)
 
     def of(self, statistics: HeadStatistics) -> Tensor:
         """The penalty, not yet weighted, from statistics of any head; in training mode the averages are updated."""
@@ -197,9 +197,11 @@ class Fishr(DomainPenalty):
         reset_optimizer: forget the optimiser's running averages at ``start_step``, as DomainBed does.
         derivatives: ``"closed_form"`` for a linear head, ``"autograd"`` for any head.
         head: dotted path of the head; found by default.
-        loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
+        loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`; ``loss="sum"`` with ``ema=0`` only, as
+            the averages are those of one loss.
 
-    Logs ``train/fishr_penalty``, before its weight, on logging steps, and the weight where it changes.
+    Logs ``train/fishr_penalty``, before its weight, on logging steps, and the weight where it changes;
+    with ``/name`` behind where there are several of them.
 
     Example:
         >>> from debias import Fishr
@@ -250,6 +252,11 @@ class Fishr(DomainPenalty):
             name=name,
             allow_untested_strategy=allow_untested_strategy,
         )  # fmt: skip
+        if loss == "sum" and ema:
+            raise DebiasError(
+                "Expected `loss` of Fishr to choose one loss, but got 'sum': the running averages are those of one."
+                " Pass `loss=<index>`, in an instance with a `name` of its own for each loss, or `ema=0`."
+            )
 
     def penalty(self, call: LossCall, domains: Tensor, step: Step) -> Tensor:
         """The module's penalty for this loss."""

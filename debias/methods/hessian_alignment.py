@@ -29,8 +29,9 @@ At fixed predictions, features s times as large make ``|g_e - g|^2`` s^2, ``|dia
 on another. ``scale_free=True`` divides each distance by the squared norm of its target, without gradient through it.
 
 A domain absent from the batch has no part in it, nor in E. One sample in a domain is a mean like another. Zero
-gradients are no special case: no root is taken. Costs one all-reduce of ``E C (d + 1)`` floats a statistic
-(``"frobenius"`` gathers the rows of all ranks). Needs features, a linear head (or ``derivatives="autograd"`` for any),
+gradients are no special case: no root is taken. Costs one all-reduce of ``E C (d + 1)`` floats and one of ``C (d + 1)``
+for the gradients and as much for the statistic; ``"hgp"`` one of ``E C (d + 1)`` more; ``"frobenius"`` gathers the rows
+of all ranks. Needs features, a linear head (or ``derivatives="autograd"`` for any),
 domain ids.
 """
 
@@ -46,9 +47,11 @@ from debias.errors import DebiasError
 from debias.methods._domain_penalty import DomainPenalty
 from debias.ops.head_statistics import HeadStatistics, make_head_loss, make_members
 from debias.ops.penalties import DomainPenaltyModule
+from debias.ops.precision import in_full_precision
 from debias.ops.schedule import check_number
 from debias.step.batch import BatchKey
 from debias.step.context import Step
+from debias.step.distributed import global_rank, global_sum
 from debias.step.tap import LossCall
 
 __all__ = ["HessianAlignment", "HessianAlignmentMixin", "HessianAlignmentPenalty", "hessian_alignment_penalty"]
@@ -57,6 +60,7 @@ Statistic = Literal["hgp", "diagonal", "hutchinson", "frobenius"]
 PUBLISHED_ALPHA: dict[str, float] = {"hgp": 1e-4, "diagonal": 1e-3, "hutchinson": 1e-3, "frobenius": 1e-3}
 
 
+@in_full_precision
 def hessian_alignment_penalty(
     features: Tensor,
     logits: Tensor,
@@ -162,6 +166,8 @@ def _hutchinson(
     for _ in range(n_samples):
         bits = torch.randint(0, 2, (shape[0] + 1, *shape[1:]), generator=generator, device=features.device)
         signs = (2 * bits - 1).to(features.dtype)
+        if generator is None:  # that of the process, which need not be where those of the other ranks are
+            signs = global_sum(signs * (global_rank() == 0))
         own.append(signs[:-1] * statistics.hessian_vector(signs[:-1]))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_target):
             shared.append(signs[-1] * statistics.mean_hessian_vector(signs[-1]))
@@ -246,11 +252,11 @@ class HessianAlignmentPenalty(DomainPenaltyModule):
         members = make_members(domains, self.n_domains, len(logits))
         self.count_rows(domains, logits)
 
-        def penalty(logits: Tensor) -> Tensor:
+        def penalty(logits: Tensor, features: Tensor) -> Tensor:
             loss = make_head_loss(self.loss, logits, targets)
             return self.of(HeadStatistics(features, loss, members, self.bias), generator)
 
-        return self.weighted(step, penalty, logits)
+        return self.weighted(step, penalty, logits, features)
 
     def of(self, statistics: HeadStatistics, generator: torch.Generator | None = None) -> Tensor:
         """The penalty, not yet weighted, from statistics of any head."""
@@ -287,7 +293,8 @@ class HessianAlignment(DomainPenalty):
         seed: seed of the Rademacher vectors.
         loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
 
-    Logs ``train/hessian_alignment_penalty``, before its weight, on logging steps, and the weight where it changes.
+    Logs ``train/hessian_alignment_penalty``, before its weight, on logging steps, and the weight where it changes;
+    with ``/name`` behind where there are several of them.
 
     Example:
         >>> from debias import HessianAlignment

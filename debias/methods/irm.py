@@ -31,6 +31,7 @@ from debias.errors import DebiasError
 from debias.methods._domain_penalty import DomainPenalty, head_loss, rows_of
 from debias.ops.head_statistics import HeadLoss, domain_mean, make_head_loss, make_members
 from debias.ops.penalties import DomainPenaltyModule
+from debias.ops.precision import in_full_precision
 from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.distributed import global_rank, global_sum, world_size
@@ -41,6 +42,7 @@ __all__ = ["IRM", "IRMMixin", "IRMPenalty", "irm_penalty"]
 Form = Literal["unbiased", "squared"]
 
 
+@in_full_precision
 def irm_penalty(
     logits: Tensor,
     targets: Tensor,
@@ -160,7 +162,8 @@ class IRM(DomainPenalty):
         reset_optimizer: forget the optimiser's running averages at ``start_step``, as DomainBed does.
         loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
 
-    Logs ``train/irm_penalty``, before its weight, on logging steps, and the weight where it changes.
+    Logs ``train/irm_penalty``, before its weight, on logging steps, and the weight where it changes;
+    with ``/name`` behind where there are several of them.
 
     Example:
         >>> from debias import IRM

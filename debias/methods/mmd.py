@@ -30,6 +30,7 @@ from debias.methods._domain_penalty import DomainPenalty
 from debias.ops.domain_pairs import mean_over_pairs, squared_differences
 from debias.ops.head_statistics import make_members
 from debias.ops.penalties import DomainPenaltyModule
+from debias.ops.precision import in_full_precision
 from debias.ops.schedule import check_number
 from debias.step.batch import BatchKey
 from debias.step.context import Step
@@ -42,6 +43,7 @@ GAMMAS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
 Kernel = Literal["gaussian", "scaled_gaussian"]
 
 
+@in_full_precision
 def mmd_penalty(
     features: Tensor,
     domains: Tensor,
@@ -152,7 +154,8 @@ class MMD(DomainPenalty):
         head: dotted path of the layer whose input the features are; by default the head, which is found.
         loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
 
-    Logs ``train/mmd_penalty``, before its weight, on logging steps, and the weight where it changes.
+    Logs ``train/mmd_penalty``, before its weight, on logging steps, and the weight where it changes;
+    with ``/name`` behind where there are several of them.
 
     Example:
         >>> from debias import MMD

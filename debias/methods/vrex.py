@@ -8,7 +8,7 @@ Published: DomainBed weight 10 (searched 0.1 to 1e5) after 500 steps at weight 1
 MNIST protocol adds ``(L_1 - L_2)^2``, four times the variance of two, at weight 91257 after 190 steps.
 
 A domain absent from the batch has no part in it, nor in E; with one domain present the penalty is 0. Equal losses have
-a zero gradient. Costs one all-reduce of 2 E + 2 floats and one of E. Needs per-sample losses of any kind, and domain
+a zero gradient. Costs one all-reduce of 3 E + 9 doubles and one of E. Needs per-sample losses of any kind, and domain
 ids; no features, no head.
 """
 
@@ -24,6 +24,7 @@ from debias.methods._domain_penalty import DomainPenalty
 from debias.ops.groups import group_losses
 from debias.ops.head_statistics import domain_mean
 from debias.ops.penalties import DomainPenaltyModule
+from debias.ops.precision import in_full_precision
 from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.distributed import global_sum
@@ -32,6 +33,7 @@ from debias.step.tap import LossCall
 __all__ = ["VREx", "VRExMixin", "VRExPenalty", "vrex_penalty"]
 
 
+@in_full_precision
 def vrex_penalty(losses: Tensor, domains: Tensor, n_domains: int, *, den: Tensor | None = None) -> Tensor:
     """Variance of the domains' mean losses.
 
@@ -107,7 +109,8 @@ class VREx(DomainPenalty):
         reset_optimizer: forget the optimiser's running averages at ``start_step``, as DomainBed does.
         loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
 
-    Logs ``train/vrex_penalty``, before its weight, on logging steps, and the weight where it changes.
+    Logs ``train/vrex_penalty``, before its weight, on logging steps, and the weight where it changes;
+    with ``/name`` behind where there are several of them.
 
     Example:
         >>> from debias import VREx

@@ -32,12 +32,14 @@ class AutogradHeadStatistics(HeadStatistics):
     def __init__(self, head: nn.Module, features: Tensor, loss: HeadLoss, members: Tensor) -> None:
         super().__init__(features, loss, members)
         self.head = head
-        self.parameters: dict[str, Tensor] = {name: p for name, p in head.named_parameters() if p.requires_grad}
+        precise = {n: _like(x, features) for n, x in (*head.named_parameters(), *head.named_buffers())}
+        self.parameters = {name: precise.pop(name) for name, p in head.named_parameters() if p.requires_grad}
+        self._fixed = precise
         if not self.parameters:
             raise DebiasError("Expected the head to have trainable parameters, but got none. Unfreeze it.")
 
     def _objective(self, parameters: dict[str, Tensor], shares: Tensor) -> Tensor:
-        logits = functional_call(self.head, parameters, (self.features,))
+        logits = functional_call(self.head, self._fixed | parameters, (self.features,))
         return (self.loss.num(logits.reshape(self.loss.target.shape)) * shares).sum()
 
     def _flat(self, parts: dict[str, Tensor]) -> Tensor:
@@ -84,7 +86,7 @@ class AutogradHeadStatistics(HeadStatistics):
         )
 
         def of_sample(parameters: dict[str, Tensor], feature: Tensor, *parts: Tensor) -> Tensor:
-            logits = functional_call(self.head, parameters, (feature.unsqueeze(0),))
+            logits = functional_call(self.head, self._fixed | parameters, (feature.unsqueeze(0),))
             return numerators(loss.kind, logits.reshape(-1), *parts) / loss.elements
 
         gradients = vmap(grad(of_sample), in_dims=(None, 0, 0, 0, 0))(
@@ -121,6 +123,11 @@ class AutogradHeadStatistics(HeadStatistics):
     def squared_hessian_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
         """Not available."""
         raise _only_linear("the Frobenius distance of Hessians")
+
+
+def _like(x: Tensor, features: Tensor) -> Tensor:
+    """A head in half precision is differentiated in the precision of its features, which are float32 at least."""
+    return x.to(features.dtype) if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _distances(own: Tensor, target: Tensor, detach_target: bool) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from debias.errors import DebiasError
 from debias.ops.groups import GroupState, group_losses
+from debias.ops.precision import in_full_precision
 from debias.ops.schedule import PenaltySchedule
 
 __all__ = ["DomainPenaltyModule"]
@@ -71,14 +72,14 @@ class DomainPenaltyModule(GroupState):
         return self.schedule(step)
 
     def weighted(self, step: int | None, penalty: Any, *inputs: Any) -> Tensor:
-        """``weight * penalty(*inputs)``; a weight of 0 costs nothing unless the module keeps a running statistic."""
+        """``weight * penalty(*inputs)``, in at least float32; 0 costs nothing unless a running statistic is kept."""
         weight = self.weight_at(step)
+        penalty = in_full_precision(penalty)
         if weight == 0:
             if self.always:
                 with torch.no_grad():
                     penalty(*inputs)
-            first = inputs[0].logits if hasattr(inputs[0], "logits") else inputs[0]
-            return first.new_zeros(())
+            return inputs[0].new_zeros(())
         return weight * penalty(*inputs)
 
     def count_rows(self, domains: Tensor, rows: Tensor) -> None:

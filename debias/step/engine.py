@@ -251,6 +251,8 @@ class StepEngine:
         rows = (reweigher or debiasers[0]).rows
         tap = LossTap(combine, late, True, tracker, rows, finders[0] if finders else None, mixture)
         output = self._watched(tap, original, args, kwargs)
+        for head in heads.values():
+            head.stop()
         self._end_forward(debiasers)
         loss = self._rewritten(step, tap, output, reweigher, penalisers, heads)
         self._reweighed = []

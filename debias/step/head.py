@@ -1,8 +1,9 @@
 """Finding the classifier head and the features it reads, without being told. No Lightning here.
 
-In the first step every ``F.linear`` is noted; the one whose output became the logits of the loss is the head. From then
-on a hook on that module delivers its input, so that nothing else is kept alive. Other features are the output of a
-module that is named.
+In the first step every ``F.linear`` is noted; the one whose output became the logits of the loss is the head. In the
+second, a hook on that module has to deliver the same input; from then on it does so alone, so that nothing else is kept
+alive. Where it cannot (two heads, a head that runs twice, a weight that is used without its module) the noting goes on.
+Other features are the output of a module that is named.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class HeadFinder:
             if isinstance(weight, Tensor) and (weight.ndim == 2 or weight.shape[2:] == (1, 1)):
                 source = args[0] if args else kwargs["input"]
                 self._linears.append((out, source, weight))
-        elif func in _PASS and isinstance(out, Tensor):
+        elif (func in _PASS or (func is _T.__getitem__ and _keeps_rows(args[1]))) and isinstance(out, Tensor):
             self._passed.append((out, args[0]))
 
     def match(self, logits: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -61,6 +62,11 @@ class HeadFinder:
                 return None
 
 
+def _keeps_rows(index: Any) -> bool:
+    """Whether an index takes columns only, as `logits[:, 0]` does."""
+    return isinstance(index, tuple) and index[0] == slice(None) and all(isinstance(i, int | None) for i in index[1:])
+
+
 class HeadTap:
     """Delivers features and head of the selected loss: found in the first step, hooked from the second.
 
@@ -73,9 +79,11 @@ class HeadTap:
     def __init__(self, root: nn.Module, path: str | None, *, compiled: bool = False) -> None:
         self.root = root
         self.head: nn.Module | None = None
-        self._inputs: list[Tensor] = []
+        self._runs: list[tuple[bool, Tensor]] = []  # whether gradients were recorded, input
         self._handle: Any = None
-        self._keep_finding = compiled
+        self._noting = path is None
+        self._hookable = not compiled
+        self._agreed = False
         self._armed = False
         self._hooked = False
         if path is not None:
@@ -84,10 +92,15 @@ class HeadTap:
 
     def start(self) -> HeadFinder | None:
         """Begin a step: nothing of an earlier one may be used."""
-        self._inputs.clear()
+        self._runs.clear()
         self._armed = True
         self._hooked = self._handle is not None  # in this step, and not only since a method has asked in it
-        return HeadFinder() if self.head is None or (self._keep_finding and self._handle is None) else None
+        self._noting = self._noting and not (self._hookable and self._agreed)
+        return HeadFinder() if self._noting else None
+
+    def stop(self) -> None:
+        """End the user's step: a penalty may run the head again to differentiate it."""
+        self._armed = False
 
     def resolve(self, call: LossCall) -> None:
         """Give a call its features and its head.
@@ -95,26 +108,37 @@ class HeadTap:
         Raises:
             HeadNotFoundError: the logits are no linear layer's output, or the head ran not exactly once in this step.
         """
-        self._armed = False  # a penalty may run the head again to differentiate it
-        if self._hooked:
-            if len(self._inputs) != 1:
+        self.stop()
+        # What ran without gradients, to log an accuracy, has not made the logits of a loss that is trained with.
+        inputs = [x for recorded, x in self._runs if recorded] or [x for _, x in self._runs]
+        if not self._noting:
+            if len(inputs) != 1:
                 raise HeadNotFoundError(
-                    f"Expected the head to run once in a step, but it ran {_times(self._inputs)}. Name the layer that"
+                    f"Expected the head to run once in a step, but it ran {_times(inputs)}. Name the layer that"
                     " makes the logits of the loss: `head='dotted.path'`."
                 )
-            call.features, call.head = self._inputs[0], self.head
+            call.features, call.head = inputs[0], self.head
             return
         call.features, weight = call.linear or (None, None)
-        found = [m for m in self.root.modules() if getattr(m, "weight", None) is weight] if weight is not None else []
+        # Not by `m.weight`, which some parametrizations compute anew, and change their state.
+        found = [m for m in self.root.modules() if _own_weight(m) is weight] if weight is not None else []
         if not found:
             raise HeadNotFoundError(
                 f"Expected the logits of `{call.name}` to be the output of a linear layer of the module, but no layer"
                 " was found (averaged heads, `logits / temperature` and cosine heads are not). Name it:"
                 " `head='dotted.path'`."
             )
-        self.head = call.head = found[0]
-        if not self._keep_finding and self._handle is None:
+        call.head = found[0]
+        if not self._hookable:
+            return
+        if self._handle is None:
+            self.head = call.head
             self._hook()
+        elif call.head is not self.head or (self._hooked and (len(inputs) != 1 or inputs[0] is not call.features)):
+            self._hookable = False
+            self.close()
+        else:
+            self._agreed = self._hooked
 
     def close(self) -> None:
         """Take the hook away."""
@@ -125,12 +149,13 @@ class HeadTap:
     def _hook(self) -> None:
         from debias.step.proxy import Hook
 
-        self._handle = self.head.register_forward_pre_hook(Hook(self._keep_input))  # type: ignore[union-attr]
+        keep = Hook(self._keep_input)
+        self._handle = self.head.register_forward_pre_hook(keep, with_kwargs=True)  # type: ignore[union-attr]
 
-    def _keep_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._armed:
-            self._inputs.append(args[0])
-        del self._inputs[2:]  # a hook also runs where nobody starts a step; two are enough to tell one from many
+    def _keep_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        recorded = torch.is_grad_enabled()
+        if self._armed and sum(r == recorded for r, _ in self._runs) < 2:  # two are enough to tell one from many
+            self._runs.append((recorded, args[0] if args else next(iter(kwargs.values()))))
 
 
 class FeatureTap:
@@ -146,11 +171,17 @@ class FeatureTap:
 
         self.path = path
         self._outputs: list[Tensor] = []
+        self._armed = False
         self._handle: Any = submodule(root, path, argument="features").register_forward_hook(Hook(self._keep_output))
 
     def start(self) -> None:
         """Begin a step: nothing of an earlier one may be used."""
         self._outputs.clear()
+        self._armed = True
+
+    def stop(self) -> None:
+        """End the user's step: a penalty may run the module again to differentiate it."""
+        self._armed = False
 
     def resolve(self, call: LossCall) -> None:
         """Give a call its features.
@@ -172,8 +203,13 @@ class FeatureTap:
             self._handle = None
 
     def _keep_output(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self._outputs.append(output)
+        if self._armed:
+            self._outputs.append(output)
         del self._outputs[2:]
+
+
+def _own_weight(module: nn.Module) -> Any:
+    return module._parameters.get("weight", vars(module).get("weight"))
 
 
 def _times(kept: list[Tensor]) -> str:

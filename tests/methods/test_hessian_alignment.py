@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from _support import head_oracle as oracle
-from _support.fits import Classifier, loader, make_trainer, parameters, train, val_loader
+from _support.fits import Classifier, loader, make_trainer, parameters, problem, train, val_loader
 from debias import (
     CORAL,
     IRM,
@@ -310,6 +310,125 @@ def test_logits_that_are_not_the_heads_are_refused() -> None:
     for derivatives in ("closed_form", "autograd"):
         with pytest.raises(HeadNotFoundError, match=r"what the head Linear makes of its input.*differ"):
             fit(Tempered(), HessianAlignment("place", 3, head="head", derivatives=derivatives))
+
+
+class TwoHeads(Classifier):
+    """Two losses, each of a head with features of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.other_backbone = nn.Sequential(nn.Linear(4, 6), nn.Tanh()).double()
+            self.other_head = nn.Linear(6, 2, bias=False).double()
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self(x), y) + F.cross_entropy(self.other_head(self.other_backbone(x)), 1 - y)
+
+
+@pytest.mark.parametrize("one", [True, False])
+def test_two_heads_each_with_its_features(one: bool) -> None:
+    """The heads share nothing, so each trains as it would alone; no step logs, so nothing but the first is checked."""
+    options = {"alpha": 1.0, "beta": 1.0}
+    methods = [HessianAlignment("place", 3, loss="sum", **options)]
+    if not one:
+        methods = [HessianAlignment("place", 3, loss=i, name=str(i), **options) for i in range(2)]
+    both = TwoHeads()
+    make_trainer(methods, max_epochs=2, log_every_n_steps=100).fit(both, loader(), val_loader())
+    alone = Classifier()
+    fit(alone, HessianAlignment("place", 3, **options), max_epochs=2)
+    for name, value in parameters(alone).items():
+        assert torch.allclose(value, both.state_dict()[name], rtol=1e-11, atol=1e-13), name
+
+
+def test_a_head_that_one_penalty_names_and_another_finds() -> None:
+    """Differentiating a head runs it again, which is no step of the user's."""
+    methods = [
+        HessianAlignment("place", 3, derivatives="autograd", head="head"),
+        Fishr("place", 3),
+        HessianAlignment("place", 3, name="again"),
+    ]
+    make_trainer(methods, max_epochs=2).fit(Classifier(), loader(), val_loader())
+
+
+class Normalised(Classifier):
+    """A head that is not a function of one sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)).double()
+
+
+@pytest.mark.parametrize("method", [HessianAlignment, Fishr])
+def test_batch_norm_in_a_head_is_refused_and_left_alone(method: type) -> None:
+    model = Normalised()
+    with pytest.raises(HeadNotFoundError, match="Sequential with a BatchNorm1d in training mode"):
+        fit(model, method("place", 3, derivatives="autograd", head="head"))
+    assert model.head[1].num_batches_tracked == 1  # by the user's own step
+    fit(model, method("place", 3, derivatives="autograd", head="head.2"))
+
+
+@pytest.mark.parametrize("method", [HessianAlignment, Fishr])
+def test_half_precision_heads_are_differentiated_in_single_precision(method: type) -> None:
+    logged = {}
+    for derivatives in ("closed_form", "autograd"):
+        model = Classifier().bfloat16()
+        batches = loader(16)
+        batches.dataset.dataset.tensors = (batches.dataset.dataset.tensors[0].bfloat16(), *problem(16).tensors[1:])
+        penalty = method("place", 3, derivatives=derivatives)
+        trainer = make_trainer([penalty], precision="bf16-true", limit_val_batches=0)
+        trainer.fit(model, batches, val_loader())
+        value = trainer.callback_metrics[f"train/{method.key}_penalty"]
+        assert value.dtype == torch.float32
+        logged[derivatives] = float(value)
+    assert logged["autograd"] == pytest.approx(logged["closed_form"], rel=0.02)
+
+
+def test_the_check_of_a_head_leaves_its_spectral_norm_as_it_is() -> None:
+    class Spectral(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                self.head = nn.utils.parametrizations.spectral_norm(self.head)
+
+    watched, plain = Spectral(), Spectral()
+    fit(watched, HessianAlignment("place", 3, alpha=0.0, beta=1e-30, head="head"))
+    train(plain, [], bare=True)
+    for name, value in parameters(plain).items():
+        assert torch.allclose(value, watched.state_dict()[name], rtol=1e-12), name
+
+
+def test_instances_of_a_class_log_under_their_names() -> None:
+    methods = [HessianAlignment("place", 3, name="a"), HessianAlignment("place", 3, name="b", statistic="diagonal")]
+    trainer = make_trainer([*methods, VREx("place", 3)])
+    trainer.fit(Classifier(), loader(), val_loader())
+    logged = {name for name in trainer.callback_metrics if "penalty" in name}
+    key = "train/hessian_alignment_penalty"
+    assert logged == {f"{key}/a", f"{key}/b", "train/vrex_penalty"}
+    assert trainer.callback_metrics[f"{key}/a"] != trainer.callback_metrics[f"{key}/b"]
+
+
+def _drawn(rank: int) -> torch.Tensor:
+    torch.manual_seed(rank)
+    p = oracle.problem(sizes=(6, 5))
+    rows = slice(0, 4) if rank == 0 else slice(4, None)
+    return hessian_alignment_penalty(
+        p.features[rows], p.logits[rows], p.targets[rows], p.domains[rows], 2, statistic="hutchinson", n_samples=2,
+        alpha=1.0, beta=0.0,
+    ).detach()  # fmt: skip
+
+
+def test_ranks_share_the_vectors_that_the_process_draws(ranks) -> None:
+    first, second = ranks.run(_drawn)
+    torch.manual_seed(0)
+    p = oracle.problem(sizes=(6, 5))
+    whole = hessian_alignment_penalty(
+        p.features, p.logits, p.targets, p.domains, 2, statistic="hutchinson", n_samples=2, alpha=1.0, beta=0.0
+    )
+    assert first == second
+    assert torch.allclose(first, whole.detach(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("masked", [False, True])

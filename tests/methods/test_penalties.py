@@ -12,8 +12,20 @@ from hypothesis import strategies as st
 
 from _support import head_oracle as oracle
 from _support.fits import Classifier, loader, make_trainer, parameters, train, val_loader
-from debias import CORAL, IRM, MMD, CORALPenalty, Fishr, FishrPenalty, IRMPenalty, MMDPenalty, VREx, VRExPenalty
-from debias.errors import BadRowsError, DebiasError
+from debias import (
+    CORAL,
+    IRM,
+    MMD,
+    CORALPenalty,
+    Fishr,
+    FishrPenalty,
+    HessianAlignmentPenalty,
+    IRMPenalty,
+    MMDPenalty,
+    VREx,
+    VRExPenalty,
+)
+from debias.errors import BadRowsError, DebiasError, RowsError
 from debias.functional import coral_penalty, irm_penalty, mmd_penalty, vrex_penalty
 from debias.ops.head_statistics import HeadStatistics, make_head_loss, make_members
 
@@ -247,6 +259,7 @@ def test_through_a_trainer_a_membership_is_the_same_as_ids(method: type) -> None
         (lambda: Fishr("d", 2, ema=1.0), r"`ema` to be in \[0, 1\)"),
         (lambda: Fishr("d", 2, ema=-0.1), "`ema`"),
         (lambda: Fishr("d", 2, bias="none"), "`bias`"),
+        (lambda: Fishr("d", 2, loss="sum"), "`loss` of Fishr to choose one loss"),
         (lambda: Fishr("d", 2, reduction="max"), "`reduction`"),
         (lambda: MMD("d", 2, kernel="linear"), "`kernel`"),
         (lambda: MMD("d", 2, gammas=[]), "`gammas`"),
@@ -256,6 +269,74 @@ def test_through_a_trainer_a_membership_is_the_same_as_ids(method: type) -> None
 def test_wrong_arguments(make, match: str) -> None:
     with pytest.raises(DebiasError, match=match):
         make()
+
+
+@pytest.mark.parametrize("name", [n for n in EVERY if n not in ("fishr", "vrex")])
+def test_half_precision_inputs_are_computed_with_in_single_precision(name: str) -> None:
+    """300 samples a domain: in bfloat16, counts above 256 and sums of squares would be rounded."""
+    p = oracle.problem(sizes=(301, 299))
+    p = oracle.Problem(p.loss, p.features.bfloat16(), p.weight.bfloat16(), None, p.targets, p.domains, 2)
+    q = oracle.Problem(p.loss, p.features.float(), p.weight.float(), None, p.targets, p.domains, 2)
+    q_logits = p.logits.float()
+    penalties = {
+        "irm": lambda x, z: irm_penalty(z, p.targets, p.domains, 2),
+        "irm squared": lambda x, z: irm_penalty(z, p.targets, p.domains, 2, form="squared"),
+        "coral": lambda x, z: coral_penalty(x, p.domains, 2),
+        "mmd": lambda x, z: mmd_penalty(x, p.domains, 2),
+    }
+    with torch.autocast("cpu", torch.bfloat16):
+        mine = penalties[name](p.features, p.logits)
+    assert mine.dtype == torch.float32
+    assert torch.equal(mine, penalties[name](q.features, q_logits))
+
+
+@pytest.mark.parametrize("module", [FishrPenalty(2), HessianAlignmentPenalty(2, "frobenius"), VRExPenalty(2)])
+def test_modules_compute_in_single_precision_under_autocast(module: torch.nn.Module) -> None:
+    p = oracle.problem(sizes=(301, 299))
+    features, logits = p.features.bfloat16(), p.logits.bfloat16()
+    results = []
+    for f, z, autocast in [(features, logits, True), (features.float(), logits.float(), False)]:
+        arguments = (f, z, p.targets, p.domains)
+        if isinstance(module, VRExPenalty):
+            arguments = (z[:, 0], p.domains)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            results.append(module.eval()(*arguments))
+    assert results[0].dtype == torch.float32
+    assert torch.equal(*results)
+
+
+class Positions(Classifier):
+    """A head that reads every position of a grid, the features last."""
+
+    def __init__(self, grid: tuple[int, ...], *, averaged: bool = False) -> None:
+        super().__init__()
+        self.grid = grid
+        self.averaged = averaged
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        positions = torch.Size(self.grid).numel()
+        features = torch.stack([self.backbone(x + 0.1 * i) for i in range(positions)], 1)
+        logits = self.head(features.view(len(x), *self.grid, 6))
+        if self.averaged:
+            return F.cross_entropy(logits.flatten(1, -2).mean(1), y)
+        return F.cross_entropy(logits.reshape(-1, 2), y.repeat_interleave(positions))
+
+
+@pytest.mark.parametrize("method", [CORAL, MMD, Fishr])
+def test_features_of_a_linear_head_are_its_last_axis(method: type) -> None:
+    ends = []
+    for grid in ((4,), (2, 2)):
+        model = Positions(grid)
+        train(model, [method("place", 3)])
+        ends.append(parameters(model))
+    assert all(torch.allclose(value, ends[1][name], rtol=1e-10, atol=1e-12) for name, value in ends[0].items())
+
+
+@pytest.mark.parametrize("method", [CORAL, MMD])
+def test_features_that_are_not_the_rows_of_the_loss_are_refused(method: type) -> None:
+    with pytest.raises(RowsError, match=r"Expected 64 rows .* 16 of `cross_entropy`"):
+        train(Positions((4,), averaged=True), [method("place", 3, head="head")])
 
 
 def test_modules_in_a_plain_loop() -> None:

@@ -144,6 +144,73 @@ def test_a_head_that_runs_twice():
     head.close()
 
 
+def test_a_run_without_gradients_is_not_the_losss():
+    head = HeadTap(Wrapped(net), "net.2")
+    with torch.no_grad():
+        net(X)
+
+    def run():
+        with torch.no_grad():
+            net(2 * X)
+        return net(X)
+
+    call = one_step(head, run)
+    head.resolve(call)
+    torch.testing.assert_close(call.features, net[:2](X))
+    head.close()
+
+
+def test_a_head_that_is_given_its_input_by_name():
+    calls = steps(Wrapped(net), lambda: net[2](input=net[:2](X)))
+    assert_head(calls, net[2])
+
+
+def test_one_column_of_the_logits():
+    binary = nn.Linear(4, 1)
+    head = HeadTap(Wrapped(binary), None)
+    for _ in range(3):
+        with LossTap(finder=head.start()) as tap:
+            F.binary_cross_entropy_with_logits(binary(X)[:, 0], Y.float())
+        head.resolve(tap.calls[0])
+        assert tap.calls[0].features is X
+    head.close()
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_head_that_runs_for_several_losses(n):
+    """Both take the inputs that they were computed from, in every step."""
+    other = nn.Linear(6, 3) if n == 2 else net[2]
+    root = nn.ModuleList([net, other])
+    head = HeadTap(root, None)
+    for _ in range(4):
+        with LossTap(finder=head.start()) as tap:
+            F.cross_entropy(net(X), Y)
+            F.cross_entropy(other(net[:2](2 * X)), Y)
+        for call, module in zip(tap.calls, (net[2], other), strict=True):
+            head.resolve(call)
+            assert_head([call], module)
+    assert not net[2]._forward_pre_hooks
+    head.close()
+
+
+def test_a_weight_that_is_used_without_its_layer():
+    calls = steps(Wrapped(net), lambda: F.linear(net[:2](X), net[2].weight, net[2].bias))
+    assert_head(calls, net[2])
+
+
+def test_looking_for_the_head_leaves_parametrizations_as_they_are():
+    """Spectral normalisation changes its vectors whenever `weight` is read in training."""
+    body = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 6))
+    root = nn.Sequential(body, nn.ReLU(), nn.Linear(6, 3))
+    head = HeadTap(root, None)
+    with LossTap(finder=head.start()) as tap:
+        F.cross_entropy(root(X), Y)
+    before = body.parametrizations.weight[0]._u.clone()
+    head.resolve(tap.calls[0])
+    assert torch.equal(before, body.parametrizations.weight[0]._u)
+    head.close()
+
+
 # Dynamo looks at .grad of the noted tensors while it traces, and warns about itself.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_models_are_never_given_a_late_hook():

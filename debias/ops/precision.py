@@ -1,0 +1,30 @@
+"""Statistics of second order in at least float32, whatever the step around them computes in."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import ParamSpec
+
+import torch
+from torch import Tensor
+
+__all__ = ["in_full_precision"]
+
+P = ParamSpec("P")
+
+
+def in_full_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """The function outside autocast, with half-precision tensors among its positional arguments as float32."""
+
+    @functools.wraps(function)
+    def precise(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        upcast = [
+            x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x for x in args
+        ]
+        device = next((x.device.type for x in args if isinstance(x, Tensor)), "cpu")
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            return function(*upcast, **kwargs)  # type: ignore[arg-type]
+
+    return precise
