@@ -74,7 +74,10 @@ class Step:
         Raises:
             BatchKeyError: nothing is there, or it is no integer ids ``(N,)`` and no boolean membership ``(N, G)``.
         """
-        cached = tuple(key) if isinstance(key, list) else key
+        # Of several keys the counts are part of the question: they decide how the ids are crossed.
+        cached = key
+        if isinstance(key, tuple | list):
+            cached = tuple(key), tuple(count) if isinstance(count, Sequence) else (count,)
         if cached in self._ids:
             return self._ids[cached]
         if isinstance(key, tuple | list):

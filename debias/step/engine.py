@@ -248,9 +248,12 @@ class StepEngine:
         if step.n is not None:
             tracker = RowTracker(step.batch, step.n, everything=self._rows_needed)
         combine, late = self._combiner(reweigher, step)
-        rows = (reweigher or debiasers[0]).rows
+        stated = [w.rows for w in (reweigher, *debiasers) if w is not None and w.rows is not None]
+        rows = stated[0] if stated else None  # the reweigher's first
         tap = LossTap(combine, late, True, tracker, rows, finders[0] if finders else None, mixture)
         output = self._watched(tap, original, args, kwargs)
+        for head in heads.values():
+            head.stop()
         self._end_forward(debiasers)
         loss = self._rewritten(step, tap, output, reweigher, penalisers, heads)
         self._reweighed = []
@@ -415,6 +418,8 @@ class StepEngine:
         finders = [finder for head in heads.values() if (finder := head.start()) is not None]
         tap = LossTap(training=False, finder=finders[0] if finders else None)
         output = self._watched(tap, original, args, kwargs)
+        for head in heads.values():
+            head.stop()
         for monitor in monitors:
             if monitor.needs_features:
                 step.features = self._features(monitor, heads[monitor.head, monitor.features], tap)

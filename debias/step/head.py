@@ -89,13 +89,16 @@ class HeadTap:
         self._hooked = self._handle is not None  # in this step, and not only since a method has asked in it
         return HeadFinder() if self.head is None or (self._keep_finding and self._handle is None) else None
 
+    def stop(self) -> None:
+        """End a step: penalties and monitors may run the network again."""
+        self._armed = False
+
     def resolve(self, call: LossCall) -> None:
         """Give a call its features and its head.
 
         Raises:
             HeadNotFoundError: the logits are no linear layer's output, or the head ran not exactly once in this step.
         """
-        self._armed = False  # a penalty may run the head again to differentiate it
         if self._hooked:
             if len(self._inputs) != 1:
                 raise HeadNotFoundError(
@@ -146,11 +149,17 @@ class FeatureTap:
 
         self.path = path
         self._outputs: list[Tensor] = []
+        self._armed = False
         self._handle: Any = submodule(root, path, argument="features").register_forward_hook(Hook(self._keep_output))
 
     def start(self) -> None:
         """Begin a step: nothing of an earlier one may be used."""
         self._outputs.clear()
+        self._armed = True
+
+    def stop(self) -> None:
+        """End a step: penalties and monitors may run the network again."""
+        self._armed = False
 
     def resolve(self, call: LossCall) -> None:
         """Give a call its features.
@@ -172,7 +181,8 @@ class FeatureTap:
             self._handle = None
 
     def _keep_output(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self._outputs.append(output)
+        if self._armed:
+            self._outputs.append(output)
         del self._outputs[2:]
 
 
