@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from debias.cli import main
+from debias.cli.listing import methods
 from debias.cli.recipes import recipes_folder
 from debias.cli.suggest import explain, nearest
 
@@ -195,6 +196,13 @@ def test_methods_lists_needs_and_references(capsys):
     assert "GroupDRO" in out
     assert "Sagawa" in out
     assert "Mixin" not in out
+
+
+def test_a_narrow_terminal_leaves_names_whole(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    main(["methods"])
+    out = capsys.readouterr().out
+    assert all(f"│ {name} " in out for name in methods())
 
 
 def test_listings_work_without_rich(capsys, monkeypatch):
