@@ -21,6 +21,7 @@ from debias import (
     ShiftedValidation,
     VREx,
 )
+from debias.errors import DebiasError
 from debias.step.context import Step
 
 
@@ -101,6 +102,15 @@ def test_rows_that_one_method_states_count_beside_methods_that_state_none(other)
 
     fitted([other, VREx(domain="place", n_domains=N_GROUPS, rows=rows)], Twice())
     assert asked
+
+
+def test_augmenters_that_mean_different_losses_are_refused():
+    step = Step(None, Classifier(), "train", None, {})
+    step.mixed(4, loss=0, owner="GroupMixup")
+    assert step.mixed(4, owner="EdgeView").loss == 0
+    assert step.mixed(4, loss=0, owner="EdgeView").loss == 0
+    with pytest.raises(DebiasError, match="to mean the same loss, but got `loss=0` and `loss=1`"):
+        step.mixed(4, loss=1, owner="EdgeView")
 
 
 def test_the_same_keys_crossed_with_other_counts_are_other_ids():
