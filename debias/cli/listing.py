@@ -46,7 +46,9 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(*header, show_lines=True)
+        table = Table(show_lines=True)
+        for i, column in enumerate(header):
+            table.add_column(column, no_wrap=i == 0)  # what is typed stays whole, however narrow the terminal
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         Console().print(table)

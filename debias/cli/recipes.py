@@ -38,7 +38,7 @@ def print_recipes() -> None:
         rows.append((name, _description(folder / "base.yaml"), ", ".join(own)))
     print_table(("recipe", "what it is", "tuned for it"), rows)
     shared = ", ".join(sorted(file.stem for file in (recipes_folder() / METHODS).glob("*.yaml")))
-    print(f"Methods for every recipe: {shared}")
+    print(f"Methods for any data that has what they need (see `debias methods`): {shared}")
     print("Copy one:  debias recipes copy colored_digits .")
     print("Run it:    debias fit --config recipes/colored_digits/base.yaml --config recipes/methods/group_dro.yaml")
 

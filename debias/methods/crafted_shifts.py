@@ -28,7 +28,7 @@ _HOST = torch.device("cpu")
 
 
 class CraftedShifts(Debiaser):
-    """Trains on images as they are and under crafted distribution shifts.
+    """Train on images as they are and under crafted distribution shifts.
 
     With a :class:`ShiftedValidation` in the same list, ``val_shift/held_out_mean`` leaves out the families that this
     trains on. The two-fold protocol trains a setting with ``families="first"`` and with ``families="second"``, scores
@@ -60,7 +60,7 @@ class CraftedShifts(Debiaser):
     """
 
     needs: ClassVar[tuple[str, ...]] = ("images",)
-    reference: ClassVar[str] = "Crafting Distribution Shifts, WACV 2025, arXiv 2409.19774"
+    reference: ClassVar[str] = "Efthymiadis et al., WACV 2025, arXiv 2409.19774"
 
     def __init__(
         self,

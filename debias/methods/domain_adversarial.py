@@ -19,8 +19,9 @@ the batch holds, where theirs divides by the highest label in the batch plus one
 
 A domain or class absent from a batch, or with one sample, needs no care. A batch without any known domain adds a loss
 of 0. Costs: the discriminator forward and backward on (N, D) features (twice under a gradient penalty), one all-reduce
-of a few floats a step and one of the discriminator's gradient. Needs the features and domains of the training samples;
-CDANN their classes, read from the loss.
+of 12 doubles a step (CDANN with K classes 3 K + 9; twice as many under a gradient penalty) and one of the
+discriminator's gradient. Needs the features and domains of the training samples; CDANN their classes, read from the
+loss.
 """
 
 from __future__ import annotations

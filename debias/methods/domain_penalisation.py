@@ -17,7 +17,7 @@ set.
 
 A domain absent from a batch has no part in it; absent from a whole epoch, it keeps its last loss; never seen, it counts
 with the mean loss of the others. One sample is a domain's mean. Unlabelled samples (negative ids) have no part in the
-loss. Costs: one all-reduce of 2D + 2 floats and a few small kernels a step. Needs per-sample losses and domain ids.
+loss. Costs: one all-reduce of 3D + 9 doubles and a few small kernels a step. Needs per-sample losses and domain ids.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ head and leaves the network alone (an online probe), where theirs leaves out the
 
 An identity absent from a batch, or with one sample, needs no care: the loss is a mean over samples. A batch without any
 known identity adds a loss of 0. Costs: the identity head forward and backward on (N, D) features, one all-reduce of
-four floats a step and one of the head's gradient. Needs the features and identities of the training samples.
+12 doubles a step and one of the head's gradient. Needs the features and identities of the training samples.
 """
 
 from __future__ import annotations

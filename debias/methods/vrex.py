@@ -8,8 +8,8 @@ Published: DomainBed weight 10 (searched 0.1 to 1e5) after 500 steps at weight 1
 MNIST protocol adds ``(L_1 - L_2)^2``, four times the variance of two, at weight 91257 after 190 steps.
 
 A domain absent from the batch has no part in it, nor in E; with one domain present the penalty is 0. Equal losses have
-a zero gradient. Costs one all-reduce of 3 E + 9 doubles and one of E. Needs per-sample losses of any kind, and domain
-ids; no features, no head.
+a zero gradient. Costs two all-reduces of 3 E + 9 doubles and one of E floats. Needs per-sample losses of any kind, and
+domain ids; no features, no head.
 """
 
 from __future__ import annotations

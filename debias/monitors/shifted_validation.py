@@ -80,7 +80,7 @@ class ShiftedValidation(StepWatcher):
     """
 
     monitors: ClassVar[bool] = True
-    reference: ClassVar[str] = "Crafting Distribution Shifts, WACV 2025, arXiv 2409.19774"
+    reference: ClassVar[str] = "Efthymiadis et al., WACV 2025, arXiv 2409.19774"
 
     def __init__(
         self,

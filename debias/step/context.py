@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debias.errors import BatchKeyError
+from debias.errors import BatchKeyError, DebiasError
 from debias.step import batch as batches
 from debias.step.batch import BatchKey
 from debias.step.mixing import Mixture
@@ -74,7 +74,10 @@ class Step:
         Raises:
             BatchKeyError: nothing is there, or it is no integer ids ``(N,)`` and no boolean membership ``(N, G)``.
         """
-        cached = tuple(key) if isinstance(key, list) else key
+        # Of several keys the counts are part of the question: they decide how the ids are crossed.
+        cached = key
+        if isinstance(key, tuple | list):
+            cached = tuple(key), tuple(count) if isinstance(count, Sequence) else (count,)
         if cached in self._ids:
             return self._ids[cached]
         if isinstance(key, tuple | list):
@@ -116,6 +119,12 @@ class Step:
         if self.mixture is None:
             self.mixture = Mixture(n, self.module.device, loss, owner)
         elif loss is not None:
+            if self.mixture.loss not in (None, loss):
+                raise DebiasError(
+                    f"Expected {self.mixture.owner} and {owner} to mean the same loss, but got"
+                    f" `loss={self.mixture.loss!r}` and `loss={loss!r}`: a mixed batch has one loss. Pass"
+                    " the same to both, or remove one of them."
+                )
             self.mixture.loss, self.mixture.owner = loss, owner
         return self.mixture
 

@@ -128,10 +128,12 @@ class StepEngine:
                 f" {'group' if losses == 'split' else 'image'}, and would optimise each time. Use `losses='whole'`, or"
                 " `losses='heads'` for torchvision's detectors."
             )
-        if losses != "whole" and any(getattr(callback, "adds_to_loss", False) for callback in self.trainer.callbacks):
+        adding = [type(c).__name__ for c in self.trainer.callbacks if getattr(c, "adds_to_loss", False)]
+        if losses != "whole" and adding:
             raise UnsupportedStrategyError(
-                f"Expected `losses={losses!r}` of {who} without penalties: there is no one loss of the batch that they"
-                " could read. Remove the penalties, or use `losses='whole'`."
+                f"Expected `losses={losses!r}` of {who} without penalties or adversaries, but got {', '.join(adding)}:"
+                " there is no one loss of the batch that they could read. Remove them, or use `losses='whole'` if the"
+                " step calls an ordinary torch loss."
             )
         if getattr(self.trainer.strategy, "_ddp_kwargs", {}).get("static_graph") and watcher.adds_to_loss:
             raise UnsupportedStrategyError(
@@ -248,7 +250,8 @@ class StepEngine:
         if step.n is not None:
             tracker = RowTracker(step.batch, step.n, everything=self._rows_needed)
         combine, late = self._combiner(reweigher, step)
-        rows = (reweigher or debiasers[0]).rows
+        stated = [w.rows for w in (reweigher, *debiasers) if w is not None and w.rows is not None]
+        rows = stated[0] if stated else None  # the reweigher's first
         tap = LossTap(combine, late, True, tracker, rows, finders[0] if finders else None, mixture)
         output = self._watched(tap, original, args, kwargs)
         for head in heads.values():
@@ -333,7 +336,7 @@ class StepEngine:
         calls = self._reaching(tap, loss)
         if not calls:
             if (stated := _stated_losses(output, tap)) is None:
-                raise no_loss_error(_set_losses(self.module))
+                raise no_loss_error(_set_losses(self.module), reweighs=reweigher is not None)
             if tap.finder is not None and isinstance(stated[0].logits, Tensor):
                 stated[0].linear = tap.finder.match(stated[0].logits)
             return self._from_stated(step, loss, *stated, reweigher, penalisers, heads)
@@ -417,6 +420,8 @@ class StepEngine:
         finders = [finder for head in heads.values() if (finder := head.start()) is not None]
         tap = LossTap(training=False, finder=finders[0] if finders else None)
         output = self._watched(tap, original, args, kwargs)
+        for head in heads.values():
+            head.stop()
         for monitor in monitors:
             if monitor.needs_features:
                 step.features = self._features(monitor, heads[monitor.head, monitor.features], tap)

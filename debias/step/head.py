@@ -99,7 +99,7 @@ class HeadTap:
         return HeadFinder() if self._noting else None
 
     def stop(self) -> None:
-        """End the user's step: a penalty may run the head again to differentiate it."""
+        """End the user's step: penalties and monitors may run the network again."""
         self._armed = False
 
     def resolve(self, call: LossCall) -> None:
@@ -180,7 +180,7 @@ class FeatureTap:
         self._armed = True
 
     def stop(self) -> None:
-        """End the user's step: a penalty may run the module again to differentiate it."""
+        """End the user's step: penalties and monitors may run the network again."""
         self._armed = False
 
     def resolve(self, call: LossCall) -> None:

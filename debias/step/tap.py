@@ -710,17 +710,21 @@ def _over_all(args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int) -> bool:
     return len(set(_dims(args, kwargs, ndim))) == ndim and not keeps
 
 
-def no_loss_error(seen: list[str]) -> LossNotFoundError:
+def no_loss_error(seen: list[str], *, reweighs: bool = True) -> LossNotFoundError:
     """What to say where a training step shows no loss that can be taken apart."""
     hint = (
         f" It computes {', '.join(sorted(set(seen)))}, which has no per-sample form (it compares whole sets)."
         if seen
         else ""
     )
+    per_batch = (
+        "pass `losses='heads'` (torchvision's detectors) or `losses='split'`"
+        if reweighs
+        else "as torchvision's detectors, only methods that reweigh have a way (`losses='heads'`, `losses='split'`)"
+    )
     return LossNotFoundError(
         "Expected the training step to compute its loss with a torch loss function (cross_entropy, mse_loss, ...), but"
         f" none that requires a gradient reaches the returned loss.{hint} Ways out: return {{'loss': loss, 'losses':"
         " per_sample} with losses of shape (N,); or return {'loss', 'logits', 'targets'}; or register the loss once"
-        " with `debias.register_loss(LossClass, per_sample)`; for models that only give a loss per batch, pass"
-        " `losses='heads'` (torchvision's detectors) or `losses='split'`."
+        f" with `debias.register_loss(LossClass, per_sample)`; for models that only give a loss per batch, {per_batch}."
     )

@@ -422,8 +422,10 @@ def test_what_heads_mode_refuses():
             fit([GroupDRO("site", 3, losses="heads")], module)
     from _support.doubles import LogitVariance
 
-    with pytest.raises(UnsupportedStrategyError, match="`losses='heads'` of GroupDRO without penalties"):
+    with pytest.raises(UnsupportedStrategyError, match=r"`losses='heads'` of GroupDRO without .*but got LogitVariance"):
         fit([GroupDRO("site", 3, losses="heads"), LogitVariance()])
+    with pytest.raises(LossNotFoundError, match="only methods that reweigh have a way"):
+        fit([LogitVariance()])
 
 
 # ------------------------------------------------------------ two processes
