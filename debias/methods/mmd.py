@@ -5,10 +5,10 @@ In DomainBed's form (Gulrajani & Lopez-Paz, ICLR 2021), over all pairs of domain
     penalty = mean over pairs of  K_aa + K_bb - 2 K_ab
     K_ab    = mean over x in a, y in b of  sum_gamma exp(-gamma |x - y|^2)        gamma = 1e-3, 1e-2, ..., 1e3
 
-(the biased estimate: a sample is also compared with itself). In DomainBed rounding makes a sample differ from itself under
-the larger gammas; here it does not. Features whose squared distances are in the hundreds, such as raw pooled ones, make
-all terms but the first 0 and that one small: ``kernel="scaled_gaussian"`` divides the squared distances by their mean
-over the batch (without gradient through it).
+(the biased estimate: a sample is also compared with itself). In DomainBed rounding makes a sample differ from itself
+under the larger gammas; here it does not. Features whose squared distances are in the hundreds, such as raw pooled
+ones, make all terms but the first 0 and that one small: ``kernel="scaled_gaussian"`` divides the squared distances by
+their mean over the batch (without gradient through it).
 
 Published: weight 1 (searched 0.1 to 10).
 
