@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from datetime import timedelta
 from itertools import chain
 from unittest import mock
 
@@ -14,9 +13,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
+from _support.runs import ddp
 from debias.data import EvalSampler, GroupBalancedSampler
 from debias.errors import DataError, DebiasError
 
@@ -262,13 +261,20 @@ def test_lightning_resumes_within_an_epoch_and_sets_the_epoch(tmp_path):
     assert part.train_log + resumed.train_log == whole.train_log
 
 
-def test_a_real_fit_with_two_processes(tmp_path):
-    groups = [0] * 9 + [1] * 12 + [2] * 40 + [-1]
-    train = DataLoader(range(len(groups)), batch_size=6, sampler=GroupBalancedSampler(groups, 6, n_groups=3))
+GROUPS_OF_TWO = [0] * 9 + [1] * 12 + [2] * 40 + [-1]
+
+
+def fit_on_a_rank(rank, folder):
+    sampler = GroupBalancedSampler(GROUPS_OF_TWO, 6, n_groups=3)
+    train = DataLoader(range(len(GROUPS_OF_TWO)), batch_size=6, sampler=sampler)
     val = DataLoader(range(7), batch_size=2, sampler=EvalSampler(range(7)))
-    strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo", timeout=timedelta(seconds=60))
-    model = EvaluatingRecorder(tmp_path)
-    trainer(max_epochs=2, devices=2, strategy=strategy, enable_checkpointing=False).fit(model, train, val)
+    options = {"devices": 2, "strategy": ddp(), "enable_checkpointing": False}
+    trainer(max_epochs=2, **options).fit(EvaluatingRecorder(folder), train, val)
+
+
+def test_a_real_fit_with_two_processes(tmp_path, ranks):
+    groups = GROUPS_OF_TWO
+    ranks.run(fit_on_a_rank, tmp_path)
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     for steps, _ in ranks:
         assert [epoch for epoch, _ in steps] == [0] * 6 + [1] * 6
