@@ -16,7 +16,7 @@ For a linear head all of these are closed forms of the features, residuals and c
 (:mod:`debias.ops.head_statistics`): a few matrix products and one backward pass, where the authors' code
 differentiates two and three times (HGP) or 300 (E + 1) times a step (Hutchinson). ``"diagonal"`` is the limit of
 ``"hutchinson"`` for many samples. What the estimator adds to the penalty in expectation is ``1/m`` of the off-diagonal
-mass of ``H_e`` and ``H``; with m = 300 that was 31 % of it in one example, and it has a gradient.
+mass of ``H_e`` and ``H``; the first part has a gradient.
 Closed-form alignment of head gradients and Hessians is also the subject of Chen et al., UAI 2025, arXiv 2506.07378.
 
 Published: HGP ``alpha=1e-4`` (searched 1e-5 to 1e-3), ``beta=5e-3`` (1e-3 to 1e-1); Hutchinson ``alpha=1e-3``
