@@ -1,0 +1,235 @@
+"""What a run leaves behind: one JSON file, whole or not there, that tables and figures are made from."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from debias.errors import DebiasError
+
+__all__ = ["Candidate", "Measures", "RunRecord", "find_records", "measures", "read_record", "write_json"]
+
+FORMAT = 1
+RECORD = "result.json"
+_WORST = re.compile(
+    r"^(?P<stage>\w+)/(?P<prefix>(?:[^/]+/)?)worst_(?P<of>group|domain)_(?P<metric>[^/]+)(?P<loader>/.+)?$"
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One checkpoint of a run, chosen by one rule, and its metrics.
+
+    Attributes:
+        epoch: epochs trained, from 1.
+        step: optimiser steps taken.
+        val: what the validation that chose it logged, by name (``val/worst_group_accuracy``, ``val_shift/mean``).
+        test: what a test of it logged.
+        checkpoint: its file, relative to the run's folder.
+    """
+
+    epoch: int
+    step: int
+    val: dict[str, float]
+    test: dict[str, float]
+    checkpoint: str = ""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run: a method, a seed and a setting of hyperparameters on a recipe.
+
+    Attributes:
+        id: name of the run and of its folder, unique within a comparison.
+        recipe: name of the recipe.
+        recipe_hash: hash of what all runs of the comparison share; runs of another one are not comparable.
+        method: name of the method's file, ``"group_dro"``.
+        seed: seed of data, initialisation and order.
+        status: ``"finished"`` or ``"failed"``.
+        params: what differs from the recipe by the grid, by key; empty for the recipe's own values.
+        held_out: the training domain that this run did not see, for leave-one-domain-out; else None.
+        direction: ``"max"`` where higher metrics are better, else ``"min"``.
+        candidates: checkpoints by the rule that chose them; ``"last"`` is always there.
+        error: of a failed run: its last line.
+        steps: optimiser steps of the whole training.
+        seconds_per_step: wall-clock time of training, without validation, over steps.
+        seconds: wall-clock time of the whole run.
+        peak_memory: bytes; of the device, or of the process where that is the CPU.
+        device: what it ran on, in words.
+        versions: of python, debias, torch, lightning and others, by name.
+        git: revision of the working folder and whether it was changed, or empty.
+        started: time in UTC, ISO 8601.
+        folder: where it lies; not in the file.
+    """
+
+    id: str
+    recipe: str
+    recipe_hash: str
+    method: str
+    seed: int
+    status: str
+    params: dict[str, Any] = field(default_factory=dict)
+    held_out: int | None = None
+    direction: str = "max"
+    candidates: dict[str, Candidate] = field(default_factory=dict)
+    error: str = ""
+    steps: int = 0
+    seconds_per_step: float = math.nan
+    seconds: float = math.nan
+    peak_memory: int = 0
+    device: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    git: dict[str, Any] = field(default_factory=dict)
+    started: str = ""
+    folder: Path | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether it trained and tested to the end."""
+        return self.status == "finished"
+
+    def save(self, folder: Path) -> None:
+        """Write ``result.json``, whole or not at all.
+
+        Args:
+            folder: of the run.
+        """
+        content = {key: value for key, value in asdict(self).items() if key != "folder"}
+        write_json(folder / RECORD, {"format": FORMAT} | content)
+
+
+@dataclass(frozen=True)
+class Measures:
+    """The figures of one test (or validation), whatever monitor logged them.
+
+    Attributes:
+        metric: ``"accuracy"``, ``"map"``, ``"f1"``.
+        average: over all samples; over the loaders where there are several.
+        worst: of the worst group, domain or loader; NaN where nothing tells groups apart.
+        by_group: of each group, NaN for one without samples.
+    """
+
+    metric: str
+    average: float
+    worst: float
+    by_group: dict[str, float]
+
+
+def measures(metrics: Mapping[str, float], stage: str, direction: str = "max") -> Measures:
+    """Find the figures among what the monitors logged, by their names.
+
+    ``<stage>/worst_group_<metric>`` or ``<stage>/worst_domain_<metric>`` gives the metric's name, and with it
+    ``<stage>/<metric>`` and ``<stage>/<metric>_by_group/<name>``; the first one logged counts. With several loaders,
+    each is a group: the average is their mean, the worst the worst of their averages.
+
+    Args:
+        metrics: by name, as logged.
+        stage: ``"val"`` or ``"test"``.
+        direction: ``"max"`` where higher is better, else ``"min"``.
+
+    Returns:
+        The figures; all NaN and without a name where no monitor logged any.
+
+    Example:
+        >>> from debias.compare.records import measures
+        >>> logged = {"test/accuracy": 0.9, "test/worst_group_accuracy": 0.5}
+        >>> logged |= {"test/accuracy_by_group/a": 0.5, "test/accuracy_by_group/b": 0.95}
+        >>> found = measures(logged, "test")
+        >>> found.metric, found.average, found.worst, found.by_group
+        ('accuracy', 0.9, 0.5, {'a': 0.5, 'b': 0.95})
+    """
+    found = [m for m in map(_WORST.match, metrics) if m and m["stage"] == stage]
+    if not found:
+        return Measures("", math.nan, math.nan, {})
+    first = found[0]
+    metric, of, start = first["metric"], first["of"], f"{stage}/{first['prefix']}"
+    loaders = [m["loader"] for m in found if (m["metric"], m["of"], m["prefix"]) == (metric, of, first["prefix"])]
+    if loaders == [None]:
+        place = f"{start}{metric}_by_{of}/"
+        by_group = {key[len(place) :]: value for key, value in metrics.items() if key.startswith(place)}
+        return Measures(metric, metrics.get(f"{start}{metric}", math.nan), metrics[first.group()], by_group)
+    by_loader = {loader.strip("/"): metrics.get(f"{start}{metric}{loader}", math.nan) for loader in loaders}
+    known = [value for value in by_loader.values() if not math.isnan(value)]
+    worst = (min if direction == "max" else max)(known, default=math.nan)
+    return Measures(metric, sum(known) / len(known) if known else math.nan, worst, by_loader)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file whole or not at all, whatever happens meanwhile: beside it first, then in its place."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def read_record(path: Path) -> RunRecord:
+    """Read a run's ``result.json``.
+
+    Args:
+        path: the file.
+
+    Raises:
+        DebiasError: it is damaged, or of another format.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        number = content.pop("format")
+        if number != FORMAT:
+            raise DebiasError(
+                f"Expected {path} to be of format {FORMAT}, but got {number}: use the debias that wrote it."
+            )
+        content["candidates"] = {name: Candidate(**c) for name, c in content["candidates"].items()}
+        known = {f.name for f in fields(RunRecord)}
+        record = RunRecord(**{k: v for k, v in content.items() if k in known}, folder=path.parent)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DebiasError(
+            f"Expected {path} to be a run's result as `debias compare` writes it, but it cannot be read"
+            f" ({type(error).__name__}: {error}). Nothing was changed. Delete that file, and the run is made again."
+        ) from error
+    if record.status not in ("finished", "failed") or (record.finished and "last" not in record.candidates):
+        raise DebiasError(
+            f"Expected {path} to hold a finished run with its metrics, or a failed one, but it does not. Nothing was"
+            " changed. Delete that file, and the run is made again."
+        )
+    return record
+
+
+def find_records(folders: Sequence[Path]) -> list[RunRecord]:
+    """Read all runs below ``folders``, at any depth, in the order of their paths; a run that lies there twice once.
+
+    Args:
+        folders: of comparisons, runs, or anything around them.
+
+    Raises:
+        DebiasError: a folder does not exist or holds no run, a file is damaged, or the runs are of several recipes.
+    """
+    records: dict[str, RunRecord] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise DebiasError(f"Expected a folder of runs, but there is none at {folder}.")
+        files = sorted(folder.rglob(RECORD))
+        if not files:
+            raise DebiasError(f"Expected {folder} to hold runs of `debias compare`, but there is no {RECORD} below it.")
+        for record in map(read_record, files):
+            known = records.get(record.id)
+            if known is None or (record.finished and not known.finished):
+                records[record.id] = record
+    _refuse_mixture(records.values())
+    return list(records.values())
+
+
+def _refuse_mixture(records: Iterable[RunRecord]) -> None:
+    first: RunRecord | None = None
+    for record in records:
+        first = first or record
+        if record.recipe_hash != first.recipe_hash:
+            raise DebiasError(
+                f"Expected runs of one recipe, but {first.folder} is of `{first.recipe}` ({first.recipe_hash}) and"
+                f" {record.folder} of `{record.recipe}` ({record.recipe_hash}): what the runs share differs. Report"
+                " them separately."
+            )
