@@ -93,13 +93,23 @@ class DebiasCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the arguments of the stage itself, such as ``--ckpt_path``."""
+        """Add the arguments of the stage itself, such as ``--ckpt_path``, and the section that `debias compare` reads."""
+        parser.add_argument(
+            "--search",
+            type=dict[str, Any] | None,
+            default=None,
+            help="Ranges of hyperparameters, for `debias compare`; without any effect here.",
+        )
         skip: set[str | int] = set(LightningCLI.subcommands()[self.stage])
         self.stage_arguments = parser.add_method_arguments(Trainer, self.stage, skip=skip)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; unlike LightningCLI without a warning that arguments were handed over."""
+        """Parse; unlike LightningCLI without a warning that arguments were handed over.
+
+        The ranges to search are of no run, so neither its ``config.yaml`` nor its hyperparameters hold them.
+        """
         self.config = parser.parse_args(args)
+        self.config.pop("search", None)
 
     def before_instantiate_classes(self) -> None:
         """Send W&B offline where nobody is logged in."""
