@@ -287,7 +287,7 @@ def test_wandb_without_login_runs_offline_and_says_where_it_lies(tmp_path):
     ids=["nobody", "key", "mode", "netrc"],
 )
 def test_wandb_goes_offline_only_without_login(tmp_path, monkeypatch, environment, offline):
-    from debias.cli.training import _offline_without_login
+    from debias.cli.training import offline_without_login
 
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "NETRC"):
         monkeypatch.delenv(name, raising=False)
@@ -298,5 +298,5 @@ def test_wandb_goes_offline_only_without_login(tmp_path, monkeypatch, environmen
     monkeypatch.chdir(tmp_path)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    _offline_without_login()
+    offline_without_login()
     assert (os.environ["WANDB_MODE"] == "offline") is offline

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from debias import __version__
+from debias.cli.compare_options import add_compare_options
 from debias.cli.suggest import nearest
 
 __all__ = ["main"]
@@ -38,7 +39,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = make_parser()
     if words and not words[0].startswith("-") and words[0] not in parser.get_default("commands"):
         parser.error(f"unknown command `{words[0]}`{nearest(words[0], parser.get_default('commands'))}")
-    options = parser.parse_args(words)
+    options = parser.parse_args(words, argparse.Namespace(words=words[1:]))
     options.run(options)
 
 
@@ -75,6 +76,10 @@ def make_parser() -> argparse.ArgumentParser:
     selection.add_argument("--epochs", type=int, default=None, help="epochs of a run")
     selection.add_argument("--out", type=Path, default=Path("shift_selection"), help="folder of the tables and figure")
     selection.set_defaults(run=_selection)
+
+    compare = commands.add_parser("compare", help="methods x seeds on a recipe: one table, figures, W&B")
+    add_compare_options(compare)
+    compare.set_defaults(run=_compare)
 
     methods = commands.add_parser("methods", help="what is there, what each needs from a batch, its reference")
     methods.set_defaults(run=_methods)
@@ -116,6 +121,15 @@ def _selection(options: argparse.Namespace) -> None:
         from debias.shift_selection import run
 
         run(options.out, source=options.source, mnist=options.mnist, seeds=options.seeds, epochs=options.epochs)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from debias.cli.errors import readable_errors
+
+    with readable_errors():
+        from debias.cli.compare import compare
+
+        compare(options)
 
 
 def _methods(_: argparse.Namespace) -> None:

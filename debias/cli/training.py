@@ -22,7 +22,7 @@ from debias.cli.errors import readable_errors
 from debias.cli.suggest import explain
 from debias.errors import DebiasError
 
-__all__ = ["DebiasCLI", "train"]
+__all__ = ["DebiasCLI", "offline_without_login", "train"]
 
 
 def train(stage: str, args: Sequence[str]) -> None:
@@ -93,7 +93,7 @@ class DebiasCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the arguments of the stage itself, such as ``--ckpt_path``, and the section that `debias compare` reads."""
+        """Add the arguments of the stage itself, such as ``--ckpt_path``, and a section for ``debias compare``."""
         parser.add_argument(
             "--search",
             type=dict[str, Any] | None,
@@ -114,7 +114,7 @@ class DebiasCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Send W&B offline where nobody is logged in."""
         if any(_is_wandb(path) for path in _logger_classes(self.config)):
-            _offline_without_login()
+            offline_without_login()
 
     def run_stage(self) -> None:
         """Run the stage, then say where its results lie."""
@@ -176,15 +176,21 @@ def _logger_classes(config: Any) -> Iterator[type]:
             yield getattr(import_module(module), name)
 
 
-def _offline_without_login() -> None:
-    """Let W&B run offline where it would otherwise ask for a key or fail; processes started later inherit this."""
+def offline_without_login() -> bool:
+    """Let W&B run offline where it would otherwise ask for a key or fail; processes started later inherit this.
+
+    Returns:
+        Whether nobody is logged in, and nothing else says how W&B is to run.
+    """
     import wandb
 
     chosen = ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
     # Not `wandb.setup()`, which reads the environment once and for all.
     server = os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url
-    if not any(map(os.environ.get, chosen)) and not _in_netrc(server):
+    nobody = not any(map(os.environ.get, chosen)) and not _in_netrc(server)
+    if nobody:
         os.environ["WANDB_MODE"] = "offline"
+    return nobody
 
 
 def _in_netrc(url: str) -> bool:

@@ -52,6 +52,8 @@ class GroupDataModule(L.LightningDataModule):
         self.seed = seed
         self.balance = balance
         self.num_workers = num_workers
+        self._order: torch.Generator | None = None  # of the training samples
+        self._resumed: Tensor | None = None
 
     def train_dataloader(self) -> DataLoader:
         """Batches ``(x, y)``, shuffled by ``seed`` or balanced."""
@@ -65,7 +67,10 @@ class GroupDataModule(L.LightningDataModule):
                 )
             sampler = GroupBalancedSampler(self.train_set.tags[self.balance], self.batch_size, seed=self.seed)
         else:
-            generator = torch.Generator().manual_seed(self.seed)
+            generator = self._order = torch.Generator().manual_seed(self.seed)
+            if self._resumed is not None:
+                generator.set_state(self._resumed)
+                self._resumed = None
         return DataLoader(
             cast("Dataset[Any]", self.train_set),
             batch_size=self.batch_size,
@@ -83,6 +88,15 @@ class GroupDataModule(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         """Batches ``(x, y)`` of the test set."""
         return self._eval_dataloader(self.test_set)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the shuffling is: a run that is resumed after an epoch goes on with the order of the next one."""
+        return {} if self._order is None else {"order": self._order.get_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there, when training."""
+        if self.trainer is not None and self.trainer.state.fn == "fit":
+            self._resumed = state_dict.get("order")
 
     def _eval_dataloader(self, dataset: TaggedDataset) -> DataLoader:
         sampler = EvalSampler(dataset)

@@ -1,0 +1,254 @@
+"""``debias compare``: a grid of methods x settings x seeds on one recipe, and what came out of it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from debias.cli.errors import readable_errors
+from debias.cli.recipes import METHODS, recipes, recipes_folder
+from debias.cli.suggest import nearest
+from debias.cli.training import DebiasCLI, offline_without_login
+from debias.compare.grid import BASELINES, Recipe, RunSpec, expand, prepare, settings_of
+from debias.compare.runner import Interrupted, run_all
+from debias.data._common import missing_extra
+from debias.errors import DebiasError
+
+try:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from yaml import safe_dump
+except ImportError as error:
+    raise missing_extra(error.name or "rich", error) from error
+
+__all__ = ["compare", "find_recipe"]
+
+LEFT_OUT = "leave_one_domain_out"
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Run the command.
+
+    Args:
+        options: those of :func:`add_compare_options`, and ``words``, what was typed after ``debias compare``.
+
+    Raises:
+        DebiasError: an option is wrong, the recipe lacks what a method needs, or the folder is another comparison's;
+            before anything is run or written.
+        SystemExit: with status 1 if a run failed, 130 after Ctrl-C.
+    """
+    console = Console(stderr=options.print_wandb_sweep)
+    if not options.seeds or min(options.seeds) < 0:
+        raise DebiasError(f"Expected `seeds` to be one or more integers >= 0, but got {options.seeds}.")
+    seeds = list(dict.fromkeys(options.seeds))
+    fixed = {key: values[0] for key, values in _pairs("set", options.set).items()}
+    recipe = find_recipe(options.recipe, tuple(options.config), fixed)
+    methods = _methods(recipe, options.methods, console)
+    settings = settings_of(
+        recipe, methods, vary=_pairs("vary", options.vary), draws=options.draws, draw_seed=options.draw_seed
+    )
+    domains = _n_domains(recipe) if options.select == LEFT_OUT else None
+    runs = expand(settings, seeds, domains)
+    if options.only is not None:
+        runs = _only(runs, options.only)
+    if options.print_wandb_sweep:
+        print(_sweep(recipe, runs, options.words), end="")
+        return
+
+    out = options.out or Path("debias_compare") / recipe.name
+    folders = prepare(recipe, runs, out)
+    logging = _logging(options, recipe, out, console)
+    if options.launcher == "submitit":
+        _submit(folders, logging, _pairs("launcher-args", options.launcher_args), out, console)
+        return
+    columns = (BarColumn(20), MofNCompleteColumn(), "runs", TimeElapsedColumn(), TextColumn("{task.description}"))
+    try:
+        with Progress(*columns, console=console, transient=True) as progress:
+            records = run_all(folders, lambda f: _command(f, logging), jobs=options.jobs, progress=progress)
+    except Interrupted:
+        done = sum((folder / "result.json").exists() for folder in folders)
+        console.print(f"Interrupted: {done} of {len(folders)} runs are done. The same command goes on from there.")
+        raise SystemExit(130) from None
+    if options.only is None:
+        _report(records, options, logging, out)
+    if not all(record.finished for record in records):
+        raise SystemExit(1)
+
+
+def find_recipe(name: str, extra: tuple[Path, ...] = (), fixed: dict[str, Any] | None = None) -> Recipe:
+    """Find a recipe by its folder, or by its name among those of the package.
+
+    Args:
+        name: of either.
+        extra: further config files.
+        fixed: hyperparameters set for all runs.
+
+    Raises:
+        DebiasError: there is no such recipe.
+    """
+    folder = Path(name)
+    if not (folder / "base.yaml").is_file():
+        known = recipes()
+        found = known.get(folder.name) if name in (folder.name, f"recipes/{folder.name}") else None
+        if found is None:
+            raise DebiasError(
+                f"Expected `recipe` to be a folder with a base.yaml or one of the package's recipes, but got `{name}`"
+                f"{nearest(folder.name, known)}"
+            )
+        folder = found
+    shared = folder.resolve().parent / METHODS
+    shared = shared if shared.is_dir() else recipes_folder() / METHODS
+    return Recipe(folder.resolve().name, folder, shared, extra, fixed or {})
+
+
+def _methods(recipe: Recipe, asked: Sequence[str] | None, console: Console) -> list[str]:
+    """The baselines, and what was asked for; each must fit the recipe, or, if nobody asked for it, is left out."""
+    known = recipe.methods()
+    for name in asked or []:
+        if name not in known:
+            raise DebiasError(f"Expected `methods` to be method files, but got `{name}`{nearest(name, known)}")
+    methods = []
+    for name in dict.fromkeys([*BASELINES, *(asked or known)]):
+        why = _refusal(recipe, name)
+        if why is None:
+            methods.append(name)
+        elif asked and name in asked:
+            raise DebiasError(
+                f"Expected the recipe `{recipe.name}` to have what the method `{name}` needs, but {why} Nothing was"
+                f" run. Leave `{name}` out, or choose another recipe."
+            )
+        else:
+            console.print(f"Left out {name}: {why}", highlight=False, markup=False)
+    return methods
+
+
+def _refusal(recipe: Recipe, method: str) -> str | None:
+    """Parse the configuration as a run does; say why it cannot be."""
+    import tempfile
+
+    out, err = io.StringIO(), io.StringIO()
+    with tempfile.TemporaryDirectory() as folder:
+        words = []
+        for i, content in enumerate(recipe.configs(method)):
+            OmegaConf.save(OmegaConf.create(content), Path(folder) / f"{i}.yaml")
+            words += ["--config", str(Path(folder) / f"{i}.yaml")]
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                with readable_errors():
+                    DebiasCLI("fit", [*words, "--print_config"])
+            except SystemExit as stop:
+                if not stop.code:
+                    return None
+    message = err.getvalue()
+    missing = re.search(r"Expected the config to set `([\w.]+)`", message)
+    if missing:
+        return f"its base does not set `{missing[1]}`."
+    lines = [line for line in message.splitlines() if line.startswith("error: ")]
+    return lines[-1].removeprefix("error: ") if lines else message.strip()
+
+
+def _pairs(option: str, words: Sequence[str]) -> dict[str, list[Any]]:
+    """Read ``KEY=V1,V2``, values as in YAML."""
+    pairs = {}
+    for word in words:
+        key, equals, values = word.partition("=")
+        if not (key and equals and values):
+            raise DebiasError(f"Expected `--{option}` to be KEY=VALUE, but got `{word}`.")
+        try:
+            found = OmegaConf.to_container(OmegaConf.create(f"[{values}]"), resolve=False)
+        except (OmegaConfBaseException, ValueError) as error:
+            raise DebiasError(f"Expected `--{option}` to have YAML values, but got `{word}`.") from error
+        assert isinstance(found, list)
+        if option != "vary" and len(found) != 1:
+            raise DebiasError(f"Expected `--{option}` to have one value, but got `{word}`. Write a list as [1,2].")
+        pairs[key] = found
+    return pairs
+
+
+def _n_domains(recipe: Recipe) -> int:
+    number = ((recipe.configs("erm")[0].get("data") or {}).get("init_args") or {}).get("n_domains")
+    if not isinstance(number, int) or number < 2:
+        raise DebiasError(
+            f"Expected the base of `{recipe.name}` to set `data.init_args.n_domains` to 2 or more, to leave one domain"
+            f" out after another, but got {number}. Choose by another rule."
+        )
+    return number
+
+
+def _only(runs: Sequence[RunSpec], name: str) -> list[RunSpec]:
+    found = [run for run in runs if run.id == name]
+    if not found:
+        raise DebiasError(
+            f"Expected `only` to be a run of the grid, but got `{name}`{nearest(name, [r.id for r in runs])}"
+        )
+    return found
+
+
+def _logging(options: argparse.Namespace, recipe: Recipe, out: Path, console: Console) -> dict[str, Any]:
+    """How runs log: handed to each, no part of what is compared."""
+    loggers = ["tensorboard"] * options.tensorboard + ["wandb"] * (options.project is not None)
+    if options.project is None:
+        return {"loggers": loggers}
+    group = options.group or f"{recipe.name}-{recipe.hash[:6]}"
+    if offline_without_login():
+        console.print(
+            f"Nobody is logged in to W&B, so its runs stay in {out}. Later: wandb login, then wandb sync with the"
+            " folders that the end of this command names.",
+            highlight=False,
+        )
+    # The same run has the same id wherever and however often it is made, and another comparison's has another.
+    unique = hashlib.sha256(f"{options.project}/{group}".encode()).hexdigest()[:8]
+    return {
+        "loggers": loggers, "project": options.project, "entity": options.entity, "group": group,
+        "ids": f"{unique}-{{}}",
+    }  # fmt: skip
+
+
+def _command(folder: Path, logging: dict[str, Any]) -> list[str]:
+    return [sys.executable, "-m", "debias.cli.one_run", str(folder), json.dumps(logging)]
+
+
+def _sweep(recipe: Recipe, runs: Sequence[RunSpec], words: Sequence[str]) -> str:
+    """The grid as W&B reads it: each agent calls this command for one run of it."""
+    again = [word for word in words if word != "--print-wandb-sweep"]
+    sweep = {
+        "name": f"debias compare {recipe.name}",
+        "method": "grid",
+        "parameters": {"only": {"values": [run.id for run in runs]}},
+        "command": ["${env}", "debias", "compare", *again, "${args}"],
+    }
+    return safe_dump(sweep, sort_keys=False)
+
+
+def _submit(
+    folders: Sequence[Path], logging: dict[str, Any], parameters: dict[str, list[Any]], out: Path, console: Console
+) -> None:
+    """Hand the runs to submitit, which knows SLURM; a run that is finished ends at once."""
+    try:
+        import submitit
+    except ImportError as error:
+        raise missing_extra("submitit", error) from error
+    import subprocess
+
+    given = {key: values[0] for key, values in parameters.items()}
+    executor = submitit.AutoExecutor(folder=out / "submitit", cluster=given.pop("cluster", None))
+    executor.update_parameters(name="debias", **given)
+    with executor.batch():
+        jobs = [executor.submit(subprocess.call, _command(folder.resolve(), logging)) for folder in folders]
+    console.print(f"{len(jobs)} jobs were submitted: {jobs[0].job_id} to {jobs[-1].job_id}. When they are done:")
+    console.print(f"debias report {out}", highlight=False, soft_wrap=True)
+
+
+def _report(records: Sequence[Any], options: argparse.Namespace, logging: dict[str, Any], out: Path) -> None:
+    raise NotImplementedError

@@ -1,0 +1,245 @@
+"""One run of a comparison, in a process of its own: ``python -m debias.cli.one_run FOLDER [LOGGING]``.
+
+The folder says all: what to train, and afterwards what came out. A folder is run by one process at a time; the lock is
+the operating system's, so a killed process leaves none behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import replace
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from debias.compare.grid import read_spec
+from debias.compare.records import RECORD, Candidate, RunRecord, read_record
+from debias.compare.runner import BUSY, LOCK
+
+__all__ = ["main", "make_run"]
+
+PACKAGES = ("debias", "torch", "lightning", "torchmetrics", "numpy", "scikit-learn", "timm", "torchvision")
+
+
+def main(folder: Path, logging: dict[str, Any] | None = None) -> int:
+    """Make the run of ``folder`` unless it is finished, and leave a record, also of a failure.
+
+    Args:
+        folder: of the run, as :func:`debias.compare.grid.prepare` made it.
+        logging: where to log beside the CSV: ``loggers``, a list of ``"tensorboard"`` and ``"wandb"``, and for W&B
+            ``project``, ``group``, ``entity`` and ``ids``, the run's id with ``{}`` for its name.
+
+    Returns:
+        The exit status: 0 finished, 1 failed, :data:`debias.compare.runner.BUSY` made by another process right now.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0" or os.environ.get("NODE_RANK", "0") != "0":
+        make_run(folder, logging or {})  # another rank of the process that holds the lock
+        return 0
+    try:
+        with FileLock(folder / LOCK, blocking=False):
+            return _locked(folder, logging or {})
+    except Timeout:
+        return BUSY
+
+
+def _locked(folder: Path, logging: dict[str, Any]) -> int:
+    if (folder / RECORD).exists() and read_record(folder / RECORD).finished:
+        return 0
+    spec = read_spec(folder)
+    keys = ("id", "recipe", "recipe_hash", "method", "seed", "params", "held_out")
+    record = RunRecord(
+        **{key: spec[key] for key in keys},
+        status="failed",
+        versions=_versions(),
+        git=_git(),
+        started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+    start = time.perf_counter()
+    signal.signal(signal.SIGTERM, _end)  # Lightning's own handler calls it, too
+    try:
+        found = make_run(folder, logging)
+    except BaseException as error:
+        traceback.print_exc()
+        if _interrupted(error):
+            raise  # no failure: it goes on from its last checkpoint next time
+        failed = replace(record, error=_last_line(error), seconds=time.perf_counter() - start)
+        failed.save(folder)
+        return 1
+    replace(record, status="finished", seconds=time.perf_counter() - start, **found).save(folder)
+    return 0
+
+
+def make_run(folder: Path, logging: dict[str, Any]) -> dict[str, Any]:
+    """Train, then test every checkpoint that a selection rule may choose.
+
+    Args:
+        folder: of the run.
+        logging: as for :func:`main`.
+
+    Returns:
+        The fields of :class:`RunRecord` that training fills.
+    """
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from debias.cli.training import DebiasCLI
+    from debias.compare.held_out import hold_out
+    from debias.compare.keeping import Keeper, StepClock
+    from debias.compare.predictions import Predictions
+    from debias.monitors.group_monitor import GroupMonitor
+
+    spec = read_spec(folder)
+    cli = DebiasCLI("fit", _words(folder, spec, logging))
+    trainer: Any = cli.trainer
+    model, data = cli.model, cli.datamodule
+    chosen_by = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)]
+    direction = "min" if any(c.monitor and c.mode == "min" for c in chosen_by) else "max"
+    keeper, clock = Keeper(folder, direction), StepClock()
+    predictions = next((Predictions(c) for c in trainer.callbacks if isinstance(c, GroupMonitor)), None)
+    # The rules of the comparison keep checkpoints instead of the recipe's own rule.
+    others = [c for c in trainer.callbacks if c not in chosen_by]
+    trainer.callbacks = [*others, *([predictions] if predictions else []), clock, keeper]
+    if spec.get("held_out") is not None:
+        hold_out(data, spec["held_out"])
+    if trainer.is_global_zero:
+        (folder / "config.yaml").write_text(cli.parser.dump(cli.config, skip_none=False), encoding="utf-8")
+    resume = keeper.last if keeper.last.exists() else None
+    trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=False)
+
+    candidates = keeper.candidates()
+    peak = _peak_memory(trainer)
+    if spec.get("held_out") is None:
+        candidates = _test(trainer, model, data, candidates, predictions, folder)
+    return {
+        "direction": direction, "candidates": candidates, "steps": candidates["last"].step, "peak_memory": peak,
+        "seconds_per_step": clock.seconds_per_step, "device": _device(trainer),
+    }  # fmt: skip
+
+
+def _words(folder: Path, spec: dict[str, Any], logging: dict[str, Any]) -> list[str]:
+    """The run as a command line; what belongs to this machine is not in the files."""
+    words = [word for i in range(len(spec["configs"])) for word in ("--config", str(folder / f"config{i}.yaml"))]
+    words += ["--seed_everything", str(spec["seed"]), "--trainer.default_root_dir", str(folder)]
+    words += ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+    return [*words, "--trainer.logger", json.dumps(_loggers(folder, spec, logging))]
+
+
+def _loggers(folder: Path, spec: dict[str, Any], logging: dict[str, Any]) -> list[dict[str, Any]]:
+    """CSV always: the figures read it. A run that goes on writes a further file; Lightning would delete the first."""
+    place = {"save_dir": str(folder), "version": ""}
+    csv = {"save_dir": str(folder), "name": "csv", "version": len(list(folder.glob("csv/*")))}
+    loggers: list[dict[str, Any]] = [{"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": csv}]
+    if "tensorboard" in logging.get("loggers", ()):
+        entry = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger"}
+        loggers.append(entry | {"init_args": {**place, "name": "tensorboard"}})
+    if "wandb" in logging.get("loggers", ()):
+        group, project = logging["group"], logging["project"]
+        names: dict[str, Any] = {
+            "project": project, "group": group, "job_type": spec["method"], "name": spec["id"],
+            "tags": [spec["method"], f"seed-{spec['seed']}", spec["recipe"]], "save_dir": str(folder),
+        }  # fmt: skip
+        if logging.get("entity"):
+            names["entity"] = logging["entity"]
+        if "WANDB_SWEEP_ID" not in os.environ:  # there the agent names the run
+            # A run that was killed and goes on is the same run.
+            names |= {"id": logging["ids"].format(spec["id"]), "resume": "allow"}
+        loggers.append({"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": names})
+    return loggers
+
+
+def _test(
+    trainer: Any, model: Any, data: Any, candidates: dict[str, Candidate], predictions: Any, folder: Path
+) -> dict[str, Candidate]:
+    """Test each checkpoint; several rules that chose the same one share its test."""
+    loggers, trainer.loggers = trainer.loggers, []  # under names of their own, or the last rule's would overwrite all
+    tested: dict[int, dict[str, float]] = {}
+    found = {}
+    for rule, candidate in candidates.items():
+        if candidate.step not in tested:
+            if predictions is not None:
+                predictions.path = folder / "predictions" / f"step{candidate.step}.npz"
+            checkpoint = str(folder / candidate.checkpoint)
+            trainer.test(model, datamodule=data, ckpt_path=checkpoint, verbose=False, weights_only=False)
+            # Not what `test` returns, which of several loaders repeats the last one's values.
+            metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+            tested[candidate.step] = {key: value for key, value in metrics.items() if key.startswith("test")}
+        found[rule] = replace(candidate, test=tested[candidate.step])
+        for logger in loggers:
+            logger.log_metrics({f"{rule}/{key}": value for key, value in tested[candidate.step].items()})
+    for logger in loggers:
+        logger.finalize("success")
+    return found
+
+
+def _device(trainer: Any) -> str:
+    import torch
+
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{trainer.world_size} x {name}" if trainer.world_size > 1 else name
+
+
+def _peak_memory(trainer: Any) -> int:
+    """Bytes: allocated on the device, or, where that is the CPU, resident of the whole process."""
+    import torch
+
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _git() -> dict[str, Any]:
+    """Revision of the folder that the command is run in, if it is a repository."""
+    try:
+        revision, changed = _output("git", "rev-parse", "HEAD"), _output("git", "status", "--porcelain")
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"revision": revision, "changed": bool(changed)}
+
+
+def _output(*words: str) -> str:
+    return subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+
+def _end(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Lightning turns Ctrl-C into an exit."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _last_line(error: BaseException) -> str:
+    """What a table has room for; the traceback is in the log."""
+    if isinstance(error, SystemExit):
+        return f"exit status {error.code}; see the log"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), json.loads(sys.argv[2]) if len(sys.argv) > 2 else None))

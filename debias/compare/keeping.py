@@ -1,0 +1,209 @@
+"""Callbacks of a run: they keep a checkpoint for each selection rule, measure time, and let a killed run go on."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint
+
+from debias.compare.records import Candidate, measures, write_json
+
+__all__ = ["Keeper", "StepClock", "shift_score"]
+
+PROGRESS = "progress.json"
+
+
+def shift_score(metrics: dict[str, float]) -> float:
+    """The crafted-shift score: over the families that the run was not trained on, where that is logged apart."""
+    return metrics.get("val_shift/held_out_mean", metrics.get("val_shift/mean", math.nan))
+
+
+class Keeper(Checkpoint):
+    """Keep the best checkpoint by each rule that reads the validation set, and the last one.
+
+    Files are ``checkpoints/<rule>.ckpt`` and ``checkpoints/last.ckpt`` in the run's folder. The last one is written at
+    the end of an epoch when ``every`` seconds have passed since; with it, a run that was killed goes on as if nothing
+    had been, to the last bit: the states of the generators are in it.
+
+    Args:
+        folder: of the run.
+        direction: ``"max"`` where higher metrics are better, else ``"min"``.
+        every: seconds between two writes of the last checkpoint.
+    """
+
+    def __init__(self, folder: Path, direction: str = "max", every: float = 30.0) -> None:
+        self.folder = folder
+        self.direction = direction
+        self.every = every
+        self.best: dict[str, dict[str, Any]] = {}  # by rule: score and candidate, as plain values
+        self.val: dict[str, float] = {}
+        self._epochs = 0  # begun, the running one included
+        self._saved_at = time.monotonic()
+        self._saved_step = -1
+        self._reported = 0.0
+        self._generators: dict[str, Any] | None = None
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint to go on from."""
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    def candidates(self) -> dict[str, Candidate]:
+        """The checkpoints of this run, by rule; without test metrics yet."""
+        return {
+            rule: Candidate(**{k: v for k, v in entry.items() if k != "score"}, test={})
+            for rule, entry in self.best.items()
+        }
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Keep this epoch's checkpoint by each rule that prefers it to all before."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        # The one place where the device is waited for; an epoch has ended.
+        self.val = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val")}
+        found = measures(self.val, "val", self.direction)
+        scores = {"val_average": found.average, "val_worst_group": found.worst, "val_shift": shift_score(self.val)}
+        for rule, score in scores.items():
+            sign = 1 if self.direction == "max" or rule == "val_shift" else -1
+            known = self.best.get(rule)
+            if not math.isnan(score) and (known is None or sign * score > sign * known["score"]):
+                self._keep(trainer, rule, score)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Say how far the run is, about once a second."""
+        if time.monotonic() - self._reported > 1:
+            self._report(trainer)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """After a resume: take up the random streams where they were."""
+        self._epochs = trainer.current_epoch + 1
+        if self._generators is not None:
+            _restore_generators(self._generators)
+            self._generators = None
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write the last checkpoint, unless that was just done."""
+        due = time.monotonic() - self._saved_at >= self.every
+        if trainer.strategy.reduce_boolean_decision(due, all=False):  # ranks' clocks differ; saving takes all of them
+            self._save_last(trainer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write the last checkpoint."""
+        self._keep(trainer, "last", math.nan, save=False)
+        if self._saved_step != trainer.global_step:
+            self._save_last(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Scores, last metrics and the states of the random streams."""
+        return {
+            "epochs": self._epochs, "best": json.dumps(self.best), "val": json.dumps(self.val),
+            "generators": _generators(),
+        }  # fmt: skip
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.best, self.val = json.loads(state_dict["best"]), json.loads(state_dict["val"])
+        self._epochs, self._generators = state_dict["epochs"], state_dict["generators"]
+
+    def _keep(self, trainer: Any, rule: str, score: float, save: bool = True) -> None:
+        path = Path("checkpoints") / f"{rule}.ckpt"
+        self.best[rule] = {
+            "score": score, "epoch": self._epochs, "step": trainer.global_step, "val": dict(self.val),
+            "checkpoint": path.as_posix(),
+        }  # fmt: skip
+        if save:
+            trainer.save_checkpoint(self.folder / path, weights_only=False)
+
+    def _save_last(self, trainer: Any) -> None:
+        draft = self.last.with_name("last.draft")  # a run killed while it writes keeps the checkpoint before
+        trainer.save_checkpoint(draft, weights_only=False)
+        if trainer.is_global_zero:
+            draft.replace(self.last)
+        trainer.strategy.barrier()
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+        self._report(trainer)
+
+    def _report(self, trainer: Any) -> None:
+        self._reported = time.monotonic()
+        total = trainer.estimated_stepping_batches
+        if trainer.is_global_zero and total and math.isfinite(total):
+            write_json(self.folder / PROGRESS, {"step": trainer.global_step, "steps": total})
+
+
+class StepClock(Callback):
+    """Wall-clock seconds of a training step, waiting for data included, validation and checkpoints not.
+
+    The first epoch, in which caches fill and kernels are chosen, counts only where there is no other. The device is
+    waited for once an epoch.
+    """
+
+    def __init__(self) -> None:
+        self.epochs: list[list[float]] = []  # seconds and steps
+        self._start = self._paused = 0.0
+        self._from = 0
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Mean over the steps; NaN before the first."""
+        counted = self.epochs[1:] or self.epochs
+        steps = sum(n for _, n in counted)
+        return sum(s for s, _ in counted) / steps if steps else math.nan
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start."""
+        self._from, self._start = trainer.global_step, time.perf_counter()
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Pause."""
+        _wait(trainer)
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Go on."""
+        self._start += time.perf_counter() - self._paused
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Stop."""
+        _wait(trainer)
+        self.epochs.append([time.perf_counter() - self._start, trainer.global_step - self._from])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured."""
+        return {"epochs": [list(epoch) for epoch in self.epochs]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.epochs = state_dict["epochs"]
+
+
+def _wait(trainer: Any) -> None:
+    if trainer.strategy.root_device.type == "cuda":
+        torch.cuda.synchronize(trainer.strategy.root_device)
+
+
+def _generators() -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state()
+    state = {
+        "torch": torch.get_rng_state(), "python": json.dumps(random.getstate()),
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+    }  # fmt: skip
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _restore_generators(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = json.loads(state["python"])
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    if "cuda" in state and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
