@@ -13,11 +13,9 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
-from debias.compare.records import Candidate, measures, write_json
+from debias.compare.records import PROGRESS, Candidate, measures, write_json
 
 __all__ = ["Keeper", "StepClock", "shift_score"]
-
-PROGRESS = "progress.json"
 
 
 def shift_score(metrics: dict[str, float]) -> float:

@@ -17,6 +17,7 @@ __all__ = ["Candidate", "Measures", "RunRecord", "find_records", "measures", "re
 
 FORMAT = 1
 RECORD = "result.json"
+PROGRESS = "progress.json"  # of a run that is being made: steps taken and to take
 _WORST = re.compile(
     r"^(?P<stage>\w+)/(?P<prefix>(?:[^/]+/)?)worst_(?P<of>group|domain)_(?P<metric>[^/]+)(?P<loader>/.+)?$"
 )

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from debias.compare.grid import read_spec
-from debias.compare.keeping import PROGRESS
-from debias.compare.records import RECORD, RunRecord, read_record
+from debias.compare.records import PROGRESS, RECORD, RunRecord, read_record
 from debias.errors import DebiasError
 
 __all__ = ["BUSY", "LOCK", "Interrupted", "run_all"]

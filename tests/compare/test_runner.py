@@ -1,0 +1,161 @@
+"""Runs as processes: failures, crashes, locks, interruption; nothing finished is made again."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from debias.compare.records import RunRecord, read_record, write_json
+from debias.compare.runner import LOCK, Interrupted, run_all
+from debias.errors import DebiasError
+
+# Stands for a run: says that it was called, then does what the name of its folder says.
+FAKE = textwrap.dedent(
+    """
+    import json, os, signal, sys, time
+    from pathlib import Path
+    folder = Path(sys.argv[1])
+    spec = json.loads((folder / "spec.json").read_text())
+    with (folder / "calls").open("a") as file: file.write(os.environ.get("CUDA_VISIBLE_DEVICES", "") + "\\n")
+    if "crash" in folder.name: os.kill(os.getpid(), signal.SIGKILL)
+    if "slow" in folder.name: time.sleep(60)
+    if "brief" in folder.name: time.sleep(1.5)
+    record = {k: spec[k] for k in ("id", "recipe", "recipe_hash", "method", "seed")} | {"format": 1, "candidates": {}}
+    failed = "fail" in folder.name and not (folder / "mended").exists()
+    if failed:
+        record |= {"status": "failed", "error": "ValueError: no"}
+    else:
+        record |= {"status": "finished", "candidates": {"last": {"epoch": 1, "step": 1, "val": {}, "test": {}}}}
+    (folder / "result.json").write_text(json.dumps(record))
+    sys.exit(failed)
+    """
+)
+
+
+@pytest.fixture
+def make(tmp_path):
+    script = tmp_path / "fake.py"
+    script.write_text(FAKE)
+
+    def folders(*names: str) -> list[Path]:
+        found = []
+        for name in names:
+            folder = tmp_path / "runs" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            spec = {"id": name, "recipe": "toy", "recipe_hash": "0", "method": "erm", "seed": 0, "configs": []}
+            write_json(folder / "spec.json", spec | {"params": {}, "held_out": None})
+            found.append(folder)
+        return found
+
+    def command(folder: Path) -> list[str]:
+        return [sys.executable, str(script), str(folder)]
+
+    return folders, command
+
+
+def calls(folder: Path) -> int:
+    return len((folder / "calls").read_text().splitlines())
+
+
+def test_a_failure_is_recorded_and_does_not_stop_the_rest(make):
+    folders, command = make
+    runs = folders("a", "fail", "crash", "b")
+    records = run_all(runs, command)
+    assert [record.status for record in records] == ["finished", "failed", "failed", "finished"]
+    assert records[1].error == "ValueError: no"
+    assert "SIGKILL" in records[2].error
+    (runs[1] / "mended").touch()
+    again = run_all(runs, command)
+    assert [record.status for record in again] == ["finished", "finished", "failed", "finished"]
+    assert [calls(folder) for folder in runs] == [1, 2, 2, 1]  # what finished is not repeated
+
+
+def test_jobs_run_at_the_same_time_on_devices_in_turn(make, monkeypatch):
+    folders, command = make
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    runs = folders("brief1", "brief2")
+    start = time.monotonic()
+    run_all(runs, command, jobs=2)
+    both = time.monotonic() - start
+    assert sorted((folder / "calls").read_text().strip() for folder in runs) == ["4", "7"]
+    start = time.monotonic()
+    run_all(folders("brief3"), command, jobs=2)
+    assert both < 1.8 * (time.monotonic() - start)
+
+
+def test_a_run_that_another_process_makes_is_waited_for(make, tmp_path):
+    folders, _ = make
+    (run,) = folders("elsewhere")
+    (tmp_path / "locked.py").write_text(
+        "import sys\nfrom filelock import FileLock, Timeout\n"
+        f"try:\n    lock = FileLock(sys.argv[1] + '/{LOCK}', blocking=False); lock.acquire()\n"
+        f"except Timeout:\n    sys.exit(75)\nexec(open({str(tmp_path / 'fake.py')!r}).read())\n"
+    )
+    holder = subprocess.Popen(
+        [
+            sys.executable, "-c",
+            "import sys, time\nfrom filelock import FileLock\n"
+            f"with FileLock({str(run / LOCK)!r}):\n    print('held', flush=True); time.sleep(3)",
+        ],
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert holder.stdout is not None
+    assert holder.stdout.readline().strip() == b"held"
+    start = time.monotonic()
+    (record,) = run_all([run], lambda folder: [sys.executable, str(tmp_path / "locked.py"), str(folder)])
+    holder.wait(20)
+    holder.stdout.close()
+    assert record.finished
+    assert time.monotonic() - start > 1.5
+    assert calls(run) == 1
+
+
+def test_ctrl_c_ends_the_processes_and_records_no_failure(make, tmp_path):
+    folders, _ = make
+    runs = folders("a", "slow")
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        "import sys\nfrom pathlib import Path\nfrom debias.compare.runner import Interrupted, run_all\n"
+        f"try:\n    run_all([Path(p) for p in {[str(r) for r in runs]!r}],"
+        f" lambda f: [sys.executable, {str(tmp_path / 'fake.py')!r}, str(f)])\n"
+        "except Interrupted:\n    sys.exit(130)\n"
+    )
+    process = subprocess.Popen([sys.executable, str(driver)])
+    limit = time.monotonic() + 60
+    while not (runs[1] / "calls").exists() and time.monotonic() < limit:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    assert read_record(runs[0] / "result.json").finished
+    assert not (runs[1] / "result.json").exists()
+    with FileLock(runs[1] / LOCK, timeout=1):
+        pass
+    assert not any("slow" in line for line in _processes())
+
+
+def _processes() -> list[str]:
+    return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_a_damaged_record_stops_before_anything_runs(make):
+    folders, command = make
+    runs = folders("a", "b")
+    (runs[1] / "result.json").write_text('{"format": 1, "stat')
+    with pytest.raises(DebiasError, match=r"b/result.json to be a run's result .* Delete that file"):
+        run_all(runs, command)
+    assert not (runs[0] / "calls").exists()
+    assert (runs[1] / "result.json").read_text() == '{"format": 1, "stat'
+    with pytest.raises(DebiasError, match="`jobs` to be at least 1, but got 0"):
+        run_all(runs, command, jobs=0)
+
+
+def test_interrupted_is_an_exception_of_its_own():
+    assert not issubclass(Interrupted, DebiasError)
+    assert RunRecord("a", "r", "h", "erm", 0, "failed").finished is False
+    assert os.path.basename(LOCK).startswith(".")
