@@ -235,6 +235,11 @@ def test_files_that_are_no_config_are_refused(tmp_path, text):
         read_config(file)
 
 
+def test_a_file_of_comments_is_an_empty_config(tmp_path):
+    (tmp_path / "a.yaml").write_text("# plain training\n")
+    assert read_config(tmp_path / "a.yaml") == {}
+
+
 # recipes
 
 
