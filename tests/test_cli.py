@@ -261,6 +261,8 @@ def test_fit_then_validate_and_test_a_copied_recipe(tmp_path):
     logs = tmp_path / "logs" / "lightning_logs" / "version_0"
     with (logs / "metrics.csv").open() as file:
         assert {"train/loss", "val/loss", "val/worst_group_accuracy", "val/accuracy"} <= set(next(csv.reader(file)))
+    assert "search" in yaml.safe_load(Path(BASE).read_text())
+    assert "search" not in yaml.safe_load((logs / "config.yaml").read_text())
     saved = ["--config", str(logs / "config.yaml"), "--ckpt_path", str(checkpoint)]
     for stage, metric in (("validate", "val/worst_group_accuracy"), ("test", "test/worst_group_accuracy")):
         done = debias(stage, *saved, cwd=tmp_path)
@@ -277,6 +279,7 @@ def test_wandb_without_login_runs_offline_and_says_where_it_lies(tmp_path):
     assert list(folder.glob("*.wandb"))
     config = yaml.safe_load((folder / "files" / "debias_config.yaml").read_text())
     assert config["data"]["class_path"] == "debias.data.colored_digits.ColoredDigits"
+    assert "search" not in config
     assert f"wandb sync {line.rpartition(' ')[2]}" in done.stdout
     assert not (tmp_path / "config.yaml").exists()  # where Lightning would put it, and then refuse the next run
 

@@ -93,7 +93,7 @@ class DebiasCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the arguments of the stage itself, such as ``--ckpt_path``, and a section for ``debias compare``."""
+        """Add the arguments of the stage itself, such as ``--ckpt_path``, and the ranges that a recipe may hold."""
         parser.add_argument(
             "--search",
             type=dict[str, Any] | None,

@@ -7,12 +7,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+import yaml
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from debias.errors import DebiasError
 
@@ -161,19 +162,19 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read a YAML config file, with every ``${...}`` left as it is written.
 
     Args:
-        path: the file.
+        path: the file; an empty one is an empty config.
 
     Raises:
         DebiasError: it cannot be read, or is not a mapping.
     """
     try:
-        content = OmegaConf.load(path)
-        if isinstance(content, DictConfig):
-            return dict(OmegaConf.to_container(content, resolve=False))  # type: ignore[arg-type]
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        # OmegaConf reads 1e-3 as a number, but takes a lone word for a key.
+        if isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict | NoneType):
+            return dict(OmegaConf.to_container(OmegaConf.load(path), resolve=False))  # type: ignore[arg-type]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split())
         raise DebiasError(f"Expected {path} to be a YAML config, but it cannot be read: {reason}") from error
-    raise DebiasError(f"Expected {path} to be a mapping of config keys, but got a list.")
+    raise DebiasError(f"Expected {path} to be a mapping of config keys, but it is a list or a single value.")
 
 
 def _key(key: Any, source: str) -> str:
