@@ -21,6 +21,8 @@ TRAINING = {
     "test": "evaluate a checkpoint on the test set",
     "predict": "run a checkpoint on the prediction set",
 }
+# Names of `debias.compare.selection.RULES`, which would import more than the parser may.
+RULES = ("val_average", "val_worst_group", "leave_one_domain_out", "val_shift", "oracle", "last")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -76,6 +78,13 @@ def make_parser() -> argparse.ArgumentParser:
     selection.add_argument("--out", type=Path, default=Path("shift_selection"), help="folder of the tables and figure")
     selection.set_defaults(run=_selection)
 
+    report = commands.add_parser("report", help="tables, figures and a page from finished runs of `debias compare`")
+    report.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="folders with runs, at any depth")
+    report.add_argument("--select", choices=RULES, default=None, help="the rule that chooses checkpoints and settings")
+    report.add_argument("--out", type=Path, default=None, help="folder of the results; by default the first DIR")
+    report.add_argument("--project", default=None, help="of W&B, to log the results to")
+    report.set_defaults(run=_report)
+
     methods = commands.add_parser("methods", help="what is there, what each needs from a batch, its reference")
     methods.set_defaults(run=_methods)
 
@@ -116,6 +125,15 @@ def _selection(options: argparse.Namespace) -> None:
         from debias.shift_selection import run
 
         run(options.out, source=options.source, mnist=options.mnist, seeds=options.seeds, epochs=options.epochs)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from debias.cli.errors import readable_errors
+
+    with readable_errors():
+        from debias.compare.report import report
+
+        report(options.folders, options.select, options.out, options.project)
 
 
 def _methods(_: argparse.Namespace) -> None:

@@ -206,8 +206,8 @@ def select(records: Sequence[RunRecord], rule: Rule | str) -> list[Choice]:
     if missing := _missing(records, rule):
         others = [name for name in available_rules(records) if name != rule.name]
         raise DebiasError(
-            f"Expected {rule.needs}, which the rule `{rule.name}` scores runs by, but these have none: {_list(missing)}."
-            f" Rules that are available: {', '.join(others)}."
+            f"Expected {rule.needs}, which the rule `{rule.name}` scores runs by, but these have none:"
+            f" {_list(missing)}. Rules that are available: {', '.join(others)}."
         )
     methods = dict.fromkeys(record.method for record in records)
     order = [*(name for name in FIRST if name in methods), *(name for name in methods if name not in FIRST)]
