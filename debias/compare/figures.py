@@ -255,14 +255,16 @@ def group_weights(comparison: Comparison, paper: Paper = LIGHT) -> Figure | None
             steps, mean, std = _over_seeds([run[name] for run in runs if name in run])
             if len(steps):
                 axes.plot(steps, mean, label=name, linewidth=1.5, **style)
-                axes.fill_between(steps, mean - std, mean + std, color=style["color"], alpha=0.2, linewidth=0)
+                if len(groups) <= 2 * BAR_GROUPS:
+                    axes.fill_between(steps, mean - std, mean + std, color=style["color"], alpha=0.2, linewidth=0)
         axes.set_title(label(row.method), fontsize=10, color=paper.ink)
         axes.set_xlabel("step", fontsize=9)
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     for axes in list(figure.axes)[len(panels) :]:
         axes.set_visible(False)
     figure.axes[0].set_ylabel("weight")
-    band = ": mean over seeds, band one deviation" if any(len(runs) > 1 for _, runs in panels) else ""
+    band = ": mean over seeds" if any(len(runs) > 1 for _, runs in panels) else ""
+    band += ", band one deviation" if band and len(groups) <= 2 * BAR_GROUPS else ""
     figure.suptitle(_heading(comparison, f"Weights of groups over steps{band}"), fontsize=10, color=paper.ink)
     if len(groups) <= 2 * BAR_GROUPS:
         handles = [Line2D([], [], linewidth=1.5, **style) for style in styles.values()]
