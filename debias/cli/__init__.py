@@ -22,6 +22,8 @@ TRAINING = {
     "test": "evaluate a checkpoint on the test set",
     "predict": "run a checkpoint on the prediction set",
 }
+# Names of `debias.compare.selection.RULES`, which would import more than the parser may.
+RULES = ("val_average", "val_worst_group", "leave_one_domain_out", "val_shift", "oracle", "last")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -78,8 +80,17 @@ def make_parser() -> argparse.ArgumentParser:
     selection.set_defaults(run=_selection)
 
     compare = commands.add_parser("compare", help="methods x seeds on a recipe: one table, figures, W&B")
-    add_compare_options(compare)
+    add_compare_options(compare, RULES)
     compare.set_defaults(run=_compare)
+
+    report = commands.add_parser("report", help="tables, figures and a page from finished runs of `debias compare`")
+    report.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="folders with runs, at any depth")
+    report.add_argument("--select", choices=RULES, default=None, help="the rule that chooses checkpoints and settings")
+    report.add_argument("--out", type=Path, default=None, help="folder of the results; by default the first DIR")
+    report.add_argument("--project", default=None, help="of W&B, to log the results to")
+    report.add_argument("--entity", default=None, help="user or team of the W&B project")
+    report.add_argument("--group", default=None, help="W&B group; by default that of `debias compare`")
+    report.set_defaults(run=_report)
 
     methods = commands.add_parser("methods", help="what is there, what each needs from a batch, its reference")
     methods.set_defaults(run=_methods)
@@ -130,6 +141,16 @@ def _compare(options: argparse.Namespace) -> None:
         from debias.cli.compare import compare
 
         compare(options)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from debias.cli.errors import readable_errors
+
+    with readable_errors():
+        from debias.compare.report import report
+
+        where = {"project": options.project, "entity": options.entity, "group": options.group}
+        report(options.folders, options.select, options.out, **where)
 
 
 def _methods(_: argparse.Namespace) -> None:

@@ -21,6 +21,8 @@ from debias.cli.recipes import METHODS, recipes, recipes_folder
 from debias.cli.suggest import nearest
 from debias.cli.training import DebiasCLI, offline_without_login
 from debias.compare.grid import BASELINES, Recipe, RunSpec, expand, prepare, settings_of
+from debias.compare.records import default_group
+from debias.compare.report import report
 from debias.compare.runner import Interrupted, run_all
 from debias.data._common import missing_extra
 from debias.errors import DebiasError
@@ -81,7 +83,9 @@ def compare(options: argparse.Namespace) -> None:
         console.print(f"Interrupted: {done} of {len(folders)} runs are done. The same command goes on from there.")
         raise SystemExit(130) from None
     if options.only is None:
-        _report(records, options, logging, out)
+        where = {"project": options.project, "entity": options.entity, "group": logging.get("group")}
+        report([out], options.select, **where, console=console)
+        _say_where_offline_runs_lie(out, console)
     if not all(record.finished for record in records):
         raise SystemExit(1)
 
@@ -200,7 +204,7 @@ def _logging(options: argparse.Namespace, recipe: Recipe, out: Path, console: Co
     loggers = ["tensorboard"] * options.tensorboard + ["wandb"] * (options.project is not None)
     if options.project is None:
         return {"loggers": loggers}
-    group = options.group or f"{recipe.name}-{recipe.hash[:6]}"
+    group = options.group or default_group(recipe.name, recipe.hash)
     if offline_without_login():
         console.print(
             f"Nobody is logged in to W&B, so its runs stay in {out}. Later: wandb login, then wandb sync with the"
@@ -250,5 +254,9 @@ def _submit(
     console.print(f"debias report {out}", highlight=False, soft_wrap=True)
 
 
-def _report(records: Sequence[Any], options: argparse.Namespace, logging: dict[str, Any], out: Path) -> None:
-    raise NotImplementedError
+def _say_where_offline_runs_lie(out: Path, console: Console) -> None:
+    runs = [*out.glob("runs/*/wandb/offline-run-*"), *out.glob("wandb/offline-run-*")]
+    if runs:
+        console.print("W&B ran offline. Send its runs with:", highlight=False)
+        places = f"{out}/runs/*/wandb/offline-run-* {out}/wandb/offline-run-*"
+        console.print(f"wandb sync {places}", highlight=False, markup=False, soft_wrap=True)

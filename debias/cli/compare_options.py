@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 __all__ = ["add_compare_options"]
 
 
-def add_compare_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``debias compare`` to its parser."""
+def add_compare_options(parser: argparse.ArgumentParser, rules: Sequence[str]) -> None:
+    """Add the options of ``debias compare`` to its parser; ``rules`` are the names of the selection rules."""
     add = parser.add_argument
     add("recipe", help="a recipe's name or folder: recipes/colored_digits")
     add("--methods", nargs="+", default=None, metavar="NAME", help="method files; by default all that the data serves")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="one run per method, setting and seed")
-    add("--select", default=None, metavar="RULE", help="the rule that chooses checkpoints and settings, for all alike")
+    add("--select", choices=rules, default=None, help="the rule that chooses checkpoints and settings, for all alike")
     add("--out", type=Path, default=None, metavar="DIR", help="folder of runs and results: debias_compare/<recipe>")
     add("--config", type=Path, action="append", default=[], metavar="FILE", help="goes between the base and the method")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="for all runs: trainer.max_epochs=5")

@@ -13,7 +13,16 @@ from typing import Any
 
 from debias.errors import DebiasError
 
-__all__ = ["Candidate", "Measures", "RunRecord", "find_records", "measures", "read_record", "write_json"]
+__all__ = [
+    "Candidate",
+    "Measures",
+    "RunRecord",
+    "default_group",
+    "find_records",
+    "measures",
+    "read_record",
+    "write_json",
+]
 
 FORMAT = 1
 RECORD = "result.json"
@@ -120,6 +129,11 @@ class Measures:
     average: float
     worst: float
     by_group: dict[str, float]
+
+
+def default_group(recipe: str, recipe_hash: str) -> str:
+    """The W&B group of a comparison: the recipe, and the hash of what its runs share."""
+    return f"{recipe}-{recipe_hash[:8]}"
 
 
 def measures(metrics: Mapping[str, float], stage: str, direction: str = "max") -> Measures:
