@@ -24,13 +24,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from debias import __version__
 from debias.compare.grid import read_spec
 from debias.compare.records import RECORD, Candidate, RunRecord, read_record
 from debias.compare.runner import BUSY, LOCK
 
 __all__ = ["main", "make_run"]
 
-PACKAGES = ("debias", "torch", "lightning", "torchmetrics", "numpy", "scikit-learn", "timm", "torchvision")
+PACKAGES = ("torch", "lightning", "torchmetrics", "numpy", "scikit-learn", "timm", "torchvision")
 
 
 def main(folder: Path, logging: dict[str, Any] | None = None) -> int:
@@ -67,7 +68,6 @@ def _locked(folder: Path, logging: dict[str, Any]) -> int:
         started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
     start = time.perf_counter()
-    signal.signal(signal.SIGTERM, _end)  # Lightning's own handler calls it, too
     try:
         found = make_run(folder, logging)
     except BaseException as error:
@@ -202,7 +202,7 @@ def _peak_memory(trainer: Any) -> int:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "debias": __version__}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
@@ -242,4 +242,5 @@ def _last_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _end)  # Lightning's own handler calls it, too
     sys.exit(main(Path(sys.argv[1]), json.loads(sys.argv[2]) if len(sys.argv) > 2 else None))

@@ -1,0 +1,301 @@
+"""``debias compare`` as a user meets it: one command to the table; interrupted, repeated, twice at once, refused."""
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from _support.offline_wandb import read_offline_runs
+from debias.cli import main
+from debias.cli.recipes import recipes_folder
+
+ROOT = Path(__file__).parents[2]
+EPOCHS = ["--set", "trainer.max_epochs=2"]
+GRID = ["colored_digits", "--methods", "group_dro", "--seeds", "0", "1", *EPOCHS]
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Nobody is logged in anywhere."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    home_ = {"HOME": str(home), "NETRC": str(home / "netrc"), "COLUMNS": "160", "PYTHONPATH": str(ROOT)}
+    return {**inherited, **home_, "WANDB_SILENT": "true"}
+
+
+def start(*words: str, cwd: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "debias", "compare", *words],
+        cwd=cwd, env=environment(cwd), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """One comparison with W&B offline: ERM, balanced ERM and GroupDRO on two seeds; its folder and what it said."""
+    cwd = tmp_path_factory.mktemp("compare")
+    process = start(*GRID, "--out", "out", "--project", "tests", "--jobs", "2", cwd=cwd)
+    said, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, said
+    return cwd, said
+
+
+@pytest.fixture
+def copied(compared, tmp_path, monkeypatch):
+    shutil.copytree(compared[0] / "out", tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "out"
+
+
+def refused(capsys, *words: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", *words])
+    assert stop.value.code in (1, 2)
+    error = capsys.readouterr().err
+    assert error.count("error: ") == 1, error
+    assert "Traceback" not in error
+    return error
+
+
+def test_one_command_says_all(compared):
+    cwd, said = compared
+    for part in ("ERM", "balanced ERM", "group_dro", "val_worst_group", "wandb sync", "Nobody is logged in to W&B"):
+        assert part in said
+    names = {path.name for path in (cwd / "out").iterdir()}
+    assert {"table.csv", "runs.csv", "report.md", "worst_vs_average.png", "worst_vs_average-dark.png"} <= names
+    assert [row["method"] for row in rows(cwd / "out" / "table.csv")] == ["balanced", "erm", "group_dro"]
+
+
+def test_the_table_equals_a_computation_from_saved_predictions(compared):
+    out = compared[0] / "out"
+    for row in rows(out / "table.csv"):
+        average, worst = [], []
+        for seed in (0, 1):
+            run = out / "runs" / f"{row['method']}-seed{seed}"
+            chosen = json.loads((run / "result.json").read_text())["candidates"]["val_worst_group"]
+            with np.load(run / "predictions" / f"step{chosen['step']}.npz") as saved:
+                hits = saved["logits_0"].argmax(1) == saved["target_0"]
+                average.append(hits.mean())
+                worst.append(min(hits[saved["group_0"] == g].mean() for g in range(4)))
+        assert float(row["average"]) == pytest.approx(np.mean(average), abs=1e-6)
+        assert float(row["worst_group"]) == pytest.approx(np.mean(worst), abs=1e-6)
+        assert float(row["worst_group_std"]) == pytest.approx(np.std(worst, ddof=1), abs=1e-6)
+
+
+def test_w_and_b_holds_the_same(compared):
+    out = compared[0] / "out"
+    runs = {run.name: run for run in read_offline_runs(out)}
+    names = {f"{method}-seed{seed}" for method in ("erm", "balanced", "group_dro") for seed in (0, 1)}
+    assert set(runs) == names | {"comparison"}
+    assert len(read_offline_runs(out)) == len(runs)  # none twice
+    assert len({run.group for run in runs.values()}) == len({run.project for run in runs.values()}) == 1
+    assert len({run.id for run in runs.values()}) == len(runs)
+    assert all(run.finished for run in runs.values())
+    for name in names:
+        method, seed = name.split("-")
+        run = runs[name]
+        assert run.job_type == method
+        assert set(run.tags) == {method, f"seed-{seed.removeprefix('seed')}", "colored_digits"}
+        assert run.config["seed_everything"] == int(seed.removeprefix("seed"))
+        tested = json.loads((out / "runs" / name / "result.json").read_text())["candidates"]["val_worst_group"]["test"]
+        worst = run.summary["val_worst_group/test/worst_group_accuracy"]
+        assert worst == pytest.approx(tested["test/worst_group_accuracy"], abs=1e-6)
+        assert sum("val/worst_group_accuracy" in row for row in run.history) == 2  # over time
+    assert any(key.startswith("group_dro") or "weight" in key for row in runs["group_dro-seed0"].history for key in row)
+    summary = runs["comparison"]
+    assert summary.job_type == "summary"
+    for logged, written in zip(summary.table("table"), rows(out / "table.csv"), strict=True):
+        for key, value in written.items():
+            if isinstance(logged[key], int | float) and not isinstance(logged[key], bool):
+                assert float(value) == pytest.approx(logged[key])
+            else:
+                assert value == ("" if logged[key] is None else str(logged[key])) or value == str(logged[key]).lower()
+    for row in rows(out / "table.csv"):
+        assert summary.summary[row["method"]]["worst_group"] == pytest.approx(float(row["worst_group"]))
+
+
+def test_the_second_time_nothing_is_repeated(copied, capsys, monkeypatch):
+    monkeypatch.setattr("debias.compare.runner._start", lambda *_: pytest.fail("a run was started"))
+    before = fingerprint(copied)
+    main(["compare", *GRID, "--out", "out", "--project", "tests"])
+    assert fingerprint(copied) == before
+    assert "balanced ERM" in capsys.readouterr().out
+
+
+def test_report_from_two_machines(copied, tmp_path, capsys):
+    for name in ("group_dro-seed1", "erm-seed1", "balanced-seed1"):
+        shutil.move(copied / "runs" / name, tmp_path / "other" / "deep" / name)
+    main(["report", str(copied), str(tmp_path / "other"), "--out", str(tmp_path / "joint")])
+    assert (tmp_path / "joint" / "table.csv").read_text() == (copied / "table.csv").read_text()
+    main(["report", str(copied), "--select", "oracle", "--out", str(tmp_path / "oracle")])
+    assert "oracle" in capsys.readouterr().out
+    assert "looked at" in (tmp_path / "oracle" / "report.md").read_text()
+
+
+def test_killed_half_way_nothing_is_lost(tmp_path):
+    words = ["colored_digits", "--methods", "erm", "--seeds", "0", "--set", "trainer.max_epochs=40", "--out", "out"]
+    process = start(*words, cwd=tmp_path)
+    first = tmp_path / "out" / "runs" / "erm-seed0" / "result.json"
+    second = tmp_path / "out" / "runs" / "balanced-seed0"
+    limit = time.monotonic() + 120
+    while not (first.exists() and (second / "progress.json").exists()) and time.monotonic() < limit:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)  # the parent alone: its runs are sessions of their own
+    process.communicate(timeout=30)
+    assert not (second / "result.json").exists()
+    before = first.read_bytes()
+    again = start(*words, cwd=tmp_path)
+    said, _ = again.communicate(timeout=240)
+    assert again.returncode == 0, said
+    assert first.read_bytes() == before
+    assert (second / "log.txt").read_text().count("`Trainer.fit` stopped") == 1  # by the process that went on
+    assert [row["method"] for row in rows(tmp_path / "out" / "table.csv")] == ["balanced", "erm"]
+
+
+def test_two_at_once_share_the_runs(tmp_path):
+    words = ["colored_digits", "--methods", "erm", "--seeds", "0", *EPOCHS, "--out", "out"]
+    both = [start(*words, cwd=tmp_path) for _ in range(2)]
+    said = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    for name in ("erm-seed0", "balanced-seed0"):
+        log = (tmp_path / "out" / "runs" / name / "log.txt").read_text()
+        assert log.count("`Trainer.fit` stopped") == 1
+    assert [row["method"] for row in rows(tmp_path / "out" / "table.csv")] == ["balanced", "erm"]
+    assert not list((tmp_path / "out").glob(".report.*"))
+
+
+# What is refused, with nothing overwritten
+
+
+def test_a_wrong_method(copied, capsys):
+    before = fingerprint(copied)
+    error = refused(capsys, "colored_digits", "--methods", "grup_dro", "--out", "out")
+    assert "got `grup_dro`; the nearest is `group_dro`." in error
+    assert fingerprint(copied) == before
+
+
+def test_a_recipe_that_lacks_what_a_method_needs(tmp_path, capsys):
+    error = refused(capsys, "waterbirds", "--methods", "vrex", "--out", str(tmp_path / "out"))
+    assert "recipe `waterbirds` to have what the method `vrex` needs" in error
+    assert "`data.init_args.n_domains`" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_another_recipe(copied, capsys):
+    before = fingerprint(copied)
+    error = refused(capsys, "identity_shortcut", "--methods", "erm", "--out", "out")
+    assert "holds runs of the recipe `colored_digits`, not of `identity_shortcut`" in error
+    error = refused(capsys, "colored_digits", "--methods", "erm", "--set", "trainer.max_epochs=3", "--out", "out")
+    assert "`1.trainer.max_epochs` was 2, and is 3" in error or "max_epochs` was 2" in error
+    assert fingerprint(copied) == before
+
+
+def test_a_corrupt_record(copied, capsys):
+    path = copied / "runs" / "erm-seed1" / "result.json"
+    path.write_text(path.read_text()[:100])
+    before = fingerprint(copied)
+    for words in (["compare", *GRID, "--out", "out"], ["report", "out"]):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 1
+        error = capsys.readouterr().err
+        assert "erm-seed1/result.json" in error
+        assert "Delete that file" in error
+    assert fingerprint(copied) == before
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    error = refused(capsys, "colored_digits", "--methods", "erm", "--out", str(tmp_path / "file"))
+    assert "Expected `out` to be a folder that can be written" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["colored_digit"], "got `colored_digit`; the nearest is `colored_digits`."),
+        (["colored_digits", "--seeds", "-1"], "Expected `seeds` to be one or more integers >= 0, but got [-1]."),
+        (["colored_digits", "--set", "trainer.max_epochs"], "Expected `--set` to be KEY=VALUE"),
+        (["colored_digits", "--vary", "GroupDOR.step_size=1,2"], "has `GroupDOR`"),
+        (["colored_digits", "--methods", "erm", "--only", "erm-seed9"], "the nearest is `erm-seed"),
+        (["colored_digits", "--methods", "erm", "--jobs", "0"], "Expected `jobs` to be at least 1, but got 0."),
+        (["waterbirds", "--methods", "erm", "--select", "leave_one_domain_out"], "`data.init_args.n_domains` to 2"),
+        (["colored_digits", "--select", "best"], "invalid choice: 'best'"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_wrong_options(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, *words)
+    assert not list(tmp_path.glob("**/result.json"))
+
+
+# Elsewhere
+
+
+def test_the_grid_as_a_sweep(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["colored_digits", "--methods", "group_dro", "--seeds", "0", "--vary", "GroupDRO.step_size=0.01,0.1"]
+    main(["compare", *words, "--print-wandb-sweep"])
+    sweep = yaml.safe_load(capsys.readouterr().out)
+    assert sweep["method"] == "grid"
+    names = sweep["parameters"]["only"]["values"]
+    assert len(names) == 4
+    assert len({name for name in names if name.startswith("group_dro-")}) == 2
+    assert sweep["command"] == ["${env}", "debias", "compare", *words, "${args}"]
+    assert not list(tmp_path.iterdir())  # nothing was run or written
+
+
+def test_one_run_of_the_grid(tmp_path):
+    words = ["colored_digits", "--methods", "group_dro", *EPOCHS, "--out", "out", "--only", "group_dro-seed2"]
+    process = start(*words, cwd=tmp_path)
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert [path.parent.name for path in tmp_path.glob("out/runs/*/result.json")] == ["group_dro-seed2"]
+    assert not (tmp_path / "out" / "table.csv").exists()
+
+
+def test_submitit_gets_every_run(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("submitit")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(
+        "debias.cli.compare._command",
+        lambda folder, _: [sys.executable, "-c", f"open({str(folder / 'called')!r}, 'w').close()"],
+    )
+    words = ["colored_digits", "--methods", "erm", "--seeds", "0", "--out", "out"]
+    main(["compare", *words, "--launcher", "submitit", "--launcher-args", "cluster=local", "timeout_min=2"])
+    assert "2 jobs were submitted" in capsys.readouterr().out
+    limit = time.monotonic() + 60
+    while len(list(tmp_path.glob("out/runs/*/called"))) < 2 and time.monotonic() < limit:
+        time.sleep(0.2)
+    assert {path.parent.name for path in tmp_path.glob("out/runs/*/called")} == {"erm-seed0", "balanced-seed0"}
+
+
+def test_every_method_takes_part_by_itself(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["compare", "colored_digits", "--seeds", "0", "--print-wandb-sweep"])
+    said = capsys.readouterr()
+    names = {name.removesuffix("-seed0") for name in yaml.safe_load(said.out)["parameters"]["only"]["values"]}
+    shared = {file.stem for file in (recipes_folder() / "methods").glob("*.yaml")}
+    assert names == shared - {"identity_adversarial"}
+    assert "Left out identity_adversarial: its base does not set `data.init_args.n_identities`" in said.err
