@@ -370,9 +370,14 @@ def _wrap(name: str) -> str:
 
 
 def _label_points(figure: Figure, axes: Axes, rows: Sequence[Row], scale: float, paper: Paper) -> bool:
-    """Write each name beside its point, where it covers no mark, bar or other name; else none, and say so."""
+    """Write each name beside its point, where it covers no mark, bar or other name, and the points are apart; else
+    none, and say so.
+    """
     figure.draw_without_rendering()
     inside, to_pixels = axes.get_window_extent(), axes.transData.transform
+    means = [Bbox(to_pixels([(scale * row.average.mean, scale * row.worst.mean)] * 2)).padded(7) for row in rows]
+    if any(a.overlaps(b) for a, b in itertools.combinations(means, 2)):
+        return False  # whose name is whose could not be told
     taken = []
     for row in rows:
         x, y = scale * row.average.mean, scale * row.worst.mean
