@@ -21,6 +21,7 @@ from debias.compare.table import Comparison, Row, label
 from debias.data._common import missing_extra
 
 try:
+    from matplotlib import colormaps
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -313,8 +314,6 @@ def _over_seeds(runs: Sequence[dict[int, float]]) -> tuple[np.ndarray, np.ndarra
 
 
 def _group_style(g: int, n: int, paper: Paper) -> dict[str, Any]:
-    from matplotlib import colormaps
-
     if n > 2 * BAR_GROUPS:
         return {"color": colormaps["viridis"](g / (n - 1)), "linestyle": "-"}
     # Blue first: in this figure colours are groups, and ERM's is not one of them.

@@ -208,15 +208,18 @@ def test_the_oracle_is_marked_everywhere():
 def test_chosen_settings_are_shown():
     runs = [record("erm", 0, params={"model.lr": lr}) for lr in (0.1, 0.2)]
     runs.append(record("vrex", 0, params={"a.weight": 10.0, "b.weight": 1}))
+    runs.append(record("irm", 0, params={"layers": "[bold]"}))
     comparison = make_comparison(runs, "val_average")
     assert comparison.rows[0].settings == 2
     assert "lr=0.1" in printed(comparison)
+    assert "layers=[bold]" in printed(comparison)
     assert json.loads(table_rows(comparison)[1]["params"]) == {"a.weight": 10.0, "b.weight": 1}
     assert setting_text({"a.weight": 10.0, "b.weight": 1}) == "a.weight=10, b.weight=1"
     assert {row["id"]: row["in_table"] for row in runs_rows(comparison)} == {
         "erm-0-model.lr=0.1": True,
         "erm-0-model.lr=0.2": False,
         "vrex-0-a.weight=10.0-b.weight=1": True,
+        "irm-0-layers=[bold]": True,
     }
 
 

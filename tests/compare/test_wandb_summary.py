@@ -85,7 +85,7 @@ def test_offline_run_equals_the_csv_files(tmp_path):
 
 
 def test_command_line_logs_two_comparisons_as_two_runs(tmp_path, capsys):
-    first = save(made_up(METHODS), tmp_path / "first")
+    first = save(made_up(METHODS, groups=["digit<5 red", "digit>=5 red"]), tmp_path / "first")
     second = save([record("erm", 0, test=[0.1] * 4, recipe="other", recipe_hash="feedbeef00")], tmp_path / "second")
     for folder in (first, second):
         main(["report", str(folder), "--project", "p"])
@@ -96,6 +96,7 @@ def test_command_line_logs_two_comparisons_as_two_runs(tmp_path, capsys):
     assert "group_dro/average" not in two.summary
     assert len(two.table("runs")) == 1
     assert as_csv(one.table("table")) == read(first / "table.csv")
+    assert len(one.table("by_group/digit<5 red_table")) == 3
 
 
 def test_ids_are_stable_and_of_project_and_group():
