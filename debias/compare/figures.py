@@ -21,6 +21,7 @@ from debias.compare.table import Comparison, Row, label
 from debias.data._common import missing_extra
 
 try:
+    from matplotlib import colormaps
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -313,8 +314,6 @@ def _over_seeds(runs: Sequence[dict[int, float]]) -> tuple[np.ndarray, np.ndarra
 
 
 def _group_style(g: int, n: int, paper: Paper) -> dict[str, Any]:
-    from matplotlib import colormaps
-
     if n > 2 * BAR_GROUPS:
         return {"color": colormaps["viridis"](g / (n - 1)), "linestyle": "-"}
     # Blue first: in this figure colours are groups, and ERM's is not one of them.
@@ -370,9 +369,14 @@ def _wrap(name: str) -> str:
 
 
 def _label_points(figure: Figure, axes: Axes, rows: Sequence[Row], scale: float, paper: Paper) -> bool:
-    """Write each name beside its point, where it covers no mark, bar or other name; else none, and say so."""
+    """Write each name beside its point, where it covers no mark, bar or other name, and the points are apart; else
+    none, and say so.
+    """
     figure.draw_without_rendering()
     inside, to_pixels = axes.get_window_extent(), axes.transData.transform
+    means = [Bbox(to_pixels([(scale * row.average.mean, scale * row.worst.mean)] * 2)).padded(7) for row in rows]
+    if any(a.overlaps(b) for a, b in itertools.combinations(means, 2)):
+        return False  # whose name is whose could not be told
     taken = []
     for row in rows:
         x, y = scale * row.average.mean, scale * row.worst.mean

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -46,13 +47,24 @@ class OfflineRun:
         return [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
 
 
-def read_offline_runs(folder: Path) -> list[OfflineRun]:
-    """All offline runs below ``folder``, in the order of their start."""
-    return [read_offline_run(path) for path in sorted(folder.rglob("offline-run-*/run-*.wandb"))]
+def read_offline_runs(folder: Path, wait: float = 20) -> list[OfflineRun]:
+    """All offline runs below ``folder``, in the order of their start; see :func:`read_offline_run`."""
+    return [read_offline_run(path, wait) for path in sorted(folder.rglob("offline-run-*/run-*.wandb"))]
 
 
-def read_offline_run(path: Path) -> OfflineRun:
-    """One run, from its ``.wandb`` file."""
+def read_offline_run(path: Path, wait: float = 20) -> OfflineRun:
+    """One run, from its ``.wandb`` file.
+
+    W&B's service may still be writing when ``wandb.finish`` returns: the end of the run is waited for, at most ``wait``
+    seconds.
+    """
+    deadline = time.monotonic() + wait
+    while not (run := _read(path)).finished and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return run
+
+
+def _read(path: Path) -> OfflineRun:
     from wandb.proto import wandb_internal_pb2
 
     run = OfflineRun(path.parent)
@@ -95,6 +107,8 @@ def _put(values: dict[str, Any], item: Any) -> None:
 
 def _records(content: bytes) -> Iterator[bytes]:
     """Records of a log in LevelDB's format: blocks of 32 KiB, and records in pieces where they cross a block."""
+    if len(content) < HEADER.size:
+        return
     name, magic, _ = HEADER.unpack_from(content)
     assert (name, magic) == (b":W&B", 0xBEE1), "not a file of W&B"
     place, parts = HEADER.size, b""
@@ -102,8 +116,12 @@ def _records(content: bytes) -> Iterator[bytes]:
         if BLOCK - place % BLOCK < RECORD.size:  # padding
             place += BLOCK - place % BLOCK
             continue
+        if len(content) - place < RECORD.size:
+            return  # not written to its end yet
         checksum, length, kind = RECORD.unpack_from(content, place)
         data = content[place + RECORD.size : place + RECORD.size + length]
+        if len(data) < length:
+            return
         assert zlib.crc32(data, zlib.crc32(bytes([kind]))) == checksum, "damaged"
         place += RECORD.size + length
         parts = data if kind in (FULL, FIRST) else parts + data

@@ -1,0 +1,221 @@
+"""Figures: what is drawn is what the table says, and nothing is cut or covered."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+from dataclasses import replace
+
+import matplotlib
+import numpy as np
+import pytest
+from lightning.pytorch.loggers import CSVLogger
+
+from _support.records import GROUPS, failed, log_weights, logged, made_up, record, save
+from debias.compare.figures import DARK, FIGURES, LIGHT, by_group, group_weights, read_weights, worst_vs_average
+from debias.compare.records import find_records
+from debias.compare.table import label, make_comparison
+
+FEW = ("erm", "balanced", "group_dro")
+MANY = (*FEW, "vrex", "irm", "coral", "mmd", "dann", "cdann", "fishr", "dsu", "mixstyle", "adv_style", "edge_view",
+        "reweight", "group_mixup", "hessian_alignment", "domain_penalisation")  # fmt: skip
+
+
+def compared(methods, rule="val_worst_group", **options):
+    return make_comparison(made_up(methods, **options), rule)
+
+
+def texts(figure):
+    """All text that is not empty."""
+    return [t for t in figure.findobj(matplotlib.text.Text) if t.get_visible() and t.get_text().strip()]
+
+
+def pixels(figure):
+    """The figure as it is drawn, (height, width, 3)."""
+    file = io.BytesIO()
+    figure.savefig(file, dpi=100, format="png")
+    file.seek(0)
+    return matplotlib.image.imread(file)[..., :3]
+
+
+def points(figure, rows):
+    """Mean point of each method, by its label."""
+    axes = figure.axes[0]
+    return {c.get_label(): tuple(np.ravel(c.lines[0].get_xydata())) for c in axes.containers}
+
+
+@pytest.mark.parametrize("methods", [FEW, MANY], ids=["3", "18"])
+def test_worst_against_average_shows_means_and_seeds(methods):
+    comparison = compared(methods)
+    figure = worst_vs_average(comparison)
+    found = points(figure, comparison.rows)
+    assert found == {
+        label(row.method): (pytest.approx(100 * row.average.mean), pytest.approx(100 * row.worst.mean))
+        for row in comparison.rows
+    }
+    seeds = np.concatenate([c.get_offsets() for c in figure.axes[0].collections if len(c.get_offsets()) == 3])
+    expected = [(100 * run.test.average, 100 * run.test.worst) for row in comparison.rows for run in row.runs]
+    np.testing.assert_allclose(seeds, expected)
+    (diagonal,) = [line for line in figure.axes[0].lines if line.get_linestyle() == "--"]
+    assert diagonal.get_slope() == 1
+    legend = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    beside = [text.get_text() for text in figure.axes[0].texts]
+    assert sorted(legend or beside) == sorted(found)
+    assert bool(legend) is (len(methods) == 18)
+
+
+def test_methods_are_told_apart_by_colour_and_marker():
+    comparison = compared(MANY)
+    for paper in (LIGHT, DARK):
+        lines = [c.lines[0] for c in worst_vs_average(comparison, paper).axes[0].containers]
+        styles = [(line.get_color(), line.get_marker()) for line in lines]
+        assert len(set(styles)) == len(MANY)
+        for (color, marker), (other, another) in itertools.combinations(styles[:7], 2):
+            assert color != other
+            assert marker != another
+    three, many = (
+        {c.get_label(): c.lines[0].get_color() for c in worst_vs_average(compared(m)).axes[0].containers}
+        for m in (FEW, MANY)
+    )
+    assert {name: many[name] for name in ("ERM", "balanced ERM")} == {
+        name: three[name] for name in ("ERM", "balanced ERM")
+    }
+
+
+def test_labels_that_would_collide_give_way_to_a_legend():
+    runs = [record(m, s, test=[0.5, 0.6, 0.7, 0.8 + s / 1000]) for m in FEW for s in (0, 1)]
+    figure = worst_vs_average(make_comparison(runs, "last"))
+    assert not list(figure.axes[0].texts)
+    assert len(figure.legends[0].get_texts()) == 3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_labels_beside_points_cover_nothing(seed):
+    figure = worst_vs_average(compared((*FEW, "vrex"), seed=seed))
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    for container in axes.containers:
+        (place,) = axes.transData.transform(container.lines[0].get_xydata())
+        assert not any(box.contains(*place) for box in boxes)
+
+
+@pytest.mark.parametrize("paper", [LIGHT, DARK], ids=["light", "dark"])
+@pytest.mark.parametrize("methods", [FEW, MANY], ids=["3", "18"])
+@pytest.mark.parametrize("name", FIGURES)
+def test_nothing_is_cut_and_all_text_is_legible(tmp_path, name, methods, paper):
+    runs = made_up(methods)
+    save(runs, tmp_path)
+    for run in runs:
+        if run.method in ("group_dro", "reweight"):
+            log_weights(tmp_path, run)
+    figure = FIGURES[name](make_comparison(find_records([tmp_path]), "oracle"), paper)
+    image, background = pixels(figure), matplotlib.colors.to_rgb(paper.background)
+    for edge in (image[0], image[-1], image[:, 0], image[:, -1]):  # what is cut reaches it
+        np.testing.assert_allclose(edge, np.broadcast_to(background, edge.shape), atol=1 / 255)
+    assert any("ORACLE" in text.get_text() for text in texts(figure))
+    cells = [t for t in figure.axes[0].texts if "±" in t.get_text()]
+    assert len(cells) == (18 * (2 + len(GROUPS)) if (name, methods) == ("by_group", MANY) else 0)
+    for text in texts(figure):
+        if text not in cells:
+            assert contrast(text.get_color(), paper.background) > 4.5, text.get_text()
+    if cells:
+        meshes = [m.to_rgba(np.asarray(m.get_array()))[..., :3] for m in figure.axes[0].collections]
+        for text, color in zip(cells, np.concatenate(meshes, axis=1).reshape(-1, 3), strict=True):
+            assert contrast(text.get_color(), color) > 3.5, text.get_text()
+
+
+def contrast(a, b):
+    """WCAG's contrast ratio of two colours."""
+
+    def luminance(color):
+        rgb = np.array(matplotlib.colors.to_rgb(color))
+        return float(np.where(rgb <= 0.03928, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722])
+
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_bars_of_few_methods_and_heatmap_of_many():
+    few, many = compared(FEW), compared(MANY)
+    bars = by_group(few).axes[0].containers
+    for row, bar in zip(few.rows, bars, strict=True):
+        heights = [patch.get_height() for patch in bar]
+        np.testing.assert_allclose(heights, [100 * row.by_group[name].mean for name in GROUPS])
+    axes = by_group(many).axes[0]
+    cells = np.concatenate([np.asarray(mesh.get_array()) for mesh in axes.collections], axis=1)
+    expected = [[row.average.mean, row.worst.mean, *(row.by_group[g].mean for g in GROUPS)] for row in many.rows]
+    np.testing.assert_allclose(cells, 100 * np.array(expected))
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == [label(row.method) for row in many.rows]
+
+
+def test_many_domains_and_groups_without_samples():
+    names = [f"domain {i}" for i in range(47)]
+    runs = made_up(FEW, groups=names)
+    figure = by_group(make_comparison(runs, "last"))
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["average", "worst group", *names]
+    empty = [record(m, s, test=[0.5, math.nan, 0.7, 0.8]) for m in MANY for s in (0, 1)]
+    cells = [t.get_text() for t in by_group(make_comparison(empty, "last")).axes[0].texts]
+    assert len(cells) == 18 * (1 + len(GROUPS))
+    assert not any("nan" in cell for cell in cells)
+    assert by_group(make_comparison(empty[:2], "last")) is not None
+
+
+def test_one_seed_and_failed_methods():
+    comparison = make_comparison([*made_up(FEW, seeds=(4,)), failed("irm", 4)], "last")
+    figure = worst_vs_average(comparison)
+    assert set(points(figure, comparison.rows)) == {"ERM", "balanced ERM", "group_dro"}
+    assert "deviation" not in figure.axes[0].get_title(loc="left")
+    assert len(by_group(comparison).axes[0].containers) == 3
+
+
+def test_nothing_to_draw():
+    comparison = make_comparison([record("erm", 0, test={})], "last")
+    assert worst_vs_average(comparison) is None
+    assert by_group(comparison) is None
+    assert group_weights(comparison) is None
+
+
+def test_raw_metrics_are_not_scaled():
+    runs = [record("erm", 0, test=logged("test", (3.0, 5.0), ("a", "b"), "loss"))]
+    figure = worst_vs_average(make_comparison(runs, "last"))
+    assert points(figure, ())["ERM"] == (4.0, 3.0)
+    assert "%" not in figure.axes[0].get_xlabel()
+
+
+def test_weights_are_means_over_seeds_with_one_deviation(tmp_path):
+    runs = made_up(("erm", "group_dro", "domain_penalisation"), seeds=(0, 1))
+    save(runs, tmp_path)
+    for run in runs:
+        if run.method != "erm":
+            log_weights(tmp_path, run, "domain_weight" if "domain" in run.method else "group_weight")
+    figure = group_weights(make_comparison(find_records([tmp_path]), "last"))
+    assert [axes.get_title() for axes in figure.axes] == ["domain_penalisation", "group_dro"]
+    read = [read_weights(tmp_path / f"group_dro-{s}")[GROUPS[3]] for s in (0, 1)]
+    values = np.array([[r[step] for step in range(0, 200, 10)] for r in read])
+    line = next(line for line in figure.axes[1].lines if line.get_label() == GROUPS[3])
+    np.testing.assert_allclose(line.get_xdata(), range(0, 200, 10))
+    np.testing.assert_allclose(line.get_ydata(), values.mean(0))
+    band = figure.axes[1].collections[3].get_paths()[0].vertices
+    at_end = band[band[:, 0] == 190][:, 1]
+    mean, std = values.mean(0)[-1], values.std(0, ddof=1)[-1]
+    assert (at_end.min(), at_end.max()) == pytest.approx((mean - std, mean + std))
+
+
+def test_weights_are_read_as_lightning_writes_them(tmp_path):
+    logger = CSVLogger(tmp_path, name="csv", version="")
+    for step in (0, 5):
+        logger.log_metrics({"train/loss": 1.0, "train/average_loss": 2.0}, step)
+        values = {"train/group_weight/digit<5, red": 0.25 + step, "train/place/group_weight/b": 0.5}
+        logger.log_metrics(values | {"train/loss_by_group/b": 3.0, "train/vrex_penalty_weight": 4.0}, step + 1)
+    logger.save()
+    assert (tmp_path / "csv" / "metrics.csv").exists()
+    assert read_weights(tmp_path) == {"digit<5, red": {1: 0.25, 6: 5.25}, "b": {1: 0.5, 6: 0.5}}
+    assert read_weights(tmp_path / "csv" / "nothing") == {}
+
+
+def test_runs_without_a_folder_have_no_weights():
+    runs = [replace(run, folder=None) for run in made_up(FEW)]
+    assert group_weights(make_comparison(runs, "last")) is None
