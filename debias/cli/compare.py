@@ -133,7 +133,7 @@ def _methods(recipe: Recipe, asked: Sequence[str] | None, console: Console) -> l
                 f" run. Leave `{name}` out, or choose another recipe."
             )
         else:
-            console.print(f"Left out {name}: {why}", highlight=False, markup=False)
+            console.print(f"Left out {name}: {why}", highlight=False, markup=False, soft_wrap=True)
     return methods
 
 

@@ -28,8 +28,11 @@ from debias import __version__
 from debias.compare.grid import read_spec
 from debias.compare.records import RECORD, Candidate, RunRecord, read_record
 from debias.compare.runner import BUSY, LOCK
+from debias.errors import DebiasError
 
 __all__ = ["main", "make_run"]
+
+WIDTH = 300  # of an error in a record
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "numpy", "scikit-learn", "timm", "torchvision")
 
@@ -234,11 +237,15 @@ def _interrupted(error: BaseException | None) -> bool:
 
 
 def _last_line(error: BaseException) -> str:
-    """What a table has room for; the traceback is in the log."""
-    if isinstance(error, SystemExit):
+    """What a table has room for: an error of debias where there is one; the traceback is in the log."""
+    if isinstance(error, SystemExit) and error.__cause__ is None and error.__context__ is None:
         return f"exit status {error.code}; see the log"
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    told = next((e for e in chain if isinstance(e, DebiasError)), error)
+    text = " ".join(str(told).split())
+    return f"{type(told).__name__}: {text if len(text) <= WIDTH else text[:WIDTH] + ' ...'}"
 
 
 if __name__ == "__main__":

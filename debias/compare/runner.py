@@ -190,11 +190,11 @@ class _Display:
         self.finished += 1
         if self.progress is None:
             return
-        console = self.progress.console
+        console, plain = self.progress.console, {"highlight": False, "markup": False, "soft_wrap": True}
         if not record.finished:
-            console.print(f"{record.id} failed: {record.error}", highlight=False, markup=False)
+            console.print(f"{record.id} failed: {record.error}", **plain)
         elif not console.is_terminal:  # a bar is of no use there
-            console.print(f"{record.id} finished in {record.seconds:.0f} s", highlight=False, markup=False)
+            console.print(f"{record.id} finished in {record.seconds:.0f} s", **plain)
 
     def show(self, folders: Sequence[Path], elsewhere: int) -> None:
         if self.progress is None:

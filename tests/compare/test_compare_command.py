@@ -96,8 +96,8 @@ def test_the_table_equals_a_computation_from_saved_predictions(compared):
                 hits = saved["logits_0"].argmax(1) == saved["target_0"]
                 average.append(hits.mean())
                 worst.append(min(hits[saved["group_0"] == g].mean() for g in range(4)))
-        assert float(row["average"]) == pytest.approx(np.mean(average), abs=1e-6)
-        assert float(row["worst_group"]) == pytest.approx(np.mean(worst), abs=1e-6)
+        assert float(row["average_mean"]) == pytest.approx(np.mean(average), abs=1e-6)
+        assert float(row["worst_group_mean"]) == pytest.approx(np.mean(worst), abs=1e-6)
         assert float(row["worst_group_std"]) == pytest.approx(np.std(worst, ddof=1), abs=1e-6)
 
 
@@ -120,7 +120,7 @@ def test_w_and_b_holds_the_same(compared):
         worst = run.summary["val_worst_group/test/worst_group_accuracy"]
         assert worst == pytest.approx(tested["test/worst_group_accuracy"], abs=1e-6)
         assert sum("val/worst_group_accuracy" in row for row in run.history) == 2  # over time
-    assert any(key.startswith("group_dro") or "weight" in key for row in runs["group_dro-seed0"].history for key in row)
+    assert any("group_weight" in key for row in runs["group_dro-seed0"].history for key in row)
     summary = runs["comparison"]
     assert summary.job_type == "summary"
     for logged, written in zip(summary.table("table"), rows(out / "table.csv"), strict=True):
@@ -130,7 +130,7 @@ def test_w_and_b_holds_the_same(compared):
             else:
                 assert value == ("" if logged[key] is None else str(logged[key])) or value == str(logged[key]).lower()
     for row in rows(out / "table.csv"):
-        assert summary.summary[row["method"]]["worst_group"] == pytest.approx(float(row["worst_group"]))
+        assert summary.summary[f"{row['method']}/worst_group"] == pytest.approx(float(row["worst_group_mean"]))
 
 
 def test_the_second_time_nothing_is_repeated(copied, capsys, monkeypatch):
@@ -148,7 +148,7 @@ def test_report_from_two_machines(copied, tmp_path, capsys):
     assert (tmp_path / "joint" / "table.csv").read_text() == (copied / "table.csv").read_text()
     main(["report", str(copied), "--select", "oracle", "--out", str(tmp_path / "oracle")])
     assert "oracle" in capsys.readouterr().out
-    assert "looked at" in (tmp_path / "oracle" / "report.md").read_text()
+    assert "ORACLE" in (tmp_path / "oracle" / "report.md").read_text()
 
 
 def test_killed_half_way_nothing_is_lost(tmp_path):
@@ -194,8 +194,8 @@ def test_a_wrong_method(copied, capsys):
 
 
 def test_a_recipe_that_lacks_what_a_method_needs(tmp_path, capsys):
-    error = refused(capsys, "waterbirds", "--methods", "vrex", "--out", str(tmp_path / "out"))
-    assert "recipe `waterbirds` to have what the method `vrex` needs" in error
+    error = refused(capsys, "digits_shift", "--methods", "vrex", "--out", str(tmp_path / "out"))
+    assert "recipe `digits_shift` to have what the method `vrex` needs" in error
     assert "`data.init_args.n_domains`" in error
     assert not (tmp_path / "out").exists()
 
@@ -238,7 +238,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
         (["colored_digits", "--vary", "GroupDOR.step_size=1,2"], "has `GroupDOR`"),
         (["colored_digits", "--methods", "erm", "--only", "erm-seed9"], "the nearest is `erm-seed"),
         (["colored_digits", "--methods", "erm", "--jobs", "0"], "Expected `jobs` to be at least 1, but got 0."),
-        (["waterbirds", "--methods", "erm", "--select", "leave_one_domain_out"], "`data.init_args.n_domains` to 2"),
+        (["digits_shift", "--methods", "erm", "--select", "leave_one_domain_out"], "`data.init_args.n_domains` to 2"),
         (["colored_digits", "--select", "best"], "invalid choice: 'best'"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
@@ -274,6 +274,8 @@ def test_one_run_of_the_grid(tmp_path):
     assert not (tmp_path / "out" / "table.csv").exists()
 
 
+# submitit starts local jobs and leaves them alone.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_submitit_gets_every_run(tmp_path, monkeypatch, capsys):
     pytest.importorskip("submitit")
     monkeypatch.chdir(tmp_path)
