@@ -239,11 +239,9 @@ def _submit(
     folders: Sequence[Path], logging: dict[str, Any], parameters: dict[str, list[Any]], out: Path, console: Console
 ) -> None:
     """Hand the runs to submitit, which knows SLURM; a run that is finished ends at once."""
-    try:
-        import submitit
-    except ImportError as error:
-        raise missing_extra("submitit", error) from error
     import subprocess
+
+    import submitit
 
     given = {key: values[0] for key, values in parameters.items()}
     executor = submitit.AutoExecutor(folder=out / "submitit", cluster=given.pop("cluster", None))

@@ -14,6 +14,7 @@ EXTRAS = {
     "matplotlib": "recipes",
     "rich": "recipes",
     "sklearn": "recipes",
+    "submitit": "cluster",
     "timm": "recipes",
     "torchdata": "stateful",
     "torchvision": "recipes",
