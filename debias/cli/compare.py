@@ -65,7 +65,11 @@ def compare(options: argparse.Namespace) -> None:
     if options.only is not None:
         runs = _only(runs, options.only)
     if options.print_wandb_sweep:
-        print(_sweep(recipe, runs, options.words), end="")
+        if options.project is None:
+            raise DebiasError(
+                "Expected `--project` with `--print-wandb-sweep`: the agents' runs log there, but got none."
+            )
+        print(_sweep(recipe, runs, options), end="")
         return
 
     out = options.out or Path("debias_compare") / recipe.name
@@ -223,11 +227,12 @@ def _command(folder: Path, logging: dict[str, Any]) -> list[str]:
     return [sys.executable, "-m", "debias.cli.one_run", str(folder), json.dumps(logging)]
 
 
-def _sweep(recipe: Recipe, runs: Sequence[RunSpec], words: Sequence[str]) -> str:
+def _sweep(recipe: Recipe, runs: Sequence[RunSpec], options: argparse.Namespace) -> str:
     """The grid as W&B reads it: each agent calls this command for one run of it."""
-    again = [word for word in words if word != "--print-wandb-sweep"]
+    again = [word for word in options.words if word != "--print-wandb-sweep"]
     sweep = {
         "name": f"debias compare {recipe.name}",
+        "project": options.project,
         "method": "grid",
         "parameters": {"only": {"values": [run.id for run in runs]}},
         "command": ["${env}", "debias", "compare", *again, "${args}"],

@@ -32,6 +32,7 @@ from debias.errors import DebiasError
 
 __all__ = ["main", "make_run"]
 
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # set by what starts several processes for one run
 WIDTH = 300  # of an error in a record
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "numpy", "scikit-learn", "timm", "torchvision")
@@ -48,8 +49,8 @@ def main(folder: Path, logging: dict[str, Any] | None = None) -> int:
     Returns:
         The exit status: 0 finished, 1 failed, :data:`debias.compare.runner.BUSY` made by another process right now.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0" or os.environ.get("NODE_RANK", "0") != "0":
-        make_run(folder, logging or {})  # another rank of the process that holds the lock
+    if any(os.environ.get(name, "0") != "0" for name in RANKS):
+        make_run(folder, logging or {})  # on behalf of the process of rank 0, which holds the lock
         return 0
     try:
         with FileLock(folder / LOCK, blocking=False):

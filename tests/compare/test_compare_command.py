@@ -183,6 +183,25 @@ def test_two_at_once_share_the_runs(tmp_path):
     assert not list((tmp_path / "out").glob(".report.*"))
 
 
+def test_a_run_on_two_ranks_is_one_run(tmp_path):
+    devices = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp"]
+    words = ["colored_digits", "--methods", "group_dro", *EPOCHS, *devices, "--only", "group_dro-seed0", "--out", "out"]
+    process = start(*words, "--project", "tests", cwd=tmp_path)
+    said, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, said + (tmp_path / "out/runs/group_dro-seed0/log.txt").read_text()
+    run = tmp_path / "out" / "runs" / "group_dro-seed0"
+    record = json.loads((run / "result.json").read_text())
+    assert record["device"] == "2 x cpu"
+    assert [(r.name, r.group.partition("-")[0]) for r in read_offline_runs(run)] == [
+        ("group_dro-seed0", "colored_digits")
+    ]
+    chosen = record["candidates"]["val_worst_group"]
+    with np.load(run / "predictions" / f"step{chosen['step']}.npz") as saved:
+        hits = saved["logits_0"].argmax(1) == saved["target_0"]
+        assert len(hits) == 719  # each test sample once
+        assert chosen["test"]["test/accuracy"] == pytest.approx(hits.mean(), abs=1e-6)
+
+
 # What is refused, with nothing overwritten
 
 
@@ -239,6 +258,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
         (["colored_digits", "--methods", "erm", "--only", "erm-seed9"], "the nearest is `erm-seed"),
         (["colored_digits", "--methods", "erm", "--jobs", "0"], "Expected `jobs` to be at least 1, but got 0."),
         (["digits_shift", "--methods", "erm", "--select", "leave_one_domain_out"], "`data.init_args.n_domains` to 2"),
+        (["colored_digits", "--methods", "erm", "--print-wandb-sweep"], "Expected `--project` with"),
         (["colored_digits", "--select", "best"], "invalid choice: 'best'"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
@@ -255,9 +275,10 @@ def test_wrong_options(tmp_path, monkeypatch, capsys, words, message):
 def test_the_grid_as_a_sweep(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["colored_digits", "--methods", "group_dro", "--seeds", "0", "--vary", "GroupDRO.step_size=0.01,0.1"]
+    words += ["--project", "p"]
     main(["compare", *words, "--print-wandb-sweep"])
     sweep = yaml.safe_load(capsys.readouterr().out)
-    assert sweep["method"] == "grid"
+    assert (sweep["method"], sweep["project"]) == ("grid", "p")
     names = sweep["parameters"]["only"]["values"]
     assert len(names) == 4
     assert len({name for name in names if name.startswith("group_dro-")}) == 2
@@ -295,7 +316,7 @@ def test_submitit_gets_every_run(tmp_path, monkeypatch, capsys):
 
 def test_every_method_takes_part_by_itself(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    main(["compare", "colored_digits", "--seeds", "0", "--print-wandb-sweep"])
+    main(["compare", "colored_digits", "--seeds", "0", "--project", "p", "--print-wandb-sweep"])
     said = capsys.readouterr()
     names = {name.removesuffix("-seed0") for name in yaml.safe_load(said.out)["parameters"]["only"]["values"]}
     shared = {file.stem for file in (recipes_folder() / "methods").glob("*.yaml")}
