@@ -128,6 +128,15 @@ def test_one_command_makes_the_table(tmp_path, capsys):
     assert not math.isnan(float(read[0]["detection_accuracy"]))
 
 
+def test_the_table_of_one_method_on_one_domain(tmp_path, capsys):
+    words = ["--methods", "ERM", "--shares", "0", "0", "0", "1", "--seeds", "1", "--epochs", "1"]
+    (row,) = command("table", *words, "--n_train", "8", "--n_eval", "8", "--out", str(tmp_path / "rows.csv"))
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-3].endswith("| average domain accuracy | studio | texture | dusk | fog |")
+    assert printed[-1].startswith("| ERM |")
+    assert printed[-1].endswith(f"| {100 * row['map_by_domain/fog']:.1f} |")
+
+
 def test_overhead_is_measured():
     found = command("overhead", "--architecture", "tiny_retinanet", "--size", "64", "--repeats", "2")
     assert set(found) == {"plain", "heads", "image"}

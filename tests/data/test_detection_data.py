@@ -64,6 +64,44 @@ def test_domains_differ():
     assert contrast[3] < min(contrast[:2]) / 3
 
 
+def test_fog_hides_shapes_that_are_there():
+    """Shapes in fog are darker than what is around them, by far less than elsewhere, and smaller, but on average so."""
+    data = ShapesDetection(n_train=8, n_eval=200)
+    data.setup()
+    darker, sides = [[] for _ in range(4)], [[] for _ in range(4)]
+    for (image, target), domain in zip((s.sample for s in data.test_set), data.test_set.tags["domain"], strict=True):
+        grey, free = image.double().mean(0), torch.ones(64, 64, dtype=torch.bool)
+        for x1, y1, x2, y2 in target["boxes"].round().int().tolist():
+            free[y1:y2, x1:x2] = False
+        for x1, y1, x2, y2 in target["boxes"].tolist():
+            margin = (x2 - x1) / 4  # the middle half is the shape's, be it disc or square
+            rows, columns = (slice(round(a + margin), round(b - margin)) for a, b in ((y1, y2), (x1, x2)))
+            darker[domain].append(float(grey[free].mean() - grey[rows, columns].mean()))
+            sides[domain].append((x2 - x1) / 64)
+    studio, _, dusk, fog = (sum(values) / len(values) for values in darker)
+    assert 0.2 * studio > fog > 0.05 * studio
+    assert dusk == pytest.approx(0.2 * studio, rel=0.1)
+    for values in sides[:3]:
+        assert 0.2 <= min(values) < 0.22 < 0.38 < max(values) <= 0.4
+    assert 1 / 6 - 1e-6 <= min(sides[3]) < 0.18 < 0.31 < max(sides[3]) <= 1 / 3 + 1e-6
+
+
+def test_the_light_of_fog_is_uneven():
+    """Without shapes a studio is even; in fog the patches are as strong as the shapes, beyond the noise."""
+    data = ShapesDetection(n_train=8, n_eval=200)
+    data.setup()
+    found = [[] for _ in range(4)]
+    for (image, target), domain in zip((s.sample for s in data.test_set), data.test_set.tags["domain"], strict=True):
+        if not len(target["boxes"]):
+            blocks = image.double().mean(0).reshape(8, 8, 8, 8).mean((1, 3))  # noise is averaged out over 64 pixels
+            found[domain].append(float(blocks.std()))
+    assert all(found)
+    assert max(found[0]) < 1e-6
+    assert max(found[2]) < 0.005
+    assert min(found[3]) > 0.005
+    assert 0.015 < sum(found[3]) / len(found[3]) < 0.04
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

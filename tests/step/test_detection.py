@@ -11,12 +11,14 @@ import torch
 
 pytest.importorskip("torchvision")
 
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torchdata.stateful_dataloader import StatefulDataLoader
 from torchvision.models import detection
 
 from _support.fits import flat, make_trainer, parameters, same
 from _support.runs import ddp
-from _support.scenes import DOMAINS, KINDS, SAMPLED, Trained, pairs, scene, scene_loader, scenes
-from debias import DomainPenalisation, GroupDRO, GroupReweighting, detection_losses
+from _support.scenes import DOMAINS, KINDS, SAMPLED, Scenes, Trained, pairs, scene, scene_loader, scenes
+from debias import DomainPenalisation, GroupDRO, GroupReweighting, detection_losses, tag
 from debias.detector import tiny_detector
 from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, RowsError, UnsupportedStrategyError
 from debias.step.detection import detectors, one_pass
@@ -426,6 +428,29 @@ def test_what_heads_mode_refuses():
         fit([GroupDRO("site", 3, losses="heads"), LogitVariance()])
     with pytest.raises(LossNotFoundError, match="only methods that reweigh have a way"):
         fit([LogitVariance()])
+
+
+# ------------------------------------------------------------ resuming
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata 0.11 with torch 2.15
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")  # the resumed run saves elsewhere on purpose
+@pytest.mark.parametrize("step", [4, 5])
+def test_domain_penalisation_of_a_detector_resumes_bitwise(tmp_path, step):
+    """In the second of three epochs of three batches; the weights of the third need all its losses."""
+
+    def run(folder, ckpt_path=None):
+        callback, module = DomainPenalisation("site", 3, losses="heads"), Trained()
+        save = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+        trainer = make_trainer([callback, save], enable_checkpointing=True, max_epochs=3)
+        loader = StatefulDataLoader(tag(Scenes(), site=DOMAINS), 4, collate_fn=pairs)
+        trainer.fit(module, loader, ckpt_path=ckpt_path)
+        return {"parameters": parameters(module), "method": callback.state_dict(), "step": trainer.global_step}
+
+    whole = run(tmp_path / "whole")
+    resumed = run(tmp_path / "resumed", ckpt_path=tmp_path / "whole" / f"step={step}.ckpt")
+    assert whole["step"] == resumed["step"] == 9
+    assert same(whole, resumed)
 
 
 # ------------------------------------------------------------ two processes
