@@ -239,12 +239,12 @@ def _interrupted(error: BaseException | None) -> bool:
 
 def _last_line(error: BaseException) -> str:
     """What a table has room for: an error of debias where there is one; the traceback is in the log."""
-    if isinstance(error, SystemExit) and error.__cause__ is None and error.__context__ is None:
-        return f"exit status {error.code}; see the log"
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
     told = next((e for e in chain if isinstance(e, DebiasError)), error)
+    if isinstance(told, SystemExit):
+        return f"It ended with status {told.code}; log.txt says why."
     text = " ".join(str(told).split())
     return f"{type(told).__name__}: {text if len(text) <= WIDTH else text[:WIDTH] + ' ...'}"
 

@@ -242,6 +242,6 @@ def test_shift_score_prefers_families_that_were_not_trained_on():
 def test_a_spec_that_cannot_be_parsed_is_a_failure(tmp_path):
     (folder,) = prepare(digits(**{"trainer.max_epoch": 3}), [RunSpec("erm-seed0", "erm", 0)], tmp_path)
     assert one_run.main(folder) == 1
-    assert read_record(folder / "result.json").status == "failed"
+    assert read_record(folder / "result.json").error == "It ended with status 2; log.txt says why."
     with pytest.raises(DebiasError, match=r"spec\.json"):
         one_run.main(tmp_path)
