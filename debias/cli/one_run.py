@@ -216,7 +216,8 @@ def _versions() -> dict[str, str]:
 def _git() -> dict[str, Any]:
     """Revision of the folder that the command is run in, if it is a repository."""
     try:
-        revision, changed = _output("git", "rev-parse", "HEAD"), _output("git", "status", "--porcelain", "--untracked-files=no")
+        revision = _output("git", "rev-parse", "HEAD")
+        changed = _output("git", "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return {}
     return {"revision": revision, "changed": bool(changed)}
