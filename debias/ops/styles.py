@@ -7,6 +7,7 @@ the pixels and the width ``D`` that of the channels.
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,11 +28,44 @@ def style(x: Tensor, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     Returns:
         Means and ``sqrt(variance + eps)``, at least float32, ``(N, C, 1, 1)`` or ``(N, 1, D)``.
     """
-    dims = (2, 3) if x.ndim == 4 else (1,)
-    several = prod(x.shape[d] for d in dims) > 1
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    variance, mean = torch.var_mean(x, dims, correction=int(several), keepdim=True)
-    return mean, (variance + eps).sqrt()
+    mean, std = _Style.apply(x, eps)
+    return mean, std
+
+
+class _Style(torch.autograd.Function):
+    """Mean and standard deviation, whose gradient is one pass over ``x`` where autograd's own takes five."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        dims, pixels = _pixels(x)
+        if x.device.type == "cpu":  # there torch's `var_mean` takes ten times as long as these passes
+            mean = x.mean(dims, keepdim=True)
+            variance = (x - mean).square().sum(dims, keepdim=True) / max(pixels - 1, 1)
+        else:
+            variance, mean = torch.var_mean(x, dims, correction=int(pixels > 1), keepdim=True)
+        return mean, (variance + eps).sqrt()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(inputs[0], *output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        # d mean / d x = 1 / pixels, d std / d x = (x - mean) / std / (pixels - 1).
+        for_mean, for_std = gradients
+        x, mean, std = ctx.saved_tensors
+        _, pixels = _pixels(x)
+        slope = for_std / (std * max(pixels - 1, 1))
+        return torch.addcmul(for_mean / pixels - mean * slope, x, slope), None
+
+
+def _pixels(x: Tensor) -> tuple[tuple[int, ...], int]:
+    """The dimensions of pixels or tokens, and how many of them a channel has."""
+    dims = (2, 3) if x.ndim == 4 else (1,)
+    return dims, prod(x.shape[d] for d in dims)
 
 
 def restyle(x: Tensor, mean: Tensor, std: Tensor, new_mean: Tensor, new_std: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from _support.runs import ddp
 from debias import DSU, DSULayer
 from debias.errors import DebiasError
 from debias.functional import uncertain_style
+from debias.ops.styles import style
 
 EPS = 1e-6
 
@@ -60,6 +61,17 @@ def test_value_and_gradient_are_those_of_the_definition(shape, factor):
 def test_gradcheck(shape):
     x, noise = example(shape)
     assert torch.autograd.gradcheck(lambda x: uncertain_style(x, noise), x)
+
+
+def test_statistics_differentiate_twice_and_under_transforms():
+    x = torch.randn(3, 2, 4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: style(x), x)
+    one = torch.randn(2, 3, 2, 4, 5, dtype=torch.float64)
+    for together, alone in zip(torch.func.vmap(style)(one), zip(*map(style, one), strict=True), strict=True):
+        torch.testing.assert_close(together, torch.stack(alone), rtol=1e-12, atol=0)
+    slope = torch.func.grad(lambda x: style(x)[1].sum())(x.detach())
+    (expected,) = torch.autograd.grad(torch.var_mean(x, (2, 3))[0].add(1e-6).sqrt().sum(), x)
+    torch.testing.assert_close(slope, expected, rtol=1e-12, atol=1e-15)
 
 
 def test_statistics_of_the_output_are_the_drawn_ones():
