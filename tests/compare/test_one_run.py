@@ -269,7 +269,7 @@ def test_balanced_batches_without_the_groups_of_the_domain_alone(lacking):
     hold_out(data, 1)
     data.setup("fit")
     if lacking:
-        with pytest.raises(DataError, match="but got none of d. Add"):
+        with pytest.raises(DataError, match=r"but got none of d\. Add"):
             data.train_dataloader()
         return
     drawn = [int(data.train_set.tags["group"][i]) for i in data.train_dataloader().sampler]
