@@ -95,6 +95,9 @@ def run_all(
                         continue
                     running.remove(one)
                     one.log.close()
+                    if status < 0:  # killed: its other ranks would wait for it, and hold their devices
+                        with suppress(ProcessLookupError):
+                            os.killpg(one.process.pid, signal.SIGKILL)
                     if status == BUSY:
                         later[one.folder] = time.monotonic() + 2
                     else:

@@ -27,6 +27,10 @@ FAKE = textwrap.dedent(
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         (folder / "ready").touch()
         time.sleep(60)
+    if "ranks" in folder.name:
+        import subprocess
+        other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "another rank"])
+        os.kill(os.getpid(), signal.SIGKILL)
     if "crash" in folder.name: os.kill(os.getpid(), signal.SIGKILL)
     if "slow" in folder.name: time.sleep(60)
     if "brief" in folder.name: time.sleep(1.5)
@@ -79,6 +83,16 @@ def test_a_failure_is_recorded_and_does_not_stop_the_rest(make):
     again = run_all(runs, command)
     assert [record.status for record in again] == ["finished", "finished", "failed", "finished"]
     assert [calls(folder) for folder in runs] == [1, 2, 2, 1]  # what finished is not repeated
+
+
+def test_a_killed_process_leaves_no_other_ranks_behind(make):
+    folders, command = make
+    (record,) = run_all(folders("ranks"), command)
+    assert "SIGKILL" in record.error
+    limit = time.monotonic() + 10
+    while any("another rank" in line for line in _processes()) and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert not any("another rank" in line for line in _processes())
 
 
 def test_a_crash_after_the_result_is_no_failure(make):
