@@ -42,7 +42,11 @@ def main(args: Sequence[str] | None = None) -> None:
     if words and not words[0].startswith("-") and words[0] not in parser.get_default("commands"):
         parser.error(f"unknown command `{words[0]}`{nearest(words[0], parser.get_default('commands'))}")
     options = parser.parse_args(words, argparse.Namespace(words=words[1:]))
-    options.run(options)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -79,7 +83,9 @@ def make_parser() -> argparse.ArgumentParser:
     selection.add_argument("--out", type=Path, default=Path("shift_selection"), help="folder of the tables and figure")
     selection.set_defaults(run=_selection)
 
-    compare = commands.add_parser("compare", help="methods x seeds on a recipe: one table, figures, W&B")
+    compare = commands.add_parser(
+        "compare", help="methods x seeds on a recipe: one table, figures, W&B", allow_abbrev=False
+    )  # a sweep's command repeats the words
     add_compare_options(compare, RULES)
     compare.set_defaults(run=_compare)
 

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from debias.cli.recipes import METHODS, recipes, recipes_folder
 from debias.cli.suggest import nearest
 from debias.cli.training import DebiasCLI, offline_without_login
 from debias.compare.grid import BASELINES, Recipe, RunSpec, expand, prepare, settings_of
-from debias.compare.records import default_group
+from debias.compare.records import RECORD, default_group, read_record
 from debias.compare.report import report
 from debias.compare.runner import Interrupted, run_all
 from debias.data._common import missing_extra
@@ -72,6 +73,10 @@ def compare(options: argparse.Namespace) -> None:
         print(_sweep(recipe, runs, options), end="")
         return
 
+    if options.only is None:
+        # What an agent of W&B says is for one run; of several, all would become the same.
+        for name in ("WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_RUN_ID"):
+            os.environ.pop(name, None)
     out = options.out or Path("debias_compare") / recipe.name
     folders = prepare(recipe, runs, out)
     logging = _logging(options, recipe, out, console)
@@ -83,7 +88,7 @@ def compare(options: argparse.Namespace) -> None:
         with Progress(*columns, console=console, transient=True) as progress:
             records = run_all(folders, lambda f: _command(f, logging), jobs=options.jobs, progress=progress)
     except Interrupted:
-        done = sum((folder / "result.json").exists() for folder in folders)
+        done = sum((folder / RECORD).exists() and read_record(folder / RECORD).finished for folder in folders)
         console.print(f"Interrupted: {done} of {len(folders)} runs are done. The same command goes on from there.")
         raise SystemExit(130) from None
     if options.only is None:
@@ -131,7 +136,7 @@ def _methods(recipe: Recipe, asked: Sequence[str] | None, console: Console) -> l
         why = _refusal(recipe, name)
         if why is None:
             methods.append(name)
-        elif asked and name in asked:
+        elif name == BASELINES[0] or (asked and name in asked):
             raise DebiasError(
                 f"Expected the recipe `{recipe.name}` to have what the method `{name}` needs, but {why} Nothing was"
                 f" run. Leave `{name}` out, or choose another recipe."
@@ -185,10 +190,12 @@ def _pairs(option: str, words: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def _n_domains(recipe: Recipe) -> int:
-    number = ((recipe.configs("erm")[0].get("data") or {}).get("init_args") or {}).get("n_domains")
+    data = [content.get("data") or {} for content in recipe.configs(BASELINES[0])]
+    found = [(part.get("init_args") or {}).get("n_domains") for part in data]
+    number = next((value for value in reversed(found) if value is not None), None)  # the last file wins
     if not isinstance(number, int) or number < 2:
         raise DebiasError(
-            f"Expected the base of `{recipe.name}` to set `data.init_args.n_domains` to 2 or more, to leave one domain"
+            f"Expected the recipe `{recipe.name}` to set `data.init_args.n_domains` to 2 or more, to leave one domain"
             f" out after another, but got {number}. Choose by another rule."
         )
     return number
@@ -248,11 +255,18 @@ def _submit(
 
     import submitit
 
-    given = {key: values[0] for key, values in parameters.items()}
-    executor = submitit.AutoExecutor(folder=out / "submitit", cluster=given.pop("cluster", None))
-    executor.update_parameters(name="debias", **given)
-    with executor.batch():
-        jobs = [executor.submit(subprocess.call, _command(folder.resolve(), logging)) for folder in folders]
+    given = {"name": "debias"} | {key: values[0] for key, values in parameters.items()}
+    try:
+        executor = submitit.AutoExecutor(folder=out / "submitit", cluster=given.pop("cluster", None))
+        executor.update_parameters(**given)
+        with executor.batch():
+            jobs = [executor.submit(subprocess.call, _command(folder.resolve(), logging)) for folder in folders]
+    except Exception as error:  # of any kind: a wrong name is a NameError there
+        raise DebiasError(
+            f"Expected submitit to take the jobs with `--launcher-args` {parameters}, but it refused"
+            f" ({type(error).__name__}): {error}. Correct them, or run where SLURM's commands are; `cluster=local` does"
+            " without SLURM."
+        ) from error
     console.print(f"{len(jobs)} jobs were submitted: {jobs[0].job_id} to {jobs[-1].job_id}. When they are done:")
     console.print(f"debias report {out}", highlight=False, soft_wrap=True)
 

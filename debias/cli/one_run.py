@@ -25,9 +25,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from debias import __version__
-from debias.compare.grid import read_spec
+from debias.compare.grid import LOCK, configs_hash, read_spec
 from debias.compare.records import RECORD, Candidate, RunRecord, read_record
-from debias.compare.runner import BUSY, LOCK
+from debias.compare.runner import BUSY
 from debias.errors import DebiasError
 
 __all__ = ["main", "make_run"]
@@ -67,6 +67,7 @@ def _locked(folder: Path, logging: dict[str, Any]) -> int:
     record = RunRecord(
         **{key: spec[key] for key in keys},
         status="failed",
+        config_hash=configs_hash(spec),
         versions=_versions(),
         git=_git(),
         started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -108,7 +109,7 @@ def make_run(folder: Path, logging: dict[str, Any]) -> dict[str, Any]:
     trainer: Any = cli.trainer
     model, data = cli.model, cli.datamodule
     chosen_by = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)]
-    direction = "min" if any(c.monitor and c.mode == "min" for c in chosen_by) else "max"
+    direction = _direction(trainer.callbacks, chosen_by)
     keeper, clock = Keeper(folder, direction), StepClock()
     predictions = next((Predictions(c) for c in trainer.callbacks if isinstance(c, GroupMonitor)), None)
     # The rules of the comparison keep checkpoints instead of the recipe's own rule.
@@ -129,6 +130,23 @@ def make_run(folder: Path, logging: dict[str, Any]) -> dict[str, Any]:
         "direction": direction, "candidates": candidates, "steps": candidates["last"].step, "peak_memory": peak,
         "seconds_per_step": clock.seconds_per_step, "device": _device(trainer),
     }  # fmt: skip
+
+
+def _direction(callbacks: list[Any], chosen_by: list[Any]) -> str:
+    """Of the metric that the rules read, which the first monitor logs.
+
+    A recipe that keeps the checkpoint of the lowest loss says nothing about it, unless nothing else does.
+    """
+    from debias.monitors.detection_monitor import DetectionMonitor
+    from debias.monitors.group_monitor import GroupMonitor
+    from debias.monitors.multilabel_f1 import MultilabelF1Monitor
+
+    for monitor in callbacks:
+        if isinstance(monitor, DetectionMonitor | MultilabelF1Monitor):
+            return "max"
+        if isinstance(monitor, GroupMonitor):
+            return "max" if monitor.metric is None or monitor.metric.higher_is_better else "min"
+    return "min" if any(c.monitor and c.mode == "min" for c in chosen_by) else "max"
 
 
 def _words(folder: Path, spec: dict[str, Any], logging: dict[str, Any]) -> list[str]:
@@ -201,6 +219,10 @@ def _peak_memory(trainer: Any) -> int:
     device = trainer.strategy.root_device
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError, StopIteration):
+        # Of this program alone: what `getrusage` says begins with the peak of the process that started it.
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

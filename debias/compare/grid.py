@@ -9,22 +9,24 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from omegaconf import OmegaConf
 
 from debias.compare.records import write_json
 from debias.compare.search import applies, draw_settings, override, read_config, read_spaces
 from debias.errors import DebiasError
 
-__all__ = ["BASELINES", "Recipe", "RunSpec", "expand", "prepare", "read_spec", "settings_of"]
+__all__ = ["BASELINES", "LOCK", "Recipe", "RunSpec", "configs_hash", "expand", "prepare", "read_spec", "settings_of"]
 
 # Always compared: without plain training on balanced batches nobody can tell a method from resampling.
 BASELINES = ("erm", "balanced")
 SPEC = "spec.json"
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,11 @@ class Recipe:
         return contents
 
     def spaces(self, method: str) -> dict[str, Any]:
-        """The search spaces that the base and the method file declare; the method's win."""
+        """The search spaces that the base and the method file declare, but of what is fixed; the method's win."""
         found: dict[str, Any] = {}
         for path in self.files(method):
             found |= read_spaces(read_config(path).get("search") or {}, str(path))
-        return found
+        return {key: space for key, space in found.items() if key not in self.fixed}
 
     @property
     def hash(self) -> str:
@@ -188,26 +190,30 @@ def prepare(recipe: Recipe, runs: Sequence[RunSpec], out: Path) -> list[Path]:
         DebiasError: ``out`` cannot be written, or holds runs of another recipe or configuration. Nothing is
             overwritten.
     """
+    shared = recipe.hash
     wanted: dict[str, dict[str, Any]] = {}
     for run in runs:
         configs = recipe.configs(run.method, run.params)
         wanted[run.id] = {
-            "recipe": recipe.name, "recipe_hash": recipe.hash, "id": run.id, "method": run.method, "seed": run.seed,
+            "recipe": recipe.name, "recipe_hash": shared, "id": run.id, "method": run.method, "seed": run.seed,
             "params": run.params, "held_out": run.held_out, "configs": configs,
         }  # fmt: skip
     folders = [out / "runs" / run.id for run in runs]
-    _refuse_other_runs(out, recipe)
-    for folder, spec in zip(folders, wanted.values(), strict=True):
-        if (folder / SPEC).exists():
-            _refuse_difference(folder, read_spec(folder), spec)
     try:
-        for folder, spec in zip(folders, wanted.values(), strict=True):
-            if (folder / SPEC).exists():
-                continue
-            folder.mkdir(parents=True, exist_ok=True)
-            for i, content in enumerate(spec["configs"]):
-                OmegaConf.save(OmegaConf.create(content), folder / f"config{i}.yaml")
-            write_json(folder / SPEC, spec)  # last: a folder with it is whole
+        out.mkdir(parents=True, exist_ok=True)
+        # Two commands that begin at once: the second one sees all that the first one wrote.
+        with FileLock(out / LOCK):
+            _refuse_other_runs(out, recipe, {run.method for run in runs})
+            for folder, spec in zip(folders, wanted.values(), strict=True):
+                if (folder / SPEC).exists():
+                    _refuse_difference(folder, read_spec(folder), spec)
+            for folder, spec in zip(folders, wanted.values(), strict=True):
+                if (folder / SPEC).exists():
+                    continue
+                folder.mkdir(parents=True, exist_ok=True)
+                for i, content in enumerate(spec["configs"]):
+                    OmegaConf.save(OmegaConf.create(content), folder / f"config{i}.yaml")
+                write_json(folder / SPEC, spec)  # last: a folder with it is whole
     except OSError as error:
         raise DebiasError(
             f"Expected `out` to be a folder that can be written, but got {out} ({error}). Name another with `--out`."
@@ -236,11 +242,19 @@ def read_spec(folder: Path) -> dict[str, Any]:
     return spec
 
 
-def _refuse_other_runs(out: Path, recipe: Recipe) -> None:
-    """Any run that is there counts, also one that this grid does not contain."""
+def configs_hash(spec: Mapping[str, Any]) -> str:
+    """Of what a run is configured to do, but for its seed and the domain that it leaves out."""
+    return _hash(spec["configs"])
+
+
+def _refuse_other_runs(out: Path, recipe: Recipe, methods: Collection[str]) -> None:
+    """Any run that is there counts, also one that this grid does not contain, such as one of another seed."""
+    shared = recipe.hash
     for file in sorted(out.glob(f"runs/*/{SPEC}")):
         spec = read_spec(file.parent)
-        if spec["recipe_hash"] == recipe.hash:
+        if spec["recipe_hash"] == shared:
+            if spec["method"] in methods:
+                _refuse_difference(file.parent, spec, {**spec, "configs": _configs_now(recipe, spec)})
             continue
         if spec["recipe"] != recipe.name:
             what = f"the recipe `{spec['recipe']}`, not of `{recipe.name}`"
@@ -253,9 +267,16 @@ def _refuse_other_runs(out: Path, recipe: Recipe) -> None:
         )
 
 
+def _configs_now(recipe: Recipe, spec: Mapping[str, Any]) -> list[dict[str, Any]]:
+    try:
+        return recipe.configs(spec["method"], spec.get("params"))
+    except DebiasError:  # the method has lost the callback that a parameter of this run is of
+        return recipe.configs(spec["method"])
+
+
 def _refuse_difference(folder: Path, there: Mapping[str, Any], spec: Mapping[str, Any]) -> None:
     keys = ("method", "seed", "params", "held_out", "configs")
-    plain = json.loads(json.dumps({key: spec[key] for key in keys}))
+    plain = json.loads(json.dumps({key: spec.get(key) for key in keys}))
     old = {key: there.get(key) for key in keys}
     if old != plain:
         raise DebiasError(

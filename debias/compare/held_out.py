@@ -49,8 +49,10 @@ def hold_out(datamodule: Any, domain: int, tag: str = "domain") -> None:
                 raise DataError(f"Expected `{name}` to have samples {'of' if inside else 'beside'} domain {domain}.")
             setattr(datamodule, name, _rows(dataset, rows))
         if isinstance(getattr(datamodule, "train_groups", None), Tensor):
+            before = datamodule.train_groups
             datamodule.train_groups = datamodule.train_set.tags["group"]
             datamodule.group_counts = torch.bincount(datamodule.train_groups, minlength=len(datamodule.group_names))
+            datamodule.left_out = frozenset(before.tolist()) - frozenset(datamodule.train_groups.tolist())
 
     datamodule.setup = setup
 

@@ -26,9 +26,10 @@ def shift_score(metrics: dict[str, float]) -> float:
 class Keeper(Checkpoint):
     """Keep the best checkpoint by each rule that reads the validation set, and the last one.
 
-    Files are ``checkpoints/<rule>.ckpt`` and ``checkpoints/last.ckpt`` in the run's folder. The last one is written at
-    the end of an epoch when ``every`` seconds have passed since; with it, a run that was killed goes on as if nothing
-    had been, to the last bit: the states of the generators are in it.
+    Files are ``checkpoints/<rule>-step<N>.ckpt`` and ``checkpoints/last.ckpt`` in the run's folder. The last one is
+    written at the end of an epoch when ``every`` seconds have passed since; with it, a run that was killed goes on as
+    if nothing had been, on one CPU to the last bit: the states of the generators are in it. What it refers to as best
+    stays until it is written again, so that a run which goes on otherwise than before still tests what it names.
 
     Args:
         folder: of the run.
@@ -45,6 +46,8 @@ class Keeper(Checkpoint):
         self._epochs = 0  # begun, the running one included
         self._saved_at = time.monotonic()
         self._saved_step = -1
+        self._needed: set[str] = set()  # checkpoints that the last one refers to
+        self._stopped = False
         self._reported = 0.0
         self._generators: dict[str, Any] | None = None
 
@@ -74,6 +77,11 @@ class Keeper(Checkpoint):
             if not math.isnan(score) and (known is None or sign * score > sign * known["score"]):
                 self._keep(trainer, rule, score)
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """After a resume: a run that was stopped early before it was killed trains no further."""
+        if self._stopped:
+            trainer.should_stop = True
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         """Say how far the run is, about once a second."""
         if time.monotonic() - self._reported > 1:
@@ -94,7 +102,6 @@ class Keeper(Checkpoint):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the last checkpoint."""
-        self._keep(trainer, "last", math.nan, save=False)
         if self._saved_step != trainer.global_step:
             self._save_last(trainer)
 
@@ -102,30 +109,49 @@ class Keeper(Checkpoint):
         """Scores, last metrics and the states of the random streams."""
         return {
             "epochs": self._epochs, "best": json.dumps(self.best), "val": json.dumps(self.val),
-            "generators": _generators(),
+            "stopped": self._stopped, "generators": _generators(),
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self.best, self.val = json.loads(state_dict["best"]), json.loads(state_dict["val"])
         self._epochs, self._generators = state_dict["epochs"], state_dict["generators"]
+        self._stopped = state_dict["stopped"]
+        self._needed = self._named()
 
-    def _keep(self, trainer: Any, rule: str, score: float, save: bool = True) -> None:
-        path = Path("checkpoints") / f"{rule}.ckpt"
+    def _named(self) -> set[str]:
+        return {entry["checkpoint"] for entry in self.best.values()}
+
+    def _note(self, trainer: Any, rule: str, score: float, name: str) -> Path:
+        path = f"checkpoints/{name}.ckpt"
         self.best[rule] = {
             "score": score, "epoch": self._epochs, "step": trainer.global_step, "val": dict(self.val),
-            "checkpoint": path.as_posix(),
+            "checkpoint": path,
         }  # fmt: skip
-        if save:
-            trainer.save_checkpoint(self.folder / path, weights_only=False)
+        return self.folder / path
+
+    def _keep(self, trainer: Any, rule: str, score: float) -> None:
+        path = self._note(trainer, rule, score, f"{rule}-step{trainer.global_step}")
+        trainer.save_checkpoint(path, weights_only=False)
+        self._remove_others(trainer)
+
+    def _remove_others(self, trainer: Any) -> None:
+        wanted = self._needed | self._named()
+        for path in self.last.parent.glob("*-step*.ckpt") if trainer.is_global_zero else ():
+            if f"checkpoints/{path.name}" not in wanted:
+                trainer.strategy.remove_checkpoint(path)
 
     def _save_last(self, trainer: Any) -> None:
+        self._note(trainer, "last", math.nan, "last")
+        self._stopped = trainer.should_stop
         draft = self.last.with_name("last.draft")  # a run killed while it writes keeps the checkpoint before
         trainer.save_checkpoint(draft, weights_only=False)
         if trainer.is_global_zero:
             draft.replace(self.last)
         trainer.strategy.barrier()
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+        self._needed = self._named()
+        self._remove_others(trainer)
         self._report(trainer)
 
     def _report(self, trainer: Any) -> None:
@@ -144,7 +170,8 @@ class StepClock(Callback):
 
     def __init__(self) -> None:
         self.epochs: list[list[float]] = []  # seconds and steps
-        self._start = self._paused = 0.0
+        self._start = 0.0
+        self._paused: float | None = None
         self._from = 0
 
     @property
@@ -156,19 +183,20 @@ class StepClock(Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Start."""
-        self._from, self._start = trainer.global_step, time.perf_counter()
+        self._from, self._start, self._paused = trainer.global_step, time.perf_counter(), None
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Pause."""
         _wait(trainer)
         self._paused = time.perf_counter()
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Go on."""
-        self._start += time.perf_counter() - self._paused
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Go on: not at the end of validation, where checkpoints are written."""
+        self._go_on()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Stop."""
+        self._go_on()
         _wait(trainer)
         self.epochs.append([time.perf_counter() - self._start, trainer.global_step - self._from])
 
@@ -179,6 +207,11 @@ class StepClock(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self.epochs = state_dict["epochs"]
+
+    def _go_on(self) -> None:
+        if self._paused is not None:
+            self._start += time.perf_counter() - self._paused
+            self._paused = None
 
 
 def _wait(trainer: Any) -> None:

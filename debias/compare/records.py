@@ -64,6 +64,7 @@ class RunRecord:
         status: ``"finished"`` or ``"failed"``.
         params: what differs from the recipe by the grid, by key; empty for the recipe's own values.
         held_out: the training domain that this run did not see, for leave-one-domain-out; else None.
+        config_hash: hash of its config files; the same for all seeds of a method and setting. Empty where unknown.
         direction: ``"max"`` where higher metrics are better, else ``"min"``.
         candidates: checkpoints by the rule that chose them; ``"last"`` is always there.
         error: of a failed run: its last line.
@@ -86,6 +87,7 @@ class RunRecord:
     status: str
     params: dict[str, Any] = field(default_factory=dict)
     held_out: int | None = None
+    config_hash: str = ""
     direction: str = "max"
     candidates: dict[str, Candidate] = field(default_factory=dict)
     error: str = ""
@@ -221,9 +223,11 @@ def find_records(folders: Sequence[Path]) -> list[RunRecord]:
         folders: of comparisons, runs, or anything around them.
 
     Raises:
-        DebiasError: a folder does not exist or holds no run, a file is damaged, or the runs are of several recipes.
+        DebiasError: a folder does not exist or holds no run, a file is damaged, or the runs are of several recipes, or
+            those of one method and setting were configured differently.
     """
     records: dict[str, RunRecord] = {}
+    found: list[RunRecord] = []
     for folder in folders:
         if not folder.is_dir():
             raise DebiasError(f"Expected a folder of runs, but there is none at {folder}.")
@@ -231,15 +235,17 @@ def find_records(folders: Sequence[Path]) -> list[RunRecord]:
         if not files:
             raise DebiasError(f"Expected {folder} to hold runs of `debias compare`, but there is no {RECORD} below it.")
         for record in map(read_record, files):
+            found.append(record)
             known = records.get(record.id)
             if known is None or (record.finished and not known.finished):
                 records[record.id] = record
-    _refuse_mixture(records.values())
+    _refuse_mixture(found)
     return list(records.values())
 
 
 def _refuse_mixture(records: Iterable[RunRecord]) -> None:
     first: RunRecord | None = None
+    configured: dict[tuple[str, str], RunRecord] = {}
     for record in records:
         first = first or record
         if record.recipe_hash != first.recipe_hash:
@@ -247,4 +253,13 @@ def _refuse_mixture(records: Iterable[RunRecord]) -> None:
                 f"Expected runs of one recipe, but {first.folder} is of `{first.recipe}` ({first.recipe_hash}) and"
                 f" {record.folder} of `{record.recipe}` ({record.recipe_hash}): what the runs share differs. Report"
                 " them separately."
+            )
+        if not record.config_hash:
+            continue
+        setting = json.dumps(record.params, sort_keys=True, default=str)
+        other = configured.setdefault((record.method, setting), record)
+        if record.config_hash != other.config_hash:
+            raise DebiasError(
+                f"Expected all runs of `{record.method}` with one setting to be configured alike, but {other.folder}"
+                f" and {record.folder} are not: the method's file is another one. Report them separately."
             )

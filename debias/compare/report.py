@@ -77,17 +77,24 @@ def report(
         from debias.compare.wandb_summary import log_summary
 
         group = group or default_group(comparison.recipe, comparison.recipe_hash)
-        mark, state = out / LOGGED, _state(paths, project, group)
-        if mark.exists() and mark.read_text(encoding="utf-8") == state:
-            return  # nothing has changed since it was logged: no second run of the same
+        mark, state = out / LOGGED, _state(paths, project, group, entity)
+        if mark.exists() and mark.read_text(encoding="utf-8") == state:  # no second run of the same
+            (console or Console()).print(
+                f"Logged to the W&B project {project} before, and nothing has changed since. Delete {mark} to log it"
+                " again.",
+                highlight=False, markup=False, soft_wrap=True,
+            )  # fmt: skip
+            return
         log_summary(comparison, paths, project=project, entity=entity, group=group, out=out)
         mark.write_text(state, encoding="utf-8")
 
 
-def _state(paths: Mapping[str, Path], project: str, group: str) -> str:
+def _state(paths: Mapping[str, Path], project: str, group: str, entity: str | None) -> str:
     """What is logged to W&B, in short."""
     tables = [paths[name].read_bytes() for name in ("table.csv", "runs.csv")]
-    return hashlib.sha256(b"\0".join([*tables, project.encode(), group.encode()])).hexdigest()
+    return hashlib.sha256(
+        b"\0".join([*tables, *(name.encode() for name in (project, group, entity or ""))])
+    ).hexdigest()
 
 
 def write_report(

@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from debias.compare.grid import read_spec
+from filelock import FileLock, Timeout
+
+from debias.compare.grid import LOCK, read_spec
 from debias.compare.records import PROGRESS, RECORD, RunRecord, read_record
 from debias.errors import DebiasError
 
 __all__ = ["BUSY", "LOCK", "Interrupted", "run_all"]
 
-LOCK = ".lock"
 BUSY = 75  # EX_TEMPFAIL: another process makes this run
 PAUSE = 0.2
+GRACE = 10.0  # seconds that a process has to end
 
 
 class Interrupted(Exception):  # noqa: N818
@@ -74,8 +76,15 @@ def run_all(
         with _ends_on_sigterm():
             while waiting or running or later:
                 for folder, when in list(later.items()):
-                    if time.monotonic() >= when:
-                        del later[folder]
+                    if time.monotonic() < when:
+                        continue
+                    if _is_locked(folder):
+                        later[folder] = time.monotonic() + 2
+                        continue
+                    del later[folder]
+                    if _finished(folder):
+                        display.done(read_record(folder / RECORD))
+                    else:
                         waiting.append(folder)
                 while waiting and len(running) < jobs:
                     slot = min(set(range(jobs)) - {p.slot for p in running})
@@ -86,6 +95,9 @@ def run_all(
                         continue
                     running.remove(one)
                     one.log.close()
+                    if status < 0:  # killed: its other ranks would wait for it, and hold their devices
+                        with suppress(ProcessLookupError):
+                            os.killpg(one.process.pid, signal.SIGKILL)
                     if status == BUSY:
                         later[one.folder] = time.monotonic() + 2
                     else:
@@ -105,8 +117,23 @@ def _finished(folder: Path) -> bool:
     return (folder / RECORD).exists() and read_record(folder / RECORD).finished
 
 
+def _is_locked(folder: Path) -> bool:
+    """Whether a process makes this run; asked here, as a process that finds out takes seconds to start."""
+    try:
+        with FileLock(folder / LOCK, blocking=False):
+            return False
+    except Timeout:
+        return True
+
+
 def _start(folder: Path, command: Callable[[Path], Sequence[str]], slot: int, jobs: int) -> _Process:
-    log = (folder / "log.txt").open("ab")
+    try:
+        log = (folder / "log.txt").open("ab")
+    except OSError as error:
+        raise DebiasError(
+            f"Expected `out` to be a folder that can be written, but the run {folder} cannot be ({error}). Name another"
+            " with `--out`."
+        ) from error
     environment = dict(os.environ)
     if jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // jobs, 1)))
@@ -139,7 +166,8 @@ def _devices() -> list[str]:
 
 def _record_crash(folder: Path, status: int) -> None:
     """Leave a record where the process could not: it was killed, say by the system for want of memory."""
-    if status in (0, 1) and (folder / RECORD).exists():
+    # What crashes after its work, in the teardown of a driver or a logger, has finished.
+    if (folder / RECORD).exists() and (status in (0, 1) or _finished(folder)):
         return
     spec = read_spec(folder)
     how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
@@ -149,14 +177,18 @@ def _record_crash(folder: Path, status: int) -> None:
 
 
 def _end(running: Sequence[_Process]) -> None:
-    """Ask the processes to end; after ten seconds, do not ask."""
+    """Ask the processes to end; after :data:`GRACE`, or when asked to hurry, do not ask."""
     for one in running:
         with suppress(ProcessLookupError):
             os.killpg(one.process.pid, signal.SIGTERM)
-    limit = time.monotonic() + 10
+    limit = time.monotonic() + GRACE
     for one in running:
-        with suppress(subprocess.TimeoutExpired):
+        try:
             one.process.wait(max(limit - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            pass
+        except KeyboardInterrupt:  # pressed again: now
+            limit = time.monotonic()
         with suppress(ProcessLookupError):
             os.killpg(one.process.pid, signal.SIGKILL)
         one.process.wait()

@@ -248,7 +248,8 @@ def _choose(records: Sequence[RunRecord], everything: Sequence[RunRecord], rule:
             f"{method}: {len(settings) - len(complete)} of {len(settings)} settings have fewer seeds than others, and"
             " are not compared."
         )
-    direction = rule.direction or records[0].direction
+    # A failed run does not know its direction.
+    direction = rule.direction or next(r.direction for r in records if r.finished)
     means = {key: sum(scores[r.id] for r in runs) / len(runs) for key, runs in complete.items()}
     best = (max if direction == "max" else min)(means, key=means.__getitem__)
     chosen = complete[best]

@@ -279,7 +279,7 @@ def make_comparison(records: Sequence[RunRecord], rule: Rule | str) -> Compariso
         recipe_hash=records[0].recipe_hash,
         rule=rule,
         metric=next(iter(metrics), ""),
-        direction=records[0].direction,
+        direction=next(r.direction for r in records if r.finished),
         groups=groups,
         rows=rows,
         records=tuple(records),

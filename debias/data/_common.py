@@ -36,6 +36,8 @@ class GroupDataModule(L.LightningDataModule):
 
     # What `balance` may name, each a tag of the training set; subclasses with other tags extend it.
     balances: tuple[str, ...] = ("group",)
+    # Groups without training samples on purpose, as their domain is left out.
+    left_out: frozenset[int] = frozenset()
     collate_fn: Callable[[Any], Any] | None = None
 
     def __init__(self, *, batch_size: int, seed: int, balance: str | None, num_workers: int) -> None:
@@ -59,7 +61,8 @@ class GroupDataModule(L.LightningDataModule):
         """Batches ``(x, y)``, shuffled by ``seed`` or balanced."""
         sampler = generator = None
         if self.balance is not None:
-            absent = [name for name, n in zip(self.group_names, self.group_counts.tolist(), strict=True) if not n]
+            counts = enumerate(zip(self.group_names, self.group_counts.tolist(), strict=True))
+            absent = [name for group, (name, n) in counts if not n and group not in self.left_out]
             if self.balance == "group" and absent:
                 raise DataError(
                     "Expected training samples of every group under `balance=group`, but got none of"

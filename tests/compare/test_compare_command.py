@@ -18,6 +18,7 @@ import yaml
 from _support.offline_wandb import read_offline_runs
 from debias.cli import main
 from debias.cli.recipes import recipes_folder
+from debias.compare.runner import Interrupted
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = ["--set", "trainer.max_epochs=2"]
@@ -259,6 +260,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
         (["colored_digits", "--methods", "erm", "--jobs", "0"], "Expected `jobs` to be at least 1, but got 0."),
         (["digits_shift", "--methods", "erm", "--select", "leave_one_domain_out"], "`data.init_args.n_domains` to 2"),
         (["colored_digits", "--methods", "erm", "--print-wandb-sweep"], "Expected `--project` with"),
+        (["colored_digits", "--project", "p", "--print-wandb"], "unrecognized arguments: --print-wandb"),
         (["colored_digits", "--select", "best"], "invalid choice: 'best'"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
@@ -269,7 +271,77 @@ def test_wrong_options(tmp_path, monkeypatch, capsys, words, message):
     assert not list(tmp_path.glob("**/result.json"))
 
 
+def test_a_configuration_that_erm_cannot_be_trained_with(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    error = refused(capsys, "colored_digits", "--set", "trainer.max_epoch=3")
+    assert "what the method `erm` needs" in error
+    assert "max_epoch" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_outside_of_the_runs_is_no_traceback(monkeypatch, capsys):
+    def pressed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("debias.cli.compare.find_recipe", pressed)
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "colored_digits"])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+
+
 # Elsewhere
+
+
+def test_as_many_domains_are_left_out_as_are_set(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "shapes_detection",
+        "--methods",
+        "erm",
+        "--seeds",
+        "0",
+        "--select",
+        "leave_one_domain_out",
+        "--project",
+        "p",
+    ]
+    main(["compare", *words, "--set", "data.init_args.n_domains=3", "--print-wandb-sweep"])
+    names = yaml.safe_load(capsys.readouterr().out)["parameters"]["only"]["values"]
+    assert [name for name in names if name.startswith("erm-")] == [
+        "erm-seed0", "erm-without0-seed0", "erm-without1-seed0", "erm-without2-seed0",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("only", [False, True])
+def test_an_agents_run_is_that_of_one_run_alone(tmp_path, monkeypatch, only):
+    """W&B takes the agent's id for every run that is started with it in the environment."""
+    monkeypatch.chdir(tmp_path)
+    names = {"WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "r", "WANDB_SWEEP_PARAM_PATH": "p"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    seen = {}
+
+    def run_all(*_, **__):
+        seen.update({name: os.environ[name] for name in names if name in os.environ})
+        raise Interrupted
+
+    monkeypatch.setattr("debias.cli.compare.run_all", run_all)
+    words = ["colored_digits", "--methods", "erm", "--seeds", "0", "--project", "p"]
+    with pytest.raises(SystemExit):
+        main(["compare", *words, *(["--only", "erm-seed0"] if only else [])])
+    assert seen == (names if only else {})
+
+
+@pytest.mark.parametrize("words", [["cluster=nowhere"], ["cluster=local", "timeout=3"], ["cluster=local", "name=7"]])
+def test_what_submitit_refuses_is_one_message(tmp_path, monkeypatch, capsys, words):
+    pytest.importorskip("submitit")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "submitit.AutoExecutor.batch", lambda _: pytest.fail("accepted") if "name=7" not in words else 1
+    )
+    given = ["colored_digits", "--methods", "erm", "--seeds", "0", "--launcher", "submitit", "--launcher-args", *words]
+    assert "Expected submitit to take the jobs with `--launcher-args`" in refused(capsys, *given)
 
 
 def test_the_grid_as_a_sweep(tmp_path, monkeypatch, capsys):

@@ -2,13 +2,17 @@
 
 import hashlib
 import json
+import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from debias.cli.recipes import recipes_folder
-from debias.compare.grid import Recipe, RunSpec, expand, prepare, read_spec, settings_of
+from debias.compare.grid import LOCK, Recipe, RunSpec, expand, prepare, read_spec, settings_of
 from debias.errors import DebiasError
 
 BASE = """# A base.
@@ -143,6 +147,63 @@ def test_a_folder_of_something_else_is_refused_untouched(recipe, tmp_path, file,
     with pytest.raises(DebiasError, match=message):
         prepare(recipe, expand(settings_of(recipe, ["erm", "group_dro"]), [0, 1]), out)
     assert fingerprint(out) == before
+
+
+def test_a_method_that_changed_is_refused_for_further_seeds_too(recipe, tmp_path):
+    out = tmp_path / "out"
+    prepare(recipe, expand(settings_of(recipe, ["erm", "group_dro"]), [0]), out)
+    before = fingerprint(out)
+    path = recipe.shared / "group_dro.yaml"
+    path.write_text(path.read_text().replace("0.01}", "0.02}"))
+    with pytest.raises(DebiasError, match=r"the run `group_dro-seed0` .* step_size` was 0.01, and is 0.02|step_size"):
+        prepare(recipe, expand(settings_of(recipe, ["group_dro"]), [1]), out)
+    assert fingerprint(out) == before
+    prepare(recipe, expand(settings_of(recipe, ["erm"]), [1]), out)  # which has not changed
+
+
+def test_a_parameter_of_a_callback_that_is_gone(recipe, tmp_path):
+    out = tmp_path / "out"
+    prepare(recipe, expand({"group_dro": [{"GroupDRO.step_size": 0.1}]}, [0]), out)
+    path = recipe.shared / "group_dro.yaml"
+    path.write_text(path.read_text().replace("debias.GroupDRO", "debias.VREx"))
+    with pytest.raises(DebiasError, match=r"was debias.GroupDRO, and is debias.VREx"):
+        prepare(recipe, expand({"group_dro": [{}]}, [0]), out)
+
+
+def test_a_second_command_waits_until_the_first_has_written_its_folders(recipe, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    other = Recipe("toy", recipe.folder, recipe.shared, (), {"trainer.max_epochs": 9})
+    errors = []
+
+    def second():
+        try:
+            prepare(other, expand({"erm": [{}]}, [0]), out)
+        except DebiasError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=second)
+    with FileLock(out / LOCK, thread_local=False):
+        thread.start()
+        time.sleep(0.5)
+        assert not list(out.glob("runs/*/*"))
+        (out / "runs" / "erm-seed0").mkdir(parents=True)
+        (first,) = prepare(recipe, expand({"erm": [{}]}, [0]), tmp_path / "elsewhere")
+        shutil.copytree(first, out / "runs" / "erm-seed0", dirs_exist_ok=True)
+    thread.join(30)
+    assert "`toy` with another base or `--set`" in errors[0]
+
+
+def test_what_is_set_for_all_runs_is_not_drawn(recipe):
+    fixed = Recipe("toy", recipe.folder, recipe.shared, (), {"model.init_args.width": 64})
+    drawn = settings_of(fixed, ["erm", "group_dro"], draws=3)
+    assert drawn["erm"] == [{}]
+    assert all(set(params) == {"GroupDRO.step_size"} for params in drawn["group_dro"][1:])
+
+
+@pytest.mark.parametrize("base", sorted(recipes_folder().glob("*/base.yaml")), ids=lambda path: path.parent.name)
+def test_the_seed_of_a_run_is_that_of_its_data(base):
+    assert yaml.safe_load(base.read_text())["data"]["init_args"]["seed"] == "${seed_everything}"
 
 
 def test_a_folder_of_another_recipe_is_refused_untouched(recipe, tmp_path):

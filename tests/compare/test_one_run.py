@@ -1,5 +1,6 @@
 """One run of a comparison: what it leaves behind, and that a killed one goes on as if nothing had been."""
 
+import itertools
 import json
 import math
 import os
@@ -7,23 +8,28 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchmetrics
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from _support.recipes import digits, one
-from debias import tag
+from debias import DetectionMonitor, GroupMonitor, tag
 from debias.cli import one_run
 from debias.compare import keeping
 from debias.compare.grid import RunSpec, prepare
 from debias.compare.held_out import hold_out
-from debias.compare.records import measures, read_record
+from debias.compare.records import Measures, measures, read_record
 from debias.data import ColoredDigits
+from debias.data._common import GroupDataModule
 from debias.errors import DataError, DebiasError
 
 ROOT = Path(__file__).parents[2]
+BIG = 2**30
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +149,62 @@ def test_a_run_that_was_killed_goes_on_to_the_same_result(tmp_path, monkeypatch,
     assert len(list(broken.glob("csv/*/metrics.csv"))) == 2  # what was logged before is still there
 
 
+@pytest.fixture
+def every_epoch(monkeypatch):
+    """The last checkpoint is written at the end of each epoch."""
+    make = keeping.Keeper.__init__
+    monkeypatch.setattr(keeping.Keeper, "__init__", lambda self, folder, direction: make(self, folder, direction, 0.0))
+
+
+def test_what_the_last_checkpoint_names_as_best_is_there_whatever_came_after_it(tmp_path, monkeypatch, every_epoch):
+    folder = one(tmp_path, "erm", epochs=3)
+    better = itertools.count(0.0)  # each epoch is the best so far
+    monkeypatch.setattr(keeping, "measures", lambda *_: Measures("accuracy", next(better), next(better), {}))
+    end = keeping.Keeper.on_train_epoch_end
+
+    def kill(self, trainer, *args):
+        if trainer.global_step == 36:  # the third epoch is validated, and not written yet
+            raise Killed
+        end(self, trainer, *args)
+
+    monkeypatch.setattr(keeping.Keeper, "on_train_epoch_end", kill)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        one_run.main(folder)
+    state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=False)["callbacks"]["Keeper"]
+    best = json.loads(state["best"])
+    assert {entry["step"] for entry in best.values()} == {24}
+    for entry in best.values():
+        assert torch.load(folder / entry["checkpoint"], weights_only=False)["global_step"] == entry["step"]
+    monkeypatch.setattr(keeping.Keeper, "on_train_epoch_end", end)
+    assert one_run.main(folder) == 0
+    named = {candidate.checkpoint for candidate in read_record(folder / "result.json").candidates.values()}
+    assert named == {path.relative_to(folder).as_posix() for path in folder.glob("checkpoints/*")}  # and nothing else
+
+
+STOPS = "trainer: {callbacks+: [{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {%s}}]}\n"
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_run_that_was_killed_in_its_test_trains_no_further(tmp_path, monkeypatch, every_epoch, stops):
+    recipe = digits(3)
+    if stops:  # after the first validation
+        (tmp_path / "extra.yaml").write_text(STOPS % "monitor: val/accuracy, mode: max, stopping_threshold: 0.0")
+        recipe = replace(recipe, extra=(tmp_path / "extra.yaml",))
+    (folder,) = prepare(recipe, [RunSpec("erm-seed0", "erm", 0)], tmp_path / "out")
+
+    def kill(*_):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(one_run, "_test", kill)
+        with pytest.raises(KeyboardInterrupt):
+            one_run.main(folder)
+    assert one_run.main(folder) == 0
+    record = read_record(folder / "result.json")
+    assert (record.candidates["last"].epoch, record.steps) == ((1, 12) if stops else (3, 36))
+    assert record.candidates["last"].val
+
+
 def test_sigterm_leaves_no_failure_behind(tmp_path):
     folder = one(tmp_path, "erm", epochs=2000)
     words = [sys.executable, "-m", "debias.cli.one_run", str(folder)]
@@ -188,6 +250,32 @@ def test_hold_out_splits_by_the_tag():
     assert sum(len(batch.batch[1]) if hasattr(batch, "batch") else 1 for batch in data.train_dataloader())
 
 
+class Crossed(GroupDataModule):
+    """Groups that are domains: one of them goes with its domain, and one was never there."""
+
+    def __init__(self):
+        super().__init__(batch_size=4, seed=0, balance="group", num_workers=0)
+
+    def setup(self, stage=None):
+        domain = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
+        self.train_set = self.val_set = tag([(torch.zeros(1), 0)] * 8, domain=domain, group=domain)
+        self._describe_groups(["a", "b", "c", *(["d"] if stage == "fit" and self.lacking else [])])
+
+
+@pytest.mark.parametrize("lacking", [False, True])
+def test_balanced_batches_without_the_groups_of_the_domain_alone(lacking):
+    data = Crossed()
+    data.lacking = lacking
+    hold_out(data, 1)
+    data.setup("fit")
+    if lacking:
+        with pytest.raises(DataError, match=r"but got none of d\. Add"):
+            data.train_dataloader()
+        return
+    drawn = [int(data.train_set.tags["group"][i]) for i in data.train_dataloader().sampler]
+    assert sorted(drawn) == [0] * (len(drawn) // 2) + [2] * (len(drawn) // 2)
+
+
 def test_hold_out_needs_a_tag():
     class Plain:
         train_set = val_set = ()
@@ -225,12 +313,46 @@ def test_the_clock_leaves_validation_out(monkeypatch):
         clock.on_validation_start(Trainer, None)
         now[0] += 100
         clock.on_validation_end(Trainer, None)
+        now[0] += 50  # checkpoints are written
+        if epoch == 1:  # validated in the midst of it
+            clock.on_train_batch_start(Trainer, None, None, 0)
         clock.on_train_epoch_end(Trainer, None)
     assert clock.seconds_per_step == pytest.approx(0.5)  # the first epoch is left out
     again = keeping.StepClock()
     assert math.isnan(again.seconds_per_step)
     again.load_state_dict(json.loads(json.dumps(clock.state_dict())))
     assert again.seconds_per_step == clock.seconds_per_step
+
+
+def test_the_direction_is_that_of_the_monitored_metric():
+    def monitor(metric=None):
+        return GroupMonitor("group", 4, metric=metric)
+
+    lowest, highest = (
+        ModelCheckpoint(monitor=name, mode=mode) for name, mode in (("val/loss", "min"), ("val/x", "max"))
+    )
+    detection = DetectionMonitor("domain", 2)
+    assert one_run._direction([monitor(), lowest], [lowest]) == "max"
+    assert one_run._direction([detection, lowest], [lowest]) == "max"
+    assert one_run._direction([monitor(torchmetrics.MeanAbsoluteError()), highest], [highest]) == "min"
+    assert one_run._direction([lowest], [lowest]) == "min"
+    assert one_run._direction([highest], [highest]) == one_run._direction([], []) == "max"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone says it")
+def test_peak_memory_is_not_that_of_the_process_that_started_it():
+    child = (
+        "import types, torch\nfrom debias.cli.one_run import _peak_memory\n"
+        "strategy = types.SimpleNamespace(root_device=torch.device('cpu'))\n"
+        "print(_peak_memory(types.SimpleNamespace(strategy=strategy)))"
+    )
+    parent = (
+        f"import subprocess, sys\nheld = b'x' * {BIG}\n"
+        f"print(subprocess.run([sys.executable, '-c', {child!r}], capture_output=True, text=True).stdout)"
+    )
+    words = [sys.executable, "-c", parent]
+    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert 2**20 < int(done.stdout) < BIG
 
 
 def test_shift_score_prefers_families_that_were_not_trained_on():

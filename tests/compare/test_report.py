@@ -156,6 +156,22 @@ def test_two_recipes_are_one_message(runs, tmp_path, capsys):
     assert not (runs / "report.md").exists()
 
 
+def test_runs_of_two_recipes_under_the_same_names_are_no_copies(tmp_path):
+    first = save([record("erm", 0)], tmp_path / "first")
+    second = save([record("erm", 0, recipe="other", recipe_hash="4567")], tmp_path / "second")
+    with pytest.raises(DebiasError, match="Expected runs of one recipe"):
+        find_records([first, second])
+
+
+def test_runs_of_a_method_that_was_configured_otherwise_are_one_message(tmp_path):
+    runs = [record("erm", 0, config_hash="a"), record("erm", 1, config_hash="a"), record("erm", 2)]
+    runs += [record("erm", 0, params={"lr": 1}, config_hash="b"), record("irm", 0, config_hash="c")]
+    assert len(find_records([save(runs, tmp_path / "here")])) == 5
+    save([record("erm", 3, config_hash="d")], tmp_path / "there")
+    with pytest.raises(DebiasError, match=r"all runs of `erm` with one setting .*erm-0 and .*there.erm-3 are not"):
+        find_records([tmp_path / "here", tmp_path / "there"])
+
+
 def test_empty_and_missing_folders_and_unavailable_rules_are_one_message(runs, tmp_path, capsys):
     for words, message in (
         ([str(tmp_path / "none")], "there is none at"),

@@ -23,6 +23,14 @@ FAKE = textwrap.dedent(
     folder = Path(sys.argv[1])
     spec = json.loads((folder / "spec.json").read_text())
     with (folder / "calls").open("a") as file: file.write(os.environ.get("CUDA_VISIBLE_DEVICES", "") + "\\n")
+    if "stubborn" in folder.name:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        (folder / "ready").touch()
+        time.sleep(60)
+    if "ranks" in folder.name:
+        import subprocess
+        other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "another rank"])
+        os.kill(os.getpid(), signal.SIGKILL)
     if "crash" in folder.name: os.kill(os.getpid(), signal.SIGKILL)
     if "slow" in folder.name: time.sleep(60)
     if "brief" in folder.name: time.sleep(1.5)
@@ -33,6 +41,7 @@ FAKE = textwrap.dedent(
     else:
         record |= {"status": "finished", "candidates": {"last": {"epoch": 1, "step": 1, "val": {}, "test": {}}}}
     (folder / "result.json").write_text(json.dumps(record))
+    if "teardown" in folder.name: os.kill(os.getpid(), signal.SIGSEGV)
     sys.exit(failed)
     """
 )
@@ -76,6 +85,30 @@ def test_a_failure_is_recorded_and_does_not_stop_the_rest(make):
     assert [calls(folder) for folder in runs] == [1, 2, 2, 1]  # what finished is not repeated
 
 
+def test_a_killed_process_leaves_no_other_ranks_behind(make):
+    folders, command = make
+    (record,) = run_all(folders("ranks"), command)
+    assert "SIGKILL" in record.error
+    limit = time.monotonic() + 10
+    while any("another rank" in line for line in _processes()) and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert not any("another rank" in line for line in _processes())
+
+
+def test_a_crash_after_the_result_is_no_failure(make):
+    folders, command = make
+    (record,) = run_all(folders("teardown"), command)
+    assert record.finished
+
+
+def test_a_folder_that_cannot_be_written_is_one_message(make):
+    folders, command = make
+    (run,) = folders("a")
+    (run / "log.txt").mkdir()
+    with pytest.raises(DebiasError, match=r"Expected `out` to be a folder that can be written.*`--out`"):
+        run_all([run], command)
+
+
 def test_jobs_run_at_the_same_time_on_devices_in_turn(make, monkeypatch):
     folders, command = make
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
@@ -93,7 +126,7 @@ def test_a_run_that_another_process_makes_is_waited_for(make, tmp_path):
     folders, _ = make
     (run,) = folders("elsewhere")
     (tmp_path / "locked.py").write_text(
-        "import sys\nfrom filelock import FileLock, Timeout\n"
+        "import sys\nfrom filelock import FileLock, Timeout\nopen(sys.argv[1] + '/started', 'a').write('.')\n"
         f"try:\n    lock = FileLock(sys.argv[1] + '/{LOCK}', blocking=False); lock.acquire()\n"
         f"except Timeout:\n    sys.exit(75)\nexec(open({str(tmp_path / 'fake.py')!r}).read())\n"
     )
@@ -114,6 +147,40 @@ def test_a_run_that_another_process_makes_is_waited_for(make, tmp_path):
     assert record.finished
     assert time.monotonic() - start > 1.5
     assert calls(run) == 1
+    assert (run / "started").read_text() == ".."  # not a process every other second
+
+
+def test_what_another_process_finished_is_not_started(make):
+    folders, command = make
+    (run,) = folders("elsewhere")
+
+    def busy(folder: Path) -> list[str]:  # and when it is looked at again, the other one is done
+        return [sys.executable, "-c", f"import os\nos.system({' '.join(command(folder))!r})\nraise SystemExit(75)"]
+
+    (record,) = run_all([run], busy)
+    assert record.finished
+    assert calls(run) == 1
+
+
+def test_ctrl_c_twice_ends_a_process_that_does_not_listen(make, tmp_path):
+    folders, _ = make
+    (run,) = folders("stubborn")
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        "import sys\nfrom pathlib import Path\nfrom debias.compare import runner\n"
+        "from debias.compare.runner import Interrupted, run_all\nrunner.GRACE = 60\n"
+        f"try:\n    run_all([Path({str(run)!r})], lambda f: [sys.executable, {str(tmp_path / 'fake.py')!r}, str(f)])\n"
+        "except Interrupted:\n    sys.exit(130)\n"
+    )
+    process = subprocess.Popen([sys.executable, str(driver)])
+    limit = time.monotonic() + 60
+    while not (run / "ready").exists() and time.monotonic() < limit:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    assert not any("stubborn" in line for line in _processes())
 
 
 def test_ctrl_c_ends_the_processes_and_records_no_failure(make, tmp_path):

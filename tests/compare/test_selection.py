@@ -130,6 +130,15 @@ def test_lower_is_better_where_the_direction_says_so_but_not_for_shifts():
     assert select(runs, "val_shift")[0].params == {"lr": 3}
 
 
+def test_a_failed_run_says_nothing_about_the_direction():
+    def run(lr, value):
+        return record("erm", 1, flat(value), flat(value, "test"), params={"lr": lr}, direction="min")
+
+    runs = [failed("erm", 0), run(1, 0.5), run(2, 0.25), run(3, 0.75)]
+    assert select(runs, "val_average")[0].params == {"lr": 2}
+    assert make_comparison(runs, "val_average").direction == "min"
+
+
 def test_settings_with_fewer_seeds_are_not_compared():
     runs = [record("erm", s, flat(0.5)) for s in (0, 1)] + [record("erm", 0, flat(0.9), params={"lr": 1})]
     runs.append(failed("erm", 1, params={"lr": 1}))

@@ -100,6 +100,17 @@ def test_command_line_logs_two_comparisons_as_two_runs(tmp_path, capsys):
     assert len(one.table("by_group/digit<5 red_table")) == 3
 
 
+def test_another_team_gets_the_comparison_too_and_the_same_one_not_twice(tmp_path, capsys):
+    folder = save([record("erm", 0)], tmp_path / "runs")
+    main(["report", str(folder), "--project", "p"])
+    assert "Logged to the W&B project p before" not in capsys.readouterr().out
+    main(["report", str(folder), "--project", "p"])
+    assert "Logged to the W&B project p before, and nothing has changed since." in capsys.readouterr().out
+    assert len(read_offline_runs(folder)) == 1
+    main(["report", str(folder), "--project", "p", "--entity", "team"])
+    assert len(list(folder.glob("wandb/offline-run-*"))) == 2
+
+
 def test_ids_are_stable_and_of_project_and_group():
     assert summary_id("p", "g") == summary_id("p", "g")
     assert len({summary_id("p", "g"), summary_id("p", "h"), summary_id("q", "g")}) == 3
