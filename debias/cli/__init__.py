@@ -6,6 +6,7 @@ Nothing heavier than the standard library is imported until a command needs it.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: the words after ``debias``; those of the command line by default.
     """
     words = list(sys.argv[1:] if args is None else args)
+    if args is None and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # configs name modules of the user's own; `python -m debias` finds them, too
     if words and words[0] in TRAINING:
         from debias.cli.training import train
 

@@ -61,6 +61,7 @@ def compare(options: argparse.Namespace) -> None:
     settings = settings_of(
         recipe, methods, vary=_pairs("vary", options.vary), draws=options.draws, draw_seed=options.draw_seed
     )
+    _check_settings(recipe, settings)
     domains = _n_domains(recipe) if options.select == LEFT_OUT else None
     runs = expand(settings, seeds, domains)
     if options.only is not None:
@@ -83,6 +84,9 @@ def compare(options: argparse.Namespace) -> None:
     if options.launcher == "submitit":
         _submit(folders, logging, _pairs("launcher-args", options.launcher_args), out, console)
         return
+    there = sum((folder / RECORD).exists() and read_record(folder / RECORD).finished for folder in folders)
+    if there:
+        console.print(f"{there} of {len(folders)} runs have finished before.", highlight=False)
     columns = (BarColumn(20), MofNCompleteColumn(), "runs", TimeElapsedColumn(), TextColumn("{task.description}"))
     try:
         with Progress(*columns, console=console, transient=True) as progress:
@@ -110,7 +114,8 @@ def find_recipe(name: str, extra: tuple[Path, ...] = (), fixed: dict[str, Any] |
     Raises:
         DebiasError: there is no such recipe.
     """
-    folder = Path(name)
+    # A name means the user's own copy first, as `debias recipes copy` makes it.
+    folder = next((path for path in (Path(name), Path("recipes", name)) if (path / "base.yaml").is_file()), Path(name))
     if not (folder / "base.yaml").is_file():
         known = recipes()
         found = known.get(folder.name) if name in (folder.name, f"recipes/{folder.name}") else None
@@ -136,7 +141,12 @@ def _methods(recipe: Recipe, asked: Sequence[str] | None, console: Console) -> l
         why = _refusal(recipe, name)
         if why is None:
             methods.append(name)
-        elif name == BASELINES[0] or (asked and name in asked):
+        elif name == BASELINES[0]:
+            raise DebiasError(
+                f"Expected the recipe `{recipe.name}`, with `--config` and `--set`, to be a configuration, but {why}"
+                " Nothing was run."
+            )
+        elif asked and name in asked:
             raise DebiasError(
                 f"Expected the recipe `{recipe.name}` to have what the method `{name}` needs, but {why} Nothing was"
                 f" run. Leave `{name}` out, or choose another recipe."
@@ -146,14 +156,25 @@ def _methods(recipe: Recipe, asked: Sequence[str] | None, console: Console) -> l
     return methods
 
 
-def _refusal(recipe: Recipe, method: str) -> str | None:
+def _check_settings(recipe: Recipe, settings: dict[str, list[dict[str, Any]]]) -> None:
+    """A key that the method's callback does not have is an error now, not after the first runs."""
+    for method, own in settings.items():
+        for params in {tuple(params): params for params in own if params}.values():
+            why = _refusal(recipe, method, params)
+            if why is not None:
+                raise DebiasError(
+                    f"Expected `--vary` and `search:` to set what `{method}` has, but {why} Nothing was run."
+                )
+
+
+def _refusal(recipe: Recipe, method: str, params: dict[str, Any] | None = None) -> str | None:
     """Parse the configuration as a run does; say why it cannot be."""
     import tempfile
 
     out, err = io.StringIO(), io.StringIO()
     with tempfile.TemporaryDirectory() as folder:
         words = []
-        for i, content in enumerate(recipe.configs(method)):
+        for i, content in enumerate(recipe.configs(method, params)):
             OmegaConf.save(OmegaConf.create(content), Path(folder) / f"{i}.yaml")
             words += ["--config", str(Path(folder) / f"{i}.yaml")]
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -255,7 +255,7 @@ def group_weights(comparison: Comparison, paper: Paper = LIGHT) -> Figure | None
         for name, style in styles.items():
             steps, mean, std = _over_seeds([run[name] for run in runs if name in run])
             if len(steps):
-                axes.plot(steps, mean, label=name, linewidth=1.5, **style)
+                axes.plot(steps, mean, label=name, linewidth=1.5, marker="o" if len(steps) == 1 else None, **style)
                 if len(groups) <= 2 * BAR_GROUPS:
                     axes.fill_between(steps, mean - std, mean + std, color=style["color"], alpha=0.2, linewidth=0)
         axes.set_title(label(row.method), fontsize=10, color=paper.ink)

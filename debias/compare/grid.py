@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock
 from omegaconf import OmegaConf
 
-from debias.compare.records import write_json
+from debias.compare.records import RECORD, write_json
 from debias.compare.search import applies, draw_settings, override, read_config, read_spaces
 from debias.errors import DebiasError
 
@@ -206,7 +206,7 @@ def prepare(recipe: Recipe, runs: Sequence[RunSpec], out: Path) -> list[Path]:
             _refuse_other_runs(out, recipe, {run.method for run in runs})
             for folder, spec in zip(folders, wanted.values(), strict=True):
                 if (folder / SPEC).exists():
-                    _refuse_difference(folder, read_spec(folder), spec)
+                    _refuse_difference(recipe, folder, read_spec(folder), spec)
             for folder, spec in zip(folders, wanted.values(), strict=True):
                 if (folder / SPEC).exists():
                     continue
@@ -254,16 +254,19 @@ def _refuse_other_runs(out: Path, recipe: Recipe, methods: Collection[str]) -> N
         spec = read_spec(file.parent)
         if spec["recipe_hash"] == shared:
             if spec["method"] in methods:
-                _refuse_difference(file.parent, spec, {**spec, "configs": _configs_now(recipe, spec)})
+                _refuse_difference(recipe, file.parent, spec, {**spec, "configs": _configs_now(recipe, spec)})
             continue
         if spec["recipe"] != recipe.name:
             what = f"the recipe `{spec['recipe']}`, not of `{recipe.name}`"
         else:
             now = recipe.configs(spec["method"], spec.get("params")) if spec["method"] in recipe.methods() else []
-            what = f"`{recipe.name}` with another base or `--set`: {_difference(spec['configs'], now)}"
+            named = _named(recipe, spec["method"], spec["configs"]), _named(recipe, spec["method"], now)
+            what = f"`{recipe.name}` with another base or `--set`: {_difference(*named)}"
+        finished = any(out.glob(f"runs/*/{RECORD}"))
+        advice = "" if finished else f", or delete {out / 'runs'}, where nothing has finished or failed yet"
         raise DebiasError(
             f"Expected `out` to be empty or to hold runs of this comparison, but {out} holds runs of {what}. Nothing"
-            " was changed. Name another folder with `--out`."
+            f" was changed. Name another folder with `--out`{advice}."
         )
 
 
@@ -274,11 +277,19 @@ def _configs_now(recipe: Recipe, spec: Mapping[str, Any]) -> list[dict[str, Any]
         return recipe.configs(spec["method"])
 
 
-def _refuse_difference(folder: Path, there: Mapping[str, Any], spec: Mapping[str, Any]) -> None:
+def _named(recipe: Recipe, method: str, configs: Sequence[Any]) -> dict[str, Any]:
+    """The contents of config files by the names of the files."""
+    names = [path.name for path in recipe.files(method)]
+    return {f"{name}:": content for name, content in zip(names, configs, strict=False)}
+
+
+def _refuse_difference(recipe: Recipe, folder: Path, there: Mapping[str, Any], spec: Mapping[str, Any]) -> None:
     keys = ("method", "seed", "params", "held_out", "configs")
     plain = json.loads(json.dumps({key: spec.get(key) for key in keys}))
-    old = {key: there.get(key) for key in keys}
+    old: dict[str, Any] = {key: there.get(key) for key in keys}
     if old != plain:
+        for content in (old, plain):
+            content["configs"] = _named(recipe, spec["method"], content["configs"] or [])
         raise DebiasError(
             f"Expected the run `{spec['id']}` to be configured as before, but {folder} was made with another"
             f" configuration: {_difference(old, plain)}. Nothing was changed. Name another folder with `--out`, or"
@@ -290,8 +301,9 @@ def _difference(old: Any, new: Any) -> str:
     """Name the first value that differs."""
     before, now = _flat(old), _flat(new)
     for key in [*now, *before]:
-        if before.get(key, "nothing") != now.get(key, "nothing"):
-            return f"`{key}` was {before.get(key, 'nothing')}, and is {now.get(key, 'nothing')}"
+        was, is_ = before.get(key, "nothing"), now.get(key, "nothing")
+        if was != is_:
+            return f"`{key.removeprefix('configs.').replace(':.', ': ')}` was {was}, and is {is_}"
     return "what differs is only the order"
 
 

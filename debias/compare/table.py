@@ -381,6 +381,12 @@ def caption(comparison: Comparison) -> str:
     better = "" if comparison.direction == "max" else " Lower is better."
     seeds = {row.seeds for row in comparison.rows if row.runs}
     over = f"seeds {', '.join(map(str, next(iter(seeds))))}" if len(seeds) == 1 else "the seeds of each method"
+    if all(len(own) == 1 for own in seeds):
+        return (
+            f"{oracle}Selection `{rule.name}`: {rule.words}; the same for every method. Test set, {comparison.unit}:"
+            f" one seed a method, so neither deviations nor intervals.{better} Gap: average minus worst group. To ERM:"
+            " difference of the worst group." + (f" Failed runs: {failed}." if failed else "")
+        )
     return (
         f"{oracle}Selection `{rule.name}`: {rule.words}; the same for every method. Test set, {comparison.unit}: mean ±"
         f" sample standard deviation over {over}.{better} Gap: average minus worst group. To ERM: difference of the"

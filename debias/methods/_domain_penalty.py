@@ -44,7 +44,7 @@ class DomainPenalty(Debiaser):
 
     def __init__(
         self,
-        domain: BatchKey | tuple[BatchKey, ...],
+        domain: tuple[BatchKey, ...] | BatchKey,
         n_domains: int | Sequence[int],
         module: nn.Module,
         *,

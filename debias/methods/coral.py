@@ -141,7 +141,7 @@ class CORAL(DomainPenalty):
 
     def __init__(
         self,
-        domain: BatchKey | tuple[BatchKey, ...],
+        domain: tuple[BatchKey, ...] | BatchKey,
         n_domains: int | tuple[int, ...],
         *,
         penalty_weight: float = 1.0,

@@ -260,7 +260,7 @@ class DomainPenalisation(GroupDebiaser):
 
     def __init__(
         self,
-        domain: BatchKey | tuple[BatchKey, ...],
+        domain: tuple[BatchKey, ...] | BatchKey,
         n_domains: int | tuple[int, ...],
         *,
         update: int | str = "epoch",

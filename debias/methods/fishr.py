@@ -217,7 +217,7 @@ class Fishr(DomainPenalty):
 
     def __init__(
         self,
-        domain: BatchKey | tuple[BatchKey, ...],
+        domain: tuple[BatchKey, ...] | BatchKey,
         n_domains: int | tuple[int, ...],
         *,
         penalty_weight: float = 1000.0,

@@ -327,7 +327,7 @@ class GroupDRO(GroupDebiaser):
 
     def __init__(
         self,
-        group: BatchKey | tuple[BatchKey, ...],
+        group: tuple[BatchKey, ...] | BatchKey,
         n_groups: int | tuple[int, ...],
         *,
         step_size: float = 0.01,

@@ -214,7 +214,7 @@ class GroupMixup(Debiaser):
 
     def __init__(
         self,
-        domain: BatchKey | tuple[BatchKey, ...] | None = None,
+        domain: tuple[BatchKey, ...] | BatchKey | None = None,
         n_domains: int | tuple[int, ...] | None = None,
         *,
         pairs: Literal["any", "same_label", "same_domain", "selective"] = "selective",

@@ -144,7 +144,7 @@ class GroupReweighting(GroupDebiaser):
 
     def __init__(
         self,
-        group: BatchKey | tuple[BatchKey, ...],
+        group: tuple[BatchKey, ...] | BatchKey,
         n_groups: int | tuple[int, ...],
         *,
         power: float = 1.0,

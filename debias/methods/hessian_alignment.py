@@ -309,7 +309,7 @@ class HessianAlignment(DomainPenalty):
 
     def __init__(
         self,
-        domain: BatchKey | tuple[BatchKey, ...],
+        domain: tuple[BatchKey, ...] | BatchKey,
         n_domains: int | tuple[int, ...],
         *,
         statistic: Statistic = "hgp",

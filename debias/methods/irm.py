@@ -176,7 +176,7 @@ class IRM(DomainPenalty):
 
     def __init__(
         self,
-        domain: BatchKey | tuple[BatchKey, ...],
+        domain: tuple[BatchKey, ...] | BatchKey,
         n_domains: int | tuple[int, ...],
         *,
         penalty_weight: float = 100.0,

@@ -123,7 +123,7 @@ class VREx(DomainPenalty):
 
     def __init__(
         self,
-        domain: BatchKey | tuple[BatchKey, ...],
+        domain: tuple[BatchKey, ...] | BatchKey,
         n_domains: int | tuple[int, ...],
         *,
         penalty_weight: float = 10.0,

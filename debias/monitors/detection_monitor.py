@@ -73,7 +73,7 @@ class DetectionMonitor(StepWatcher):
 
     def __init__(
         self,
-        domain: BatchKey | tuple[BatchKey, ...],
+        domain: tuple[BatchKey, ...] | BatchKey,
         n_domains: int | tuple[int, ...],
         *,
         domain_names: list[str] | None = None,

@@ -85,7 +85,7 @@ class GroupMonitor(StepWatcher):
 
     def __init__(
         self,
-        group: BatchKey | tuple[BatchKey, ...],
+        group: tuple[BatchKey, ...] | BatchKey,
         n_groups: int | tuple[int, ...],
         *,
         group_names: list[str] | None = None,

@@ -33,7 +33,8 @@ BatchKey: TypeAlias = int | str | Callable[[Any], Any]
 batch.
 
 Every step of a path is an integer index, a mapping key or an attribute, whichever fits. A callable can only be given
-from Python, never from YAML. Tags of ``debias.tag`` are looked up first.
+from Python, never from YAML. Tags of ``debias.tag`` are looked up first. Where several keys are allowed the tuple is
+the first type of the union: jsonargparse, which writes a value by the first type that takes it, would write a callable.
 """
 
 

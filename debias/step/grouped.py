@@ -37,7 +37,7 @@ class GroupDebiaser(Debiaser):
     module: Any
 
     def __init__(
-        self, group: BatchKey | tuple[BatchKey, ...], n_groups: int | Sequence[int], *, name: str | None, **options: Any
+        self, group: tuple[BatchKey, ...] | BatchKey, n_groups: int | Sequence[int], *, name: str | None, **options: Any
     ) -> None:
         super().__init__(name=default_name(name, group, self.needs[0]), **options)
         keys = len(group) if isinstance(group, tuple | list) else 1

@@ -296,7 +296,7 @@ class Debiaser(StepWatcher):
             owned.load_state_dict(state_dict["owned"][name])
 
 
-def default_name(name: str | None, key: BatchKey | tuple[BatchKey, ...], argument: str) -> str:
+def default_name(name: str | None, key: tuple[BatchKey, ...] | BatchKey, argument: str) -> str:
     """The instance's name: the user's own, or the batch key's.
 
     Raises:

@@ -133,8 +133,13 @@ def test_comments_and_ranges_are_no_difference(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
-        ("toy/base", "width: 32", "width: 33", r"another base or `--set`: `0.model.init_args.width` was 32, and is 33"),
-        ("methods/group_dro", "0.01}", "0.02}", r"`configs.1.*step_size` was 0.01, and is 0.02"),
+        (
+            "toy/base",
+            "width: 32",
+            "width: 33",
+            r"another base or `--set`: `base.yaml: model.init_args.width` was 32, and is 33",
+        ),
+        ("methods/group_dro", "0.01}", "0.02}", r"`group_dro.yaml: .*step_size` was 0.01, and is 0.02"),
     ],
 )
 def test_a_folder_of_something_else_is_refused_untouched(recipe, tmp_path, file, old, new, message):
