@@ -194,7 +194,7 @@ def _refusal(recipe: Recipe, method: str, params: dict[str, Any] | None = None) 
 
 def _pairs(option: str, words: Sequence[str]) -> dict[str, list[Any]]:
     """Read ``KEY=V1,V2``, values as in YAML."""
-    pairs = {}
+    pairs: dict[str, list[Any]] = {}
     for word in words:
         key, equals, values = word.partition("=")
         if not (key and equals and values):
@@ -206,6 +206,8 @@ def _pairs(option: str, words: Sequence[str]) -> dict[str, list[Any]]:
         assert isinstance(found, list)
         if option != "vary" and len(found) != 1:
             raise DebiasError(f"Expected `--{option}` to have one value, but got `{word}`. Write a list as [1,2].")
+        if key in pairs:
+            raise DebiasError(f"Expected `--{option}` to name each key once, but got `{key}` twice. Write `{key}=1,2`.")
         pairs[key] = found
     return pairs
 

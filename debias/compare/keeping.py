@@ -13,14 +13,9 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
-from debias.compare.records import PROGRESS, Candidate, measures, write_json
+from debias.compare.records import PROGRESS, Candidate, measures, shift_score, write_json
 
-__all__ = ["Keeper", "StepClock", "shift_score"]
-
-
-def shift_score(metrics: dict[str, float]) -> float:
-    """The crafted-shift score: over the families that the run was not trained on, where that is logged apart."""
-    return metrics.get("val_shift/held_out_mean", metrics.get("val_shift/mean", math.nan))
+__all__ = ["Keeper", "StepClock"]
 
 
 class Keeper(Checkpoint):

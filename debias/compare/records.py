@@ -21,6 +21,7 @@ __all__ = [
     "find_records",
     "measures",
     "read_record",
+    "shift_score",
     "write_json",
 ]
 
@@ -175,6 +176,11 @@ def measures(metrics: Mapping[str, float], stage: str, direction: str = "max") -
     known = [value for value in by_loader.values() if not math.isnan(value)]
     worst = (min if direction == "max" else max)(known, default=math.nan)
     return Measures(metric, sum(known) / len(known) if known else math.nan, worst, by_loader)
+
+
+def shift_score(metrics: Mapping[str, float]) -> float:
+    """The crafted-shift score: over the families that the run was not trained on, where that is logged apart."""
+    return metrics.get("val_shift/held_out_mean", metrics.get("val_shift/mean", math.nan))
 
 
 def write_json(path: Path, content: Any) -> None:

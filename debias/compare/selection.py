@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from debias.compare.records import Candidate, RunRecord, measures
+from debias.compare.records import Candidate, RunRecord, measures, shift_score
 from debias.errors import DebiasError
 
 __all__ = ["RULES", "Choice", "Rule", "available_rules", "default_rule", "find_rule", "select", "setting_key"]
@@ -68,7 +68,7 @@ def _test_worst(metrics: Mapping[str, float], direction: str) -> float:
 
 
 def _shift(metrics: Mapping[str, float], direction: str) -> float:
-    return metrics.get("val_shift/held_out_mean", metrics.get("val_shift/mean", math.nan))
+    return shift_score(metrics)
 
 
 def _nothing(metrics: Mapping[str, float], direction: str) -> float:
