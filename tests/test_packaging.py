@@ -1,6 +1,7 @@
 """Recipes are found, every combination parses, and every one builds the classes that it names."""
 
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,12 @@ def test_every_recipe_says_what_it_is(file):
 def test_versions_agree():
     assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("name", sorted(_bases()))
+def test_balanced_erm_names_what_the_data_can_balance(name):
+    from debias.cli.compare import find_recipe
+
+    base, method = find_recipe(str(recipes_folder() / name)).configs("balanced")
+    module, _, cls = base["data"]["class_path"].rpartition(".")
+    assert method["data"]["init_args"]["balance"] in getattr(import_module(module), cls).balances
