@@ -172,7 +172,7 @@ def test_ctrl_c_twice_ends_a_process_that_does_not_listen(make, tmp_path):
         f"try:\n    run_all([Path({str(run)!r})], lambda f: [sys.executable, {str(tmp_path / 'fake.py')!r}, str(f)])\n"
         "except Interrupted:\n    sys.exit(130)\n"
     )
-    process = subprocess.Popen([sys.executable, str(driver)])
+    process = in_a_terminal(driver)
     limit = time.monotonic() + 60
     while not (run / "ready").exists() and time.monotonic() < limit:
         time.sleep(0.1)
@@ -193,7 +193,7 @@ def test_ctrl_c_ends_the_processes_and_records_no_failure(make, tmp_path):
         f" lambda f: [sys.executable, {str(tmp_path / 'fake.py')!r}, str(f)])\n"
         "except Interrupted:\n    sys.exit(130)\n"
     )
-    process = subprocess.Popen([sys.executable, str(driver)])
+    process = in_a_terminal(driver)
     limit = time.monotonic() + 60
     while not (runs[1] / "calls").exists() and time.monotonic() < limit:
         time.sleep(0.1)
@@ -204,6 +204,13 @@ def test_ctrl_c_ends_the_processes_and_records_no_failure(make, tmp_path):
     with FileLock(runs[1] / LOCK, timeout=1):
         pass
     assert not any("slow" in line for line in _processes())
+
+
+def in_a_terminal(script: Path) -> subprocess.Popen:
+    """Start a script that Ctrl-C reaches: what runs in the background, as tests may, ignores it and hands that on."""
+    listen = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    script.write_text(listen + script.read_text())
+    return subprocess.Popen([sys.executable, str(script)])
 
 
 def _processes() -> list[str]:
