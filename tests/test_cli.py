@@ -88,6 +88,24 @@ def test_printed_config_is_a_config(tmp_path, capsys):
     assert printed_config(capsys, "--config", str(tmp_path / "whole.yaml")) == config
 
 
+def test_crossed_keys_survive_from_yaml_to_yaml(tmp_path, capsys):
+    crossed = "{group: [color, 1], n_groups: [2, 2]}"
+    (tmp_path / "method.yaml").write_text(
+        f"trainer:\n  callbacks+:\n    - class_path: debias.GroupDRO\n      init_args: {crossed}\n"
+    )
+    config = printed_config(capsys, "--config", BASE, "--config", str(tmp_path / "method.yaml"))
+    assert config["trainer"]["callbacks"][2]["init_args"]["group"] == ["color", 1]
+
+
+def test_modules_in_the_folder_of_the_command_are_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["debias", "--version"])
+    with pytest.raises(SystemExit):
+        main()
+    assert sys.path[-1] == str(tmp_path)
+
+
 # errors
 
 
