@@ -29,10 +29,9 @@ At fixed predictions, features s times as large make ``|g_e - g|^2`` s^2, ``|dia
 on another. ``scale_free=True`` divides each distance by the squared norm of its target, without gradient through it.
 
 A domain absent from the batch has no part in it, nor in E. One sample in a domain is a mean like another. Zero
-gradients are no special case: no root is taken. Costs one all-reduce of ``E C (d + 1)`` floats and one of ``C (d + 1)``
-for the gradients and as much for the statistic; ``"hgp"`` one of ``E C (d + 1)`` more; ``"frobenius"`` gathers the rows
-of all ranks. Needs features, a linear head (or ``derivatives="autograd"`` for any),
-domain ids.
+gradients are no special case: no root is taken. Costs an all-reduce of ``E C (d + 1)`` floats for the gradients and as
+much for the statistic, of ``(E + 1) C (d + 1)`` for ``"hgp"``; ``"frobenius"`` gathers the rows of all ranks instead.
+Needs features, a linear head (or ``derivatives="autograd"`` for any), domain ids.
 """
 
 from __future__ import annotations
@@ -134,12 +133,12 @@ def alignment(
 ) -> Tensor:
     """The penalty from statistics of any head."""
     terms = []
-    if beta:
-        terms.append((beta, *statistics.gradient_distances(detach_target=detach_target)))
     if alpha and statistic == "hutchinson":
         terms.append((alpha, *_hutchinson(statistics, n_samples, generator, detach_target)))
     elif alpha:
         terms.append((alpha, *_DISTANCES[statistic](statistics, detach_target=detach_target)))
+    if beta:  # after the products, whose inner products of samples it takes up
+        terms.append((beta, *statistics.gradient_distances(detach_target=detach_target)))
     distances = statistics.features.new_zeros(statistics.members.shape[1])
     for weight, squared, norm in terms:
         distances = distances + weight * (squared / _nonzero(norm) if scale_free else squared)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from debias.errors import DebiasError
-from debias.ops.head_statistics import HeadLoss, HeadStatistics, numerators
+from debias.ops.head_statistics import HeadLoss, HeadStatistics, distances_from, numerators
 from debias.step.distributed import global_sum
 
 __all__ = ["AutogradHeadStatistics"]
@@ -99,12 +99,12 @@ class AutogradHeadStatistics(HeadStatistics):
 
     def gradient_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
         """``|G_e - mean G|^2``, and ``|mean G|^2``."""
-        return _distances(self.gradients, self.mean(self.gradients), detach_target)
+        return distances_from(self.gradients, self.mean(self.gradients), detach_target)
 
     def product_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
         """``|H_e G_e - (mean H)(mean G)|^2``, and ``|(mean H)(mean G)|^2``."""
         target = self.mean_hessian_vector(self.mean(self.gradients))
-        return _distances(self.hessian_vector(self.gradients), target, detach_target)
+        return distances_from(self.hessian_vector(self.gradients), target, detach_target)
 
     def diagonal_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
         """Not available."""
@@ -128,11 +128,6 @@ class AutogradHeadStatistics(HeadStatistics):
 def _like(x: Tensor, features: Tensor) -> Tensor:
     """A head in half precision is differentiated in the precision of its features, which are float32 at least."""
     return x.to(features.dtype) if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _distances(own: Tensor, target: Tensor, detach_target: bool) -> tuple[Tensor, Tensor]:
-    target = target.detach() if detach_target else target
-    return (own - target).square().flatten(1).sum(1), target.detach().square().sum()
 
 
 def _only_linear(what: str) -> DebiasError:

@@ -47,6 +47,7 @@ __all__ = [
     "HeadStatistics",
     "binary_cross_entropy",
     "cross_entropy",
+    "distances_from",
     "domain_mean",
     "make_head_loss",
     "squared_error",
@@ -426,39 +427,41 @@ class HeadStatistics:
 
     def gradient_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
         """``|G_e - mean G|^2``."""
-        target = self.mean_shares * self.loss.residuals
-        return self._distances(self.residuals, target, detach_target, self.by_pairs(5))
+        if "gram" in vars(self) or self.by_pairs(2):  # made already where the Hessian's products were compared first
+            return self._by_pairs(self.residuals, self.mean(self.residuals, 1), detach_target, *self.gram)
+        return distances_from(self.gradients, self.mean(self.gradients), detach_target)
 
     def product_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
         """``|H_e G_e - (mean H)(mean G)|^2``."""
-        images = _times(self.gram[0], self.residuals) if self.by_pairs(5) else self.images(self.gradients)
+        by_pairs = self.by_pairs(5)
+        images = _times(self.gram[0], self.residuals) if by_pairs else self.images(self.gradients)
+        own = self.spread(self.loss.curvature(images))
         target = self.mean_shares * self.loss.curvature(self.mean(images, 1))
-        return self._distances(self.spread(self.loss.curvature(images)), target, detach_target, self.by_pairs(5))
+        if by_pairs:
+            return self._by_pairs(own, target, detach_target, *self.gram)
+        both = self.sums(torch.cat((own, target.unsqueeze(1)), 1), self.inputs)
+        return distances_from(both[:-1], both[-1], detach_target)
 
     def diagonal_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
         """``|diag H_e - mean diag H|^2``."""
-        own, target = self.spread(self.loss.diagonal), self.mean_shares * self.loss.diagonal
-        return self._distances(own, target, detach_target, self.by_pairs(2), squared=True)
+        if not self.by_pairs(2):
+            return distances_from(self.diagonals, self.mean(self.diagonals), detach_target)
+        own = self.spread(self.loss.diagonal)
+        gram = _Gram.apply(self.features.square(), self.bias)
+        return self._by_pairs(own, self.mean(own, 1), detach_target, *gram)
 
-    def _distances(
-        self, own: Tensor, target: Tensor, detach_target: bool, by_pairs: bool, *, squared: bool = False
+    def _by_pairs(
+        self, own: Tensor, target: Tensor, detach_target: bool, both: Tensor, left: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """``|sum_i c_ie (x) x_i - sum_i t_i (x) x_i|^2``, with x the inputs or their squares.
+        """``|sum_i c_ie (x) x_i - sum_i t_i (x) x_i|^2`` from inner products of the x.
 
         Args:
             own: coefficients c, ``(rows, E, C)``.
             target: coefficients t, ``(rows, C)``.
             detach_target: take no gradient through the second sum.
-            by_pairs: from inner products of samples.
-            squared: whether x is squared.
+            both: inner products with a gradient on both sides, see :class:`_Gram`.
+            left: inner products with a gradient on the left side.
         """
-        if not by_pairs:
-            inputs = self.inputs.square() if squared else self.inputs
-            mean = self.sums(target.unsqueeze(1), inputs)
-            mean = mean.detach() if detach_target else mean
-            distances = (self.sums(own, inputs) - mean).square().flatten(1).sum(1)
-            return distances, mean.detach().square().sum()
-        both, left = _Gram.apply(self.features.square(), self.bias) if squared else self.gram
         with torch.no_grad():
             norm = (target * (both @ target)).sum()
         difference = own - target.unsqueeze(1)
@@ -501,6 +504,12 @@ class HeadStatistics:
         shape = [1] * values.ndim
         shape[dim] = -1
         return (values * self.domain_shares.view(shape)).sum(dim)
+
+
+def distances_from(own: Tensor, target: Tensor, detach_target: bool) -> tuple[Tensor, Tensor]:
+    """``|own_e - target|^2``, ``(E,)``, and the target's squared norm without gradient."""
+    target = target.detach() if detach_target else target
+    return (own - target).square().flatten(1).sum(1), target.detach().square().sum()
 
 
 def _times(gram: Tensor, coefficients: Tensor) -> Tensor:
