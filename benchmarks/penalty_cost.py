@@ -7,7 +7,8 @@ package; with the penalty by double backward, written here the way published cod
 Hutchinson's estimator with 300 vectors is timed at 10 and 50 vectors and extrapolated; the two timings show whether
 that is linear. Float32, 32 samples a domain, d = 2048. On the CPU what is timed is the process's CPU time, on one
 thread, so that another process on the machine counts little; on CUDA the time on the clock after a synchronisation.
-Peak memory is that of the tensors of one step, above those before it.
+Peak memory is that of the tensors of one step, above those before it. Operations are the tensor operations of a step,
+views included: what a step costs where each is a kernel to be launched and none has much to do.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from debias.functional import (
     coral_penalty,
@@ -219,6 +221,23 @@ def memory(case: Case, name: str) -> float:
     return peak / 2**20
 
 
+class CountOperations(TorchDispatchMode):
+    """Counts the tensor operations that run inside it."""
+
+    operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(case: Case, name: str) -> int:
+    """Tensor operations of one step."""
+    with CountOperations() as count:
+        case.step(name)
+    return count.operations
+
+
 def main() -> None:
     """Time, print a table and write a CSV."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -242,24 +261,26 @@ def main() -> None:
             rows.append(
                 [f"{classes}, {domains}", label, found["plain"] * 1e3, found[mine] * 1e3,
                  found[double] * 1e3 if double else None, found[double] / found[mine] if double else None,
-                 memory(case, mine), memory(case, double) if double else None]
+                 memory(case, mine), memory(case, double) if double else None,
+                 operations(case, mine), operations(case, double) if double else None]
             )  # fmt: skip
         rows.append(
             [f"{classes}, {domains}", "Hutchinson, m = 300 (extrapolated) against diagonal", found["plain"] * 1e3,
              slow["alignment:diagonal"] * 1e3, estimate * 1e3, estimate / slow["alignment:diagonal"],
-             None, None]
+             None, None, None, None]
         )  # fmt: skip
         print(
             f"({classes}, {domains}): Hutchinson {ten * 1e3:.1f} ms at 10 vectors, {fifty * 1e3:.1f} ms at 50:"
             f" {fifty / ten:.2f} times (5 if all of it were linear)", flush=True,
         )  # fmt: skip
     header = ["C, E", "penalty", "plain ms", "debias ms", "double ms", "ratio", "debias MiB", "double MiB"]
+    header += ["debias ops", "double ops"]
     table = Table(title=f"Head with penalty, forward and backward; d = {WIDTH}, {PER_DOMAIN} samples a domain")
     for name in header:
         table.add_column(name, justify="left" if name == "penalty" else "right")
     for row in rows:
         table.add_row(*(f"{x:.1f}" if isinstance(x, float) else "" if x is None else str(x) for x in row))
-    Console(width=None if sys.stdout.isatty() else 130).print(table)
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
     if args.out:
         with args.out.open("w", newline="") as file:
             csv.writer(file).writerows([header, *rows])
