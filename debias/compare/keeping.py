@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from debias.compare.records import PROGRESS, Candidate, measures, shift_score, write_json
+from debias.step.distributed import gather_objects, global_rank
 
 __all__ = ["Keeper", "StepClock"]
 
@@ -23,8 +24,9 @@ class Keeper(Checkpoint):
 
     Files are ``checkpoints/<rule>-step<N>.ckpt`` and ``checkpoints/last.ckpt`` in the run's folder. The last one is
     written at the end of an epoch when ``every`` seconds have passed since; with it, a run that was killed goes on as
-    if nothing had been, on one CPU to the last bit: the states of the generators are in it. What it refers to as best
-    stays until it is written again, so that a run which goes on otherwise than before still tests what it names.
+    if nothing had been, on CPUs to the last bit: the states of the generators of every rank are in it, and each gets
+    its own back. With more ranks than before, the further ones begin new streams, all different. What it refers to as
+    best stays until it is written again, so that a run which goes on otherwise than before still tests what it names.
 
     Args:
         folder: of the run.
@@ -44,7 +46,7 @@ class Keeper(Checkpoint):
         self._needed: set[str] = set()  # checkpoints that the last one refers to
         self._stopped = False
         self._reported = 0.0
-        self._generators: dict[str, Any] | None = None
+        self._generators: list[dict[str, Any]] | None = None  # of each rank
 
     @property
     def last(self) -> Path:
@@ -72,6 +74,15 @@ class Keeper(Checkpoint):
             if not math.isnan(score) and (known is None or sign * score > sign * known["score"]):
                 self._keep(trainer, rule, score)
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """After a resume: take up the random streams where they were.
+
+        Not at the start of the epoch: the iterator of its batches, which draws, is made before that.
+        """
+        if self._generators is not None:
+            _restore_generators(self._generators, global_rank())
+            self._generators = None
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """After a resume: a run that was stopped early before it was killed trains no further."""
         if self._stopped:
@@ -83,11 +94,8 @@ class Keeper(Checkpoint):
             self._report(trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """After a resume: take up the random streams where they were."""
+        """Count."""
         self._epochs = trainer.current_epoch + 1
-        if self._generators is not None:
-            _restore_generators(self._generators)
-            self._generators = None
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the last checkpoint, unless that was just done."""
@@ -101,10 +109,10 @@ class Keeper(Checkpoint):
             self._save_last(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Scores, last metrics and the states of the random streams."""
+        """Scores, last metrics and the states of the random streams: all ranks' in each, as one rank's is written."""
         return {
             "epochs": self._epochs, "best": json.dumps(self.best), "val": json.dumps(self.val),
-            "stopped": self._stopped, "generators": _generators(),
+            "stopped": self._stopped, "generators": gather_objects(_generators()),
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -215,21 +223,28 @@ def _wait(trainer: Any) -> None:
 
 
 def _generators() -> dict[str, Any]:
+    """The states of this process's generators; of CUDA's, that of the device in use."""
     name, keys, *rest = np.random.get_state()
     state = {
         "torch": torch.get_rng_state(), "python": json.dumps(random.getstate()),
         "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
     }  # fmt: skip
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+        state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
-def _restore_generators(state: dict[str, Any]) -> None:
+def _restore_generators(states: list[dict[str, Any]], rank: int) -> None:
+    state = states[rank % len(states)]
     torch.set_rng_state(state["torch"])
     version, internal, gauss = json.loads(state["python"])
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    if "cuda" in state and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    if rank >= len(states):  # there is none of its own, and another rank has this one
+        seed = (int(torch.randint(2**32, ())) + rank) % 2**32
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
