@@ -16,7 +16,12 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from debias.compare.records import PROGRESS, Candidate, measures, shift_score, write_json
 from debias.step.distributed import gather_objects, global_rank
 
-__all__ = ["Keeper", "StepClock"]
+__all__ = ["Keeper", "StepClock", "validation_metrics"]
+
+
+def validation_metrics(trainer: Any) -> dict[str, float]:
+    """What the validation that has just ended logged, by name."""
+    return {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val")}
 
 
 class Keeper(Checkpoint):
@@ -40,6 +45,7 @@ class Keeper(Checkpoint):
         self.every = every
         self.best: dict[str, dict[str, Any]] = {}  # by rule: score and candidate, as plain values
         self.val: dict[str, float] = {}
+        self.validated = -1  # the step that `val` is of
         self._epochs = 0  # begun, the running one included
         self._saved_at = time.monotonic()
         self._saved_step = -1
@@ -65,7 +71,7 @@ class Keeper(Checkpoint):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         # The one place where the device is waited for; an epoch has ended.
-        self.val = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val")}
+        self.val, self.validated = validation_metrics(trainer), trainer.global_step
         found = measures(self.val, "val", self.direction)
         scores = {"val_average": found.average, "val_worst_group": found.worst, "val_shift": shift_score(self.val)}
         for rule, score in scores.items():
@@ -112,14 +118,14 @@ class Keeper(Checkpoint):
         """Scores, last metrics and the states of the random streams: all ranks' in each, as one rank's is written."""
         return {
             "epochs": self._epochs, "best": json.dumps(self.best), "val": json.dumps(self.val),
-            "stopped": self._stopped, "generators": gather_objects(_generators()),
+            "validated": self.validated, "stopped": self._stopped, "generators": gather_objects(_generators()),
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self.best, self.val = json.loads(state_dict["best"]), json.loads(state_dict["val"])
         self._epochs, self._generators = state_dict["epochs"], state_dict["generators"]
-        self._stopped = state_dict["stopped"]
+        self.validated, self._stopped = state_dict["validated"], state_dict["stopped"]
         self._needed = self._named()
 
     def _named(self) -> set[str]:
@@ -127,9 +133,9 @@ class Keeper(Checkpoint):
 
     def _note(self, trainer: Any, rule: str, score: float, name: str) -> Path:
         path = f"checkpoints/{name}.ckpt"
+        val = dict(self.val) if self.validated == trainer.global_step else {}
         self.best[rule] = {
-            "score": score, "epoch": self._epochs, "step": trainer.global_step, "val": dict(self.val),
-            "checkpoint": path,
+            "score": score, "epoch": self._epochs, "step": trainer.global_step, "val": val, "checkpoint": path,
         }  # fmt: skip
         return self.folder / path
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader
 
@@ -306,6 +307,39 @@ def test_sigterm_leaves_no_failure_behind(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) != 0
     assert not (folder / "result.json").exists()
+
+
+# Validations that do not end with training
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_metrics_of_the_last_checkpoint_are_its_own(tmp_path, monkeypatch, killed):
+    each, second = (
+        prepare(digits(3, **more), [RunSpec("erm-seed0", "erm", 0)], tmp_path / name)[0]
+        for name, more in (("each", {}), ("second", {"trainer.check_val_every_n_epoch": 2}))
+    )
+
+    def kill(*_):
+        raise Killed
+
+    if killed:  # after training
+        with monkeypatch.context() as patched:
+            patched.setattr(one_run, "_test", kill)
+            with pytest.raises(KeyboardInterrupt):
+                one_run.main(second)
+    assert one_run.main(each) == one_run.main(second) == 0
+    found, expected = (read_record(folder / "result.json").candidates for folder in (second, each))
+    assert found["last"] == expected["last"]
+    assert found["val_average"].epoch == 2
+    assert found["val_average"].val != found["last"].val
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning")
+def test_without_a_validation_the_last_checkpoint_has_no_metrics_of_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(GroupDataModule, "val_dataloader", LightningDataModule.val_dataloader)
+    folder = one(tmp_path, "erm", epochs=1)
+    assert one_run.main(folder) == 0
+    assert read_record(folder / "result.json").candidates["last"].val == {}
 
 
 # Leaving a domain out
