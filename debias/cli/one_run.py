@@ -100,7 +100,7 @@ def make_run(folder: Path, logging: dict[str, Any]) -> dict[str, Any]:
 
     from debias.cli.training import DebiasCLI
     from debias.compare.held_out import hold_out
-    from debias.compare.keeping import Keeper, StepClock
+    from debias.compare.keeping import Keeper, StepClock, validation_metrics
     from debias.compare.predictions import Predictions
     from debias.monitors.group_monitor import GroupMonitor
 
@@ -124,6 +124,10 @@ def make_run(folder: Path, logging: dict[str, Any]) -> dict[str, Any]:
 
     candidates = keeper.candidates()
     peak = _peak_memory(trainer)
+    if keeper.validated != candidates["last"].step and trainer.enable_validation:
+        # Training ended between two validations, and what the one before logged is not of the last checkpoint.
+        trainer.validate(model, datamodule=data, ckpt_path=str(keeper.last), verbose=False, weights_only=False)
+        candidates["last"] = replace(candidates["last"], val=validation_metrics(trainer))
     if spec.get("held_out") is None:
         candidates = _test(trainer, model, data, candidates, predictions, folder)
     return {

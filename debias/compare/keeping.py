@@ -14,8 +14,14 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from debias.compare.records import PROGRESS, Candidate, measures, shift_score, write_json
+from debias.step.distributed import gather_objects, global_rank
 
-__all__ = ["Keeper", "StepClock"]
+__all__ = ["Keeper", "StepClock", "validation_metrics"]
+
+
+def validation_metrics(trainer: Any) -> dict[str, float]:
+    """What the validation that has just ended logged, by name."""
+    return {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val")}
 
 
 class Keeper(Checkpoint):
@@ -23,8 +29,9 @@ class Keeper(Checkpoint):
 
     Files are ``checkpoints/<rule>-step<N>.ckpt`` and ``checkpoints/last.ckpt`` in the run's folder. The last one is
     written at the end of an epoch when ``every`` seconds have passed since; with it, a run that was killed goes on as
-    if nothing had been, on one CPU to the last bit: the states of the generators are in it. What it refers to as best
-    stays until it is written again, so that a run which goes on otherwise than before still tests what it names.
+    if nothing had been, on CPUs to the last bit: the states of the generators of every rank are in it, and each gets
+    its own back. With more ranks than before, the further ones begin new streams, all different. What it refers to as
+    best stays until it is written again, so that a run which goes on otherwise than before still tests what it names.
 
     Args:
         folder: of the run.
@@ -38,13 +45,14 @@ class Keeper(Checkpoint):
         self.every = every
         self.best: dict[str, dict[str, Any]] = {}  # by rule: score and candidate, as plain values
         self.val: dict[str, float] = {}
+        self.validated = -1  # the step that `val` is of
         self._epochs = 0  # begun, the running one included
         self._saved_at = time.monotonic()
         self._saved_step = -1
         self._needed: set[str] = set()  # checkpoints that the last one refers to
         self._stopped = False
         self._reported = 0.0
-        self._generators: dict[str, Any] | None = None
+        self._generators: list[dict[str, Any]] | None = None  # of each rank
 
     @property
     def last(self) -> Path:
@@ -63,7 +71,7 @@ class Keeper(Checkpoint):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         # The one place where the device is waited for; an epoch has ended.
-        self.val = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val")}
+        self.val, self.validated = validation_metrics(trainer), trainer.global_step
         found = measures(self.val, "val", self.direction)
         scores = {"val_average": found.average, "val_worst_group": found.worst, "val_shift": shift_score(self.val)}
         for rule, score in scores.items():
@@ -71,6 +79,15 @@ class Keeper(Checkpoint):
             known = self.best.get(rule)
             if not math.isnan(score) and (known is None or sign * score > sign * known["score"]):
                 self._keep(trainer, rule, score)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """After a resume: take up the random streams where they were.
+
+        Not at the start of the epoch: the iterator of its batches, which draws, is made before that.
+        """
+        if self._generators is not None:
+            _restore_generators(self._generators, global_rank())
+            self._generators = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """After a resume: a run that was stopped early before it was killed trains no further."""
@@ -83,11 +100,8 @@ class Keeper(Checkpoint):
             self._report(trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """After a resume: take up the random streams where they were."""
+        """Count."""
         self._epochs = trainer.current_epoch + 1
-        if self._generators is not None:
-            _restore_generators(self._generators)
-            self._generators = None
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the last checkpoint, unless that was just done."""
@@ -101,17 +115,17 @@ class Keeper(Checkpoint):
             self._save_last(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Scores, last metrics and the states of the random streams."""
+        """Scores, last metrics and the states of the random streams: all ranks' in each, as one rank's is written."""
         return {
             "epochs": self._epochs, "best": json.dumps(self.best), "val": json.dumps(self.val),
-            "stopped": self._stopped, "generators": _generators(),
+            "validated": self.validated, "stopped": self._stopped, "generators": gather_objects(_generators()),
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self.best, self.val = json.loads(state_dict["best"]), json.loads(state_dict["val"])
         self._epochs, self._generators = state_dict["epochs"], state_dict["generators"]
-        self._stopped = state_dict["stopped"]
+        self.validated, self._stopped = state_dict["validated"], state_dict["stopped"]
         self._needed = self._named()
 
     def _named(self) -> set[str]:
@@ -119,9 +133,9 @@ class Keeper(Checkpoint):
 
     def _note(self, trainer: Any, rule: str, score: float, name: str) -> Path:
         path = f"checkpoints/{name}.ckpt"
+        val = dict(self.val) if self.validated == trainer.global_step else {}
         self.best[rule] = {
-            "score": score, "epoch": self._epochs, "step": trainer.global_step, "val": dict(self.val),
-            "checkpoint": path,
+            "score": score, "epoch": self._epochs, "step": trainer.global_step, "val": val, "checkpoint": path,
         }  # fmt: skip
         return self.folder / path
 
@@ -215,21 +229,28 @@ def _wait(trainer: Any) -> None:
 
 
 def _generators() -> dict[str, Any]:
+    """The states of this process's generators; of CUDA's, that of the device in use."""
     name, keys, *rest = np.random.get_state()
     state = {
         "torch": torch.get_rng_state(), "python": json.dumps(random.getstate()),
         "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
     }  # fmt: skip
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+        state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
-def _restore_generators(state: dict[str, Any]) -> None:
+def _restore_generators(states: list[dict[str, Any]], rank: int) -> None:
+    state = states[rank % len(states)]
     torch.set_rng_state(state["torch"])
     version, internal, gauss = json.loads(state["python"])
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    if "cuda" in state and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    if rank >= len(states):  # there is none of its own, and another rank has this one
+        seed = (int(torch.randint(2**32, ())) + rank) % 2**32
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)

@@ -40,7 +40,7 @@ class Candidate:
     Attributes:
         epoch: epochs trained, from 1.
         step: optimiser steps taken.
-        val: what the validation that chose it logged, by name (``val/worst_group_accuracy``, ``val_shift/mean``).
+        val: what a validation of it logged, by name (``val/worst_group_accuracy``, ``val_shift/mean``).
         test: what a test of it logged.
         checkpoint: its file, relative to the run's folder.
     """

@@ -37,6 +37,7 @@ except ImportError as error:
 __all__ = ["print_report", "report", "write_report"]
 
 DPI = 150
+PAGE = "report.md"
 LOGGED = ".logged_to_wandb"  # what of this folder W&B has seen
 ALTERNATIVES = {
     "worst_vs_average": "worst-group against average test metric of each method",
@@ -102,7 +103,8 @@ def write_report(
 ) -> tuple[Comparison, dict[str, Path]]:
     """Write ``table.csv``, ``runs.csv``, ``report.md`` and the figures, each for light and dark paper.
 
-    All is made beside its place first: where anything fails, what was there before is still there.
+    All is made beside its place first: where that fails, what was there before is still there. Then all is moved at
+    once, and the page last: a page never stands beside files of another report, also if this is killed.
 
     Args:
         records: runs of one recipe.
@@ -126,14 +128,15 @@ def write_report(
             (draft / "runs.csv").write_text(write_rows(runs_rows(comparison)), encoding="utf-8")
             drawn = [name for name in FIGURES if _draw(comparison, name, draft)]
             page = _page(comparison, drawn, title or f"Comparison on {comparison.recipe}", folders, out)
-            (draft / "report.md").write_text(page, encoding="utf-8")
+            (draft / PAGE).write_text(page, encoding="utf-8")
             files = sorted(path.name for path in draft.iterdir())
-            for name in files:
+            # Of an earlier report: its page, and the figures that this one does not show.
+            for stale in (PAGE, *({f"{name}{p.end}.png" for name in FIGURES for p in (LIGHT, DARK)} - set(files))):
+                (out / stale).unlink(missing_ok=True)
+            for name in sorted(files, key=PAGE.__eq__):
                 os.replace(draft / name, out / name)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-        for stale in {f"{name}{p.end}.png" for name in FIGURES for p in (LIGHT, DARK)} - set(files):
-            (out / stale).unlink(missing_ok=True)  # of an earlier report, which this one does not show
     except OSError as error:
         raise DebiasError(
             f"Expected to write the report to {out}, but that failed: {error}. Pass `--out` with a folder that can be"

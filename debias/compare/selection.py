@@ -131,8 +131,8 @@ class Choice:
 
     Attributes:
         method: its name.
-        params: the chosen setting; empty where it is the recipe's own, or where no run finished.
-        score: mean of the setting's scores over seeds; NaN where no run finished.
+        params: the chosen setting; empty where it is the recipe's own, or where no run has a score.
+        score: mean of the setting's scores over seeds; NaN where no run has one.
         scores: of each run, by its id.
         runs: of the chosen setting, finished, in the order of their seeds.
         settings: number of settings that had a score.
@@ -179,14 +179,15 @@ def select(records: Sequence[RunRecord], rule: Rule | str) -> list[Choice]:
     """Choose one setting of each method: balanced ERM and ERM first, then in the order of the records.
 
     Only settings with a score for every seed of the method are compared, or where there is none, those with the most.
-    On ties the recipe's own values win, then the setting that comes first.
+    On ties the recipe's own values win, then the setting that comes first. A method whose runs have no score is there
+    without runs, and its notes say why.
 
     Args:
         records: runs of one recipe, failed ones and those without a domain included.
         rule: a rule or its name.
 
     Raises:
-        DebiasError: the rule is unknown, no run finished, or a method has finished runs but none with a score.
+        DebiasError: the rule is unknown, no run finished, or none has a score.
 
     Example:
         >>> from debias.compare.records import Candidate, RunRecord
@@ -203,11 +204,13 @@ def select(records: Sequence[RunRecord], rule: Rule | str) -> list[Choice]:
         failed = [record for record in records if not record.finished]
         why = f" The first error: {failed[0].error}" if failed else ""
         raise DebiasError(f"Expected at least one finished run, but none of {len(records)} is.{why}")
-    if missing := _missing(records, rule):
+    finished = {record.method for record in records if record.finished and record.held_out is None}
+    missing = _missing(records, rule)
+    if finished == {record.method for record in missing}:
         others = [name for name in available_rules(records) if name != rule.name]
         raise DebiasError(
             f"Expected {rule.needs}, which the rule `{rule.name}` scores runs by, but these have none:"
-            f" {_list(missing)}. Rules that are available: {', '.join(others)}."
+            f" {_list([record.id for record in missing])}. Rules that are available: {', '.join(others)}."
         )
     methods = dict.fromkeys(record.method for record in records)
     order = [*(name for name in FIRST if name in methods), *(name for name in methods if name not in FIRST)]
@@ -227,14 +230,14 @@ def _choose(records: Sequence[RunRecord], everything: Sequence[RunRecord], rule:
     scored = {key: [r for r in runs if r.id in scores] for key, runs in settings.items()}
     twice = [r.id for runs in scored.values() for i, r in enumerate(runs) if r.seed in {q.seed for q in runs[:i]}]
     scored = {key: _by_seed(runs) for key, runs in scored.items() if runs}
-    if not scored:
-        return Choice(method, {}, math.nan, {}, (), 0, (f"{method}: no run finished.",))
     notes = [
-        f"{method}: {r.id} finished, but has no score by this rule, and is left out."
+        f"{method}: {r.id} finished, but has no score by this rule, and is left out: {_why(r, everything, rule)}."
         for runs in settings.values()
         for r in runs
         if r.finished and r.id not in scores
     ]
+    if not scored:
+        return Choice(method, {}, math.nan, {}, (), 0, tuple(notes) or (f"{method}: no run finished.",))
     if twice:
         notes.append(f"{method}: same setting and seed as another run, left out: {_list(twice)}.")
     most = max(map(len, scored.values()))
@@ -288,12 +291,30 @@ def _scores(records: Iterable[RunRecord], everything: Sequence[RunRecord], rule:
     return found
 
 
-def _missing(records: Sequence[RunRecord], rule: Rule) -> list[str]:
+def _why(run: RunRecord, everything: Sequence[RunRecord], rule: Rule) -> str:
+    """Why a finished run has no score."""
+    if not rule.held_out:
+        return f"it lacks {rule.needs}"
+    same = (run.method, run.seed, setting_key(run.params))
+    without = {r.held_out: r for r in everything if (r.method, r.seed, setting_key(r.params)) == same}
+    reasons = []
+    for domain in sorted({r.held_out for r in everything if r.held_out is not None}):
+        other = without.get(domain)
+        if other is None:
+            reasons.append(f"there is no run without domain {domain}")
+        elif not other.finished:
+            reasons.append(f"{other.id} failed")
+        elif math.isnan(rule.score(_seen(rule, other), other.direction)):
+            reasons.append(f"{other.id} has no validation average")
+    return _list(reasons)
+
+
+def _missing(records: Sequence[RunRecord], rule: Rule) -> list[RunRecord]:
     """Runs of the methods that have finished runs, but none with a score."""
     scores = _scores(records, records, rule)
     finished = [r for r in records if r.finished and r.held_out is None]
     having = {r.method for r in finished if r.id in scores}
-    return [r.id for r in finished if r.method not in having]
+    return [r for r in finished if r.method not in having]
 
 
 def _by_seed(runs: Iterable[RunRecord]) -> list[RunRecord]:

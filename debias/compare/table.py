@@ -326,9 +326,12 @@ def _notes(
     rows: Sequence[Row], choices: Sequence[Choice], records: Sequence[RunRecord], metrics: Sequence[str]
 ) -> Iterable[str]:
     present = {row.method for row in rows if row.runs}
-    if BASELINE not in present:
+    finished = {record.method for record in records if record.finished and record.held_out is None}
+    if BASELINE in finished - present:
+        yield "ERM has no score by this rule, so there is no difference to it."
+    elif BASELINE not in present:
         yield "There is no finished run of ERM, so no difference to it: add `erm` to the methods."
-    if BALANCED not in present:
+    if BALANCED not in finished:
         yield (
             "There is no finished run of balanced ERM, the simplest method that knows the groups: add `balanced` to the"
             " methods, or read the table without that yardstick."

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["as_global", "gather", "global_rank", "global_sum", "is_distributed", "world_size"]
+__all__ = ["as_global", "gather", "gather_objects", "global_rank", "global_sum", "is_distributed", "world_size"]
 
 
 def is_distributed() -> bool:
@@ -90,6 +90,19 @@ def gather(x: Tensor) -> Tensor:
     sizes[dist.get_rank()] = x.shape[0]
     dist.all_reduce(sizes)
     return _Gather.apply(x, sizes.tolist())
+
+
+def gather_objects(x: Any) -> list[Any]:
+    """``x`` of all ranks, in rank order: for what is not a tensor, outside of training steps.
+
+    Args:
+        x: anything that can be pickled.
+    """
+    if not is_distributed():
+        return [x]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, x)
+    return found
 
 
 def as_global(local: Tensor, value: Tensor) -> Tensor:

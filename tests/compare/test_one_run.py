@@ -1,9 +1,11 @@
 """One run of a comparison: what it leaves behind, and that a killed one goes on as if nothing had been."""
 
+import functools
 import itertools
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,9 +17,13 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch.utils.data import DataLoader
 
+from _support.fits import Classifier, make_trainer, parameters, problem, same, val_loader
 from _support.recipes import digits, one
+from _support.runs import ddp
 from debias import DetectionMonitor, GroupMonitor, tag
 from debias.cli import one_run
 from debias.compare import keeping
@@ -205,6 +211,92 @@ def test_a_run_that_was_killed_in_its_test_trains_no_further(tmp_path, monkeypat
     assert record.candidates["last"].val
 
 
+class Dropping(Classifier):
+    """Drops units, and notes what the generators of this rank draw."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone.append(torch.nn.Dropout(0.5))
+        self.drawn = []
+
+    def training_step(self, batch, batch_idx):
+        self.drawn.append([random.random(), float(np.random.rand()), float(torch.rand(()))])
+        return super().training_step(batch, batch_idx)
+
+
+class Kill(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 5:  # in the second epoch
+            raise Killed
+
+
+def seed_by(rank):
+    torch.manual_seed(rank)
+    random.seed(rank)
+    np.random.seed(rank)
+
+
+class Seeds(Callback):
+    """Another seed for each rank, after Lightning has given all the same."""
+
+    def __init__(self, seed):
+        self.seed = seed
+
+    def setup(self, trainer, pl_module, stage):
+        seed_by(self.seed + trainer.global_rank)
+
+
+def _drop(rank, folder, seed, *, world=2, kill=False, ckpt_path=None):
+    """Three epochs in batches whose order the generators draw, too; what they drew, and how it ended."""
+    folder.mkdir(exist_ok=True)
+    model, keeper = Dropping(), keeping.Keeper(folder, every=0.0)
+    options = {"devices": world, "strategy": ddp()} if world > 1 else {}
+    trainer = make_trainer([Seeds(seed), *[Kill()] * kill, keeper], max_epochs=3, enable_checkpointing=True, **options)
+    batches = DataLoader(problem(39), 16 // world, shuffle=True)
+    try:
+        trainer.fit(model, batches, val_loader(bare=True), ckpt_path=ckpt_path, weights_only=False)
+    except (KeyboardInterrupt, SystemExit):
+        assert kill
+    return model.drawn, {"parameters": parameters(model), "optimizer": trainer.optimizers[0].state_dict()["state"]}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_rank_of_a_run_that_was_killed_goes_on_with_its_own_generators(tmp_path, world, request):
+    def run(*args, **options):
+        function = functools.partial(_drop, world=world, **options)
+        return [function(0, *args)] if world == 1 else request.getfixturevalue("ranks").run(function, *args)
+
+    whole = run(tmp_path / "whole", 0)
+    assert world == 1 or all(a != b for a, b in zip(whole[0][0], whole[1][0], strict=True))
+    run(tmp_path / "broken", 0, kill=True)
+    last = tmp_path / "broken" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=False)["global_step"] == 3
+    for (drawn, end), (all_drawn, all_end) in zip(run(tmp_path / "on", 10, ckpt_path=last), whole, strict=True):
+        assert drawn == all_drawn[3:]
+        assert same(end, all_end)
+    if world == 2:  # on fewer ranks each has its own, too
+        drawn, _ = _drop(0, tmp_path / "alone", 20, world=1, ckpt_path=last)
+        assert drawn[0][:2] == whole[0][0][3][:2]  # torch's draws the order of one process's batches before
+
+
+def test_ranks_beyond_those_that_saved_begin_streams_of_their_own():
+    def drawn():
+        return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+    states, expected = [], []
+    for rank in range(2):
+        seed_by(rank)
+        states.append(keeping._generators())
+        expected.append(drawn())
+    found = []
+    for rank in [*range(6), *range(6)]:
+        keeping._restore_generators(states, rank)
+        found.append(drawn())
+    assert found[:2] == expected
+    assert found[:6] == found[6:]  # whatever state they were in
+    assert all(len(set(values)) == 6 for values in zip(*found[:6], strict=True))
+
+
 def test_sigterm_leaves_no_failure_behind(tmp_path):
     folder = one(tmp_path, "erm", epochs=2000)
     words = [sys.executable, "-m", "debias.cli.one_run", str(folder)]
@@ -215,6 +307,39 @@ def test_sigterm_leaves_no_failure_behind(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) != 0
     assert not (folder / "result.json").exists()
+
+
+# Validations that do not end with training
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_metrics_of_the_last_checkpoint_are_its_own(tmp_path, monkeypatch, killed):
+    each, second = (
+        prepare(digits(3, **more), [RunSpec("erm-seed0", "erm", 0)], tmp_path / name)[0]
+        for name, more in (("each", {}), ("second", {"trainer.check_val_every_n_epoch": 2}))
+    )
+
+    def kill(*_):
+        raise Killed
+
+    if killed:  # after training
+        with monkeypatch.context() as patched:
+            patched.setattr(one_run, "_test", kill)
+            with pytest.raises(KeyboardInterrupt):
+                one_run.main(second)
+    assert one_run.main(each) == one_run.main(second) == 0
+    found, expected = (read_record(folder / "result.json").candidates for folder in (second, each))
+    assert found["last"] == expected["last"]
+    assert found["val_average"].epoch == 2
+    assert found["val_average"].val != found["last"].val
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning")
+def test_without_a_validation_the_last_checkpoint_has_no_metrics_of_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(GroupDataModule, "val_dataloader", LightningDataModule.val_dataloader)
+    folder = one(tmp_path, "erm", epochs=1)
+    assert one_run.main(folder) == 0
+    assert read_record(folder / "result.json").candidates["last"].val == {}
 
 
 # Leaving a domain out

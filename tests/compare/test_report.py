@@ -122,6 +122,31 @@ def test_what_fails_half_way_changes_nothing(runs, tmp_path, monkeypatch):
     assert {p.name for p in out.iterdir()} == FILES  # and no draft is left
 
 
+@pytest.mark.parametrize("moved", range(3))
+def test_a_page_never_stands_beside_files_of_another_report(tmp_path, monkeypatch, moved):
+    before, after = (save([record("erm", seed, {}, {})], tmp_path / f"runs{seed}") for seed in (0, 1))
+    out, replace, places = tmp_path / "out", report_module.os.replace, []
+    write_report(find_records([before]), "last", out)
+
+    def killed(source, place):
+        if len(places) == moved:
+            raise KeyboardInterrupt
+        places.append(place)
+        replace(source, place)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(report_module.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_report(find_records([after]), "last", out)
+    assert len(places) == moved
+    assert {p.name for p in out.iterdir()} == {"runs.csv", "table.csv"}
+    write_report(find_records([after]), "last", out)
+    page = (out / "report.md").read_text()
+    write_report(find_records([after]), "last", tmp_path / "whole")
+    assert (out / "runs.csv").read_text() == (tmp_path / "whole" / "runs.csv").read_text()
+    assert page == (tmp_path / "whole" / "report.md").read_text().replace(str(tmp_path / "whole"), str(out))
+
+
 def test_out_that_cannot_be_a_folder_is_one_message(runs, tmp_path, capsys):
     (tmp_path / "file").write_text("precious")
     with pytest.raises(SystemExit) as stop:

@@ -170,12 +170,44 @@ def test_missing_held_out_runs_make_leave_one_domain_out_unavailable():
     with pytest.raises(DebiasError, match=r"a run without each training domain.*erm-0, vrex-0.*available: val_average"):
         select(runs, "leave_one_domain_out")
     runs += [record("erm", 0, held_out=d) for d in (0, 1)] + [record("vrex", 0, held_out=1)]
-    with pytest.raises(DebiasError, match=r"have none: vrex-0\."):
-        select(runs, "leave_one_domain_out")
+    assert "leave_one_domain_out" not in available_rules(runs)  # not for all
     runs.append(record("vrex", 0, flat(0.1), held_out=0))
     erm, vrex = select(runs, "leave_one_domain_out")
     assert erm.score == pytest.approx(0.75)  # of the default (0.9, 0.8, 0.7, 0.6)
     assert vrex.score == pytest.approx((0.75 + 0.1) / 2)
+
+
+LACKING = {
+    "absent": (None, "there is no run without domain 0"),
+    "failed": (failed("vrex", 0, held_out=0), "vrex-0-failed failed"),
+    "unmeasured": (record("vrex", 0, {}, held_out=0), "vrex-0-without0 has no validation average"),
+}
+
+
+@pytest.mark.parametrize(("other", "why"), LACKING.values(), ids=LACKING)
+def test_a_method_that_alone_lacks_scores_is_named_and_hides_no_other(other, why):
+    runs = [record("erm", 0), record("vrex", 0), record("vrex", 0, held_out=1), *([other] if other else [])]
+    runs += [record("erm", 0, flat(v), held_out=d) for d, v in enumerate((0.2, 0.4))]
+    runs += [record("irm", 0, flat(0.9), held_out=0), record("irm", 0, flat(0.9), held_out=1), record("irm", 0)]
+    comparison = make_comparison(runs, "leave_one_domain_out")
+    rows = {row.method: row for row in comparison.rows}
+    assert rows["erm"].score.mean == pytest.approx(0.3)
+    assert rows["irm"].worst_vs_erm.mean == 0
+    assert rows["vrex"].runs == ()
+    assert f"vrex: vrex-0 finished, but has no score by this rule, and is left out: {why}." in comparison.notes
+    assert not any("no finished run of ERM" in note or "vrex: no run finished" in note for note in comparison.notes)
+    table = {line["id"]: line for line in runs_rows(comparison)}
+    assert not table["vrex-0"]["in_table"]
+    assert table["vrex-0"]["score"] is None
+
+
+def test_erm_without_a_score_is_no_erm_that_did_not_finish():
+    runs = [record("erm", 0, {}), record("vrex", 0)]
+    comparison = make_comparison(runs, "val_average")
+    assert comparison.rows[1].worst_vs_erm is None
+    assert any(note.startswith("erm: erm-0 finished, but has no score") for note in comparison.notes)
+    assert "ERM has no score by this rule, so there is no difference to it." in comparison.notes
+    assert not any("no finished run of ERM" in note for note in comparison.notes)
 
 
 def test_runs_without_a_domain_are_never_reported():

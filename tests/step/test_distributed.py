@@ -9,7 +9,15 @@ import torch
 
 from _support.ranks import Ranks
 from debias import GroupDROLoss
-from debias.step.distributed import as_global, gather, global_rank, global_sum, is_distributed, world_size
+from debias.step.distributed import (
+    as_global,
+    gather,
+    gather_objects,
+    global_rank,
+    global_sum,
+    is_distributed,
+    world_size,
+)
 from debias.step.rows import RowTracker
 from debias.step.tap import LossTap
 
@@ -24,6 +32,7 @@ def test_in_one_process_everything_is_the_identity():
     x = torch.ones(2, requires_grad=True)
     assert global_sum(x) is x
     assert gather(x) is x
+    assert gather_objects(x) == [x]
     assert as_global(x, 2 * x) is x
     assert (is_distributed(), world_size(), global_rank()) == (False, 1, 0)
 
