@@ -161,6 +161,8 @@ class RowTracker:
             records = [_Record(x, func, args, kwargs, i) for i, x in enumerate(out) if isinstance(x, Tensor)]
         else:
             return
+        if out is args[0]:  # y.long() may be y itself, as may x.flatten(): then it is no operation
+            return
         if self.everything or any(self._tracked(source) for source in records[0].sources):
             self._records.extend(records)
 
@@ -228,10 +230,7 @@ class RowTracker:
         return any(root is tensor for root, _ in self._roots) or any(r.out is tensor for r in self._records)
 
     def _record_of(self, tensor: Tensor) -> _Record | None:
-        for record in reversed(self._records):  # y.long() may be y itself, then it is no operation
-            if record.out is tensor and not (record.func in CASTS and record.args[0] is tensor):
-                return record
-        return None
+        return next((record for record in reversed(self._records) if record.out is tensor), None)
 
     def _known(self, tensor: Tensor) -> bool:
         if any(root is tensor for root, _ in self._roots):
