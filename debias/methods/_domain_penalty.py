@@ -17,6 +17,7 @@ from debias.ops.head_statistics import HeadLoss, HeadStatistics, make_head_loss,
 from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.grouped import tag_counts
+from debias.step.head import rows_of_features
 from debias.step.tap import LossCall
 from debias.step.watcher import Debiaser, default_name
 
@@ -182,23 +183,16 @@ class DomainPenalty(Debiaser):
         )
 
     def feature_rows(self, call: LossCall, domains: Tensor) -> tuple[Tensor, Tensor]:
-        """Input of the head ``(rows, d)``, at least float32, and the domains of its rows.
+        """The features ``(rows, d)``, at least float32, and the domains of their rows.
 
         Raises:
-            RowsError: its rows are not those of the samples or of the loss.
+            RowsError: it is not known which samples they belong to.
         """
         features = call.features
         assert features is not None
-        weight = getattr(call.head, "weight", None)
-        by_channel = features.ndim == 4 and not (isinstance(weight, Tensor) and weight.ndim == 2)
-        width = features.shape[1] if by_channel else features.shape[-1]
-        if by_channel:
-            features = features.movedim(1, -1)
-        features = features.reshape(-1, width)
+        features = rows_of_features(features, call.head)
         features = features.float() if features.dtype in _HALF else features
-        if len(features) == len(domains) and (call.rows is None or call.parts > 1):
-            return features, domains  # mixed samples count in the domain of their own
-        return features, rows_of(call, domains, len(features))
+        return features, call.of_features(domains)
 
     def head_statistics(self, call: LossCall, domains: Tensor, step: Step) -> HeadStatistics:
         """Statistics of the head that made the logits of this loss.

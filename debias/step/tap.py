@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from debias.errors import DebiasError, LossNotFoundError, RowsError, UntappedLossError
 from debias.step.distributed import as_global, global_sum, is_distributed, world_size
 from debias.step.mixing import Mixture, row_sources, unmixable
-from debias.step.rows import CASTS, MOVES, RECORDED, RowTracker, apply_move
+from debias.step.rows import CASTS, MOVES, RECORDED, Move, RowTracker, apply_move, arranged_rows
 
 __all__ = ["LOSSES", "LossCall", "LossTap"]
 
@@ -42,7 +42,8 @@ class LossCall:
         position: how many losses came before it in this step.
         ignore_index: target that does not count, for cross-entropy and NLL.
         arguments: what else the loss was called with, e.g. ``weight`` or ``label_smoothing``.
-        features: input of the classifier head, shape ``(N, d)``, where a method asked for it.
+        features: input of the classifier head, shape ``(N, d)``, or output of the module that is named, where a method
+            asked for it; see :meth:`of_features`.
         head: the classifier head, where a method asked for it.
         parts: how many labels every row of ``logits`` counts with, more than 1 where samples were mixed. ``num``,
             ``den`` and ``rows`` then hold the rows with their own labels first, then with those of their partners.
@@ -60,15 +61,23 @@ class LossCall:
     _mean_over: int | None = None  # `reduction="none"` then `.mean()`: the number of elements the step divides by
     ignore_index: int | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
-    followed: bool = False  # the step computed it unreduced and did more to it than the function's own arguments say
+    # As it was computed, where the step took it unreduced and did more to it than the function's own arguments say.
+    computed: LossCall | None = None
     features: Tensor | None = None
     head: nn.Module | None = None
-    linear: tuple[Tensor, Tensor] | None = None  # input and weight of the layer that made the logits, while looked for
+    # Of the layer that made the logits, while it is looked for: output, input, weight, and what was done to the output.
+    linear: tuple[Tensor, Tensor, Tensor, list[Move]] | None = None
+    feature_rows: Callable[[LossCall], Tensor | None] | None = None  # tells the sample of each row of the features
     edge: Any = None  # of the tensor handed back, before the step may have changed it in place
     late: _Late | None = None
     parts: int = 1
     targets: Any = None
     shares: Tensor | None = None
+
+    @property
+    def followed(self) -> bool:
+        """Whether the step computed it unreduced and reduced it itself."""
+        return self.computed is not None
 
     @cached_property
     def elements(self) -> tuple[Tensor, Tensor]:
@@ -113,6 +122,21 @@ class LossCall:
     def of_logits(self, per_row: Tensor) -> Tensor:
         """Values per row of ``num`` from values per row of the logits, e.g. the logits or features themselves."""
         return per_row if self.parts == 1 else torch.cat([per_row] * self.parts)
+
+    def of_features(self, per_sample: Tensor) -> Tensor:
+        """Values per row of the features from values per sample, e.g. ids ``(N,)`` or membership ``(N, G)``.
+
+        Features ``(N, T, d)`` have ``N T`` rows, and maps ``(N, d, H, W)`` that a convolution reads ``N H W``. Rows
+        that the loss leaves out get -1, or False.
+
+        Raises:
+            RowsError: it is not known which samples the rows belong to.
+        """
+        rows = None if self.feature_rows is None else self.feature_rows(self)
+        if rows is None:
+            return per_sample
+        none = per_sample.new_full((1, *per_sample.shape[1:]), 0 if per_sample.dtype == torch.bool else -1)
+        return torch.cat((per_sample, none))[rows]
 
     def scaled(self, mean: Tensor) -> Tensor:
         """From a (debiased) mean loss to what the step's own reduction would have returned for it."""
@@ -286,8 +310,8 @@ class Finder(Protocol):
         """Note one operation."""
         ...
 
-    def match(self, logits: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Input and weight of the layer."""
+    def match(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Move]] | None:
+        """Output, input and weight of the layer, and the moves from its output to the logits."""
         ...
 
 
@@ -317,7 +341,6 @@ class LossTap(TorchFunctionMode):
     # Losses that reach the returned loss unseen if nothing reduces them in a way that can be followed: name and node.
     untapped: list[tuple[str, Any]] = field(default_factory=list)
     suspended: int = 0
-    needed_rows: bool = False
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -373,6 +396,7 @@ class LossTap(TorchFunctionMode):
         out = func(*args, **kwargs)
         if self.training:
             den = LOSSES[func](out.detach(), arguments).expand(out.shape)
+            call._elements = lambda: (out, den)
             self._pending.append(_Pending(out, den, self._element_numbers(call, out), call))
             self.untapped.append((f"{func.__name__}(reduction='none')", out.grad_fn))
         else:
@@ -441,7 +465,7 @@ class LossTap(TorchFunctionMode):
             return None
         if isinstance(index, bool):
             raise _rows_error(call, n, shape)
-        self.needed_rows = True
+        self.tracker.needed = True
         return _aligned(index, shape)
 
     def _element_numbers(self, call: LossCall, losses: Tensor) -> Tensor | None:
@@ -605,7 +629,7 @@ class LossTap(TorchFunctionMode):
         call = self._call(first.name, first.logits, first.target, "none" if is_mean else "sum", lambda: (num, den))
         call._sample_of = lambda call, flat: None if index is None else index.reshape(flat.shape)
         call._mean_over = num.numel() if is_mean else None
-        call.ignore_index, call.arguments, call.followed = first.ignore_index, first.arguments, True
+        call.ignore_index, call.arguments, call.computed = first.ignore_index, first.arguments, first
         if pending.parts:
             call.parts, call.targets = len(pending.parts), first.targets
             _set_parts(call, pending.parts)
@@ -685,8 +709,7 @@ def _given_rows(rows: Any, call: LossCall, n: int, shape: torch.Size, device: to
             f"Expected the rows of the loss to be a multiple of the {n} samples with `rows={rows!r}`, but got {count}."
             " Pass `rows=callable(call, n)` that returns the sample of each row."
         )
-    numbers = torch.arange(n, device=device)
-    return numbers.repeat(count // n) if rows == "tiled" else numbers.repeat_interleave(count // n)
+    return arranged_rows(rows, n, count // n, device)
 
 
 def _rows_error(call: LossCall, n: int, shape: torch.Size) -> RowsError:
