@@ -251,12 +251,13 @@ def head_loss(call: LossCall) -> HeadLoss:
         factors = den.reshape(loss.logits.shape) / loss.element_den
     else:
         factors = None
-    if factors is None or (mixed and call.followed):
+    if factors is None or call.reordered or (mixed and call.followed):
+        which = " of mixed samples" if mixed else " of rows in another order" if call.reordered else ""
         raise RowsError(
             f"Expected the unreduced losses of `{call.name}` to have one value a row of the logits"
-            f" {tuple(logits.shape)} where the step reduces them, and not to be those of mixed samples, but got shape"
-            f" {tuple(den.shape)}{' of mixed samples' if mixed else ''}. Leave the reduction to the loss function, or"
-            " use a penalty that only needs losses (VREx)."
+            f" {tuple(logits.shape)}, in their order, where the step reduces them, and not to be those of mixed"
+            f" samples, but got shape {tuple(den.shape)}{which}. Leave the reduction to the loss function, or use a"
+            " penalty that only needs losses (VREx)."
         )
     if call.shares is None:
         return loss.weighted(factors)

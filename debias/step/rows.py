@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["CASTS", "MOVES", "RECORDED", "Move", "RowTracker", "apply_move", "arranged_rows"]
+__all__ = ["CASTS", "MOVES", "RECORDED", "Move", "RowTracker", "apply_move", "arranged_rows", "keeps_rows"]
 
 Move: TypeAlias = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], int | None]
 """An operation, its arguments, and which part of its result is meant, if it has several."""
@@ -352,18 +352,22 @@ def arranged_rows(how: str, n: int, times: int, device: torch.device) -> Tensor:
     return numbers.repeat(times) if how == "tiled" else numbers.repeat_interleave(times)
 
 
+def keeps_rows(move: Callable[..., Any], args: tuple[Any, ...], out: Tensor) -> bool:
+    """Whether a move of one tensor has left every row in its place."""
+    data = args[0]
+    if not isinstance(data, Tensor) or 0 in (data.ndim, out.ndim) or data.shape[0] != out.shape[0]:
+        return False
+    if move is _T.__getitem__ and isinstance(args[1], tuple) and args[1]:
+        first = args[1][0]
+        keeps = first is Ellipsis or (isinstance(first, slice) and first == slice(None))
+        return keeps and not any(isinstance(key, Tensor) for key in args[1])
+    return move in _ROW_KEEPING
+
+
 def _same_rows(record: _Record) -> bool:
     """Whether row i is made of row i of one other tensor."""
-    if len(record.sources) != 1 or record.func not in MOVES:
-        return len(record.sources) == 1
-    data = record.args[0]
-    if not isinstance(data, Tensor) or 0 in (data.ndim, record.out.ndim) or data.shape[0] != record.out.shape[0]:
-        return False
-    if record.func is _T.__getitem__ and isinstance(record.args[1], tuple) and record.args[1]:
-        first = record.args[1][0]
-        keeps = first is Ellipsis or (isinstance(first, slice) and first == slice(None))
-        return keeps and not any(isinstance(key, Tensor) for key in record.args[1])
-    return record.func in _ROW_KEEPING
+    moved = record.func in MOVES and not keeps_rows(record.func, record.args, record.out)
+    return len(record.sources) == 1 and not moved
 
 
 def _along_rows(record: _Record) -> bool:

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from debias.errors import DebiasError, LossNotFoundError, RowsError, UntappedLossError
 from debias.step.distributed import as_global, global_sum, is_distributed, world_size
 from debias.step.mixing import Mixture, row_sources, unmixable
-from debias.step.rows import CASTS, MOVES, RECORDED, Move, RowTracker, apply_move, arranged_rows
+from debias.step.rows import CASTS, MOVES, RECORDED, Move, RowTracker, apply_move, arranged_rows, keeps_rows
 
 __all__ = ["LOSSES", "LossCall", "LossTap"]
 
@@ -63,6 +63,7 @@ class LossCall:
     arguments: dict[str, Any] = field(default_factory=dict)
     # As it was computed, where the step took it unreduced and did more to it than the function's own arguments say.
     computed: LossCall | None = None
+    reordered: bool = False  # and its rows are not where they were
     features: Tensor | None = None
     head: nn.Module | None = None
     # Of the layer that made the logits, while it is looked for: output, input, weight, and what was done to the output.
@@ -197,6 +198,7 @@ class _Pending:
     # Where samples were mixed: the losses with each label, of which `tensor` is the sum, and their shares in it.
     parts: list[_Pending] = field(default_factory=list)
     share: Tensor | None = None
+    reordered: bool = False
 
     def __post_init__(self) -> None:
         self.version = self.tensor._version
@@ -597,7 +599,8 @@ class LossTap(TorchFunctionMode):
                 den_, index_, share_ = (
                     None if y is None else apply_move(func, args, kwargs, y, part) for y in (den, index, share)
                 )
-                made.append(_Pending(x, den_, index_, pending.call, share=share_))  # type: ignore[arg-type]
+                reordered = pending.reordered or not keeps_rows(func, args, x)
+                made.append(_Pending(x, den_, index_, pending.call, share=share_, reordered=reordered))  # type: ignore[arg-type]
             return out, made
         if func in _SUM or func in _MEAN:
             den = func(den, *args[1:], **kwargs)
@@ -620,7 +623,7 @@ class LossTap(TorchFunctionMode):
             den = den.masked_fill(args[1] if len(args) > 1 else kwargs["mask"], 0)
         elif func in _ADD and isinstance(other, Tensor) and self._find(other) is None:
             return out, []  # only losses of the same samples are added, and numbers
-        return out, [_Pending(out, den, index, pending.call, share=share)]
+        return out, [_Pending(out, den, index, pending.call, share=share, reordered=pending.reordered)]
 
     def _reduced(self, is_mean: bool, pending: _Pending, original: Callable[[], Tensor]) -> Tensor:
         num, den, index, first = pending.tensor, pending.den, pending.index, pending.call
@@ -628,7 +631,7 @@ class LossTap(TorchFunctionMode):
             return original()
         call = self._call(first.name, first.logits, first.target, "none" if is_mean else "sum", lambda: (num, den))
         call._sample_of = lambda call, flat: None if index is None else index.reshape(flat.shape)
-        call._mean_over = num.numel() if is_mean else None
+        call._mean_over, call.reordered = num.numel() if is_mean else None, pending.reordered
         call.ignore_index, call.arguments, call.computed = first.ignore_index, first.arguments, first
         if pending.parts:
             call.parts, call.targets = len(pending.parts), first.targets
