@@ -17,7 +17,7 @@ from debias.ops.head_statistics import HeadLoss, HeadStatistics, make_head_loss,
 from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.grouped import tag_counts
-from debias.step.head import rows_of_features
+from debias.step.head import check_features, rows_of_features
 from debias.step.tap import LossCall
 from debias.step.watcher import Debiaser, default_name
 
@@ -56,6 +56,11 @@ class DomainPenalty(Debiaser):
         **options: Any,
     ) -> None:
         super().__init__(name=default_name(name, domain, "domain"), **options)
+        if self.features is not None and self.loss == "sum":
+            raise DebiasError(
+                f"Expected `loss` of {type(self).__name__} to choose one loss with `features={self.features!r}`, but"
+                " got 'sum': these features are the same for every loss, and would be counted as often. Pass `loss=0`."
+            )
         keys = len(domain) if isinstance(domain, tuple | list) else 1
         sizes = len(n_domains) if isinstance(n_domains, tuple | list) else 1
         if keys != sizes:
@@ -186,9 +191,12 @@ class DomainPenalty(Debiaser):
         """The features ``(rows, d)``, at least float32, and the domains of their rows.
 
         Raises:
+            HeadNotFoundError: those of a named module are not ``(N, d)``.
             RowsError: it is not known which samples they belong to.
         """
         features = call.features
+        if self.features is not None:
+            features = check_features(features)
         assert features is not None
         features = rows_of_features(features, call.head)
         features = features.float() if features.dtype in _HALF else features

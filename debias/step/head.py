@@ -22,7 +22,7 @@ from debias.errors import HeadNotFoundError, RowsError
 from debias.step.rows import CASTS, Move, RowTracker, apply_move
 from debias.step.tap import LossCall
 
-__all__ = ["FeatureTap", "HeadFinder", "HeadTap", "rows_of_features", "submodule"]
+__all__ = ["FeatureTap", "HeadFinder", "HeadTap", "check_features", "rows_of_features", "submodule"]
 
 _T = torch.Tensor
 # Operations between head and loss that leave every logit what it is.
@@ -283,12 +283,27 @@ class FeatureTap:
                 f"Expected the module `features={self.path!r}` to run once in a step, but it ran"
                 f" {_times(runs)}. Name one that runs once."
             )
-        call.features = runs[0].output
+        call.features, call.head = runs[0].output, None
         call.feature_rows = functools.partial(_feature_rows, self._tracker, runs[0])
 
     def close(self) -> None:
         """Take the hooks away."""
         self._layer.close()
+
+
+def check_features(features: Any) -> Tensor:
+    """Features of samples, ``(N, D)``.
+
+    Raises:
+        HeadNotFoundError: they have another shape, or are no tensor.
+    """
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        found = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+        raise HeadNotFoundError(
+            f"Expected the features to have shape (N, D), one row per sample, but got {found}. Name a module whose"
+            " output is pooled and flat, such as the one before the head: `features='dotted.path'`."
+        )
+    return features
 
 
 def rows_of_features(features: Tensor, head: nn.Module | None) -> Tensor:
@@ -327,7 +342,7 @@ def _feature_rows(
     features, head, loss = call.features, call.head, call.computed or call
     if tracker is None or not isinstance(features, Tensor):
         return None
-    if moves is None and head is not None and isinstance(loss.logits, Tensor) and isinstance(run.output, Tensor):
+    if moves is None and isinstance(loss.logits, Tensor) and isinstance(run.output, Tensor):
         moves = tracker.moves(loss.logits, run.output)
     count = len(rows_of_features(features, head))
     found: Tensor | bool | None = False
@@ -343,8 +358,8 @@ def _feature_rows(
         raise RowsError(
             f"Expected features whose rows can be followed to the {tracker.n} samples, but got shape"
             f" {tuple(features.shape)} in a step that puts samples in another order, or makes several rows of each,"
-            " where that cannot be seen. Name the layer that makes the logits of the loss, or one in a network that is"
-            " given the batch itself. If every sample has several rows, say how they are arranged: `rows='tiled'` or"
+            " where that cannot be seen. Name a module of a network that is given the batch itself, and keeps its rows:"
+            " `features='dotted.path'`. If every sample has several rows, say how they are arranged: `rows='tiled'` or"
             " `rows='interleaved'`."
         )
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
 from _support import head_oracle as oracle
-from _support.fits import Classifier, deviation, loader, make_trainer, parameters, places, train, val_loader
+from _support import runs
+from _support.fits import Classifier, deviation, loader, make_trainer, parameters, places, same, train, val_loader
 from _support.flat import EdgeView
 from debias import (
     CORAL,
@@ -28,7 +31,7 @@ from debias import (
     VREx,
     VRExPenalty,
 )
-from debias.errors import BadRowsError, DebiasError, RowsError
+from debias.errors import BadRowsError, DebiasError, HeadNotFoundError, RowsError
 from debias.functional import coral_penalty, irm_penalty, mmd_penalty, vrex_penalty
 from debias.ops.head_statistics import HeadStatistics, make_head_loss, make_members
 
@@ -267,6 +270,7 @@ def test_through_a_trainer_a_membership_is_the_same_as_ids(method: type) -> None
         (lambda: MMD("d", 2, kernel="linear"), "`kernel`"),
         (lambda: MMD("d", 2, gammas=[]), "`gammas`"),
         (lambda: MMD("d", 2, gammas=[-1.0]), "`gammas`"),
+        (lambda: MMD("d", 2, features="net", loss="sum"), "`loss` of MMD to choose one loss with `features='net'`"),
     ],
 )
 def test_wrong_arguments(make, match: str) -> None:
@@ -475,9 +479,11 @@ STEPS: dict[Step, str | None] = {  # and the name of the head
 }
 
 
-def by_hand(step: Step, penalty: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
+def by_hand(
+    step: Step, penalty: Callable[..., torch.Tensor], module: Callable[[Step], Rows] = Rows
+) -> dict[str, torch.Tensor]:
     """Trained by a plain loop on the step's loss and the penalty of the features that it means."""
-    model = Rows(step)
+    model = module(step)
     optimizer = model.configure_optimizers()
     for i, batch in enumerate(loader()):
         (x, y), domains = batch.batch, torch.cat((batch.tags["place"], torch.tensor([-1])))
@@ -547,6 +553,113 @@ def test_features_of_a_batch_that_an_augmenter_has_doubled(head: str | None) -> 
 
     train(Classifier(), [EdgeView(), Seeing("place", 3, head=head)], limit_train_batches=1)
     assert seen == [(32, places(39)[:16].tolist() * 2)]
+
+
+# -- the output of a named module --------------------------------------------------------------------
+
+
+class Averaged(Rows):
+    """No layer makes the logits, and the features are not what any layer reads."""
+
+    def __init__(self, step: Step | None = None) -> None:
+        super().__init__(step or averaged)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2)
+            self.other_head = nn.Linear(6, 2).double()
+
+
+def averaged(m, x, y, order):
+    features = m.backbone(x)
+    mean = (m.head(features.relu()) + m.other_head(features.sigmoid())) / 2
+    return F.nll_loss(mean.log_softmax(1), y), features, torch.arange(len(x))
+
+
+@pytest.mark.parametrize("method", PENALTIES)
+def test_the_output_of_a_named_module(method: type) -> None:
+    model, theirs = Averaged(), by_hand(averaged, PENALTIES[method], Averaged)
+    train(model, [method("place", 3, features="backbone")])
+    assert deviation(parameters(model), theirs) < 1e-10
+    plain = Averaged()
+    train(plain, bare=True)
+    assert deviation(parameters(plain), theirs) > 1e-6
+    with pytest.raises(HeadNotFoundError, match="no layer was found"):
+        train(Averaged(), [method("place", 3)])
+
+
+NAMED = [behind_the_network, of_the_batch, of_two_views, of_repeated_samples, of_several_rows_a_sample]
+
+
+@pytest.mark.parametrize("step", NAMED, ids=lambda step: step.__name__)
+def test_rows_of_a_named_module_are_followed(step: Step) -> None:
+    """The last layer of the backbone takes the hyperbolic tangent of what these steps call features."""
+    model, theirs = Rows(step), by_hand(step, lambda f, domains, n: coral_penalty(f.tanh(), domains, n))
+    train(model, [CORAL("place", 3, features="backbone")])
+    assert deviation(parameters(model), theirs) < 1e-10
+
+
+def through(module: str) -> Step:
+    def step(m, x, y, order):
+        m.get_submodule(module)(x.view(-1, 8)[:, :6] if module == "neck" else m.neck(m.backbone(x)))
+        return averaged(m, x, y, order)
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("features", "step", "error", "match"),
+    [
+        ("bakbone", averaged, HeadNotFoundError, r"`features`.*'bakbone'. Did you mean 'backbone'"),
+        ("backbone.1", averaged, HeadNotFoundError, r"shape \(N, D\), one row per sample, but got shape \(16, 3, 2\)"),
+        ("neck", averaged, HeadNotFoundError, r"`features='neck'` to run once in a step, but it ran 0 times"),
+        ("neck", through("neck"), RowsError, r"followed to the 16 samples, but got shape \(8, 6\)"),
+        ("norm", through("norm"), HeadNotFoundError, r"but got tuple.*features='dotted.path'"),
+    ],
+)
+def test_named_modules_that_are_refused(features: str, step: Step, error: type, match: str) -> None:
+    model = Averaged(step)
+    model.norm = Pair()
+    with pytest.raises(error, match=match):
+        train(model, [CORAL("place", 3, features=features)])
+
+
+class Pair(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x, x
+
+
+def _fit(rank: int, name: str, sizes: tuple[int, ...], last: tuple[int, ...]) -> dict:
+    return runs.fit(rank, name, sizes, last, method={"features": "backbone"})
+
+
+@pytest.mark.parametrize("name", ["CORAL", "MMD"])
+def test_named_modules_on_uneven_ranks_are_one_process(ranks, name: str) -> None:
+    first, second = ranks.run(_fit, name, (5, 11), (2, 5))
+    assert same(first, second)
+    assert deviation(_fit(0, name, (16,), (7,)), first) < 1e-12
+    assert deviation(runs.fit(0, name), first) < 1e-12  # it is what the head reads
+
+
+@pytest.mark.parametrize("name", ["CORAL", "MMD"])
+def test_yaml_names_the_module(name: str, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("sys.argv", ["program"])
+    arguments = {"domain": "place", "n_domains": 3, "features": "neck"}
+    trainer = {
+        "accelerator": "cpu", "logger": False, "enable_checkpointing": False,
+        "callbacks": [{"class_path": f"debias.{name}", "init_args": arguments}],
+    }  # fmt: skip
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps({"trainer": trainer}))  # JSON is YAML
+    cli = LightningCLI(
+        Classifier, run=False, args=["--config", str(path)], save_config_callback=None, seed_everything_default=False
+    )
+    (callback,) = [c for c in cli.trainer.callbacks if type(c).__name__ == name]
+    assert callback.features == "neck"
+    ends = []
+    for method in (callback, type(callback)("place", 3, features="neck")):
+        model = Rows(lambda m, x, y, order: (F.cross_entropy(m.head(m.neck(m.backbone(x))), y), None, None))
+        train(model, [method])
+        ends.append(parameters(model))
+    assert same(*ends)
 
 
 def test_modules_in_a_plain_loop() -> None:
