@@ -102,7 +102,16 @@ _ELEMENTWISE = frozenset(
     ]
     if hasattr(space, name)
 )
-RECORDED = MOVES | CASTS | _ELEMENTWISE | {F.one_hot, torch.nn.functional.one_hot}
+# Operations after which nobody knows where a row is.
+_SORTING = frozenset({_T.sort, torch.sort, _T.topk, torch.topk, _T.msort, torch.msort})
+# Moves by which steps and networks put rows in another order, not merely axes.
+_REORDERING = _SORTING | frozenset(
+    getattr(space, name)
+    for space in (_T, torch)
+    for name in ["__getitem__", "flip", "flipud", "roll", "index_select", "gather", "take", "take_along_dim"]
+    if hasattr(space, name)
+)
+RECORDED = MOVES | CASTS | _ELEMENTWISE | _SORTING | {F.one_hot, torch.nn.functional.one_hot}
 
 
 def apply_move(
@@ -175,7 +184,11 @@ class RowTracker:
             return
         if out is args[0]:  # y.long() may be y itself, as may x.flatten(): then it is no operation
             return
-        if self.everything or any(self._tracked(source) for source in records[0].sources):
+        if func in _SORTING and not _sorts_rows(func, args, kwargs):
+            return
+        tracked = self.everything or any(self._tracked(source) for source in records[0].sources)
+        # What is made of something unknown matters where samples trade places: few networks do that.
+        if tracked or (func in _REORDERING and self._reorders(args, records[0].out, func)):
             self._records.extend(records)
 
     def follow(self, tensor: Tensor) -> None:
@@ -235,12 +248,16 @@ class RowTracker:
         Returns:
             None if row i is sample i, an int64 tensor shaped like the candidate it was found from, or False if unknown.
         """
+        found_sorted = [self._is_sorted(tensor) for tensor in candidates]
+        candidates = [x for x, is_sorted in zip(candidates, found_sorted, strict=True) if not is_sorted]
         for tensor in candidates:  # derived from the batch itself
             if self._known(tensor):
                 return None if self._keeps_rows(tensor) else _or_false(self.index(tensor))
         for tensor in candidates:  # moved from some tensor with one row per sample, e.g. logits (N, T, C)
             if self._record_of(tensor) is not None and (index := self.index(tensor)) is not None:
                 return None if self._keeps_rows(tensor) else index
+        if any(found_sorted):
+            return False
         if rows == self.n and not self._reordered():
             return None
         found: list[Tensor] = []
@@ -265,7 +282,7 @@ class RowTracker:
             data = record.args[0]
             if isinstance(data, tuple | list):
                 inner: Any = [self.index(x) for x in data]
-                if any(x is None for x in inner):
+                if any(x is None for x in inner) or self._joins_strangers(record):
                     return None
             elif (inner := self.index(data)) is None:
                 return None
@@ -287,7 +304,7 @@ class RowTracker:
         if record is not None and _along_rows(record):  # so that no index is made for every pixel
             data = record.args[0]
             inner = [self._of_rows(x) for x in (data if isinstance(data, tuple | list) else [data])]
-            if any(x is None for x in inner):
+            if any(x is None for x in inner) or self._joins_strangers(record):
                 return None
             moved = inner if isinstance(data, tuple | list) else inner[0]
             return apply_move(record.func, record.args, record.kwargs, moved, record.part)
@@ -300,6 +317,26 @@ class RowTracker:
         # Reading values waits for the device, so beyond the CPU it is done while everything is recorded only.
         check = index.device.type == "cpu" or self.everything
         return None if check and not torch.equal(index, index[:, :1].expand_as(index)) else index[:, 0]
+
+    def _joins_strangers(self, record: _Record) -> bool:
+        """Whether rows of the batch are joined with rows of unknown origin, such as those of a replay memory."""
+        data = record.args[0]
+        if not isinstance(data, tuple | list):
+            return False
+        dim = record.args[1] if len(record.args) > 1 else record.kwargs.get("dim", record.kwargs.get("axis", 0))
+        known = [self._known(x) for x in data]
+        return dim == 0 and any(known) and not all(known)
+
+    def _is_sorted(self, tensor: Tensor) -> bool:
+        """Whether its rows are in an order of values."""
+        record = self._record_of(tensor)
+        return record is not None and (record.func in _SORTING or any(map(self._is_sorted, record.sources)))
+
+    def _reorders(self, args: tuple[Any, ...], out: Tensor, move: Any) -> bool:
+        data = args[0]
+        if not isinstance(data, Tensor) or 0 in (data.ndim, out.ndim) or data.shape[0] != self.n:
+            return False
+        return out.shape[0] == self.n and not keeps_rows(move, args, out)
 
     def start(self, shape: torch.Size, device: torch.device, sample: int | None = None) -> Tensor:
         """Sample numbers of a tensor with one row per sample, or of one that belongs to a single sample."""
@@ -377,6 +414,13 @@ def _along_rows(record: _Record) -> bool:
         key = record.args[1]
         return isinstance(key, slice) or (isinstance(key, Tensor) and key.ndim == 1)
     return record.func in _ROW_WISE and all(type(x) is not int or x == 0 for x in rest)
+
+
+def _sorts_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a sort runs over the first axis."""
+    place = 2 if func in (_T.topk, torch.topk) else 1
+    dim = 0 if func in (_T.msort, torch.msort) else args[place] if len(args) > place else kwargs.get("dim", -1)
+    return args[0].ndim > 0 and dim % args[0].ndim == 0
 
 
 def _or_false(index: Tensor | None) -> Tensor | bool:

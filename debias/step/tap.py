@@ -152,13 +152,19 @@ class LossCall:
         return mean * (total / count)
 
     def mean(self) -> Tensor:
-        """The mean loss of the global batch; its gradient is this rank's share of it."""
+        """The mean loss of the global batch; its gradient is this rank's share of it.
+
+        Of nothing it is NaN where torch reduces, and 0 where the step does it itself and may have guarded its divisor.
+        """
         num, den = self.elements
-        local = num.sum()
+        local, total = num.sum(), den.sum()
+        if is_distributed():
+            summed, total = global_sum(torch.stack((local.detach(), total.detach())))
+        if self.reduction != "mean":
+            total = total + (total == 0)
         if not is_distributed():
-            return local / den.sum()
-        sums = global_sum(torch.stack((local.detach(), den.detach().sum())))
-        return as_global(local * (world_size() / sums[1]), sums[0] / sums[1])
+            return local / total
+        return as_global(local * (world_size() / total), summed / total)
 
 
 class _LateGradient(torch.autograd.Function):
@@ -291,6 +297,8 @@ _NOT_PER_SAMPLE = frozenset(
 _NAMES = {loss: tuple(inspect.signature(loss).parameters) for loss in LOSSES}
 _SECOND = {loss: names[1] for loss, names in _NAMES.items()}  # target, except of the ranking losses
 
+_COMPARING = frozenset({"triplet_margin_loss", "margin_ranking_loss", "cosine_embedding_loss"})
+
 # Arguments that are part of a loss's formula, beside logits and target.
 _FORM = frozenset({"weight", "pos_weight", "label_smoothing", "ignore_index"})
 
@@ -379,8 +387,13 @@ class LossTap(TorchFunctionMode):
     def _loss(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         arguments = dict(zip(_NAMES[func], args, strict=False)) | kwargs
         logits, target = arguments[_NAMES[func][0]], arguments.get(_SECOND[func])
-        if self.training and not (torch.is_grad_enabled() and _requires_grad(logits, target)):
+        if self.training and not (torch.is_grad_enabled() and _requires_grad(*arguments.values())):
             return func(*args, **kwargs)
+        if self.training and _requires_grad(arguments.get("weight"), arguments.get("pos_weight")):
+            raise UntappedLossError(
+                f"Expected `weight` of `{func.__name__}` to be constant, but got one that is learned: it would enter"
+                " what the loss is divided by. Multiply the unreduced losses by it instead (`reduction='none'`)."
+            )
         reduction = _legacy(arguments)
 
         def elements() -> tuple[Tensor, Tensor]:
@@ -461,8 +474,12 @@ class LossTap(TorchFunctionMode):
         n, shape = self.tracker.n, num.shape
         if self.rows is not None:
             return _given_rows(self.rows, call, n, shape, num.device)
-        candidates = [x for x in (call.target, call.logits) if isinstance(x, Tensor)]
-        index = self.tracker.resolve(candidates, shape[0] if num.ndim else 1)
+        # A loss that compares inputs is that of the first one's sample, the anchor's.
+        trusted = (call.logits,) if call.name in _COMPARING else (call.target, call.logits)
+        candidates = [x for x in trusted if isinstance(x, Tensor)]
+        # A single number is no row that could be found among others of the step.
+        single = num.numel() == 1 and n > 1 and call.elements[0].ndim == 0
+        index = self.tracker.resolve(candidates, 0 if single else shape[0] if shape else 1)
         if index is None:
             return None
         if isinstance(index, bool):
@@ -607,23 +624,65 @@ class LossTap(TorchFunctionMode):
             index = None if index is None else self._reduced_index(index, out, args, kwargs)
             share = None if share is None else share.mean(_dims(args, kwargs, share.ndim)).view(out.shape)
         elif func in _MUL or func in _DIV:
-            # A tensor of weights or a mask weighs numerator and denominator alike; a scalar only scales the loss, and
-            # a factor that is learned from (the focal term) is part of the loss, not a weight.
+            # A tensor of weights or a mask weighs numerator and denominator alike; a scalar only scales the loss. What
+            # is learned from (the focal term) or has signs (an advantage) is part of the loss, not a weight.
             if isinstance(other, Tensor) and other.ndim and not other.requires_grad:
                 weight = other.to(den.dtype)
+                weight = torch.where((weight >= 0).all(), weight, 1)
                 den = den * weight if func in _MUL else den / weight
-            den = den.expand(out.shape)
-            index = None if index is None else index.expand(out.shape)
-            share = None if share is None else share.expand(out.shape)
         elif func in _WHERE:
             if place == 0:
                 return out, []
-            den = torch.where(args[0], den, 0) if place == 1 else torch.where(args[0], 0, den)
+            other = args[1] if place == 2 else args[2] if len(args) > 2 else kwargs["other"]
+            second = self._with_same_samples(pending, other)
+            counts = self._counts(den, other) if second is None else _rescaled(second.den, den)
+            den = torch.where(args[0], den, counts) if place == 1 else torch.where(args[0], counts, den)
         elif func in _FILL:
-            den = den.masked_fill(args[1] if len(args) > 1 else kwargs["mask"], 0)
-        elif func in _ADD and isinstance(other, Tensor) and self._find(other) is None:
-            return out, []  # only losses of the same samples are added, and numbers
+            mask, value = (*args[1:], *(kwargs[name] for name in ("mask", "value") if name in kwargs))
+            den = torch.where(mask, self._counts(den, value), den)
+        elif func in _ADD and isinstance(other, Tensor):
+            second = self._with_same_samples(pending, other)
+            if second is None:
+                return out, []  # only losses of the same samples are added, and numbers
+            if self._reads(den) and not torch.allclose(_rescaled(second.den, den), den):
+                raise UntappedLossError(
+                    f"Expected unreduced losses that are added, here of `{pending.call.name}` and `{second.call.name}`,"
+                    " to have the same masks and weights, but they differ: what the sum is to be divided by is not"
+                    " known. Reduce each on its own and add the means, or return {'loss': loss, 'losses': per_sample}."
+                )
+        den = den.expand(out.shape)
+        index = None if index is None else index.expand(out.shape)
+        share = None if share is None else share.expand(out.shape)
         return out, [_Pending(out, den, index, pending.call, share=share, reordered=pending.reordered)]
+
+    def _reads(self, x: Tensor) -> bool:
+        """Whether values may be read: that waits for the device, so beyond the CPU only in the first step."""
+        return x.device.type == "cpu" or (self.tracker is not None and self.tracker.everything)
+
+    @staticmethod
+    def _counts(den: Tensor, value: Any) -> Tensor:
+        """Denominators of elements that a value has taken the place of: zeros are masked out, others count."""
+        if isinstance(value, Tensor):
+            return torch.where(value == 0, 0, den)
+        return den if value else torch.zeros_like(den)
+
+    def _with_same_samples(self, pending: _Pending, other: Any) -> _Pending | None:
+        """The unreduced loss that another operand is, if any.
+
+        Raises:
+            RowsError: its rows are of other samples.
+        """
+        second = self._find(other) if isinstance(other, Tensor) else None
+        if second is None or pending.index is None or second.index is None:
+            return second
+        first = pending.index
+        if self._reads(first) and first.shape == second.index.shape and not torch.equal(first, second.index):
+            raise RowsError(
+                f"Expected unreduced losses that are combined, here of `{pending.call.name}` and"
+                f" `{second.call.name}`, to be of the same samples row by row, but they are not. Reduce each on its"
+                " own and add the means."
+            )
+        return second
 
     def _reduced(self, is_mean: bool, pending: _Pending, original: Callable[[], Tensor]) -> Tensor:
         num, den, index, first = pending.tensor, pending.den, pending.index, pending.call
@@ -645,8 +704,7 @@ class LossTap(TorchFunctionMode):
         for d in sorted(_dims(args, kwargs, index.ndim), reverse=True):
             first = kept.select(d, 0)
             constant = index.stride(d) == 0 or index.shape[d] == 1
-            # Reading values waits for the device, so beyond the CPU it is done in the first step only.
-            if not constant and (index.device.type == "cpu" or (self.tracker is not None and self.tracker.everything)):
+            if not constant and self._reads(index):
                 constant = bool((kept == first.unsqueeze(d)).all())
                 if not constant:
                     raise RowsError(
@@ -656,6 +714,12 @@ class LossTap(TorchFunctionMode):
                     )
             kept = first
         return kept.reshape(out.shape)
+
+
+def _rescaled(den: Tensor, other: Tensor) -> Tensor:
+    """Denominators of the largest value of others: a loss summed over an axis has its size in all of them."""
+    largest = den.max()
+    return den * (other.max() / (largest + (largest == 0)))
 
 
 def _set_parts(call: LossCall, parts: list[_Pending]) -> None:
