@@ -202,17 +202,21 @@ class DomainPenalty(Debiaser):
         features = features.float() if features.dtype in _HALF else features
         return features, call.of_features(domains)
 
+    def _checks(self, step: Step) -> bool:
+        """Whether to wait for the device and check what is taken for granted: at first, and on logging steps."""
+        first, self._checked = not self._checked, True
+        return first or step.logging
+
     def head_statistics(self, call: LossCall, domains: Tensor, step: Step) -> HeadStatistics:
         """Statistics of the head that made the logits of this loss.
 
         Raises:
             HeadNotFoundError: the logits are not what the head makes of its input.
         """
-        loss = head_loss(call)
+        check = self._checks(step)
+        loss = head_loss(call, check=check)
         rows = len(loss.logits)
         members = make_members(rows_of(call, domains, rows), self.module.n_domains, rows)
-        check = step.logging or not self._checked
-        self._checked = True
         logits = loss.logits[: rows // call.parts]  # as the head made them, where mixed samples count several times
         if self.derivatives == "autograd":
             assert call.head is not None
@@ -228,12 +232,24 @@ class DomainPenalty(Debiaser):
         return HeadStatistics(call.of_logits(features), loss, members, getattr(call.head, "bias", None) is not None)
 
 
-def head_loss(call: LossCall) -> HeadLoss:
+def head_loss(call: LossCall, *, check: bool = False) -> HeadLoss:
     """The loss of a call, taken apart as a function of its logits.
+
+    Args:
+        call: the loss.
+        check: whether to compare it with the losses themselves, which waits for the device.
 
     Raises:
         DebiasError: it is a loss whose derivatives are not known, or its logits are not ``(N, C)``.
+        RowsError: the step has made something else of the losses than masks and weights can.
     """
+    loss = _rebuilt(call)
+    if check:
+        _check_losses(call, loss)
+    return loss
+
+
+def _rebuilt(call: LossCall) -> HeadLoss:
     logits, target, name = call.logits, call.target, call.name
     if logits is None or target is None:
         raise DebiasError(
@@ -370,6 +386,22 @@ def _refuse_batch_norm(head: nn.Module) -> None:
                 f" with a {type(module).__name__} in training mode. Name the layers behind it"
                 " (`head='dotted.path'`), or use a penalty that needs no head (IRM, VREx)."
             )
+
+
+def _check_losses(call: LossCall, loss: HeadLoss) -> None:
+    """The derivatives are those of the function's own formula, so the losses must be, too, up to one factor for all."""
+    with torch.no_grad():
+        own = call.elements[0].reshape(len(loss.logits), -1).sum(1)
+        made = loss.num(loss.logits).to(own.dtype)
+        made = made * (own.dot(made) / made.dot(made).clamp_min(torch.finfo(made.dtype).tiny))
+        error = float((made - own).abs().max() / own.abs().max().clamp_min(1e-6)) if len(own) else 0.0
+    half = call.logits is not None and call.logits.dtype in _HALF
+    if error > (0.05 if half else 1e-3):
+        raise RowsError(
+            f"Expected the losses of `{call.name}` to be what that function makes of the logits, with masks and"
+            f" weights, but the step has made something else of them (a focal factor? another loss added?): they differ"
+            f" by {error:.1%} of the largest. Use a penalty that only needs losses (VREx)."
+        )
 
 
 def _check_logits(call: LossCall, made: Tensor, logits: Tensor, who: str) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset
 
-from debias import GroupDRO, GroupMonitor, GroupReweighting, tag
+from debias import IRM, Fishr, GroupDRO, GroupMonitor, GroupReweighting, HessianAlignment, tag
 from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, RowsError, UntappedLossError
 
 N, D, C = 6, 5, 4
@@ -170,6 +170,33 @@ def test_a_loss_that_learns_by_another_argument_is_seen():
 
     with pytest.raises(AmbiguousLossError, match="mse_loss, gaussian_nll_loss"):
         fit(step)
+
+
+@pytest.mark.parametrize("method", [IRM, Fishr, HessianAlignment])
+@pytest.mark.parametrize("changed", [
+    lambda ce, mse: (1 - torch.exp(-ce)) ** 2 * ce,
+    lambda ce, mse: ce + mse,
+    lambda ce, mse: ce * SIGNS,
+    lambda ce, mse: torch.where(ce < 1.4, ce, 1.4),
+])  # fmt: skip
+def test_penalties_on_derivatives_refuse_losses_that_are_not_the_functions_own(method, changed):
+    def step(m, batch):
+        x, y, z = batch
+        logits = m.net(x)
+        ce = F.cross_entropy(logits, y, reduction="none")
+        return changed(ce, F.mse_loss(logits, z, reduction="none").mean(1)).mean()
+
+    with pytest.raises(RowsError, match=r"what that function makes of the logits.*VREx"):
+        fit(step, method("place", 2))
+
+
+@pytest.mark.parametrize("method", [IRM, Fishr, HessianAlignment])
+def test_penalties_on_derivatives_take_masks_and_weights(method):
+    def step(m, batch):
+        x, y, _ = batch
+        return (F.cross_entropy(m.net(x), y, reduction="none") * HALF * 0.3).sum() / HALF.sum()
+
+    fit(step, method("place", 2))
 
 
 # -- rows that look like those of the batch --------------------------------------------------------
