@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from debias.errors import BadRowsError, BatchKeyError, DebiasError, HeadNotFoundError, RowsError
+from debias.errors import BadRowsError, BatchKeyError, DebiasError, RowsError
 from debias.ops.gradient_reversal import dann_ramp, gradient_reversal
 from debias.ops.groups import GroupState, group_losses
 from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.distributed import global_sum
+from debias.step.head import check_features
 from debias.step.owned import OwnedModule
 from debias.step.tap import LossCall
 from debias.step.watcher import Debiaser, default_name
@@ -346,12 +347,7 @@ def _one_each(per_sample: Tensor, n_rows: int) -> Tensor:
 
 
 def _precise(features: Any) -> Tensor:
-    if not isinstance(features, Tensor) or features.ndim != 2:
-        found = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
-        raise HeadNotFoundError(
-            f"Expected the features to have shape (N, D), one row per sample, but got {found}. Name a module whose"
-            " output is pooled and flat, such as the one before the head: `features='dotted.path'`."
-        )
+    features = check_features(features)
     return features if features.dtype == torch.float64 else features.float()
 
 

@@ -17,6 +17,7 @@ from debias.ops.head_statistics import HeadLoss, HeadStatistics, make_head_loss,
 from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.grouped import tag_counts
+from debias.step.head import check_features, rows_of_features
 from debias.step.tap import LossCall
 from debias.step.watcher import Debiaser, default_name
 
@@ -55,6 +56,11 @@ class DomainPenalty(Debiaser):
         **options: Any,
     ) -> None:
         super().__init__(name=default_name(name, domain, "domain"), **options)
+        if self.features is not None and self.loss == "sum":
+            raise DebiasError(
+                f"Expected `loss` of {type(self).__name__} to choose one loss with `features={self.features!r}`, but"
+                " got 'sum': these features are the same for every loss, and would be counted as often. Pass `loss=0`."
+            )
         keys = len(domain) if isinstance(domain, tuple | list) else 1
         sizes = len(n_domains) if isinstance(n_domains, tuple | list) else 1
         if keys != sizes:
@@ -182,23 +188,24 @@ class DomainPenalty(Debiaser):
         )
 
     def feature_rows(self, call: LossCall, domains: Tensor) -> tuple[Tensor, Tensor]:
-        """Input of the head ``(rows, d)``, at least float32, and the domains of its rows.
+        """The features ``(rows, d)``, at least float32, and the domains of their rows.
 
         Raises:
-            RowsError: its rows are not those of the samples or of the loss.
+            HeadNotFoundError: those of a named module are not ``(N, d)``.
+            RowsError: it is not known which samples they belong to.
         """
         features = call.features
+        if self.features is not None:
+            features = check_features(features)
         assert features is not None
-        weight = getattr(call.head, "weight", None)
-        by_channel = features.ndim == 4 and not (isinstance(weight, Tensor) and weight.ndim == 2)
-        width = features.shape[1] if by_channel else features.shape[-1]
-        if by_channel:
-            features = features.movedim(1, -1)
-        features = features.reshape(-1, width)
+        features = rows_of_features(features, call.head)
         features = features.float() if features.dtype in _HALF else features
-        if len(features) == len(domains) and (call.rows is None or call.parts > 1):
-            return features, domains  # mixed samples count in the domain of their own
-        return features, rows_of(call, domains, len(features))
+        return features, call.of_features(domains)
+
+    def _checks(self, step: Step) -> bool:
+        """Whether to wait for the device and check what is taken for granted: at first, and on logging steps."""
+        first, self._checked = not self._checked, True
+        return first or step.logging
 
     def head_statistics(self, call: LossCall, domains: Tensor, step: Step) -> HeadStatistics:
         """Statistics of the head that made the logits of this loss.
@@ -206,11 +213,10 @@ class DomainPenalty(Debiaser):
         Raises:
             HeadNotFoundError: the logits are not what the head makes of its input.
         """
-        loss = head_loss(call)
+        check = self._checks(step)
+        loss = head_loss(call, check=check)
         rows = len(loss.logits)
         members = make_members(rows_of(call, domains, rows), self.module.n_domains, rows)
-        check = step.logging or not self._checked
-        self._checked = True
         logits = loss.logits[: rows // call.parts]  # as the head made them, where mixed samples count several times
         if self.derivatives == "autograd":
             assert call.head is not None
@@ -226,12 +232,24 @@ class DomainPenalty(Debiaser):
         return HeadStatistics(call.of_logits(features), loss, members, getattr(call.head, "bias", None) is not None)
 
 
-def head_loss(call: LossCall) -> HeadLoss:
+def head_loss(call: LossCall, *, check: bool = False) -> HeadLoss:
     """The loss of a call, taken apart as a function of its logits.
+
+    Args:
+        call: the loss.
+        check: whether to compare it with the losses themselves, which waits for the device.
 
     Raises:
         DebiasError: it is a loss whose derivatives are not known, or its logits are not ``(N, C)``.
+        RowsError: the step has made something else of the losses than masks and weights can.
     """
+    loss = _rebuilt(call)
+    if check:
+        _check_losses(call, loss)
+    return loss
+
+
+def _rebuilt(call: LossCall) -> HeadLoss:
     logits, target, name = call.logits, call.target, call.name
     if logits is None or target is None:
         raise DebiasError(
@@ -257,12 +275,13 @@ def head_loss(call: LossCall) -> HeadLoss:
         factors = den.reshape(loss.logits.shape) / loss.element_den
     else:
         factors = None
-    if factors is None or (mixed and call.followed):
+    if factors is None or call.reordered or (mixed and call.followed):
+        which = " of mixed samples" if mixed else " of rows in another order" if call.reordered else ""
         raise RowsError(
             f"Expected the unreduced losses of `{call.name}` to have one value a row of the logits"
-            f" {tuple(logits.shape)} where the step reduces them, and not to be those of mixed samples, but got shape"
-            f" {tuple(den.shape)}{' of mixed samples' if mixed else ''}. Leave the reduction to the loss function, or"
-            " use a penalty that only needs losses (VREx)."
+            f" {tuple(logits.shape)}, in their order, where the step reduces them, and not to be those of mixed"
+            f" samples, but got shape {tuple(den.shape)}{which}. Leave the reduction to the loss function, or use a"
+            " penalty that only needs losses (VREx)."
         )
     if call.shares is None:
         return loss.weighted(factors)
@@ -367,6 +386,22 @@ def _refuse_batch_norm(head: nn.Module) -> None:
                 f" with a {type(module).__name__} in training mode. Name the layers behind it"
                 " (`head='dotted.path'`), or use a penalty that needs no head (IRM, VREx)."
             )
+
+
+def _check_losses(call: LossCall, loss: HeadLoss) -> None:
+    """The derivatives are those of the function's own formula, so the losses must be, too, up to one factor for all."""
+    with torch.no_grad():
+        own = call.elements[0].reshape(len(loss.logits), -1).sum(1)
+        made = loss.num(loss.logits).to(own.dtype)
+        made = made * (own.dot(made) / made.dot(made).clamp_min(torch.finfo(made.dtype).tiny))
+        error = float((made - own).abs().max() / own.abs().max().clamp_min(1e-6)) if len(own) else 0.0
+    half = call.logits is not None and call.logits.dtype in _HALF
+    if error > (0.05 if half else 1e-3):
+        raise RowsError(
+            f"Expected the losses of `{call.name}` to be what that function makes of the logits, with masks and"
+            f" weights, but the step has made something else of them (a focal factor? another loss added?): they differ"
+            f" by {error:.1%} of the largest. Use a penalty that only needs losses (VREx)."
+        )
 
 
 def _check_logits(call: LossCall, made: Tensor, logits: Tensor, who: str) -> None:

@@ -11,7 +11,8 @@ Published: DomainBed weight 1 (searched 0.1 to 10); WILDS 0.1 to 10 by dataset.
 A domain absent from the batch is in no pair; one with a single sample has no covariance, so only its mean is compared.
 The covariances are never made where the batch has fewer rows than features: ``<C_a, C_b>`` is a sum of squared inner
 products of samples (Gram identity), ``rows^2`` of them. Over several ranks ``E (d^2 + d)`` sums are reduced instead,
-and no sample leaves its rank. Needs the features in front of the head, and domain ids; no targets.
+and no sample leaves its rank. Needs the features in front of the head or the output of a named module, and domain ids;
+no targets.
 """
 
 from __future__ import annotations
@@ -122,7 +123,9 @@ class CORAL(DomainPenalty):
         penalty_weight: weight of the penalty.
         weight_before, start_step, ramp_steps: the weight before optimiser step ``start_step``, and the steps within
             which it then grows to ``penalty_weight``.
-        head: dotted path of the layer whose input the features are; by default the head, which is found.
+        features: dotted path of the module whose output ``(N, d)`` is meant; by default the input of the classifier
+            head, which is found.
+        head: dotted path of the layer whose input the features are, where it is not found.
         loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
 
     Logs ``train/coral_penalty``, before its weight, on logging steps, and the weight where it changes;
@@ -148,6 +151,7 @@ class CORAL(DomainPenalty):
         weight_before: float = 0.0,
         start_step: int = 0,
         ramp_steps: int = 0,
+        features: str | None = None,
         head: str | None = None,
         loss: int | str | Callable[[LossCall], bool] | None = None,
         rows: str | Callable[[LossCall, int], Tensor] | None = None,
@@ -160,6 +164,7 @@ class CORAL(DomainPenalty):
             CORALPenalty(
                 n_domains, penalty_weight, weight_before=weight_before, start_step=start_step, ramp_steps=ramp_steps
             ),
+            features=features,
             head=head,
             loss=loss,
             rows=rows,
@@ -168,7 +173,7 @@ class CORAL(DomainPenalty):
         )
 
     def penalty(self, call: LossCall, domains: Tensor, step: Step) -> Tensor:
-        """The penalty for the features this loss is computed from."""
+        """The penalty for the features this loss is computed from, or those that are named."""
         features, domains = self.feature_rows(call, domains)
         return coral_penalty(features, domains, self.module.n_domains)
 

@@ -208,7 +208,7 @@ class IRM(DomainPenalty):
 
     def penalty(self, call: LossCall, domains: Tensor, step: Step) -> Tensor:
         """The module's penalty for this loss."""
-        loss = head_loss(call)
+        loss = head_loss(call, check=self._checks(step))
         rows = len(loss.logits)
         members = make_members(rows_of(call, domains, rows), self.module.n_domains, rows)
         return scale_derivative_penalty(loss, members, self.module.form)

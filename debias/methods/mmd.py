@@ -14,7 +14,7 @@ Published: weight 1 (searched 0.1 to 10).
 
 A domain absent from the batch is in no pair. One sample in a domain is a distribution like another. Memory
 ``rows^2``; kernels are no function of sums, so the features of all ranks are gathered. Needs the features in front of
-the head, and domain ids; no targets.
+the head or the output of a named module, and domain ids; no targets.
 """
 
 from __future__ import annotations
@@ -151,7 +151,9 @@ class MMD(DomainPenalty):
         gammas: inverse widths of the kernels; by default DomainBed's seven.
         weight_before, start_step, ramp_steps: the weight before optimiser step ``start_step``, and the steps within
             which it then grows to ``penalty_weight``.
-        head: dotted path of the layer whose input the features are; by default the head, which is found.
+        features: dotted path of the module whose output ``(N, d)`` is meant; by default the input of the classifier
+            head, which is found.
+        head: dotted path of the layer whose input the features are, where it is not found.
         loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
 
     Logs ``train/mmd_penalty``, before its weight, on logging steps, and the weight where it changes;
@@ -179,6 +181,7 @@ class MMD(DomainPenalty):
         weight_before: float = 0.0,
         start_step: int = 0,
         ramp_steps: int = 0,
+        features: str | None = None,
         head: str | None = None,
         loss: int | str | Callable[[LossCall], bool] | None = None,
         rows: str | Callable[[LossCall, int], Tensor] | None = None,
@@ -192,6 +195,7 @@ class MMD(DomainPenalty):
                 n_domains, penalty_weight, kernel, GAMMAS if gammas is None else gammas, weight_before=weight_before,
                 start_step=start_step, ramp_steps=ramp_steps,
             ),
+            features=features,
             head=head,
             loss=loss,
             rows=rows,
@@ -200,7 +204,7 @@ class MMD(DomainPenalty):
         )  # fmt: skip
 
     def penalty(self, call: LossCall, domains: Tensor, step: Step) -> Tensor:
-        """The penalty for the features this loss is computed from."""
+        """The penalty for the features this loss is computed from, or those that are named."""
         return self.module.of(*self.feature_rows(call, domains))
 
 

@@ -244,14 +244,15 @@ class StepEngine:
             self._end_forward(debiasers)
             return output
 
-        heads = {(w.head, w.features): self._head(w.head, w.features) for w in debiasers if w.needs_features}
-        finders = [finder for head in heads.values() if (finder := head.start()) is not None]
-        tracker = None
-        if step.n is not None:
-            tracker = RowTracker(step.batch, step.n, everything=self._rows_needed)
-        combine, late = self._combiner(reweigher, step)
         stated = [w.rows for w in (reweigher, *debiasers) if w is not None and w.rows is not None]
         rows = stated[0] if stated else None  # the reweigher's first
+        tracker = None
+        if step.n is not None:
+            arranged = rows if isinstance(rows, str) else None
+            tracker = RowTracker(step.batch, step.n, everything=self._rows_needed, arranged=arranged)
+        heads = {(w.head, w.features): self._head(w.head, w.features) for w in debiasers if w.needs_features}
+        finders = [finder for head in heads.values() if (finder := head.start(tracker)) is not None]
+        combine, late = self._combiner(reweigher, step)
         tap = LossTap(combine, late, True, tracker, rows, finders[0] if finders else None, mixture)
         output = self._watched(tap, original, args, kwargs)
         for head in heads.values():
@@ -260,6 +261,8 @@ class StepEngine:
         loss = self._rewritten(step, tap, output, reweigher, penalisers, heads)
         self._reweighed = []
         tap.close()
+        for head in heads.values():
+            head.forget()
         return output if loss is None else _with_loss(output, loss)
 
     def _with_detector(
@@ -361,7 +364,7 @@ class StepEngine:
         loss = _penalised(
             loss, penalisers, lambda watcher: select_calls(calls, watcher.loss, type(watcher).__name__), heads, step
         )
-        self._rows_needed = self._rows_needed and tap.needed_rows
+        self._rows_needed = self._rows_needed and tap.tracker is not None and tap.tracker.needed
         return loss
 
     def _reaching(self, tap: LossTap, loss: Tensor) -> list[LossCall]:
@@ -428,6 +431,8 @@ class StepEngine:
             monitor.observe(step, tap.calls, self._forward_output, output)
         self._forward_output = None
         tap.close()
+        for head in heads.values():
+            head.forget()
         return output
 
     def _features(self, monitor: Watcher, head: HeadTap | FeatureTap, tap: LossTap) -> Tensor | None:

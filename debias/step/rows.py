@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["CASTS", "MOVES", "RECORDED", "RowTracker", "apply_move"]
+__all__ = ["CASTS", "MOVES", "RECORDED", "Move", "RowTracker", "apply_move", "arranged_rows", "keeps_rows"]
+
+Move: TypeAlias = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], int | None]
+"""An operation, its arguments, and which part of its result is meant, if it has several."""
 
 _T = torch.Tensor
 
@@ -47,6 +50,8 @@ _ROW_KEEPING = frozenset(
     {_T.view, _T.reshape, _T.flatten, _T.squeeze, _T.unsqueeze, _T.expand, _T.view_as, _T.reshape_as, _T.unflatten}
     | {_T.expand_as, torch.reshape, torch.flatten, torch.squeeze, torch.unsqueeze, torch.unflatten}
 )
+# Moves of whole rows, unless they are told of another axis than the first.
+_ROW_WISE = frozenset({_T.index_select, torch.index_select, torch.cat, torch.concat, torch.concatenate})
 # Operations that compute each element from the element at the same place; targets are often made with them.
 _ELEMENTWISE = frozenset(
     getattr(space, name)
@@ -97,7 +102,16 @@ _ELEMENTWISE = frozenset(
     ]
     if hasattr(space, name)
 )
-RECORDED = MOVES | CASTS | _ELEMENTWISE | {F.one_hot, torch.nn.functional.one_hot}
+# Operations after which nobody knows where a row is.
+_SORTING = frozenset({_T.sort, torch.sort, _T.topk, torch.topk, _T.msort, torch.msort})
+# Moves by which steps and networks put rows in another order, not merely axes.
+_REORDERING = _SORTING | frozenset(
+    getattr(space, name)
+    for space in (_T, torch)
+    for name in ["__getitem__", "flip", "flipud", "roll", "index_select", "gather", "take", "take_along_dim"]
+    if hasattr(space, name)
+)
+RECORDED = MOVES | CASTS | _ELEMENTWISE | _SORTING | {F.one_hot, torch.nn.functional.one_hot}
 
 
 def apply_move(
@@ -140,11 +154,18 @@ class RowTracker:
         n: number of samples.
         everything: record moves of all tensors, not only of those that come from the batch. The first step needs this;
             later ones would keep a network's intermediate results alive for nothing.
+        arranged: what the user says of rows that cannot be followed, ``"tiled"`` or ``"interleaved"``.
+
+    Attributes:
+        needed: whether an answer has been other than "row i is sample i".
     """
 
-    def __init__(self, batch: Any, n: int, *, everything: bool = True) -> None:
+    def __init__(self, batch: Any, n: int, *, everything: bool = True, arranged: str | None = None) -> None:
         self.n = n
         self.everything = everything
+        self.arranged = arranged
+        self.needed = False
+        self._followed: list[Tensor] = []
         self._roots: list[tuple[Tensor, int | None]] = list(_roots(batch, n))
         self._records: list[_Record] = []
 
@@ -161,8 +182,61 @@ class RowTracker:
             records = [_Record(x, func, args, kwargs, i) for i, x in enumerate(out) if isinstance(x, Tensor)]
         else:
             return
-        if self.everything or any(self._tracked(source) for source in records[0].sources):
+        if out is args[0]:  # y.long() may be y itself, as may x.flatten(): then it is no operation
+            return
+        if func in _SORTING and not _sorts_rows(func, args, kwargs):
+            return
+        tracked = self.everything or any(self._tracked(source) for source in records[0].sources)
+        # What is made of something unknown matters where samples trade places: few networks do that.
+        if tracked or (func in _REORDERING and self._reorders(args, records[0].out, func)):
             self._records.extend(records)
+
+    def follow(self, tensor: Tensor) -> None:
+        """From now on record what is made of this tensor too."""
+        self._followed.append(tensor)
+
+    def moves(self, tensor: Tensor, source: Tensor) -> list[Move] | None:
+        """The moves that made ``tensor`` of ``source``, first to last; None where it was made in another way."""
+        made: list[Move] = []
+        while tensor is not source:
+            record = self._record_of(tensor)
+            if record is None or len(record.sources) != 1:
+                return None
+            if record.func in MOVES:
+                if not isinstance(record.args[0], Tensor):
+                    return None
+                made.append((record.func, record.args, record.kwargs, record.part))
+            tensor = record.sources[0]
+        return made[::-1]
+
+    def of_layer(self, output: Tensor, inputs: list[Tensor]) -> Tensor | bool | None:
+        """Sample numbers for the rows of what a layer reads or makes, ``(rows, ...)``.
+
+        Args:
+            output: what it reads or makes.
+            inputs: what it, and the networks that it is in, were given, the innermost first.
+
+        Returns:
+            None if row i is sample i, int64 ``(rows,)``, or False if unknown.
+        """
+        rows = output.shape[0]
+        for tensor in (output, *inputs):
+            while (record := self._record_of(tensor)) is not None and _same_rows(record):
+                tensor = record.sources[0]
+            if tensor.ndim == 0 or tensor.shape[0] != rows:
+                continue
+            known = self._known(tensor)
+            if known and self._keeps_rows(tensor):
+                return None
+            index = self._of_rows(tensor) if known or record is not None else None
+            if known or index is not None:  # moved; where nobody knows of what, of rows in the order of the batch
+                self.needed = True
+                return _or_false(index if known or not self._reordered() else None)
+        if rows == self.n:
+            return False if self._reordered() else None
+        if self.arranged is None or rows % self.n:
+            return False
+        return arranged_rows(self.arranged, self.n, rows // self.n, output.device)
 
     def resolve(self, candidates: list[Tensor], rows: int) -> Tensor | bool | None:
         """Sample numbers for the rows of a loss.
@@ -174,12 +248,16 @@ class RowTracker:
         Returns:
             None if row i is sample i, an int64 tensor shaped like the candidate it was found from, or False if unknown.
         """
+        found_sorted = [self._is_sorted(tensor) for tensor in candidates]
+        candidates = [x for x, is_sorted in zip(candidates, found_sorted, strict=True) if not is_sorted]
         for tensor in candidates:  # derived from the batch itself
             if self._known(tensor):
                 return None if self._keeps_rows(tensor) else _or_false(self.index(tensor))
         for tensor in candidates:  # moved from some tensor with one row per sample, e.g. logits (N, T, C)
             if self._record_of(tensor) is not None and (index := self.index(tensor)) is not None:
                 return None if self._keeps_rows(tensor) else index
+        if any(found_sorted):
+            return False
         if rows == self.n and not self._reordered():
             return None
         found: list[Tensor] = []
@@ -204,7 +282,7 @@ class RowTracker:
             data = record.args[0]
             if isinstance(data, tuple | list):
                 inner: Any = [self.index(x) for x in data]
-                if any(x is None for x in inner):
+                if any(x is None for x in inner) or self._joins_strangers(record):
                     return None
             elif (inner := self.index(data)) is None:
                 return None
@@ -218,6 +296,48 @@ class RowTracker:
             return None
         return self.index(sources[0])
 
+    def _of_rows(self, tensor: Tensor) -> Tensor | None:
+        """Sample numbers along the first axis, or None where its origin is unknown or a row is of several samples."""
+        record = self._record_of(tensor)
+        if record is not None and _same_rows(record):
+            return self._of_rows(record.sources[0])
+        if record is not None and _along_rows(record):  # so that no index is made for every pixel
+            data = record.args[0]
+            inner = [self._of_rows(x) for x in (data if isinstance(data, tuple | list) else [data])]
+            if any(x is None for x in inner) or self._joins_strangers(record):
+                return None
+            moved = inner if isinstance(data, tuple | list) else inner[0]
+            return apply_move(record.func, record.args, record.kwargs, moved, record.part)
+        index = self.index(tensor)
+        if index is None or index.ndim == 1:
+            return index
+        index = index.flatten(1)
+        if record is None:
+            return index[:, 0]
+        # Reading values waits for the device, so beyond the CPU it is done while everything is recorded only.
+        check = index.device.type == "cpu" or self.everything
+        return None if check and not torch.equal(index, index[:, :1].expand_as(index)) else index[:, 0]
+
+    def _joins_strangers(self, record: _Record) -> bool:
+        """Whether rows of the batch are joined with rows of unknown origin, such as those of a replay memory."""
+        data = record.args[0]
+        if not isinstance(data, tuple | list):
+            return False
+        dim = record.args[1] if len(record.args) > 1 else record.kwargs.get("dim", record.kwargs.get("axis", 0))
+        known = [self._known(x) for x in data]
+        return dim == 0 and any(known) and not all(known)
+
+    def _is_sorted(self, tensor: Tensor) -> bool:
+        """Whether its rows are in an order of values."""
+        record = self._record_of(tensor)
+        return record is not None and (record.func in _SORTING or any(map(self._is_sorted, record.sources)))
+
+    def _reorders(self, args: tuple[Any, ...], out: Tensor, move: Any) -> bool:
+        data = args[0]
+        if not isinstance(data, Tensor) or 0 in (data.ndim, out.ndim) or data.shape[0] != self.n:
+            return False
+        return out.shape[0] == self.n and not keeps_rows(move, args, out)
+
     def start(self, shape: torch.Size, device: torch.device, sample: int | None = None) -> Tensor:
         """Sample numbers of a tensor with one row per sample, or of one that belongs to a single sample."""
         if sample is not None:
@@ -225,13 +345,12 @@ class RowTracker:
         return torch.arange(self.n, device=device).view(-1, *[1] * (len(shape) - 1)).expand(shape)
 
     def _tracked(self, tensor: Any) -> bool:
-        return any(root is tensor for root, _ in self._roots) or any(r.out is tensor for r in self._records)
+        if any(root is tensor for root, _ in self._roots) or any(x is tensor for x in self._followed):
+            return True
+        return any(r.out is tensor for r in self._records)
 
     def _record_of(self, tensor: Tensor) -> _Record | None:
-        for record in reversed(self._records):  # y.long() may be y itself, then it is no operation
-            if record.out is tensor and not (record.func in CASTS and record.args[0] is tensor):
-                return record
-        return None
+        return next((record for record in reversed(self._records) if record.out is tensor), None)
 
     def _known(self, tensor: Tensor) -> bool:
         if any(root is tensor for root, _ in self._roots):
@@ -250,15 +369,7 @@ class RowTracker:
             return True  # of unknown origin, with one row per sample
         if record.func not in MOVES:
             return all(self._keeps_rows(x) for x in record.sources)
-        data = record.args[0]
-        if isinstance(data, tuple | list) or data.ndim == 0 or data.shape[0] != self.n:
-            return False
-        keeps = record.func in _ROW_KEEPING
-        if record.func is _T.__getitem__ and isinstance(record.args[1], tuple) and record.args[1]:
-            first = record.args[1][0]
-            keeps = first is Ellipsis or (isinstance(first, slice) and first == slice(None))
-            keeps = keeps and not any(isinstance(key, Tensor) for key in record.args[1])
-        return keeps and self._keeps_rows(data)
+        return _same_rows(record) and self._keeps_rows(record.args[0])
 
     def _reordered(self) -> bool:
         """Whether the step has put samples of the batch in another order."""
@@ -270,6 +381,46 @@ class RowTracker:
             and not self._keeps_rows(r.out)
             for r in self._records
         )
+
+
+def arranged_rows(how: str, n: int, times: int, device: torch.device) -> Tensor:
+    """Sample numbers of rows that are all samples, again and again (``"tiled"``), or those of a sample together."""
+    numbers = torch.arange(n, device=device)
+    return numbers.repeat(times) if how == "tiled" else numbers.repeat_interleave(times)
+
+
+def keeps_rows(move: Callable[..., Any], args: tuple[Any, ...], out: Tensor) -> bool:
+    """Whether a move of one tensor has left every row in its place."""
+    data = args[0]
+    if not isinstance(data, Tensor) or 0 in (data.ndim, out.ndim) or data.shape[0] != out.shape[0]:
+        return False
+    if move is _T.__getitem__ and isinstance(args[1], tuple) and args[1]:
+        first = args[1][0]
+        keeps = first is Ellipsis or (isinstance(first, slice) and first == slice(None))
+        return keeps and not any(isinstance(key, Tensor) for key in args[1])
+    return move in _ROW_KEEPING
+
+
+def _same_rows(record: _Record) -> bool:
+    """Whether row i is made of row i of one other tensor."""
+    moved = record.func in MOVES and not keeps_rows(record.func, record.args, record.out)
+    return len(record.sources) == 1 and not moved
+
+
+def _along_rows(record: _Record) -> bool:
+    """Whether a move takes whole rows, so that it does the same to a tensor without the other axes."""
+    rest = (*record.args[1:2], *record.kwargs.values())
+    if record.func is _T.__getitem__:
+        key = record.args[1]
+        return isinstance(key, slice) or (isinstance(key, Tensor) and key.ndim == 1)
+    return record.func in _ROW_WISE and all(type(x) is not int or x == 0 for x in rest)
+
+
+def _sorts_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a sort runs over the first axis."""
+    place = 2 if func in (_T.topk, torch.topk) else 1
+    dim = 0 if func in (_T.msort, torch.msort) else args[place] if len(args) > place else kwargs.get("dim", -1)
+    return args[0].ndim > 0 and dim % args[0].ndim == 0
 
 
 def _or_false(index: Tensor | None) -> Tensor | bool:

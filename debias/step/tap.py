@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from debias.errors import DebiasError, LossNotFoundError, RowsError, UntappedLossError
 from debias.step.distributed import as_global, global_sum, is_distributed, world_size
 from debias.step.mixing import Mixture, row_sources, unmixable
-from debias.step.rows import CASTS, MOVES, RECORDED, RowTracker, apply_move
+from debias.step.rows import CASTS, MOVES, RECORDED, Move, RowTracker, apply_move, arranged_rows, keeps_rows
 
 __all__ = ["LOSSES", "LossCall", "LossTap"]
 
@@ -42,7 +42,8 @@ class LossCall:
         position: how many losses came before it in this step.
         ignore_index: target that does not count, for cross-entropy and NLL.
         arguments: what else the loss was called with, e.g. ``weight`` or ``label_smoothing``.
-        features: input of the classifier head, shape ``(N, d)``, where a method asked for it.
+        features: input of the classifier head, shape ``(N, d)``, or output of the module that is named, where a method
+            asked for it; see :meth:`of_features`.
         head: the classifier head, where a method asked for it.
         parts: how many labels every row of ``logits`` counts with, more than 1 where samples were mixed. ``num``,
             ``den`` and ``rows`` then hold the rows with their own labels first, then with those of their partners.
@@ -60,15 +61,24 @@ class LossCall:
     _mean_over: int | None = None  # `reduction="none"` then `.mean()`: the number of elements the step divides by
     ignore_index: int | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
-    followed: bool = False  # the step computed it unreduced and did more to it than the function's own arguments say
+    # As it was computed, where the step took it unreduced and did more to it than the function's own arguments say.
+    computed: LossCall | None = None
+    reordered: bool = False  # and its rows are not where they were
     features: Tensor | None = None
     head: nn.Module | None = None
-    linear: tuple[Tensor, Tensor] | None = None  # input and weight of the layer that made the logits, while looked for
+    # Of the layer that made the logits, while it is looked for: output, input, weight, and what was done to the output.
+    linear: tuple[Tensor, Tensor, Tensor, list[Move]] | None = None
+    feature_rows: Callable[[LossCall], Tensor | None] | None = None  # tells the sample of each row of the features
     edge: Any = None  # of the tensor handed back, before the step may have changed it in place
     late: _Late | None = None
     parts: int = 1
     targets: Any = None
     shares: Tensor | None = None
+
+    @property
+    def followed(self) -> bool:
+        """Whether the step computed it unreduced and reduced it itself."""
+        return self.computed is not None
 
     @cached_property
     def elements(self) -> tuple[Tensor, Tensor]:
@@ -114,6 +124,21 @@ class LossCall:
         """Values per row of ``num`` from values per row of the logits, e.g. the logits or features themselves."""
         return per_row if self.parts == 1 else torch.cat([per_row] * self.parts)
 
+    def of_features(self, per_sample: Tensor) -> Tensor:
+        """Values per row of the features from values per sample, e.g. ids ``(N,)`` or membership ``(N, G)``.
+
+        Features ``(N, T, d)`` have ``N T`` rows, and maps ``(N, d, H, W)`` that a convolution reads ``N H W``. Rows
+        that the loss leaves out get -1, or False.
+
+        Raises:
+            RowsError: it is not known which samples the rows belong to.
+        """
+        rows = None if self.feature_rows is None else self.feature_rows(self)
+        if rows is None:
+            return per_sample
+        none = per_sample.new_full((1, *per_sample.shape[1:]), 0 if per_sample.dtype == torch.bool else -1)
+        return torch.cat((per_sample, none))[rows]
+
     def scaled(self, mean: Tensor) -> Tensor:
         """From a (debiased) mean loss to what the step's own reduction would have returned for it."""
         if self.reduction == "mean":
@@ -127,13 +152,19 @@ class LossCall:
         return mean * (total / count)
 
     def mean(self) -> Tensor:
-        """The mean loss of the global batch; its gradient is this rank's share of it."""
+        """The mean loss of the global batch; its gradient is this rank's share of it.
+
+        Of nothing it is NaN where torch reduces, and 0 where the step does it itself and may have guarded its divisor.
+        """
         num, den = self.elements
-        local = num.sum()
+        local, total = num.sum(), den.sum()
+        if is_distributed():
+            summed, total = global_sum(torch.stack((local.detach(), total.detach())))
+        if self.reduction != "mean":
+            total = total + (total == 0)
         if not is_distributed():
-            return local / den.sum()
-        sums = global_sum(torch.stack((local.detach(), den.detach().sum())))
-        return as_global(local * (world_size() / sums[1]), sums[0] / sums[1])
+            return local / total
+        return as_global(local * (world_size() / total), summed / total)
 
 
 class _LateGradient(torch.autograd.Function):
@@ -173,6 +204,7 @@ class _Pending:
     # Where samples were mixed: the losses with each label, of which `tensor` is the sum, and their shares in it.
     parts: list[_Pending] = field(default_factory=list)
     share: Tensor | None = None
+    reordered: bool = False
 
     def __post_init__(self) -> None:
         self.version = self.tensor._version
@@ -265,6 +297,8 @@ _NOT_PER_SAMPLE = frozenset(
 _NAMES = {loss: tuple(inspect.signature(loss).parameters) for loss in LOSSES}
 _SECOND = {loss: names[1] for loss, names in _NAMES.items()}  # target, except of the ranking losses
 
+_COMPARING = frozenset({"triplet_margin_loss", "margin_ranking_loss", "cosine_embedding_loss"})
+
 # Arguments that are part of a loss's formula, beside logits and target.
 _FORM = frozenset({"weight", "pos_weight", "label_smoothing", "ignore_index"})
 
@@ -286,8 +320,8 @@ class Finder(Protocol):
         """Note one operation."""
         ...
 
-    def match(self, logits: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Input and weight of the layer."""
+    def match(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Move]] | None:
+        """Output, input and weight of the layer, and the moves from its output to the logits."""
         ...
 
 
@@ -317,7 +351,6 @@ class LossTap(TorchFunctionMode):
     # Losses that reach the returned loss unseen if nothing reduces them in a way that can be followed: name and node.
     untapped: list[tuple[str, Any]] = field(default_factory=list)
     suspended: int = 0
-    needed_rows: bool = False
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -354,8 +387,13 @@ class LossTap(TorchFunctionMode):
     def _loss(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         arguments = dict(zip(_NAMES[func], args, strict=False)) | kwargs
         logits, target = arguments[_NAMES[func][0]], arguments.get(_SECOND[func])
-        if self.training and not (torch.is_grad_enabled() and _requires_grad(logits, target)):
+        if self.training and not (torch.is_grad_enabled() and _requires_grad(*arguments.values())):
             return func(*args, **kwargs)
+        if self.training and _requires_grad(arguments.get("weight"), arguments.get("pos_weight")):
+            raise UntappedLossError(
+                f"Expected `weight` of `{func.__name__}` to be constant, but got one that is learned: it would enter"
+                " what the loss is divided by. Multiply the unreduced losses by it instead (`reduction='none'`)."
+            )
         reduction = _legacy(arguments)
 
         def elements() -> tuple[Tensor, Tensor]:
@@ -373,6 +411,7 @@ class LossTap(TorchFunctionMode):
         out = func(*args, **kwargs)
         if self.training:
             den = LOSSES[func](out.detach(), arguments).expand(out.shape)
+            call._elements = lambda: (out, den)
             self._pending.append(_Pending(out, den, self._element_numbers(call, out), call))
             self.untapped.append((f"{func.__name__}(reduction='none')", out.grad_fn))
         else:
@@ -435,13 +474,17 @@ class LossTap(TorchFunctionMode):
         n, shape = self.tracker.n, num.shape
         if self.rows is not None:
             return _given_rows(self.rows, call, n, shape, num.device)
-        candidates = [x for x in (call.target, call.logits) if isinstance(x, Tensor)]
-        index = self.tracker.resolve(candidates, shape[0] if num.ndim else 1)
+        # A loss that compares inputs is that of the first one's sample, the anchor's.
+        trusted = (call.logits,) if call.name in _COMPARING else (call.target, call.logits)
+        candidates = [x for x in trusted if isinstance(x, Tensor)]
+        # A single number is no row that could be found among others of the step.
+        single = num.numel() == 1 and n > 1 and call.elements[0].ndim == 0
+        index = self.tracker.resolve(candidates, 0 if single else shape[0] if shape else 1)
         if index is None:
             return None
         if isinstance(index, bool):
             raise _rows_error(call, n, shape)
-        self.needed_rows = True
+        self.tracker.needed = True
         return _aligned(index, shape)
 
     def _element_numbers(self, call: LossCall, losses: Tensor) -> Tensor | None:
@@ -573,30 +616,73 @@ class LossTap(TorchFunctionMode):
                 den_, index_, share_ = (
                     None if y is None else apply_move(func, args, kwargs, y, part) for y in (den, index, share)
                 )
-                made.append(_Pending(x, den_, index_, pending.call, share=share_))  # type: ignore[arg-type]
+                reordered = pending.reordered or not keeps_rows(func, args, x)
+                made.append(_Pending(x, den_, index_, pending.call, share=share_, reordered=reordered))  # type: ignore[arg-type]
             return out, made
         if func in _SUM or func in _MEAN:
             den = func(den, *args[1:], **kwargs)
             index = None if index is None else self._reduced_index(index, out, args, kwargs)
             share = None if share is None else share.mean(_dims(args, kwargs, share.ndim)).view(out.shape)
         elif func in _MUL or func in _DIV:
-            # A tensor of weights or a mask weighs numerator and denominator alike; a scalar only scales the loss, and
-            # a factor that is learned from (the focal term) is part of the loss, not a weight.
+            # A tensor of weights or a mask weighs numerator and denominator alike; a scalar only scales the loss. What
+            # is learned from (the focal term) or has signs (an advantage) is part of the loss, not a weight.
             if isinstance(other, Tensor) and other.ndim and not other.requires_grad:
                 weight = other.to(den.dtype)
+                weight = torch.where((weight >= 0).all(), weight, 1)
                 den = den * weight if func in _MUL else den / weight
-            den = den.expand(out.shape)
-            index = None if index is None else index.expand(out.shape)
-            share = None if share is None else share.expand(out.shape)
         elif func in _WHERE:
             if place == 0:
                 return out, []
-            den = torch.where(args[0], den, 0) if place == 1 else torch.where(args[0], 0, den)
+            other = args[1] if place == 2 else args[2] if len(args) > 2 else kwargs["other"]
+            second = self._with_same_samples(pending, other)
+            counts = self._counts(den, other) if second is None else _rescaled(second.den, den)
+            den = torch.where(args[0], den, counts) if place == 1 else torch.where(args[0], counts, den)
         elif func in _FILL:
-            den = den.masked_fill(args[1] if len(args) > 1 else kwargs["mask"], 0)
-        elif func in _ADD and isinstance(other, Tensor) and self._find(other) is None:
-            return out, []  # only losses of the same samples are added, and numbers
-        return out, [_Pending(out, den, index, pending.call, share=share)]
+            mask, value = (*args[1:], *(kwargs[name] for name in ("mask", "value") if name in kwargs))
+            den = torch.where(mask, self._counts(den, value), den)
+        elif func in _ADD and isinstance(other, Tensor):
+            second = self._with_same_samples(pending, other)
+            if second is None:
+                return out, []  # only losses of the same samples are added, and numbers
+            if self._reads(den) and not torch.allclose(_rescaled(second.den, den), den):
+                raise UntappedLossError(
+                    f"Expected unreduced losses that are added, here of `{pending.call.name}` and `{second.call.name}`,"
+                    " to have the same masks and weights, but they differ: what the sum is to be divided by is not"
+                    " known. Reduce each on its own and add the means, or return {'loss': loss, 'losses': per_sample}."
+                )
+        den = den.expand(out.shape)
+        index = None if index is None else index.expand(out.shape)
+        share = None if share is None else share.expand(out.shape)
+        return out, [_Pending(out, den, index, pending.call, share=share, reordered=pending.reordered)]
+
+    def _reads(self, x: Tensor) -> bool:
+        """Whether values may be read: that waits for the device, so beyond the CPU only in the first step."""
+        return x.device.type == "cpu" or (self.tracker is not None and self.tracker.everything)
+
+    @staticmethod
+    def _counts(den: Tensor, value: Any) -> Tensor:
+        """Denominators of elements that a value has taken the place of: zeros are masked out, others count."""
+        if isinstance(value, Tensor):
+            return torch.where(value == 0, 0, den)
+        return den if value else torch.zeros_like(den)
+
+    def _with_same_samples(self, pending: _Pending, other: Any) -> _Pending | None:
+        """The unreduced loss that another operand is, if any.
+
+        Raises:
+            RowsError: its rows are of other samples.
+        """
+        second = self._find(other) if isinstance(other, Tensor) else None
+        if second is None or pending.index is None or second.index is None:
+            return second
+        first = pending.index
+        if self._reads(first) and first.shape == second.index.shape and not torch.equal(first, second.index):
+            raise RowsError(
+                f"Expected unreduced losses that are combined, here of `{pending.call.name}` and"
+                f" `{second.call.name}`, to be of the same samples row by row, but they are not. Reduce each on its"
+                " own and add the means."
+            )
+        return second
 
     def _reduced(self, is_mean: bool, pending: _Pending, original: Callable[[], Tensor]) -> Tensor:
         num, den, index, first = pending.tensor, pending.den, pending.index, pending.call
@@ -604,8 +690,8 @@ class LossTap(TorchFunctionMode):
             return original()
         call = self._call(first.name, first.logits, first.target, "none" if is_mean else "sum", lambda: (num, den))
         call._sample_of = lambda call, flat: None if index is None else index.reshape(flat.shape)
-        call._mean_over = num.numel() if is_mean else None
-        call.ignore_index, call.arguments, call.followed = first.ignore_index, first.arguments, True
+        call._mean_over, call.reordered = num.numel() if is_mean else None, pending.reordered
+        call.ignore_index, call.arguments, call.computed = first.ignore_index, first.arguments, first
         if pending.parts:
             call.parts, call.targets = len(pending.parts), first.targets
             _set_parts(call, pending.parts)
@@ -618,8 +704,7 @@ class LossTap(TorchFunctionMode):
         for d in sorted(_dims(args, kwargs, index.ndim), reverse=True):
             first = kept.select(d, 0)
             constant = index.stride(d) == 0 or index.shape[d] == 1
-            # Reading values waits for the device, so beyond the CPU it is done in the first step only.
-            if not constant and (index.device.type == "cpu" or (self.tracker is not None and self.tracker.everything)):
+            if not constant and self._reads(index):
                 constant = bool((kept == first.unsqueeze(d)).all())
                 if not constant:
                     raise RowsError(
@@ -629,6 +714,12 @@ class LossTap(TorchFunctionMode):
                     )
             kept = first
         return kept.reshape(out.shape)
+
+
+def _rescaled(den: Tensor, other: Tensor) -> Tensor:
+    """Denominators of the largest value of others: a loss summed over an axis has its size in all of them."""
+    largest = den.max()
+    return den * (other.max() / (largest + (largest == 0)))
 
 
 def _set_parts(call: LossCall, parts: list[_Pending]) -> None:
@@ -685,8 +776,7 @@ def _given_rows(rows: Any, call: LossCall, n: int, shape: torch.Size, device: to
             f"Expected the rows of the loss to be a multiple of the {n} samples with `rows={rows!r}`, but got {count}."
             " Pass `rows=callable(call, n)` that returns the sample of each row."
         )
-    numbers = torch.arange(n, device=device)
-    return numbers.repeat(count // n) if rows == "tiled" else numbers.repeat_interleave(count // n)
+    return arranged_rows(rows, n, count // n, device)
 
 
 def _rows_error(call: LossCall, n: int, shape: torch.Size) -> RowsError:

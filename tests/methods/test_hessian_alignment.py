@@ -25,7 +25,7 @@ from debias import (
     HessianAlignmentPenalty,
     VREx,
 )
-from debias.errors import BadRowsError, DebiasError, HeadNotFoundError
+from debias.errors import BadRowsError, DebiasError, HeadNotFoundError, RowsError
 from debias.functional import hessian_alignment_penalty
 
 EXACT = 1e-10
@@ -455,6 +455,28 @@ def test_unreduced_losses_with_a_mask(masked: bool) -> None:
         optimizer.step()
     for name, value in parameters(model).items():
         assert torch.allclose(value, mine.state_dict()[name], rtol=1e-11, atol=1e-13), name
+
+
+class Turned(Classifier):
+    """Unreduced losses, reduced in another order than that of the logits."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self(x), y, reduction="none").view(-1).flip(0).mean()
+
+
+@pytest.mark.parametrize("method", [HessianAlignment, Fishr, IRM])
+def test_unreduced_losses_in_another_order_than_the_logits_are_refused(method: type) -> None:
+    with pytest.raises(RowsError, match=r"rows? of the logits \(16, 2\), in their order.*rows in another order"):
+        fit(Turned(), method("place", 3))
+
+
+def test_unreduced_losses_in_another_order_are_the_same_losses() -> None:
+    turned, plain = Turned(), Classifier()
+    for model in (turned, plain):
+        fit(model, VREx("place", 3))
+    for name, value in parameters(plain).items():
+        assert torch.allclose(value, turned.state_dict()[name], rtol=1e-12, atol=1e-14), name
 
 
 @pytest.mark.parametrize(

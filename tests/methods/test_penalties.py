@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import json
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.cli import LightningCLI
+from torch import nn
 
 from _support import head_oracle as oracle
-from _support.fits import Classifier, loader, make_trainer, parameters, train, val_loader
+from _support import runs
+from _support.fits import Classifier, deviation, loader, make_trainer, parameters, places, same, train, val_loader
+from _support.flat import EdgeView
 from debias import (
     CORAL,
     IRM,
@@ -25,7 +31,7 @@ from debias import (
     VREx,
     VRExPenalty,
 )
-from debias.errors import BadRowsError, DebiasError, RowsError
+from debias.errors import BadRowsError, DebiasError, HeadNotFoundError, RowsError
 from debias.functional import coral_penalty, irm_penalty, mmd_penalty, vrex_penalty
 from debias.ops.head_statistics import HeadStatistics, make_head_loss, make_members
 
@@ -264,6 +270,7 @@ def test_through_a_trainer_a_membership_is_the_same_as_ids(method: type) -> None
         (lambda: MMD("d", 2, kernel="linear"), "`kernel`"),
         (lambda: MMD("d", 2, gammas=[]), "`gammas`"),
         (lambda: MMD("d", 2, gammas=[-1.0]), "`gammas`"),
+        (lambda: MMD("d", 2, features="net", loss="sum"), "`loss` of MMD to choose one loss with `features='net'`"),
     ],
 )
 def test_wrong_arguments(make, match: str) -> None:
@@ -333,10 +340,326 @@ def test_features_of_a_linear_head_are_its_last_axis(method: type) -> None:
     assert all(torch.allclose(value, ends[1][name], rtol=1e-10, atol=1e-12) for name, value in ends[0].items())
 
 
-@pytest.mark.parametrize("method", [CORAL, MMD])
-def test_features_that_are_not_the_rows_of_the_loss_are_refused(method: type) -> None:
-    with pytest.raises(RowsError, match=r"Expected 64 rows .* 16 of `cross_entropy`"):
-        train(Positions((4,), averaged=True), [method("place", 3, head="head")])
+# -- which samples features belong to ------------------------------------------------------------------
+
+PENALTIES = {CORAL: coral_penalty, MMD: mmd_penalty}
+
+
+class Rows(Classifier):
+    """A step of the test's own, which says which features are meant and the sample of each of their rows."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.neck = nn.Linear(6, 6).double()
+            self.conv = nn.Conv2d(1, 2, 1).double()
+        self.step = step
+
+    def training_step(self, batch, batch_idx):
+        return self.step(self, *batch, self.order(len(batch[0]), batch_idx))[0]
+
+    @staticmethod
+    def order(n: int, batch_idx: int) -> torch.Tensor:
+        """In the first batch that of the batch, so that later ones differ from what was learned there."""
+        return torch.randperm(n, generator=torch.Generator().manual_seed(batch_idx)) if batch_idx else torch.arange(n)
+
+
+Step = Callable[[Rows, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+def in_front_of_the_head(m, x, y, order):
+    features = m.backbone(x)[order]
+    return F.cross_entropy(m.head(features), y[order]), features, order
+
+
+def behind_the_head(m, x, y, order):
+    features = m.backbone(x)
+    return F.cross_entropy(m.head(features)[order], y[order]), features, torch.arange(len(x))
+
+
+def behind_the_network(m, x, y, order):
+    features = m.backbone[:3](x)
+    return F.cross_entropy(m.head(m.backbone(x)[order]), y[order]), features, torch.arange(len(x))
+
+
+def of_the_batch(m, x, y, order):
+    features = m.backbone[:3](x[order])
+    return F.cross_entropy(m.head(m.backbone(x[order])), y[order]), features, order
+
+
+def of_two_views(m, x, y, order):
+    order = torch.cat([order, order + len(x)]).flip(0)
+    views, samples = torch.cat([x, 1 - x])[order], order % len(x)
+    return F.cross_entropy(m.head(m.backbone(views)), torch.cat([y, y])[order]), m.backbone[:3](views), samples
+
+
+def of_two_views_behind_the_network(m, x, y, order):
+    views = torch.cat([x, 1 - x])
+    order = torch.cat([order, order + len(x)])
+    loss = F.cross_entropy(m.head(m.backbone(views)[order]), torch.cat([y, y])[order])
+    return loss, m.backbone[:3](views), torch.arange(len(x)).repeat(2)
+
+
+def of_repeated_samples(m, x, y, order):
+    kept = order[: len(x) // 2].repeat_interleave(2)
+    return F.cross_entropy(m.head(m.backbone(x[kept])), y[kept]), m.backbone[:3](x[kept]), kept
+
+
+def of_several_rows_a_sample(m, x, y, order):
+    parts = torch.stack([x, x + 0.1, 1 - x], 1).flatten(0, 1)
+    logits = m.head(m.backbone(parts)).view(len(x), 3, 2).mean(1)
+    return F.cross_entropy(logits, y), m.backbone[:3](parts), torch.arange(len(x)).repeat_interleave(3)
+
+
+def whose_logits_are_repeated(m, x, y, order):
+    features = m.backbone(x)
+    return F.cross_entropy(m.head(features).repeat(2, 1), y.repeat(2)), features, torch.arange(len(x))
+
+
+def of_time_first_logits(m, x, y, order):
+    features = torch.stack([m.backbone(x), m.backbone(1 - x)], 1)
+    logits = m.head(features).transpose(0, 1).reshape(-1, 2)
+    return F.cross_entropy(logits, y.repeat(2)), features.view(-1, 6), torch.arange(len(x)).repeat_interleave(2)
+
+
+def of_time_first_features(m, x, y, order):
+    features = torch.stack([m.backbone(x), m.backbone(1 - x)])
+    logits = m.head(features).reshape(-1, 2)
+    return F.cross_entropy(logits, y.repeat(2)), features.view(-1, 6), torch.arange(len(x)).repeat(2)
+
+
+def of_an_average_over_positions(m, x, y, order):
+    features = torch.stack([m.backbone(x), m.backbone(1 - x)], 1)
+    loss = F.cross_entropy(m.head(features).mean(1), y)
+    return loss, features.view(-1, 6), torch.arange(len(x)).repeat_interleave(2)
+
+
+def that_the_loss_leaves_out(m, x, y, order):
+    features, keep = m.backbone(x), x[:, 0] > 0
+    samples = torch.where(keep, torch.arange(len(x)), len(x))
+    return F.cross_entropy(m.head(features)[keep], y[keep]), features, samples
+
+
+def of_unreduced_losses(m, x, y, order):
+    features = m.backbone(x)
+    losses = F.cross_entropy(m.head(features), y, reduction="none")[order]
+    return (losses * losses.detach()).mean(), features, torch.arange(len(x))
+
+
+def of_several_labels(m, x, y, order):
+    features = m.backbone(x)
+    logits, target = m.head(features)[order] / 2, F.one_hot(y, 2).double()[order]
+    return F.binary_cross_entropy_with_logits(logits, target), features, torch.arange(len(x))
+
+
+def of_maps(m, x, y, order):
+    maps = x[order].view(-1, 1, 2, 2) * m.neck.weight.sum()
+    target = y[order].view(-1, 1, 1).expand(-1, 2, 2)
+    return F.cross_entropy(m.conv(maps), target), maps.view(-1, 1), order.repeat_interleave(4)
+
+
+STEPS: dict[Step, str | None] = {  # and the name of the head
+    in_front_of_the_head: "head",
+    behind_the_head: "head",
+    behind_the_network: "backbone.3",
+    of_the_batch: "backbone.3",
+    of_two_views: "backbone.3",
+    of_two_views_behind_the_network: "backbone.3",
+    of_repeated_samples: "backbone.3",
+    of_several_rows_a_sample: "backbone.3",
+    whose_logits_are_repeated: "head",
+    of_time_first_logits: None,
+    of_time_first_features: None,
+    of_an_average_over_positions: "head",
+    that_the_loss_leaves_out: "head",
+    of_unreduced_losses: "head",
+    of_several_labels: "head",
+    of_maps: "conv",
+}
+
+
+def by_hand(
+    step: Step, penalty: Callable[..., torch.Tensor], module: Callable[[Step], Rows] = Rows
+) -> dict[str, torch.Tensor]:
+    """Trained by a plain loop on the step's loss and the penalty of the features that it means."""
+    model = module(step)
+    optimizer = model.configure_optimizers()
+    for i, batch in enumerate(loader()):
+        (x, y), domains = batch.batch, torch.cat((batch.tags["place"], torch.tensor([-1])))
+        loss, features, samples = step(model, x, y, model.order(len(x), i))
+        optimizer.zero_grad()
+        (loss + penalty(features, domains[samples], 3)).backward()
+        optimizer.step()
+    return parameters(model)
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
+@pytest.mark.parametrize("method", PENALTIES)
+def test_rows_of_features_are_followed_on_their_own(method: type, step: Step) -> None:
+    model, theirs = Rows(step), by_hand(step, PENALTIES[method])
+    train(model, [method("place", 3, head=STEPS[step])])
+    plain = Rows(step)
+    train(plain, bare=True)
+    for name, value in parameters(model).items():
+        assert torch.allclose(value, theirs[name], rtol=1e-10, atol=1e-13), name
+    assert deviation(parameters(plain), theirs) > 1e-6
+
+
+@pytest.mark.parametrize("step", [behind_the_network, of_the_batch], ids=lambda step: step.__name__)
+def test_a_network_that_is_given_what_cannot_be_followed_in_a_step_that_reorders_samples(step: Step) -> None:
+    """Its rows may be those of the batch or those of the loss: nobody knows."""
+
+    def hidden(m, x, y, order):
+        return step(m, torch.from_numpy(x.numpy()), y, order)
+
+    with pytest.raises(RowsError, match=r"rows can be followed to the 16 samples.*\(16, 6\).*another order"):
+        train(Rows(hidden), [CORAL("place", 3, head="backbone.3")])
+
+
+@pytest.mark.parametrize("arranged", ["tiled", "interleaved"])
+def test_several_rows_a_sample_that_cannot_be_followed_are_arranged_as_is_said(arranged: str) -> None:
+    def unseen(x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy((x.repeat(2, 1) if arranged == "tiled" else x.repeat_interleave(2, 0)).numpy())
+
+    def step(m, x, y, order):
+        views = unseen(x)
+        samples = torch.arange(len(x))
+        samples = samples.repeat(2) if arranged == "tiled" else samples.repeat_interleave(2)
+        loss = F.cross_entropy(m.head(m.backbone(views)), torch.from_numpy(y[samples].numpy()))
+        return loss, m.backbone[:3](views), samples
+
+    model, theirs = Rows(step), by_hand(step, coral_penalty)
+    train(model, [CORAL("place", 3, head="backbone.3", rows=arranged)])
+    assert deviation(parameters(model), theirs) < 1e-10
+    with pytest.raises(RowsError, match="rows="):
+        train(Rows(step), [CORAL("place", 3, head="backbone.3", rows=lambda call, n: samples_of(call, n, arranged))])
+
+
+def samples_of(call, n: int, arranged: str) -> torch.Tensor:
+    return torch.arange(n).repeat(2) if arranged == "tiled" else torch.arange(n).repeat_interleave(2)
+
+
+@pytest.mark.parametrize("head", [None, "backbone.3"])
+def test_features_of_a_batch_that_an_augmenter_has_doubled(head: str | None) -> None:
+    """The edge maps stand behind the images, with the same domains."""
+    seen = []
+
+    class Seeing(CORAL):
+        def feature_rows(self, call, domains):
+            features, of_rows = super().feature_rows(call, domains)
+            seen.append((len(features), of_rows.tolist()))
+            return features, of_rows
+
+    train(Classifier(), [EdgeView(), Seeing("place", 3, head=head)], limit_train_batches=1)
+    assert seen == [(32, places(39)[:16].tolist() * 2)]
+
+
+# -- the output of a named module --------------------------------------------------------------------
+
+
+class Averaged(Rows):
+    """No layer makes the logits, and the features are not what any layer reads."""
+
+    def __init__(self, step: Step | None = None) -> None:
+        super().__init__(step or averaged)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2)
+            self.other_head = nn.Linear(6, 2).double()
+
+
+def averaged(m, x, y, order):
+    features = m.backbone(x)
+    mean = (m.head(features.relu()) + m.other_head(features.sigmoid())) / 2
+    return F.nll_loss(mean.log_softmax(1), y), features, torch.arange(len(x))
+
+
+@pytest.mark.parametrize("method", PENALTIES)
+def test_the_output_of_a_named_module(method: type) -> None:
+    model, theirs = Averaged(), by_hand(averaged, PENALTIES[method], Averaged)
+    train(model, [method("place", 3, features="backbone")])
+    assert deviation(parameters(model), theirs) < 1e-10
+    plain = Averaged()
+    train(plain, bare=True)
+    assert deviation(parameters(plain), theirs) > 1e-6
+    with pytest.raises(HeadNotFoundError, match="no layer was found"):
+        train(Averaged(), [method("place", 3)])
+
+
+NAMED = [behind_the_network, of_the_batch, of_two_views, of_repeated_samples, of_several_rows_a_sample]
+
+
+@pytest.mark.parametrize("step", NAMED, ids=lambda step: step.__name__)
+def test_rows_of_a_named_module_are_followed(step: Step) -> None:
+    """The last layer of the backbone takes the hyperbolic tangent of what these steps call features."""
+    model, theirs = Rows(step), by_hand(step, lambda f, domains, n: coral_penalty(f.tanh(), domains, n))
+    train(model, [CORAL("place", 3, features="backbone")])
+    assert deviation(parameters(model), theirs) < 1e-10
+
+
+def through(module: str) -> Step:
+    def step(m, x, y, order):
+        m.get_submodule(module)(x.view(-1, 8)[:, :6] if module == "neck" else m.neck(m.backbone(x)))
+        return averaged(m, x, y, order)
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("features", "step", "error", "match"),
+    [
+        ("bakbone", averaged, HeadNotFoundError, r"`features`.*'bakbone'. Did you mean 'backbone'"),
+        ("backbone.1", averaged, HeadNotFoundError, r"shape \(N, D\), one row per sample, but got shape \(16, 3, 2\)"),
+        ("neck", averaged, HeadNotFoundError, r"`features='neck'` to run once in a step, but it ran 0 times"),
+        ("neck", through("neck"), RowsError, r"followed to the 16 samples, but got shape \(8, 6\)"),
+        ("norm", through("norm"), HeadNotFoundError, r"but got tuple.*features='dotted.path'"),
+    ],
+)
+def test_named_modules_that_are_refused(features: str, step: Step, error: type, match: str) -> None:
+    model = Averaged(step)
+    model.norm = Pair()
+    with pytest.raises(error, match=match):
+        train(model, [CORAL("place", 3, features=features)])
+
+
+class Pair(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x, x
+
+
+def _fit(rank: int, name: str, sizes: tuple[int, ...], last: tuple[int, ...]) -> dict:
+    return runs.fit(rank, name, sizes, last, method={"features": "backbone"})
+
+
+@pytest.mark.parametrize("name", ["CORAL", "MMD"])
+def test_named_modules_on_uneven_ranks_are_one_process(ranks, name: str) -> None:
+    first, second = ranks.run(_fit, name, (5, 11), (2, 5))
+    assert same(first, second)
+    assert deviation(_fit(0, name, (16,), (7,)), first) < 1e-12
+    assert deviation(runs.fit(0, name), first) < 1e-12  # it is what the head reads
+
+
+@pytest.mark.parametrize("name", ["CORAL", "MMD"])
+def test_yaml_names_the_module(name: str, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("sys.argv", ["program"])
+    arguments = {"domain": "place", "n_domains": 3, "features": "neck"}
+    trainer = {
+        "accelerator": "cpu", "logger": False, "enable_checkpointing": False,
+        "callbacks": [{"class_path": f"debias.{name}", "init_args": arguments}],
+    }  # fmt: skip
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps({"trainer": trainer}))  # JSON is YAML
+    cli = LightningCLI(
+        Classifier, run=False, args=["--config", str(path)], save_config_callback=None, seed_everything_default=False
+    )
+    (callback,) = [c for c in cli.trainer.callbacks if type(c).__name__ == name]
+    assert callback.features == "neck"
+    ends = []
+    for method in (callback, type(callback)("place", 3, features="neck")):
+        model = Rows(lambda m, x, y, order: (F.cross_entropy(m.head(m.neck(m.backbone(x))), y), None, None))
+        train(model, [method])
+        ends.append(parameters(model))
+    assert same(*ends)
 
 
 def test_modules_in_a_plain_loop() -> None:

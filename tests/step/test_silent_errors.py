@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset
 
-from debias import GroupDRO, GroupMonitor, GroupReweighting, tag
+from debias import IRM, Fishr, GroupDRO, GroupMonitor, GroupReweighting, HessianAlignment, tag
 from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, RowsError, UntappedLossError
 
 N, D, C = 6, 5, 4
@@ -78,6 +78,200 @@ def losses_of(module):
 
 
 ONES = torch.ones(N, dtype=torch.float64)
+
+
+# -- unreduced losses that are combined ------------------------------------------------------------
+
+HALF = torch.tensor([1.0, 0, 1, 1, 0, 1], dtype=torch.float64)
+SIGNS = torch.tensor([1.0, -1, 1, -1, 1, 1], dtype=torch.float64)
+
+
+def errors_of(module):
+    return F.mse_loss(module.net(X), Z, reduction="none")
+
+
+COMBINED = {
+    "easy ones count half": lambda ce, mse: torch.where(ce < 1.4, ce, 0.5 * ce),
+    "one of two losses": lambda ce, mse: torch.where(HALF > 0, mse.mean(1), ce),
+    "capped": lambda ce, mse: torch.where(ce < 1.4, ce, torch.full_like(HALF, 1.4)),
+    "capped by a number": lambda ce, mse: torch.where(ce < 1.4, ce, 1.4),
+    "filled with a number": lambda ce, mse: ce.masked_fill(HALF == 0, 0.7),
+    "filled with a tensor": lambda ce, mse: ce.masked_fill(mask=HALF == 0, value=torch.tensor(0.7).double()),
+    "signed": lambda ce, mse: ce * SIGNS,
+    "added": lambda ce, mse: ce + mse.sum(1),
+}
+
+
+@pytest.mark.parametrize("name", COMBINED)
+def test_combined_losses_count_as_often_as_they_stand(name):
+    def combined(m):
+        return COMBINED[name](losses_of(m), errors_of(m))
+
+    assert_step(lambda m, batch: combined(m).mean(), lambda m: dro(combined(m), ONES, GROUPS)[0])
+
+
+@pytest.mark.parametrize("masked", [
+    lambda ce: torch.where(HALF > 0, ce, 0.0),
+    lambda ce: torch.where(HALF > 0, ce, torch.zeros_like(ce)),
+    lambda ce: ce.masked_fill(HALF == 0, 0),
+    lambda ce: ce * HALF,
+    lambda ce: ce * (HALF > 0),
+])  # fmt: skip
+def test_zeros_are_a_mask(masked):
+    def step(m, batch):
+        return masked(F.cross_entropy(m.net(X), Y, reduction="none")).sum() / HALF.sum()
+
+    assert_step(step, lambda m: dro(losses_of(m) * HALF, HALF, GROUPS)[0])
+
+
+def test_losses_of_different_masks_are_not_added():
+    def step(m, batch):
+        ce, mse = F.cross_entropy(m.net(X), Y, reduction="none"), F.mse_loss(m.net(X)[:, 0], Z[:, 0], reduction="none")
+        return (ce * HALF + mse).mean()
+
+    with pytest.raises(UntappedLossError, match=r"`cross_entropy` and `mse_loss`, to have the same masks"):
+        fit(step)
+
+
+def test_losses_of_different_samples_are_not_combined():
+    def step(m, batch):
+        x, y, z = batch
+        ce = F.cross_entropy(m.net(x[PERM]), y[PERM], reduction="none")
+        return (ce + F.mse_loss(m.net(x)[:, 0], z[:, 0], reduction="none")).mean()
+
+    with pytest.raises(RowsError, match="to be of the same samples row by row"):
+        fit(step)
+
+
+@pytest.mark.parametrize("choice", [0, "sum"])
+def test_a_guarded_loss_of_nothing_is_nothing(choice):
+    """An auxiliary loss whose mask is empty in this batch."""
+
+    def step(m, batch):
+        aux = F.mse_loss(m.net(X)[:, 0], Z[:, 0], reduction="none") * torch.zeros(N)
+        return F.cross_entropy(m.net(X), Y) + 0.5 * aux.sum() / torch.zeros(N).sum().clamp(min=1)
+
+    method = GroupDRO("place", 2, step_size=STEP_SIZE, loss=choice)
+    assert_step(step, lambda m: dro(losses_of(m), ONES, GROUPS)[0], method)
+
+
+def test_a_learned_weight_is_refused():
+    def step(m, batch):
+        return F.mse_loss(m.net(X)[:, 0], Z[:, 0], weight=m.s[0] * ONES)
+
+    with pytest.raises(UntappedLossError, match="`weight` of `mse_loss` to be constant"):
+        fit(step)
+
+
+def test_a_loss_that_learns_by_another_argument_is_seen():
+    def step(m, batch):
+        mu, var = m.net(X)[:, 0], m.net(X)[:, 1].exp()
+        return F.mse_loss(mu, Z[:, 0]) + F.gaussian_nll_loss(mu.detach(), Z[:, 0], var)
+
+    with pytest.raises(AmbiguousLossError, match="mse_loss, gaussian_nll_loss"):
+        fit(step)
+
+
+@pytest.mark.parametrize("method", [IRM, Fishr, HessianAlignment])
+@pytest.mark.parametrize("changed", [
+    lambda ce, mse: (1 - torch.exp(-ce)) ** 2 * ce,
+    lambda ce, mse: ce + mse,
+    lambda ce, mse: ce * SIGNS,
+    lambda ce, mse: torch.where(ce < 1.4, ce, 1.4),
+])  # fmt: skip
+def test_penalties_on_derivatives_refuse_losses_that_are_not_the_functions_own(method, changed):
+    def step(m, batch):
+        x, y, z = batch
+        logits = m.net(x)
+        ce = F.cross_entropy(logits, y, reduction="none")
+        return changed(ce, F.mse_loss(logits, z, reduction="none").mean(1)).mean()
+
+    with pytest.raises(RowsError, match=r"what that function makes of the logits.*VREx"):
+        fit(step, method("place", 2))
+
+
+@pytest.mark.parametrize("method", [IRM, Fishr, HessianAlignment])
+def test_penalties_on_derivatives_take_masks_and_weights(method):
+    def step(m, batch):
+        x, y, _ = batch
+        return (F.cross_entropy(m.net(x), y, reduction="none") * HALF * 0.3).sum() / HALF.sum()
+
+    fit(step, method("place", 2))
+
+
+# -- rows that look like those of the batch --------------------------------------------------------
+
+
+def test_a_reordering_that_starts_later_is_followed():
+    """Targets of unknown origin: from the second step on only what matters is recorded."""
+    values = []
+
+    def step(m, batch):
+        z, y = m.net(batch[0]), batch[2].argmax(1)
+        if m.global_step:
+            z, y = z[PERM], y[PERM]
+        loss = F.cross_entropy(z, y)
+        values.append(loss.item())
+        return loss
+
+    fit(step, GroupReweighting("place", 2, group_counts=[4, 2]), epochs=2, module=Base(step, lr=0.0))
+    module = Base()
+    losses = F.cross_entropy(module.net(X), Z.argmax(1), reduction="none")
+    expected = (losses[GROUPS == 0].mean() + losses[GROUPS == 1].mean()) / 2
+    assert values[1] == pytest.approx(expected.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("rows", [N, 3])
+def test_rows_from_elsewhere_have_no_group(rows):
+    memory, labels = torch.randn(N, D, dtype=torch.float64), torch.randint(0, C, (N,))
+
+    def step(m, batch):
+        x, y, _ = batch
+        return F.cross_entropy(m.net(torch.cat([x, memory[:rows]])), torch.cat([y, labels[:rows]]))
+
+    with pytest.raises(RowsError, match="to be those of the batch"):
+        fit(step)
+
+
+def test_sorted_rows_are_nobodys():
+    def step(m, batch):
+        x, _, z = batch
+        return F.mse_loss(m.net(x)[:, 0].sort().values, z[:, 0].sort().values)
+
+    with pytest.raises(RowsError, match="to be those of the batch"):
+        fit(step)
+
+
+def test_sorting_classes_moves_no_row():
+    def step(m, batch):
+        return F.mse_loss(m.net(batch[0]).sort(dim=1).values, batch[2].sort(dim=1).values)
+
+    def objective(m):
+        squared = (m.net(X).sort(dim=1).values - Z.sort(dim=1).values).square().sum(1)
+        return dro(squared, C * ONES, GROUPS)[0]
+
+    assert_step(step, objective)
+
+
+def test_a_triplet_is_its_anchors():
+    negative = torch.arange(N - 1, -1, -1)
+
+    def triplets(m, **options):
+        z = m.net(X)
+        return F.triplet_margin_loss(z, z[PERM], z[negative], **options)
+
+    assert_step(lambda m, batch: triplets(m), lambda m: dro(triplets(m, reduction="none"), ONES, GROUPS)[0])
+
+
+def test_a_single_number_is_no_sample():
+    def step(m, batch):
+        x, y, z = batch
+        same = y[None] == y[:, None]  # `y[None]` has one row, made of the batch
+        return F.mse_loss(m.net(x)[:, 0].mean(), same.double().mean() * z.mean())
+
+    with pytest.raises(RowsError, match="to be those of the batch"):
+        fit(step)
+
 
 MOVED = {
     "permuted": (lambda ls: ls[PERM].mean(), PERM),

@@ -297,6 +297,15 @@ def test_unchanged_rows_need_no_index():
         assert rows is None
 
 
+def test_a_move_that_moves_nothing():
+    """Flattening a tensor with one axis returns the tensor itself."""
+    y, net = torch.tensor([0.0, 1.0, 1.0]).double(), nn.Linear(5, 1).double()
+    logits = net(rand(3, 5))[:, 0].sigmoid()
+    assert logits.flatten() is logits
+    rows, _ = _rows((y,), 3, lambda: F.binary_cross_entropy_with_logits(logits.flatten(), y.sqrt().flatten()))
+    assert rows is None
+
+
 def test_unknown_rows_are_an_error_with_both_shapes():
     logits = rand(6, C).requires_grad_()
     with pytest.raises(RowsError, match=r"loss has shape \(6,\) and the batch 3 ids.*rows='tiled'"):
