@@ -1,4 +1,4 @@
-"""AdvStyle: perturb the styles of samples in the direction that hurts the loss. Zhong et al., arXiv 2301.12643.
+"""AdvStyle: perturb the styles of samples in the direction that hurts the loss. Zhang et al., arXiv 2301.12643.
 
 As DSU (:mod:`debias.methods.dsu`), with learned spreads ``a_mu, a_sigma`` of each channel of a layer in place of those
 of the batch; they *ascend* on the loss that the network descends on::
@@ -217,7 +217,7 @@ class AdvStyle(LayerAugmenter):
     """
 
     stateful: ClassVar[bool] = True
-    reference: ClassVar[str] = "Zhong et al., arXiv 2301.12643"
+    reference: ClassVar[str] = "Zhang et al., arXiv 2301.12643"
     resnet_layers = ("conv1", "maxpool", "layer1", "layer2", "layer3", "layer4")
     vit_blocks = (0.25, 0.5, 0.75, 1.0)
 

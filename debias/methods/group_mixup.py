@@ -9,7 +9,7 @@ With a partner ``p(i)`` of each sample and one ``share`` a batch, drawn from Bet
 LISA (Yao et al., ICML 2022, arXiv 2201.00299, section 3) chooses the partners: with probability ``p_same_label`` of the
 same label from another domain, so that the domain is no clue to the label, else of the same domain with another label.
 Defaults are those of its code on images: alpha 2, p_same_label 0.5, every batch mixed. Mixup was published with alpha
-0.2 (ImageNet) and 1 (CIFAR), CutMix with alpha 1.
+0.2 (ImageNet) and 1 (CIFAR), CutMix with alpha 1, and LISA's code takes 0.2 for CutMix.
 
 Hard labels stay in the batch, so the step's own metrics compare with the sample's own label. The loss is taken apart:
 each sample counts ``share`` with its own label, in its own group, and ``1 - share`` with its partner's label in its
@@ -17,10 +17,12 @@ partner's group, so Group DRO and penalties see soft memberships. For losses lin
 cross-entropy) this is the loss with soft targets; for others, such as the squared error, it has the same gradient or is
 the mixture of the two losses.
 
-Differences from the authors' code: partners are drawn for all samples at once, where theirs loops over classes and
-domains; a sample with no partner that satisfies the rule (a class with one domain in the batch, an unlabelled sample)
-stays as it is, where theirs leaves it out of the batch and repeats until the batch is full. A batch of one stays as it
-is. Costs one pass over the input, an ``(N, N)`` table for selective pairs, and the loss twice (not the network).
+Differences from LISA's code: it reads as many samples of each group, where here batches are what the loader gives
+(``GroupBalancedSampler`` for the same), and its Mixup draws a share for each sample, where here one share a batch goes
+for both forms. SubpopBench's version draws one share as well; it loops over classes and domains, leaves out a sample
+with no partner that satisfies the rule and repeats until the batch is full. Here such a sample (a class with one domain
+in the batch, an unlabelled sample) stays as it is, as does a batch of one. Costs one pass over the input, an ``(N, N)``
+table for selective pairs, and the loss twice (not the network).
 """
 
 from __future__ import annotations

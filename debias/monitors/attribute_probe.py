@@ -220,7 +220,7 @@ class AttributeProbe(StepWatcher):
     monitors: ClassVar[bool] = True
     needs_features: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("attribute", "features")
-    reference: ClassVar[str] = "probe: Alain and Bengio, ICLR 2017; shrinkage: Ledoit and Wolf, 2004"
+    reference: ClassVar[str] = "probe: Alain and Bengio, ICLR 2017 workshop; shrinkage: Ledoit and Wolf, 2004"
 
     def __init__(
         self,
