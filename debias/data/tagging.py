@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
@@ -25,9 +26,9 @@ def tag(dataset: Any, **tags: Any) -> TaggedDataset | TaggedIterableDataset:
 
     Args:
         dataset: a map-style or iterable dataset; it is wrapped, not edited.
-        **tags: name = ids. Ids are a sequence, array or tensor of shape ``(len(dataset),)`` or ``(len(dataset), ...)``
-            (int64 ids, or a boolean membership ``(len(dataset), n_groups)``), or a callable of one sample. Negative
-            ids mean unlabelled.
+        **tags: name = ids. Ids are a sequence, array, tensor or column of a table, in the order of the dataset, of
+            shape ``(len(dataset),)`` or ``(len(dataset), ...)`` (int64 ids, or a boolean membership
+            ``(len(dataset), n_groups)``), or a callable of one sample. Negative ids mean unlabelled.
 
     Returns:
         A dataset of the same length; other attributes are those of ``dataset``.
@@ -93,12 +94,17 @@ class TaggedIterableDataset(IterableDataset):
 def _as_ids(name: str, ids: Any, length: int) -> Any:
     if callable(ids):
         return ids
+    kind = type(ids).__name__
+    if not isinstance(ids, Tensor | list | tuple):
+        # Rows by position: `column[0]` of a filtered pandas frame is the row labelled 0. It may be read-only.
+        ids = np.asarray(ids).copy()
     try:
         ids = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError):
+        some = ids.reshape(-1) if isinstance(ids, np.ndarray) else ids
         raise DataError(
-            f"Expected the tag `{name}` to be numbers, one row per sample, but got {type(ids).__name__} of"
-            f" {type(ids[0]).__name__ if len(ids) else 'nothing'}. Number the names first, e.g."
+            f"Expected the tag `{name}` to be numbers, one row per sample, but got {kind} of"
+            f" {type(some[0]).__name__ if len(some) else 'nothing'}. Number the names first, e.g."
             " `torch.unique` or `sklearn.preprocessing.LabelEncoder`."
         ) from None
     if ids.ndim == 0 or len(ids) != length:

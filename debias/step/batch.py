@@ -15,6 +15,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from torch.utils.data.dataloader import default_collate
 
 from debias.errors import BatchKeyError
+from debias.step.sample_order import reorders
 
 __all__ = [
     "BatchKey",
@@ -119,21 +120,48 @@ class TagCollate:
     """A ``collate_fn`` around the user's own one, which sees bare samples and never learns about tags.
 
     The engine puts it around the ``collate_fn`` of every loader that Lightning runs; other loops write
-    ``DataLoader(tagged, collate_fn=TagCollate(my_collate))``.
+    ``DataLoader(tagged, collate_fn=TagCollate(my_collate))``. It has to keep the order of its samples, which is checked
+    with the first batch: by calling it again, with copies of the samples in reverse.
     """
 
     def __init__(self, collate_fn: Callable[[Any], Any]) -> None:
         self.collate_fn = collate_fn
+        self.checked = collate_fn is default_collate  # a copy in a worker that starts before the first batch checks too
 
     def __call__(self, items: Any) -> Any:
-        """Collate the bare samples, and the tags beside them."""
+        """Collate the bare samples, and the tags beside them.
+
+        Raises:
+            BatchKeyError: samples with and without tags meet, or the order of the samples is not kept.
+        """
         if isinstance(items, list) and any(isinstance(item, TaggedSample) for item in items):
             _refuse_mixed(items)
             tags = default_collate([item.tags for item in items])
-            return TaggedBatch(self.collate_fn([item.sample for item in items]), tags)
+            samples = [item.sample for item in items]
+            if self.checked or len(samples) < 2:
+                return TaggedBatch(self.collate_fn(samples), tags)
+            return TaggedBatch(self._collate_and_check(samples), tags)
         if isinstance(items, TaggedSample):  # batch_size=None: the dataset yields whole batches
             return TaggedBatch(self.collate_fn(items.sample), items.tags)
         return self.collate_fn(items)
+
+    def _collate_and_check(self, samples: list[Any]) -> Any:
+        try:
+            copies = copy.deepcopy(samples)  # made first: a collate_fn may take its samples apart
+        except Exception:  # samples that cannot be copied cannot be collated twice
+            copies = None
+        batch = self.collate_fn(samples)
+        self.checked = True
+        if copies is not None and reorders(self.collate_fn, copies, batch):
+            self.checked = False  # so that the next batch is refused too
+            name = getattr(self.collate_fn, "__qualname__", type(self.collate_fn).__name__)
+            raise BatchKeyError(
+                f"Expected `collate_fn` to keep the order of its samples, but {name} sorts or shuffles them, so that"
+                " tags would go to the wrong ones. Sort in a batch sampler or in the step (or let"
+                " `pack_padded_sequence(..., enforce_sorted=False)` do it), or put the id into the sample and name its"
+                " place in the batch, as in `group=2`."
+            )
+        return batch
 
 
 def split_tags(batch: Any) -> tuple[Any, dict[str, Any]]:

@@ -72,7 +72,8 @@ class Step:
             membership ``(N, G)`` is returned as it is.
 
         Raises:
-            BatchKeyError: nothing is there, or it is no integer ids ``(N,)`` and no boolean membership ``(N, G)``.
+            BatchKeyError: nothing is there, it is no integer ids ``(N,)`` and no boolean membership ``(N, G)``, or a
+                membership is to be crossed.
         """
         # Of several keys the counts are part of the question: they decide how the ids are crossed.
         cached = key
@@ -83,6 +84,13 @@ class Step:
         if isinstance(key, tuple | list):
             counts = list(count) if isinstance(count, Sequence) else [count]
             parts = [self._one(k, argument) for k in key]
+            shapes = [tuple(part.shape) for part in parts]
+            if len(shapes[0]) != 1 or len(set(shapes)) > 1:
+                raise BatchKeyError(
+                    f"Expected the keys of the crossed `{argument}={key!r}` to hold ids of the same shape (N,), but got"
+                    f" shapes {', '.join(map(str, shapes))}. A membership cannot be crossed with other ids: cross it"
+                    " yourself, and give one membership (N, G) of all crossed groups."
+                )
             ids = torch.zeros_like(parts[0])
             unlabelled = bad = torch.zeros_like(ids, dtype=torch.bool)
             total = 1

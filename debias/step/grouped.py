@@ -8,8 +8,16 @@ from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, SubsetRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    IterableDataset,
+    Subset,
+    SubsetRandomSampler,
+)
 
 from debias.errors import BatchKeyError, DebiasError
 from debias.step.batch import BatchKey, split_tags
@@ -50,6 +58,7 @@ class GroupDebiaser(Debiaser):
         self.group = group
         self.n_groups = n_groups
         self._said_unlabelled = False
+        self._counted: Tensor | None = None  # in the last fit
 
     def sample_ids(self, step: Step) -> Tensor:
         """Group ids ``(N,)`` or membership ``(N, G)``."""
@@ -75,12 +84,14 @@ class GroupDebiaser(Debiaser):
         return losses
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Count the groups of the training set once, if the method needs it and nobody gave or saved the counts; else
-        say which ones have no sample, where tags tell.
+        """Count the groups of the training set, if the method needs it and nobody gave or saved the counts; else say
+        which ones have no sample, where tags tell.
         """
         if self.module.needs_counts:
-            if not self.module.has_counts:
+            counted = self._counted is not None and torch.equal(self._counted, self.module.counts.cpu())
+            if counted or not self.module.has_counts:  # of another fit, perhaps on other data
                 self.module.set_counts(count_groups(trainer, self.group, self.n_groups, argument=self.needs[0]))
+                self._counted = self.module.counts.cpu().clone()
             return
         counts = tag_counts(trainer, trainer.train_dataloader, self.group, self.n_groups)
         empty = empty_groups(counts, self.module.group_names)
@@ -90,6 +101,11 @@ class GroupDebiaser(Debiaser):
                 f" hold no sample of {empty}. If that counts too many, correct it; else these take no part.",
                 stacklevel=2,
             )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore; saved counts are not counted anew."""
+        super().load_state_dict(state_dict)
+        self._counted = None
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """No epoch ends with bad rows unsaid, nor the first one with unlabelled rows alone."""
@@ -124,6 +140,7 @@ def count_groups(trainer: Any, key: Any, n_groups: int | Sequence[int], *, argum
                 f"Expected `{argument}_counts` to be given where the training data cannot be counted, but got"
                 f" {type(dataset if dataset is not None else loader).__name__}. Pass `{argument}_counts=[...]`."
             )
+        _warn_of_sampler(loader, trainer, argument)
         found = _count(loader, key, n_groups, trainer, argument)
         counts = found if counts is None else counts + found
     return counts  # type: ignore[return-value]
@@ -178,10 +195,46 @@ def _count(loader: Any, key: Any, n_groups: Any, trainer: Any, argument: str) ->
     return _sum_up(parts, key, n_groups, trainer, argument)
 
 
+# By name: torchdata has some of its own that share no base class with PyTorch's.
+_OF_WHOLE_DATASETS = {"SequentialSampler", "RandomSampler", "WeightedRandomSampler", "DistributedSampler"}
+
+
 def _drawn_from(loader: Any) -> Any:
+    """The dataset, or the part of it that the loader's sampler is known to leave."""
     dataset: Any = getattr(loader, "dataset", None)
-    sampler = getattr(loader, "sampler", None)
-    return Subset(dataset, list(sampler.indices)) if isinstance(sampler, SubsetRandomSampler) else dataset
+    sampler = _sampler(loader)
+    if isinstance(sampler, SubsetRandomSampler):
+        return Subset(dataset, [int(i) for i in sampler.indices])
+    if isinstance(sampler, list | tuple | range):
+        return Subset(
+            dataset, [int(i) for part in sampler for i in (part if isinstance(part, list | tuple) else [part])]
+        )
+    return dataset
+
+
+def _sampler(loader: Any) -> Any:
+    """What draws single indices, below the samplers that only batch them or share them out among ranks."""
+    sampler = getattr(loader, "batch_sampler", None)
+    sampler = getattr(loader, "sampler", None) if sampler is None else sampler
+    while True:
+        if isinstance(sampler, BatchSampler):
+            sampler = sampler.sampler
+        elif isinstance(sampler, DistributedSamplerWrapper):
+            sampler = sampler.dataset._sampler  # type: ignore[attr-defined]
+        else:
+            return sampler
+
+
+def _warn_of_sampler(loader: Any, trainer: Any, argument: str) -> None:
+    sampler = _sampler(loader)
+    known = isinstance(sampler, SubsetRandomSampler | list | tuple | range | None)
+    if known or _OF_WHOLE_DATASETS & {kind.__name__ for kind in type(sampler).__mro__} or not trainer.is_global_zero:
+        return
+    warnings.warn(
+        f"The {argument}s of the whole training set were counted, since nothing tells whether {type(sampler).__name__}"
+        f" draws from all of it. If it leaves samples out, pass `{argument}_counts=[...]`, or a `Subset` as dataset.",
+        stacklevel=2,
+    )
 
 
 def _sum_up(parts: Any, key: Any, n_groups: Any, trainer: Any, argument: str = "group") -> Tensor:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_sequence
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, TensorDataset
 
 from _support.fits import Classifier, make_trainer
@@ -146,6 +149,32 @@ def test_tags_that_do_not_fit(tags, message):
         tag(Images(), **tags)
 
 
+class Column:
+    """A column of a filtered table: rows are looked up by their labels, here 8 to 12."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, label):
+        return {8 + i: value for i, value in enumerate(self.values)}[label]
+
+    def __array__(self, dtype=None, copy=None):
+        values = np.array(self.values, dtype)
+        values.flags.writeable = False
+        return values
+
+
+def test_columns_of_a_table_are_taken_by_position():
+    tagged = tag(Images(), place=Column([3, 1, 4, 1, 5]))
+    assert tagged.tags["place"].tolist() == [3, 1, 4, 1, 5]
+    assert tagged.tags["place"].dtype == torch.int64
+    with pytest.raises(DataError, match=r"`place` to be numbers.*Column of str.*Number the names"):
+        tag(Images(), place=Column(["land", "sea", "sea", "sea", "land"]))
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
 def test_tagged_things_can_be_copied_and_sent(copied):
     tagged = copied(tag(Images(), place=[3, 1, 4, 1, 5]))
@@ -271,3 +300,145 @@ def test_a_trainer_refuses_a_mixture(first):
     trainer = make_trainer([GroupDRO("place", 2)])
     with pytest.raises(BatchKeyError, match=r"all samples of a batch to carry the same tags, but got"):
         trainer.fit(Classifier(), DataLoader(ConcatDataset(mixed), batch_size=4), DataLoader(tagged))
+
+
+# -- the order of the samples
+# ------------------------------------------------------------------------------------------------------------
+
+LENGTHS = [2, 3, 2, 4, 3, 2, 7, 6]
+g = torch.Generator().manual_seed(0)
+SEQUENCES = [(torch.randn(n, 3, generator=g), i % 2) for i, n in enumerate(LENGTHS)]
+
+
+def longest_first(items):
+    return sorted(items, key=lambda item: -len(item[0]))
+
+
+def padded(items):
+    return pad_sequence([x for x, _ in items], batch_first=True), torch.tensor([y for _, y in items])
+
+
+def lengths_of(items):
+    return torch.tensor([len(x) for x, _ in items])
+
+
+@dataclass
+class Padded:
+    x: Any
+    y: Any
+
+
+SORTING = {
+    "padded": lambda items: padded(longest_first(items)),
+    "by a random key": lambda items: padded(random.sample(items, len(items))),
+    "in a dict": lambda items: {"inputs": dict(zip("xy", padded(longest_first(items)), strict=True))},
+    "in a dataclass": lambda items: Padded(*padded(longest_first(items))),
+    "in lists": lambda items: tuple(map(list, zip(*longest_first(items), strict=True))),
+    "lengths alone": lambda items: {"lengths": lengths_of(longest_first(items))},
+    "samples": longest_first,
+    "packed": lambda items: pack_padded_sequence(
+        padded(longest_first(items))[0], lengths_of(longest_first(items)), batch_first=True
+    ),
+    "in place": lambda items: items.sort(key=lambda item: -len(item[0])) or padded(items),
+    "positions beside": lambda items: (torch.arange(len(items)), *padded(longest_first(items))),
+    "arrays": lambda items: [a.numpy() for a in padded(longest_first(items))],
+}
+
+
+@pytest.mark.parametrize("name", SORTING)
+def test_a_collate_function_that_reorders_its_samples_is_refused(name):
+    collate = TagCollate(SORTING[name])
+    loader = DataLoader(tag(SEQUENCES, place=LENGTHS), 8, collate_fn=collate)
+    for _ in range(2):  # a second epoch is no way around it
+        with pytest.raises(BatchKeyError, match=r"`collate_fn` to keep the order .* sorts or shuffles.*`group=2`"):
+            next(iter(loader))
+
+
+def test_a_trainer_refuses_a_collate_function_that_sorts():
+    class Sums(Classifier):
+        def training_step(self, batch, batch_idx):
+            raise AssertionError
+
+    loader = DataLoader(tag(SEQUENCES, place=[0, 1] * 4), 8, collate_fn=SORTING["padded"], num_workers=1)
+    with pytest.raises(BatchKeyError, match=r"`collate_fn` to keep the order"):
+        make_trainer([GroupDRO("place", 2)]).fit(Sums(), loader, loader)
+
+
+def mixed_up(items):
+    """Mixup, as a collate function does it; the second label is that of the partner."""
+    x, y = torch.stack([x.sum(0) for x, _ in items]), torch.tensor([y for _, y in items])
+    share, partner = np.random.beta(1, 1), torch.randperm(len(items))
+    return share * x + (1 - share) * x[partner], y, y[partner], share
+
+
+def padded_in_time(items):
+    x, y = padded(items)
+    return x[:, : len(items)].transpose(0, 1), y
+
+
+def popped(items):
+    return torch.tensor([item.pop() for item in items])
+
+
+KEEPING = {
+    "padded": (padded, SEQUENCES),
+    "mixed up": (mixed_up, SEQUENCES),
+    "mixed up, palindrome": (mixed_up, [(torch.randn(2, 3), y) for y in (0, 1, 1, 0)]),
+    "paired": (lambda items: (padded(items)[0], padded(items)[0][torch.randperm(len(items))]), SEQUENCES),
+    "with positions": (lambda items: (padded(items)[1] * 0, torch.arange(len(items)), ["a", "b"] * 4), SEQUENCES),
+    "with noise and positions": (lambda items: (torch.randn(len(items)), torch.arange(len(items))), SEQUENCES),
+    "equal samples": (padded, [SEQUENCES[0]] * 8),
+    "equal samples, as many as columns": (padded_in_time, [(torch.arange(6.0).view(2, 3), 0)] * 2),
+    "palindrome, as many as columns": (padded_in_time, [SEQUENCES[0], SEQUENCES[2], SEQUENCES[0]]),
+    "one": (lambda items: padded(longest_first(items)), SEQUENCES[:1]),
+    "samples dropped": (lambda items: padded([item for item in items if len(item[0]) > 2]), SEQUENCES),
+    "lists": (lambda items: tuple(map(list, zip(*items, strict=True))), SEQUENCES),
+    "samples": (list, SEQUENCES),
+    "packed": (lambda items: (pack_sequence([x for x, _ in items], enforce_sorted=False), len(items)), SEQUENCES),
+    "taken apart": (popped, [[float(i)] for i in range(8)]),
+    "no copies": (padded, [(torch.ones(2, 3, requires_grad=True) * i, i) for i in range(8)]),
+}
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_other_collate_functions_are_left_alone(name):
+    collate_fn, samples = KEEPING[name]
+    for seed in range(20):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        batch = TagCollate(collate_fn)([TaggedSample(s, {"i": i}) for i, s in enumerate(copied_or_not(samples))])
+        assert batch.tags["i"].tolist() == list(range(len(samples)))
+
+
+def copied_or_not(samples):
+    return samples if isinstance(samples[0], tuple) else copy.deepcopy(samples)
+
+
+def fails_the_second_time(items):
+    if items[0][1] != 0:
+        raise ValueError
+    return padded(items)
+
+
+def test_the_order_is_checked_once_and_without_a_trace():
+    calls = []
+
+    def noisy(items):
+        calls.append(len(items))
+        return torch.randn(len(items)) + random.random() + np.random.rand()
+
+    def drawn(collate):
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        batches = [collate(items) for items in ([1], [1, 2, 3], [1, 2, 3])]
+        return [*batches, torch.rand(2), torch.tensor([random.random(), np.random.rand()])]
+
+    collate = TagCollate(noisy)
+    ours = drawn(lambda items: collate([TaggedSample(i, {"i": i}) for i in items]).batch)
+    assert calls == [1, 3, 3, 3]  # the second one twice
+    assert copy.deepcopy(collate).checked
+    assert not TagCollate(noisy).checked
+    for a, b in zip(ours, drawn(noisy), strict=True):
+        assert torch.equal(a, b)
+    TagCollate(fails_the_second_time)([TaggedSample(s, {"i": 0}) for s in SEQUENCES])

@@ -9,11 +9,37 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    Sampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+from torchdata.stateful_dataloader import StatefulDataLoader
 
-from debias import IRM, Fishr, GroupDRO, GroupMonitor, GroupReweighting, HessianAlignment, tag
-from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, RowsError, UntappedLossError
+from debias import (
+    IRM,
+    Fishr,
+    GroupBalancedSampler,
+    GroupDRO,
+    GroupMonitor,
+    GroupReweighting,
+    HessianAlignment,
+    tag,
+)
+from debias.errors import (
+    AmbiguousLossError,
+    BatchKeyError,
+    DebiasError,
+    LossNotFoundError,
+    RowsError,
+    UntappedLossError,
+)
 
 N, D, C = 6, 5, 4
 STEP_SIZE = 0.5
@@ -621,12 +647,81 @@ def test_counts_are_those_of_what_is_trained_on():
     loaders = {
         "wrapper": DataLoader(Every(tagged), batch_size=3),
         "sampler": DataLoader(tagged, batch_size=3, sampler=SubsetRandomSampler([0, 2, 4])),
+        "batch sampler": DataLoader(
+            tagged, batch_sampler=BatchSampler(SubsetRandomSampler([0, 2, 4]), batch_size=3, drop_last=False)
+        ),
+        "share of a rank": DataLoader(
+            tagged,
+            batch_size=1,
+            sampler=DistributedSamplerWrapper(SubsetRandomSampler([0, 2, 4]), num_replicas=2, rank=0),
+        ),
+        "list": DataLoader(tagged, batch_size=3, sampler=[0, 2, 4]),
+        "list of batches": DataLoader(tagged, batch_sampler=[[0, 2], [4]]),
     }
     for loader in loaders.values():
         callback = GroupReweighting("place", 2)
         step = Base(lambda m, b: F.cross_entropy(m.net(b[0]), b[1]))
         L.Trainer(max_epochs=1, callbacks=[callback], **QUIET).fit(step, loader)
         assert callback.module.counts.tolist() == [2, 1]
+
+
+class Odd(Sampler):
+    """A sampler that nobody knows, which leaves out what is even."""
+
+    def __iter__(self):
+        return iter(range(1, N, 2))
+
+    def __len__(self):
+        return N // 2
+
+
+def plain_step(module, batch):
+    return F.cross_entropy(module.net(batch[0]), batch[1])
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata 0.11 with torch 2.15
+def test_a_sampler_that_may_leave_samples_out_is_said():
+    tagged = tag(TensorDataset(X, Y, Z), place=GROUPS)
+    trainer = L.Trainer(max_epochs=1, callbacks=[GroupReweighting("place", 2)], **QUIET)
+    with pytest.warns(UserWarning, match=r"groups of the whole training set.* Odd .*pass `group_counts=\[...\]`"):
+        trainer.fit(Base(plain_step), DataLoader(tagged, batch_size=3, sampler=Odd()))
+    for loader in (
+        DataLoader(tagged, batch_size=3, shuffle=True),
+        DataLoader(tagged, batch_size=3, sampler=WeightedRandomSampler([1.0] * N, N)),
+        DataLoader(tagged, batch_size=3, sampler=GroupBalancedSampler(GROUPS, 3)),
+        StatefulDataLoader(tagged, batch_size=3, shuffle=True),
+    ):
+        callback = GroupReweighting("place", 2)
+        L.Trainer(max_epochs=1, callbacks=[callback], **QUIET).fit(Base(plain_step), loader)
+        assert callback.module.counts.tolist() == [4, 2]
+
+
+def test_a_second_fit_counts_its_own_data():
+    def counts(callback, groups):
+        loader = DataLoader(tag(TensorDataset(X, Y, Z), place=groups), batch_size=N)
+        trainer = L.Trainer(max_epochs=1, callbacks=[callback], **QUIET)
+        trainer.fit(Base(plain_step), loader)
+        return callback.module.counts.tolist()
+
+    for make in (GroupReweighting, lambda *args, **options: GroupDRO(*args, adjustment=1.0, **options)):
+        callback = make("place", 2)
+        assert [counts(callback, ids) for ids in (GROUPS, 1 - GROUPS)] == [[4, 2], [2, 4]]
+        callback.module.set_counts([5, 6])
+        assert counts(callback, GROUPS) == [5, 6]
+        given = make("place", 2, group_counts=[7, 8])
+        assert [counts(given, ids) for ids in (GROUPS, 1 - GROUPS)] == [[7, 8], [7, 8]]
+        saved = make("place", 2)
+        counts(saved, GROUPS)
+        saved.load_state_dict(saved.state_dict())
+        assert counts(saved, 1 - GROUPS) == [4, 2]
+
+
+@pytest.mark.parametrize("parts", [("id", "member"), ("member", "id"), ("member", "member"), ("member",)])
+def test_memberships_are_not_crossed(parts):
+    tagged = tag(TensorDataset(X, Y, Z), id=GROUPS, member=F.one_hot(GROUPS, 2).bool())
+    trainer = L.Trainer(max_epochs=1, callbacks=[GroupDRO(parts, (2,) * len(parts))], **QUIET)
+    with pytest.raises(BatchKeyError, match=r"crossed `group=.*same shape \(N,\), but got shapes.*\(6, 2\)"):
+        trainer.fit(Base(plain_step), DataLoader(tagged, batch_size=N))
 
 
 def test_given_counts_are_arguments_and_not_state():
