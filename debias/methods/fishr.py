@@ -10,9 +10,10 @@ samples of domain e (elementwise, P numbers), and a running average over steps `
     penalty = 1/E sum_e mean_P (vhat_e - mean vhat)^2     gradient through v_e of this batch only
 
 The authors' code divides by ``1 - ema``: the average starts at ``v_e`` and grows to ``v_e / (1 - ema)``, 20 times at
-0.95, the penalty 400 times, so its weight means something else at another ``ema`` and at another step; and it does not
-save the average. Their Colored MNIST code keeps none (``ema=0``) and sums over parameters and domains
-(``reduction="sum"``).
+0.95, the penalty 400 times, so its weight means something else at another ``ema`` and at another step. Published
+weights are of this form, which is the default; under ``"corrected"`` the same takes ``1 / (1 - ema)^2`` times the
+weight. The authors' code does not save the average. Their Colored MNIST code keeps none (``ema=0``) and sums over
+parameters and domains (``reduction="sum"``).
 
 For a linear head the variances are a closed form of features and residuals (:mod:`debias.ops.head_statistics`), equal
 to BackPACK's per-sample gradients, without an ``(N, P)`` tensor.
@@ -76,7 +77,7 @@ class FishrPenalty(DomainPenaltyModule):
         n_domains: number of domains E, at least 2.
         penalty_weight: weight in the end; published default 1000.
         ema: share of the past in the running average, in [0, 1).
-        bias: ``"corrected"`` or ``"reference"``, see :mod:`debias.methods.fishr`.
+        bias: ``"reference"`` or ``"corrected"``, what the average is divided by, see :mod:`debias.methods.fishr`.
         reduction: mean or sum, over domains and parameters.
         weight_before, start_step, ramp_steps: see :class:`debias.ops.schedule.PenaltySchedule`; the averages are kept
             from the first step on.
@@ -101,7 +102,7 @@ class FishrPenalty(DomainPenaltyModule):
         n_domains: int | Sequence[int],
         penalty_weight: float = 1000.0,
         ema: float = 0.95,
-        bias: Literal["corrected", "reference"] = "corrected",
+        bias: Literal["corrected", "reference"] = "reference",
         *,
         reduction: Literal["mean", "sum"] = "mean",
         weight_before: float = 0.0,
@@ -189,7 +190,7 @@ class Fishr(DomainPenalty):
         n_domains: number of domains, one per key; at least 2 in all.
         penalty_weight: weight of the penalty.
         ema: share of the past in the running average of the variances, in [0, 1).
-        bias: ``"corrected"`` or ``"reference"``.
+        bias: ``"reference"`` or ``"corrected"``, what the average is divided by; published weights are of the first.
         reduction: mean or sum, over domains and parameters.
         weight_before, start_step, ramp_steps: the weight before optimiser step ``start_step``, and the steps within
             which it then grows to ``penalty_weight``.
@@ -222,7 +223,7 @@ class Fishr(DomainPenalty):
         *,
         penalty_weight: float = 1000.0,
         ema: float = 0.95,
-        bias: Literal["corrected", "reference"] = "corrected",
+        bias: Literal["corrected", "reference"] = "reference",
         reduction: Literal["mean", "sum"] = "mean",
         weight_before: float = 0.0,
         start_step: int = 0,
