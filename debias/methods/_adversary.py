@@ -283,7 +283,7 @@ class AdversarialDebiaser(Debiaser):
         device = call.features.device if isinstance(call.features, Tensor) else step.module.device
         with torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext():
             features = _precise(call.features)
-            ids = self._of_features(self.sample_ids(step), call, len(features))
+            ids = call.of_features(self.sample_ids(step))
             targets = self.targets(call, step, len(features))
             network = self.owned["adversary"].create(features.shape[1], device, features.dtype)
             strength = self.strength_at(step.global_step)
@@ -326,15 +326,6 @@ class AdversarialDebiaser(Debiaser):
                 f"Expected an optimiser that can be made a second time from its `defaults`, but got"
                 f" {type(users).__name__}: {error}. Pass the adversary's own: `optimizer=torch.optim.AdamW`."
             ) from error
-
-    def _of_features(self, per_sample: Tensor, call: LossCall, n_rows: int) -> Tensor:
-        """Values per row of the features from values per sample."""
-        if call.rows is not None and call.logits is not None and len(call.logits) == n_rows:
-            rows = call.rows[
-                : len(call.rows) // call.parts
-            ]  # mixed samples have rows for each label; the first are own
-            return per_sample[rows.view(n_rows, -1)[:, 0]]
-        return _one_each(per_sample, n_rows)
 
 
 def _one_each(per_sample: Tensor, n_rows: int) -> Tensor:

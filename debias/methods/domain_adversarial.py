@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from debias.errors import DebiasError
+from debias.errors import DebiasError, RowsError
 from debias.methods._adversary import AdversarialDebiaser, AdversaryLoss, make_mlp
 from debias.step.batch import BatchKey, describe
 from debias.step.context import Step
@@ -268,8 +268,13 @@ class DomainAdversarial(AdversarialDebiaser):
             self.module.n_classes = max(logits.shape[1] if logits.ndim == 2 else 1, 2)
         found = call.target if self.target is None else step.read(self.target, argument="target")
         targets = torch.as_tensor(found, device=step.module.device) if found is not None else None
-        if targets is not None and self.target is not None and targets.ndim == 1:
-            targets = self._of_features(targets, call, n_rows)
+        if targets is not None and self.target is not None and targets.ndim:
+            targets = call.of_features(targets)
+        elif targets is not None and not call.features_in_rows:
+            raise RowsError(
+                "Expected `target` to be given with `conditional=True` where the features have other rows than the"
+                " loss, or another order, but got None. Say where the classes of the samples are: `target='label'`."
+            )
         if targets is not None and targets.ndim == 2 and targets.shape[1] == 1:
             targets = targets.squeeze(1)
         if targets is not None and targets.ndim == 2 and call.name == "cross_entropy":

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debias.errors import HeadNotFoundError, RowsError
-from debias.step.rows import CASTS, Move, RowTracker, apply_move
+from debias.step.rows import CASTS, Move, RowTracker, apply_move, keeps_rows
 from debias.step.tap import LossCall
 
 __all__ = ["FeatureTap", "HeadFinder", "HeadTap", "check_features", "rows_of_features", "submodule"]
@@ -38,7 +38,7 @@ class HeadFinder:
 
     def __init__(self) -> None:
         self._linears: list[tuple[Tensor, Tensor, Tensor]] = []  # output, input, weight
-        self._passed: list[tuple[Tensor, Tensor, Move]] = []  # output, input, what was done
+        self._passed: list[tuple[Tensor, Any, tuple[Any, ...], dict[str, Any]]] = []  # output, operation, arguments
 
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Note one operation."""
@@ -48,7 +48,7 @@ class HeadFinder:
                 source = args[0] if args else kwargs["input"]
                 self._linears.append((out, source, weight))
         elif (func in _PASS or (func is _T.__getitem__ and _keeps_rows(args[1]))) and isinstance(out, Tensor):
-            self._passed.append((out, args[0], (func, args, kwargs, None)))
+            self._passed.append((out, func, args, kwargs))
 
     def match(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Move]] | None:
         """Output, input and weight of the linear layer whose output the logits are, and the moves between them."""
@@ -61,9 +61,10 @@ class HeadFinder:
             # By position, not identity alone: `.float()` may return its argument.
             for i in range(end - 1, -1, -1):
                 if self._passed[i][0] is logits:
-                    _, logits, move = self._passed[i]
-                    end = i
-                    moves += [] if move[0] in CASTS else [move]
+                    out, func, args, kwargs = self._passed[i]
+                    if func not in CASTS:
+                        moves.append(Move(func, args, kwargs, None, keeps_rows(func, args, out)))
+                    logits, end = args[0], i
                     break
             else:
                 return None
@@ -375,17 +376,16 @@ def _rows_of_loss(
     """
     if output.numel() != count * output.shape[classes]:
         return False
-    rows = loss.rows
-    if rows is None and not moves and count == n:
-        return None
+    rows = loss.own_rows
+    if count == len(output) == (n if rows is None else len(rows)) and all(move.keeps_rows for move in moves):
+        return rows
     numbers = torch.arange(count, device=output.device).view(output.select(classes, 0).shape)
     numbers = numbers.unsqueeze(classes).expand(output.shape)
-    for func, args, kwargs, part in moves:
-        numbers = apply_move(func, args, kwargs, numbers, part)
+    for move in moves:
+        numbers = apply_move(move.func, move.args, move.kwargs, numbers, move.part)
     if numbers.ndim == loss.elements[0].ndim + 1:  # the loss has no axis of classes
         numbers = numbers.select(1, 0)
-    # Of mixed samples, which have rows for each label, the first are those with their own.
-    samples = torch.arange(n, device=output.device) if rows is None else rows[: len(rows) // loss.parts]
+    samples = torch.arange(n, device=output.device) if rows is None else rows
     if len(samples) == len(numbers):
         samples = samples.view(-1, *[1] * (numbers.ndim - 1)).expand(numbers.shape)
     if samples.numel() != numbers.numel():

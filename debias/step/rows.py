@@ -11,16 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["CASTS", "MOVES", "RECORDED", "Move", "RowTracker", "apply_move", "arranged_rows", "keeps_rows"]
-
-Move: TypeAlias = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], int | None]
-"""An operation, its arguments, and which part of its result is meant, if it has several."""
 
 _T = torch.Tensor
 
@@ -114,6 +111,24 @@ _REORDERING = _SORTING | frozenset(
 RECORDED = MOVES | CASTS | _ELEMENTWISE | _SORTING | {F.one_hot, torch.nn.functional.one_hot}
 
 
+class Move(NamedTuple):
+    """An operation that moves elements.
+
+    Attributes:
+        func: the operation.
+        args: its arguments, what is moved first.
+        kwargs: its keyword arguments.
+        part: which of several results is meant.
+        keeps_rows: whether every row is where it was.
+    """
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    part: int | None
+    keeps_rows: bool
+
+
 def apply_move(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], data: Any, part: int | None
 ) -> Any:
@@ -205,7 +220,7 @@ class RowTracker:
             if record.func in MOVES:
                 if not isinstance(record.args[0], Tensor):
                     return None
-                made.append((record.func, record.args, record.kwargs, record.part))
+                made.append(Move(record.func, record.args, record.kwargs, record.part, _same_rows(record)))
             tensor = record.sources[0]
         return made[::-1]
 

@@ -68,6 +68,7 @@ class LossCall:
     head: nn.Module | None = None
     # Of the layer that made the logits, while it is looked for: output, input, weight, and what was done to the output.
     linear: tuple[Tensor, Tensor, Tensor, list[Move]] | None = None
+    _own_rows: Tensor | None = None
     feature_rows: Callable[[LossCall], Tensor | None] | None = None  # tells the sample of each row of the features
     edge: Any = None  # of the tensor handed back, before the step may have changed it in place
     late: _Late | None = None
@@ -116,6 +117,11 @@ class LossCall:
         """Sample of each row, int64 ``(rows,)``; None where row i is sample i."""
         return self._per_row[2]
 
+    @property
+    def own_rows(self) -> Tensor | None:
+        """Sample of each row with its own label: :attr:`rows`, unless samples were mixed."""
+        return self.rows if self.shares is None else self._own_rows
+
     def of_rows(self, per_sample: Tensor) -> Tensor:
         """Values per row from values per sample, e.g. group ids ``(N,)`` or membership ``(N, G)``."""
         return per_sample if self.rows is None else per_sample[self.rows]
@@ -138,6 +144,11 @@ class LossCall:
             return per_sample
         none = per_sample.new_full((1, *per_sample.shape[1:]), 0 if per_sample.dtype == torch.bool else -1)
         return torch.cat((per_sample, none))[rows]
+
+    @property
+    def features_in_rows(self) -> bool:
+        """Whether row i of the features is known to be of the sample of row i of the logits."""
+        return self.feature_rows is None or self.feature_rows(self) is (self.computed or self).own_rows
 
     def scaled(self, mean: Tensor) -> Tensor:
         """From a (debiased) mean loss to what the step's own reduction would have returned for it."""
@@ -562,7 +573,7 @@ class LossTap(TorchFunctionMode):
             of_elements = sources[-1].view(shape).expand(losses.shape)
             parts.append(_Pending(losses, den.to(losses.dtype) * den_share, of_elements, call, share=num_share))
             targets.append(moved(call.target))  # type: ignore[arg-type]
-        call.parts, call.targets = len(parts), torch.cat(targets)
+        call.parts, call.targets, call._own_rows = len(parts), torch.cat(targets), index
         _set_parts(call, parts)
         if not elementwise:
             samples = torch.cat(sources)

@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from _support.fits import Classifier, deviation, loader, make_trainer, parameters, problem, same, val_loader
+from _support.flat import EdgeView
 from _support.runs import fit
 from debias import DomainAdversarial, DomainAdversarialLoss, DomainAdversarialMixin
-from debias.errors import BadRowsError, DebiasError
+from debias.errors import BadRowsError, DebiasError, RowsError
 
 E, C, D = 3, 4, 5
 G = torch.Generator().manual_seed(0)
@@ -151,6 +152,48 @@ def test_classes_are_read_from_the_loss(module):
         runs.append(parameters(model))
         assert callback.owned["adversary"].module.embedding.num_embeddings == 2
     assert same(*runs)
+
+
+class Turned(Classifier):
+    """The samples change places between the features and the loss, whose mean is the same."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        features = self.backbone(x)
+        return F.cross_entropy(self.head(features.flip(0)), y.flip(0))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"features": "backbone"},
+        {"conditional": True},
+        {"conditional": True, "features": "backbone", "target": 1},
+    ],
+)
+def test_samples_that_change_places_behind_the_features(options):
+    runs = []
+    for model in (Turned(), Classifier()):
+        fitted(DomainAdversarial("place", 3, **options), model)
+        runs.append(parameters(model))
+    assert deviation(*runs) < 1e-10
+
+
+def test_classes_of_a_batch_that_an_augmenter_has_doubled():
+    runs = []
+    for options in ({}, {"features": "backbone"}):
+        model = Classifier()
+        make_trainer([EdgeView(), DomainAdversarial("place", 3, conditional=True, **options)]).fit(
+            model, loader(), val_loader()
+        )
+        runs.append(parameters(model))
+    assert same(*runs)
+
+
+def test_classes_of_other_rows_than_the_features():
+    with pytest.raises(RowsError, match=r"`target` to be given with `conditional=True`.*`target='label'`"):
+        fitted(DomainAdversarial("place", 3, conditional=True, features="backbone"), Turned())
 
 
 class Regression(Classifier):

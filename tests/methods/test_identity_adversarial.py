@@ -503,6 +503,25 @@ def test_rows_of_the_features_are_followed_to_their_samples():
     torch.testing.assert_close(adversary_of(callback).weight, head.weight - 0.3 * gradient, rtol=1e-12, atol=1e-14)
 
 
+class Turned(Classifier):
+    """The samples change places between the features and the loss, whose mean is the same."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        features = self.backbone(x)
+        return F.cross_entropy(self.head(features.flip(0)), y.flip(0))
+
+
+@pytest.mark.parametrize("features", [None, "backbone"])
+def test_samples_that_change_places_behind_the_features(features):
+    runs = []
+    for model in (Turned(), Classifier()):
+        callback = method(features=features)
+        fitted([callback], model, max_epochs=1)
+        runs.append([parameters(model), parameters(adversary_of(callback))])
+    assert deviation(*runs) < 1e-12
+
+
 class Deep(Classifier):
     """Its features of interest are not what the head reads."""
 
@@ -675,7 +694,7 @@ class Summed(Classifier):
 
 
 def test_features_with_other_rows_than_the_batch():
-    with pytest.raises(RowsError, match=r"each of the 16 samples, but got 8.*features='dotted.path'"):
+    with pytest.raises(RowsError, match=r"followed to the 16 samples, but got shape \(8, 3\).*features='dotted.path'"):
         fitted([method(features="neck")], Summed(), limit_train_batches=1)
 
 
