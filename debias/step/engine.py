@@ -32,7 +32,7 @@ from debias.step.batch import TagCollate, split_tags
 from debias.step.context import Step
 from debias.step.contract import Method, Watcher
 from debias.step.detection import DetectorStep, detectors
-from debias.step.distributed import is_distributed
+from debias.step.distributed import global_rank, global_sum, is_distributed, world_size
 from debias.step.head import FeatureTap, HeadTap
 from debias.step.mixing import unmixable
 from debias.step.proxy import Hook, StepProxy, attach, detach
@@ -64,6 +64,7 @@ class StepEngine:
         self._position: int | None = None
         self._reweighed: list[LossCall] = []
         self._rows_needed = True
+        self._checked = False
 
     # -- opening and closing -----------------------------------------------------------------------
 
@@ -337,6 +338,9 @@ class StepEngine:
         if not calls:
             if (stated := _stated_losses(output, tap)) is None:
                 raise no_loss_error(_set_losses(self.module), reweighs=reweigher is not None)
+            if stated[0].name == "logits" and (step.logging or not self._checked):
+                self._checked = True
+                _check_stated(loss.detach(), stated[1].detach())
             if tap.finder is not None and isinstance(stated[0].logits, Tensor):
                 stated[0].linear = tap.finder.match(stated[0].logits)
             return self._from_stated(step, loss, *stated, reweigher, penalisers, heads)
@@ -638,6 +642,19 @@ def _stated_losses(output: Any, tap: LossTap) -> tuple[LossCall, Tensor] | None:
     if tap.mixture is None or not tap.mixture.meant(call):
         call._sample_of = lambda call, num: None
     return call, elements.mean()
+
+
+def _check_stated(loss: Tensor, plain: Tensor) -> None:
+    """Refuse logits and targets of which the returned loss is not the mean cross-entropy; waits for the device."""
+    rounding = 1e-5 if loss.dtype in (torch.float32, torch.float64) else 2e-2
+    differs = ((loss - plain).abs() > rounding * (1 + plain.abs())).any()  # NaN is a bad row, said elsewhere
+    if global_sum(differs.float()):  # all ranks raise, or none
+        raise LossNotFoundError(
+            "Expected the returned `loss` to be the mean cross-entropy (binary where the targets are floats of the"
+            " shape of the logits) of the returned `logits` and `targets`, since nothing else says what it is per"
+            f" sample, but got {float(loss.mean()):.6g} where that is {float(plain):.6g}. Return {{'loss': loss,"
+            " 'losses': per_sample} with losses of shape (N,), or compute the loss with a torch loss function."
+        )
 
 
 def _loss_of(logits: Tensor, target: Tensor) -> Tensor:

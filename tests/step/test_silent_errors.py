@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset
 
-from debias import GroupDRO, GroupMonitor, GroupReweighting, tag
+from debias import GroupDRO, GroupMixup, GroupMonitor, GroupReweighting, VREx, tag
 from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, RowsError, UntappedLossError
 
 N, D, C = 6, 5, 4
@@ -381,6 +381,55 @@ def test_dict_outputs_with_logits_for_other_callbacks(make):
         weight = torch.tensor([1.0, 2.0, 3.0, 4.0]).double()
         num = F.cross_entropy(module.net(X), Y, weight=weight, reduction="none")
         return 0.5 * dro(num, weight[Y], GROUPS)[0]
+
+    assert_step(step, objective)
+
+
+@pytest.mark.parametrize(
+    "method", [lambda: GroupDRO("place", 2), lambda: VREx("place", 2), lambda: GroupMixup("place")]
+)
+def test_returned_logits_of_which_the_loss_is_not_the_cross_entropy(method):
+    """Kept for a metric, they say nothing of a loss with maths of its own."""
+
+    def step(module, batch):
+        logits = module.net(batch[0])
+        p = logits.softmax(1).gather(1, batch[1][:, None])
+        return {"loss": ((1 - p) ** 2).mean(), "logits": logits, "targets": batch[1]}
+
+    with pytest.raises(LossNotFoundError, match=r"(?s)mean cross-entropy.*but got 0\.\d+ where that is \d.*'losses'"):
+        fit(step, method())
+
+
+def test_a_returned_loss_that_ceases_to_be_the_cross_entropy_is_refused_when_logging():
+    def step(module, batch):
+        logits = module.net(batch[0])
+        losses = -logits.log_softmax(1).gather(1, batch[1][:, None])
+        return {"loss": losses.mean() * (1 + (module.current_epoch > 1)), "logits": logits, "targets": batch[1]}
+
+    fit(step, epochs=2, log_every_n_steps=1)
+    with pytest.raises(LossNotFoundError, match="mean cross-entropy"):
+        fit(step, epochs=4, log_every_n_steps=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rounding_of_the_returned_loss_is_no_difference(dtype):
+    def step(module, batch):
+        logits = module.net(batch[0]).to(dtype)
+        losses = -logits.softmax(1).log().gather(1, batch[1][:, None])
+        return {"loss": losses.mean(), "logits": logits, "targets": batch[1]}
+
+    fit(step)
+
+
+def test_returned_binary_logits_and_float_targets():
+    def step(module, batch):
+        logits, target = module.net(batch[0]), (batch[2] > 0.5).double()
+        losses = logits.clamp(min=0) - logits * target + (1 + (-logits.abs()).exp()).log()
+        return {"loss": losses.mean(), "logits": logits, "targets": target}
+
+    def objective(module):
+        losses = F.binary_cross_entropy_with_logits(module.net(X), (Z > 0.5).double(), reduction="none").mean(1)
+        return dro(losses, ONES, GROUPS)[0]
 
     assert_step(step, objective)
 
