@@ -220,6 +220,53 @@ def test_losses_that_change_places_are_refused():
     fit(step, GroupDRO("place", 2, loss=_is_cross_entropy), epochs=2)
 
 
+@pytest.mark.parametrize("method", [GroupDRO, VREx])
+def test_another_loss_at_the_position(method):
+    def step(module, batch):
+        x, y, z = batch
+        out = module.net(x)
+        auxiliary = F.mse_loss(out, z) if module.current_epoch else 0.0
+        return auxiliary + F.cross_entropy(out, y)
+
+    with pytest.raises(AmbiguousLossError, match=r"`loss=0` of \w+ to point to.*got `mse_loss` where `cross_entropy`"):
+        fit(step, method("place", 2, loss=0), epochs=2)
+    with pytest.raises(AmbiguousLossError, match="got `mse_loss` where `cross_entropy`"):
+        fit(None, GroupDRO("place", 2, loss=0), epochs=2, module=manual(step))
+    fit(step, method("place", 2, loss=_is_cross_entropy), epochs=2)
+
+
+CHUNKS = {
+    "halves": lambda m, x, y: sum(F.cross_entropy(m.net(a), b) for a, b in zip(x.split(3), y.split(3), strict=True)),
+    "one by one": lambda m, x, y: torch.stack([F.cross_entropy(m.net(x[i : i + 1]), y[i : i + 1]) for i in range(N)]),
+    "unreduced": lambda m, x, y: sum(
+        F.cross_entropy(m.net(a), b, reduction="none").mean() for a, b in zip(x.split(3), y.split(3), strict=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("method", [GroupDRO, VREx])
+@pytest.mark.parametrize("name", CHUNKS)
+def test_losses_of_parts_of_a_batch(name, method):
+    """Means by group of the parts do not add up to those of the batch."""
+
+    def step(module, batch):
+        return CHUNKS[name](module, batch[0], batch[1]).mean()
+
+    with pytest.raises(
+        AmbiguousLossError, match=r"of all 6 samples of the batch, but got \d of [13], .*Join the logits"
+    ):
+        fit(step, method("place", 2, loss="sum"))
+
+
+def test_a_loss_of_some_samples_beside_one_of_all():
+    def step(module, batch):
+        x, y, z = batch
+        out = module.net(x)
+        return F.cross_entropy(out, y) + F.mse_loss(out[:3], z[:3])
+
+    fit(step, GroupDRO("place", 2, loss="sum"))
+
+
 def _is_cross_entropy(call):
     return call.name == "cross_entropy"
 
