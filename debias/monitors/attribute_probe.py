@@ -276,6 +276,11 @@ class AttributeProbe(StepWatcher):
         self._kept = []
         super().teardown(trainer, pl_module, stage)
 
+    def begin(self, step: Step) -> None:
+        """Read the attributes, in the epochs that are probed."""
+        if self._active:
+            step.ids(self.attribute, self.n_values, argument="attribute")
+
     def observe(self, step: Step, calls: list[LossCall], forward_output: Any, output: Any) -> None:
         """Keep features and attributes of one batch."""
         if not self._active:

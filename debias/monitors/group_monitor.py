@@ -76,6 +76,8 @@ class GroupMonitor(StepWatcher):
 
     Raises:
         LossNotFoundError: a step computes neither a loss nor ``forward``, and ``logits`` is not given.
+        AmbiguousLossError: a step computes several losses, or none and calls what ``logits`` names more than once.
+        RowsError: a step reorders the batch in a way that cannot be followed.
         BatchKeyError: ids or target are not where the argument says.
     """
 
@@ -113,6 +115,8 @@ class GroupMonitor(StepWatcher):
         self.train_counts = train_counts
         self._metrics: list[Any] = []
         self._captured: Any = None
+        self._captured_inputs: list[Tensor] = []
+        self._captures = 0
         self._handle: Any = None
         self._make()  # a wrong argument is an error now, not after the first epoch
 
@@ -140,14 +144,19 @@ class GroupMonitor(StepWatcher):
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
-        self._captured, self._metrics = None, []
+        self._captured, self._captured_inputs, self._metrics = None, [], []
         super().teardown(trainer, pl_module, stage)
+
+    def begin(self, step: Step) -> None:
+        """Read the ids."""
+        step.ids(self.group, self.n_groups, argument="group")
+        self._captures = 0
 
     def observe(self, step: Step, calls: list[LossCall], forward_output: Any, output: Any) -> None:
         """Add one batch to the metrics of its loader."""
         groups = step.ids(self.group, self.n_groups, argument="group")
-        logits, target = self._prediction(step, calls, forward_output, output)
-        self._captured = None
+        logits, target, rows = self._prediction(step, calls, forward_output, output)
+        self._captured, self._captured_inputs = None, []
         n = groups.shape[0]
         for what, tensor in (("logits", logits), ("target", target)):
             if tensor.ndim == 0 or tensor.shape[0] != n:
@@ -159,9 +168,12 @@ class GroupMonitor(StepWatcher):
             logits = logits.squeeze(1)
         metric = self._metrics[step.dataloader_idx]
         with torch.no_grad():
-            metric.update(logits.detach(), target, groups)
+            metric.update(logits.detach(), target, groups if rows is None else groups[rows])
 
-    def _prediction(self, step: Step, calls: list[LossCall], forward_output: Any, output: Any) -> tuple[Tensor, Tensor]:
+    def _prediction(
+        self, step: Step, calls: list[LossCall], forward_output: Any, output: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits, target, and the samples of their rows; None where row i is sample i."""
         if self.logits is not None:
             logits = self._captured if isinstance(self.logits, str) else self.logits(output)
             call = None
@@ -185,12 +197,28 @@ class GroupMonitor(StepWatcher):
                 f" tensor as output, but got {describe(logits)}. Pass `logits='dotted.path'` of the submodule whose"
                 " output they are, or `logits=callable(step_output)`."
             )
-        target = self._target(step, call)
+        rows = self._rows(logits, call)
+        target = self._target(step, call, rows)
         if call is not None and call.name == "binary_cross_entropy" and self.metric is None:
             logits = logits - 0.5  # probabilities, not logits
-        return logits, target
+        return logits, target, rows
 
-    def _target(self, step: Step, call: LossCall | None) -> Tensor:
+    def _rows(self, logits: Tensor, call: LossCall | None) -> Tensor | None:
+        engine = self.engine
+        if engine is None or callable(self.logits) or logits.ndim == 0:
+            return None
+        times = engine.forward_calls if self.logits is None else self._captures
+        if call is None and times > 1:
+            what = "the module's `forward`" if self.logits is None else f"`{self.logits}`"
+            raise AmbiguousLossError(
+                f"Expected the evaluation step to call {what} once for GroupMonitor, but it did {times} times: what it"
+                " predicts from the outputs cannot be seen. Return the logits from the step and pass"
+                " `logits=callable(step_output)`."
+            )
+        inputs = engine.forward_inputs if self.logits is None else self._captured_inputs
+        return engine.rows_of(logits, call, "GroupMonitor", inputs)
+
+    def _target(self, step: Step, call: LossCall | None, rows: Tensor | None) -> Tensor:
         if self.target is not None:
             target = step.read(self.target, argument="target")
         elif call is not None:
@@ -199,6 +227,9 @@ class GroupMonitor(StepWatcher):
             target = step.batch[1]  # (x, y, ...), where no loss says what the target is
         else:
             target = None
+        in_batch_order = self.target is not None or call is None
+        if in_batch_order and rows is not None and isinstance(target, Tensor) and target.shape[:1] == (step.n,):
+            target = target[rows]
         if isinstance(target, Tensor) and self.target is None and call is not None and self.metric is None:
             if call.name == "cross_entropy" and target.is_floating_point():
                 target = target.argmax(1)  # class probabilities
@@ -213,7 +244,8 @@ class GroupMonitor(StepWatcher):
 
     def _capture(self, module: nn.Module, args: Any, output: Any) -> None:
         if not module.training and self.engine is not None and self.engine.in_step:
-            self._captured = output
+            self._captured, self._captured_inputs = output, [x for x in args if isinstance(x, Tensor)]
+            self._captures += 1
 
     def _make(self) -> Any:
         if self.metric is not None:

@@ -135,6 +135,13 @@ class MultilabelF1Monitor(StepWatcher):
         self.chosen: int | None = None
         self._metric: Any = None
 
+    def begin(self, step: Step) -> None:
+        """Read the ids, or the target, which has as many rows."""
+        if self.group is not None:
+            step.ids(self.group, self.n_groups)
+        elif step.n is None and isinstance(target := step.read(self.target, argument="target"), Tensor) and target.ndim:
+            step.n = target.shape[0]
+
     def observe(self, step: Step, calls: list[LossCall], forward_output: Any, output: Any) -> None:
         """Count one batch."""
         bce = [c for c in calls if c.name.startswith("binary_cross_entropy")]
@@ -153,6 +160,9 @@ class MultilabelF1Monitor(StepWatcher):
                 " `target`."
             )
         groups = targets.new_zeros(len(targets)).long() if self.group is None else step.ids(self.group, self.n_groups)
+        rows = None if self.engine is None else self.engine.rows_of(logits, found[0], type(self).__name__)
+        if rows is not None:
+            targets, groups = targets[rows], groups[rows]
         with torch.no_grad():
             scores = logits if found[0].name == "binary_cross_entropy" else logits.float().sigmoid()
             self._metric.update(scores.detach(), targets, groups)

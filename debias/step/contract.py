@@ -30,6 +30,10 @@ class Watcher(Protocol):
         """Whether it needs the loss after the step has ended."""
         ...
 
+    def begin(self, step: Step) -> None:
+        """Read the batch, before the step."""
+        ...
+
     def observe(self, step: Step, calls: list[LossCall], forward_output: Any, output: Any) -> None:
         """See one evaluation step."""
         ...

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,11 +32,11 @@ from debias.step.batch import TagCollate, split_tags
 from debias.step.context import Step
 from debias.step.contract import Method, Watcher
 from debias.step.detection import DetectorStep, detectors
-from debias.step.distributed import is_distributed
+from debias.step.distributed import global_sum, is_distributed
 from debias.step.head import FeatureTap, HeadTap
 from debias.step.mixing import unmixable
 from debias.step.proxy import Hook, StepProxy, attach, detach
-from debias.step.rows import RowTracker
+from debias.step.rows import MOVES, RowTracker
 from debias.step.split import split_losses
 from debias.step.tap import LossCall, LossTap, no_loss_error, unreduced
 
@@ -60,10 +60,17 @@ class StepEngine:
         self._tap: LossTap | None = None
         self._detector: DetectorStep | None = None
         self._forward_output: Any = None
+        self.forward_inputs: list[Tensor] = []
+        self._tracker: RowTracker | None = None
+        # How often the evaluation step has called the module's `forward`.
+        self.forward_calls = 0
         # What the first step taught: the position of the one loss that is meant, and whether rows must be replayed.
         self._position: int | None = None
         self._reweighed: list[LossCall] = []
         self._rows_needed = True
+        self._checked = False
+        self._named: dict[tuple[Any, int], str] = {}
+        self._counter: int | None = None
 
     # -- opening and closing -----------------------------------------------------------------------
 
@@ -96,6 +103,7 @@ class StepEngine:
             head.close()
         self._heads.clear()
         self._tap, self._detector, self._forward_output, self.tags = None, None, None, {}
+        self.forward_inputs, self._tracker = [], None
 
     def check(self, watcher: Watcher, stage: str) -> None:
         """Refuse, before anything has run, what a method cannot do."""
@@ -144,10 +152,14 @@ class StepEngine:
     def check_optimizers(self, watcher: Watcher) -> None:
         """LBFGS calls the step several times per batch, which would update a method's state several times."""
         if watcher.stateful and any(isinstance(o, torch.optim.LBFGS) for o in self.trainer.optimizers):
-            raise UnsupportedStrategyError(
-                f"Expected an optimiser that runs the step once per batch for {type(watcher).__name__}, but got LBFGS,"
-                " which would update the method's state several times per batch. Use another optimiser."
-            )
+            raise _runs_again(watcher, "LBFGS")
+
+    def _check_counter(self, step: Step, debiasers: list[Method]) -> None:
+        """Other optimisers that do (SAM) are known when they do it."""
+        again, self._counter = step.counter == self._counter, step.counter
+        stateful = next((watcher for watcher in debiasers if watcher.stateful), None)
+        if again and stateful is not None:
+            raise _runs_again(stateful, " and ".join(type(o).__name__ for o in self.trainer.optimizers))
 
     # -- what is wrapped ---------------------------------------------------------------------------
 
@@ -175,7 +187,8 @@ class StepEngine:
 
     def _keep_forward_output(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._tap is not None and not self._tap.training:
-            self._forward_output = output
+            self._forward_output, self.forward_inputs = output, [x for x in args if isinstance(x, Tensor)]
+            self.forward_calls += 1
 
     def _adapt(self, loss: nn.Module, per_sample: adapters.PerSample) -> None:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -216,6 +229,7 @@ class StepEngine:
         if not debiasers or not self.trainer.training:
             return original(*args, **kwargs)
         step = self._step(stage, args, kwargs)
+        self._check_counter(step, debiasers)
         received = step.batch
         for watcher in debiasers:
             watcher.start(step)
@@ -306,6 +320,7 @@ class StepEngine:
         def combine(call: LossCall) -> Tensor:
             if not meant(call):
                 return call.scaled(call.mean())
+            self._check_name([call], choice, type(reweigher).__name__)
             self._reweighed.append(call)
             return call.scaled(reweigher.reweigh([call], step)[0])
 
@@ -340,13 +355,16 @@ class StepEngine:
         if not calls:
             if (stated := _stated_losses(output, tap)) is None:
                 raise no_loss_error(_set_losses(self.module), reweighs=reweigher is not None)
+            if stated[0].name == "logits" and (step.logging or not self._checked):
+                self._checked = True
+                _check_stated(loss.detach(), stated[1].detach())
             if tap.finder is not None and isinstance(stated[0].logits, Tensor):
                 stated[0].linear = tap.finder.match(stated[0].logits)
             return self._from_stated(step, loss, *stated, reweigher, penalisers, heads)
         if step.mixture is not None:  # several losses are an error unless `loss=` says which the labels belong to
-            select_calls(calls, step.mixture.loss, step.mixture.owner)
+            self._selected(calls, step.mixture.loss, step.mixture.owner, step)
         if reweigher is not None:
-            selected = select_calls(calls, reweigher.loss, type(reweigher).__name__)
+            selected = self._selected(calls, reweigher.loss, type(reweigher).__name__, step)
             if tap.late:
                 loss = _settle(loss, calls, selected, reweigher, step)
                 # From the next step on the one loss that is meant is reweighed at once, in the step itself.
@@ -362,10 +380,35 @@ class StepEngine:
                 average = torch.stack([call.mean().detach() for call in selected]).sum()
                 reweigher.log_value("average_loss", average, step)
         loss = _penalised(
-            loss, penalisers, lambda watcher: select_calls(calls, watcher.loss, type(watcher).__name__), heads, step
+            loss, penalisers, lambda w: self._selected(calls, w.loss, type(w).__name__, step), heads, step
         )
         self._rows_needed = self._rows_needed and tap.tracker is not None and tap.tracker.needed
         return loss
+
+    def _selected(self, calls: list[LossCall], loss: Any, who: str, step: Step) -> list[LossCall]:
+        """The calls that ``loss=`` means, which must be the same in every step, and those of whole samples."""
+        selected = select_calls(calls, loss, who)
+        self._check_name(selected, loss, who)
+        if len(selected) > 1 and step.n is not None and all(_height(call) < step.n for call in selected):
+            raise AmbiguousLossError(
+                f"Expected at least one of the losses that `loss={loss!r}` of {who} means to be of all {step.n} samples"
+                f" of the batch, but got {len(selected)} of {', '.join(str(_height(call)) for call in selected[:8])}"
+                f"{', ...' if len(selected) > 8 else ''} rows: means by group of parts of a batch do not add up to"
+                " those of the batch. Join the logits of the parts and compute one loss."
+            )
+        return selected
+
+    def _check_name(self, selected: list[LossCall], loss: Any, who: str) -> None:
+        """Remember which loss stands where ``loss=<index>`` points to."""
+        if not isinstance(loss, int):
+            return
+        for call in selected:
+            if (first := self._named.setdefault((who, loss), call.name)) != call.name:
+                raise AmbiguousLossError(
+                    f"Expected `loss={loss}` of {who} to point to the same loss in every step, but got `{call.name}`"
+                    f" where `{first}` was. Compute the losses in the same order in every step, or choose by name:"
+                    f" `loss=callable(call) -> bool`."
+                )
 
     def _reaching(self, tap: LossTap, loss: Tensor) -> list[LossCall]:
         """The losses that the returned loss depends on.
@@ -417,32 +460,71 @@ class StepEngine:
         if not monitors or self.trainer.training:  # a training step may call the validation step
             return original(*args, **kwargs)
         step = self._step(stage, args, kwargs)
-        self._forward_output = None
+        self._forward_output, self.forward_inputs, self.forward_calls = None, [], 0
+        for monitor in monitors:
+            monitor.begin(step)
+        if step.n is not None:
+            self._tracker = RowTracker(step.batch, step.n, everything=False)
         # Apart from those of training, whose losses may have another head.
         heads = {(w.head, w.features): self._head(w.head, w.features, stage) for w in monitors if w.needs_features}
         finders = [finder for head in heads.values() if (finder := head.start()) is not None]
-        tap = LossTap(training=False, finder=finders[0] if finders else None)
-        output = self._watched(tap, original, args, kwargs)
-        for head in heads.values():
-            head.stop()
-        for monitor in monitors:
-            if monitor.needs_features:
-                step.features = self._features(monitor, heads[monitor.head, monitor.features], tap)
-            monitor.observe(step, tap.calls, self._forward_output, output)
-        self._forward_output = None
-        tap.close()
-        for head in heads.values():
-            head.forget()
+        tap = LossTap(training=False, tracker=self._tracker, finder=finders[0] if finders else None)
+        try:
+            output = self._watched(tap, original, args, kwargs)
+            for head in heads.values():
+                head.stop()
+            for monitor in monitors:
+                if monitor.needs_features:
+                    step.features = self._features(monitor, heads[monitor.head, monitor.features], tap)
+                monitor.observe(step, tap.calls, self._forward_output, output)
+        finally:
+            self._forward_output, self.forward_inputs, self._tracker = None, [], None
+            tap.close()
+            for head in heads.values():
+                head.forget()
         return output
+
+    def rows_of(self, tensor: Tensor, call: LossCall | None, who: str, inputs: Sequence[Tensor] = ()) -> Tensor | None:
+        """Sample of each row of what a monitor reads in an evaluation step; None where row i is sample i.
+
+        Args:
+            tensor: the logits or features, with one row per sample.
+            call: the loss that was computed from them; None where none was.
+            who: name of the monitor, for messages.
+            inputs: what the network that made them was given.
+
+        Returns:
+            int64 ``(N,)``.
+
+        Raises:
+            RowsError: the step puts samples in another order, in a way that cannot be followed.
+        """
+        tracker = self._tracker
+        if tracker is None or tensor.shape[0] != tracker.n:
+            return None
+        candidates = [tensor, *inputs] if call is None else [call.target, tensor]
+        rows = [x for x in candidates if isinstance(x, Tensor) and x.ndim and x.shape[0] == tracker.n]
+        index = tracker.resolve(rows, tracker.n)
+        if isinstance(index, bool):
+            if not _reordered(tracker) and not any(map(tracker.is_sorted, rows)):
+                return None
+            raise _out_of_order(who)
+        return index if index is None or index.ndim == 1 else index.flatten(1)[:, 0]
 
     def _features(self, monitor: Watcher, head: HeadTap | FeatureTap, tap: LossTap) -> Tensor | None:
         """Features of the loss that the monitor means, or of what the module's ``forward`` returned."""
         if tap.calls and isinstance(head, HeadTap):
             call = select_calls(tap.calls, monitor.loss, type(monitor).__name__)[0]
+            read, of_call = call.logits, call
         else:
             call = LossCall("forward", self._forward_output, None, "none", 0, tuple, lambda call, num: None)  # type: ignore[arg-type]
             if tap.finder is not None and isinstance(self._forward_output, Tensor):
                 call.linear = tap.finder.match(self._forward_output)
+            read, of_call = self._forward_output, None
+        if isinstance(read, Tensor) and read.ndim:
+            rows = self.rows_of(read, of_call, type(monitor).__name__, self.forward_inputs)
+            if rows is not None and not torch.equal(rows, torch.arange(len(rows), device=rows.device)):
+                raise _out_of_order(type(monitor).__name__)
         head.resolve(call)
         return call.features
 
@@ -498,6 +580,13 @@ def _check_strategy(strategy: Any, watcher: Watcher) -> None:
             f" {type(strategy).__name__}, on which it has not been tested. Choose `strategy='ddp'`, or pass"
             " `allow_untested_strategy=True` and check the results yourself."
         )
+
+
+def _runs_again(watcher: Watcher, optimizer: str) -> UnsupportedStrategyError:
+    return UnsupportedStrategyError(
+        f"Expected an optimiser that runs the step once per batch for {type(watcher).__name__}, but got {optimizer},"
+        " which would update the method's state several times per batch. Use another optimiser."
+    )
 
 
 def _refuse_duplicating_sampler(loader: Any, trainer: Any) -> None:
@@ -572,6 +661,31 @@ def select_calls(calls: list[LossCall], loss: Any, who: str) -> list[LossCall]:
     return chosen
 
 
+def _out_of_order(who: str) -> RowsError:
+    return RowsError(
+        f"Expected the evaluation step to keep the samples in the order of the batch for {who}, but it puts them in"
+        " another one, where that cannot be followed to what is read. Leave the order as it is."
+    )
+
+
+def _reordered(tracker: RowTracker) -> bool:
+    """Whether samples of the batch were put in another order; unlike the tracker's own answer, not merely axes."""
+    order = tracker.start(torch.Size([tracker.n]), torch.device("cpu"))
+    for record in tracker._records:
+        out = record.out
+        if record.func in MOVES and out.ndim and len(out) == tracker.n and tracker._known(out):
+            index = tracker.index(out)
+            if index is None or not torch.equal(index.flatten(1)[:, 0].cpu() if index.ndim > 1 else index.cpu(), order):
+                return True
+    return False
+
+
+def _height(call: LossCall) -> int:
+    """Rows that a loss has of its own, along the first axis: nothing is read from the device."""
+    elements = call.elements[0]
+    return elements.shape[0] // call.parts if elements.ndim else 1
+
+
 def _ambiguous(names: list[str], who: str) -> AmbiguousLossError:
     return AmbiguousLossError(
         f"Expected the training step to compute one loss for {who}, but got {len(names)}: {', '.join(names)}. Say"
@@ -643,6 +757,19 @@ def _stated_losses(output: Any, tap: LossTap) -> tuple[LossCall, Tensor] | None:
     if tap.mixture is None or not tap.mixture.meant(call):
         call._sample_of = lambda call, num: None
     return call, elements.mean()
+
+
+def _check_stated(loss: Tensor, plain: Tensor) -> None:
+    """Refuse logits and targets of which the returned loss is not the mean cross-entropy; waits for the device."""
+    rounding = 1e-5 if loss.dtype in (torch.float32, torch.float64) else 2e-2
+    differs = ((loss - plain).abs() > rounding * (1 + plain.abs())).any()  # NaN is a bad row, said elsewhere
+    if global_sum(differs.float()):  # all ranks raise, or none
+        raise LossNotFoundError(
+            "Expected the returned `loss` to be the mean cross-entropy (binary where the targets are floats of the"
+            " shape of the logits) of the returned `logits` and `targets`, since nothing else says what it is per"
+            f" sample, but got {float(loss.mean()):.6g} where that is {float(plain):.6g}. Return {{'loss': loss,"
+            " 'losses': per_sample} with losses of shape (N,), or compute the loss with a torch loss function."
+        )
 
 
 def _loss_of(logits: Tensor, target: Tensor) -> Tensor:

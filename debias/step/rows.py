@@ -263,7 +263,7 @@ class RowTracker:
         Returns:
             None if row i is sample i, an int64 tensor shaped like the candidate it was found from, or False if unknown.
         """
-        found_sorted = [self._is_sorted(tensor) for tensor in candidates]
+        found_sorted = [self.is_sorted(tensor) for tensor in candidates]
         candidates = [x for x, is_sorted in zip(candidates, found_sorted, strict=True) if not is_sorted]
         for tensor in candidates:  # derived from the batch itself
             if self._known(tensor):
@@ -342,10 +342,10 @@ class RowTracker:
         known = [self._known(x) for x in data]
         return dim == 0 and any(known) and not all(known)
 
-    def _is_sorted(self, tensor: Tensor) -> bool:
+    def is_sorted(self, tensor: Tensor) -> bool:
         """Whether its rows are in an order of values."""
         record = self._record_of(tensor)
-        return record is not None and (record.func in _SORTING or any(map(self._is_sorted, record.sources)))
+        return record is not None and (record.func in _SORTING or any(map(self.is_sorted, record.sources)))
 
     def _reorders(self, args: tuple[Any, ...], out: Tensor, move: Any) -> bool:
         data = args[0]

@@ -104,6 +104,9 @@ class StepWatcher(Callback):
         """Log one value from inside a training step; call it on logging steps only."""
         step.module.log(self._log_name(key, step), value, on_step=True, on_epoch=False, batch_size=step.n or 1)
 
+    def begin(self, step: Step) -> None:
+        """Before an evaluation step: read ids, so that the engine knows how many samples there are and follows them."""
+
     def observe(self, step: Step, calls: list[LossCall], forward_output: Any, output: Any) -> None:
         """See one evaluation step: the losses it computed, what the module's ``forward`` returned, what the step
         returned.

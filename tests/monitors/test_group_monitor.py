@@ -213,6 +213,86 @@ def test_two_losses_in_validation():
     assert validate(module, GroupMonitor("place", 3, loss=1))["val/accuracy"] == pytest.approx(by_hand(module)[0])
 
 
+def order_of(x):
+    return x[:, 0].argsort()
+
+
+class SortedLoss(Base):
+    def validation_step(self, batch, batch_idx):
+        o = order_of(batch[0])
+        F.cross_entropy(self.net(batch[0][o]), batch[1][o])
+
+
+class SortedForward(Base):
+    def validation_step(self, batch, batch_idx):
+        self(batch[0][order_of(batch[0])])
+
+
+class SortedTwice(Base):
+    def validation_step(self, batch, batch_idx):
+        o = order_of(batch[0])
+        F.cross_entropy(self.net(batch[0][o].T.contiguous().T), batch[1].index_select(0, o))
+
+
+class SortedAfter(Base):
+    def validation_step(self, batch, batch_idx):
+        o = order_of(batch[0])
+        F.cross_entropy(self.net(batch[0])[o], batch[1][o])
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        (SortedLoss, {}),
+        (SortedLoss, {"target": 1}),
+        (SortedLoss, {"logits": "net"}),
+        (SortedForward, {}),
+        (SortedTwice, {}),
+        (SortedAfter, {}),
+    ],
+)
+def test_a_step_that_puts_samples_in_another_order(module, options):
+    module = module()
+    logged = validate(module, GroupMonitor("place", 3, **options))
+    average, groups = by_hand(module)
+    assert logged["val/accuracy"] == pytest.approx(average)
+    assert [logged[f"val/accuracy_by_group/{k}"] for k in range(3)] == pytest.approx(groups)
+
+
+def test_another_order_that_cannot_be_followed():
+    class Unknown(Base):
+        def validation_step(self, batch, batch_idx):
+            o = order_of(batch[0])
+            F.cross_entropy(self.net(batch[0][o]), torch.tensor(batch[1].tolist())[o])
+
+    class Axes(Base):
+        def validation_step(self, batch, batch_idx):
+            x = batch[0].T.contiguous().T
+            F.cross_entropy(self.net(x), torch.tensor(batch[1].tolist()))
+
+    with pytest.raises(RowsError, match="in the order of the batch for GroupMonitor, but it puts them in another"):
+        validate(Unknown(), GroupMonitor("place", 3))
+    module = Axes()
+    assert validate(module, GroupMonitor("place", 3))["val/accuracy"] == pytest.approx(by_hand(module)[0])
+
+
+def test_averages_over_several_passes():
+    class Averaged(Base):
+        def validation_step(self, batch, batch_idx):
+            return {"logits": self(batch[0]) + self(batch[0].flip(1))}
+
+    match = r"call the module's `forward` once for GroupMonitor, but it did 2 times.*`logits=callable"
+    with pytest.raises(AmbiguousLossError, match=match):
+        validate(Averaged(), GroupMonitor("place", 3))
+    with pytest.raises(AmbiguousLossError, match=r"call `net` once for GroupMonitor, but it did 2 times"):
+        validate(Averaged(), GroupMonitor("place", 3, logits="net"))
+    module = Averaged()
+    with torch.no_grad():
+        correct = ((module(X) + module(X.flip(1))).argmax(1) == Y).double()
+    logged = validate(module, GroupMonitor("place", 3, logits=lambda output: output["logits"]))
+    assert logged["val/accuracy"] == pytest.approx(float(correct.mean()))
+
+
 def test_missing_key_and_wrong_rows():
     with pytest.raises(BatchKeyError, match=r"`group='site'`.*tag\(dataset, site=ids\)"):
         validate(WithLoss(), GroupMonitor("site", 3))

@@ -22,7 +22,7 @@ from _support.cases import build
 from _support.doubles import LogitVariance
 from _support.fits import Classifier, loader, make_trainer, parameters, problem, same, tagged, train, val_loader
 from _support.runs import Manual, Skipping, ddp, fit
-from debias import GroupDRO, GroupMonitor, GroupReweighting
+from debias import GroupDRO, GroupMonitor, GroupReweighting, VREx
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, UnsupportedStrategyError
 from debias.ops import groups
 from debias.step.proxy import StepProxy
@@ -78,6 +78,31 @@ class LBFGS(Classifier):
 
 def test_lbfgs():
     refused(UnsupportedStrategyError, "step once per batch for GroupDRO, but got LBFGS", build("GroupDRO"), LBFGS())
+
+
+class Twice(torch.optim.SGD):
+    """Calls the closure twice a batch, as sharpness-aware minimisation does."""
+
+    def step(self, closure):
+        with torch.enable_grad():
+            closure()
+            loss = closure()
+        super().step()
+        return loss
+
+
+class Sharp(Classifier):
+    def configure_optimizers(self):
+        return Twice(self.parameters(), lr=0.1)
+
+
+def test_an_optimiser_that_runs_the_step_twice():
+    """Refused before the state has changed a second time; a method without state does not mind."""
+    once, twice = GroupDRO("place", 3), GroupDRO("place", 3)
+    train(Classifier(), [once], limit_train_batches=1)
+    refused(UnsupportedStrategyError, "step once per batch for GroupDRO, but got Twice", [twice], Sharp())
+    assert same(once.module.state_dict(), twice.module.state_dict())
+    train(Sharp(), [VREx("place", 3)])
 
 
 def test_manual_optimisation_with_a_penalty():

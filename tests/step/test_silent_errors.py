@@ -27,9 +27,11 @@ from debias import (
     Fishr,
     GroupBalancedSampler,
     GroupDRO,
+    GroupMixup,
     GroupMonitor,
     GroupReweighting,
     HessianAlignment,
+    VREx,
     tag,
 )
 from debias.errors import (
@@ -440,6 +442,53 @@ def test_losses_that_change_places_are_refused():
     fit(step, GroupDRO("place", 2, loss=_is_cross_entropy), epochs=2)
 
 
+@pytest.mark.parametrize("method", [GroupDRO, VREx])
+def test_another_loss_at_the_position(method):
+    def step(module, batch):
+        x, y, z = batch
+        out = module.net(x)
+        auxiliary = F.mse_loss(out, z) if module.current_epoch else 0.0
+        return auxiliary + F.cross_entropy(out, y)
+
+    with pytest.raises(AmbiguousLossError, match=r"`loss=0` of \w+ to point to.*got `mse_loss` where `cross_entropy`"):
+        fit(step, method("place", 2, loss=0), epochs=2)
+    with pytest.raises(AmbiguousLossError, match="got `mse_loss` where `cross_entropy`"):
+        fit(None, GroupDRO("place", 2, loss=0), epochs=2, module=manual(step))
+    fit(step, method("place", 2, loss=_is_cross_entropy), epochs=2)
+
+
+CHUNKS = {
+    "halves": lambda m, x, y: sum(F.cross_entropy(m.net(a), b) for a, b in zip(x.split(3), y.split(3), strict=True)),
+    "one by one": lambda m, x, y: torch.stack([F.cross_entropy(m.net(x[i : i + 1]), y[i : i + 1]) for i in range(N)]),
+    "unreduced": lambda m, x, y: sum(
+        F.cross_entropy(m.net(a), b, reduction="none").mean() for a, b in zip(x.split(3), y.split(3), strict=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("method", [GroupDRO, VREx])
+@pytest.mark.parametrize("name", CHUNKS)
+def test_losses_of_parts_of_a_batch(name, method):
+    """Means by group of the parts do not add up to those of the batch."""
+
+    def step(module, batch):
+        return CHUNKS[name](module, batch[0], batch[1]).mean()
+
+    with pytest.raises(
+        AmbiguousLossError, match=r"of all 6 samples of the batch, but got \d of [13], .*Join the logits"
+    ):
+        fit(step, method("place", 2, loss="sum"))
+
+
+def test_a_loss_of_some_samples_beside_one_of_all():
+    def step(module, batch):
+        x, y, z = batch
+        out = module.net(x)
+        return F.cross_entropy(out, y) + F.mse_loss(out[:3], z[:3])
+
+    fit(step, GroupDRO("place", 2, loss="sum"))
+
+
 def _is_cross_entropy(call):
     return call.name == "cross_entropy"
 
@@ -601,6 +650,55 @@ def test_dict_outputs_with_logits_for_other_callbacks(make):
         weight = torch.tensor([1.0, 2.0, 3.0, 4.0]).double()
         num = F.cross_entropy(module.net(X), Y, weight=weight, reduction="none")
         return 0.5 * dro(num, weight[Y], GROUPS)[0]
+
+    assert_step(step, objective)
+
+
+@pytest.mark.parametrize(
+    "method", [lambda: GroupDRO("place", 2), lambda: VREx("place", 2), lambda: GroupMixup("place")]
+)
+def test_returned_logits_of_which_the_loss_is_not_the_cross_entropy(method):
+    """Kept for a metric, they say nothing of a loss with maths of its own."""
+
+    def step(module, batch):
+        logits = module.net(batch[0])
+        p = logits.softmax(1).gather(1, batch[1][:, None])
+        return {"loss": ((1 - p) ** 2).mean(), "logits": logits, "targets": batch[1]}
+
+    with pytest.raises(LossNotFoundError, match=r"(?s)mean cross-entropy.*but got 0\.\d+ where that is \d.*'losses'"):
+        fit(step, method())
+
+
+def test_a_returned_loss_that_ceases_to_be_the_cross_entropy_is_refused_when_logging():
+    def step(module, batch):
+        logits = module.net(batch[0])
+        losses = -logits.log_softmax(1).gather(1, batch[1][:, None])
+        return {"loss": losses.mean() * (1 + (module.current_epoch > 1)), "logits": logits, "targets": batch[1]}
+
+    fit(step, epochs=2, log_every_n_steps=1)
+    with pytest.raises(LossNotFoundError, match="mean cross-entropy"):
+        fit(step, epochs=4, log_every_n_steps=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rounding_of_the_returned_loss_is_no_difference(dtype):
+    def step(module, batch):
+        logits = module.net(batch[0]).to(dtype)
+        losses = -logits.softmax(1).log().gather(1, batch[1][:, None])
+        return {"loss": losses.mean(), "logits": logits, "targets": batch[1]}
+
+    fit(step)
+
+
+def test_returned_binary_logits_and_float_targets():
+    def step(module, batch):
+        logits, target = module.net(batch[0]), (batch[2] > 0.5).double()
+        losses = logits.clamp(min=0) - logits * target + (1 + (-logits.abs()).exp()).log()
+        return {"loss": losses.mean(), "logits": logits, "targets": target}
+
+    def objective(module):
+        losses = F.binary_cross_entropy_with_logits(module.net(X), (Z > 0.5).double(), reduction="none").mean(1)
+        return dro(losses, ONES, GROUPS)[0]
 
     assert_step(step, objective)
 
