@@ -166,7 +166,11 @@ class GroupDROLoss(GroupState):
                 f" {minimum_weight!r}."
             )
         total = self.n_groups
-        constants = [float(adjustment)] * total if isinstance(adjustment, Real) else [float(c) for c in adjustment]
+        constants = (
+            [float(adjustment)] * total
+            if isinstance(adjustment, int | float | Real)
+            else [float(c) for c in adjustment]
+        )
         if len(constants) != total:
             raise DebiasError(f"Expected `adjustment` to be one number or {total}, but got {len(constants)}.")
         self.step_size = float(step_size)

@@ -70,7 +70,7 @@ def check_number(name: str, value: Any, *, lowest: float = 0.0, highest: float =
     if (
         isinstance(value, bool)
         or not isinstance(value, Real)
-        or not lowest <= value <= highest
+        or not lowest <= float(value) <= highest
         or (value == float("inf"))
     ):
         rule = f"a number >= {lowest:g}" if highest == float("inf") else f"a number in [{lowest:g}, {highest:g}]"
