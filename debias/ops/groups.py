@@ -311,7 +311,7 @@ def check_n_groups(n_groups: int | Sequence[int], kind: str = "group") -> int:
         DebiasError: it is not a positive integer, or not a sequence of them.
     """
     sizes = list(n_groups) if isinstance(n_groups, Sequence) and not isinstance(n_groups, str) else [n_groups]
-    if not sizes or any(not isinstance(size, Integral) or isinstance(size, bool) or size < 1 for size in sizes):
+    if not sizes or any(not isinstance(size, int | Integral) or isinstance(size, bool) or size < 1 for size in sizes):
         raise DebiasError(
             f"Expected `n_{kind}s` to be a positive integer, or one per key of a crossed `{kind}`, but got"
             f" {n_groups!r}."

@@ -41,7 +41,7 @@ class PenaltySchedule:
         }
         for name in ("start_step", "ramp_steps"):
             value = getattr(self, name)
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
+            if not isinstance(value, int | Integral) or isinstance(value, bool) or value < 0:
                 raise DebiasError(f"Expected `{name}` to be a number of optimiser steps >= 0, but got {value!r}.")
             plain[name] = int(value)
         vars(self).update(plain)  # past the frozen __setattr__
@@ -69,7 +69,7 @@ def check_number(name: str, value: Any, *, lowest: float = 0.0, highest: float =
     """
     if (
         isinstance(value, bool)
-        or not isinstance(value, Real)
+        or not isinstance(value, int | float | Real)
         or not lowest <= float(value) <= highest
         or (value == float("inf"))
     ):
