@@ -11,6 +11,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -57,9 +58,13 @@ class AdversaryLoss(GroupState):
 
     def __init__(self, in_features: int | None, count: int, *, what: str, argument: str, strength: float) -> None:
         for name, value in ((argument, count), ("in_features", 1 if in_features is None else in_features)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, int | Integral) or value < 1:
                 raise DebiasError(f"Expected `{name}` to be a positive integer, but got {value!r}.")
-        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength < float("inf"):
+        if (
+            isinstance(strength, bool)
+            or not isinstance(strength, int | float | Real)
+            or not 0 <= strength < float("inf")
+        ):
             raise DebiasError(
                 f"Expected `strength` to be a number >= 0, but got {strength!r}. The reversal turns the sign itself."
             )

@@ -16,7 +16,7 @@ from debias.ops.head_autograd import AutogradHeadStatistics
 from debias.ops.head_statistics import HeadLoss, HeadStatistics, make_head_loss, make_members
 from debias.step.batch import BatchKey
 from debias.step.context import Step
-from debias.step.grouped import tag_counts
+from debias.step.grouped import plain_n_groups, tag_counts
 from debias.step.head import check_features, rows_of_features
 from debias.step.tap import LossCall
 from debias.step.watcher import Debiaser, default_name
@@ -69,7 +69,7 @@ class DomainPenalty(Debiaser):
                 " Write e.g. `domain=('hospital', 'scanner'), n_domains=(3, 2)`."
             )
         self.domain = domain
-        self.n_domains = n_domains
+        self.n_domains = plain_n_groups(n_domains)
         self.module = module
         self.divide_loss = divide_loss
         self.reset_optimizer = reset_optimizer

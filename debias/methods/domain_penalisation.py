@@ -135,9 +135,9 @@ class DomainPenalisationLoss(GroupState):
             raise DebiasError(f"Expected `ema` to be in [0, 1), but got {ema!r}.")
         D = self.n_groups
         self.update = update
-        self.temperature = temperature
+        self.temperature = float(temperature)
         self.normalize = normalize
-        self.ema = ema
+        self.ema = float(ema)
         self.has_counts = False
         self.given_counts = domain_counts
         self.register_buffer("weights", torch.ones(D, dtype=torch.float64))

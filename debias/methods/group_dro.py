@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -166,16 +167,18 @@ class GroupDROLoss(GroupState):
             )
         total = self.n_groups
         constants = (
-            [float(adjustment)] * total if isinstance(adjustment, int | float) else [float(c) for c in adjustment]
+            [float(adjustment)] * total
+            if isinstance(adjustment, int | float | Real)
+            else [float(c) for c in adjustment]
         )
         if len(constants) != total:
             raise DebiasError(f"Expected `adjustment` to be one number or {total}, but got {len(constants)}.")
-        self.step_size = step_size
+        self.step_size = float(step_size)
         self.normalize_loss = normalize_loss
-        self.alpha = alpha
+        self.alpha = None if alpha is None else float(alpha)
         self.absent = absent
-        self.ema_rate = ema_rate
-        self.minimum_weight = minimum_weight
+        self.ema_rate = float(ema_rate)
+        self.minimum_weight = float(minimum_weight)
         self.adjusts = any(constants)
         self.has_counts = False
         self.given_counts = group_counts
@@ -272,7 +275,7 @@ class GroupDROLoss(GroupState):
 
 def is_number(x: Any) -> bool:
     """Whether an argument is a finite number, and no truth value."""
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
 
 
 def checked_counts(group_counts: Any, names: Sequence[str], kind: str = "group") -> Tensor:

@@ -85,7 +85,7 @@ class GroupReweightingLoss(GroupState):
         super().__init__(n_groups, group_names)
         if not is_number(power) or not power >= 0:
             raise DebiasError(f"Expected `power` to be a number >= 0, but got {power!r}. 1 is inverse frequency.")
-        self.power = power
+        self.power = float(power)
         self.has_counts = False
         self.given_counts = group_counts
         self.register_buffer("counts", torch.zeros(self.n_groups, dtype=torch.float64))

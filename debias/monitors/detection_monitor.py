@@ -18,6 +18,7 @@ from debias.metrics.detection import DetectionAccuracy, GroupMeanAveragePrecisio
 from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, describe, key_name
 from debias.step.context import Step
+from debias.step.grouped import plain_n_groups
 from debias.step.head import submodule
 from debias.step.proxy import Hook
 from debias.step.tap import LossCall
@@ -89,7 +90,7 @@ class DetectionMonitor(StepWatcher):
     ) -> None:
         super().__init__(name=name, allow_untested_strategy=allow_untested_strategy)
         self.domain = domain
-        self.n_domains = n_domains
+        self.n_domains = plain_n_groups(n_domains)
         self.total = check_n_groups(n_domains, "domain")
         self.domain_names = name_groups(n_domains, domain_names, "domain")
         self.predictions = predictions

@@ -20,7 +20,7 @@ from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, describe, key_name
 from debias.step.context import Step
 from debias.step.engine import select_calls
-from debias.step.grouped import empty_groups, tag_counts
+from debias.step.grouped import empty_groups, plain_n_groups, tag_counts
 from debias.step.head import submodule
 from debias.step.proxy import Hook
 from debias.step.tap import LossCall
@@ -104,7 +104,7 @@ class GroupMonitor(StepWatcher):
         if loss == "sum":
             raise DebiasError("Expected `loss` to choose one loss for GroupMonitor, but got 'sum'. Pass its position.")
         self.group = group
-        self.n_groups = n_groups
+        self.n_groups = plain_n_groups(n_groups)
         self.total = check_n_groups(n_groups)
         self.group_names = name_groups(n_groups, group_names)
         self.metric = metric

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from math import isfinite, prod
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -310,12 +311,12 @@ def check_n_groups(n_groups: int | Sequence[int], kind: str = "group") -> int:
         DebiasError: it is not a positive integer, or not a sequence of them.
     """
     sizes = list(n_groups) if isinstance(n_groups, Sequence) and not isinstance(n_groups, str) else [n_groups]
-    if not sizes or any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in sizes):
+    if not sizes or any(not isinstance(size, int | Integral) or isinstance(size, bool) or size < 1 for size in sizes):
         raise DebiasError(
             f"Expected `n_{kind}s` to be a positive integer, or one per key of a crossed `{kind}`, but got"
             f" {n_groups!r}."
         )
-    return prod(sizes)
+    return prod(int(size) for size in sizes)  # NumPy's integers count too, as `ids.max() + 1` gives them
 
 
 def name_groups(n_groups: int | Sequence[int], names: Sequence[str] | None, kind: str = "group") -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from debias.errors import DebiasError
@@ -34,12 +35,16 @@ class PenaltySchedule:
     ramp_steps: int = 0
 
     def __post_init__(self) -> None:
-        check_number("penalty_weight", self.weight)
-        check_number("weight_before", self.weight_before)
+        plain: dict[str, int | float] = {
+            "weight": check_number("penalty_weight", self.weight),
+            "weight_before": check_number("weight_before", self.weight_before),
+        }
         for name in ("start_step", "ramp_steps"):
             value = getattr(self, name)
-            if type(value) is not int or value < 0:
+            if not isinstance(value, int | Integral) or isinstance(value, bool) or value < 0:
                 raise DebiasError(f"Expected `{name}` to be a number of optimiser steps >= 0, but got {value!r}.")
+            plain[name] = int(value)
+        vars(self).update(plain)  # past the frozen __setattr__
 
     @property
     def changes(self) -> bool:
@@ -57,17 +62,17 @@ class PenaltySchedule:
 
 
 def check_number(name: str, value: Any, *, lowest: float = 0.0, highest: float = float("inf")) -> float:
-    """The value of an argument that is a finite number within bounds, both included.
+    """The value of an argument that is a finite number within bounds, both included, as Python's own int or float.
 
     Raises:
         DebiasError: it is not.
     """
     if (
         isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not lowest <= value <= highest
+        or not isinstance(value, int | float | Real)
+        or not lowest <= float(value) <= highest
         or (value == float("inf"))
     ):
         rule = f"a number >= {lowest:g}" if highest == float("inf") else f"a number in [{lowest:g}, {highest:g}]"
         raise DebiasError(f"Expected `{name}` to be {rule}, but got {value!r}.")
-    return value
+    return int(value) if isinstance(value, Integral) else float(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +26,7 @@ from debias.step.context import Step
 from debias.step.tap import LossCall
 from debias.step.watcher import Debiaser, default_name
 
-__all__ = ["GroupDebiaser", "can_count", "count_groups", "empty_groups", "tag_counts"]
+__all__ = ["GroupDebiaser", "can_count", "count_groups", "empty_groups", "plain_n_groups", "tag_counts"]
 
 
 class GroupDebiaser(Debiaser):
@@ -56,7 +57,7 @@ class GroupDebiaser(Debiaser):
                 f" {n_groups!r}. Write e.g. `{self.needs[0]}=('target', 'place'), n_{self.needs[0]}s=(2, 2)`."
             )
         self.group = group
-        self.n_groups = n_groups
+        self.n_groups = plain_n_groups(n_groups)
         self._said_unlabelled = False
         self._counted: Tensor | None = None  # in the last fit
 
@@ -119,6 +120,13 @@ class GroupDebiaser(Debiaser):
                     " stands for unlabelled.",
                     stacklevel=2,
                 )
+
+
+def plain_n_groups(n_groups: Any) -> Any:
+    """A number of groups, or one per key, in Python's own integers; anything else as it is."""
+    if isinstance(n_groups, tuple | list):
+        return type(n_groups)(plain_n_groups(size) for size in n_groups)
+    return int(n_groups) if isinstance(n_groups, Integral) and not isinstance(n_groups, bool) else n_groups
 
 
 def count_groups(trainer: Any, key: Any, n_groups: int | Sequence[int], *, argument: str = "group") -> Tensor:

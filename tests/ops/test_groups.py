@@ -3,11 +3,12 @@ without, as on an accelerator."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from debias import GroupDROLoss
-from debias.errors import BadRowsError
+from debias import IRM, DomainAdversarial, DomainPenalisation, GroupDRO, GroupDROLoss, GroupMonitor, GroupReweighting
+from debias.errors import BadRowsError, DebiasError
 from debias.ops import groups as ops
 from debias.ops.groups import group_losses
 
@@ -165,3 +166,29 @@ def test_one_batch_gives_the_same_on_both_ways(monkeypatch):
         (sums,), _ = group_losses([(num, den, groups)], G)
         found.append(torch.cat((sums.num, sums.den, sums.losses)))
     torch.testing.assert_close(*found, rtol=1e-14, atol=0)
+
+
+def test_numbers_of_numpy_are_numbers():
+    two, tenth = np.int64(2), np.float32(0.1)
+    callbacks = [
+        GroupDRO("place", two, step_size=tenth, adjustment=tenth, alpha=tenth),
+        GroupReweighting(("place", "y"), (two, 2), power=tenth),
+        DomainPenalisation("place", two, temperature=tenth, ema=tenth),
+        IRM("place", two, penalty_weight=tenth, start_step=two),
+        DomainAdversarial("place", two, features="net", strength=tenth),
+        GroupMonitor("place", two),
+    ]
+    for callback in callbacks:
+        for owner in (callback, getattr(callback, "module", None)):
+            found = {**vars(owner)} if owner is not None else {}
+            schedule = found.pop("schedule", None)
+            found |= vars(schedule) if hasattr(schedule, "start_step") else {}
+            assert not [name for name, value in found.items() if isinstance(value, np.generic)], callback
+    assert callbacks[0].module.step_size == pytest.approx(0.1)
+    assert callbacks[1].n_groups == (2, 2)
+    for wrong in (np.bool_(True), True, 2.0, np.float64(2), "2"):
+        with pytest.raises(DebiasError, match="`n_groups` to be a positive integer"):
+            GroupDRO("place", wrong)
+    for wrong in (np.bool_(True), np.float32("nan"), "0.1"):
+        with pytest.raises(DebiasError, match="`step_size` to be a number"):
+            GroupDRO("place", 2, step_size=wrong)
