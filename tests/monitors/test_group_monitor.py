@@ -263,7 +263,7 @@ def test_another_order_that_cannot_be_followed():
     class Unknown(Base):
         def validation_step(self, batch, batch_idx):
             o = order_of(batch[0])
-            F.cross_entropy(self.net(batch[0][o]), torch.tensor(batch[1].tolist())[o])
+            F.cross_entropy(self.net(batch[0][o]), torch.tensor(batch[1][o].tolist()))
 
     class Axes(Base):
         def validation_step(self, batch, batch_idx):
