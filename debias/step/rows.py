@@ -215,7 +215,7 @@ class RowTracker:
         made: list[Move] = []
         while tensor is not source:
             record = self._record_of(tensor)
-            if record is None or len(record.sources) != 1:
+            if record is None or len(record.sources) != 1 or record.func in _SORTING:
                 return None
             if record.func in MOVES:
                 if not isinstance(record.args[0], Tensor):
@@ -236,6 +236,8 @@ class RowTracker:
         """
         rows = output.shape[0]
         for tensor in (output, *inputs):
+            if self._is_sorted(tensor):
+                return False
             while (record := self._record_of(tensor)) is not None and _same_rows(record):
                 tensor = record.sources[0]
             if tensor.ndim == 0 or tensor.shape[0] != rows:

@@ -517,6 +517,14 @@ def test_a_network_that_is_given_what_cannot_be_followed_in_a_step_that_reorders
         train(Rows(hidden), [CORAL("place", 3, head="backbone.3")])
 
 
+def test_a_network_that_is_given_sorted_rows() -> None:
+    def step(m, x, y, order):
+        return F.cross_entropy(m.head(m.backbone(x.sort(0)[0])), y), None, None
+
+    with pytest.raises(RowsError, match="followed to the 16 samples"):
+        train(Rows(step), [CORAL("place", 3, head="backbone.3")])
+
+
 @pytest.mark.parametrize("arranged", ["tiled", "interleaved"])
 def test_several_rows_a_sample_that_cannot_be_followed_are_arranged_as_is_said(arranged: str) -> None:
     def unseen(x: torch.Tensor) -> torch.Tensor:
