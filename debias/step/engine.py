@@ -32,7 +32,7 @@ from debias.step.batch import TagCollate, split_tags
 from debias.step.context import Step
 from debias.step.contract import Method, Watcher
 from debias.step.detection import DetectorStep, detectors
-from debias.step.distributed import global_sum, is_distributed
+from debias.step.distributed import global_rank, global_sum, is_distributed, world_size
 from debias.step.head import FeatureTap, HeadTap
 from debias.step.mixing import unmixable
 from debias.step.proxy import Hook, StepProxy, attach, detach
@@ -68,7 +68,7 @@ class StepEngine:
         self._position: int | None = None
         self._reweighed: list[LossCall] = []
         self._rows_needed = True
-        self._checked = False
+        self._checked = self._sums_checked = False
         self._named: dict[tuple[Any, int], str] = {}
         self._counter: int | None = None
 
@@ -349,6 +349,9 @@ class StepEngine:
                     " wait for this one. Return a loss of zero, e.g. `0 * logits.sum()`, instead of skipping."
                 )
             return None
+        if is_distributed() and (step.logging or not self._sums_checked):
+            self._sums_checked = True
+            _check_sums(loss, tap.calls)
         if reweigher is None and not penalisers and step.mixture is None:
             return None  # what was handed back, the global mean, is all there is to do
         calls = self._reaching(tap, loss)
@@ -708,6 +711,41 @@ def _settle(loss: Tensor, calls: list[LossCall], selected: list[LossCall], rewei
         if call.late is not None:
             loss = loss + factor * (new[call] - call.late.value).detach()
     return loss
+
+
+def _check_sums(loss: Tensor, calls: list[LossCall]) -> None:
+    """Refuse, on all ranks or none, a sum that the step does not divide by what it runs over.
+
+    A loss with ``reduction="sum"`` is handed back as the global mean times this rank's denominator. What the step makes
+    of it is the objective of one process if it takes all of that back, or as much of it on every rank.
+    """
+    sums = [call for call in calls if call.reduction == "sum"]
+    if not sums:  # then no rank has any: every one of them was summed up over ranks
+        return
+    places = [i for i, call in enumerate(sums) if call.edge is not None] if loss.requires_grad else []
+    edges = [sums[i].edge for i in places]
+    factors = torch.autograd.grad(loss.sum(), edges, retain_graph=True, allow_unused=True) if edges else ()
+    found = torch.zeros(world_size(), len(sums), 2, dtype=torch.float64, device=loss.device)
+    for i, factor in zip(places, factors, strict=True):
+        total = sums[i].elements[1].detach().sum().double()
+        share = torch.zeros_like(total) if factor is None else factor.detach().double() * total
+        # A rank where nothing counts adds nothing, whatever it divides by.
+        counts = (total != 0) & share.isfinite()
+        found[global_rank(), i] = torch.stack((torch.where(counts, share, 0), counts.double()))
+    shares, counts = global_sum(found).unbind(-1)
+    highest = torch.where(counts > 0, shares, -torch.inf).amax(0)
+    lowest = torch.where(counts > 0, shares, torch.inf).amin(0)
+    half = any(t.dtype in (torch.float16, torch.bfloat16) for c in sums for t in (loss, c.logits) if t is not None)
+    rounding = (2e-2 if half else 1e-5) * torch.maximum(highest.abs(), lowest.abs())
+    wrong = ((highest - lowest > rounding) & (counts.sum(0) > 1)).tolist()
+    if any(wrong):
+        i = wrong.index(True)
+        raise DebiasError(
+            f"Expected the step to divide the sum of `{sums[i].name}` by what it runs over, but the returned loss takes"
+            f" {float(lowest[i]):.4g} times their mean on one rank and {float(highest[i]):.4g} times on another, which"
+            " is not the loss of one process. Divide by the sum of the weights or of the mask, `losses.sum() /"
+            " mask.sum()`, or use `.mean()`."
+        )
 
 
 def _penalised(

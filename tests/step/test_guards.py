@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import (
     BatchSampler,
@@ -284,6 +285,66 @@ class Duplicating(BatchSampler):
 )
 def test_all_ranks_raise(ranks, error, match, name, options):
     ranks.raises(error, match, _refused, name, options)
+
+
+WEIGHT = torch.tensor([1.0, 4.0], dtype=torch.float64)
+SUMS = {
+    "weights over a count": lambda x, z, y: F.cross_entropy(z, y, WEIGHT, reduction="sum") / len(x),
+    "ignored over a count": lambda x, z, y: F.cross_entropy(z, ignored(x, y), reduction="sum") / len(x),
+    "mask over a count": lambda x, z, y: (F.cross_entropy(z, y, reduction="none") * (x[:, 0] > 0)).sum() / len(x),
+    "uneven and undivided": lambda x, z, y: F.cross_entropy(z, y, reduction="sum"),
+    "weights": lambda x, z, y: F.cross_entropy(z, y, WEIGHT, reduction="sum") / WEIGHT[y].sum(),
+    "ignored": lambda x, z, y: (
+        F.cross_entropy(z, ignored(x, y), reduction="sum") / (ignored(x, y) >= 0).sum().clamp(min=1)
+    ),
+    "mask": lambda x, z, y: (F.cross_entropy(z, y, reduction="none") * (x[:, 0] > 0)).sum() / (x[:, 0] > 0).sum(),
+    "mean of a mask": lambda x, z, y: (F.cross_entropy(z, y, reduction="none") * (x[:, 0] > 0)).mean(),
+    "count": lambda x, z, y: 0.5 * F.cross_entropy(z, y, reduction="sum") / len(x),
+}
+
+
+def ignored(x, y):
+    return torch.where(x[:, 0] > 0, y, -100)
+
+
+class Sums(Classifier):
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return SUMS[self.name](x, self(x), y)
+
+
+def _sums(rank, name, method, batches, nothing):
+    data = loader(sizes=(8, 5), last=(0, 0), rank=rank, n=26)
+    if nothing:  # of what rank 1 has counts
+        data.dataset.dataset.tensors[0][8:13, 0] = -1.0
+    options = {"devices": 2, "strategy": ddp(), "use_distributed_sampler": False, "limit_train_batches": batches}
+    make_trainer(build(method), **options).fit(Sums(name), data, val_loader())
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("weights over a count", "GroupDRO"),
+        ("ignored over a count", "LogitVariance"),
+        ("mask over a count", "GroupDRO"),
+        ("uneven and undivided", "LogitVariance"),
+    ],
+)
+def test_a_sum_that_is_not_divided_by_what_it_runs_over(ranks, name, method):
+    match = r"sum of `cross_entropy` by what it runs over, but the returned loss takes .* `losses.sum\(\) / mask.sum"
+    ranks.raises(DebiasError, match, _sums, name, method, 1, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "nothing"),
+    [("weights", False), ("ignored", True), ("mask", False), ("mean of a mask", False), ("count", False)],
+)
+def test_a_sum_that_is(ranks, name, nothing):
+    ranks.run(_sums, name, "GroupDRO", 2, nothing)
 
 
 def test_a_custom_batch_sampler_under_ddp(ranks):
