@@ -236,7 +236,7 @@ class RowTracker:
         """
         rows = output.shape[0]
         for tensor in (output, *inputs):
-            if self._is_sorted(tensor):
+            if self.is_sorted(tensor):
                 return False
             while (record := self._record_of(tensor)) is not None and _same_rows(record):
                 tensor = record.sources[0]
