@@ -289,6 +289,17 @@ class Pairs(Classifier):
         F.cross_entropy(self(batch[0][:4]), batch[1][:4])
 
 
+class Sorted(Classifier):
+    def validation_step(self, batch, batch_idx):
+        order = batch[0][:, 0].argsort()
+        F.cross_entropy(self(batch[0][order]), batch[1][order])
+
+
+class SortedForward(Classifier):
+    def validation_step(self, batch, batch_idx):
+        self(batch[0][batch[0][:, 0].argsort()])
+
+
 class NoHead(Classifier):
     def validation_step(self, batch, batch_idx):
         F.cross_entropy(self(batch[0]) / 2, batch[1])
@@ -299,6 +310,8 @@ class NoHead(Classifier):
     [
         (Spatial, {}, HeadNotFoundError, r"features to have shape \(N, D\).*\(8, 1, 6\)"),
         (Pairs, {}, RowsError, "each of 8 samples, but got 4"),
+        (Sorted, {}, RowsError, "in the order of the batch for AttributeProbe"),
+        (SortedForward, {}, RowsError, "in the order of the batch for AttributeProbe"),
         (NoHead, {}, HeadNotFoundError, r"head='dotted\.path'"),
         (Classifier, {"features": "bakbone"}, HeadNotFoundError, "Did you mean 'backbone'"),
         (Classifier, {"attribute": "site"}, BatchKeyError, r"`attribute='site'`.*tag\(dataset, site=ids\)"),

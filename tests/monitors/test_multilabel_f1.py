@@ -118,6 +118,21 @@ def _validate(rank, devices):
     return {k: float(v) for k, v in trainer.callback_metrics.items() if "f1" in k or "threshold" in k}
 
 
+class Sorted(Labels):
+    def validation_step(self, batch, batch_idx):
+        order = batch[0][:, 0].argsort()
+        return super().validation_step([part[order] for part in batch], batch_idx)
+
+
+@pytest.mark.parametrize("options", [{}, {"group": "person", "n_groups": 4}])
+def test_a_step_that_puts_samples_in_another_order(options):
+    expected, found = (
+        make_trainer([MultilabelF1Monitor(NAMES, **options)]).validate(model, loaders(), verbose=False)[0]
+        for model in (Labels(), Sorted())
+    )
+    assert found == pytest.approx(expected, nan_ok=True)
+
+
 def test_what_is_refused():
     with pytest.raises(RowsError, match=r"shape \(N, 2\), one column per name .* \(8, 3\)"):
         make_trainer([MultilabelF1Monitor(["a", "b"])]).validate(Labels(), loaders(), verbose=False)
