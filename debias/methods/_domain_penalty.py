@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, HeadNotFoundError, RowsError
 from debias.ops.head_autograd import AutogradHeadStatistics
 from debias.ops.head_statistics import HeadLoss, HeadStatistics, make_head_loss, make_members
+from debias.ops.penalties import LOSS_OPTIONS
 from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.grouped import plain_n_groups, tag_counts
@@ -418,9 +419,4 @@ def _check_logits(call: LossCall, made: Tensor, logits: Tensor, who: str) -> Non
 
 
 def _options(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    known = {
-        "cross_entropy": ("weight", "label_smoothing", "ignore_index"),
-        "binary_cross_entropy_with_logits": ("weight", "pos_weight"),
-        "mse_loss": ("weight",),
-    }
-    return {k: arguments[k] for k in known.get(name, ()) if k in arguments}
+    return {k: arguments[k] for k in LOSS_OPTIONS.get(name, ()) if k in arguments}

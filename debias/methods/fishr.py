@@ -36,8 +36,8 @@ from torch import Tensor
 
 from debias.errors import DebiasError
 from debias.methods._domain_penalty import DomainPenalty
-from debias.ops.head_statistics import HeadStatistics, domain_mean, make_head_loss, make_members
-from debias.ops.penalties import DomainPenaltyModule
+from debias.ops.head_statistics import HeadStatistics, domain_mean, make_members
+from debias.ops.penalties import LossPenaltyModule
 from debias.ops.schedule import check_number
 from debias.step.batch import BatchKey
 from debias.step.context import Step
@@ -70,7 +70,7 @@ def fishr_penalty(variances: Tensor, present: Tensor, *, reduction: Literal["mea
     return domain_mean(squared, present) / flat.shape[1]
 
 
-class FishrPenalty(DomainPenaltyModule):
+class FishrPenalty(LossPenaltyModule):
     """The penalty for any training loop, with its running averages.
 
     Args:
@@ -83,6 +83,8 @@ class FishrPenalty(DomainPenaltyModule):
             from the first step on.
         loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` or ``"squared_error"``.
         head_bias: whether the head adds a bias.
+        **loss_options: what the loss is called with: ``weight``, ``label_smoothing``, ``ignore_index``, ``pos_weight``,
+            see :class:`debias.ops.penalties.LossPenaltyModule`.
 
     Shape:
         features ``(N, d)``; logits ``(N, C)``; targets of the loss; domains ``(N,)`` int64 or boolean ``(N, E)``;
@@ -110,10 +112,12 @@ class FishrPenalty(DomainPenaltyModule):
         ramp_steps: int = 0,
         loss: str = "cross_entropy",
         head_bias: bool = True,
+        **loss_options: Any,
     ) -> None:
         super().__init__(
-            n_domains, penalty_weight, weight_before=weight_before, start_step=start_step, ramp_steps=ramp_steps
-        )
+            n_domains, penalty_weight, loss=loss, loss_options=loss_options, weight_before=weight_before,
+            start_step=start_step, ramp_steps=ramp_steps,
+        )  # fmt: skip
         if check_number("ema", ema, highest=1.0) == 1:
             raise DebiasError(f"Expected `ema` to be in [0, 1), but got {ema!r}: nothing would ever enter the average.")
         if bias not in ("corrected", "reference"):
@@ -123,7 +127,6 @@ class FishrPenalty(DomainPenaltyModule):
         self.ema = ema
         self.bias = bias
         self.reduction = reduction
-        self.loss = loss
         self.head_bias = head_bias
         # Its size is the head's, which is not known yet.
         self.register_buffer("averages", torch.zeros(self.n_domains, 0, dtype=torch.float64))
@@ -137,7 +140,7 @@ class FishrPenalty(DomainPenaltyModule):
         self.count_rows(domains, logits)
 
         def penalty(logits: Tensor, features: Tensor) -> Tensor:
-            loss = make_head_loss(self.loss, logits, targets)
+            loss = self.head_loss(logits, targets)
             return self.of(HeadStatistics(features, loss, members, self.head_bias))
 
         return self.weighted(step, penalty, logits, features)

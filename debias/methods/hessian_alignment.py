@@ -45,7 +45,7 @@ from torch import Tensor
 from debias.errors import DebiasError
 from debias.methods._domain_penalty import DomainPenalty
 from debias.ops.head_statistics import HeadStatistics, make_head_loss, make_members
-from debias.ops.penalties import DomainPenaltyModule
+from debias.ops.penalties import LossPenaltyModule
 from debias.ops.precision import in_full_precision
 from debias.ops.schedule import check_number
 from debias.step.batch import BatchKey
@@ -174,7 +174,7 @@ def _hutchinson(
     return (torch.stack(own).mean(0) - target).square().flatten(1).sum(1), target.detach().square().sum()
 
 
-class HessianAlignmentPenalty(DomainPenaltyModule):
+class HessianAlignmentPenalty(LossPenaltyModule):
     """The penalty for any training loop.
 
     Args:
@@ -190,6 +190,8 @@ class HessianAlignmentPenalty(DomainPenaltyModule):
         weight_before, start_step, ramp_steps: see :class:`debias.ops.schedule.PenaltySchedule`.
         loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` or ``"squared_error"``.
         bias: whether the head adds a bias.
+        **loss_options: what the loss is called with: ``weight``, ``label_smoothing``, ``ignore_index``, ``pos_weight``,
+            see :class:`debias.ops.penalties.LossPenaltyModule`.
 
     Shape:
         features ``(N, d)``; logits ``(N, C)``; targets of the loss; domains ``(N,)`` int64 or boolean ``(N, E)``;
@@ -217,10 +219,12 @@ class HessianAlignmentPenalty(DomainPenaltyModule):
         ramp_steps: int = 0,
         loss: str = "cross_entropy",
         bias: bool = True,
+        **loss_options: Any,
     ) -> None:
         super().__init__(
-            n_domains, penalty_weight, weight_before=weight_before, start_step=start_step, ramp_steps=ramp_steps
-        )
+            n_domains, penalty_weight, loss=loss, loss_options=loss_options, weight_before=weight_before,
+            start_step=start_step, ramp_steps=ramp_steps,
+        )  # fmt: skip
         if statistic not in PUBLISHED_ALPHA:
             raise DebiasError(f"Expected `statistic` to be one of {', '.join(PUBLISHED_ALPHA)}, but got {statistic!r}.")
         if reduction not in ("mean", "sum"):
@@ -234,7 +238,6 @@ class HessianAlignmentPenalty(DomainPenaltyModule):
         self.scale_free = scale_free
         self.reduction = reduction
         self.n_samples = n_samples
-        self.loss = loss
         self.bias = bias
 
     def forward(
@@ -252,7 +255,7 @@ class HessianAlignmentPenalty(DomainPenaltyModule):
         self.count_rows(domains, logits)
 
         def penalty(logits: Tensor, features: Tensor) -> Tensor:
-            loss = make_head_loss(self.loss, logits, targets)
+            loss = self.head_loss(logits, targets)
             return self.of(HeadStatistics(features, loss, members, self.bias), generator)
 
         return self.weighted(step, penalty, logits, features)

@@ -30,7 +30,7 @@ from torch import Tensor
 from debias.errors import DebiasError
 from debias.methods._domain_penalty import DomainPenalty, head_loss, rows_of
 from debias.ops.head_statistics import HeadLoss, domain_mean, make_head_loss, make_members
-from debias.ops.penalties import DomainPenaltyModule
+from debias.ops.penalties import LossPenaltyModule
 from debias.ops.precision import in_full_precision
 from debias.step.batch import BatchKey
 from debias.step.context import Step
@@ -100,7 +100,7 @@ def _halves(members: Tensor) -> Tensor:
     return torch.stack((members & ~odd, members & odd))
 
 
-class IRMPenalty(DomainPenaltyModule):
+class IRMPenalty(LossPenaltyModule):
     """The penalty for any training loop.
 
     Args:
@@ -109,6 +109,8 @@ class IRMPenalty(DomainPenaltyModule):
         form: ``"unbiased"`` or ``"squared"``.
         weight_before, start_step, ramp_steps: see :class:`debias.ops.schedule.PenaltySchedule`.
         loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` or ``"squared_error"``.
+        **loss_options: what the loss is called with: ``weight``, ``label_smoothing``, ``ignore_index``, ``pos_weight``,
+            see :class:`debias.ops.penalties.LossPenaltyModule`.
 
     Shape:
         logits ``(N, C)``; targets of the loss; domains ``(N,)`` int64 or boolean ``(N, E)``; output: scalar.
@@ -128,21 +130,22 @@ class IRMPenalty(DomainPenaltyModule):
         start_step: int = 0,
         ramp_steps: int = 0,
         loss: str = "cross_entropy",
+        **loss_options: Any,
     ) -> None:
         super().__init__(
-            n_domains, penalty_weight, weight_before=weight_before, start_step=start_step, ramp_steps=ramp_steps
-        )
+            n_domains, penalty_weight, loss=loss, loss_options=loss_options, weight_before=weight_before,
+            start_step=start_step, ramp_steps=ramp_steps,
+        )  # fmt: skip
         if form not in ("unbiased", "squared"):
             raise DebiasError(f"Expected `form` to be 'unbiased' or 'squared', but got {form!r}.")
         self.form = form
-        self.loss = loss
 
     def forward(self, logits: Tensor, targets: Tensor, domains: Tensor, *, step: int | None = None) -> Tensor:
         """The weighted penalty of one batch; ``step`` is the number of optimiser steps taken so far."""
-        make_members(domains, self.n_domains, len(logits))
+        members = make_members(domains, self.n_domains, len(logits))
         self.count_rows(domains, logits)
         return self.weighted(
-            step, lambda z: irm_penalty(z, targets, domains, self.n_domains, form=self.form, loss=self.loss), logits
+            step, lambda z: scale_derivative_penalty(self.head_loss(z, targets), members, self.form), logits
         )
 
 

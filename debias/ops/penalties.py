@@ -1,4 +1,6 @@
-"""What the modules of all domain penalties share: the schedule, the count of bad rows, the checks of a plain loop."""
+"""What the modules of domain penalties share: the schedule, the count of bad rows, the checks of a plain loop, and how
+the loss was called.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,20 @@ from torch import Tensor
 
 from debias.errors import DebiasError
 from debias.ops.groups import GroupState, group_losses
+from debias.ops.head_statistics import HeadLoss, make_head_loss
 from debias.ops.precision import in_full_precision
-from debias.ops.schedule import PenaltySchedule
+from debias.ops.schedule import PenaltySchedule, check_number
 
-__all__ = ["DomainPenaltyModule"]
+__all__ = ["LOSS_OPTIONS", "DomainPenaltyModule", "LossPenaltyModule"]
+
+# What the losses that are taken apart can be called with, beside logits and targets; by their names here and torch's.
+LOSS_OPTIONS: dict[str, tuple[str, ...]] = {
+    "cross_entropy": ("weight", "label_smoothing", "ignore_index"),
+    "binary_cross_entropy": ("weight", "pos_weight"),
+    "binary_cross_entropy_with_logits": ("weight", "pos_weight"),
+    "squared_error": ("weight",),
+    "mse_loss": ("weight",),
+}
 
 
 class DomainPenaltyModule(GroupState):
@@ -92,3 +104,86 @@ class DomainPenaltyModule(GroupState):
         rows = rows.detach()
         of_rows = rows if rows.ndim == 1 else rows.flatten(1).float().sum(1)
         self.count_bad(group_losses([(of_rows, torch.ones_like(of_rows), domains)], self.n_groups)[1])
+
+
+class LossPenaltyModule(DomainPenaltyModule):
+    """A penalty that takes a loss apart, which it is told of.
+
+    Args:
+        n_domains: number of domains E, at least 2, or the numbers of crossed ids.
+        penalty_weight: weight of the penalty in the end.
+        loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` or ``"squared_error"``.
+        loss_options: what the loss is called with: ``weight`` and ``pos_weight``, tensors or lists of numbers >= 0,
+            ``label_smoothing`` and ``ignore_index``. Weights follow the module to its device, and are not saved with
+            it.
+        **schedule: see :class:`DomainPenaltyModule`.
+
+    Raises:
+        DebiasError: the loss is another, has no such option, or an option is out of range.
+    """
+
+    loss_weight: Tensor | None
+    loss_pos_weight: Tensor | None
+
+    def __init__(
+        self,
+        n_domains: int | Sequence[int],
+        penalty_weight: float,
+        *,
+        loss: str,
+        loss_options: dict[str, Any],
+        **schedule: Any,
+    ) -> None:
+        super().__init__(n_domains, penalty_weight, **schedule)
+        if loss not in LOSS_OPTIONS:
+            raise DebiasError(
+                f"Expected `loss` to be one of {', '.join(LOSS_OPTIONS)}, whose derivatives with respect to the logits"
+                f" are known, but got {loss!r}. A penalty that needs only losses or features takes any (VREx, CORAL,"
+                " MMD)."
+            )
+        known = LOSS_OPTIONS[loss]
+        if unknown := set(loss_options) - set(known):
+            raise DebiasError(
+                f"Expected arguments of {type(self).__name__}, or options of `loss={loss!r}`: {', '.join(known)}, but"
+                f" got {', '.join(sorted(unknown))}. Correct the name, or `loss`."
+            )
+        self.loss = loss
+        self.label_smoothing = check_number("label_smoothing", loss_options.get("label_smoothing", 0.0), highest=1.0)
+        self.ignore_index = loss_options.get("ignore_index", -100)
+        if type(self.ignore_index) is not int:
+            raise DebiasError(f"Expected `ignore_index` to be an integer, but got {self.ignore_index!r}.")
+        for name in ("weight", "pos_weight"):
+            value = loss_options.get(name)
+            weights = None if value is None else _weights(name, value, classes=loss == "cross_entropy")
+            self.register_buffer(f"loss_{name}", weights, persistent=False)
+
+    def head_loss(self, logits: Tensor, targets: Tensor) -> HeadLoss:
+        """The loss, taken apart.
+
+        Raises:
+            DebiasError: logits, targets and weights do not fit.
+        """
+        weight = self.loss_weight
+        if self.loss == "cross_entropy" and weight is not None and weight.shape != logits.shape[1:]:
+            raise DebiasError(
+                f"Expected `weight` to hold one number for each class of the logits {tuple(logits.shape)}, but got"
+                f" {len(weight)}."
+            )
+        options = {name: getattr(self, name) for name in ("label_smoothing", "ignore_index")}
+        options |= {"weight": weight, "pos_weight": self.loss_pos_weight}
+        return make_head_loss(self.loss, logits, targets, **{name: options[name] for name in LOSS_OPTIONS[self.loss]})
+
+
+def _weights(name: str, value: Any, *, classes: bool) -> Tensor:
+    """Weights as a buffer: in double precision, as all of a module's."""
+    try:
+        value = value.detach().cpu() if isinstance(value, Tensor) else value
+        weights = torch.as_tensor(value, dtype=torch.float64).clone()
+    except (TypeError, ValueError, RuntimeError):
+        weights = torch.zeros(())
+    if weights.ndim == 0 or (classes and weights.ndim > 1) or not bool((weights.isfinite() & (weights >= 0)).all()):
+        raise DebiasError(
+            f"Expected `{name}` to be weights of the loss{', one for each class' if classes else ''}, a tensor or a"
+            f" list of numbers >= 0, but got {value!r}. The weight of the penalty is `penalty_weight`."
+        )
+    return weights

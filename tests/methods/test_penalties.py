@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
+from torch.utils.data import DataLoader
 
 from _support import head_oracle as oracle
 from _support import runs
@@ -24,15 +27,19 @@ from debias import (
     MMD,
     CORALPenalty,
     Fishr,
+    FishrMixin,
     FishrPenalty,
+    HessianAlignment,
+    HessianAlignmentMixin,
     HessianAlignmentPenalty,
+    IRMMixin,
     IRMPenalty,
     MMDPenalty,
     VREx,
     VRExPenalty,
 )
 from debias.errors import BadRowsError, DebiasError, HeadNotFoundError, RowsError
-from debias.functional import coral_penalty, irm_penalty, mmd_penalty, vrex_penalty
+from debias.functional import coral_penalty, hessian_alignment_penalty, irm_penalty, mmd_penalty, vrex_penalty
 from debias.ops.head_statistics import HeadStatistics, make_head_loss, make_members
 
 EXACT = 1e-10
@@ -668,6 +675,154 @@ def test_yaml_names_the_module(name: str, monkeypatch, tmp_path) -> None:
         train(model, [method])
         ends.append(parameters(model))
     assert same(*ends)
+
+
+# -- modules that are told of the loss --------------------------------------------------------------
+
+
+def hessian_alignment(p: oracle.Problem) -> torch.Tensor:
+    return hessian_alignment_penalty(
+        p.features, p.logits, p.targets, p.domains, p.n_domains, loss=p.loss, alpha=0.7, beta=0.3, **p.options
+    )
+
+
+TOLD = {  # each module, and what its function makes of the same arguments
+    "hessian_alignment": (lambda *args, **options: HessianAlignmentPenalty(*args, alpha=0.7, beta=0.3, **options),
+                          hessian_alignment),
+    "fishr": (lambda *args, **options: FishrPenalty(*args, 1.0, 0.0, **options),
+              lambda p: FishrPenalty(p.n_domains, 1.0, 0.0).of(statistics(p))),
+    "irm": (lambda *args, **options: IRMPenalty(*args, 1.0, **options),
+            lambda p: irm_penalty(p.logits, p.targets, p.domains, p.n_domains, loss=p.loss, **p.options)),
+}  # fmt: skip
+
+
+def arguments_of(name: str, p: oracle.Problem) -> tuple[torch.Tensor, ...]:
+    return (p.logits, p.targets, p.domains) if name == "irm" else (p.features, p.logits, p.targets, p.domains)
+
+
+@KINDS
+@pytest.mark.parametrize("name", TOLD)
+def test_modules_take_the_options_of_the_loss(name: str, kind: str) -> None:
+    p = oracle.problem(kind)
+    make, function = TOLD[name]
+    options = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in p.options.items()}
+    for told in (p.options, options):
+        check(p, make(p.n_domains, loss=p.loss, **told)(*arguments_of(name, p)), function(p))
+    if p.options:
+        plain = make(p.n_domains, loss=p.loss)(*arguments_of(name, p))
+        assert not torch.allclose(plain, function(p), rtol=1e-6)
+
+
+def through_a_module(mixin: type, configure: Callable[[Any], None], penalty: Callable[..., torch.Tensor]) -> type:
+    class Model(mixin, Classifier):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            super().__init__()
+            configure(self)
+
+        def training_step(self, batch, batch_idx):
+            x, y, domains = batch
+            features = self.backbone(x)
+            logits = self.head(features)
+            return F.cross_entropy(logits, y, **OPTIONS) + penalty(self, features, logits, y, domains)
+
+    return Model
+
+
+OPTIONS = {"weight": torch.tensor([0.3, 2.0], dtype=torch.float64), "label_smoothing": 0.2}
+MIXINS = {
+    "hessian_alignment": (
+        HessianAlignmentMixin, HessianAlignment, {"alpha": 1.0, "beta": 1.0},
+        lambda m, f, z, y, d: m.hessian_alignment_penalty(f, z, y, d),
+    ),
+    "fishr": (FishrMixin, Fishr, {"penalty_weight": 5.0}, lambda m, f, z, y, d: m.fishr_penalty(f, z, y, d)),
+    "irm": (IRMMixin, IRM, {"penalty_weight": 0.5}, lambda m, f, z, y, d: m.irm_penalty(z, y, d)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXINS)
+def test_mixins_with_options_of_the_loss_are_the_callback(name: str) -> None:
+    mixin, callback, own, penalty = MIXINS[name]
+
+    def configure(model: Any, **options: Any) -> None:
+        getattr(model, f"configure_{name}")(3, **own, **options)
+
+    class Weighted(Classifier):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            return F.cross_entropy(self(x), y, **OPTIONS)
+
+    theirs = Weighted()
+    train(theirs, [callback("place", 3, **own)])
+    ends = {}
+    for told in (True, False):
+        make = through_a_module(mixin, lambda m, told=told: configure(m, **(OPTIONS if told else {})), penalty)
+        model = make()
+        batches = [(*b.batch, b.tags["place"]) for b in loader()]
+        make_trainer().fit(model, DataLoader(batches, batch_size=None), val_loader(bare=True))
+        ends[told] = {k: v for k, v in parameters(model).items() if not k.startswith(name)}
+    assert deviation(parameters(theirs), ends[True]) < 1e-12
+    assert deviation(parameters(theirs), ends[False]) > 1e-6
+
+
+@pytest.mark.parametrize("name", MIXINS)
+def test_options_of_the_loss_are_no_part_of_a_checkpoint(name: str) -> None:
+    """Arguments are not state: what was saved without them loads with them, and the reverse."""
+    make = {"hessian_alignment": HessianAlignmentPenalty, "fishr": FishrPenalty, "irm": IRMPenalty}[name]
+    told, plain = make(3, **OPTIONS), make(3)
+    assert told.state_dict().keys() == plain.state_dict().keys()
+    told.load_state_dict(plain.state_dict())
+    plain.load_state_dict(told.state_dict())
+    assert told.loss_weight.tolist() == [0.3, 2.0]
+    assert plain.loss_weight is None
+
+
+@pytest.mark.parametrize("make", [HessianAlignmentPenalty, FishrPenalty, IRMPenalty])
+def test_weights_of_the_loss_follow_the_module(make: type) -> None:
+    weight = torch.tensor([0.25, 2.0], requires_grad=True)
+    module = make(2, weight=weight)
+    weight.data.zero_()  # it has its own
+    copied = copy.deepcopy(nn.Sequential(module).half())[0]
+    assert copied.loss_weight.tolist() == [0.25, 2.0]
+    assert copied.loss_weight.dtype == torch.float64
+    assert not copied.loss_weight.requires_grad
+    binary = make(2, loss="binary_cross_entropy", weight=[0.3, 2.0], pos_weight=(3.0, 4.0))
+    assert binary.loss_weight.tolist() == [0.3, 2.0]
+    moved = nn.Sequential(module, binary).to("meta")
+    assert {moved[0].loss_weight.device.type, moved[1].loss_weight.device.type} == {"meta"}
+    assert moved[1].loss_pos_weight.device.type == "meta"
+
+
+@pytest.mark.parametrize("make", [HessianAlignmentPenalty, FishrPenalty, IRMPenalty])
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"loss": "l1_loss"}, "`loss` to be one of cross_entropy, .*whose derivatives .*'l1_loss'"),
+        (
+            {"loss": "mse_loss", "label_smoothing": 0.1},
+            r"options of `loss='mse_loss'`: weight, but got label_smoothing",
+        ),
+        ({"pos_weight": [1.0]}, "weight, label_smoothing, ignore_index, but got pos_weight"),
+        ({"penalty_wieght": 2.0}, r"arguments of \w+Penalty, or options .*, but got penalty_wieght"),
+        ({"weight": 10.0}, r"`weight` .*one for each class, .*got 10.0. The weight of the penalty is `penalty_weight`"),
+        ({"weight": [[1.0, 2.0]]}, "`weight`"),
+        ({"weight": [1.0, -2.0]}, "`weight`"),
+        ({"weight": [1.0, float("nan")]}, "`weight`"),
+        ({"weight": "balanced"}, "`weight`.*'balanced'"),
+        ({"loss": "binary_cross_entropy", "pos_weight": [float("inf")]}, "`pos_weight` to be weights of the loss, a"),
+        ({"label_smoothing": 1.5}, r"`label_smoothing` to be a number in \[0, 1\]"),
+        ({"ignore_index": 1.0}, "`ignore_index` to be an integer"),
+    ],
+)
+def test_wrong_options_of_the_loss(make: type, options: dict[str, Any], match: str) -> None:
+    with pytest.raises(DebiasError, match=match):
+        make(3, **options)
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_weights_of_another_number_of_classes(name: str) -> None:
+    p = oracle.problem()
+    with pytest.raises(DebiasError, match=r"one number for each class of the logits \(18, 4\), but got 1"):
+        TOLD[name][0](p.n_domains, weight=[2.0])(*arguments_of(name, p))
 
 
 def test_modules_in_a_plain_loop() -> None:
