@@ -238,14 +238,14 @@ def head_loss(call: LossCall, *, check: bool = False) -> HeadLoss:
 
     Args:
         call: the loss.
-        check: whether to compare it with the losses themselves, which waits for the device.
+        check: whether to compare it with the losses that a step has worked on, which waits for the device.
 
     Raises:
         DebiasError: it is a loss whose derivatives are not known, or its logits are not ``(N, C)``.
         RowsError: the step has made something else of the losses than masks and weights can.
     """
     loss = _rebuilt(call)
-    if check:
+    if check and call.followed:
         _check_losses(call, loss)
     return loss
 
