@@ -350,19 +350,17 @@ class HeadStatistics:
         present = self.present.to(self.features.dtype)
         return present / present.sum().clamp_min(1)
 
-    @cached_property
-    def inputs(self) -> Tensor:
-        """Input of the head with a one for the bias, ``(rows, D)``."""
-        return F.pad(self.features, (0, 1), value=1.0) if self.bias else self.features
-
     def spread(self, rows: Tensor, shares: Tensor | None = None) -> Tensor:
         """Coefficients ``shares_ie rows_i``, ``(rows, E, C)``, from ``(rows, C)`` or ``(rows, E, C)``."""
         weights = self.shares if shares is None else shares
         return weights.unsqueeze(2) * (rows.unsqueeze(1) if rows.ndim == 2 else rows)
 
-    def sums(self, coefficients: Tensor, inputs: Tensor) -> Tensor:
-        """``sum_i c_ie (x) inputs_i`` from coefficients ``(rows, k, C)``; ``(k, C, D)``, summed over ranks."""
-        return global_sum(coefficients.flatten(1).T @ inputs).unflatten(0, coefficients.shape[1:])
+    def sums(self, coefficients: Tensor, *, squared: bool = False) -> Tensor:
+        """``sum_i c_ie (x) a_i``, or of the squares of the a_i, from coefficients ``(rows, k, C)``; ``(k, C, D)``,
+        summed over ranks.
+        """
+        sums = _Sums.apply(coefficients.flatten(1), self.features, self.bias, squared)
+        return global_sum(sums).unflatten(0, coefficients.shape[1:])
 
     @cached_property
     def residuals(self) -> Tensor:
@@ -372,30 +370,32 @@ class HeadStatistics:
     @cached_property
     def gradients(self) -> Tensor:
         """Mean gradients G_e, ``(E, C, D)``; 0 for an absent domain."""
-        return self.sums(self.residuals, self.inputs)
+        return self.sums(self.residuals)
 
     def images(self, vectors: Tensor) -> Tensor:
-        """``V_e a_i`` for every domain e and row i, from vectors ``(E, C, D)``; ``(rows, E, C)``."""
-        return (self.inputs @ vectors.flatten(0, 1).T).unflatten(1, vectors.shape[:2])
+        """``V a_i`` for every row i, from vectors ``(..., D)``; ``(rows, ...)``."""
+        flat, width = vectors.flatten(0, -2), self.features.shape[1]
+        weight, bias = (flat[:, :width], flat[:, width]) if self.bias else (flat, None)
+        return F.linear(self.features, weight, bias).unflatten(1, vectors.shape[:-1])
 
     def hessian_vector(self, vectors: Tensor) -> Tensor:
         """``H_e V_e`` for vectors ``(E, C, D)``; ``(E, C, D)``."""
-        return self.sums(self.spread(self.loss.curvature(self.images(vectors))), self.inputs)
+        return self.sums(self.spread(self.loss.curvature(self.images(vectors))))
 
     def mean_hessian_vector(self, vector: Tensor) -> Tensor:
         """``(mean of the H_e) V`` for one vector ``(C, D)``; ``(C, D)``."""
-        curved = self.loss.curvature(self.inputs @ vector.T)
-        return self.sums(self.spread(curved, self.mean_shares), self.inputs)[0]
+        curved = self.loss.curvature(self.images(vector))
+        return self.sums(self.spread(curved, self.mean_shares))[0]
 
     @cached_property
     def diagonals(self) -> Tensor:
         """Diagonals of the Hessians, ``(E, C, D)``."""
-        return self.sums(self.spread(self.loss.diagonal), self.inputs.square())
+        return self.sums(self.spread(self.loss.diagonal), squared=True)
 
     @cached_property
     def traces(self) -> Tensor:
         """Traces of the Hessians, ``(E,)``."""
-        of_rows = self.loss.diagonal.sum(1) * self.inputs.square().sum(1)
+        of_rows = self.loss.diagonal.sum(1) * (self.features.square().sum(1) + self.bias)
         return global_sum((self.shares * of_rows.unsqueeze(1)).sum(0))
 
     @cached_property
@@ -405,8 +405,8 @@ class HeadStatistics:
         A sample's gradient is that of its own loss: the mean over its labels, and without division by the batch.
         """
         residuals = self.loss.residuals / self.loss.elements
-        mean = self.sums(self.spread(residuals, self.sample_shares), self.inputs)
-        return self.sums(self.spread(residuals.square(), self.sample_shares), self.inputs.square()) - mean.square()
+        mean = self.sums(self.spread(residuals, self.sample_shares))
+        return self.sums(self.spread(residuals.square(), self.sample_shares), squared=True) - mean.square()
 
     # -- squared distances from the mean over domains: each ``(E,)``, and the target's squared norm without gradient --
 
@@ -439,7 +439,7 @@ class HeadStatistics:
         target = self.mean_shares * self.loss.curvature(self.mean(images, 1))
         if by_pairs:
             return self._by_pairs(own, target, detach_target, *self.gram)
-        both = self.sums(torch.cat((own, target.unsqueeze(1)), 1), self.inputs)
+        both = self.sums(torch.cat((own, target.unsqueeze(1)), 1))
         return distances_from(both[:-1], both[-1], detach_target)
 
     def diagonal_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
@@ -484,10 +484,10 @@ class HeadStatistics:
         Returns:
             ``(E,)``, and a scalar without gradient.
         """
-        inputs, shares = gather(self.inputs), gather(self.shares)
+        inputs, shares = gather(self.features), gather(self.shares)
         loss = self.loss.map(gather)
         left, right = (loss, inputs), (loss.map(Tensor.detach), inputs.detach()) if detach_target else (loss, inputs)
-        products = right[0].inner(left[0]) * (left[1] @ right[1].T).square()
+        products = right[0].inner(left[0]) * (left[1] @ right[1].T + self.bias).square()
         by_pair = shares.T @ products @ shares  # <H_a, H_b>, (E, E)
         towards = self.mean(by_pair, dim=1)  # <H_e, mean H>
         own = by_pair.diagonal()
@@ -514,6 +514,35 @@ def distances_from(own: Tensor, target: Tensor, detach_target: bool) -> tuple[Te
 
 def _times(gram: Tensor, coefficients: Tensor) -> Tensor:
     return (gram @ coefficients.flatten(1)).unflatten(1, coefficients.shape[1:])
+
+
+class _Sums(torch.autograd.Function):
+    """``sum_i c_ik x_i``, or of the squares of the x_i, with ``sum_i c_ik`` as a last column for a bias, ``(K, D)``.
+
+    The features are many more numbers than the sums, so what costs time is to go over them: no copy with a column of
+    ones is made, and the derivative of the square is one pass over the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, coefficients: Tensor, x: Tensor, bias: bool, squared: bool) -> Tensor:
+        values = x * x if squared else x
+        ctx.save_for_backward(coefficients, values, x if squared else None)
+        sums = coefficients.T @ values
+        return torch.cat((sums, coefficients.sum(0).unsqueeze(1)), 1) if bias else sums
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        coefficients, values, x = ctx.saved_tensors
+        width = values.shape[1]
+        of_sums = gradient[:, :width]
+        to_coefficients = to_x = None
+        if ctx.needs_input_grad[0]:
+            of_bias = gradient[:, width] if gradient.shape[1] > width else None
+            to_coefficients = F.linear(values, of_sums, of_bias)
+        if ctx.needs_input_grad[1]:
+            to_x = coefficients @ of_sums if x is None else (2 * coefficients @ of_sums).mul_(x)
+        return to_coefficients, to_x, None, None
 
 
 class _Gram(torch.autograd.Function):
