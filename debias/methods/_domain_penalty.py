@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, HeadNotFoundError, RowsError
 from debias.ops.head_autograd import AutogradHeadStatistics
 from debias.ops.head_statistics import HeadLoss, HeadStatistics, make_head_loss, make_members
-from debias.ops.penalties import LOSS_OPTIONS
+from debias.ops.penalties import LOSS_OPTIONS, row_counts
 from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.grouped import plain_n_groups, tag_counts
@@ -160,8 +160,10 @@ class DomainPenalty(Debiaser):
                 )
 
     def _count_rows(self, call: LossCall, ids: Tensor, step: Step) -> None:
+        n = self.module.n_domains
+        counts = step.once((call, ids, n), lambda: row_counts(call.of_rows(ids), call.num, n))
         try:
-            self.module.count_rows(call.of_rows(ids), call.num)
+            self.module.count_bad(counts)
         except BadRowsError as error:
             raise self._at(error, step.global_step) from None
         if step.logging:

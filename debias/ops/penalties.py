@@ -16,7 +16,7 @@ from debias.ops.head_statistics import HeadLoss, make_head_loss
 from debias.ops.precision import in_full_precision
 from debias.ops.schedule import PenaltySchedule, check_number
 
-__all__ = ["LOSS_OPTIONS", "DomainPenaltyModule", "LossPenaltyModule"]
+__all__ = ["LOSS_OPTIONS", "DomainPenaltyModule", "LossPenaltyModule", "row_counts"]
 
 # What the losses that are taken apart can be called with, beside logits and targets; by their names here and torch's.
 LOSS_OPTIONS: dict[str, tuple[str, ...]] = {
@@ -95,15 +95,21 @@ class DomainPenaltyModule(GroupState):
         return weight * penalty(*inputs)
 
     def count_rows(self, domains: Tensor, rows: Tensor) -> None:
-        """Count rows by domain, with ids out of range and rows that are not finite, over all ranks; raises on CPU.
+        """Count rows by domain, with ids out of range and rows that are not finite, over all ranks; raises on CPU."""
+        self.count_bad(row_counts(domains, rows, self.n_groups))
 
-        Args:
-            domains: ids or membership, see :func:`debias.ops.groups.group_losses`.
-            rows: floating-point, ``(rows, ...)``.
-        """
-        rows = rows.detach()
-        of_rows = rows if rows.ndim == 1 else rows.flatten(1).float().sum(1)
-        self.count_bad(group_losses([(of_rows, torch.ones_like(of_rows), domains)], self.n_groups)[1])
+
+def row_counts(domains: Tensor, rows: Tensor, n_domains: int) -> Tensor | list[float]:
+    """Numbers of rows of the global batch by place, for :meth:`GroupState.count_bad`, with one all-reduce.
+
+    Args:
+        domains: ids or membership, see :func:`debias.ops.groups.group_losses`.
+        rows: floating-point, ``(rows, ...)``; those that are not finite are bad.
+        n_domains: number of domains E.
+    """
+    rows = rows.detach()
+    of_rows = rows if rows.ndim == 1 else rows.flatten(1).float().sum(1)
+    return group_losses([(of_rows, torch.ones_like(of_rows), domains)], n_domains)[1]
 
 
 class LossPenaltyModule(DomainPenaltyModule):

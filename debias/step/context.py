@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from debias.step.batch import BatchKey
 from debias.step.mixing import Mixture
 
 __all__ = ["Step"]
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -53,6 +55,7 @@ class Step:
     features: Tensor | None = None
     mixture: Mixture | None = None
     _ids: dict[Any, Tensor] = field(default_factory=dict)
+    _made: dict[Any, Any] = field(default_factory=dict)
 
     def read(self, key: BatchKey, *, argument: str = "key") -> Any:
         """What ``key`` names among the tags and in the batch."""
@@ -146,6 +149,17 @@ class Step:
         }
         self.n = len(index)
         self._ids.clear()
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """What several methods need alike, made for the first that asks.
+
+        Args:
+            key: what it is made of; tensors and losses are told apart by identity.
+            make: makes it; every rank asks in the same order, so it may reduce over ranks.
+        """
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def _one(self, key: BatchKey, argument: str) -> Tensor:
         value = self.read(key, argument=argument)

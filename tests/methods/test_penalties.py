@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -823,6 +824,51 @@ def test_weights_of_another_number_of_classes(name: str) -> None:
     p = oracle.problem()
     with pytest.raises(DebiasError, match=r"one number for each class of the logits \(18, 4\), but got 1"):
         TOLD[name][0](p.n_domains, weight=[2.0])(*arguments_of(name, p))
+
+
+def _reductions(rank: int, methods: dict[str, type], domain: str) -> int:
+    """All-reduces of counts by domain in three steps, the methods together; of five domains no other has this shape."""
+    seen = []
+    plain = torch.distributed.all_reduce
+
+    def counted(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(x.shape)
+        return plain(x, *args, **kwargs)
+
+    callbacks = [method("place", 5, name=name) for name, method in methods.items()]
+    trainer = make_trainer(callbacks, devices=2, strategy=runs.ddp(), use_distributed_sampler=False)
+    tags = {} if domain == "ids" else {"place": places(39).unsqueeze(1) == torch.arange(5)}
+    with mock.patch.object(torch.distributed, "all_reduce", counted):
+        trainer.fit(Classifier(), loader(sizes=(5, 11), last=(2, 5), rank=rank, **tags), val_loader())
+    return seen.count((3, 5 + 3))
+
+
+@pytest.mark.parametrize("domain", ["ids", "membership"])
+def test_penalties_of_the_same_domains_count_bad_rows_once(ranks, domain: str) -> None:
+    methods = {"a": CORAL, "b": MMD, "c": IRM, "d": Fishr, "e": CORAL}
+    assert ranks.run(_reductions, methods, domain) == [3, 3]
+    assert ranks.run(_reductions, {"a": VREx}, domain) == [6, 6]  # it reduces its losses in the same shape
+
+
+def test_penalties_of_other_domains_or_losses_count_their_own_bad_rows() -> None:
+    """Each error names what the method itself was given."""
+    batches = loader(other=torch.arange(39) % 4)
+    for callbacks, match in (
+        ([VREx("place", 3), VREx("other", 3)], r"rows had a higher one.*VREx\(other\)"),
+        ([VREx("other", 4, name="a"), VREx("other", 3, name="b")], r"`n_domains=3`.*VREx\(b\)"),
+    ):
+        with pytest.raises(BadRowsError, match=match):
+            make_trainer(callbacks).fit(Classifier(), batches, val_loader())
+
+    class TwoLosses(Classifier):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            loss = F.cross_entropy(self(x), y)
+            return loss + F.mse_loss(self(torch.where(x == x[0, 0], torch.nan, x)), F.one_hot(y, 2).double())
+
+    methods = [VREx("place", 3, loss=0, name="a"), VREx("place", 3, loss=1, name="b")]
+    with pytest.raises(BadRowsError, match=r"NaN or infinite.*VREx\(b\)"):
+        train(TwoLosses(), methods)
 
 
 def test_modules_in_a_plain_loop() -> None:
