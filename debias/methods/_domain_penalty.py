@@ -118,7 +118,7 @@ class DomainPenalty(Debiaser):
         if step.logging:
             self.log_value(f"{self.key}_penalty", value.detach(), step)
             if self.module.schedule.changes:
-                self.log_value(f"{self.key}_penalty_weight", value.new_tensor(weight), step)
+                self.log_value(f"{self.key}_penalty_weight", value.new_full((), weight), step)
         return weight * value if weight else value.new_zeros(())
 
     def _log_name(self, key: str, step: Step) -> str:

@@ -34,7 +34,8 @@ class CraftedShifts(Debiaser):
     trains on. The two-fold protocol trains a setting with ``families="first"`` and with ``families="second"``, scores
     it by :func:`debias.functional.two_fold_score`, and trains the best one with ``families="all"``.
 
-    The transform of each image is decided on the host, so nothing waits for the device. A batch of one works. In one
+    The transform of each image is decided on the host, so nothing waits for the device, but for kornia's bilateral
+    filter (in ``"blur"`` and ``"artistic"``) and its Canny edges, which look at values. A batch of one works. In one
     process on CPU every batch is checked to lie in [0, 1]; else the first one of a fit, on all ranks together.
 
     Args:

@@ -97,7 +97,8 @@ class MixStyleLayer(nn.Module):
         else:
             partners = random_partners(other_domains(domains), torch.rand(n, n, device=x.device))
         alpha = torch.tensor(self.alpha, dtype=torch.float64)
-        return mix_style(x, partners, torch.distributions.Beta(alpha, alpha).sample((n,)).to(x.device), eps=self.eps)
+        shares = torch.distributions.Beta(alpha, alpha).sample((n,)).to(x.device, non_blocking=True)
+        return mix_style(x, partners, shares, eps=self.eps)
 
 
 class MixStyle(LayerAugmenter):

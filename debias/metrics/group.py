@@ -342,7 +342,7 @@ class GroupedMetric(Metric):
                 run(clone, preds[mask], target[mask])
         if len(target):
             run(self.overall, preds, target)
-        self.total += torch.cat([counts, counts.new_tensor([len(target)])])
+        self.total += torch.cat([counts, counts.new_full((1,), len(target))])
         self.bad_ids += bad_ids
 
     def _collected(self, values: list[Any]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from debias.errors import DebiasError
-from debias.ops.head_statistics import HeadLoss, HeadStatistics, distances_from, numerators
+from debias.ops.head_statistics import HeadLoss, HeadStatistics, distances_from, filled, numerators
 from debias.step.distributed import global_sum
 
 __all__ = ["AutogradHeadStatistics"]
@@ -80,10 +80,7 @@ class AutogradHeadStatistics(HeadStatistics):
     def gradient_variances(self) -> Tensor:
         """Variance of the samples' gradients by domain, ``(E, 1, P)``; holds ``(rows, P)`` gradients."""
         loss, rows = self.loss, self.loss.target.shape
-        weight, positive = (
-            torch.as_tensor(x, dtype=self.features.dtype, device=self.features.device).expand(rows)
-            for x in (loss.weight, loss.positive)
-        )
+        weight, positive = (filled(x, self.features, (1, 1)).expand(rows) for x in (loss.weight, loss.positive))
 
         def of_sample(parameters: dict[str, Tensor], feature: Tensor, *parts: Tensor) -> Tensor:
             logits = functional_call(self.head, self._fixed | parameters, (feature.unsqueeze(0),))

@@ -48,6 +48,7 @@ __all__ = [
     "binary_cross_entropy",
     "cross_entropy",
     "distances_from",
+    "filled",
     "domain_mean",
     "make_head_loss",
     "squared_error",
@@ -90,7 +91,7 @@ class HeadLoss:
         if self.kind == "cross_entropy":
             return self.target.sum(-1, keepdim=True)
         if self.kind == "squared_error":
-            return torch.as_tensor(self.weight, dtype=self.logits.dtype, device=self.logits.device) * 2
+            return filled(self.weight, self.logits, ()) * 2
         return self.weight * (self.target * self.positive + 1 - self.target)
 
     @cached_property
@@ -562,6 +563,11 @@ class _Gram(torch.autograd.Function):
     def backward(ctx: Any, both: Tensor, left: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         return (both + both.T + left) @ x, None
+
+
+def filled(value: Tensor | float, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor as it is, or a number on the device of another tensor, without a copy that the host waits for."""
+    return value.to(like.dtype) if isinstance(value, Tensor) else like.new_full(shape, value)
 
 
 def domain_mean(values: Tensor, present: Tensor, dim: int = 0) -> Tensor:

@@ -166,7 +166,7 @@ class Step:
         try:
             device = self.module.device
             here = isinstance(value, Tensor) and value.device == device
-            ids = value if here else torch.as_tensor(value, device=device)
+            ids = value if here else torch.as_tensor(value).to(device, non_blocking=device.type != "cpu")
         except (TypeError, ValueError, RuntimeError):
             ids = None
         if ids is None or ids.is_floating_point() or ids.is_complex():

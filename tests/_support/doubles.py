@@ -18,7 +18,7 @@ from debias.step.proxy import Hook
 
 
 def _count(rows: Tensor) -> Tensor:
-    return global_sum(rows.new_tensor(float(rows.shape[0])))
+    return global_sum(rows.new_full((), rows.shape[0]))
 
 
 class LogitVariance(Debiaser):

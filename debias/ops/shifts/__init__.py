@@ -223,7 +223,7 @@ class UnitImages:
                 f"Expected `mean` and `std` to hold one number, or one for each of the {images.shape[1]} channels, but"
                 f" got {len(values)}."
             )
-        return images.new_tensor(values).view(1, -1, 1, 1)
+        return pixels.constant(values, images).view(1, -1, 1, 1)
 
 
 def _per_channel(values: float | Sequence[float] | None) -> tuple[float, ...] | None:

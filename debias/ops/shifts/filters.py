@@ -16,7 +16,7 @@ from torch import Tensor
 
 from debias.ops.shifts._kornia import filters
 from debias.ops.shifts.draws import Draws
-from debias.ops.shifts.pixels import ONE, as_rgb, luminance
+from debias.ops.shifts.pixels import ONE, as_rgb, constant, luminance
 
 __all__ = ["ARTISTIC", "BLUR", "CONVOLUTIONAL", "EDGES", "smooth"]
 
@@ -43,6 +43,9 @@ def _in_parts(x: Tensor, window: int, run: Callable[[Tensor], Tensor]) -> Tensor
 def smooth(x: Tensor, sigma: Tensor, largest: float) -> Tensor:
     """Gaussian blur with a sigma for each image, ``(N, 1)`` in pixels and ``largest`` at most."""
     size = 2 * max(1, math.ceil(2.5 * largest)) + 1
+    if x.device.type != "cpu":  # where looking at the sigmas, as the function below does, would wait for the device
+        kernel = filters().get_gaussian_kernel1d(size, sigma)
+        return filters().filter2d_separable(x, kernel, kernel, border_type="replicate")
     return filters().gaussian_blur2d(x, size, sigma.expand(-1, 2), border_type="replicate")
 
 
@@ -69,8 +72,8 @@ def median_blur(x: Tensor, d: Draws, *, at_224: float) -> Tensor:
 def bilateral_blur(x: Tensor, d: Draws) -> Tensor:
     size = _odd(_length(x, 11, 3))
     colors, lengths = d.uniform(0.3, 0.8, 1), d.uniform(0.5, 1, 1).expand(-1, 2) * size
-    rows = torch.arange(x.shape[0]).split(max(1, _ELEMENTS // (x[0].numel() * size**2)))
-    parts = [slice(int(r[0]), int(r[-1]) + 1) for r in rows]
+    step = max(1, _ELEMENTS // (x[0].numel() * size**2))
+    parts = [slice(i, i + step) for i in range(0, len(x), step)]
     blur = filters().bilateral_blur
     return torch.cat([blur(x[p], size, colors[p].squeeze(1), lengths[p], "replicate") for p in parts])
 
@@ -152,7 +155,7 @@ def _filtered(x: Tensor, kernel: Tensor, d: Draws) -> Tensor:
 
 
 def laplacian(x: Tensor, d: Draws) -> Tensor:
-    return _filtered(x, x.new_tensor([[0, -1, 0], [-1, 4, -1], [0, -1, 0]]).expand(x.shape[0], 3, 3), d)
+    return _filtered(x, constant([[0, -1, 0], [-1, 4, -1], [0, -1, 0]], x).expand(x.shape[0], 3, 3), d)
 
 
 def sharpen(x: Tensor, d: Draws) -> Tensor:
@@ -164,13 +167,13 @@ def sharpen(x: Tensor, d: Draws) -> Tensor:
 
 def emboss(x: Tensor, d: Draws) -> Tensor:
     strength = d.uniform(0.6, 2, 1, 1)
-    slope = x.new_tensor([[-1, -1, 0], [-1, 0, 1], [0, 1, 1]])
-    base = x.new_tensor([[0, 0, 0], [0, 1, 0], [0, 0, 0]])
+    slope = constant([[-1, -1, 0], [-1, 0, 1], [0, 1, 1]], x)
+    base = constant([[0, 0, 0], [0, 1, 0], [0, 0, 0]], x)
     return _filtered(x, base + strength * slope, d)
 
 
 def edge_detect(x: Tensor, d: Draws) -> Tensor:
-    return _filtered(x, x.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]]).expand(x.shape[0], 3, 3), d)
+    return _filtered(x, constant([[0, 1, 0], [1, -4, 1], [0, 1, 0]], x).expand(x.shape[0], 3, 3), d)
 
 
 def directed_edge_detect(x: Tensor, d: Draws) -> Tensor:

@@ -6,6 +6,8 @@ caller.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +20,11 @@ __all__ = ["ARITHMETIC", "COLOUR", "CONTRAST", "GREY_COLOUR", "as_rgb", "like", 
 ONE = (1, 1, 1)  # one number for each image
 
 
+def constant(values: Any, like: Tensor) -> Tensor:
+    """Numbers on the device of a tensor, by a copy that the host does not wait for."""
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
+
+
 def as_rgb(x: Tensor) -> Tensor:
     """Three channels, whether there were three or one."""
     return x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
@@ -25,7 +32,7 @@ def as_rgb(x: Tensor) -> Tensor:
 
 def luminance(x: Tensor) -> Tensor:
     """Brightness as the eye sees it (ITU-R BT.601), ``(N, 1, H, W)``."""
-    return x if x.shape[1] == 1 else (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    return x if x.shape[1] == 1 else (x * constant([0.299, 0.587, 0.114], x).view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
 def like(x: Tensor, images: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from debias.ops.shifts._kornia import filters, geometry
 from debias.ops.shifts.draws import Draws
 from debias.ops.shifts.filters import _length, _odd, smooth
-from debias.ops.shifts.pixels import ONE, lloyd, luminance, segment_means
+from debias.ops.shifts.pixels import ONE, constant, lloyd, luminance, segment_means
 
 __all__ = ["GEOMETRIC", "SEGMENTATION", "WEATHER"]
 
@@ -57,7 +57,7 @@ def shear(x: Tensor, d: Draws) -> Tensor:
 
 def perspective(x: Tensor, d: Draws) -> Tensor:
     """The corners move inwards by 5 to 25 % of a side."""
-    corners = x.new_tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]]).expand(x.shape[0], 4, 2)
+    corners = constant([[-1, -1], [1, -1], [1, 1], [-1, 1]], x).expand(x.shape[0], 4, 2)
     matrix = geometry().get_perspective_transform(corners, corners * (1 - 2 * d.uniform(0.05, 0.25, 4, 2)))
     moved = torch.einsum("nij,bhwj->nhwi", matrix, F.pad(_grid(x), (0, 1), value=1.0))
     return _sampled(x, moved[..., :2] / moved[..., 2:].clamp(min=1e-3))
