@@ -44,7 +44,7 @@ from torch import Tensor
 
 from debias.errors import DebiasError
 from debias.methods._domain_penalty import DomainPenalty
-from debias.ops.head_statistics import HeadStatistics, make_head_loss, make_members
+from debias.ops.head_statistics import HeadStatistics, distances_from, make_head_loss, make_members
 from debias.ops.penalties import LossPenaltyModule
 from debias.ops.precision import in_full_precision
 from debias.ops.schedule import check_number
@@ -132,33 +132,27 @@ def alignment(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """The penalty from statistics of any head."""
-    terms = []
-    if alpha and statistic == "hutchinson":
-        terms.append((alpha, *_hutchinson(statistics, n_samples, generator, detach_target)))
-    elif alpha:
-        terms.append((alpha, *_DISTANCES[statistic](statistics, detach_target=detach_target)))
-    if beta:  # after the products, whose inner products of samples it takes up
-        terms.append((beta, *statistics.gradient_distances(detach_target=detach_target)))
     distances = statistics.features.new_zeros(statistics.members.shape[1])
-    for weight, squared, norm in terms:
-        distances = distances + weight * (squared / _nonzero(norm) if scale_free else squared)
+    options = {"detach_target": detach_target, "relative": scale_free}
+    if alpha and statistic == "hutchinson":
+        distances = distances + alpha * _hutchinson(statistics, n_samples, generator, **options)
+    elif alpha:
+        distances = distances + alpha * _DISTANCES[statistic](statistics, **options)
+    if beta:  # after the products, whose inner products of samples it takes up
+        distances = distances + beta * statistics.gradient_distances(**options)
     return distances @ (statistics.present.to(distances.dtype) if reduction == "sum" else statistics.domain_shares)
 
 
-_DISTANCES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+_DISTANCES: dict[str, Callable[..., Tensor]] = {
     "hgp": lambda statistics, **options: statistics.product_distances(**options),
     "diagonal": lambda statistics, **options: statistics.diagonal_distances(**options),
     "frobenius": lambda statistics, **options: statistics.squared_hessian_distances(**options),
 }
 
 
-def _nonzero(norm: Tensor) -> Tensor:
-    return torch.where(norm > 0, norm, 1)
-
-
 def _hutchinson(
-    statistics: HeadStatistics, n_samples: int, generator: torch.Generator | None, detach_target: bool
-) -> tuple[Tensor, Tensor]:
+    statistics: HeadStatistics, n_samples: int, generator: torch.Generator | None, detach_target: bool, relative: bool
+) -> Tensor:
     """Distances of the diagonals' estimates, one product after the other as published."""
     features, shape = statistics.features, statistics.gradients.shape
     own, shared = [], []
@@ -170,8 +164,7 @@ def _hutchinson(
         own.append(signs[:-1] * statistics.hessian_vector(signs[:-1]))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_target):
             shared.append(signs[-1] * statistics.mean_hessian_vector(signs[-1]))
-    target = torch.stack(shared).mean(0)
-    return (torch.stack(own).mean(0) - target).square().flatten(1).sum(1), target.detach().square().sum()
+    return distances_from(torch.stack(own).mean(0), torch.stack(shared).mean(0), detach_target, relative)
 
 
 class HessianAlignmentPenalty(LossPenaltyModule):

@@ -94,16 +94,16 @@ class AutogradHeadStatistics(HeadStatistics):
         mean, square = global_sum(torch.stack((shares.T @ flat, shares.T @ flat.square())))
         return (square - mean.square()).unsqueeze(1)
 
-    def gradient_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
-        """``|G_e - mean G|^2``, and ``|mean G|^2``."""
-        return distances_from(self.gradients, self.mean(self.gradients), detach_target)
+    def gradient_distances(self, *, detach_target: bool = False, relative: bool = False) -> Tensor:
+        """``|G_e - mean G|^2``."""
+        return distances_from(self.gradients, self.mean(self.gradients), detach_target, relative)
 
-    def product_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
-        """``|H_e G_e - (mean H)(mean G)|^2``, and ``|(mean H)(mean G)|^2``."""
+    def product_distances(self, *, detach_target: bool = False, relative: bool = False) -> Tensor:
+        """``|H_e G_e - (mean H)(mean G)|^2``."""
         target = self.mean_hessian_vector(self.mean(self.gradients))
-        return distances_from(self.hessian_vector(self.gradients), target, detach_target)
+        return distances_from(self.hessian_vector(self.gradients), target, detach_target, relative)
 
-    def diagonal_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
+    def diagonal_distances(self, *, detach_target: bool = False, relative: bool = False) -> Tensor:
         """Not available."""
         raise _only_linear("the diagonal of the Hessian")
 
@@ -117,7 +117,7 @@ class AutogradHeadStatistics(HeadStatistics):
         """Not available."""
         raise _only_linear("the trace of the Hessian")
 
-    def squared_hessian_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
+    def squared_hessian_distances(self, *, detach_target: bool = False, relative: bool = False) -> Tensor:
         """Not available."""
         raise _only_linear("the Frobenius distance of Hessians")
 

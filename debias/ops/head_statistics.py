@@ -30,6 +30,7 @@ squared error         2 w (z - t)             2 w v                             
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -409,7 +410,8 @@ class HeadStatistics:
         mean = self.sums(self.spread(residuals, self.sample_shares))
         return self.sums(self.spread(residuals.square(), self.sample_shares), squared=True) - mean.square()
 
-    # -- squared distances from the mean over domains: each ``(E,)``, and the target's squared norm without gradient --
+    # -- squared distances from the mean over domains, ``(E,)``; relative ones are divided by the target's squared norm,
+    # through which no gradient goes --
 
     def by_pairs(self, cheaper: int) -> bool:
         """Whether distances are computed from inner products of samples, without making a ``(E, C, D)`` tensor.
@@ -426,64 +428,36 @@ class HeadStatistics:
         """Inner products of the inputs, ``(rows, rows)``, see :class:`_Gram`."""
         return _Gram.apply(self.features, self.bias)
 
-    def gradient_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
+    def gradient_distances(self, *, detach_target: bool = False, relative: bool = False) -> Tensor:
         """``|G_e - mean G|^2``."""
         if "gram" in vars(self) or self.by_pairs(2):  # made already where the Hessian's products were compared first
-            return self._by_pairs(self.residuals, self.mean(self.residuals, 1), detach_target, *self.gram)
-        return distances_from(self.gradients, self.mean(self.gradients), detach_target)
+            target = self.mean(self.residuals, 1)
+            return distances_by_pairs(self.residuals, target, self.gram, detach_target, relative)
+        return distances_from(self.gradients, self.mean(self.gradients), detach_target, relative)
 
-    def product_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
+    def product_distances(self, *, detach_target: bool = False, relative: bool = False) -> Tensor:
         """``|H_e G_e - (mean H)(mean G)|^2``."""
         by_pairs = self.by_pairs(5)
         images = _times(self.gram[0], self.residuals) if by_pairs else self.images(self.gradients)
         own = self.spread(self.loss.curvature(images))
         target = self.mean_shares * self.loss.curvature(self.mean(images, 1))
         if by_pairs:
-            return self._by_pairs(own, target, detach_target, *self.gram)
+            return distances_by_pairs(own, target, self.gram, detach_target, relative)
         both = self.sums(torch.cat((own, target.unsqueeze(1)), 1))
-        return distances_from(both[:-1], both[-1], detach_target)
+        return distances_from(both[:-1], both[-1], detach_target, relative)
 
-    def diagonal_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
+    def diagonal_distances(self, *, detach_target: bool = False, relative: bool = False) -> Tensor:
         """``|diag H_e - mean diag H|^2``."""
         if not self.by_pairs(2):
-            return distances_from(self.diagonals, self.mean(self.diagonals), detach_target)
+            return distances_from(self.diagonals, self.mean(self.diagonals), detach_target, relative)
         own = self.spread(self.loss.diagonal)
         gram = _Gram.apply(self.features.square(), self.bias)
-        return self._by_pairs(own, self.mean(own, 1), detach_target, *gram)
+        return distances_by_pairs(own, self.mean(own, 1), gram, detach_target, relative)
 
-    def _by_pairs(
-        self, own: Tensor, target: Tensor, detach_target: bool, both: Tensor, left: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """``|sum_i c_ie (x) x_i - sum_i t_i (x) x_i|^2`` from inner products of the x.
-
-        Args:
-            own: coefficients c, ``(rows, E, C)``.
-            target: coefficients t, ``(rows, C)``.
-            detach_target: take no gradient through the second sum.
-            both: inner products with a gradient on both sides, see :class:`_Gram`.
-            left: inner products with a gradient on the left side.
-        """
-        with torch.no_grad():
-            norm = (target * (both @ target)).sum()
-        difference = own - target.unsqueeze(1)
-        if not detach_target:
-            return (difference * _times(both, difference)).sum((0, 2)), norm
-        # With d = c - t held fixed, |c - t|^2 has the value <d, d> and the gradient of 2 <c, d>.
-        fixed = difference.detach()
-        products = _times(left, fixed)
-        moving = (own * products).sum((0, 2))
-        return (fixed * products.detach()).sum((0, 2)) + 2 * (moving - moving.detach()), norm
-
-    def squared_hessian_distances(self, *, detach_target: bool = False) -> tuple[Tensor, Tensor]:
-        """``|H_e - mean H|^2`` (Frobenius) by the Gram identity, and ``|mean H|^2``.
+    def squared_hessian_distances(self, *, detach_target: bool = False, relative: bool = False) -> Tensor:
+        """``|H_e - mean H|^2`` (Frobenius) by the Gram identity.
 
         Samples are compared in pairs, so the rows of all ranks are gathered: memory ``(rows of all ranks)^2``.
-
-        Args:
-            detach_target: take no gradient through the mean.
-
-        Returns:
-            ``(E,)``, and a scalar without gradient.
         """
         inputs, shares = gather(self.features), gather(self.shares)
         loss = self.loss.map(gather)
@@ -493,12 +467,12 @@ class HeadStatistics:
         towards = self.mean(by_pair, dim=1)  # <H_e, mean H>
         own = by_pair.diagonal()
         norm = self.mean(towards)
-        if not detach_target:
-            return own - 2 * towards + norm, norm.detach()
-        # <H_e, H_e> is symmetric, so its gradient is twice that with one side held fixed.
-        value = (own - 2 * towards + norm).detach()
-        moving = 2 * (own - towards)
-        return value + (moving - moving.detach()), norm.detach()
+        squared = own - 2 * towards + norm
+        if detach_target:
+            # <H_e, H_e> is symmetric, so its gradient is twice that with one side held fixed.
+            moving = 2 * (own - towards)
+            squared = squared.detach() + (moving - moving.detach())
+        return _over(squared, norm) if relative else squared
 
     def mean(self, values: Tensor, dim: int = 0) -> Tensor:
         """Mean over the domains that are present, along ``dim``; those of an absent one are finite."""
@@ -507,10 +481,32 @@ class HeadStatistics:
         return (values * self.domain_shares.view(shape)).sum(dim)
 
 
-def distances_from(own: Tensor, target: Tensor, detach_target: bool) -> tuple[Tensor, Tensor]:
-    """``|own_e - target|^2``, ``(E,)``, and the target's squared norm without gradient."""
+def distances_from(own: Tensor, target: Tensor, detach_target: bool, relative: bool) -> Tensor:
+    """``|own_e - target|^2``, ``(E,)``."""
     target = target.detach() if detach_target else target
-    return (own - target).square().flatten(1).sum(1), target.detach().square().sum()
+    squared = (own - target).square().flatten(1).sum(1)
+    return _over(squared, target.square().sum()) if relative else squared
+
+
+def distances_by_pairs(
+    own: Tensor, target: Tensor, gram: tuple[Tensor, Tensor], detach_target: bool, relative: bool
+) -> Tensor:
+    """``|sum_i c_ie (x) x_i - sum_i t_i (x) x_i|^2``, ``(E,)``, from inner products of the x.
+
+    Args:
+        own: coefficients c, ``(rows, E, C)``.
+        target: coefficients t, ``(rows, C)``.
+        gram: see :class:`_Gram`.
+        detach_target: take no gradient through the second sum.
+        relative: divide by its squared norm.
+    """
+    squared = _PairDistances.apply(own, target, *gram, detach_target)
+    return _over(squared, (target * (gram[0] @ target)).sum()) if relative else squared
+
+
+def _over(squared: Tensor, norm: Tensor) -> Tensor:
+    norm = norm.detach()
+    return squared / torch.where(norm > 0, norm, 1)
 
 
 def _times(gram: Tensor, coefficients: Tensor) -> Tensor:
@@ -556,13 +552,42 @@ class _Gram(torch.autograd.Function):
         ctx.save_for_backward(x)
         gram = x @ x.T
         gram = gram.add_(1) if bias else gram
+        ctx.set_materialize_grads(False)
         return gram, gram.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, both: Tensor, left: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, both: Tensor | None, left: Tensor | None) -> tuple[Tensor | None, None]:
         (x,) = ctx.saved_tensors
-        return (both + both.T + left) @ x, None
+        parts = ([] if both is None else [both, both.T]) + ([] if left is None else [left])
+        return (functools.reduce(torch.add, parts) @ x if parts else None), None
+
+
+class _PairDistances(torch.autograd.Function):
+    """``sum_ij <d_ie, d_je> <x_i, x_j>`` by domain e with ``d = own - target``.
+
+    With the target held fixed the sum of the ``d_ie (x) x_i`` moves only where its ``own_ie (x) x_i`` do: the gradient
+    to the inner products is one to their left side.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, target: Tensor, both: Tensor, left: Tensor, detach_target: bool) -> Tensor:
+        difference = own - target.unsqueeze(1)
+        products = _times(both, difference)
+        ctx.save_for_backward(own, difference, products)
+        ctx.detach_target = detach_target
+        return (difference * products).sum((0, 2))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        own, difference, products = ctx.saved_tensors
+        twice = (2 * gradient).view(-1, 1)
+        to_own = twice * products
+        if ctx.detach_target:
+            return to_own, None, None, (twice * own).flatten(1) @ difference.flatten(1).T, None
+        to_both = (twice * difference).flatten(1) @ difference.flatten(1).T
+        return to_own, -to_own.sum(1), to_both / 2, None, None
 
 
 def filled(value: Tensor | float, like: Tensor, shape: tuple[int, ...]) -> Tensor:
