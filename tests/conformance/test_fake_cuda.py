@@ -9,12 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorDeviceMismatchError,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.data import DataLoader
 
 from _support import blobs
@@ -164,21 +159,21 @@ def test_a_monitor_mixes_no_devices(monitor):
 
 
 @pytest.mark.parametrize(
-    ("change", "error"),
+    ("change", "match"),
     [
-        (lambda x: x.sum().item(), DataDependentOutputException),
-        (lambda x: x[x > 0], DynamicOutputShapeException),
-        (lambda x: x + torch.ones(len(x), 1), FakeTensorDeviceMismatchError),
+        (lambda x: x.sum().item(), "_local_scalar_dense"),
+        (lambda x: x[x > 0], "nonzero"),
+        (lambda x: x + torch.ones(len(x), 1), "devices"),
     ],
 )
-def test_what_waits_or_mixes_devices_is_noticed(change, error):
+def test_what_waits_or_mixes_devices_is_noticed(change, match):
     class Faulty(METHODS["LogitVariance"]):
         def penalise(self, call, step):
             if call.logits.device == CUDA:
                 change(call.logits.detach())
             return super().penalise(call, step)
 
-    with pytest.raises(error):
+    with pytest.raises(Exception, match=match):
         waits_on_cuda(Model(), [Faulty()], loader())
 
 
