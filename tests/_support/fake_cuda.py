@@ -26,6 +26,15 @@ from debias.step.random import StepRandom
 CUDA = torch.device("cuda", 0)
 
 
+def can_fake() -> bool:
+    """Whether this version of torch fakes copies to CUDA without a driver; 2.4 does not."""
+    with FakeTensorMode(allow_non_fake_inputs=True), WaitingCopies():
+        try:
+            return torch.zeros(1).to(CUDA, non_blocking=True).device == CUDA
+        except RuntimeError:
+            return False
+
+
 class _Generator(torch.Generator):
     """One of the CPU, which says that it is not: those of a GPU cannot be made without it."""
 

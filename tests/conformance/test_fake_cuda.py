@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from _support import blobs
 from _support.cases import METHODS, build
-from _support.fake_cuda import CUDA, OnFakeCuda, WaitingCopies, waits_on_cuda
+from _support.fake_cuda import CUDA, OnFakeCuda, WaitingCopies, can_fake, waits_on_cuda
 from _support.fits import Classifier, loader
 from _support.images import Evaluated, batches
 from debias import (
@@ -34,6 +34,8 @@ from debias import (
 )
 from debias.ops.shifts import FAMILIES, transforms_of
 from debias.ops.shifts.draws import Draws
+
+pytestmark = pytest.mark.skipif(not can_fake(), reason="this version of torch cannot fake copies to CUDA")
 
 SQUARES = lambda z, y: F.mse_loss(z, F.one_hot(y, 2).to(z.dtype))  # noqa: E731
 LABELS = lambda z, y: F.binary_cross_entropy_with_logits(z, F.one_hot(y, 2).to(z.dtype))  # noqa: E731
