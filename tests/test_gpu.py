@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from _support.cases import METHODS, augments, build
+from _support.fits import Classifier, deviation, train
 from debias import GroupDRO, GroupMonitor, GroupReweighting, tag
 from debias.errors import BadRowsError
 
@@ -21,6 +23,13 @@ QUIET = {
 }
 g = torch.Generator().manual_seed(0)
 X, Y, PLACE = torch.randn(64, 8, generator=g), torch.arange(64) % 2, torch.randint(-1, 3, (64,), generator=g)
+
+
+class Silent(Classifier):
+    """Logs nothing."""
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
 
 
 class Model(L.LightningModule):
@@ -65,6 +74,18 @@ def test_same_numbers_as_on_cpu(method):
         torch.testing.assert_close(value.double(), gpu_trainer.callback_metrics[name].double().cpu(), equal_nan=True)
 
 
+@pytest.mark.parametrize("name", [name for name in METHODS if not augments(name)])
+def test_every_method_gives_the_numbers_of_the_cpu(name):
+    """Augmentation draws on the device, which has other random numbers."""
+    trained = []
+    for accelerator in ("cpu", "cuda"):
+        model, methods = Classifier(), build(name)
+        train(model, methods, accelerator=accelerator, max_epochs=2)
+        trained.append({"model": model.cpu().state_dict(), "methods": [m.state_dict() for m in methods]})
+    on_cpu, on_gpu = (torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, state) for state in trained)
+    assert deviation(on_cpu, on_gpu) < 1e-9
+
+
 class ForbidSynchronisation(L.Callback):
     """From the second step on, any synchronisation inside a training step is an error."""
 
@@ -82,6 +103,11 @@ class ForbidSynchronisation(L.Callback):
 @pytest.mark.parametrize("method", [GroupDRO, GroupReweighting])
 def test_no_synchronisation_between_logging_steps(method):
     fit(method("place", 3), "cuda", extra=[ForbidSynchronisation()], log_every_n_steps=1000)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_method_synchronises_between_logging_steps(name):
+    train(Silent(), [*build(name), ForbidSynchronisation()], accelerator="cuda", log_every_n_steps=1000, max_epochs=2)
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
