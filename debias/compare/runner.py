@@ -172,7 +172,8 @@ def _record_crash(folder: Path, status: int) -> None:
     spec = read_spec(folder)
     how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
     keys = ("id", "recipe", "recipe_hash", "method", "seed", "params", "held_out")
-    record = RunRecord(**{key: spec[key] for key in keys}, status="failed", error=f"The process ended with {how}.")
+    error = f"The process ended with {how}; {folder / 'log.txt'} may say why."
+    record = RunRecord(**{key: spec[key] for key in keys}, status="failed", error=error)
     record.save(folder)
 
 
