@@ -27,10 +27,11 @@ CUDA = torch.device("cuda", 0)
 
 
 def can_fake() -> bool:
-    """Whether this version of torch fakes copies to CUDA without a driver; 2.4 does not."""
+    """Whether this version of torch fakes copies of real tensors to CUDA without a driver; 2.4 does not."""
+    real = torch.zeros(1)
     with FakeTensorMode(allow_non_fake_inputs=True), WaitingCopies():
         try:
-            return torch.zeros(1).to(CUDA, non_blocking=True).device == CUDA
+            return real.to(CUDA, non_blocking=True).device == CUDA
         except RuntimeError:
             return False
 
