@@ -342,9 +342,6 @@ class DetectorStep:
         choice = self.reweigher.loss
         chosen = self.select(calls, "sum" if choice is None else choice, type(self.reweigher).__name__)
         means = dict(zip((call.name for call in chosen), self.reweigher.reweigh(chosen, self.step), strict=True))
-        if self.step.logging:
-            average = torch.stack([call.mean().detach() for call in chosen]).sum()
-            self.reweigher.log_value("average_loss", average, self.step)
         return {call.name: means[call.name] if call.name in means else call.mean() for call in calls}
 
     def finish(self) -> None:

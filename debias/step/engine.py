@@ -358,9 +358,10 @@ class StepEngine:
         if not calls:
             if (stated := _stated_losses(output, tap)) is None:
                 raise no_loss_error(_set_losses(self.module), reweighs=reweigher is not None)
-            if stated[0].name == "logits" and (step.logging or not self._checked):
+            if step.logging or not self._checked:
                 self._checked = True
-                _check_stated(loss.detach(), stated[1].detach())
+                check = _check_stated if stated[0].name == "logits" else _check_stated_losses
+                check(loss, *stated)
             if tap.finder is not None and isinstance(stated[0].logits, Tensor):
                 stated[0].linear = tap.finder.match(stated[0].logits)
             return self._from_stated(step, loss, *stated, reweigher, penalisers, heads)
@@ -379,9 +380,6 @@ class StepEngine:
                     f" returned loss of this step, which computed {[call.name for call in tap.calls]}. Compute losses"
                     " that are only logged under `torch.no_grad()`, or choose: `loss=callable(call) -> bool`."
                 )
-            if step.logging:
-                average = torch.stack([call.mean().detach() for call in selected]).sum()
-                reweigher.log_value("average_loss", average, step)
         loss = _penalised(
             loss, penalisers, lambda w: self._selected(calls, w.loss, type(w).__name__, step), heads, step
         )
@@ -797,16 +795,44 @@ def _stated_losses(output: Any, tap: LossTap) -> tuple[LossCall, Tensor] | None:
     return call, elements.mean()
 
 
-def _check_stated(loss: Tensor, plain: Tensor) -> None:
+def _differs(a: Tensor, b: Tensor) -> Tensor:
+    rounding = 1e-5 if a.dtype in (torch.float32, torch.float64) else 2e-2
+    return ((a - b).abs() > rounding * (1 + b.abs())).any()  # NaN is a bad row, said elsewhere
+
+
+def _check_stated(loss: Tensor, call: LossCall, plain: Tensor) -> None:
     """Refuse logits and targets of which the returned loss is not the mean cross-entropy; waits for the device."""
-    rounding = 1e-5 if loss.dtype in (torch.float32, torch.float64) else 2e-2
-    differs = ((loss - plain).abs() > rounding * (1 + plain.abs())).any()  # NaN is a bad row, said elsewhere
-    if global_sum(differs.float()):  # all ranks raise, or none
+    loss, plain = loss.detach(), plain.detach()
+    if global_sum(_differs(loss, plain).float()):  # all ranks raise, or none
         raise LossNotFoundError(
             "Expected the returned `loss` to be the mean cross-entropy (binary where the targets are floats of the"
             " shape of the logits) of the returned `logits` and `targets`, since nothing else says what it is per"
             f" sample, but got {float(loss.mean()):.6g} where that is {float(plain):.6g}. Return {{'loss': loss,"
             " 'losses': per_sample} with losses of shape (N,), or compute the loss with a torch loss function."
+        )
+
+
+def _check_stated_losses(loss: Tensor, call: LossCall, plain: Tensor) -> None:
+    """Refuse losses whose mean is not a part of the returned loss; waits for the device.
+
+    What is put in its place is the debiased mean, so each loss must count as much as in the mean. Where the returned
+    loss was computed some other way, only being equal to the mean tells.
+    """
+    losses = call.elements[0]
+    share = None
+    if loss.requires_grad:
+        (share,) = torch.autograd.grad(loss.sum(), losses, retain_graph=True, allow_unused=True)
+    if share is None:
+        differs, what = _differs(loss.detach(), plain.detach()), "was not computed from them"
+    else:
+        # Relative to the mean's own shares, so that rounding is that of numbers near one.
+        differs, what = _differs(share * losses.numel(), torch.ones_like(share)), "counts them otherwise"
+    if global_sum(differs.float()):
+        raise LossNotFoundError(
+            "Expected the returned `loss` to be the mean of the returned `losses`, plus what else there is, as the mean"
+            f" is what a method replaces, but got one that {what}. Put factors into the losses"
+            " (`losses = 0.1 * losses; loss = losses.mean() + other`); where a mask or weights reduce them, use a torch"
+            " loss function with `reduction='none'`, or `debias.register_loss`, so that the reduction is seen."
         )
 
 

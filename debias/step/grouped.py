@@ -82,6 +82,8 @@ class GroupDebiaser(Debiaser):
             for key, values in self.module.by_group().items():
                 for name, value in zip(self.module.group_names, values.unbind(), strict=True):
                     self.log_value(f"{key}/{name}", value, step)
+            # What the step logs itself may be the reweighed loss.
+            self.log_value("average_loss", torch.stack([call.mean().detach() for call in calls]).sum(), step)
         return losses
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

@@ -913,3 +913,85 @@ def test_no_tensor_outlives_its_step(loss):
     finally:
         gc.enable()
     assert len(logits) == 4
+
+
+def own_losses(module, batch):
+    x, y, _ = batch
+    return -module.net(x).log_softmax(1).gather(1, y.unsqueeze(1)).squeeze(1)
+
+
+def scaled(module, batch):
+    losses = own_losses(module, batch)
+    return {"loss": 0.1 * losses.mean(), "losses": losses}
+
+
+def masked_by_hand(module, batch):
+    losses = own_losses(module, batch)
+    mask = (batch[1] > 0).double()
+    return {"loss": (losses * mask).sum() / mask.sum(), "losses": losses}
+
+
+def made_apart(module, batch):
+    return {"loss": 2 * own_losses(module, batch).mean(), "losses": own_losses(module, batch)}
+
+
+@pytest.mark.parametrize(
+    ("step", "match"),
+    [(scaled, "counts them otherwise"), (masked_by_hand, "counts them otherwise"), (made_apart, "not computed from")],
+)
+def test_stated_losses_whose_mean_is_no_part_of_the_returned_loss(step, match):
+    """The reweighed mean would be put in the place of something else."""
+    with pytest.raises(LossNotFoundError, match=match):
+        fit(step)
+
+
+def factor_in_the_losses(module, batch):
+    losses = 0.1 * own_losses(module, batch)
+    return {"loss": losses.mean() + module.net.bias.sum(), "losses": losses}
+
+
+def made_twice(module, batch):
+    return {"loss": own_losses(module, batch).mean(), "losses": own_losses(module, batch)}
+
+
+@pytest.mark.parametrize("step", [factor_in_the_losses, made_twice])
+def test_stated_losses_whose_mean_is_a_part_of_the_returned_loss(step):
+    module, _ = fit(step)
+    other = Base()
+    losses = step(other, (X, Y, Z))["losses"]
+    loss, _ = dro(losses, torch.ones(N, dtype=torch.float64), GROUPS)
+    if step is factor_in_the_losses:
+        loss = loss + other.net.bias.sum()
+    loss.backward()
+    torch.testing.assert_close(module.net.weight, other.net.weight - other.net.weight.grad, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(module.net.bias, other.net.bias - other.net.bias.grad, rtol=1e-12, atol=1e-14)
+
+
+class ByHand(Base):
+    """Manual optimisation."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        (Base(made_twice), {}),
+        (Base(lambda module, batch: F.cross_entropy(module.net(batch[0]), batch[1])), {"losses": "split"}),
+        (Base(lambda module, batch: F.cross_entropy(module.net(batch[0]), batch[1])), {}),
+        (ByHand(), {}),
+    ],
+    ids=["stated", "split", "whole", "manual"],
+)
+def test_the_average_loss_is_logged_however_losses_are_found(module, options):
+    plain = F.cross_entropy(module.net(X), Y).item()
+    fit(None, GroupDRO("place", 2, **options), module=module, log_every_n_steps=1)
+    assert module.trainer.logged_metrics["train/average_loss"].item() == pytest.approx(plain, rel=1e-6)
