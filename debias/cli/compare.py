@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -279,6 +280,11 @@ def _submit(
     import submitit
 
     given = {"name": "debias"} | {key: values[0] for key, values in parameters.items()}
+    if "cluster" not in given and shutil.which("sbatch") is None:  # submitit would start them all here, at once
+        raise DebiasError(
+            "Expected SLURM's `sbatch` for `--launcher submitit`, but it is not on the path. Run where SLURM's commands"
+            " are, name another `cluster=` in `--launcher-args`, or leave the launcher out and use `--jobs`."
+        )
     try:
         executor = submitit.AutoExecutor(folder=out / "submitit", cluster=given.pop("cluster", None))
         executor.update_parameters(**given)

@@ -41,6 +41,7 @@ class DomainPenalty(Debiaser):
     """
 
     needs: ClassVar[tuple[str, ...]] = ("domain",)
+    of_one_domain: ClassVar[str] = ": the penalty will be 0"  # what becomes of it without others
     key: ClassVar[str]  # what its values are called in logs
     module: Any
 
@@ -143,7 +144,7 @@ class DomainPenalty(Debiaser):
         if counts is not None and int((counts > 0).sum()) < 2 and trainer.is_global_zero:
             warnings.warn(
                 f"{self.state_key} compares domains, but the tags of the training set hold samples of"
-                f" {int((counts > 0).sum())} only: the penalty will be 0. Check the ids of `domain={self.domain!r}`.",
+                f" {int((counts > 0).sum())} only{self.of_one_domain}. Check the ids of `domain={self.domain!r}`.",
                 stacklevel=2,
             )
 

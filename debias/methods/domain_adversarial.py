@@ -171,7 +171,7 @@ class DomainAdversarial(AdversarialDebiaser):
         strength: lambda of the reversal at full height.
         schedule: ``"dann"``: from 0 to ``strength`` by :func:`debias.functional.dann_ramp` (Ganin et al.), or
             ``"constant"``.
-        warmup_steps: optimiser steps during which only the discriminator learns.
+        warmup_steps: optimiser steps during which the discriminator learns and the network trains as without it.
         ramp_steps: length of the ramp in optimiser steps; by default what is left of training.
         discriminator: ``"mlp"`` (D, 256, 256, E), ``"linear"``, a module from ``(N, D)`` to ``(N, E)``, of which a copy
             is trained, or a function that makes one from D.

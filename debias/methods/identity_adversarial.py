@@ -187,7 +187,7 @@ class IdentityAdversarial(AdversarialDebiaser):
         adversary: ``"linear"`` (paper), ``"mlp"`` (its ablation), a module from ``(N, D)`` to ``(N, S)``, of which a
             copy is trained, or a function that makes one from D.
         schedule: ``"constant"`` (paper), or ``"dann"``: from 0 to ``strength`` by :func:`debias.functional.dann_ramp`.
-        warmup_steps: optimiser steps during which only the head learns.
+        warmup_steps: optimiser steps during which the head learns and the network trains as without it.
         ramp_steps: length of the "dann" ramp in optimiser steps; by default what is left of training.
         features: dotted path of the module whose output ``(N, D)`` is meant; by default the input of the classifier
             head, which is found.

@@ -176,6 +176,7 @@ class IRM(DomainPenalty):
 
     reference: ClassVar[str] = "Arjovsky et al. 2019, arXiv 1907.02893"
     key: ClassVar[str] = "irm"
+    of_one_domain: ClassVar[str] = ", of which alone the penalty will be"
 
     def __init__(
         self,

@@ -354,6 +354,16 @@ def test_what_submitit_refuses_is_one_message(tmp_path, monkeypatch, capsys, wor
     assert "Expected submitit to take the jobs with `--launcher-args`" in refused(capsys, *given)
 
 
+def test_submitit_without_slurm_is_refused(tmp_path, monkeypatch, capsys):
+    """It would start all runs here at once."""
+    pytest.importorskip("submitit")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("submitit.AutoExecutor.submit", lambda *_: pytest.fail("started"))
+    words = ["colored_digits", "--methods", "erm", "--seeds", "0", "--launcher", "submitit"]
+    assert "Expected SLURM's `sbatch`" in refused(capsys, *words, "--launcher-args", "timeout_min=2")
+
+
 def test_the_grid_as_a_sweep(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["colored_digits", "--methods", "group_dro", "--seeds", "0", "--vary", "GroupDRO.step_size=0.01,0.1"]
