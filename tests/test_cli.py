@@ -59,6 +59,12 @@ def class_names(config: dict) -> list[str]:
 # parsing
 
 
+def test_the_config_is_printed_wherever_it_is_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--print_config", "--config", BASE, "--config", GROUP_DRO])
+    assert yaml.safe_load(capsys.readouterr().out) == printed_config(capsys, "--config", BASE, "--config", GROUP_DRO)
+
+
 def test_method_file_appends_and_interpolates(capsys):
     config = printed_config(capsys, "--config", BASE, "--config", GROUP_DRO, "--trainer.callbacks.step_size", "0.2")
     assert class_names(config) == ["GroupMonitor", "ModelCheckpoint", "GroupDRO"]

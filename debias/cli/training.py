@@ -88,7 +88,8 @@ class DebiasCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             parser_class=Parser,
             parser_kwargs={"parser_mode": "omegaconf+", "prog": f"debias {stage}", "allow_abbrev": False},
-            args=list(args),
+            # Behind all files and values, or it prints what they have made up to where it stands.
+            args=sorted(args, key=lambda word: word.split("=")[0] == "--print_config"),
             run=False,
         )
 

@@ -105,7 +105,7 @@ def _as_ids(name: str, ids: Any, length: int) -> Any:
         raise DataError(
             f"Expected the tag `{name}` to be numbers, one row per sample, but got {kind} of"
             f" {type(some[0]).__name__ if len(some) else 'nothing'}. Number the names first, e.g."
-            " `torch.unique` or `sklearn.preprocessing.LabelEncoder`."
+            " `numpy.unique(names, return_inverse=True)` or `sklearn.preprocessing.LabelEncoder`."
         ) from None
     if ids.ndim == 0 or len(ids) != length:
         raise DataError(

@@ -187,7 +187,8 @@ class DomainPenalty(Debiaser):
         warnings.warn(
             f"The penalty of {type(self).__name__} reaches no trainable parameter: it changes nothing, and this is"
             " plain training. It is computed from the features or the logits, and everything below them is"
-            " frozen or detached. Unfreeze the backbone, or choose a penalty on the head (HessianAlignment, Fishr).",
+            " frozen or detached, or its own weights are 0. Unfreeze the backbone, or choose a penalty on the head"
+            " (HessianAlignment, Fishr).",
             stacklevel=2,
         )
 

@@ -187,7 +187,7 @@ class GroupDROLoss(GroupState):
         self.register_buffer("losses", torch.zeros(total, dtype=torch.float64))  # running, for alpha and absent="ema"
         self.register_buffer("seen", torch.zeros(total, dtype=torch.bool))
         self.register_buffer("counts", torch.zeros(total, dtype=torch.float64))
-        self._last = torch.zeros(total)
+        self._last: tuple[Tensor, list[Tensor]] = torch.zeros(total), [torch.zeros(total)]
         if group_counts is not None:
             self.set_counts(group_counts)
 
@@ -234,11 +234,14 @@ class GroupDROLoss(GroupState):
         return [s.weighted(weights) for s in sums]
 
     def by_group(self) -> dict[str, Tensor]:
-        """What is worth logging: weights and the last batch's losses, ``(G,)`` each."""
-        return {"group_weight": self.weights, "loss_by_group": self._last}
+        """What is worth logging: weights and the last batch's losses, NaN for an absent group, ``(G,)`` each."""
+        losses, den = self._last
+        present = summed([d.abs() for d in den]) > 0
+        return {"group_weight": self.weights, "loss_by_group": torch.where(present, losses, torch.nan)}
 
     def _update(self, losses: Tensor, sums: Sequence[GroupSums]) -> None:
-        vars(self)["_last"] = losses  # past nn.Module.__setattr__, which looks for parameters first
+        # Past nn.Module.__setattr__, which looks for parameters first.
+        vars(self)["_last"] = losses, [s.den for s in sums]
         present = None
         if self.alpha is not None or self.absent != "zero":
             present = summed([s.den.abs() for s in sums]) > 0

@@ -383,6 +383,8 @@ def _hits(preds: Tensor, target: Tensor, threshold: float, ignore_index: int | N
     valid = target >= 0  # False for NaN too
     if ignore_index is not None:
         valid = valid & (target != ignore_index)
+    if labels.dtype == torch.bool and target.is_floating_point():
+        target = target > 0.5  # smoothed labels are never equal to a prediction
     hits = (labels == target) & valid
     return (hits[:, None], valid[:, None]) if hits.ndim == 1 else (hits.flatten(1), valid.flatten(1))
 

@@ -8,7 +8,7 @@ baseline.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -118,20 +118,25 @@ class GroupMonitor(StepWatcher):
         self._captured_inputs: list[Tensor] = []
         self._captures = 0
         self._handle: Any = None
-        self._make()  # a wrong argument is an error now, not after the first epoch
+        made = self._make()  # a wrong argument is an error now, not after the first epoch
+        self._value_name: str = "accuracy" if metric is None else made.name
+        self._elements = 0
+        self._exclusive: Tensor | None = None  # whether all binary targets of the epoch have exactly one positive
+        self._said_exclusive = False
 
     @property
     def state_key(self) -> str:
         """Class, name and key: several monitors of one run are told apart."""
-        return f"{type(self).__qualname__}({self.name or key_name(self.group) or 'callable'})"
+        which = self.name or key_name(self.group) or "callable"
+        return f"{type(self).__qualname__}({which}{'' if self.metric is None else f', {self._value_name}'})"
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Join the engine; watch the submodule that ``logits`` names."""
         others = [c for c in trainer.callbacks if isinstance(c, GroupMonitor) and c is not self and c.name == self.name]
-        if others:
+        if any(c._value_name == self._value_name for c in others):
             raise DebiasError(
-                f"Expected a different `name` for each GroupMonitor, but {self.state_key} and {others[0].state_key}"
-                " would log under the same names. Pass e.g. `name='place'`."
+                f"Expected a different `name` for each GroupMonitor of one metric, but {self.state_key} and"
+                f" {others[0].state_key} would log `{self._value_name}` under the same names. Pass e.g. `name='place'`."
             )
         super().setup(trainer, pl_module, stage)
         if isinstance(self.logits, str) and self._handle is None:
@@ -162,7 +167,8 @@ class GroupMonitor(StepWatcher):
             if tensor.ndim == 0 or tensor.shape[0] != n:
                 raise RowsError(
                     f"Expected the {what} to have one row for each of the {n} group ids, but got shape"
-                    f" {tuple(tensor.shape)}. Pass `logits=` and `target=` that have one row per sample."
+                    f" {tuple(tensor.shape)}. Pass `logits=` and `target=` that have one row per sample; a `collate_fn`"
+                    " must not leave samples out, as ids cannot follow."
                 )
         if logits.ndim == target.ndim + 1 and logits.shape[1] == 1:
             logits = logits.squeeze(1)
@@ -175,7 +181,7 @@ class GroupMonitor(StepWatcher):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Logits, target, and the samples of their rows; None where row i is sample i."""
         if self.logits is not None:
-            logits = self._captured if isinstance(self.logits, str) else self.logits(output)
+            logits = _logits_of(self._captured if isinstance(self.logits, str) else self.logits(output))
             call = None
         else:
             found = select_calls(calls, self.loss, "GroupMonitor") if calls else []
@@ -185,23 +191,40 @@ class GroupMonitor(StepWatcher):
                     " Pass its position."
                 )
             call = found[0] if found else None
-            logits = forward_output if call is None else call.logits
+            logits = _logits_of(forward_output) if call is None else call.logits
         if call is not None and self.metric is None and call.name not in _CLASSIFICATION:
             raise DebiasError(
-                f"Expected a classification loss for GroupMonitor's accuracy, but the step computes `{call.name}`."
-                " Pass a metric that fits, e.g. `metric=torchmetrics.MeanAbsoluteError()`, or `logits=`."
+                f"Expected a classification loss for GroupMonitor's accuracy, but the step computes `{call.name}`. If"
+                " it is one, pass `logits=`, the submodule whose output they are, and `target=`; else a metric that"
+                " fits, e.g. `metric=torchmetrics.MeanAbsoluteError()`."
             )
         if not isinstance(logits, Tensor):
-            raise LossNotFoundError(
-                "Expected the evaluation step to compute a torch loss, or to call the module's `forward` with a"
-                f" tensor as output, but got {describe(logits)}. Pass `logits='dotted.path'` of the submodule whose"
-                " output they are, or `logits=callable(step_output)`."
-            )
+            raise self._no_logits(logits, step)
         rows = self._rows(logits, call)
         target = self._target(step, call, rows)
+        self._look_for_exclusive_classes(target, call)
         if call is not None and call.name == "binary_cross_entropy" and self.metric is None:
             logits = logits - 0.5  # probabilities, not logits
         return logits, target, rows
+
+    def _no_logits(self, found: Any, step: Step) -> LossNotFoundError:
+        stage = f"{'validation' if step.stage == 'validate' else step.stage}_step"
+        if isinstance(self.logits, str):
+            return LossNotFoundError(
+                f"Expected the output of `logits={self.logits!r}` to be a tensor, or to hold one as `logits`, but got"
+                f" {describe(found)} in {stage}. Name the layer that makes the logits."
+            )
+        if self.logits is not None:
+            return LossNotFoundError(
+                f"Expected `logits=` of GroupMonitor to return a tensor from what {stage} returns, but got"
+                f" {describe(found)}. Return the logits from the step."
+            )
+        return LossNotFoundError(
+            f"Expected {stage} to compute a torch loss, or to call the module's `forward` with a tensor as output (or"
+            f" something that holds one as `logits`), but got {describe(found)}. Pass `logits='dotted.path'` of the"
+            " submodule whose output they are, with `target=` where it is in the batch: then validation and test need"
+            " no loss; or `logits=callable(step_output)`."
+        )
 
     def _rows(self, logits: Tensor, call: LossCall | None) -> Tensor | None:
         engine = self.engine
@@ -242,6 +265,28 @@ class GroupMonitor(StepWatcher):
             )
         return target
 
+    def _look_for_exclusive_classes(self, target: Tensor, call: LossCall | None) -> None:
+        """Binary targets are scored element by element, which is not what is meant where classes exclude each other."""
+        if call is None or self.target is not None or self.metric is not None or target.ndim != 2:
+            return
+        if target.shape[1] > 1 and target.is_floating_point():
+            one = ((target > 0.5).sum(1) == 1).all()
+            self._exclusive = one if self._exclusive is None else self._exclusive & one
+            self._elements = target.shape[1]
+
+    def _warn_of_exclusive_classes(self) -> None:
+        if self._exclusive is None or self._said_exclusive or not bool(self._exclusive):
+            return
+        self._said_exclusive = True
+        right = (self._elements - 1) / self._elements
+        warnings.warn(
+            f"{self.state_key} scores each of the {self._elements} elements of the binary targets, but all samples of"
+            f" this epoch have exactly one positive: who always says no is right in {right:.1%}. If the classes exclude"
+            " each other, pass `target=`, where the class ids are in the batch: the accuracy is then that of the"
+            " largest logit.",
+            stacklevel=2,
+        )
+
     def _capture(self, module: nn.Module, args: Any, output: Any) -> None:
         if not module.training and self.engine is not None and self.engine.in_step:
             self._captured, self._captured_inputs = output, [x for x in args if isinstance(x, Tensor)]
@@ -276,10 +321,12 @@ class GroupMonitor(StepWatcher):
     def _start(self, trainer: Any, pl_module: Any, loaders: Any) -> None:
         count = len(loaders) if isinstance(loaders, Sequence) else 1
         self._metrics = [self._make().to(pl_module.device) for _ in range(count)]
+        self._exclusive = None
 
     def _end(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if trainer.sanity_checking:
             return
+        self._warn_of_exclusive_classes()
         prefix = f"{stage}/{self.name}/" if self.name else f"{stage}/"
         for i, metric in enumerate(self._metrics):
             suffix = f"/dataloader_idx_{i}" if len(self._metrics) > 1 else ""
@@ -310,3 +357,9 @@ class GroupMonitor(StepWatcher):
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log under ``test/``."""
         self._end(trainer, pl_module, "test")
+
+
+def _logits_of(output: Any) -> Any:
+    """What a network returns, or its ``logits`` where it returns several things by name."""
+    inner = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return inner if isinstance(inner, Tensor) else output

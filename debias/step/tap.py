@@ -791,6 +791,13 @@ def _given_rows(rows: Any, call: LossCall, n: int, shape: torch.Size, device: to
 
 
 def _rows_error(call: LossCall, n: int, shape: torch.Size) -> RowsError:
+    if shape and shape[0] < n:
+        return RowsError(
+            f"Expected the rows of `{call.name}` to be those of the batch, but the loss has shape {tuple(shape)} and"
+            f" the batch {n} ids. If a `collate_fn` leaves samples out, leave them out of the dataset instead, as ids"
+            " cannot follow; if the step does, index the batch inside it; else say which sample each row belongs to:"
+            " `rows=callable(call, n)`."
+        )
     return RowsError(
         f"Expected the rows of `{call.name}` to be those of the batch, but the loss has shape {tuple(shape)} and the"
         f" batch {n} ids. If the rows are built from the samples, say how: `rows='tiled'` (all samples, then all"

@@ -448,3 +448,12 @@ def test_every_option_reaches_the_module():
             for name in set(chosen) - {"adjustment"}:
                 assert getattr(module, name) == options[name]
             assert module.adjusts == ("adjustment" in chosen)
+
+
+def test_a_group_that_the_batch_lacks_has_no_loss():
+    """Its zero would look like the best group's."""
+    module = GroupDROLoss(3)
+    module(torch.tensor([1.0, 3.0]), torch.tensor([0, 2]))
+    losses = module.by_group()["loss_by_group"]
+    assert losses[[0, 2]].tolist() == [1, 3]
+    assert losses[1].isnan()

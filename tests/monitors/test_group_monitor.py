@@ -1,5 +1,8 @@
 """GroupMonitor through real Trainers, against numbers computed by hand from the module's predictions."""
 
+import warnings
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
@@ -335,3 +338,93 @@ def test_both_trainers(package):
     trainer = pl.Trainer(callbacks=[GroupMonitor("place", 3)], enable_checkpointing=False, **QUIET)
     trainer.validate(module, loader(), verbose=False)
     assert float(trainer.callback_metrics["val/accuracy"]) == pytest.approx(by_hand(module)[0])
+
+
+class Named(Base):
+    """Networks that return several things by name, as a dictionary or as attributes."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x):
+        made = {"hidden": x, "logits": self.net(x)}
+        return made if self.kind is dict else SimpleNamespace(**made)
+
+    def validation_step(self, batch, batch_idx):
+        self(batch[0])
+
+
+@pytest.mark.parametrize("kind", [dict, SimpleNamespace])
+def test_logits_of_a_network_that_returns_several_things(kind):
+    module = Named(kind)
+    assert validate(module, GroupMonitor("place", 3))["val/accuracy"] == pytest.approx(by_hand(module)[0])
+
+
+def test_messages_name_what_was_given_and_where():
+    module = NeitherLossNorForward()
+    module.net = nn.Sequential(module.net, Tupled())
+    with pytest.raises(LossNotFoundError, match=r"output of `logits='net'` to be a tensor.*in validation_step"):
+        validate(module, GroupMonitor("place", 3, logits="net"))
+    with pytest.raises(
+        LossNotFoundError, match="`logits=` of GroupMonitor to return a tensor from what validation_step"
+    ):
+        validate(WithLoss(), GroupMonitor("place", 3, logits=lambda output: None))
+    with pytest.raises(LossNotFoundError, match="Expected validation_step to compute a torch loss"):
+        validate(NeitherLossNorForward(), GroupMonitor("place", 3))
+
+
+class Tupled(nn.Module):
+    def forward(self, x):
+        return (x,)
+
+
+def test_two_metrics_by_the_same_groups():
+    accuracy, auroc = (
+        GroupMonitor("place", 3),
+        GroupMonitor("place", 3, metric=torchmetrics.AUROC("multiclass", num_classes=3)),
+    )
+    trainer = L.Trainer(callbacks=[accuracy, auroc], enable_checkpointing=False, **QUIET)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # groups without a class
+        trainer.validate(WithLoss(), loader(), verbose=False)
+    assert {
+        "val/accuracy",
+        "val/multiclass_auroc",
+        "val/worst_group_multiclass_auroc",
+    } <= trainer.callback_metrics.keys()
+    with pytest.raises(DebiasError, match="would log `accuracy` under the same names"):
+        L.Trainer(callbacks=[accuracy, GroupMonitor("other", 2)], enable_checkpointing=False, **QUIET).validate(
+            WithLoss(), loader(), verbose=False
+        )
+
+
+class Elements(Base):
+    """Binary cross-entropy on one target of each class, one-hot or smoothed."""
+
+    def __init__(self, positive=1.0, several=False):
+        super().__init__()
+        self.positive, self.several = positive, several
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        target = F.one_hot(y, 3).float()
+        if self.several:
+            target[0] = 1
+        target = target * self.positive + (1 - target) * (1 - self.positive)
+        self.log("loss", F.binary_cross_entropy_with_logits(self.net(x), target))
+
+
+@pytest.mark.parametrize("positive", [1.0, 0.95])
+def test_classes_that_exclude_each_other_under_a_binary_loss(positive):
+    """Each element is scored, smoothed or not; that it is hardly what is meant is said."""
+    module = Elements(positive)
+    with pytest.warns(UserWarning, match=r"always says no is right in 66.7%.*pass `target=`"):
+        elements = validate(module, GroupMonitor("place", 3))["val/accuracy"]
+    right = (module.net(X) > 0) == F.one_hot(Y, 3).bool()
+    assert elements == pytest.approx(float(right.double().mean()))
+    assert validate(module, GroupMonitor("place", 3, target=1))["val/accuracy"] == pytest.approx(by_hand(module)[0])
+
+
+def test_several_labels_of_a_sample_are_no_reason_to_warn():
+    validate(Elements(several=True), GroupMonitor("place", 3))
