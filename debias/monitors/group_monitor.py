@@ -36,6 +36,8 @@ _CLASSIFICATION = frozenset(
         "binary_cross_entropy_with_logits",
         "multi_margin_loss",
         "losses",
+        "LabelSmoothingCrossEntropy",  # timm's
+        "SoftTargetCrossEntropy",
     }
 )
 
@@ -254,7 +256,7 @@ class GroupMonitor(StepWatcher):
         if in_batch_order and rows is not None and isinstance(target, Tensor) and target.shape[:1] == (step.n,):
             target = target[rows]
         if isinstance(target, Tensor) and self.target is None and call is not None and self.metric is None:
-            if call.name == "cross_entropy" and target.is_floating_point():
+            if call.name in ("cross_entropy", "SoftTargetCrossEntropy") and target.is_floating_point():
                 target = target.argmax(1)  # class probabilities
             elif call.ignore_index is not None:
                 target = torch.where(target == call.ignore_index, IGNORED, target)

@@ -834,5 +834,7 @@ def no_loss_error(seen: list[str], *, reweighs: bool = True) -> LossNotFoundErro
         "Expected the training step to compute its loss with a torch loss function (cross_entropy, mse_loss, ...), but"
         f" none that requires a gradient reaches the returned loss.{hint} Ways out: return {{'loss': loss, 'losses':"
         " per_sample} with losses of shape (N,); or return {'loss', 'logits', 'targets'}; or register the loss once"
-        f" with `debias.register_loss(LossClass, per_sample)`; for models that only give a loss per batch, {per_batch}."
+        " with `debias.register_loss(LossClass, per_sample)`, and hold the instance in the module"
+        " (`self.loss = LossClass()` in `__init__`), where it is looked for; for models that only give a"
+        f" loss per batch, {per_batch}."
     )

@@ -428,3 +428,18 @@ def test_classes_that_exclude_each_other_under_a_binary_loss(positive):
 
 def test_several_labels_of_a_sample_are_no_reason_to_warn():
     validate(Elements(several=True), GroupMonitor("place", 3))
+
+
+@pytest.mark.parametrize("name", ["LabelSmoothingCrossEntropy", "SoftTargetCrossEntropy"])
+def test_losses_of_timm(name):
+    class Timm(Base):
+        def __init__(self):
+            super().__init__()
+            self.loss = getattr(pytest.importorskip("timm.loss"), name)()
+
+        def validation_step(self, batch, batch_idx):
+            x, y = batch
+            self.loss(self.net(x), F.one_hot(y, 3) * 0.7 + 0.1 if name.startswith("Soft") else y)
+
+    module = Timm()
+    assert validate(module, GroupMonitor("place", 3))["val/accuracy"] == pytest.approx(by_hand(module)[0])
