@@ -6,13 +6,15 @@ once with the true values and once with shuffled ones, which says what a probe r
 
 The classifier is a linear discriminant with a pooled covariance::
 
-    W_k = C^-1 m_k,   b_k = log(n_k / n) - m_k C^-1 m_k / 2,   C = (1 - a) S + a tr(S) / D I
+    W_k = C^-1 m_k,   b_k = log(n_k / n) - m_k C^-1 m_k / 2,   C = (1 - a) S + a diag(S)
 
 with m_k the mean of value k, S the covariance within values, and the shrinkage a of Ledoit and Wolf (Journal of
-Multivariate Analysis, 2004). Why this one: it is a function of sums, so it is the same on one process and on many, with
-no sample sent anywhere; it has a closed form, so no learning rate or number of steps decides what it finds; and unlike
-least squares it masks no value where there are many. A logistic regression can find a little more where features are
-far from normal, and a deep adversary more still: a probe gives a lower bound of what is there.
+Multivariate Analysis, 2004) for features divided by their standard deviation within values. So the scale of a feature
+does not matter: a network that only turns down what tells the attribute hides nothing. Why this one: it is a function
+of sums, so it is the same on one process and on many, with no sample sent anywhere; it has a closed form, so no
+learning rate or number of steps decides what it finds; and unlike least squares it masks no value where there are many.
+A logistic regression can find a little more where features are far from normal, and a deep adversary more still: a
+probe gives a lower bound of what is there.
 
 Costs an epoch: the features of the set (4 N D bytes), the ids and numbers of all samples on every rank, N D^2
 operations and one decomposition of a D x D matrix, twice.
@@ -76,7 +78,7 @@ def probe_attribute(
             on ranks and batches; of samples with the same number one counts. By default every row is another sample.
         fit_fraction: share of the samples of each value to fit on; at least one sample is, a value with one is not
             scored.
-        shrinkage: share of the spherical target in the covariance; Ledoit and Wolf's by default.
+        shrinkage: share of the diagonal target in the covariance; Ledoit and Wolf's by default.
         seed: seed of the parts and of the shuffling.
 
     Returns:
@@ -146,6 +148,15 @@ def _stratified(values: Tensor, n_values: int, fraction: float, generator: torch
     return fits
 
 
+def _scale(within: Tensor, between: Tensor, centre: Tensor, n: Tensor) -> Tensor:
+    """Standard deviation within values of each feature, ``(D,)``, from variances; infinite where all is rounding."""
+    eps = torch.finfo(within.dtype).eps
+    # A feature that is the same for all samples of a value must neither vanish nor drown the others in rounding.
+    variance = torch.maximum(within, eps**0.5 * between)
+    rounding = (n * eps) ** 2 * (centre.square() + within + between)  # of a mean of n numbers
+    return torch.where(variance > rounding, variance, torch.inf).sqrt()
+
+
 def _fit_and_score(
     x: Tensor, labels: Tensor, fits: Tensor, n_values: int, shrinkage: float | None
 ) -> tuple[Tensor, Tensor]:
@@ -155,17 +166,19 @@ def _fit_and_score(
     sums = x.new_zeros(n_values, width + 1)
     sums.index_add_(0, labels[fits], torch.cat([fitted, fitted.new_ones(len(fitted), 1)], 1))
     sums = global_sum(sums)
-    counts = sums[:, -1]
-    means = sums[:, :-1] / counts.clamp_min(1).unsqueeze(1)
-    centred = fitted - means[labels[fits]]
+    counts, n = sums[:, -1], sums[:, -1].sum().clamp_min(1)
+    centre = sums[:, :-1].sum(0) / n
+    x = x - centre
+    means = sums[:, :-1] / counts.clamp_min(1).unsqueeze(1) - centre
+    centred = x[fits] - means[labels[fits]]
+    scale = _scale(global_sum(centred.square().sum(0)) / n, counts @ means.square() / n, centre, n)
+    x, means, centred = x / scale, means / scale, centred / scale
     fourth = centred.square().sum(1).square().sum()
     moments = global_sum(torch.cat([(centred.T @ centred).flatten(), fourth.reshape(1)]))
-    scatter, n = moments[:-1].view(width, width), counts.sum().clamp_min(1)
-    share = ledoit_wolf_shrinkage(scatter, moments[-1], n) if shrinkage is None else shrinkage
-    variance = scatter.diagonal().sum() / n / width
-    sphere = torch.eye(width, dtype=x.dtype, device=x.device)
-    covariance = (1 - share) * scatter / n + share * variance * sphere if variance > 0 else sphere
-    weights = (torch.linalg.pinv(covariance, hermitian=True) @ means.T).T
+    scatter, varies = moments[:-1].view(width, width), scale.isfinite()
+    share = ledoit_wolf_shrinkage(scatter[varies][:, varies], moments[-1], n) if shrinkage is None else shrinkage
+    correlation = ((1 - share) * scatter / n).fill_diagonal_(1)
+    weights = (torch.linalg.pinv(correlation, hermitian=True) @ means.T).T
     bias = (counts / n).log() - (means * weights).sum(1) / 2
     scored = ~fits & (counts[labels] > 0)
     right = (x[scored] @ weights.T + bias).argmax(1) == labels[scored]
@@ -200,7 +213,7 @@ class AttributeProbe(StepWatcher):
         head: dotted path of the head, where it is not found.
         every_n_epochs: probe in every n-th training epoch; testing and validating alone always do.
         fit_fraction: share of the samples of each value to fit on.
-        shrinkage: share of the spherical target in the covariance; Ledoit and Wolf's by default.
+        shrinkage: share of the diagonal target in the covariance; Ledoit and Wolf's by default.
         loss: which of several losses of a step is meant: its position, or a callable of :class:`LossCall`.
         seed: seed of the parts and of the shuffling.
         name: the first part of the logged names; by default the key.

@@ -51,7 +51,7 @@ def test_the_texture_tells_who_it_is(texture, told):
     pixels = data.train_set.dataset.tensors[0].flatten(1)
     scores = probe_attribute(pixels, data.train_set.tags["identity"], 10)
     assert (scores["accuracy"] > 0.9) == told
-    assert (scores["accuracy"] < 0.25) != told
+    assert (scores["accuracy"] < 0.3) != told  # the expression alone halves the guess of 10 people
 
 
 @pytest.mark.parametrize(("expression", "told"), [(2.0, True), (0.0, False)])

@@ -33,6 +33,15 @@ def halves(labels, fraction=0.5, seed=0):
     return _stratified(labels, S, fraction, torch.Generator().manual_seed(seed))
 
 
+def units(width=6, seed=3):
+    """Factors of very unlike features."""
+    return 10 ** (4 * torch.rand(width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 3)
+
+
+def within(x, y):
+    return x - torch.stack([x[y == k].mean(0) for k in range(S)])[y]
+
+
 @pytest.mark.parametrize("shrinkage", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize("fraction", [0.3, 0.7])
 def test_it_is_scikit_learns_discriminant(shrinkage, fraction):
@@ -40,9 +49,10 @@ def test_it_is_scikit_learns_discriminant(shrinkage, fraction):
     metrics = pytest.importorskip("sklearn.metrics")
     x, y = samples()
     fit = halves(y, fraction)
-    oracle = discriminant(solver="lsqr", shrinkage=shrinkage).fit(x[fit], y[fit])
-    predicted = oracle.predict(x[~fit])
-    found = probe_attribute(x, y, S, shrinkage=shrinkage, fit_fraction=fraction)
+    scaled = x / within(x[fit], y[fit]).square().mean(0).sqrt()  # theirs shrinks a number as features come
+    oracle = discriminant(solver="lsqr", shrinkage=shrinkage).fit(scaled[fit], y[fit])
+    predicted = oracle.predict(scaled[~fit])
+    found = probe_attribute(x * units(), y, S, shrinkage=shrinkage, fit_fraction=fraction)
     assert float(found["accuracy"]) == pytest.approx(metrics.accuracy_score(y[~fit], predicted), abs=1e-12)
     assert float(found["balanced_accuracy"]) == pytest.approx(
         metrics.balanced_accuracy_score(y[~fit], predicted), abs=1e-12
@@ -51,20 +61,72 @@ def test_it_is_scikit_learns_discriminant(shrinkage, fraction):
     assert 0.3 < float(found["accuracy"]) < 1
 
 
-@pytest.mark.parametrize(("n", "width"), [(200, 6), (80, 60)])
+@pytest.mark.parametrize(("n", "width"), [(200, 6), (80, 60), (120, 150)])
 def test_shrinkage_is_ledoit_and_wolfs(n, width):
     covariance = pytest.importorskip("sklearn.covariance")
-    x, y = samples(n, width=width)
-    centred = x - torch.stack([x[y == k].mean(0) for k in range(S)])[y]
+    x, y = samples(n, width=width, signal=2 / width**0.5)
+    centred = within(x, y)
     ours = ledoit_wolf_shrinkage(centred.T @ centred, centred.square().sum(1).square().sum(), torch.tensor(float(n)))
     theirs = covariance.ledoit_wolf_shrinkage(centred.numpy(), assume_centered=True)
     assert float(ours) == pytest.approx(theirs, rel=1e-9)
     discriminant = pytest.importorskip("sklearn.discriminant_analysis").LinearDiscriminantAnalysis
     fit = halves(y)
-    inner = x[fit] - torch.stack([x[fit][y[fit] == k].mean(0) for k in range(S)])[y[fit]]
-    share = covariance.ledoit_wolf_shrinkage(inner.numpy(), assume_centered=True)
-    expected = discriminant(solver="lsqr", shrinkage=share).fit(x[fit], y[fit]).score(x[~fit], y[~fit])
-    assert float(probe_attribute(x, y, S)["accuracy"]) == pytest.approx(expected, abs=1e-12)
+    scaled = x / within(x[fit], y[fit]).square().mean(0).sqrt()
+    share = covariance.ledoit_wolf_shrinkage(within(scaled[fit], y[fit]).numpy(), assume_centered=True)
+    expected = discriminant(solver="lsqr", shrinkage=share).fit(scaled[fit], y[fit]).score(scaled[~fit], y[~fit])
+    assert 1.2 / S < expected < 1
+    assert float(probe_attribute(x * units(width), y, S)["accuracy"]) == pytest.approx(expected, abs=1e-12)
+
+
+def hidden(n=2000, width=64):
+    """Features of which the first ``S`` tell the value, the others correlated noise."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(n) % S
+    noise = torch.randn(n, width, generator=g, dtype=torch.float64)
+    noise[:, S:] @= torch.randn(width - S, width - S, generator=g, dtype=torch.float64) / 3
+    return noise + 3 * F.one_hot(labels, width), labels
+
+
+@pytest.mark.parametrize("shrinkage", [None, 0.3])
+@pytest.mark.parametrize("quiet", [0.3, 0.1, 1e-6])
+def test_features_that_are_turned_down_are_read_as_well(quiet, shrinkage):
+    discriminant = pytest.importorskip("sklearn.discriminant_analysis").LinearDiscriminantAnalysis
+    x, y = hidden()
+    loud = probe_attribute(x, y, S, shrinkage=shrinkage)
+    x[:, :S] *= quiet
+    assert probe_attribute(x, y, S, shrinkage=shrinkage) == loud
+    assert float(loud["accuracy"]) > 0.9
+    if shrinkage is None:  # theirs standardises, too, but shrinks each value's covariance on its own
+        fit = halves(y)
+        theirs = discriminant(solver="lsqr", shrinkage="auto").fit(x[fit], y[fit]).score(x[~fit], y[~fit])
+        assert float(loud["accuracy"]) == pytest.approx(theirs, abs=0.01)
+
+
+@pytest.mark.parametrize(("n", "width"), [(200, 6), (60, 90)])
+def test_units_change_nothing(n, width):
+    x, y = samples(n, width=width, signal=1.5 / width**0.5)
+    whole = probe_attribute(x, y, S)
+    assert probe_attribute(x * units(width), y, S) == whole
+    assert probe_attribute(x * units(width) + 1e3 * units(width, 4), y, S) == whole
+    assert 1 / S < float(whole["accuracy"]) < 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_constant_features_change_nothing(seed):
+    x, y = samples(500, width=90, signal=0.1, seed=seed)
+    constant = torch.cat([torch.zeros(20), units(60, seed)]).expand(500, -1)  # of some the mean is rounded
+    assert probe_attribute(torch.cat([x, constant], 1), y, S) == probe_attribute(x, y, S)
+
+
+@pytest.mark.parametrize("unit", [1e-6, 0.1, 1e6])
+def test_a_feature_that_is_constant_within_values_is_read(unit):
+    x, y = samples(200, width=40, signal=0.0)
+    first = (y == 0).double().unsqueeze(1) * unit + unit / 3
+    told = probe_attribute(torch.cat([x, first], 1), y == 0, 2)
+    assert float(told["accuracy"]) == 1
+    more = probe_attribute(torch.cat([x + 6 * F.one_hot(y, 40), first], 1), y, S)  # and hides no other feature
+    assert float(more["accuracy"]) > 0.95
+    assert probe_attribute(first.expand(-1, 3), y == 0, 2)["accuracy"] == 1
 
 
 def test_it_finds_about_what_a_logistic_regression_finds():
@@ -134,11 +196,14 @@ def test_two_ranks_are_one_process(ranks):
     assert runs[0] == runs[1]
     assert {k: float(v) for k, v in runs[0].items()} == pytest.approx({k: float(v) for k, v in whole.items()}, abs=0)
     assert ranks.run(_share, 61, True)[0] == runs[0]  # one rank holds nothing
+    scaled = ranks.run(_share, 61, False, S, True)
+    assert scaled[0] == scaled[1] == runs[0]
     ranks.raises(BadRowsError, "below `n_values=4`", _share, 61, False, 4)
 
 
-def _share(rank, n, all_on_one=False, n_values=S):
+def _share(rank, n, all_on_one=False, n_values=S, scaled=False):
     x, y = samples(n)
+    x = torch.cat([x * units(), torch.full((n, 9), 0.1)], 1) if scaled else x
     mine = torch.arange(n)[: n * (rank == 0)] if all_on_one else torch.arange(n)[rank::2]
     return probe_attribute(x[mine], y[mine], n_values, numbers=mine)
 
