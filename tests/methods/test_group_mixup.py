@@ -15,6 +15,7 @@ from debias import Debiaser, GroupDRO, GroupMixup, GroupMixupLayer, MixStyle
 from debias.errors import BatchKeyError, DebiasError
 from debias.functional import cutmix, mixup, selective_pairs
 from debias.methods.group_mixup import cutmix_box
+from debias.ops.pairs import random_partners
 from debias.step.distributed import global_sum
 
 ids = st.lists(st.tuples(st.integers(-1, 2), st.integers(-1, 2)), min_size=1, max_size=12)
@@ -204,6 +205,15 @@ def test_small_and_odd_batches(n):
     model = Pictures()
     make_trainer([GroupMixup("place", mix="cutmix")]).fit(model, batches(n, sizes=(n,), last=(0,)))
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("pairs", ["any", "same_label", "same_domain", "selective"])
+def test_an_empty_batch_stays_empty(pairs):
+    none = torch.zeros(0, dtype=torch.long)
+    mixed, partners, shares = GroupMixupLayer(pairs)(torch.zeros(0, 3), none, none)
+    assert mixed.shape == (0, 3)
+    assert partners.tolist() == shares.tolist() == []
+    assert random_partners(torch.zeros(0, 0, dtype=torch.bool), torch.zeros(0, 0)).dtype == torch.long
 
 
 def test_evaluation_is_untouched():

@@ -871,6 +871,27 @@ def test_penalties_of_other_domains_or_losses_count_their_own_bad_rows() -> None
         train(TwoLosses(), methods)
 
 
+@pytest.mark.parametrize("derivatives", ["closed_form", "autograd"])
+@pytest.mark.parametrize("method", [IRM, Fishr, HessianAlignment, VREx, CORAL, MMD])
+def test_steps_that_keep_no_row(method: type, derivatives: str) -> None:
+    class Filtered(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            x, y = batch
+            kept = x[:, 0] > (100 if batch_idx < 2 else -100)
+            losses = F.cross_entropy(self(x[kept]), y[kept], reduction="none")
+            return losses.sum() / max(len(losses), 1)
+
+    options = {"derivatives": derivatives} if method in (Fishr, HessianAlignment) else {}
+    if derivatives == "autograd" and not options:
+        pytest.skip("has no derivatives of a head")
+    model = Filtered()
+    before = parameters(model)
+    train(model, [method("place", 3, **options)])
+    after = parameters(model)
+    assert all(torch.isfinite(value).all() for value in after.values())
+    assert not torch.equal(after["head.weight"], before["head.weight"])  # by the third batch
+
+
 def test_modules_in_a_plain_loop() -> None:
     p = oracle.problem(sizes=(4, 5))
     losses = F.cross_entropy(p.logits, p.targets, reduction="none")
