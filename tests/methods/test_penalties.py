@@ -305,6 +305,26 @@ def test_half_precision_inputs_are_computed_with_in_single_precision(name: str) 
     assert torch.equal(mine, penalties[name](q.features, q_logits))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_inputs_given_by_name(dtype: torch.dtype) -> None:
+    p = oracle.problem(sizes=(301, 299))
+    features, logits = p.features.to(dtype), p.logits.to(dtype)
+    for penalty, inputs in [
+        (coral_penalty, {"features": features}),
+        (mmd_penalty, {"features": features}),
+        (irm_penalty, {"logits": logits, "targets": p.targets}),
+        (vrex_penalty, {"losses": logits[:, 0]}),
+        (hessian_alignment_penalty, {"features": features, "logits": logits, "targets": p.targets}),
+    ]:
+        options = {"domains": p.domains, "n_domains": 2}
+        with torch.autocast("cpu", torch.bfloat16):
+            by_name = penalty(**inputs, **options)
+        assert by_name.dtype == torch.float32
+        assert torch.equal(
+            by_name, penalty(*(x.float() if x.is_floating_point() else x for x in inputs.values()), **options)
+        )
+
+
 @pytest.mark.parametrize("module", [FishrPenalty(2), HessianAlignmentPenalty(2, "frobenius"), VRExPenalty(2)])
 def test_modules_compute_in_single_precision_under_autocast(module: torch.nn.Module) -> None:
     p = oracle.problem(sizes=(301, 299))
