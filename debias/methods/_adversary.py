@@ -155,12 +155,13 @@ class AdversaryLoss(GroupState):
         return copy.deepcopy(adversary) if isinstance(adversary, nn.Module) else adversary(width)
 
     def guess(self, network: nn.Module, *inputs: Tensor) -> Tensor:
-        """The adversary's logits.
+        """The adversary's logits, in the dtype of the first input; the network is called in its own.
 
         Raises:
             DebiasError: a network of the user's own has another number of outputs.
         """
-        logits = network(*inputs)
+        dtype = next((p.dtype for p in network.parameters()), inputs[0].dtype)
+        logits = network(*(x.to(dtype) if x.is_floating_point() else x for x in inputs)).to(inputs[0].dtype)
         if logits.shape != (len(inputs[0]), self.n_groups):
             raise DebiasError(
                 f"Expected the adversary to return logits of shape {(len(inputs[0]), self.n_groups)}, one per"

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from debias.errors import DebiasError
 from debias.methods.dsu import check_factor, style_shape, uncertain_style
 from debias.ops.styles import batch_std, check_probability, restyle, style
-from debias.step.distributed import is_distributed
+from debias.step.distributed import global_sum, is_distributed
 from debias.step.layers import LayerAugmenter
 from debias.step.owned import OwnedModule
 
@@ -167,8 +167,11 @@ class AdvStyleLayer(nn.Module):
 
     @torch.no_grad()
     def prepare(self, x: Tensor) -> None:
-        """Before the first pass, take the spreads from the batches of all ranks."""
-        if not self._ready:
+        """Before the first pass that has samples, take the spreads from the batches of all ranks."""
+        if self._ready:
+            return
+        samples = float(global_sum(torch.tensor(float(len(x)), device=x.device))) if is_distributed() else len(x)
+        if samples:
             statistics = torch.stack(style(x, eps=self.eps), dim=1)
             self.spreads.copy_(batch_std(statistics, eps=self.eps, sync=is_distributed())[0].flatten(1))
             self.initialized.fill_(True)

@@ -67,7 +67,8 @@ class DomainAdversarialLoss(AdversaryLoss):
         n_classes: CDANN with that many classes; None for DANN.
         discriminator: ``"mlp"`` (D, 256, 256, E with ReLU, as in DomainBed), ``"linear"``, a module from ``(N, D)`` to
             ``(N, E)``, of which a copy is taken, or a function that makes one from D.
-        gradient_penalty: weight of the squared gradient of each sample's loss with respect to the features.
+        gradient_penalty: weight of the squared gradient of each sample's loss with respect to the features; left out
+            where gradients are disabled.
 
     Shape:
         features ``(N, D)`` floating point; domains ``(N,)`` integer, negative = unknown, left out; targets ``(N,)``
@@ -132,7 +133,8 @@ class DomainAdversarialLoss(AdversaryLoss):
         self, network: nn.Module, features: Tensor, ids: Tensor, targets: Tensor | None
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
         """The discriminator's logits, its loss for each sample, and the gradient penalty of each."""
-        if self.gradient_penalty and not features.requires_grad:
+        penalised = self.gradient_penalty > 0 and torch.is_grad_enabled()
+        if penalised and not features.requires_grad:
             features = features.detach().requires_grad_()
         if self.n_classes is None:
             strata = None
@@ -144,7 +146,7 @@ class DomainAdversarialLoss(AdversaryLoss):
             strata = torch.where((targets >= 0) & (targets < self.n_classes), targets, -1)
             logits = self.guess(network, features, strata.clamp_min(0))
         losses = F.cross_entropy(logits, ids, reduction="none")
-        if not self.gradient_penalty:
+        if not penalised:
             return logits, [(losses, strata)]
         (gradients,) = torch.autograd.grad(losses.sum(), features, create_graph=True)
         return logits, [(losses, strata), (self.gradient_penalty * (gradients**2).sum(1), None)]

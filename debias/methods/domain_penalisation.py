@@ -66,7 +66,8 @@ def domain_penalisation_weights(
     if seen is not None:
         known = torch.where(seen, losses, 0)
         losses = torch.where(seen, losses, known.sum() / seen.sum().clamp_min(1))
-    weights = torch.softmax(losses / temperature, dim=0)
+    # Below 1e-30 a softmax of losses cannot tell temperatures apart; a quotient would overflow.
+    weights = torch.softmax(losses / max(temperature, 1e-30), dim=0)
     return weights * len(losses) if normalize == "mean" else weights
 
 

@@ -207,6 +207,8 @@ class EdgeViewLayer(nn.Module):
                 f"Expected `mean` and `std` to hold {channels} numbers, one a channel of the images, but got"
                 f" {self.channels}."
             )
+        if not len(images):
+            return images.clone()
         x = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
         mean, std, weights = (buffer.to(x) for buffer in (self.mean, self.std, self.grey))
         raw = x * std + mean

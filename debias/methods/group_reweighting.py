@@ -49,7 +49,7 @@ def inverse_frequency_weights(group_counts: Tensor, *, power: float = 1.0) -> Te
         >>> inverse_frequency_weights(torch.tensor([90.0, 10.0]))
         tensor([0.5556, 5.0000])
     """
-    raw = group_counts ** (-power)
+    raw = torch.softmax(-power * group_counts.log(), dim=0)  # N_g^-p over their sum, which itself may underflow
     return raw * group_counts.sum() / (raw * group_counts).sum()
 
 

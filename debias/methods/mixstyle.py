@@ -211,5 +211,5 @@ class MixStyle(LayerAugmenter):
 
 def check_alpha(alpha: float) -> None:
     """Raise unless ``alpha`` is a parameter of a Beta distribution."""
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not alpha > 0:
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
         raise DebiasError(f"Expected `alpha` to be a number > 0, but got {alpha!r}. The published value is 0.1.")

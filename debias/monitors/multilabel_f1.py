@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, RowsError
+from debias.metrics.group import worst_group
 from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
@@ -82,11 +83,12 @@ class MultilabelF1Monitor(StepWatcher):
         val/f1                  mean over labels
         val/f1_by_label/<name>  NaN for a label without a positive, neither true nor guessed
         val/f1_by_group/<name>  mean over labels, for each group
-        val/worst_group_f1
+        val/worst_group_f1      NaN if that of every group is
         val/threshold           of the probability; at test the one of the checkpoint
 
     Reads the logits from the binary cross-entropy of the evaluation step; targets below 0 are missing.
-    ``trainer.test`` without an earlier validation uses a threshold of 0.5. Several loaders of a stage count as one set.
+    ``trainer.test`` without an earlier validation uses a threshold of 0.5, or where ``thresholds`` is even the next
+    below; a validation in which F1 is NaN at every threshold chooses none. Several loaders of a stage count as one set.
 
     Args:
         label_names: one name per label.
@@ -184,13 +186,15 @@ class MultilabelF1Monitor(StepWatcher):
         table = self._metric.compute()  # (G + 1, T, A), of all ranks
         self._metric = None
         if stage == "val":
-            self.chosen = int(table[-1].nanmean(1).nan_to_num(-1).argmax())
+            by_threshold = table[-1].nanmean(1).nan_to_num(-1)
+            best = int(by_threshold.argmax())
+            self.chosen = best if by_threshold[best] >= 0 else self.chosen
         place = (self.thresholds - 1) // 2 if self.chosen is None else self.chosen
         by_label, by_group = table[-1, place], table[:-1, place].nanmean(1)
         values = {"f1": by_label.nanmean(), "threshold": torch.tensor((place + 1) / (self.thresholds + 1))}
         values |= {f"f1_by_label/{k}": v for k, v in zip(self.label_names, by_label.unbind(), strict=True)}
         if self.group is not None:
-            values["worst_group_f1"] = by_group.nan_to_num(torch.inf).min()
+            values["worst_group_f1"] = worst_group(by_group)
             values |= {f"f1_by_group/{k}": v for k, v in zip(self.group_names, by_group.unbind(), strict=True)}
         # Equal on every rank already; the maximum leaves them as they are and spares Lightning's advice.
         options = {"reduce_fx": "max", "sync_dist": trainer.world_size > 1, "add_dataloader_idx": False}

@@ -25,7 +25,9 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor, factors: Tensor, num: Tensor) -> Tensor:
         ctx.save_for_backward(weights)
-        return factors.dot(num.to(factors.dtype))
+        # The sums themselves may be beyond half precision.
+        dtype = torch.promote_types(factors.dtype, torch.float32)
+        return factors.to(dtype).dot(num.to(dtype)).to(factors.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -87,7 +89,7 @@ class GroupSums:
         of_places = self.rows.new_zeros(n_groups + _EXTRA)
         factors = of_places.narrow(0, 1, n_groups)
         if by is not None:
-            by = by.clamp_min(torch.finfo(factors.dtype).tiny)  # or factors of a batch without rows would be infinite
+            by = torch.threshold(by, 0.0, 1.0)  # 1 where it is 0: the factors of a batch without rows must be finite
         torch.div(weights, self.divisors if by is None else by, out=factors)
         if self.places.dtype == torch.bool:
             of_rows = torch.where(self.members, factors, 0).sum(1)

@@ -86,10 +86,14 @@ class AutogradHeadStatistics(HeadStatistics):
             logits = functional_call(self.head, self._fixed | parameters, (feature.unsqueeze(0),))
             return numerators(loss.kind, logits.reshape(-1), *parts) / loss.elements
 
-        gradients = vmap(grad(of_sample), in_dims=(None, 0, 0, 0, 0))(
-            self.parameters, self.features, loss.target, weight, positive
-        )
-        flat = self._flat(gradients)[:, 0]
+        if len(self.features):
+            gradients = vmap(grad(of_sample), in_dims=(None, 0, 0, 0, 0))(
+                self.parameters, self.features, loss.target, weight, positive
+            )
+            flat = self._flat(gradients)[:, 0]
+        else:  # which vmap does not take
+            width = sum(p.numel() for p in self.parameters.values())
+            flat = self.features.flatten(1).sum(1, keepdim=True).expand(0, width)
         shares = self.sample_shares
         mean, square = global_sum(torch.stack((shares.T @ flat, shares.T @ flat.square())))
         return (square - mean.square()).unsqueeze(1)

@@ -20,6 +20,8 @@ def random_partners(allowed: Tensor, scores: Tensor) -> Tensor:
         int64 ``(N,)``.
     """
     own = torch.arange(allowed.shape[0], device=allowed.device)
+    if not len(own):
+        return own
     best = torch.where(allowed, scores, -1).argmax(1)
     return torch.where(allowed.any(1), best, own)
 

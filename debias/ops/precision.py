@@ -16,15 +16,16 @@ P = ParamSpec("P")
 
 
 def in_full_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """The function outside autocast, with half-precision tensors among its positional arguments as float32."""
+    """The function outside autocast, with half-precision tensors among its arguments as float32."""
 
     @functools.wraps(function)
     def precise(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        upcast = [
-            x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x for x in args
-        ]
-        device = next((x.device.type for x in args if isinstance(x, Tensor)), "cpu")
+        device = next((x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), "cpu")
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            return function(*upcast, **kwargs)  # type: ignore[arg-type]
+            return function(*map(_upcast, args), **{k: _upcast(x) for k, x in kwargs.items()})  # type: ignore[arg-type]
 
     return precise
+
+
+def _upcast(x: object) -> object:
+    return x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x

@@ -82,19 +82,21 @@ def batch_std(values: Tensor, *, eps: float = 1e-6, sync: bool = False) -> Tenso
 
     Args:
         values: one statistic, ``(N, ...)``, differentiable.
-        eps: added to the variance, which is 0 for a single sample.
+        eps: added to the variance, which is 0 for a single sample and for none.
         sync: over the batches of all ranks. Then every rank has to call this, with the same trailing shape.
 
     Returns:
         Standard deviations ``(1, ...)``.
     """
     n = values.shape[0]
+    if not sync and not n:
+        return values.new_full((1, *values.shape[1:]), eps**0.5)
     if not sync:
         return (values.var(0, correction=int(n > 1), keepdim=True) + eps).sqrt()
     # Two reductions, for the mean first: a difference of squares would cancel.
     total = global_sum(torch.cat([values.sum(0).flatten(), values.new_full((1,), float(n))]))
     count = total[-1].detach()
-    mean = (total[:-1] / count).view_as(values[0])
+    mean = (total[:-1] / count.clamp_min(1)).view(values.shape[1:])
     squares = global_sum(((values - mean) ** 2).sum(0, keepdim=True))
     return (squares / (count - 1).clamp_min(1) + eps).sqrt()
 

@@ -132,6 +132,38 @@ def test_no_parameter_of_the_layer_is_ever_unused(chance, monkeypatch):
     assert bool(layer.spreads.grad.any()) == (layer.branch(chance) == "adversarial")
 
 
+@pytest.mark.parametrize("intensity", ["learned", "direction"])
+@pytest.mark.parametrize("branch", ["adversarial", "dsu", "identity"])
+def test_an_empty_first_batch_is_not_where_the_layer_starts(intensity, branch, monkeypatch):
+    layer, x = AdvStyleLayer(3, intensity), torch.randn(6, 3, 4, 4)
+    monkeypatch.setattr(layer, "branch", lambda chance: branch)
+    layer(torch.zeros(0, 3, 4, 4, requires_grad=True)).sum().backward()
+    assert not layer.initialized
+    assert not layer.spreads.grad.any()
+    layer(x)
+    assert layer.initialized
+    fresh = AdvStyleLayer(3, intensity)
+    fresh.prepare(x)
+    assert torch.equal(layer.spreads, fresh.spreads)
+
+
+def _prepared(rank, sizes):
+    layer = AdvStyleLayer(3)
+    x = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0)).split(sizes)[rank]
+    layer.prepare(x[:0])
+    started = bool(layer.initialized)
+    layer.prepare(x)
+    return started, layer.spreads.detach()
+
+
+def test_a_rank_without_rows_starts_with_the_others(ranks):
+    (early, first), (also_early, second) = ranks.run(_prepared, [6, 0])
+    assert not early
+    assert not also_early
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, _prepared(0, [6])[1])
+
+
 # ------------------------------------------------------------ the callback
 
 

@@ -93,6 +93,35 @@ def test_a_penalty_on_frozen_features():
     assert all(p.grad.abs().sum() > 0 for p in criterion.network[0].parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"n_classes": C, "gradient_penalty": 0.2}])
+def test_a_network_in_half_precision(dtype, options):
+    torch.manual_seed(0)
+    criterion = DomainAdversarialLoss(D, E, 0.7, **options).to(dtype)
+    features = FEATURES.to(dtype).requires_grad_()
+    loss = criterion(features, DOMAINS, CLASSES)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert {p.dtype for p in criterion.parameters()} == {dtype}
+    precise = DomainAdversarialLoss(D, E, 0.7, **options)
+    precise.load_state_dict(criterion.state_dict())
+    other = features.detach().float().requires_grad_()
+    expected = precise(other, DOMAINS, CLASSES)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=0.02, atol=0)
+    torch.testing.assert_close(features.grad.float(), other.grad, rtol=0.1, atol=1e-3)
+
+
+@pytest.mark.parametrize("disabled", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("n_classes", [None, C])
+def test_no_gradient_penalty_where_gradients_are_disabled(disabled, n_classes):
+    criterion = DomainAdversarialLoss(D, E, n_classes=n_classes, gradient_penalty=0.1).double()
+    with disabled():
+        found = criterion(FEATURES.clone(), DOMAINS, CLASSES)
+    criterion.gradient_penalty = 0.0
+    torch.testing.assert_close(found, criterion(FEATURES, DOMAINS, CLASSES).detach(), rtol=1e-12, atol=0)
+
+
 def test_classes_that_the_loss_ignores_are_left_out():
     criterion = DomainAdversarialLoss(D, E, n_classes=C).double()
     ignored = torch.where(CLASSES == 0, -100, CLASSES)

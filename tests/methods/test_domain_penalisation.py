@@ -136,6 +136,14 @@ def test_gradcheck_of_the_weights():
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-308, 1e-30])
+def test_a_temperature_near_zero_leaves_the_worst_domain(dtype, temperature):
+    for losses, expected in [([0.4, 12.0, 3.0], [0, 3, 0]), ([2.0, 2.0], [1, 1]), ([0.0, 0.0], [1, 1])]:
+        found = domain_penalisation_weights(torch.tensor(losses, dtype=dtype), temperature=temperature)
+        assert found.tolist() == expected
+
+
 def test_evaluation_mode_adds_nothing():
     criterion = DomainPenalisationLoss(D).eval()
     criterion(torch.ones(2), torch.tensor([0, 1]))

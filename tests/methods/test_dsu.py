@@ -11,7 +11,7 @@ from _support.runs import ddp
 from debias import DSU, DSULayer
 from debias.errors import DebiasError
 from debias.functional import uncertain_style
-from debias.ops.styles import style
+from debias.ops.styles import batch_std, style
 
 EPS = 1e-6
 
@@ -118,6 +118,37 @@ def test_small_and_odd_batches(n):
     model = Pictures()
     make_trainer([DSU(["stem"], p=1.0)]).fit(model, batches(n, sizes=(n,), last=(0,)))
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (0, 5, 3)])
+def test_an_empty_batch_stays_empty(shape):
+    layer = DSULayer(p=1.0)
+    x = torch.zeros(shape, requires_grad=True)
+    out = layer(x)
+    out.sum().backward()
+    assert out.shape == x.grad.shape == shape
+
+
+def _spread(rank, values, shares):
+    rows = values.split(shares)[rank].clone().requires_grad_()
+    found = batch_std(rows, sync=True)
+    (gradient,) = torch.autograd.grad(found.sum(), rows)
+    return found.detach(), gradient
+
+
+def test_a_rank_without_rows_knows_the_common_spread(ranks):
+    values = torch.randn(5, 2, 3, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    (first, for_rows), (second, none) = ranks.run(_spread, values, [5, 0])
+    torch.testing.assert_close(first, batch_std(values), rtol=1e-12, atol=0)
+    assert torch.equal(first, second)
+    assert torch.isfinite(for_rows).all()
+    assert none.shape == (0, 2, 3, 1)
+
+
+def test_no_rank_with_rows(ranks):
+    for found, none in ranks.run(_spread, torch.zeros(0, 2, 3, 1), [0, 0]):
+        assert torch.isfinite(found).all()
+        assert none.shape == (0, 2, 3, 1)
 
 
 @pytest.mark.parametrize("factor", [-1, float("inf"), float("nan"), True, "1"])

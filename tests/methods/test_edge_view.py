@@ -159,6 +159,10 @@ def test_draws_cover_what_they_are_drawn_from():
     assert float(low.std()) == pytest.approx(0.2, rel=0.05)
 
 
+def test_an_empty_batch_stays_empty():
+    assert EdgeViewLayer()(torch.zeros(0, 3, 8, 8)).shape == (0, 3, 8, 8)
+
+
 def test_every_image_has_its_own_draw():
     """What an image becomes does not depend on the others of the batch."""
     x = picture(5).unsqueeze(1)

@@ -15,6 +15,7 @@ from debias import Debiaser, GroupDRO, GroupMixup, GroupMixupLayer, MixStyle
 from debias.errors import BatchKeyError, DebiasError
 from debias.functional import cutmix, mixup, selective_pairs
 from debias.methods.group_mixup import cutmix_box
+from debias.ops.pairs import random_partners
 from debias.step.distributed import global_sum
 
 ids = st.lists(st.tuples(st.integers(-1, 2), st.integers(-1, 2)), min_size=1, max_size=12)
@@ -206,6 +207,15 @@ def test_small_and_odd_batches(n):
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("pairs", ["any", "same_label", "same_domain", "selective"])
+def test_an_empty_batch_stays_empty(pairs):
+    none = torch.zeros(0, dtype=torch.long)
+    mixed, partners, shares = GroupMixupLayer(pairs)(torch.zeros(0, 3), none, none)
+    assert mixed.shape == (0, 3)
+    assert partners.tolist() == shares.tolist() == []
+    assert random_partners(torch.zeros(0, 0, dtype=torch.bool), torch.zeros(0, 0)).dtype == torch.long
+
+
 def test_evaluation_is_untouched():
     layer = GroupMixupLayer("any").eval()
     x = torch.randn(4, 3)
@@ -225,6 +235,7 @@ def test_evaluation_is_untouched():
         ({"domain": "place", "pairs": "all"}, "`pairs` to be one of 'any', 'same_label'"),
         ({"domain": "place", "mix": "manifold"}, "`mix` to be 'mixup' or 'cutmix'"),
         ({"domain": "place", "alpha": 0}, "`alpha` to be a number > 0"),
+        ({"domain": "place", "alpha": float("inf")}, "`alpha` to be a number > 0, but got inf"),
         ({"domain": "place", "p": 2}, r"`p` to be a probability in \[0, 1\], but got 2"),
         ({"domain": "place", "p_same_label": -1}, "`p_same_label` to be a probability"),
         ({"domain": ("place", 1)}, "`n_domains` to hold one number for each key"),

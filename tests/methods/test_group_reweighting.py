@@ -68,6 +68,12 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x: criterion(x, torch.tensor([0, 1, 1, 3, -1])), losses)
 
 
+@pytest.mark.parametrize("power", [60.0, 1e6])
+def test_powers_of_counts_beyond_floating_point(power):
+    assert GroupReweightingLoss(2, power, [10**6] * 2).weights.tolist() == [1, 1]
+    assert GroupReweightingLoss(2, power, [1, 10**6]).weights.tolist() == pytest.approx([10**6 + 1, 0])
+
+
 def test_counts_resume(tmp_path):
     torch.save(GroupReweightingLoss(4, 1.0, COUNTS).state_dict(), tmp_path / "state.pt")
     second = GroupReweightingLoss(4)

@@ -631,6 +631,30 @@ def test_mixin_is_the_callback_with_a_head_in_the_module():
     assert deviation(expected["head"], parameters(model.identity_adversarial.network)) < 1e-10
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_the_mixin_in_half_precision(precision):
+    class Mixed(IdentityAdversarialMixin, Classifier):
+        def __init__(self):
+            super().__init__()
+            self.configure_identity_adversarial(6, 5)
+            self.identity_adversarial.network.load_state_dict(fresh_head().state_dict())
+
+        def training_step(self, batch, batch_idx):
+            x, y, person = batch
+            features = self.backbone(x)
+            return F.cross_entropy(self.head(features), y) + self.identity_adversarial_loss(features, person)
+
+    model = Mixed()
+    before = parameters(model)
+    x, y = problem(32, dtype=torch.float32).tensors
+    make_trainer(precision=precision, limit_val_batches=0).fit(
+        model, DataLoader(TensorDataset(x, y, PERSONS[:32]), batch_size=16), val_loader(bare=True)
+    )
+    for name, value in model.named_parameters():
+        assert torch.isfinite(value).all(), name
+        assert not torch.equal(value, before[name].to(value.dtype)), name
+
+
 # -------------------------------------------------------------------------------------------------- bad input
 
 

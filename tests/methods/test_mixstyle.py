@@ -193,7 +193,7 @@ def test_probability_zero_is_plain_training():
     assert same(parameters(plain), parameters(other))
 
 
-@pytest.mark.parametrize("alpha", [0, -1.0, True, "0.1"])
+@pytest.mark.parametrize("alpha", [0, -1.0, True, "0.1", float("inf"), float("nan")])
 def test_alpha_is_positive(alpha):
     with pytest.raises(DebiasError, match="`alpha` to be a number > 0"):
         MixStyle("stem", alpha=alpha)

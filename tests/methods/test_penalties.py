@@ -305,6 +305,26 @@ def test_half_precision_inputs_are_computed_with_in_single_precision(name: str) 
     assert torch.equal(mine, penalties[name](q.features, q_logits))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_inputs_given_by_name(dtype: torch.dtype) -> None:
+    p = oracle.problem(sizes=(301, 299))
+    features, logits = p.features.to(dtype), p.logits.to(dtype)
+    for penalty, inputs in [
+        (coral_penalty, {"features": features}),
+        (mmd_penalty, {"features": features}),
+        (irm_penalty, {"logits": logits, "targets": p.targets}),
+        (vrex_penalty, {"losses": logits[:, 0]}),
+        (hessian_alignment_penalty, {"features": features, "logits": logits, "targets": p.targets}),
+    ]:
+        options = {"domains": p.domains, "n_domains": 2}
+        with torch.autocast("cpu", torch.bfloat16):
+            by_name = penalty(**inputs, **options)
+        assert by_name.dtype == torch.float32
+        assert torch.equal(
+            by_name, penalty(*(x.float() if x.is_floating_point() else x for x in inputs.values()), **options)
+        )
+
+
 @pytest.mark.parametrize("module", [FishrPenalty(2), HessianAlignmentPenalty(2, "frobenius"), VRExPenalty(2)])
 def test_modules_compute_in_single_precision_under_autocast(module: torch.nn.Module) -> None:
     p = oracle.problem(sizes=(301, 299))
@@ -869,6 +889,29 @@ def test_penalties_of_other_domains_or_losses_count_their_own_bad_rows() -> None
     methods = [VREx("place", 3, loss=0, name="a"), VREx("place", 3, loss=1, name="b")]
     with pytest.raises(BadRowsError, match=r"NaN or infinite.*VREx\(b\)"):
         train(TwoLosses(), methods)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        *((method, {}) for method in (IRM, Fishr, HessianAlignment, VREx, CORAL, MMD)),
+        *((method, {"derivatives": "autograd"}) for method in (Fishr, HessianAlignment)),
+    ],
+)
+def test_steps_that_keep_no_row(method: type, options: dict[str, Any]) -> None:
+    class Filtered(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            x, y = batch
+            kept = x[:, 0] > (100 if batch_idx < 2 else -100)
+            losses = F.cross_entropy(self(x[kept]), y[kept], reduction="none")
+            return losses.sum() / max(len(losses), 1)
+
+    model = Filtered()
+    before = parameters(model)
+    train(model, [method("place", 3, **options)])
+    after = parameters(model)
+    assert all(torch.isfinite(value).all() for value in after.values())
+    assert not torch.equal(after["head.weight"], before["head.weight"])  # by the third batch
 
 
 def test_modules_in_a_plain_loop() -> None:

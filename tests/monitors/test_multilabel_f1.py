@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,6 +105,34 @@ def test_without_a_validation_the_threshold_is_a_half():
     (tested,) = make_trainer([MultilabelF1Monitor(NAMES)]).test(Labels(), loaders(1), verbose=False)
     assert tested["test/threshold"] == 0.5
     assert "test/worst_group_f1" not in tested
+
+
+@pytest.mark.parametrize(("thresholds", "expected"), [(3, 1 / 2), (2, 1 / 3), (4, 2 / 5)])
+def test_without_a_validation_an_even_number_of_thresholds_has_the_one_below_a_half(thresholds, expected):
+    trainer = make_trainer([MultilabelF1Monitor(NAMES, thresholds=thresholds)])
+    (tested,) = trainer.test(Labels(), loaders(1), verbose=False)
+    assert tested["test/threshold"] == pytest.approx(expected)
+
+
+class Unlabelled(Labels):
+    def validation_step(self, batch, batch_idx):
+        F.binary_cross_entropy_with_logits(self(batch[0]), torch.zeros(len(batch[0]), 3).double())
+
+
+def unlabelled():
+    dataset = tag(TensorDataset(torch.randn(8, 4).double(), torch.full((8, 3), -1.0)), person=[0] * 8)
+    return DataLoader(dataset, batch_size=4, sampler=EvalSampler(dataset))
+
+
+@pytest.mark.parametrize("chosen", [None, 7])
+def test_a_validation_without_a_label_chooses_no_threshold(chosen):
+    monitor = MultilabelF1Monitor(NAMES, group="person", n_groups=4)
+    monitor.load_state_dict({"chosen": chosen})
+    (found,) = make_trainer([monitor]).validate(Unlabelled(), unlabelled(), verbose=False)
+    assert monitor.state_dict() == {"chosen": chosen}
+    assert found["val/threshold"] == pytest.approx(0.5 if chosen is None else 0.08)
+    assert math.isnan(found["val/f1"])
+    assert math.isnan(found["val/worst_group_f1"])
 
 
 def test_two_ranks_are_one_process(ranks):

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from debias import IRM, DomainAdversarial, DomainPenalisation, GroupDRO, GroupDROLoss, GroupMonitor, GroupReweighting
+from debias import (
+    IRM,
+    DomainAdversarial,
+    DomainPenalisation,
+    GroupDRO,
+    GroupDROLoss,
+    GroupMonitor,
+    GroupReweighting,
+    GroupReweightingLoss,
+)
 from debias.errors import BadRowsError, DebiasError
 from debias.ops import groups as ops
 from debias.ops.groups import group_losses
@@ -166,6 +175,26 @@ def test_one_batch_gives_the_same_on_both_ways(monkeypatch):
         (sums,), _ = group_losses([(num, den, groups)], G)
         found.append(torch.cat((sums.num, sums.den, sums.losses)))
     torch.testing.assert_close(*found, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_a_batch_without_a_counted_loss_is_a_loss_of_zero(dtype):
+    """Also under a weight that a smallest divisor would make infinite."""
+    losses = torch.zeros(3, dtype=dtype, requires_grad=True)
+    criterion = GroupReweightingLoss(2, group_counts=[1, 9])
+    (value,) = criterion.reweigh([(losses, torch.zeros(3, dtype=dtype), torch.tensor([0, 1, -1]))])
+    value.backward()
+    assert value.dtype == dtype
+    assert value.item() == 0
+    assert torch.isfinite(losses.grad).all()
+
+
+@pytest.mark.parametrize("make", [GroupDROLoss, lambda n: GroupReweightingLoss(n, group_counts=[7] * n)])
+def test_sums_beyond_half_precision_have_a_mean_within_it(make):
+    losses, groups = torch.full((600,), 500.0, dtype=torch.float16), torch.arange(600) % G
+    value = make(G)(losses, groups)
+    assert value.dtype == torch.float16
+    assert float(value) == pytest.approx(500, rel=5e-3)
 
 
 def test_numbers_of_numpy_are_numbers():
