@@ -186,7 +186,7 @@ class BoxStability(StepWatcher):
                 f" returned {type(output).__name__}. Name layers inside the backbone, such as `network.backbone.4`."
             )
         shape = (*output.shape[:2], *[1] * (output.ndim - 2))
-        kept = torch.rand(shape, generator=self._generator) >= self.rate
+        kept = torch.rand(shape, generator=self._generator, dtype=torch.float32) >= self.rate
         return output * kept.to(output) / (1 - self.rate)
 
     def _keep(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
