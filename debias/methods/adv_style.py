@@ -155,8 +155,8 @@ class AdvStyleLayer(nn.Module):
         if not self.training:
             return x
         self.prepare(x)
-        noise = torch.randn(2, *style_shape(x), device=x.device)
-        branch = self.branch(float(torch.rand(())))
+        noise = torch.randn(2, *style_shape(x), device=x.device, dtype=torch.float32)
+        branch = self.branch(float(torch.rand((), dtype=torch.float32)))
         return _Touch.apply(x, self.spreads) if branch == "identity" else self.change(x, noise, branch)
 
     def branch(self, chance: float) -> Branch:

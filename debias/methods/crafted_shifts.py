@@ -106,7 +106,7 @@ class CraftedShifts(Debiaser):
         step.batch = replace(step.batch, self.input, torch.where(kept, images, self._unit.close(shifted, images)))
 
     def _draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        kept = torch.rand(n, generator=generator) < self.original
+        kept = torch.rand(n, generator=generator, dtype=torch.float32) < self.original
         sources = torch.randint(1, 1 + len(self.shift_families), (n,), generator=generator)
         return torch.where(kept, 0, sources), torch.randint(0, 2**32, (n,), generator=generator)
 

@@ -248,7 +248,9 @@ class DomainPenalisation(GroupDebiaser):
         loss, rows, losses, name, allow_untested_strategy: see :class:`debias.Debiaser`.
 
     Logs ``train/domain_weight/<name>`` and ``train/loss_by_domain/<name>`` on logging steps, and
-    ``train/average_loss``, unweighted: the loss that the step logs itself is the reweighted one.
+    ``train/average_loss``, unweighted: the loss that the step logs itself is the reweighted one. Of more than 100
+    domains only ``train/max_domain_weight`` and ``train/worst_domain_loss``, the largest ones, stand for the values by
+    domain.
 
     Example:
         >>> from debias import DomainPenalisation

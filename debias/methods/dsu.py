@@ -74,9 +74,9 @@ class DSULayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Draw the styles anew, with probability ``p``."""
-        if not self.training or float(torch.rand(())) >= self.p:
+        if not self.training or float(torch.rand((), dtype=torch.float32)) >= self.p:
             return x
-        noise = torch.randn(2, *style_shape(x), device=x.device)
+        noise = torch.randn(2, *style_shape(x), device=x.device, dtype=torch.float32)
         return uncertain_style(x, noise, factor=self.factor, eps=self.eps)
 
 
@@ -136,7 +136,9 @@ class DSU(LayerAugmenter):
         if self.random.chance(path) >= self.p:
             return x
         noise = self.random.draw(
-            path, x.device, lambda g: torch.randn(2, *style_shape(x), generator=g, device=g.device)
+            path,
+            x.device,
+            lambda g: torch.randn(2, *style_shape(x), generator=g, device=g.device, dtype=torch.float32),
         )
         return uncertain_style(x, noise, factor=self.factor, sync_stats=self.sync_stats and is_distributed())
 

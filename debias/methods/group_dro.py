@@ -321,7 +321,8 @@ class GroupDRO(GroupDebiaser):
         loss, rows, losses, name, allow_untested_strategy: see :class:`debias.Debiaser`.
 
     Logs ``train/group_weight/<name>`` and ``train/loss_by_group/<name>`` on logging steps, and ``train/average_loss``,
-    unweighted: the loss that the step logs itself is the reweighted one.
+    unweighted: the loss that the step logs itself is the reweighted one. Of more than 100 groups only
+    ``train/max_group_weight`` and ``train/worst_group_loss``, the largest ones, stand for the values by group.
 
     Example:
         >>> from debias import GroupDRO

@@ -169,7 +169,7 @@ class GroupMixupLayer(nn.Module):
         if labels is None or domains is None:
             raise DebiasError(f"Expected `labels` and `domains` with `pairs={self.pairs!r}`, but got None.")
         same_label = choice < self.p_same_label if self.pairs == "selective" else self.pairs == "same_label"
-        scores = torch.rand(n, n, generator=generator, device=device)
+        scores = torch.rand(n, n, generator=generator, device=device, dtype=torch.float32)
         return random_partners(selective_pairs(labels, domains, same_label=same_label), scores), share, box
 
     def apply_draw(

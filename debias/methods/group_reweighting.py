@@ -138,6 +138,9 @@ class GroupReweighting(GroupDebiaser):
         group_counts: training samples per group; counted from the training set if not given.
         group_names: one name per group, for logs.
         loss, rows, losses, name, allow_untested_strategy: see :class:`debias.Debiaser`.
+
+    Logs ``train/group_weight/<name>`` on logging steps, of more than 100 groups ``train/max_group_weight``, the largest
+    one, instead; and ``train/average_loss``, unweighted.
     """
 
     reference: ClassVar[str] = "inverse-frequency weighting; e.g. Yang et al., ICML 2023 (ReWeight, SqrtReWeight)"

@@ -90,12 +90,12 @@ class MixStyleLayer(nn.Module):
     def forward(self, x: Tensor, domains: Tensor | None = None) -> Tensor:
         """Mix styles, with probability ``p``."""
         n = x.shape[0]
-        if not self.training or n < 2 or float(torch.rand(())) >= self.p:
+        if not self.training or n < 2 or float(torch.rand((), dtype=torch.float32)) >= self.p:
             return x
         if domains is None:
             partners = torch.randperm(n, device=x.device)
         else:
-            partners = random_partners(other_domains(domains), torch.rand(n, n, device=x.device))
+            partners = random_partners(other_domains(domains), torch.rand(n, n, device=x.device, dtype=torch.float32))
         alpha = torch.tensor(self.alpha, dtype=torch.float64)
         shares = torch.distributions.Beta(alpha, alpha).sample((n,)).to(x.device, non_blocking=True)
         return mix_style(x, partners, shares, eps=self.eps)
@@ -186,7 +186,7 @@ class MixStyle(LayerAugmenter):
             shares = beta_shares(generator, self.alpha, n, device)
             if domains is None:
                 return torch.randperm(n, generator=generator, device=device), shares
-            scores = torch.rand(n, n, generator=generator, device=device)
+            scores = torch.rand(n, n, generator=generator, device=device, dtype=torch.float32)
             return random_partners(other_domains(domains), scores), shares
 
         return self.random.draw(path, device, sample, shared=shared)

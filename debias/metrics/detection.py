@@ -45,7 +45,8 @@ def detection_accuracy(predicted: Tensor, true: Tensor, *, iou_threshold: float 
     from torchvision.ops import box_iou
 
     overlap, best = box_iou(true, predicted).max(0)
-    hit = torch.zeros(t, device=true.device).scatter_reduce(0, best, (overlap >= iou_threshold).float(), "amax")
+    found = (overlap >= iou_threshold).float()
+    hit = found.new_zeros(t).scatter_reduce(0, best, found, "amax")
     hits = hit.sum().double()
     return hits / (p + t - hits)
 

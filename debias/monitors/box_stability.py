@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from debias.errors import DebiasError, LossNotFoundError
 from debias.monitors.detection_monitor import find_predictions
-from debias.ops.groups import check_n_groups, name_groups
+from debias.ops.groups import MAX_LOGGED_GROUPS, check_n_groups, name_groups
 from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.distributed import global_rank, global_sum
@@ -65,7 +65,7 @@ class BoxStability(StepWatcher):
 
     Evaluation metrics and predictions of the module stay as they are: the second pass runs after the step, in
     evaluation mode, with draws of its own. Images without a box are left out. With ``domain`` it is logged by domain
-    too, as ``val/box_stability_by_domain/<name>``. The formula stands at the top of
+    too, as ``val/box_stability_by_domain/<name>``, unless there are more than 100. The formula stands at the top of
     :mod:`debias.monitors.box_stability`.
 
     Args:
@@ -186,7 +186,7 @@ class BoxStability(StepWatcher):
                 f" returned {type(output).__name__}. Name layers inside the backbone, such as `network.backbone.4`."
             )
         shape = (*output.shape[:2], *[1] * (output.ndim - 2))
-        kept = torch.rand(shape, generator=self._generator) >= self.rate
+        kept = torch.rand(shape, generator=self._generator, dtype=torch.float32) >= self.rate
         return output * kept.to(output) / (1 - self.rate)
 
     def _keep(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -206,7 +206,7 @@ class BoxStability(StepWatcher):
             total, count = global_sum(sums.to(pl_module.device))
             scores = (total / count).float()
             values = {f"{prefix}box_stability{suffix}": scores[-1]}
-            if self.domain is not None:
+            if self.domain is not None and self.total <= MAX_LOGGED_GROUPS:
                 parts = zip(self.domain_names, scores[:-1].unbind(), strict=True)
                 values |= {f"{prefix}box_stability_by_domain/{name}{suffix}": part for name, part in parts}
             options = {"reduce_fx": "max", "sync_dist": trainer.world_size > 1, "add_dataloader_idx": False}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from debias.errors import BatchKeyError, LossNotFoundError
 from debias.metrics.detection import DetectionAccuracy, GroupMeanAveragePrecision
-from debias.ops.groups import check_n_groups, name_groups
+from debias.ops.groups import MAX_LOGGED_GROUPS, check_n_groups, name_groups
 from debias.step.batch import BatchKey, describe, key_name
 from debias.step.context import Step
 from debias.step.grouped import plain_n_groups
@@ -42,6 +42,7 @@ class DetectionMonitor(StepWatcher):
         val/worst_domain_detection_accuracy    the worst domain
         val/detection_accuracy_by_domain/<name>
 
+    Of more than 100 domains the values by domain are left out.
     With several loaders every name ends in ``/dataloader_idx_<i>``. The sanity check is skipped. Give the loaders
     ``sampler=EvalSampler(dataset)``, or Lightning pads them on several ranks and counts images twice.
 
@@ -169,7 +170,7 @@ class DetectionMonitor(StepWatcher):
                 key = key.replace("group", "domain")
                 if value.ndim == 0:
                     values[f"{prefix}{key}{suffix}"] = value
-                else:
+                elif self.total <= MAX_LOGGED_GROUPS:
                     parts = zip(self.domain_names, value.unbind(), strict=True)
                     values |= {f"{prefix}{key}/{name}{suffix}": part for name, part in parts}
             # Every rank holds the global value already: the maximum over ranks leaves it as it is, to the last bit.

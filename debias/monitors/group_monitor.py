@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, LossNotFoundError, RowsError
 from debias.metrics import GroupAccuracy, GroupedMetric
-from debias.ops.groups import check_n_groups, name_groups
+from debias.ops.groups import MAX_LOGGED_GROUPS, check_n_groups, name_groups
 from debias.step.batch import BatchKey, describe, key_name
 from debias.step.context import Step
 from debias.step.engine import select_calls
@@ -58,6 +58,7 @@ class GroupMonitor(StepWatcher):
         val/accuracy_ratio                  worst over best group
         val/adjusted_accuracy               with `train_counts`: groups weighted by their share of the training set
 
+    Of more than 100 groups the values by group are left out: logging takes about a millisecond for each.
     With several loaders every name ends in ``/dataloader_idx_<i>``. The sanity check is skipped. On several ranks the
     sums are exact; give the loader ``sampler=EvalSampler(dataset)``, or Lightning pads it and counts samples twice.
 
@@ -336,7 +337,7 @@ class GroupMonitor(StepWatcher):
             for key, value in metric.compute().items():
                 if value.ndim == 0:
                     values[f"{prefix}{key}{suffix}"] = value
-                else:
+                elif self.total <= MAX_LOGGED_GROUPS:
                     parts = zip(self.group_names, value.unbind(), strict=True)
                     values |= {f"{prefix}{key}/{name}{suffix}": part for name, part in parts}
             # Every rank holds the global value already: the maximum over ranks leaves it as it is, to the last bit, and

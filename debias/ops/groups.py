@@ -16,7 +16,20 @@ from torch import Tensor, nn
 from debias.errors import BadRowsError, DebiasError
 from debias.step.distributed import global_sum, is_distributed, world_size
 
-__all__ = ["GroupState", "GroupSums", "check_n_groups", "group_losses", "name_groups", "summed"]
+__all__ = [
+    "MAX_LOGGED_GROUPS",
+    "GroupState",
+    "GroupSums",
+    "check_n_groups",
+    "group_losses",
+    "name_groups",
+    "summed",
+]
+
+MAX_LOGGED_GROUPS = 100
+"""The largest number of groups that are logged one by one. Lightning takes about a millisecond a value, so that more of
+them would take longer than the step; of more groups the extremes are logged.
+"""
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -62,7 +75,11 @@ class GroupSums:
     @property
     def local(self) -> Tensor:
         """Numerators of this rank by group, differentiable any number of times, ``(G,)``."""
-        return torch.where(self.members, self.rows.unsqueeze(1), 0).sum(0)
+        n_groups = len(self.den)
+        parts = zip(*(x.split(_rows_at_once(n_groups)) for x in (self.rows, self.places)), strict=True)
+        return summed(
+            [torch.where(_one_hot(p, n_groups)[:, 1 : 1 + n_groups], x.unsqueeze(1), 0).sum(0) for x, p in parts]
+        )
 
     @cached_property
     def divisors(self) -> Tensor:
@@ -139,8 +156,14 @@ def group_losses(
 
 # Columns of a table beside those of the groups: before them no group, after them bad ids and bad losses.
 _EXTRA = 3
-# Rows whose places are compared with all columns at once; it bounds the memory that a loss per pixel takes.
+# Rows whose places are compared with all columns at once, and numbers that this makes of a value of each row: the one
+# bounds the memory that a loss per pixel takes, the other that of many groups.
 _CHUNK = 2**18
+_CHUNK_ENTRIES = 2**24
+
+
+def _rows_at_once(n_groups: int) -> int:
+    return max(1, min(_CHUNK, _CHUNK_ENTRIES // (n_groups + _EXTRA)))
 
 
 def _tables(
@@ -182,7 +205,8 @@ def _table(data: Tensor, places: Tensor, n_groups: int) -> Tensor:
     if _on_host(data) and places.dtype != torch.bool:
         return data.new_zeros(3, n_groups + _EXTRA).scatter_add_(1, places.expand(3, -1), data)
     # Elsewhere scattering would add in another order in every run.
-    parts = zip(data.split(_CHUNK, dim=1), places.split(_CHUNK), strict=True)
+    size = _rows_at_once(n_groups)
+    parts = zip(data.split(size, dim=1), places.split(size), strict=True)
     return summed([torch.where(_one_hot(place, n_groups), x.unsqueeze(-1), 0).sum(1) for x, place in parts])
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import ParamSpec
 
 import torch
 from torch import Tensor
 
-__all__ = ["in_full_precision"]
+__all__ = ["float32_by_default", "in_full_precision"]
 
 P = ParamSpec("P")
 
@@ -29,3 +29,14 @@ def in_full_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
 def _upcast(x: object) -> object:
     return x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """New tensors are float32 inside, whatever the default dtype: ``precision="bf16-true"`` changes it in a step."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -21,6 +21,7 @@ from torch.utils.data import (
 )
 
 from debias.errors import BatchKeyError, DebiasError
+from debias.ops.groups import MAX_LOGGED_GROUPS
 from debias.step.batch import BatchKey, split_tags
 from debias.step.context import Step
 from debias.step.tap import LossCall
@@ -36,6 +37,10 @@ class GroupDebiaser(Debiaser):
         group: where the group ids are: a BatchKey, or a tuple of them whose ids are crossed.
         n_groups: number of groups, one per key.
         **options: see :class:`Debiaser`.
+
+    On logging steps it logs what the module's ``by_group()`` returns: a value a group, or of more than
+    ``MAX_LOGGED_GROUPS`` groups the largest one, ``train/worst_group_<value>`` for a key ``<value>_by_group`` and
+    ``train/max_<key>`` for another.
 
     A subclass whose groups go by another name, such as domains, says so in ``needs``: messages then speak of ``domain``
     and ``n_domains``.
@@ -80,6 +85,10 @@ class GroupDebiaser(Debiaser):
         if step.logging:
             self.module.raise_if_bad()
             for key, values in self.module.by_group().items():
+                if self.module.n_groups > MAX_LOGGED_GROUPS:
+                    known = torch.where(values.isnan(), -torch.inf, values)  # not of groups that the batch lacks
+                    self.log_value(_largest(key), known.amax(), step)
+                    continue
                 for name, value in zip(self.module.group_names, values.unbind(), strict=True):
                     self.log_value(f"{key}/{name}", value, step)
             # What the step logs itself may be the reweighed loss.
@@ -122,6 +131,12 @@ class GroupDebiaser(Debiaser):
                     " stands for unlabelled.",
                     stacklevel=2,
                 )
+
+
+def _largest(key: str) -> str:
+    """What the largest value is called: ``worst_group_loss`` of ``loss_by_group``, else ``max_...``."""
+    value, by, kind = key.partition("_by_")
+    return f"worst_{kind}_{value}" if by else f"max_{key}"
 
 
 def plain_n_groups(n_groups: Any) -> Any:

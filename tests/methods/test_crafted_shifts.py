@@ -80,6 +80,37 @@ def test_sources_are_drawn_uniformly_and_are_the_families_that_are_named():
         torch.testing.assert_close(step.batch[0][i : i + 1], expected, rtol=1e-5, atol=1e-5)
 
 
+class Inputs(Net):
+    """Keeps all that its network is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.inputs = []
+
+    def forward(self, x):
+        self.inputs.append(x.detach().clone())
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_true_precisions_give_the_same_images(precision):
+    x = (images(12) * 64).round() / 64  # exact in all of them
+    data = DataLoader(TensorDataset(x, labels(12)), 6)
+    seen = {}
+    for kind in ("32-true", precision):
+        module = Inputs()
+        callbacks = [CraftedShifts(original=0.1), ShiftedValidation()]
+        trainer = make_trainer(callbacks, max_epochs=2, precision=kind)
+        trainer.fit(module, data, data)
+        seen[kind] = module.inputs
+        assert "val_shift/mean" in trainer.callback_metrics
+    dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}[precision]
+    assert len(seen[precision]) == len(seen["32-true"])
+    for found, expected in zip(seen[precision], seen["32-true"], strict=True):
+        assert found.dtype == dtype
+        assert torch.equal(found, expected.to(dtype))
+
+
 def test_draws_follow_the_seed_and_differ_by_step_and_epoch():
     def inputs(**options):
         return torch.stack([b[0] for b in fit([CraftedShifts(**options)], n=16, epochs=2)[0].batches])

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
-from debias import GroupDRO, GroupDROLoss, GroupDROMixin, tag
+from _support.fits import Classifier, make_trainer, problem
+from debias import DomainPenalisation, GroupDRO, GroupDROLoss, GroupDROMixin, GroupReweighting, tag
 from debias.errors import BadRowsError, DebiasError
 from debias.functional import greedy_group_weights, group_dro_weights
+from debias.ops.groups import MAX_LOGGED_GROUPS
 
 G = 4
 COUNTS = [50, 30, 15, 5]
@@ -457,3 +459,30 @@ def test_a_group_that_the_batch_lacks_has_no_loss():
     losses = module.by_group()["loss_by_group"]
     assert losses[[0, 2]].tolist() == [1, 3]
     assert losses[1].isnan()
+
+
+@pytest.mark.parametrize("n", [MAX_LOGGED_GROUPS, MAX_LOGGED_GROUPS + 1])
+@pytest.mark.parametrize(
+    ("method", "weight", "loss"),
+    [
+        (GroupDRO, "group_weight", "loss_by_group"),
+        (GroupReweighting, "group_weight", None),
+        (DomainPenalisation, "domain_weight", "loss_by_domain"),
+    ],
+)
+def test_many_groups_are_logged_by_their_extremes(method, weight, loss, n):
+    ids = torch.arange(3 * n) % n
+    x, y = problem(3 * n).tensors
+    callback = method("site", n)
+    trainer = make_trainer([callback], max_epochs=1)
+    loader = DataLoader(tag(TensorDataset(x, y), site=ids), 3 * n)
+    trainer.fit(Classifier(), loader, loader)
+    logged = {k: float(v) for k, v in trainer.logged_metrics.items() if k.startswith("train/")}
+    expected = callback.module.by_group()
+    assert logged.pop("train/average_loss") > 0
+    if n <= MAX_LOGGED_GROUPS:
+        each = {f"train/{key}/{g}": float(v) for key in expected for g, v in enumerate(expected[key])}
+        assert logged == pytest.approx(each)
+    else:
+        worst = {} if loss is None else {f"train/worst_{loss[8:]}_loss": float(expected[loss].max())}
+        assert logged == pytest.approx({f"train/max_{weight}": float(expected[weight].max())} | worst)

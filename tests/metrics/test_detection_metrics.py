@@ -75,6 +75,15 @@ def test_detection_accuracy_of_an_image(threshold):
 DOMAINS = torch.tensor([0, 2, 0, 0, 2, 2, -1, 0, 2, 2, 0, -1])
 
 
+def test_detection_accuracy_under_another_default_dtype():
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [20.0, 0.0, 30.0, 10.0]])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert detection_accuracy(boxes[:1], boxes) == 0.5
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_detection_accuracy_by_domain():
     metric, (preds, targets) = DetectionAccuracy(3, score_threshold=0.4), images()
     for rows in (range(5), range(5, 12)):

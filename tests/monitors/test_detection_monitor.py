@@ -24,6 +24,7 @@ from debias.detector import Detector
 from debias.errors import BatchKeyError, DebiasError, HeadNotFoundError, LossNotFoundError
 from debias.metrics import DetectionAccuracy, GroupMeanAveragePrecision
 from debias.monitors.box_stability import box_stability
+from debias.ops.groups import MAX_LOGGED_GROUPS
 
 
 class Found(Detector):
@@ -261,3 +262,17 @@ def test_wrong_arguments_of_box_stability():
     with pytest.raises(LossNotFoundError, match="run what predicts for BoxStability"):
         validate(Direct(), [BoxStability(["network.backbone.2"])])
     assert validate(Direct(), [BoxStability(["network.backbone.2"], predictions="network", score_threshold=0.0)])
+
+
+@pytest.mark.parametrize("n", [MAX_LOGGED_GROUPS, MAX_LOGGED_GROUPS + 1])
+def test_values_by_domain_are_logged_up_to_a_number(n):
+    callbacks = [
+        DetectionMonitor("site", n),
+        BoxStability(["network.backbone.2"], score_threshold=0.0, domain="site", n_domains=n),
+    ]
+    logged = validate(Found(), callbacks)
+    kinds = {"map_by_domain", "map_50_by_domain", "detection_accuracy_by_domain", "box_stability_by_domain"}
+    found = [k.split("/")[1] for k in logged if "_by_domain/" in k]
+    assert len(found) == (n * len(kinds) if n <= MAX_LOGGED_GROUPS else 0)
+    assert set(found) <= kinds
+    assert {"val/map", "val/worst_domain_map", "val/average_domain_map", "val/box_stability"} <= set(logged)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from debias import GroupMonitor, tag
 from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, LossNotFoundError, RowsError
+from debias.ops.groups import MAX_LOGGED_GROUPS
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 g = torch.Generator().manual_seed(3)
@@ -71,6 +72,20 @@ def validate(module, monitor, data=None):
     trainer = L.Trainer(callbacks=[monitor], enable_checkpointing=False, **QUIET)
     trainer.validate(module, loader() if data is None else data, verbose=False)
     return {k: float(v) for k, v in trainer.callback_metrics.items()}
+
+
+@pytest.mark.parametrize("n", [MAX_LOGGED_GROUPS, MAX_LOGGED_GROUPS + 1])
+def test_values_by_group_are_logged_up_to_a_number(n):
+    module = WithLoss()
+    logged = validate(module, GroupMonitor("place", n))
+    average, groups = by_hand(module)
+    of_all = {"accuracy": average, "worst_group_accuracy": min(groups)}
+    of_all |= {"accuracy_difference": max(groups) - min(groups), "accuracy_ratio": min(groups) / max(groups)}
+    by_group = {k: v for k, v in logged.items() if "_by_group/" in k}
+    assert len(by_group) == (n if n <= MAX_LOGGED_GROUPS else 0)
+    assert {k: v for k, v in logged.items() if k.startswith("val/") and k not in by_group} == pytest.approx(
+        {f"val/{k}": v for k, v in of_all.items()}
+    )
 
 
 @pytest.mark.parametrize("module", [WithLoss, ForwardOnly])

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from debias import (
     IRM,
@@ -45,9 +46,10 @@ def by_loop(num, den, groups):
     )
 
 
-@pytest.mark.parametrize("chunk", [2**18, 7])
-def test_sums_members_and_local_sums(chunk, monkeypatch):
+@pytest.mark.parametrize(("chunk", "entries"), [(2**18, 2**24), (7, 2**24), (2**18, 50), (2**18, 1)])
+def test_sums_members_and_local_sums(chunk, entries, monkeypatch):
     monkeypatch.setattr(ops, "_CHUNK", chunk)
+    monkeypatch.setattr(ops, "_CHUNK_ENTRIES", entries, raising=False)
     num, den, groups = example()
     (sums,), counts = group_losses([(num, den, groups)], G)
     nums, dens = by_loop(num, den, groups)
@@ -58,6 +60,36 @@ def test_sums_members_and_local_sums(chunk, monkeypatch):
     unlabelled, *of_groups, bad_ids, bad_losses = map(float, counts)
     assert [unlabelled, *of_groups] == [int((groups < 0).sum()), *[int((groups == g).sum()) for g in range(G)]]
     assert [bad_ids, bad_losses] == [0, 0]
+
+
+class Sizes(TorchDispatchMode):
+    """The largest number of elements of a floating-point tensor that an operation makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.is_floating_point() and out.is_contiguous():
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("membership", [False, True])
+def test_memory_is_bounded_with_many_groups(membership, monkeypatch):
+    entries, n_groups, n = 10_000, 500, 3000
+    monkeypatch.setattr(ops, "_CHUNK_ENTRIES", entries, raising=False)
+    losses = torch.rand(n, requires_grad=True)
+    ids = torch.arange(n) % n_groups
+    groups = ids.unsqueeze(1) == torch.arange(n_groups) if membership else ids
+    with Sizes() as sizes:
+        (sums,), _ = group_losses([(losses, torch.ones(n), groups)], n_groups)
+        local = sums.local
+        local.sum().backward()
+    assert sizes.largest <= 3 * max(entries, n)
+    expected = losses.detach().double().view(-1, n_groups).sum(0)
+    torch.testing.assert_close(sums.num, expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(local.detach().double(), expected, rtol=1e-6, atol=0)
+    assert losses.grad.eq(1).all()
 
 
 def test_single_precision_is_summed_in_double():

@@ -168,6 +168,38 @@ def test_dtypes(dtype):
     assert (y.float() - crafted_shift(x.to(dtype).float(), "weather", k)).abs().mean() < tolerance
 
 
+@pytest.fixture(params=[torch.float64, torch.bfloat16, torch.float16], ids=str)
+def default_dtype(request):
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_default_dtype_changes_nothing(default_dtype, channels, monkeypatch):
+    """Lightning's `precision="bf16-true"` and the like set it in a step. Every transform by itself."""
+    x, k = images(4, channels).float(), keys(4)
+    for family in FAMILIES:
+        for i, transform in enumerate(transforms_of(family, channels)):
+            monkeypatch.setattr(sys.modules["debias.ops.shifts"], "transforms_of", lambda *_, t=transform: (t,))
+            found = crafted_shift(x, family, k)
+            assert torch.get_default_dtype() == default_dtype
+            torch.set_default_dtype(torch.float32)
+            expected = crafted_shift(x, family, k)
+            torch.set_default_dtype(default_dtype)
+            assert torch.equal(found, expected), (family, i)
+
+
+def test_the_default_dtype_is_put_back_after_an_error(default_dtype, monkeypatch):
+    def fail(x, d):
+        raise ValueError("out of memory")
+
+    monkeypatch.setattr(sys.modules["debias.ops.shifts"], "transforms_of", lambda *_: (fail,))
+    with pytest.raises(ValueError, match="out of memory"):
+        crafted_shift(images(2).float(), "blur", keys(2))
+    assert torch.get_default_dtype() == default_dtype
+
+
 def test_every_transform_of_a_family_is_drawn(monkeypatch):
     drawn = Counter()
     seen = [lambda x, d, i=i: (drawn.update({i: len(x)}), x)[1] for i in range(7)]

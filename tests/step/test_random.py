@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from debias import DSU, CraftedShifts, MixStyle
 from debias.errors import DebiasError
+from debias.methods.adv_style import AdvStyleLayer
+from debias.methods.dsu import DSULayer
+from debias.methods.group_mixup import GroupMixupLayer
+from debias.methods.mixstyle import MixStyleLayer
 from debias.step.random import StepRandom
 
 CPU = torch.device("cpu")
@@ -97,3 +102,50 @@ def test_a_compiled_layer_draws_as_a_plain_one():
     torch._dynamo.reset()
     random.start(0)
     torch.testing.assert_close(torch.compile(layer, backend="aot_eager")(x), plain, rtol=0, atol=0)
+
+
+X = torch.randn(64, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+ADV_STYLE = AdvStyleLayer(2)
+DOMAINS = torch.arange(64) % 2
+LABELS = torch.arange(64) // 2 % 2
+
+
+def dsu():
+    method = DSU(p=1.0)
+    method.random.start(0)
+    return method.change(X, "layer")
+
+
+def mixstyle():
+    method = MixStyle(domain="site")
+    method.random.start(0)
+    return torch.stack(method._draw("layer", CPU, 512, torch.arange(512) % 2, shared=False))
+
+
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        lambda: GroupMixupLayer("same_label")(X, LABELS, DOMAINS)[1],
+        lambda: MixStyleLayer(p=0.99)(X, DOMAINS),
+        lambda: DSULayer(p=0.99)(X),
+        lambda: ADV_STYLE(X),
+        lambda: CraftedShifts()._draw(512, torch.Generator().manual_seed(0))[0],
+        dsu,
+        mixstyle,
+    ],
+    ids=["GroupMixup", "MixStyleLayer", "DSULayer", "AdvStyleLayer", "CraftedShifts", "DSU", "MixStyle"],
+)
+def test_the_default_dtype_does_not_change_draws(drawn):
+    """`precision="bf16-true"` sets it in a step; bfloat16 has 256 numbers in [0, 1), and ties are not fair."""
+
+    def run(seed, dtype):
+        torch.manual_seed(seed)
+        torch.set_default_dtype(dtype)
+        try:
+            return drawn()
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    for seed in range(3):
+        for dtype in (torch.bfloat16, torch.float16, torch.float64):
+            assert torch.equal(run(seed, dtype), run(seed, torch.float32))

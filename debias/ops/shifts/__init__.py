@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
+from debias.ops.precision import float32_by_default
 from debias.ops.shifts import _kornia, filters, pixels, scenes
 from debias.ops.shifts.draws import Draws, sample_keys
 from debias.ops.shifts.selection import held_out_mean, select_setting, two_fold_score
@@ -76,7 +77,7 @@ def crafted_shift(images: Tensor, family: str, keys: Tensor) -> Tensor:
         keys: int64 ``(N,)`` in [0, 2**32), on the CPU; see :func:`sample_keys`.
 
     Returns:
-        Images of the same shape and dtype, in [0, 1]; float32 is used on the way.
+        Images of the same shape and dtype, in [0, 1]; float32 is used on the way, whatever the default dtype.
 
     Raises:
         DebiasError: there is no such family, the images have another shape or are not floating point, or kornia is
@@ -95,8 +96,9 @@ def crafted_shift(images: Tensor, family: str, keys: Tensor) -> Tensor:
     transforms = transforms_of(family, images.shape[1])
     choices = Draws(keys).bits() % len(transforms)
     shifted = torch.empty_like(images)
-    # kornia's filters have autocast rules of their own; here everything is computed in float32.
-    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+    # kornia's filters have autocast rules of their own, and grids and kernels the default dtype; here everything is
+    # computed in float32.
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False), float32_by_default():
         for i, transform in enumerate(transforms):
             rows = (choices == i).nonzero().squeeze(1)
             if not len(rows):

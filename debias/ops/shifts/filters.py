@@ -160,7 +160,7 @@ def laplacian(x: Tensor, d: Draws) -> Tensor:
 
 def sharpen(x: Tensor, d: Draws) -> Tensor:
     lightness = d.uniform(8.2, 10, 1, 1)
-    kernel = -torch.ones(x.shape[0], 3, 3, device=x.device)
+    kernel = -x.new_ones(x.shape[0], 3, 3)
     kernel[:, 1, 1] = lightness.view(-1)
     return _filtered(x, kernel, d)
 

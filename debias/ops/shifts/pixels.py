@@ -79,7 +79,7 @@ def cutout(x: Tensor, d: Draws) -> Tensor:
     start = place * (1 - size)
     inside = []
     for axis, length in enumerate(x.shape[2:]):
-        centres = (torch.arange(length, device=x.device) + 0.5) / length
+        centres = (torch.arange(length, device=x.device, dtype=x.dtype) + 0.5) / length
         inside.append((centres >= start[:, axis, None]) & (centres < (start + size)[:, axis, None]))
     return torch.where((inside[0].unsqueeze(2) & inside[1].unsqueeze(1)).unsqueeze(1), grey, x)
 

@@ -19,9 +19,14 @@ __all__ = ["GEOMETRIC", "SEGMENTATION", "WEATHER"]
 # -- geometric: where each pixel is taken from, in coordinates from -1 to 1; black from outside ----
 
 
+def _centres(n: int, x: Tensor) -> Tensor:
+    """The centres of ``n`` parts of the range from -1 to 1, in the dtype of the images."""
+    return (torch.arange(n, device=x.device, dtype=x.dtype) + 0.5) * 2 / n - 1
+
+
 def _grid(x: Tensor) -> Tensor:
     """The centres of the pixels as (x, y), ``(1, H, W, 2)``."""
-    rows, columns = ((torch.arange(n, device=x.device) + 0.5) * 2 / n - 1 for n in x.shape[2:])
+    rows, columns = (_centres(n, x) for n in x.shape[2:])
     return torch.stack(torch.broadcast_tensors(columns.view(1, 1, -1), rows.view(1, -1, 1)), dim=-1)
 
 
@@ -72,7 +77,7 @@ def piecewise_affine(x: Tensor, d: Draws) -> Tensor:
 def elastic(x: Tensor, d: Draws) -> Tensor:
     """Smooth noise moves the pixels."""
     sigma = _length(x, 6, 0.8)
-    noise = smooth(d.normal(2, *x.shape[2:]), torch.full((x.shape[0], 1), sigma, device=x.device), sigma)
+    noise = smooth(d.normal(2, *x.shape[2:]), x.new_full((x.shape[0], 1), sigma), sigma)
     noise = noise * (2 * math.sqrt(math.pi) * sigma)  # standard deviation 1 again
     return _sampled(x, _grid(x) + (d.uniform(0.05, 0.09, *ONE) * noise).permute(0, 2, 3, 1))
 
@@ -119,7 +124,7 @@ def _n_segments(x: Tensor) -> int:
 def _lattice(n: int, x: Tensor) -> Tensor:
     """About ``n`` centres of a square lattice, ``(1, K, 2)``."""
     k = max(2, round(math.sqrt(n)))
-    axis = (torch.arange(k, device=x.device) + 0.5) * 2 / k - 1
+    axis = _centres(k, x)
     return torch.cartesian_prod(axis, axis).unsqueeze(0)
 
 
@@ -200,7 +205,7 @@ def _falling(x: Tensor, d: Draws, density: float, streak: float, spread: float) 
     """Drops or flakes that fall in a direction of each image, coverage ``(N, 1, H, W)`` in [0, 1]."""
     drops = d.mask(d.uniform(0.7 * density, 1.3 * density, *ONE), 1, *x.shape[2:]).float()
     size = _odd(_length(x, streak, 3))
-    angle, straight = d.uniform(90 - spread, 90 + spread), torch.zeros(x.shape[0], device=x.device)
+    angle, straight = d.uniform(90 - spread, 90 + spread), x.new_zeros(x.shape[0])
     falling = filters().motion_blur(drops, size, angle, straight, border_type="constant", mode="bilinear")
     return (falling * size * 0.7).clamp(0, 1)
 
