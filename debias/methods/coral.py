@@ -11,9 +11,9 @@ Published: DomainBed weight 1 (searched 0.1 to 10); WILDS 0.1 to 10 by dataset.
 A domain absent from the batch is in no pair; one with a single sample has no covariance, so only its mean is compared.
 A sample may be in several domains and counts in each. Sums over pairs are sums of deviations from the mean over
 domains, so no pair is made. Nor are the covariances where the batch has fewer rows than features: ``<C_a, C_b>`` is a
-sum of squared inner products of samples (Gram identity), ``rows^2`` of them. Over several ranks ``E (d^2 + d)`` sums are reduced instead,
-and no sample leaves its rank. Needs the features in front of the head or the output of a named module, and domain ids;
-no targets.
+sum of squared inner products of samples (Gram identity), ``rows^2`` of them. Over several ranks ``E (d^2 + d)`` sums
+are reduced instead, and no sample leaves its rank. Needs the features in front of the head or the output of a named
+module, and domain ids; no targets.
 """
 
 from __future__ import annotations

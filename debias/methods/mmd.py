@@ -7,15 +7,15 @@ In DomainBed's form (Gulrajani & Lopez-Paz, ICLR 2021), over all pairs of domain
 
 (the biased estimate: a sample is also compared with itself). In DomainBed rounding makes a sample differ from itself
 under the larger gammas; here squared distances within the rounding error, ``2 (1 + sqrt d) eps (|x|^2 + |y|^2)`` for d
-features around their mean, are 0, those of a sample to itself and to its copies among them. Features whose squared distances are in the hundreds, such as raw pooled
-ones, make all terms but the first 0 and that one small: ``kernel="scaled_gaussian"`` divides the squared distances by
-their mean over the batch (without gradient through it).
+features around their mean, are 0, those of a sample to itself and to its copies among them. Features whose squared
+distances are in the hundreds, such as raw pooled ones, make all terms but the first 0 and that one small:
+``kernel="scaled_gaussian"`` divides the squared distances by their mean over the batch (without gradient through it).
 
 Published: weight 1 (searched 0.1 to 10).
 
-A domain absent from the batch is in no pair. One sample in a domain is a distribution like another. Memory
-``rows^2``, whatever the number of domains; kernels are no function of sums, so the features of all ranks are gathered. Needs the features in front of
-the head or the output of a named module, and domain ids; no targets.
+A domain absent from the batch is in no pair. One sample in a domain is a distribution like another. Memory ``rows^2``,
+whatever the number of domains; kernels are no function of sums, so the features of all ranks are gathered. Needs the
+features in front of the head or the output of a named module, and domain ids; no targets.
 """
 
 from __future__ import annotations

@@ -171,7 +171,8 @@ def numerators(
 ) -> Tensor:
     """Numerators of the loss by row, from the parts of a :class:`HeadLoss`."""
     if kind == "cross_entropy":
-        return -(target * logits.log_softmax(-1)).sum(-1)
+        shares = logits.log_softmax(-1)  # -inf for a class that is masked
+        return -(target * torch.where((target != 0) | shares.isfinite(), shares, 0)).sum(-1)
     if kind == "squared_error":
         return (weight * (logits - target) ** 2).sum(-1)
     return (weight * (positive * target * F.softplus(-logits) + (1 - target) * F.softplus(logits))).sum(-1)

@@ -83,6 +83,47 @@ def test_irm(kind: str, form: str) -> None:
     check(p, mine, torch.stack(terms).mean())
 
 
+@pytest.mark.parametrize("form", ["squared", "unbiased"])
+def test_irm_with_classes_that_are_masked(form: str) -> None:
+    """Logits of -inf where a class is ruled out: as if the sample had no such class."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(8, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets, domains = torch.arange(8) % 3, torch.arange(8) // 4
+    rows = torch.arange(8) % 2 == 0
+    mask = torch.zeros(8, 4, dtype=torch.bool)
+    mask[:, 3] = rows
+
+    def penalty(low: float) -> torch.Tensor:
+        return irm_penalty(logits.masked_fill(mask, low), targets, domains, 2, form=form)
+
+    mine, theirs = penalty(-torch.inf), penalty(-1000.0)
+    assert oracle.distance([mine], [theirs]) < EXACT
+    assert oracle.distance(oracle.gradients(mine, [logits]), oracle.gradients(theirs, [logits])) < EXACT
+    loss = make_head_loss("cross_entropy", logits.masked_fill(mask, -torch.inf), targets)
+    losses = F.cross_entropy(loss.logits, targets, reduction="none")
+    assert torch.allclose(loss.num(loss.logits), losses, rtol=1e-14)
+    ours, torchs = (oracle.gradients(x.sum(), [logits]) for x in (loss.num(loss.logits), losses))
+    assert oracle.distance(ours, torchs) < EXACT
+    module = IRMPenalty(2, penalty_weight=1.0, form=form)
+    assert torch.equal(module(loss.logits, targets, domains), mine)
+    with pytest.raises(BadRowsError, match="finite"):  # the class of the target is masked
+        module(loss.logits, torch.full_like(targets, 3), domains)
+
+
+def test_irm_does_not_wait_for_the_device() -> None:
+    """The backward of torch's own product looks for zeros on the host."""
+    p = oracle.problem()
+    value = irm_penalty(p.logits, p.targets, p.domains, p.n_domains)
+    nodes, seen = [value.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes.extend(following for following, _ in node.next_functions)
+    assert {"MulBackward0"} <= {node.name() for node in seen}
+    assert not any("Prod" in node.name() for node in seen)
+
+
 # -- Fishr ---------------------------------------------------------------------------------------------
 
 
