@@ -9,10 +9,11 @@ with ``C`` the unbiased covariance and the Frobenius norm. The paper has the cov
 Published: DomainBed weight 1 (searched 0.1 to 10); WILDS 0.1 to 10 by dataset.
 
 A domain absent from the batch is in no pair; one with a single sample has no covariance, so only its mean is compared.
-The covariances are never made where the batch has fewer rows than features: ``<C_a, C_b>`` is a sum of squared inner
-products of samples (Gram identity), ``rows^2`` of them. Over several ranks ``E (d^2 + d)`` sums are reduced instead,
-and no sample leaves its rank. Needs the features in front of the head or the output of a named module, and domain ids;
-no targets.
+A sample may be in several domains and counts in each. Sums over pairs are sums of deviations from the mean over
+domains, so no pair is made. Nor are the covariances where the batch has fewer rows than features: ``<C_a, C_b>`` is a
+sum of squared inner products of samples (Gram identity), ``rows^2`` of them. Over several ranks ``E (d^2 + d)`` sums
+are reduced instead, and no sample leaves its rank. Needs the features in front of the head or the output of a named
+module, and domain ids; no targets.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from debias.methods._domain_penalty import DomainPenalty
-from debias.ops.domain_pairs import mean_over_pairs, squared_differences
+from debias.ops.domain_pairs import deviations, mean_over_pairs
 from debias.ops.head_statistics import make_members
 from debias.ops.penalties import DomainPenaltyModule
 from debias.ops.precision import in_full_precision
@@ -44,8 +45,8 @@ def coral_penalty(features: Tensor, domains: Tensor, n_domains: int, *, by_pairs
         features: ``(N, d)``.
         domains: int64 ``(N,)``, negative where unlabelled, or boolean membership ``(N, E)``.
         n_domains: number of domains E.
-        by_pairs: compare samples in pairs (memory ``N^2``) instead of making covariances (``E d^2``); by default what
-            is smaller, and covariances over several ranks.
+        by_pairs: compare samples in pairs (memory ``N^2``, or ``(N + E)^2`` for a membership) instead of making
+            covariances (``E d^2``); by default what is smaller, and covariances over several ranks.
 
     Returns:
         Scalar; 0 with fewer than two domains in the batch.
@@ -59,21 +60,30 @@ def coral_penalty(features: Tensor, domains: Tensor, n_domains: int, *, by_pairs
     members = make_members(domains, n_domains, len(features)).to(features.dtype)
     counts = global_sum(members.sum(0))
     means = global_sum(members.T @ features) / counts.clamp_min(1).unsqueeze(1)
-    centred = features - members @ means  # rows in no domain have no share in anything
+    present, usable = counts > 0, counts > 1  # means can be compared, covariances too
     shares = members / (counts - 1).clamp_min(1)
+    disjoint = domains.dtype != torch.bool
+    rows, width = len(features) + (0 if disjoint else n_domains), features.shape[1]
     if by_pairs is None:
-        by_pairs = not is_distributed() and len(features) ** 2 <= n_domains * features.shape[1] ** 2
+        by_pairs = not is_distributed() and rows**2 <= n_domains * width**2
     if by_pairs:
-        inner = shares.T @ (centred @ centred.T).square() @ shares
+        # Each covariance is a sum of products of rows with themselves, c_ie x_i x_i^T. Rows in several domains have no
+        # mean of their own to be centred by: there a domain's mean is a row more, to be subtracted.
+        if disjoint:
+            centred = features - members @ means  # rows in no domain have no share in anything
+        else:
+            centre = features.detach().sum(0) / max(len(features), 1)
+            centred = torch.cat((features, means)) - centre
+            shares = torch.cat((shares, torch.diag(-counts / (counts - 1).clamp_min(1))))
+        weights = deviations(shares, usable, 1)
+        spread = ((centred @ centred.T).square() * (weights @ weights.T)).sum()
     else:
-        spread = (shares.unsqueeze(2) * centred.unsqueeze(1)).flatten(1)
-        covariances = global_sum(spread.T @ centred).view(n_domains, -1)
-        inner = covariances @ covariances.T
-    width = features.shape[1]
-    mean_term = mean_over_pairs((means.unsqueeze(0) - means.unsqueeze(1)).square().sum(2) / width, counts > 0)
+        centred = shares.sqrt().T.unsqueeze(2) * (features - means.unsqueeze(1))  # (E, N, d)
+        covariances = global_sum(centred.mT @ centred)
+        spread = deviations(covariances, usable).square().sum()
+    mean_term = mean_over_pairs(deviations(means, present).square().sum() / width, present, present)
     # Pairs without a covariance count as no distance, not as fewer pairs.
-    usable = (counts > 1).unsqueeze(0) & (counts > 1).unsqueeze(1)
-    return mean_term + mean_over_pairs(torch.where(usable, squared_differences(inner), 0) / width**2, counts > 0)
+    return mean_term + mean_over_pairs(spread / width**2, usable, present)
 
 
 class CORALPenalty(DomainPenaltyModule):

@@ -80,14 +80,17 @@ def irm_penalty(
 
 def scale_derivative_penalty(loss: HeadLoss, members: Tensor, form: Form) -> Tensor:
     """The penalty from a loss that was taken apart and the membership ``(rows, E)`` of its rows."""
-    num = (loss.residuals * loss.logits).sum(1)
+    # An infinite logit with a residual of 0, such as that of a class that is masked, has no share in the loss.
+    counted = (loss.residuals != 0) | loss.logits.isfinite()
+    num = (torch.where(counted, loss.residuals, 0) * torch.where(counted, loss.logits, 0)).sum(1)
     members = members & (loss.den != 0).unsqueeze(1)
     parts = _halves(members) if form == "unbiased" else members.unsqueeze(0)
     sums = global_sum(torch.where(parts.unsqueeze(-1), torch.stack((num, loss.den), -1)[:, None], 0).sum(1))
     num, den = sums.unbind(-1)  # (1 or 2, E)
     present = (den != 0).all(0)
     derivatives = num / torch.where(den != 0, den, 1)
-    return domain_mean(derivatives.square()[0] if form == "squared" else derivatives.prod(0), present)
+    # The second half is the first where there are no halves; `prod` would wait for the device in its backward.
+    return domain_mean(derivatives[0] * derivatives[-1], present)
 
 
 @torch.no_grad()
@@ -143,7 +146,9 @@ class IRMPenalty(LossPenaltyModule):
     def forward(self, logits: Tensor, targets: Tensor, domains: Tensor, *, step: int | None = None) -> Tensor:
         """The weighted penalty of one batch; ``step`` is the number of optimiser steps taken so far."""
         members = make_members(domains, self.n_domains, len(logits))
-        self.count_rows(domains, logits)
+        # Rows are bad by their loss: a class that is masked has a logit of -inf.
+        losses = in_full_precision(lambda z: (loss := self.head_loss(z, targets)).num(loss.logits))
+        self.count_rows(domains, losses(logits.detach()))
         return self.weighted(
             step, lambda z: scale_derivative_penalty(self.head_loss(z, targets), members, self.form), logits
         )

@@ -6,15 +6,16 @@ In DomainBed's form (Gulrajani & Lopez-Paz, ICLR 2021), over all pairs of domain
     K_ab    = mean over x in a, y in b of  sum_gamma exp(-gamma |x - y|^2)        gamma = 1e-3, 1e-2, ..., 1e3
 
 (the biased estimate: a sample is also compared with itself). In DomainBed rounding makes a sample differ from itself
-under the larger gammas; here it does not. Features whose squared distances are in the hundreds, such as raw pooled
-ones, make all terms but the first 0 and that one small: ``kernel="scaled_gaussian"`` divides the squared distances by
-their mean over the batch (without gradient through it).
+under the larger gammas; here squared distances within the rounding error, ``2 (1 + sqrt d) eps (|x|^2 + |y|^2)`` for d
+features around their mean, are 0, those of a sample to itself and to its copies among them. Features whose squared
+distances are in the hundreds, such as raw pooled ones, make all terms but the first 0 and that one small:
+``kernel="scaled_gaussian"`` divides the squared distances by their mean over the batch (without gradient through it).
 
 Published: weight 1 (searched 0.1 to 10).
 
-A domain absent from the batch is in no pair. One sample in a domain is a distribution like another. Memory
-``rows^2``; kernels are no function of sums, so the features of all ranks are gathered. Needs the features in front of
-the head or the output of a named module, and domain ids; no targets.
+A domain absent from the batch is in no pair. One sample in a domain is a distribution like another. Memory ``rows^2``,
+whatever the number of domains; kernels are no function of sums, so the features of all ranks are gathered. Needs the
+features in front of the head or the output of a named module, and domain ids; no targets.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from debias.errors import DebiasError
 from debias.methods._domain_penalty import DomainPenalty
-from debias.ops.domain_pairs import mean_over_pairs, squared_differences
+from debias.ops.domain_pairs import deviations, mean_over_pairs
 from debias.ops.head_statistics import make_members
 from debias.ops.penalties import DomainPenaltyModule
 from debias.ops.precision import in_full_precision
@@ -73,19 +74,21 @@ def mmd_penalty(
     members = gather(make_members(domains, n_domains, len(features)).to(features.dtype))
     features = gather(features)
     counts = members.sum(0)
-    shares = members / counts.clamp_min(1)
-    # By inner products of centred features, which rounds least; and a sample does not differ from itself, which the
-    # rounding error, times a gamma of 1000, would have it do.
+    weights = deviations(members / counts.clamp_min(1), counts > 0, 1)
+    # By inner products of centred features, which rounds least. What is left of the rounding error, times a gamma of
+    # 1000, would have a sample differ from itself and from its copies: distances that small are 0.
     features = features - features.detach().mean(0)
-    norms = features.square().sum(1)
-    distances = (norms.unsqueeze(0) + norms.unsqueeze(1) - 2 * features @ features.T).clamp_min(0)
-    distances = distances * (1 - torch.eye(len(features), dtype=features.dtype, device=features.device))
+    inner = features @ features.T
+    norms = inner.diagonal().unsqueeze(0) + inner.diagonal().unsqueeze(1)
+    distances = norms - 2 * inner
+    rounding = (2 + 2 * features.shape[1] ** 0.5) * torch.finfo(features.dtype).eps
+    distances = torch.where(distances > rounding * norms, distances, 0)
     if kernel == "scaled_gaussian":
         labelled = members.sum(1).clamp_max(1)
         mean = labelled @ distances.detach() @ labelled / labelled.sum().square().clamp_min(1)
         distances = distances / torch.where(mean > 0, mean, 1)
     similarities = sum(((-gamma * distances).exp() for gamma in gammas), start=torch.zeros_like(distances))
-    return mean_over_pairs(squared_differences(shares.T @ similarities @ shares), counts > 0)
+    return mean_over_pairs((similarities * (weights @ weights.T)).sum(), counts > 0, counts > 0)
 
 
 class MMDPenalty(DomainPenaltyModule):

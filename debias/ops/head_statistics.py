@@ -171,7 +171,8 @@ def numerators(
 ) -> Tensor:
     """Numerators of the loss by row, from the parts of a :class:`HeadLoss`."""
     if kind == "cross_entropy":
-        return -(target * logits.log_softmax(-1)).sum(-1)
+        shares = logits.log_softmax(-1)  # -inf for a class that is masked
+        return -(target * torch.where((target != 0) | shares.isfinite(), shares, 0)).sum(-1)
     if kind == "squared_error":
         return (weight * (logits - target) ** 2).sum(-1)
     return (weight * (positive * target * F.softplus(-logits) + (1 - target) * F.softplus(logits))).sum(-1)
@@ -463,16 +464,17 @@ class HeadStatistics:
         loss = self.loss.map(gather)
         left, right = (loss, inputs), (loss.map(Tensor.detach), inputs.detach()) if detach_target else (loss, inputs)
         products = right[0].inner(left[0]) * (left[1] @ right[1].T + self.bias).square()
-        by_pair = shares.T @ products @ shares  # <H_a, H_b>, (E, E)
-        towards = self.mean(by_pair, dim=1)  # <H_e, mean H>
-        own = by_pair.diagonal()
-        norm = self.mean(towards)
-        squared = own - 2 * towards + norm
+        # H_e - mean H is a sum over samples, too: squared as it is, not as a difference of squares, which would cancel.
+        mean = self.mean(shares, dim=1).unsqueeze(1)
+        difference = shares - mean
+        towards = products @ difference
+        moving = (difference * towards).sum(0)
+        value = moving.detach().clamp_min(0)
         if detach_target:
-            # <H_e, H_e> is symmetric, so its gradient is twice that with one side held fixed.
-            moving = 2 * (own - towards)
-            squared = squared.detach() + (moving - moving.detach())
-        return _over(squared, norm) if relative else squared
+            # The norm is symmetric, so its gradient is twice that with one side held fixed; H_e alone moves.
+            moving = 2 * (shares * towards).sum(0)
+        squared = value + (moving - moving.detach())
+        return _over(squared, (mean * (products @ mean)).sum()) if relative else squared
 
     def mean(self, values: Tensor, dim: int = 0) -> Tensor:
         """Mean over the domains that are present, along ``dim``; those of an absent one are finite."""

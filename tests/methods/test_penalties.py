@@ -83,6 +83,47 @@ def test_irm(kind: str, form: str) -> None:
     check(p, mine, torch.stack(terms).mean())
 
 
+@pytest.mark.parametrize("form", ["squared", "unbiased"])
+def test_irm_with_classes_that_are_masked(form: str) -> None:
+    """Logits of -inf where a class is ruled out: as if the sample had no such class."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(8, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets, domains = torch.arange(8) % 3, torch.arange(8) // 4
+    rows = torch.arange(8) % 2 == 0
+    mask = torch.zeros(8, 4, dtype=torch.bool)
+    mask[:, 3] = rows
+
+    def penalty(low: float) -> torch.Tensor:
+        return irm_penalty(logits.masked_fill(mask, low), targets, domains, 2, form=form)
+
+    mine, theirs = penalty(-torch.inf), penalty(-1000.0)
+    assert oracle.distance([mine], [theirs]) < EXACT
+    assert oracle.distance(oracle.gradients(mine, [logits]), oracle.gradients(theirs, [logits])) < EXACT
+    loss = make_head_loss("cross_entropy", logits.masked_fill(mask, -torch.inf), targets)
+    losses = F.cross_entropy(loss.logits, targets, reduction="none")
+    assert torch.allclose(loss.num(loss.logits), losses, rtol=1e-14)
+    ours, torchs = (oracle.gradients(x.sum(), [logits]) for x in (loss.num(loss.logits), losses))
+    assert oracle.distance(ours, torchs) < EXACT
+    module = IRMPenalty(2, penalty_weight=1.0, form=form)
+    assert torch.equal(module(loss.logits, targets, domains), mine)
+    with pytest.raises(BadRowsError, match="finite"):  # the class of the target is masked
+        module(loss.logits, torch.full_like(targets, 3), domains)
+
+
+def test_irm_does_not_wait_for_the_device() -> None:
+    """The backward of torch's own product looks for zeros on the host."""
+    p = oracle.problem()
+    value = irm_penalty(p.logits, p.targets, p.domains, p.n_domains)
+    nodes, seen = [value.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes.extend(following for following, _ in node.next_functions)
+    assert {"MulBackward0"} <= {node.name() for node in seen}
+    assert not any("Prod" in node.name() for node in seen)
+
+
 # -- Fishr ---------------------------------------------------------------------------------------------
 
 
@@ -201,6 +242,65 @@ def test_kernels_of_raw_features_vanish_and_scaled_ones_do_not() -> None:
     assert float(mmd_penalty(other, domains, 2)) == pytest.approx(own, rel=1e-3)
     scaled = [float(mmd_penalty(x, domains, 2, kernel="scaled_gaussian")) for x in (features, other)]
     assert scaled[1] > scaled[0] + 0.1
+
+
+def overlapping(sizes: tuple[int, ...] = (5, 6, 4), *, rows: int = 12) -> torch.Tensor:
+    """Boolean membership of rows in domains of these sizes, many in several of them."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.stack([torch.randperm(rows, generator=generator) for _ in sizes], 1)
+    return order < torch.tensor(sizes)
+
+
+@pytest.mark.parametrize("by_pairs", [True, False, None])
+@pytest.mark.parametrize("sizes", [(5, 6, 4), (5, 1, 0, 7), (2, 2)])
+def test_coral_of_samples_in_several_domains(by_pairs: bool | None, sizes: tuple[int, ...]) -> None:
+    members = overlapping(sizes)
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(12, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    terms = []
+    for a, b in itertools.combinations([features[column] for column in members.T if column.any()], 2):
+        term = (a.mean(0) - b.mean(0)).square().mean()
+        if len(a) > 1 and len(b) > 1:
+            term = term + (a.T.cov() - b.T.cov()).square().mean()
+        terms.append(term)
+    mine = coral_penalty(features, members, len(sizes), by_pairs=by_pairs)
+    theirs = torch.stack(terms).mean()
+    assert oracle.distance([mine], [theirs]) < EXACT
+    assert oracle.distance(oracle.gradients(mine, [features]), oracle.gradients(theirs, [features])) < EXACT
+    assert coral_penalty(features[:0], members[:0], len(sizes), by_pairs=by_pairs) == 0
+
+
+@pytest.mark.parametrize("penalty", [coral_penalty, mmd_penalty])
+def test_no_table_of_pairs_of_domains(penalty: Callable[..., torch.Tensor]) -> None:
+    """The largest tensor made is one of samples x samples, or of domains x the larger of samples and features."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sizes: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in (out if isinstance(out, tuple | list) else [out]) if hasattr(x, "numel"))
+            return out
+
+    n, d, e = 12, 8, 300
+    features = torch.randn(n, d, requires_grad=True)
+    with Watch():
+        penalty(features, torch.arange(n) * 20, e).backward()
+    assert 0 < max(sizes) <= e * max(n, d)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("width", [3, 512])
+def test_mmd_of_samples_and_their_copies_is_zero(scale: float, width: int) -> None:
+    """In single precision, where rounding times a gamma of 1000 would tell them apart."""
+    half = scale * torch.randn(50, width, generator=torch.Generator().manual_seed(0)) + 1
+    features = torch.cat((half, half)).requires_grad_()
+    value = mmd_penalty(features, torch.arange(100) // 50, 2)
+    value.backward()
+    assert value.abs() < 1e-6
+    assert features.grad is not None
+    assert features.grad.isfinite().all()
 
 
 # -- all of them ---------------------------------------------------------------------------------------

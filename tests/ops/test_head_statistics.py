@@ -95,6 +95,29 @@ def test_frobenius_distances(kind: str, bias: bool, detach: bool) -> None:
     agree(p, relative[p.present], theirs / mean.square().sum().detach())
 
 
+@pytest.mark.parametrize("detach", [True, False], ids=["detached", "moving"])
+@pytest.mark.parametrize("seed", range(3))
+def test_frobenius_distances_in_single_precision(detach: bool, seed: int) -> None:
+    """Of domains that are nearly aligned: less than the rounding error of the Hessians' own squared norms, near 3."""
+    generator = torch.Generator().manual_seed(seed)
+    half = torch.randn(40, 16, generator=generator, dtype=torch.float64)
+    noise = torch.randn(40, 16, generator=generator, dtype=torch.float64)
+    weight = torch.randn(4, 16, generator=generator, dtype=torch.float64) / 4
+    members = make_members(torch.arange(80) // 40, 2, 80)
+
+    def distances(size: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        features = torch.cat((half, half + size * noise)).to(dtype).requires_grad_()
+        loss = make_head_loss("cross_entropy", features @ weight.to(dtype).T, torch.arange(80) % 4)
+        found = HeadStatistics(features, loss, members).squared_hessian_distances(detach_target=detach)
+        return found, torch.autograd.grad(found.sum(), features)[0]
+
+    for size in (0.0, 1e-5, 1e-4, 1e-3):
+        (found, gradient), (exact, its) = distances(size, torch.float32), distances(size, torch.float64)
+        assert found.ge(0).all()
+        assert torch.allclose(found.double(), exact, rtol=0, atol=2e-7)
+        assert torch.allclose(gradient.double(), its, rtol=0, atol=2e-7)
+
+
 @KINDS
 @BIAS
 def test_gradient_variances(kind: str, bias: bool) -> None:
