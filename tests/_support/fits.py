@@ -194,10 +194,12 @@ def flat(state: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Bitwise equality of nested states."""
+    """Bitwise equality of nested states; NaN, the loss of a group that a batch lacks, equals itself."""
     a, b = flat(a), flat(b)
     return a.keys() == b.keys() and all(
-        torch.equal(value, b[key]) and value.dtype == b[key].dtype
+        value.dtype == b[key].dtype
+        and torch.equal(value.isnan(), b[key].isnan())
+        and torch.equal(value.nan_to_num(), b[key].nan_to_num())
         if isinstance(value, torch.Tensor)
         else value == b[key]
         for key, value in a.items()
