@@ -60,13 +60,30 @@ class MultilabelF1(Metric):
 
     def update(self, probabilities: Tensor, targets: Tensor, groups: Tensor) -> None:
         """Count true positives, false positives and false negatives."""
-        guessed = probabilities.unsqueeze(1) >= self.thresholds.unsqueeze(1)  # (N, T, A)
-        positive, negative = (targets == 1).unsqueeze(1), (targets == 0).unsqueeze(1)
-        found = torch.stack([guessed & positive, guessed & negative, ~guessed & positive], -1).long()
+        n_thresholds, n_labels = self.counts.shape[1:3]
+        places = n_thresholds + 1
+        # How many thresholds a probability reaches: it is a guess at exactly the first so many, NaN at none.
+        wide = probabilities.to(torch.promote_types(probabilities.dtype, self.thresholds.dtype)).contiguous()
+        reached = torch.bucketize(wide, self.thresholds.to(wide.dtype), right=True)
+        reached = torch.where(probabilities.isnan(), 0, reached)
         inside = (groups >= 0) & (groups < self.n_groups)
-        extra = found.new_zeros(self.n_groups + 1, *found.shape[1:])
-        self.counts[: self.n_groups] += extra.index_add_(0, torch.where(inside, groups, self.n_groups), found)[:-1]
-        self.counts[-1] += found.sum(0)
+        group = torch.where(inside, groups, self.n_groups).unsqueeze(1)
+        label = torch.arange(n_labels, device=groups.device)
+        index = ((group * n_labels + label) * places + reached).flatten()
+        shape = self.n_groups + 1, n_labels, places
+        # By group, label and reached thresholds, those that reach at most so many; integers add up in any order.
+        missed, rejected = (
+            index.new_zeros(shape)
+            .flatten()
+            .index_add_(0, index, (targets == y).flatten().long())
+            .view(shape)
+            .cumsum(-1)
+            for y in (1, 0)
+        )
+        for k, part in enumerate((missed[..., -1:] - missed, rejected[..., -1:] - rejected, missed)):
+            found = part[..., :-1].transpose(1, 2)
+            self.counts[:-1, ..., k] += found[:-1]
+            self.counts[-1, ..., k] += found.sum(0)
 
     def compute(self) -> Tensor:
         """F1 ``(G + 1, T, A)``."""
