@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, RowsError
 from debias.metrics.group import worst_group
-from debias.ops.groups import check_n_groups, name_groups
+from debias.ops.groups import MAX_LOGGED_GROUPS, check_n_groups, name_groups
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
 from debias.step.engine import select_calls
@@ -61,13 +61,30 @@ class MultilabelF1(Metric):
 
     def update(self, probabilities: Tensor, targets: Tensor, groups: Tensor) -> None:
         """Count true positives, false positives and false negatives."""
-        guessed = probabilities.unsqueeze(1) >= self.thresholds.unsqueeze(1)  # (N, T, A)
-        positive, negative = (targets == 1).unsqueeze(1), (targets == 0).unsqueeze(1)
-        found = torch.stack([guessed & positive, guessed & negative, ~guessed & positive], -1).long()
+        n_thresholds, n_labels = self.counts.shape[1:3]
+        places = n_thresholds + 1
+        # How many thresholds a probability reaches: it is a guess at exactly the first so many, NaN at none.
+        wide = probabilities.to(torch.promote_types(probabilities.dtype, self.thresholds.dtype)).contiguous()
+        reached = torch.bucketize(wide, self.thresholds.to(wide.dtype), right=True)
+        reached = torch.where(probabilities.isnan(), 0, reached)
         inside = (groups >= 0) & (groups < self.n_groups)
-        extra = found.new_zeros(self.n_groups + 1, *found.shape[1:])
-        self.counts[: self.n_groups] += extra.index_add_(0, torch.where(inside, groups, self.n_groups), found)[:-1]
-        self.counts[-1] += found.sum(0)
+        group = torch.where(inside, groups, self.n_groups).unsqueeze(1)
+        label = torch.arange(n_labels, device=groups.device)
+        index = ((group * n_labels + label) * places + reached).flatten()
+        shape = self.n_groups + 1, n_labels, places
+        # By group, label and reached thresholds, those that reach at most so many; integers add up in any order.
+        missed, rejected = (
+            index.new_zeros(shape)
+            .flatten()
+            .index_add_(0, index, (targets == y).flatten().long())
+            .view(shape)
+            .cumsum(-1)
+            for y in (1, 0)
+        )
+        for k, part in enumerate((missed[..., -1:] - missed, rejected[..., -1:] - rejected, missed)):
+            found = part[..., :-1].transpose(1, 2)
+            self.counts[:-1, ..., k] += found[:-1]
+            self.counts[-1, ..., k] += found.sum(0)
 
     def compute(self) -> Tensor:
         """F1 ``(G + 1, T, A)``."""
@@ -195,7 +212,8 @@ class MultilabelF1Monitor(StepWatcher):
         values |= {f"f1_by_label/{k}": v for k, v in zip(self.label_names, by_label.unbind(), strict=True)}
         if self.group is not None:
             values["worst_group_f1"] = worst_group(by_group)
-            values |= {f"f1_by_group/{k}": v for k, v in zip(self.group_names, by_group.unbind(), strict=True)}
+            if self.n_groups <= MAX_LOGGED_GROUPS:
+                values |= {f"f1_by_group/{k}": v for k, v in zip(self.group_names, by_group.unbind(), strict=True)}
         # Equal on every rank already; the maximum leaves them as they are and spares Lightning's advice.
         options = {"reduce_fx": "max", "sync_dist": trainer.world_size > 1, "add_dataloader_idx": False}
         pl_module.log_dict({f"{stage}/{k}": v.float().to(pl_module.device) for k, v in values.items()}, **options)
