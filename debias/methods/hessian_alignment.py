@@ -26,7 +26,10 @@ code does, and sums over the two domains there (``reduction="sum"``).
 
 At fixed predictions, features s times as large make ``|g_e - g|^2`` s^2, ``|diag H_e - diag H|^2`` and
 ``|H_e - H|^2`` s^4, and ``|H_e g_e - H g|^2`` s^6 times as large, so weights tuned on one backbone mean something else
-on another. ``scale_free=True`` divides each distance by the squared norm of its target, without gradient through it.
+on another. ``scale_free=True`` divides each distance by ``max(1/E sum_e |Q_e|^2, |Q|^2)``, without gradient through it,
+and that of the gradients likewise, which is then at most 1 in the mean over domains, and no mean above 4. The first is
+the larger wherever Q is the mean of the Q_e; not so ``|Q|^2`` alone, which may be 0 where no ``|Q_e|^2`` is: a mean of
+gradients vanishes in training long before those of the domains do.
 
 A domain absent from the batch has no part in it, nor in E. One sample in a domain is a mean like another. Zero
 gradients are no special case: no root is taken. Costs an all-reduce of ``E C (d + 1)`` floats for the gradients and as
@@ -93,7 +96,7 @@ def hessian_alignment_penalty(
         alpha: weight of the Hessians' distance; by default the published value of the statistic.
         beta: weight of the gradients' distance.
         detach_target: take no gradient through the means over domains.
-        scale_free: divide each distance by the squared norm of its target.
+        scale_free: divide each distance by the mean squared norm of what is compared.
         reduction: mean or sum over domains.
         n_samples: Rademacher vectors of ``"hutchinson"``.
         generator: where they are drawn from.
@@ -164,7 +167,9 @@ def _hutchinson(
         own.append(signs[:-1] * statistics.hessian_vector(signs[:-1]))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_target):
             shared.append(signs[-1] * statistics.mean_hessian_vector(signs[-1]))
-    return distances_from(torch.stack(own).mean(0), torch.stack(shared).mean(0), detach_target, relative)
+    return distances_from(
+        torch.stack(own).mean(0), torch.stack(shared).mean(0), detach_target, statistics.scale(relative)
+    )
 
 
 class HessianAlignmentPenalty(LossPenaltyModule):
@@ -176,7 +181,7 @@ class HessianAlignmentPenalty(LossPenaltyModule):
         alpha: weight of the Hessians' distance, >= 0; by default the published value of the statistic.
         beta: weight of the gradients' distance, >= 0.
         detach_target: take no gradient through the means over domains.
-        scale_free: divide each distance by the squared norm of its target.
+        scale_free: divide each distance by the mean squared norm of what is compared.
         reduction: mean or sum over domains.
         n_samples: Rademacher vectors of ``"hutchinson"``.
         penalty_weight: weight of the whole penalty.
@@ -274,7 +279,7 @@ class HessianAlignment(DomainPenalty):
         alpha: weight of the Hessians' distance; by default the published value of the statistic.
         beta: weight of the gradients' distance.
         detach_target: take no gradient through the means over domains.
-        scale_free: divide each distance by the squared norm of its target.
+        scale_free: divide each distance by the mean squared norm of what is compared.
         reduction: mean or sum over domains.
         n_samples: Rademacher vectors of ``"hutchinson"``.
         penalty_weight: weight of the whole penalty.

@@ -100,12 +100,12 @@ class AutogradHeadStatistics(HeadStatistics):
 
     def gradient_distances(self, *, detach_target: bool = False, relative: bool = False) -> Tensor:
         """``|G_e - mean G|^2``."""
-        return distances_from(self.gradients, self.mean(self.gradients), detach_target, relative)
+        return distances_from(self.gradients, self.mean(self.gradients), detach_target, self.scale(relative))
 
     def product_distances(self, *, detach_target: bool = False, relative: bool = False) -> Tensor:
         """``|H_e G_e - (mean H)(mean G)|^2``."""
         target = self.mean_hessian_vector(self.mean(self.gradients))
-        return distances_from(self.hessian_vector(self.gradients), target, detach_target, relative)
+        return distances_from(self.hessian_vector(self.gradients), target, detach_target, self.scale(relative))
 
     def diagonal_distances(self, *, detach_target: bool = False, relative: bool = False) -> Tensor:
         """Not available."""

@@ -411,8 +411,12 @@ class HeadStatistics:
         mean = self.sums(self.spread(residuals, self.sample_shares))
         return self.sums(self.spread(residuals.square(), self.sample_shares), squared=True) - mean.square()
 
-    # -- squared distances from the mean over domains, ``(E,)``; relative ones are divided by the target's squared norm,
-    # through which no gradient goes --
+    # -- squared distances from the mean over domains, ``(E,)``; relative ones are divided by the domains' mean squared
+    # norm, or that of the target where it is larger, through which no gradient goes --
+
+    def scale(self, relative: bool) -> Tensor | None:
+        """Weights of the domains in the mean that relative distances are divided by."""
+        return self.domain_shares if relative else None
 
     def by_pairs(self, cheaper: int) -> bool:
         """Whether distances are computed from inner products of samples, without making a ``(E, C, D)`` tensor.
@@ -433,8 +437,8 @@ class HeadStatistics:
         """``|G_e - mean G|^2``."""
         if "gram" in vars(self) or self.by_pairs(2):  # made already where the Hessian's products were compared first
             target = self.mean(self.residuals, 1)
-            return distances_by_pairs(self.residuals, target, self.gram, detach_target, relative)
-        return distances_from(self.gradients, self.mean(self.gradients), detach_target, relative)
+            return distances_by_pairs(self.residuals, target, self.gram, detach_target, self.scale(relative))
+        return distances_from(self.gradients, self.mean(self.gradients), detach_target, self.scale(relative))
 
     def product_distances(self, *, detach_target: bool = False, relative: bool = False) -> Tensor:
         """``|H_e G_e - (mean H)(mean G)|^2``."""
@@ -443,17 +447,17 @@ class HeadStatistics:
         own = self.spread(self.loss.curvature(images))
         target = self.mean_shares * self.loss.curvature(self.mean(images, 1))
         if by_pairs:
-            return distances_by_pairs(own, target, self.gram, detach_target, relative)
+            return distances_by_pairs(own, target, self.gram, detach_target, self.scale(relative))
         both = self.sums(torch.cat((own, target.unsqueeze(1)), 1))
-        return distances_from(both[:-1], both[-1], detach_target, relative)
+        return distances_from(both[:-1], both[-1], detach_target, self.scale(relative))
 
     def diagonal_distances(self, *, detach_target: bool = False, relative: bool = False) -> Tensor:
         """``|diag H_e - mean diag H|^2``."""
         if not self.by_pairs(2):
-            return distances_from(self.diagonals, self.mean(self.diagonals), detach_target, relative)
+            return distances_from(self.diagonals, self.mean(self.diagonals), detach_target, self.scale(relative))
         own = self.spread(self.loss.diagonal)
         gram = _Gram.apply(self.features.square(), self.bias)
-        return distances_by_pairs(own, self.mean(own, 1), gram, detach_target, relative)
+        return distances_by_pairs(own, self.mean(own, 1), gram, detach_target, self.scale(relative))
 
     def squared_hessian_distances(self, *, detach_target: bool = False, relative: bool = False) -> Tensor:
         """``|H_e - mean H|^2`` (Frobenius) by the Gram identity.
@@ -474,7 +478,12 @@ class HeadStatistics:
             # The norm is symmetric, so its gradient is twice that with one side held fixed; H_e alone moves.
             moving = 2 * (shares * towards).sum(0)
         squared = value + (moving - moving.detach())
-        return _over(squared, (mean * (products @ mean)).sum()) if relative else squared
+        if not relative:
+            return squared
+        with torch.no_grad():
+            norms = (shares * (products @ shares)).sum(0)
+            norm = _norm(norms, (mean * (products @ mean)).sum(), self.domain_shares)
+        return squared / norm
 
     def mean(self, values: Tensor, dim: int = 0) -> Tensor:
         """Mean over the domains that are present, along ``dim``; those of an absent one are finite."""
@@ -483,15 +492,17 @@ class HeadStatistics:
         return (values * self.domain_shares.view(shape)).sum(dim)
 
 
-def distances_from(own: Tensor, target: Tensor, detach_target: bool, relative: bool) -> Tensor:
-    """``|own_e - target|^2``, ``(E,)``."""
+def distances_from(own: Tensor, target: Tensor, detach_target: bool, scale: Tensor | None) -> Tensor:
+    """``|own_e - target|^2``, ``(E,)``; relative with weights ``(E,)``, see :meth:`HeadStatistics.scale`."""
     target = target.detach() if detach_target else target
     squared = (own - target).square().flatten(1).sum(1)
-    return _over(squared, target.square().sum()) if relative else squared
+    if scale is None:
+        return squared
+    return squared / _norm(own.detach().square().flatten(1).sum(1), target.detach().square().sum(), scale)
 
 
 def distances_by_pairs(
-    own: Tensor, target: Tensor, gram: tuple[Tensor, Tensor], detach_target: bool, relative: bool
+    own: Tensor, target: Tensor, gram: tuple[Tensor, Tensor], detach_target: bool, scale: Tensor | None
 ) -> Tensor:
     """``|sum_i c_ie (x) x_i - sum_i t_i (x) x_i|^2``, ``(E,)``, from inner products of the x.
 
@@ -500,15 +511,22 @@ def distances_by_pairs(
         target: coefficients t, ``(rows, C)``.
         gram: see :class:`_Gram`.
         detach_target: take no gradient through the second sum.
-        relative: divide by its squared norm.
+        scale: weights ``(E,)`` of relative distances, see :meth:`HeadStatistics.scale`.
     """
     squared = _PairDistances.apply(own, target, *gram, detach_target)
-    return _over(squared, (target * (gram[0] @ target)).sum()) if relative else squared
+    if scale is None:
+        return squared
+    with torch.no_grad():
+        norms = (own * _times(gram[0], own)).sum((0, 2))
+        norm = _norm(norms, (target * (gram[0] @ target)).sum(), scale)
+    return squared / norm
 
 
-def _over(squared: Tensor, norm: Tensor) -> Tensor:
-    norm = norm.detach()
-    return squared / torch.where(norm > 0, norm, 1)
+def _norm(own: Tensor, target: Tensor, scale: Tensor) -> Tensor:
+    """What relative distances are divided by, from squared norms ``(E,)`` and that of the target."""
+    norm = torch.maximum(own @ scale, target)
+    limits = torch.finfo(norm.dtype)
+    return torch.where(norm > limits.tiny / limits.eps, norm, 1)  # one over less could overflow
 
 
 def _times(gram: Tensor, coefficients: Tensor) -> Tensor:

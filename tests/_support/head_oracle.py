@@ -151,12 +151,14 @@ def alignment(
     if detach:
         target_q, target_g = target_q.detach(), target_g.detach()
     total = torch.zeros((), dtype=torch.float64)
-    for loss, h in zip(losses, hessians, strict=True):
-        g = gradient(p, loss)
-        q_norm = target_q.detach().square().sum() if scale_free else 1
-        g_norm = target_g.detach().square().sum() if scale_free else 1
-        total = total + alpha * (of[statistic](h, g) - target_q).square().sum() / q_norm
-        total = total + beta * (g - target_g).square().sum() / g_norm
+    gs = [gradient(p, loss) for loss in losses]
+    qs = [of[statistic](h, g) for h, g in zip(hessians, gs, strict=True)]
+    for weight, own, target in ((alpha, qs, target_q), (beta, gs, target_g)):
+        norm = max(
+            sum(float(x.detach() @ x.detach()) for x in own) / len(own), float(target.detach() @ target.detach())
+        )
+        for x in own:
+            total = total + weight * (x - target).square().sum() / (norm if scale_free else 1)
     return total / len(losses) if mean else total
 
 

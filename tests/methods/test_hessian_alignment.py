@@ -68,6 +68,44 @@ def test_scale_free_and_sum(statistic: str) -> None:
     assert oracle.distance(oracle.gradients(mine, p.leaves), oracle.gradients(theirs, p.leaves)) < EXACT
 
 
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("statistic", [*STATISTICS, "hutchinson"])
+def test_relative_distances_are_bounded_where_gradients_cancel(statistic: str) -> None:
+    """Two domains whose gradients are nearly opposite, as late in training: their mean is no scale to divide by."""
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randn(10, 3, generator=generator, dtype=torch.float64)
+    noise = torch.randn(10, 3, generator=generator, dtype=torch.float64)
+    features = torch.cat((half, half + 1e-3 * noise)).requires_grad_()
+    logits, targets = features @ torch.zeros(3, 2, dtype=torch.float64), torch.arange(20) % 2
+    targets[10:] = 1 - targets[10:]
+
+    def penalty(**weights: float) -> float:
+        value = hessian_alignment_penalty(
+            features, logits, targets, torch.arange(20) // 10, 2, statistic=statistic, scale_free=True, n_samples=3,
+            generator=torch.Generator().manual_seed(0), **weights,
+        )  # fmt: skip
+        return float(value.detach())
+
+    assert 0.9 < penalty(alpha=0.0, beta=1.0) < 1 + 1e-12
+    assert penalty(alpha=1.0, beta=0.0) <= 4
+
+
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_relative_distances_of_vanishing_statistics_are_finite(statistic: str) -> None:
+    """In single precision, where the residuals of a loss near 0 have squares that underflow, at one size or another."""
+    features = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    targets, domains = torch.arange(8) % 2, torch.arange(8) // 4
+    for margin in range(2, 100, 2):
+        logits = (margin * F.one_hot(targets, 2) + 0.1 * features[:, :2]).requires_grad_()
+        value = hessian_alignment_penalty(
+            features, logits, targets, domains, 2, statistic=statistic, scale_free=True, alpha=10.0, beta=10.0
+        )
+        (gradient,) = torch.autograd.grad(value, logits)
+        assert 0 <= value <= 50
+        assert gradient.abs().max() < 1e4
+
+
 @pytest.mark.parametrize(("statistic", "power"), [("hgp", 6), ("diagonal", 4), ("frobenius", 4), (None, 2)])
 def test_how_the_penalty_grows_with_the_features(statistic: str | None, power: int) -> None:
     """At fixed predictions: features times s, weights over s. A bias does not scale, so there is none."""
