@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 
 import pytest
 
 from _support.ranks import Ranks
+
+if importlib.util.find_spec("kornia") is None:  # it needs Python 3.11
+    collect_ignore = [
+        "test_gallery.py",
+        "test_shift_selection.py",
+        "methods/test_crafted_shifts.py",
+        "monitors/test_shifted_validation.py",
+        "ops/test_shifts.py",
+    ]
 
 
 @pytest.fixture(scope="session")
