@@ -5,8 +5,9 @@
 Three ways, interleaved, the smallest of the repetitions: the plain head and its loss; the same with a penalty of this
 package; with the penalty by double backward, written here the way published code does it, domain by domain.
 Hutchinson's estimator with 300 vectors is timed at 10 and 50 vectors and extrapolated; the two timings show whether
-that is linear. Float32, 32 samples a domain, d = 2048. On the CPU what is timed is the process's CPU time, on one
-thread, so that another process on the machine counts little; on CUDA the time on the clock after a synchronisation.
+that is linear. Float32, 32 samples a domain, d = 2048. On one thread of a CPU what is timed is the process's CPU time,
+so that another process on the machine counts little; on several threads (``--threads 2``) the time on the clock, so
+nothing else should run; on CUDA the time on the clock after a synchronisation.
 Peak memory is that of the tensors of one step, above those before it. Operations are the tensor operations of a step,
 views included: what a step costs where each is a kernel to be launched and none has much to do.
 """
@@ -191,7 +192,8 @@ PAIRS = {
 
 def timings(case: Case, names: list[str], seconds: float) -> dict[str, float]:
     """Smallest seconds a step; the methods take turns, so that all see the same machine."""
-    clock = time.perf_counter if case.features.is_cuda else time.process_time
+    alone = not case.features.is_cuda and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
     taken: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
         case.step(name)
