@@ -135,7 +135,7 @@ def alignment(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """The penalty from statistics of any head."""
-    distances = statistics.features.new_zeros(statistics.members.shape[1])
+    distances: Any = 0
     options = {"detach_target": detach_target, "relative": scale_free}
     if alpha and statistic == "hutchinson":
         distances = distances + alpha * _hutchinson(statistics, n_samples, generator, **options)
@@ -143,6 +143,8 @@ def alignment(
         distances = distances + alpha * _DISTANCES[statistic](statistics, **options)
     if beta:  # after the products, whose inner products of samples it takes up
         distances = distances + beta * statistics.gradient_distances(**options)
+    if not isinstance(distances, Tensor):
+        return statistics.features.new_zeros(())
     return distances @ (statistics.present.to(distances.dtype) if reduction == "sum" else statistics.domain_shares)
 
 

@@ -208,9 +208,10 @@ def cross_entropy(
     elif targets.shape == logits.shape[:1] and targets.dtype != torch.bool:
         counts = targets != ignore_index
         mass = (targets.unsqueeze(1) == torch.arange(classes, device=logits.device)).to(logits.dtype)
-        mass = mass * counts.unsqueeze(1)
+        if 0 <= ignore_index < classes:  # another one has no column anyway
+            mass = mass * counts.unsqueeze(1)
         den = counts.to(logits.dtype)
-        smooth = den.unsqueeze(1) * (label_smoothing / classes)
+        smooth = den.unsqueeze(1) * (label_smoothing / classes) if label_smoothing else 0.0
         if weight is not None:
             den = (mass * weight.to(logits.dtype)).sum(1)
     else:
@@ -311,6 +312,7 @@ class HeadStatistics:
     Attributes:
         den: denominators by domain, ``(E,)``, without gradient; 0 for a domain that is absent.
         counts: samples that count by domain, ``(E,)``.
+        membership: the members as numbers, ``(rows, E)``.
     """
 
     features: Tensor
@@ -319,12 +321,13 @@ class HeadStatistics:
     bias: bool = True
     den: Tensor = field(init=False)
     counts: Tensor = field(init=False)
+    membership: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         with torch.no_grad():
-            weight = self.loss.den.unsqueeze(1)
-            both = torch.stack((torch.where(self.members, weight, 0), (self.members & (weight != 0)).to(weight.dtype)))
-            self.den, self.counts = global_sum(both.sum(1))
+            den = self.loss.den
+            self.membership = self.members.to(den.dtype)
+            self.den, self.counts = global_sum(torch.stack((den, (den != 0).to(den.dtype))) @ self.membership)
 
     @cached_property
     def present(self) -> Tensor:
@@ -334,7 +337,7 @@ class HeadStatistics:
     @cached_property
     def shares(self) -> Tensor:
         """Weight of each row in its domain's mean, ``(rows, E)``."""
-        return torch.where(self.members, 1 / torch.where(self.present, self.den, 1), 0)
+        return self.membership * (self.den + (self.den == 0)).reciprocal()
 
     @cached_property
     def sample_shares(self) -> Tensor:
@@ -436,7 +439,7 @@ class HeadStatistics:
     def gradient_distances(self, *, detach_target: bool = False, relative: bool = False) -> Tensor:
         """``|G_e - mean G|^2``."""
         if "gram" in vars(self) or self.by_pairs(2):  # made already where the Hessian's products were compared first
-            target = self.mean(self.residuals, 1)
+            target = self.mean_shares * self.loss.residuals
             return distances_by_pairs(self.residuals, target, self.gram, detach_target, self.scale(relative))
         return distances_from(self.gradients, self.mean(self.gradients), detach_target, self.scale(relative))
 
