@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 from debias.errors import DebiasError, LossNotFoundError
 from debias.monitors.detection_monitor import find_predictions
-from debias.ops.groups import MAX_LOGGED_GROUPS, check_n_groups, name_groups
+from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.distributed import global_rank, global_sum
 from debias.step.head import submodule
 from debias.step.proxy import Hook
 from debias.step.tap import LossCall
-from debias.step.watcher import StepWatcher
+from debias.step.watcher import MAX_LOGGED_GROUPS, StepWatcher
 
 __all__ = ["BoxStability", "box_stability"]
 

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from debias.errors import BatchKeyError, LossNotFoundError
 from debias.metrics.detection import DetectionAccuracy, GroupMeanAveragePrecision
-from debias.ops.groups import MAX_LOGGED_GROUPS, check_n_groups, name_groups
+from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, describe, key_name
 from debias.step.context import Step
 from debias.step.grouped import plain_n_groups
 from debias.step.head import submodule
 from debias.step.proxy import Hook
 from debias.step.tap import LossCall
-from debias.step.watcher import StepWatcher
+from debias.step.watcher import MAX_LOGGED_GROUPS, StepWatcher
 
 __all__ = ["DetectionMonitor", "draw_detections", "find_predictions"]
 

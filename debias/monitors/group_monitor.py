@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, LossNotFoundError, RowsError
 from debias.metrics import GroupAccuracy, GroupedMetric
-from debias.ops.groups import MAX_LOGGED_GROUPS, check_n_groups, name_groups
+from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, describe, key_name
 from debias.step.context import Step
 from debias.step.engine import select_calls
@@ -24,7 +24,7 @@ from debias.step.grouped import empty_groups, plain_n_groups, tag_counts
 from debias.step.head import submodule
 from debias.step.proxy import Hook
 from debias.step.tap import LossCall
-from debias.step.watcher import StepWatcher
+from debias.step.watcher import MAX_LOGGED_GROUPS, StepWatcher
 
 __all__ = ["GroupMonitor"]
 

@@ -14,12 +14,12 @@ from torchmetrics import Metric
 
 from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, RowsError
 from debias.metrics.group import worst_group
-from debias.ops.groups import MAX_LOGGED_GROUPS, check_n_groups, name_groups
+from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
 from debias.step.engine import select_calls
 from debias.step.tap import LossCall
-from debias.step.watcher import StepWatcher
+from debias.step.watcher import MAX_LOGGED_GROUPS, StepWatcher
 
 __all__ = ["MultilabelF1", "MultilabelF1Monitor"]
 

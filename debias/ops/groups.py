@@ -16,20 +16,7 @@ from torch import Tensor, nn
 from debias.errors import BadRowsError, DebiasError
 from debias.step.distributed import global_sum, is_distributed, world_size
 
-__all__ = [
-    "MAX_LOGGED_GROUPS",
-    "GroupState",
-    "GroupSums",
-    "check_n_groups",
-    "group_losses",
-    "name_groups",
-    "summed",
-]
-
-MAX_LOGGED_GROUPS = 100
-"""The largest number of groups that are logged one by one. Lightning takes about a millisecond a value, so that more of
-them would take longer than the step; of more groups the extremes are logged.
-"""
+__all__ = ["GroupState", "GroupSums", "check_n_groups", "group_losses", "name_groups", "summed"]
 
 
 class _WeightedSum(torch.autograd.Function):

@@ -21,11 +21,10 @@ from torch.utils.data import (
 )
 
 from debias.errors import BatchKeyError, DebiasError
-from debias.ops.groups import MAX_LOGGED_GROUPS
 from debias.step.batch import BatchKey, split_tags
 from debias.step.context import Step
 from debias.step.tap import LossCall
-from debias.step.watcher import Debiaser, default_name
+from debias.step.watcher import MAX_LOGGED_GROUPS, Debiaser, default_name
 
 __all__ = ["GroupDebiaser", "can_count", "count_groups", "empty_groups", "plain_n_groups", "tag_counts"]
 

@@ -22,7 +22,12 @@ from debias.step.owned import OwnedModule
 from debias.step.random import StepRandom
 from debias.step.tap import LossCall
 
-__all__ = ["Debiaser", "Losses", "StepWatcher"]
+__all__ = ["MAX_LOGGED_GROUPS", "Debiaser", "Losses", "StepWatcher"]
+
+MAX_LOGGED_GROUPS = 100
+"""The largest number of groups that are logged one by one. Lightning takes about a millisecond a value, so that more of
+them would take longer than the step; of more groups the extremes are logged.
+"""
 
 Losses: TypeAlias = Literal["whole", "split", "image", "heads"]
 """How the losses of a step are taken apart; see :class:`Debiaser`."""

@@ -14,7 +14,7 @@ from _support.fits import Classifier, make_trainer, problem
 from debias import DomainPenalisation, GroupDRO, GroupDROLoss, GroupDROMixin, GroupReweighting, tag
 from debias.errors import BadRowsError, DebiasError
 from debias.functional import greedy_group_weights, group_dro_weights
-from debias.ops.groups import MAX_LOGGED_GROUPS
+from debias.step.watcher import MAX_LOGGED_GROUPS
 
 G = 4
 COUNTS = [50, 30, 15, 5]

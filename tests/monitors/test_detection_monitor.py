@@ -24,7 +24,7 @@ from debias.detector import Detector
 from debias.errors import BatchKeyError, DebiasError, HeadNotFoundError, LossNotFoundError
 from debias.metrics import DetectionAccuracy, GroupMeanAveragePrecision
 from debias.monitors.box_stability import box_stability
-from debias.ops.groups import MAX_LOGGED_GROUPS
+from debias.step.watcher import MAX_LOGGED_GROUPS
 
 
 class Found(Detector):

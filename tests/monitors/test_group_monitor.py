@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from debias import GroupMonitor, tag
 from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, LossNotFoundError, RowsError
-from debias.ops.groups import MAX_LOGGED_GROUPS
+from debias.step.watcher import MAX_LOGGED_GROUPS
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 g = torch.Generator().manual_seed(3)
