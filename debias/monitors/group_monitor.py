@@ -135,8 +135,9 @@ class GroupMonitor(StepWatcher):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Join the engine; watch the submodule that ``logits`` names."""
-        others = [c for c in trainer.callbacks if isinstance(c, GroupMonitor) and c is not self and c.name == self.name]
-        if any(c._value_name == self._value_name for c in others):
+        others = [c for c in trainer.callbacks if isinstance(c, GroupMonitor) and c is not self]
+        others = [c for c in others if (c.name, c._value_name) == (self.name, self._value_name)]
+        if others:
             raise DebiasError(
                 f"Expected a different `name` for each GroupMonitor of one metric, but {self.state_key} and"
                 f" {others[0].state_key} would log `{self._value_name}` under the same names. Pass e.g. `name='place'`."
@@ -329,7 +330,8 @@ class GroupMonitor(StepWatcher):
     def _end(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if trainer.sanity_checking:
             return
-        self._warn_of_exclusive_classes()
+        if trainer.is_global_zero:
+            self._warn_of_exclusive_classes()
         prefix = f"{stage}/{self.name}/" if self.name else f"{stage}/"
         for i, metric in enumerate(self._metrics):
             suffix = f"/dataloader_idx_{i}" if len(self._metrics) > 1 else ""

@@ -487,3 +487,11 @@ def test_a_missing_kornia_names_the_extra(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DebiasError, match=r"`kornia` to be installed.*pip install 'debias\[augment\]'"):
         UnitImages(None, None)
+
+
+@pytest.mark.parametrize("found", ["0.8.2", "0.7.4"])
+def test_an_older_kornia_is_refused(monkeypatch, found):
+    """Its CLAHE and Canny's edges are others."""
+    monkeypatch.setattr("kornia.__version__", found)
+    with pytest.raises(DebiasError, match=f"it is {found}, and 0.8.3 or newer is needed"):
+        crafted_shift(torch.rand(64, 3, 16, 16), "blur", torch.arange(64))
