@@ -158,6 +158,9 @@ def _run(rank: int, world: int, task: bytes) -> Outcome:
         return Outcome(error=error, trace=traceback.format_exc())
     finally:
         if dist.is_initialized():
+            # Before torch 2.8 gloo's destructor waits, holding the GIL, for threads that may need it to let go of a
+            # tensor (pytorch#154976).
+            time.sleep(0.01)
             dist.destroy_process_group()
 
 
