@@ -149,7 +149,7 @@ def _direction(callbacks: list[Any], chosen_by: list[Any]) -> str:
         if isinstance(monitor, DetectionMonitor | MultilabelF1Monitor):
             return "max"
         if isinstance(monitor, GroupMonitor):
-            return "max" if monitor.metric is None or monitor.metric.higher_is_better else "min"
+            return "max" if monitor.higher_is_better else "min"
     return "min" if any(c.monitor and c.mode == "min" for c in chosen_by) else "max"
 
 

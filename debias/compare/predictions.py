@@ -46,14 +46,14 @@ class Predictions(GroupMonitor):
         if self.path is not None:
             super().observe(step, calls, forward_output, output)
 
-    def _make(self) -> Any:
-        return _Rows()
+    def _make(self) -> list[Any]:
+        return [_Rows()]
 
     def _end(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self.path is None or stage != "test":
             return
         arrays: dict[str, Any] = {}
-        for i, rows in enumerate(self._metrics):
+        for i, (rows,) in enumerate(self._metrics):
             for name, parts in rows.parts.items():
                 arrays[f"{name}_{i}"] = gather(torch.cat(parts)).cpu().numpy()
         if trainer.is_global_zero:
@@ -66,6 +66,9 @@ class Predictions(GroupMonitor):
 
 
 class _Rows:
+    name = "predictions"
+    higher_is_better = True
+
     def __init__(self) -> None:
         self.parts: dict[str, list[Tensor]] = {"logits": [], "target": [], "group": []}
 

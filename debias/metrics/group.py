@@ -11,6 +11,7 @@ a group puts counts into the wrong rows. Here every state has one row per group,
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -234,14 +235,15 @@ class GroupedMetric(Metric):
         metric: the metric; it is cloned and left alone.
         n_groups: number of groups.
         group_names: their names, for those who print or log; default "0", "1", ...
-        name: name of the value; default: the class name in snake case.
+        name: name of the value; default: the class name in snake case. What precedes a slash stays in front:
+            ``clean/auroc`` gives ``clean/worst_group_auroc``.
         train_counts: number of training samples of each group, for the adjusted average.
         higher_is_better: which end is the bad one; default: the metric's own attribute.
         **kwargs: see ``torchmetrics.Metric``.
 
     Raises:
-        DebiasError: an argument is out of range, the metric does not say which end is the bad one, or its value
-            is not a scalar.
+        DebiasError: an argument is out of range; the metric does not say which end is the bad one, is not updated
+            with ``(preds, target)``, its value is not a scalar, or it cannot be computed for a group.
         BadRowsError: an id is not below ``n_groups``; on CPU in ``update``, on other devices in ``compute``.
 
     Example:
@@ -277,16 +279,18 @@ class GroupedMetric(Metric):
                 f"Expected argument `metric` to be a torchmetrics Metric, but got {type(metric).__name__}. Pass an"
                 " instance, e.g. `torchmetrics.classification.BinaryAUROC()`."
             )
+        kind = type(metric).__name__
+        self.name = _snake_case(kind) if name is None else name
         higher = metric.higher_is_better if higher_is_better is None else higher_is_better
         if higher is None:
             raise DebiasError(
-                f"Expected the metric to say which group is the worst, but `{type(metric).__name__}.higher_is_better`"
-                " is None. Pass `higher_is_better=True` or `False`."
+                f"Expected the metric `{self.name}` to say which group is the worst, but `{kind}.higher_is_better` is"
+                " None. Set it in a subclass, or pass `higher_is_better=True` or `False` to `GroupedMetric`."
             )
+        _check_takes_two_and_makes_one(metric, self.name)
         self._higher_is_better = bool(higher)
         self.n_groups = _check_n_groups(n_groups)
         self.group_names = _names(group_names, n_groups)
-        self.name = _snake_case(type(metric).__name__) if name is None else name
         self.register_buffer("train_counts", _counts(train_counts, n_groups), persistent=False)
         self.overall = _fresh(metric)
         self.grouped = nn.ModuleList(_fresh(metric) for _ in range(n_groups))
@@ -309,7 +313,13 @@ class GroupedMetric(Metric):
         if self._is_synced:
             clones = _merged(clones, self.process_group, self.device)
         counts = self.total.tolist()
-        return self._collected([_value(clone) if count else None for clone, count in zip(clones, counts, strict=True)])
+        places = [*(f"group `{name}`" for name in self.group_names), "all samples"]
+        return self._collected(
+            [
+                self._value(clone, count, place) if count else None
+                for clone, count, place in zip(clones, counts, places, strict=True)
+            ]
+        )
 
     def forward(self, preds: Tensor, target: Tensor, groups: Tensor) -> dict[str, Tensor]:
         """Update, and return the dictionary of this batch alone."""
@@ -328,6 +338,19 @@ class GroupedMetric(Metric):
         super().reset()
         for clone in self._clones():
             clone.reset()
+
+    def _value(self, clone: Metric, count: int, place: str) -> Any:
+        with warnings.catch_warnings():
+            # On a rank without samples of a group the clone has the other ranks' state, but was never updated itself.
+            warnings.filterwarnings("ignore", message="The ``compute`` method of metric", category=UserWarning)
+            try:
+                return clone.compute()
+            except (ValueError, IndexError) as error:
+                raise DebiasError(
+                    f"Expected the metric `{self.name}` to have a value for {place} (samples: {count}), but"
+                    f" {type(clone).__name__} says: {str(error).rstrip('.')}. Choose a metric that is defined for them,"
+                    " or join small groups."
+                ) from error
 
     def _clones(self) -> list[Metric]:
         return [*self.grouped, self.overall]
@@ -365,15 +388,17 @@ class GroupedMetric(Metric):
 def _summary(
     name: str, overall: Tensor, by_group: Tensor, train_counts: Tensor | None, *, higher_is_better: bool
 ) -> dict[str, Tensor]:
+    folder, slash, last = name.rpartition("/")
+    front = folder + slash
     summary = {
         name: overall,
-        f"worst_group_{name}": worst_group(by_group, higher_is_better=higher_is_better),
+        f"{front}worst_group_{last}": worst_group(by_group, higher_is_better=higher_is_better),
         f"{name}_by_group": by_group,
         f"{name}_difference": group_difference(by_group),
         f"{name}_ratio": group_ratio(by_group),
     }
     if train_counts is not None:
-        summary[f"adjusted_{name}"] = adjusted_average(by_group, train_counts)
+        summary[f"{front}adjusted_{last}"] = adjusted_average(by_group, train_counts)
     return summary
 
 
@@ -469,11 +494,21 @@ def _smallest(values: Tensor) -> Tensor:
     return torch.where(absent.all(), torch.nan, torch.where(absent, torch.inf, values).amin())
 
 
-def _value(clone: Metric) -> Any:
-    with warnings.catch_warnings():
-        # On a rank without samples of a group the clone has the other ranks' state, but was never updated itself.
-        warnings.filterwarnings("ignore", message="The ``compute`` method of metric", category=UserWarning)
-        return clone.compute()
+def _check_takes_two_and_makes_one(metric: Metric, name: str) -> None:
+    """What can be told of a metric before it has seen anything."""
+    try:
+        inspect.signature(metric.update).bind("preds", "target")
+    except TypeError:
+        raise DebiasError(
+            f"Expected the metric `{name}` to be updated with `(preds, target)`, but got"
+            f" `{type(metric).__name__}.update{inspect.signature(metric.update)}`. Choose a metric of predictions and"
+            " targets alone."
+        ) from None
+    if getattr(metric, "average", "") in (None, "none"):
+        raise DebiasError(
+            f"Expected the metric `{name}` to compute one number, but got a {type(metric).__name__} with"
+            f' `average={metric.average!r}`. Choose an averaged variant, e.g. `average="macro"`.'
+        )
 
 
 def _fresh(metric: Metric) -> Metric:

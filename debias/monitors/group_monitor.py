@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import MetricCollection
 
 from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, LossNotFoundError, RowsError
 from debias.metrics import GroupAccuracy, GroupedMetric
@@ -67,7 +68,10 @@ class GroupMonitor(StepWatcher):
             crossed.
         n_groups: number of groups, one per key.
         group_names: one name per group.
-        metric: any torchmetrics metric, to be split by group instead of accuracy.
+        metric: any torchmetrics metric of one number, to be split by group instead of accuracy; logged under its class
+            name in snake case. Or a ``MetricCollection``: each of its metrics is split and logged under its key, with
+            the collection's prefix and postfix; what precedes a slash stays in front
+            (``val/clean/worst_group_auroc``). Every metric keeps states of its own, whatever ``compute_groups`` says.
         logits: where the step computes no loss: dotted path of the submodule whose output they are, or a callable of
             the step's output. By default the output of the module's ``forward``.
         target: where the target is in the batch; by default the one of the loss.
@@ -82,6 +86,7 @@ class GroupMonitor(StepWatcher):
         AmbiguousLossError: a step computes several losses, or none and calls what ``logits`` names more than once.
         RowsError: a step reorders the batch in a way that cannot be followed.
         BatchKeyError: ids or target are not where the argument says.
+        DebiasError: an argument is wrong, or a metric cannot be split by group.
     """
 
     monitors: ClassVar[bool] = True
@@ -116,13 +121,14 @@ class GroupMonitor(StepWatcher):
         self.loss = loss
         self.threshold = threshold
         self.train_counts = train_counts
-        self._metrics: list[Any] = []
+        self._metrics: list[list[Any]] = []
         self._captured: Any = None
         self._captured_inputs: list[Tensor] = []
         self._captures = 0
         self._handle: Any = None
         made = self._make()  # a wrong argument is an error now, not after the first epoch
-        self._value_name: str = "accuracy" if metric is None else made.name
+        self.higher_is_better: bool = made[0].higher_is_better  # the value that is logged first
+        self._value_names: list[str] = ["accuracy"] if metric is None else [each.name for each in made]
         self._elements = 0
         self._exclusive: Tensor | None = None  # whether all binary targets of the epoch have exactly one positive
         self._said_exclusive = False
@@ -131,17 +137,19 @@ class GroupMonitor(StepWatcher):
     def state_key(self) -> str:
         """Class, name and key: several monitors of one run are told apart."""
         which = self.name or key_name(self.group) or "callable"
-        return f"{type(self).__qualname__}({which}{'' if self.metric is None else f', {self._value_name}'})"
+        what = [] if self.metric is None else self._value_names
+        return f"{type(self).__qualname__}({', '.join([which, *what])})"
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Join the engine; watch the submodule that ``logits`` names."""
         others = [c for c in trainer.callbacks if isinstance(c, GroupMonitor) and c is not self]
-        others = [c for c in others if (c.name, c._value_name) == (self.name, self._value_name)]
-        if others:
-            raise DebiasError(
-                f"Expected a different `name` for each GroupMonitor of one metric, but {self.state_key} and"
-                f" {others[0].state_key} would log `{self._value_name}` under the same names. Pass e.g. `name='place'`."
-            )
+        for other in others:
+            both = [name for name in self._value_names if name in other._value_names]
+            if both and other.name == self.name:
+                raise DebiasError(
+                    f"Expected a different `name` for each GroupMonitor of one metric, but {self.state_key} and"
+                    f" {other.state_key} would log `{both[0]}` under the same names. Pass e.g. `name='place'`."
+                )
         super().setup(trainer, pl_module, stage)
         if isinstance(self.logits, str) and self._handle is None:
             self._handle = submodule(pl_module, self.logits, argument="logits").register_forward_hook(
@@ -176,9 +184,10 @@ class GroupMonitor(StepWatcher):
                 )
         if logits.ndim == target.ndim + 1 and logits.shape[1] == 1:
             logits = logits.squeeze(1)
-        metric = self._metrics[step.dataloader_idx]
+        groups = groups if rows is None else groups[rows]
         with torch.no_grad():
-            metric.update(logits.detach(), target, groups if rows is None else groups[rows])
+            for metric in self._metrics[step.dataloader_idx]:
+                metric.update(logits.detach(), target, groups)
 
     def _prediction(
         self, step: Step, calls: list[LossCall], forward_output: Any, output: Any
@@ -296,16 +305,21 @@ class GroupMonitor(StepWatcher):
             self._captured, self._captured_inputs = output, [x for x in args if isinstance(x, Tensor)]
             self._captures += 1
 
-    def _make(self) -> Any:
-        if self.metric is not None:
-            return GroupedMetric(self.metric, self.total, group_names=self.group_names)
-        return GroupAccuracy(
-            self.total,
-            group_names=self.group_names,
-            threshold=self.threshold,
-            train_counts=self.train_counts,
-            ignore_index=IGNORED,
-        )
+    def _make(self) -> list[Any]:
+        """One metric for each value, all with states of their own."""
+        options: dict[str, Any] = {"group_names": self.group_names, "train_counts": self.train_counts}
+        if self.metric is None:
+            return [GroupAccuracy(self.total, threshold=self.threshold, ignore_index=IGNORED, **options)]
+        if isinstance(self.metric, MetricCollection):
+            if not len(self.metric):
+                raise DebiasError("Expected `metric` to hold at least one metric, but got an empty MetricCollection.")
+            return [GroupedMetric(each, self.total, name=name, **options) for name, each in self.metric.items()]
+        if isinstance(self.metric, Sequence | Mapping):
+            raise DebiasError(
+                f"Expected `metric` to be a torchmetrics Metric or MetricCollection, but got"
+                f" {type(self.metric).__name__}. Several metrics go into one: `torchmetrics.MetricCollection(metrics)`."
+            )
+        return [GroupedMetric(self.metric, self.total, **options)]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Say which groups have a sample neither in the training nor in the validation set, where tags tell."""
@@ -324,7 +338,7 @@ class GroupMonitor(StepWatcher):
 
     def _start(self, trainer: Any, pl_module: Any, loaders: Any) -> None:
         count = len(loaders) if isinstance(loaders, Sequence) else 1
-        self._metrics = [self._make().to(pl_module.device) for _ in range(count)]
+        self._metrics = [[metric.to(pl_module.device) for metric in self._make()] for _ in range(count)]
         self._exclusive = None
 
     def _end(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -333,10 +347,10 @@ class GroupMonitor(StepWatcher):
         if trainer.is_global_zero:
             self._warn_of_exclusive_classes()
         prefix = f"{stage}/{self.name}/" if self.name else f"{stage}/"
-        for i, metric in enumerate(self._metrics):
+        for i, metrics in enumerate(self._metrics):
             suffix = f"/dataloader_idx_{i}" if len(self._metrics) > 1 else ""
             values: dict[str, Tensor] = {}
-            for key, value in metric.compute().items():
+            for key, value in (item for metric in metrics for item in metric.compute().items()):
                 if value.ndim == 0:
                     values[f"{prefix}{key}{suffix}"] = value
                 elif self.total <= MAX_LOGGED_GROUPS:

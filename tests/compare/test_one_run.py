@@ -29,6 +29,7 @@ from debias.cli import one_run
 from debias.compare import keeping
 from debias.compare.grid import RunSpec, prepare
 from debias.compare.held_out import hold_out
+from debias.compare.predictions import Predictions
 from debias.compare.records import Measures, measures, read_record, shift_score
 from debias.data import ColoredDigits
 from debias.data._common import GroupDataModule
@@ -460,8 +461,29 @@ def test_the_direction_is_that_of_the_monitored_metric():
     assert one_run._direction([monitor(), lowest], [lowest]) == "max"
     assert one_run._direction([detection, lowest], [lowest]) == "max"
     assert one_run._direction([monitor(torchmetrics.MeanAbsoluteError()), highest], [highest]) == "min"
+    errors = torchmetrics.MetricCollection({"error": torchmetrics.MeanAbsoluteError()})
+    assert one_run._direction([monitor(errors), highest], [highest]) == "min"
     assert one_run._direction([lowest], [lowest]) == "min"
     assert one_run._direction([highest], [highest]) == one_run._direction([], []) == "max"
+
+
+class WithTest(Classifier):
+    """One with a test, which is its validation."""
+
+    test_step = Classifier.validation_step
+
+
+@pytest.mark.parametrize("kind", [torchmetrics.Metric, torchmetrics.MetricCollection])
+def test_predictions_of_a_monitor_with_metrics_of_its_own_are_the_logits(kind, tmp_path):
+    metric = torchmetrics.classification.MulticlassAUROC(2)
+    monitor = GroupMonitor("place", 3, metric=metric if kind is torchmetrics.Metric else kind([metric]))
+    predictions, module = Predictions(monitor), WithTest()
+    predictions.path = tmp_path / "rows.npz"
+    make_trainer([monitor, predictions]).test(module, val_loader(), verbose=False)
+    with np.load(predictions.path) as saved, torch.no_grad():
+        x, y = problem(21, seed=1).tensors
+        np.testing.assert_allclose(saved["logits_0"], module(x).numpy())
+        assert saved["target_0"].tolist() == y.tolist()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone says it")

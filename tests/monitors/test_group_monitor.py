@@ -167,6 +167,115 @@ def test_any_metric_can_be_split():
     assert logged[names[0]] == pytest.approx(float(metric(predicted[PLACE == 1], Y[PLACE == 1])))
 
 
+def macro(kind, **options):
+    return getattr(torchmetrics.classification, f"Multiclass{kind}")(3, **options)
+
+
+def test_an_adjusted_average_of_any_metric():
+    logged = validate(WithLoss(), GroupMonitor("place", 3, metric=macro("F1Score"), train_counts=[6, 3, 1]))
+    groups = [logged[f"val/multiclass_f1_score_by_group/{k}"] for k in range(3)]
+    adjusted = 0.6 * groups[0] + 0.3 * groups[1] + 0.1 * groups[2]
+    assert logged["val/adjusted_multiclass_f1_score"] == pytest.approx(adjusted)
+
+
+COLLECTIONS = {
+    "by name": ({"f": macro("F1Score"), "recall": macro("Recall")}, {}, "{}"),
+    "as a list": ([macro("F1Score"), macro("Recall")], {}, "{}"),
+    "prefix and postfix": (
+        {"f": macro("F1Score"), "recall": macro("Recall")}, {"prefix": "a_", "postfix": "_b"}, "a_{}_b"
+    ),
+    "in a folder": ({"f": macro("F1Score"), "recall": macro("Recall")}, {"prefix": "clean/"}, "clean/{}"),
+    "without groups": ({"f": macro("F1Score"), "recall": macro("Recall")}, {"compute_groups": False}, "{}"),
+    "given groups": (
+        {"f": macro("F1Score"), "recall": macro("Recall")}, {"compute_groups": [["f", "recall"]]}, "{}"
+    ),
+    "one in another": ({"inner": torchmetrics.MetricCollection([macro("F1Score"), macro("Recall")])}, {}, "{}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("case", COLLECTIONS)
+def test_a_collection_is_split_metric_by_metric(case, used):
+    """As two monitors of one metric each would, also where its metrics share their states already."""
+    metrics, options, form = COLLECTIONS[case]
+    collection = torchmetrics.MetricCollection(metrics, **options)
+    if used:
+        collection.update(F.one_hot(Y[:9], 3).float(), Y[:9].flip(0))
+    before = collection.compute() if used else {}
+    module = WithLoss()
+    logged = validate(module, GroupMonitor("place", 4, metric=collection, train_counts=[5, 3, 1, 0]))
+    keys = [key for key, _ in collection.items(keep_base=True)]
+    assert len(keys) == 2
+    expected = {}
+    for key, kind in zip(keys, ("F1Score", "Recall"), strict=True):
+        alone = validate(module, GroupMonitor("place", 4, metric=macro(kind), train_counts=[5, 3, 1, 0]))
+        own = "multiclass_f1_score" if kind == "F1Score" else "multiclass_recall"
+        folder, _, name = form.format(key).rpartition("/")
+        start = f"val/{folder}/" if folder else "val/"
+        expected |= {k.replace("val/", start).replace(own, name): v for k, v in alone.items() if own in k}
+    assert len(expected) == 2 * (4 + 5)
+    assert f"val/{form.format(keys[0])}" in expected
+    assert {k: v for k, v in logged.items() if k.startswith("val/")} == pytest.approx(expected, nan_ok=True)
+    assert (collection.compute() if used else {}) == before
+
+
+def test_a_collection_of_each_loader_and_its_direction():
+    collection = torchmetrics.MetricCollection({"error": torchmetrics.HammingDistance("multiclass", num_classes=3)})
+    monitor = GroupMonitor("place", 3, metric=collection)
+    assert not monitor.higher_is_better
+    assert GroupMonitor("place", 3).higher_is_better
+    assert monitor.state_key == "GroupMonitor(place, error)"
+    logged = validate(WithLoss(), monitor, [loader(), loader(n=11)])
+    for i in range(2):
+        by_group = [logged[f"val/error_by_group/{k}/dataloader_idx_{i}"] for k in range(3)]
+        assert logged[f"val/worst_group_error/dataloader_idx_{i}"] == max(by_group)
+
+
+def test_collections_that_log_under_the_same_names():
+    f1, recall = macro("F1Score"), macro("Recall")
+    monitors = [
+        GroupMonitor("place", 3),
+        GroupMonitor("place", 3, metric=torchmetrics.MetricCollection({"f": f1, "recall": recall})),
+        GroupMonitor("place", 3, metric=torchmetrics.MetricCollection({"f": f1}, prefix="a_")),
+        GroupMonitor("place", 3, metric=torchmetrics.MetricCollection({"f": f1}), name="b"),
+    ]
+    trainer = L.Trainer(callbacks=monitors, enable_checkpointing=False, **QUIET)
+    trainer.validate(WithLoss(), loader(), verbose=False)
+    assert {"val/accuracy", "val/f", "val/recall", "val/a_f", "val/b/f"} <= trainer.callback_metrics.keys()
+    for other in ({"recall": recall}, {"accuracy": macro("Accuracy")}):
+        again = GroupMonitor("place", 3, metric=torchmetrics.MetricCollection(other))
+        trainer = L.Trainer(callbacks=[*monitors, again], enable_checkpointing=False, **QUIET)
+        with pytest.raises(DebiasError, match=rf"would log `{next(iter(other))}` under the same names"):
+            trainer.validate(WithLoss(), loader(), verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (torchmetrics.MetricCollection([]), "`metric` to hold at least one metric, but got an empty MetricCollection"),
+        ([macro("F1Score")], r"Metric or MetricCollection, but got list.*`torchmetrics.MetricCollection\(metrics\)`"),
+        ({"f": macro("F1Score")}, "Metric or MetricCollection, but got dict"),
+        (torchmetrics.MetricCollection({"table": macro("ConfusionMatrix")}), "metric `table` to say.* is None. Set it"),
+        (torchmetrics.MetricCollection({"each": macro("Recall", average=None)}, prefix="a_"), "`a_each` to compute"),
+        (torchmetrics.retrieval.RetrievalMAP(), r"`retrieval_map` to be updated with `\(preds, target\)`.*indexes"),
+    ],
+)  # fmt: skip
+def test_metrics_that_cannot_be_split_are_refused_at_once(metric, message):
+    with pytest.raises(DebiasError, match=message):
+        GroupMonitor("place", 3, metric=metric)
+
+
+def test_a_metric_that_has_no_value_for_a_group():
+    class Regression(Base):
+        def validation_step(self, batch, batch_idx):
+            F.mse_loss(self.net(batch[0])[:, 0], batch[1].float())
+
+    places = torch.arange(23).clamp(max=1)  # one sample is alone
+    monitor = GroupMonitor("place", 2, metric=torchmetrics.R2Score(), group_names=["a", "b"])
+    with pytest.raises(DebiasError, match=r"`r2_score` to have a value for group `a` \(samples: 1\), but R2Score says"):
+        validate(Regression(), monitor, loader(places))
+
+
 @pytest.mark.parametrize("logits", ["net", lambda output: output["scores"]])
 def test_logits_where_the_step_has_neither_loss_nor_forward(logits):
     module = NeitherLossNorForward()
