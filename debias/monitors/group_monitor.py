@@ -17,6 +17,7 @@ from torchmetrics import MetricCollection
 
 from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, LossNotFoundError, RowsError
 from debias.metrics import GroupAccuracy, GroupedMetric
+from debias.monitors.metric_inputs import update_metric
 from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, describe, key_name
 from debias.step.context import Step
@@ -72,6 +73,8 @@ class GroupMonitor(StepWatcher):
             name in snake case. Or a ``MetricCollection``: each of its metrics is split and logged under its key, with
             the collection's prefix and postfix; what precedes a slash stays in front
             (``val/clean/worst_group_auroc``). Every metric keeps states of its own, whatever ``compute_groups`` says.
+            Metrics of ``torchmetrics.classification`` get the logits of a torch loss as probabilities, a binary one
+            also the two logits of a cross-entropy: that of class 1.
         logits: where the step computes no loss: dotted path of the submodule whose output they are, or a callable of
             the step's output. By default the output of the module's ``forward``.
         target: where the target is in the batch; by default the one of the loss.
@@ -86,7 +89,7 @@ class GroupMonitor(StepWatcher):
         AmbiguousLossError: a step computes several losses, or none and calls what ``logits`` names more than once.
         RowsError: a step reorders the batch in a way that cannot be followed.
         BatchKeyError: ids or target are not where the argument says.
-        DebiasError: an argument is wrong, or a metric cannot be split by group.
+        DebiasError: an argument is wrong, or a metric cannot be split by group or does not take the logits and target.
     """
 
     monitors: ClassVar[bool] = True
@@ -172,7 +175,7 @@ class GroupMonitor(StepWatcher):
     def observe(self, step: Step, calls: list[LossCall], forward_output: Any, output: Any) -> None:
         """Add one batch to the metrics of its loader."""
         groups = step.ids(self.group, self.n_groups, argument="group")
-        logits, target, rows = self._prediction(step, calls, forward_output, output)
+        logits, target, rows, loss = self._prediction(step, calls, forward_output, output)
         self._captured, self._captured_inputs = None, []
         n = groups.shape[0]
         for what, tensor in (("logits", logits), ("target", target)):
@@ -187,12 +190,15 @@ class GroupMonitor(StepWatcher):
         groups = groups if rows is None else groups[rows]
         with torch.no_grad():
             for metric in self._metrics[step.dataloader_idx]:
-                metric.update(logits.detach(), target, groups)
+                if isinstance(metric, GroupedMetric):
+                    update_metric(metric, logits.detach(), target, groups, loss)
+                else:
+                    metric.update(logits.detach(), target, groups)
 
     def _prediction(
         self, step: Step, calls: list[LossCall], forward_output: Any, output: Any
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Logits, target, and the samples of their rows; None where row i is sample i."""
+    ) -> tuple[Tensor, Tensor, Tensor | None, str | None]:
+        """Logits, target, the samples of their rows (None where row i is sample i), and the loss they are from."""
         if self.logits is not None:
             logits = _logits_of(self._captured if isinstance(self.logits, str) else self.logits(output))
             call = None
@@ -218,7 +224,7 @@ class GroupMonitor(StepWatcher):
         self._look_for_exclusive_classes(target, call)
         if call is not None and call.name == "binary_cross_entropy" and self.metric is None:
             logits = logits - 0.5  # probabilities, not logits
-        return logits, target, rows
+        return logits, target, rows, None if call is None else call.name
 
     def _no_logits(self, found: Any, step: Step) -> LossNotFoundError:
         stage = f"{'validation' if step.stage == 'validate' else step.stage}_step"

@@ -265,6 +265,214 @@ def test_metrics_that_cannot_be_split_are_refused_at_once(metric, message):
         GroupMonitor("place", 3, metric=metric)
 
 
+class Classes(Base):
+    """Logits of two classes or more, all of them in [0, 1] if small."""
+
+    def __init__(self, n=2, small=False, smoothed=False):
+        super().__init__()
+        self.net, self.smoothed = nn.Linear(4, n), smoothed
+        if small:
+            with torch.no_grad():
+                self.net.weight /= 20
+                self.net.bias.copy_(torch.linspace(0.45, 0.55, n))
+
+    def forward(self, x):
+        return self.net(x)
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        F.cross_entropy(self.net(x), F.one_hot(y, self.net.out_features) * 0.8 + 0.1 if self.smoothed else y)
+
+    def probabilities(self):
+        with torch.no_grad():
+            return self.net(X).softmax(1)
+
+
+def agrees(logged, metric, scores, target):
+    """That the metric by group is the one of the group's scores."""
+    groups = [metric(scores[k == PLACE], target[k == PLACE]).item() for k in range(3)]
+    (name,) = (k.removesuffix("_by_group/0") for k in logged if k.endswith("_by_group/0"))
+    assert logged[name] == pytest.approx(metric(scores, target).item(), abs=1e-6)
+    assert [logged[f"{name}_by_group/{k}"] for k in range(3)] == pytest.approx(groups, abs=1e-6)
+
+
+Y2 = (Y > 0).long()
+BINARY = {
+    "accuracy": torchmetrics.Accuracy(task="binary"),
+    "another threshold": torchmetrics.classification.BinaryAccuracy(threshold=0.7),
+    "auroc": torchmetrics.classification.BinaryAUROC(),
+    "binned": torchmetrics.classification.BinaryAUROC(thresholds=20),
+    "calibration": torchmetrics.classification.BinaryCalibrationError(),
+}
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize("metric", BINARY)
+def test_a_binary_metric_of_two_logits_under_a_softmax_gets_the_probability_of_class_1(metric, smoothed, small):
+    module, metric = Classes(2, small, smoothed), BINARY[metric]
+    logged = validate(module, GroupMonitor("place", 3, metric=metric), loader(y=Y2))
+    agrees(logged, metric, module.probabilities()[:, 1], Y2)
+
+
+def test_a_binary_metric_of_pixels_with_two_logits():
+    y = torch.stack([Y2, 1 - Y2], 1)
+
+    class Pixels(Classes):
+        def validation_step(self, batch, batch_idx):
+            F.cross_entropy(torch.stack([self.net(batch[0]), self.net(-batch[0])], 2), batch[1])
+
+    module, metric = Pixels(2), torchmetrics.classification.BinaryAUROC()
+    logged = validate(module, GroupMonitor("place", 3, metric=metric), loader(y=y))
+    with torch.no_grad():
+        scores = torch.stack([module.net(sign * X).softmax(1)[:, 1] for sign in (1, -1)], 1)
+    agrees(logged, metric, scores, y)
+
+
+@pytest.mark.parametrize("options", [{}, {"logits": "net"}])
+def test_two_logits_of_a_binary_metric_where_no_loss_says_what_they_are(options):
+    class NoLoss(Classes):
+        def validation_step(self, batch, batch_idx):
+            return self(batch[0])
+
+    module, metric = NoLoss(), torchmetrics.classification.BinaryAUROC()
+    message = (
+        r"`binary_auroc` \(BinaryAUROC\) got logits \(8, 2\) of torch.float32 and a target \(8,\) of torch.int64, and"
+        r" says.*`Accuracy\(task='multiclass', num_classes=2\)`.*`z\[:, 1\] - z\[:, 0\]`"
+    )
+    with pytest.raises(DebiasError, match=message):
+        validate(module, GroupMonitor("place", 3, metric=metric, target=1, **options), loader(y=Y2))
+    margin = GroupMonitor("place", 3, metric=metric, target=1, logits=lambda z: z[:, 1] - z[:, 0])
+    agrees(validate(module, margin, loader(y=Y2)), metric, module.probabilities()[:, 1], Y2)
+
+
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize("kind", ["AUROC", "CalibrationError", "Accuracy"])
+def test_logits_between_0_and_1_are_no_probabilities(kind, smoothed):
+    module, metric = Classes(3, small=True, smoothed=smoothed), macro(kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # groups without a class
+        logged = validate(module, GroupMonitor("place", 3, metric=metric))
+        assert bool(((module.net(X) > 0) & (module.net(X) < 1)).all())
+        agrees(logged, metric, module.probabilities(), Y)
+
+
+def test_no_class_rounds_to_the_probability_0():
+    class Spread(Classes):
+        def validation_step(self, batch, batch_idx):
+            F.cross_entropy(self.net(batch[0]).sign() * 300 + self.net(batch[0]), batch[1])
+
+    module, metric = Spread(3), torchmetrics.classification.MulticlassAccuracy(3, top_k=2, average="micro")
+    with torch.no_grad():
+        top = (module.net(X).sign() * 300 + module.net(X)).topk(2).indices
+    logged = validate(module, GroupMonitor("place", 3, metric=metric))
+    assert logged["val/multiclass_accuracy"] == pytest.approx(float((top == Y[:, None]).any(1).float().mean()))
+
+
+@pytest.mark.parametrize("logits", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float_targets_of_a_binary_loss_are_labels(logits, dtype):
+    """Hard, smoothed or missing; the logits, in [0, 1], are logits."""
+    y = (torch.rand(23, 3, generator=torch.Generator().manual_seed(0)) > 0.5).float() * 0.8 + 0.1
+    y[3, 1] = -1
+    y[6] = torch.tensor([1, 1, torch.nan])
+
+    class Labels(Classes):
+        def validation_step(self, batch, batch_idx):
+            z = self.net(batch[0]).to(dtype)
+            if logits:
+                F.binary_cross_entropy_with_logits(z, batch[1].to(dtype))
+            else:
+                F.binary_cross_entropy(z.float().sigmoid(), batch[1].clamp(min=0).nan_to_num(0))
+
+    module = Labels(3, small=logits)
+    options = {"ignore_index": -1} if logits else {}
+    with torch.no_grad():
+        scores = module.net(X).to(dtype).float().sigmoid()
+    target = (y > 0.5).long()
+    if logits:
+        target[3, 1] = target[6, 2] = -1
+    for kind in ("Accuracy", "AUROC", "CoverageError"):
+        metric = getattr(torchmetrics.classification, f"Multilabel{kind}")(3, **options)
+        agrees(validate(module, GroupMonitor("place", 3, metric=metric), loader(y=y)), metric, scores, target)
+
+
+def test_one_binary_logit_with_float_targets():
+    class One(Classes):
+        def validation_step(self, batch, batch_idx):
+            F.binary_cross_entropy_with_logits(self.net(batch[0]), batch[1][:, None].float())
+
+    module = One(1, small=True)
+    with torch.no_grad():
+        scores = module.net(X).sigmoid()
+    for metric in BINARY.values():
+        agrees(validate(module, GroupMonitor("place", 3, metric=metric), loader(y=Y2)), metric, scores, Y2[:, None])
+
+
+REFUSED = {
+    "regression": (torchmetrics.MeanSquaredError(), r"`mean_squared_error`.*\(8, 3\).*one of `torchmetrics.classif"),
+    "binary, 3 classes": (
+        BINARY["auroc"],
+        r"`binary_auroc` \(BinaryAUROC\) got logits \(8, 3\).*binary metric takes one",
+    ),
+    "binary, binned": (
+        BINARY["binned"],
+        r"`binary_auroc`.*\(8, 3\) of torch.float32.*from `cross_entropy`.*binary metric",
+    ),
+    "classes": (
+        torchmetrics.AUROC("multiclass", num_classes=5),
+        r"MulticlassAUROC.*\(8, 3\).*each of its `num_classes`",
+    ),
+    "a class": (torchmetrics.Accuracy("multiclass", num_classes=4), r"MulticlassAccuracy.*\(8, 3\).* `num_classes`"),
+    "labels": (
+        torchmetrics.classification.MultilabelAUROC(2),
+        r"MultilabelAUROC.*\(8, 3\).*for each of its `num_labels`",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_metric_that_does_not_take_the_logits_is_named(case):
+    metric, message = REFUSED[case]
+    collection = torchmetrics.MetricCollection([metric], prefix="a_")
+    with pytest.raises(DebiasError, match=message):
+        validate(Classes(3), GroupMonitor("place", 3, metric=metric))
+    with pytest.raises(DebiasError, match=rf"but `a_{type(metric).__name__}` \({type(metric).__name__}\) got"):
+        validate(Classes(3), GroupMonitor("place", 3, metric=collection))
+
+
+def test_other_targets_and_logits_that_a_metric_does_not_take():
+    class Labels(Classes):
+        def validation_step(self, batch, batch_idx):
+            F.binary_cross_entropy_with_logits(self.net(batch[0]), F.one_hot(batch[1], 3).float())
+
+    class Ignoring(Classes):
+        def validation_step(self, batch, batch_idx):
+            F.cross_entropy(self.net(batch[0]), batch[1].where(batch[1] > 0, -100))
+
+    class One(Classes):
+        def validation_step(self, batch, batch_idx):
+            F.binary_cross_entropy_with_logits(self.net(batch[0])[:, 0], batch[1].clamp(max=1).float())
+
+    labels = torchmetrics.classification.MultilabelAUROC
+    with pytest.raises(DebiasError, match=r"MultilabelAUROC\) got logits \(8, 3\) .* 3 and .*5\. A multilabel metric"):
+        validate(Labels(3), GroupMonitor("place", 3, metric=labels(5)))
+    with pytest.raises(DebiasError, match=r"MulticlassF1Score.*its `ignore_index`"):
+        validate(Ignoring(3), GroupMonitor("place", 3, metric=macro("F1Score")))
+    with pytest.raises(DebiasError, match=r"MulticlassAUROC.*logits \(8,\).*choose its binary form"):
+        validate(One(3), GroupMonitor("place", 3, metric=macro("AUROC")))
+
+
+class OutOfMemory(torchmetrics.MeanSquaredError):
+    def update(self, preds, target):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_that_memory_has_run_out_is_left_to_lightning():
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="memory"):
+        validate(WithLoss(), GroupMonitor("place", 3, metric=OutOfMemory()))
+
+
 def test_a_metric_that_has_no_value_for_a_group():
     class Regression(Base):
         def validation_step(self, batch, batch_idx):
