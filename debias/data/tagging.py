@@ -28,7 +28,8 @@ def tag(dataset: Any, **tags: Any) -> TaggedDataset | TaggedIterableDataset:
         dataset: a map-style or iterable dataset; it is wrapped, not edited.
         **tags: name = ids. Ids are a sequence, array, tensor or column of a table, in the order of the dataset, of
             shape ``(len(dataset),)`` or ``(len(dataset), ...)`` (int64 ids, or a boolean membership
-            ``(len(dataset), n_groups)``), or a callable of one sample. Negative ids mean unlabelled.
+            ``(len(dataset), n_groups)``), or a callable of one sample. Negative ids mean unlabelled. Names are
+            refused: numbered set by set, one name could get another number in each.
 
     Returns:
         A dataset of the same length; other attributes are those of ``dataset``.
@@ -98,14 +99,17 @@ def _as_ids(name: str, ids: Any, length: int) -> Any:
     if not isinstance(ids, Tensor | list | tuple):
         # Rows by position: `column[0]` of a filtered pandas frame is the row labelled 0. It may be read-only.
         ids = np.asarray(ids).copy()
+        ids = ids.tolist() if ids.dtype == object else ids  # which may hold numbers
     try:
         ids = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError):
-        some = ids.reshape(-1) if isinstance(ids, np.ndarray) else ids
+        found = sorted({type(each).__name__ for each in np.asarray(ids, dtype=object).reshape(-1)})
         raise DataError(
-            f"Expected the tag `{name}` to be numbers, one row per sample, but got {kind} of"
-            f" {type(some[0]).__name__ if len(some) else 'nothing'}. Number the names first, e.g."
-            " `numpy.unique(names, return_inverse=True)` or `sklearn.preprocessing.LabelEncoder`."
+            f"Expected the tag `{name}` to be numbers, one row per sample, but got {kind} of {' and '.join(found)}."
+            " Give each name one number that holds for all sets,"
+            " `ids = {name: i for i, name in enumerate(sorted({*train_names, *val_names}))}`, and tag each set by it,"
+            f" `tag(train, {name}=[ids[name] for name in train_names])` and"
+            f" `tag(val, {name}=[ids[name] for name in val_names])`. A missing one is -1."
         ) from None
     if ids.ndim == 0 or len(ids) != length:
         raise DataError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+import re
 from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any
@@ -141,7 +142,7 @@ def test_iterable_datasets_take_callables():
         ({}, "at least one tag, but got none"),
         ({"place": [1, 2]}, r"`place` to hold one id per sample, but got shape \(2,\) for a dataset of 5"),
         ({"place": 3}, r"got shape \(\) for a dataset of 5"),
-        ({"place": ["land", "sea", "sea", "sea", "land"]}, "`place` to be numbers.*list of str.*Number the names"),
+        ({"place": ["land", "sea", "sea", "sea", "land"]}, "`place` to be numbers.*list of str. Give each name"),
     ],
 )
 def test_tags_that_do_not_fit(tags, message):
@@ -171,8 +172,48 @@ def test_columns_of_a_table_are_taken_by_position():
     tagged = tag(Images(), place=Column([3, 1, 4, 1, 5]))
     assert tagged.tags["place"].tolist() == [3, 1, 4, 1, 5]
     assert tagged.tags["place"].dtype == torch.int64
-    with pytest.raises(DataError, match=r"`place` to be numbers.*Column of str.*Number the names"):
+    with pytest.raises(DataError, match=r"`place` to be numbers.*Column of str. Give each name"):
         tag(Images(), place=Column(["land", "sea", "sea", "sea", "land"]))
+
+
+TRAIN, VAL = ["sea", "land", "sea", "air", "land"], ["land", "sea", "land", "land", "sea"]
+NAMES = {
+    "list": list,
+    "tuple": tuple,
+    "strings": np.array,
+    "objects": lambda names: np.array(names, dtype=object),
+    "bytes": lambda names: np.array(names, dtype=bytes),
+    "column": Column,
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_names_are_numbered_once_for_all_sets_by_the_code_that_the_error_shows(kind):
+    """Here the validation set lacks the name that sorts first: numbered alone, all its ids would be others."""
+    made = {f"{name}_names": NAMES[kind](names) for name, names in (("train", TRAIN), ("val", VAL))}
+    with pytest.raises(DataError, match="one number that holds for all sets") as error:
+        tag(Images(), place=made["train_names"])
+    if kind == "column":  # a column of a table can be gone through, too
+        made = {name: column.values for name, column in made.items()}
+    numbering, train, val = re.findall(r"`((?:ids|tag\().*?)`", str(error.value))
+    space = {"tag": tag, "train": Images(), "val": Images(), **made}
+    exec(numbering, space)
+    assert eval(train, space).tags["place"].tolist() == [2, 1, 2, 0, 1]
+    assert eval(val, space).tags["place"].tolist() == [1, 2, 1, 1, 2]
+    assert list(space["ids"]) == sorted(set(made["train_names"]))
+
+
+@pytest.mark.parametrize(
+    ("ids", "found"),
+    [([3, 1, None, 1, 5], "list of NoneType and int"), (Column([1, "a", 2, 3, 4]), "Column of str")],
+)
+def test_columns_that_hold_names_beside_numbers(ids, found):
+    with pytest.raises(DataError, match=rf"`place` to be numbers.*but got {found}.*A missing one is -1"):
+        tag(Images(), place=ids)
+
+
+def test_numbers_in_a_column_of_objects_are_numbers():
+    assert tag(Images(), place=np.array([3, 1, 4, 1, 5], dtype=object)).tags["place"].tolist() == [3, 1, 4, 1, 5]
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
