@@ -396,7 +396,8 @@ class LossTap(TorchFunctionMode):
     # -- losses ------------------------------------------------------------------------------------
 
     def _loss(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        arguments = dict(zip(_NAMES[func], args, strict=False)) | kwargs
+        # Without `strict=`, which Dynamo cannot follow before torch 2.15 where the whole module is compiled.
+        arguments = dict(zip(_NAMES[func], args)) | kwargs  # noqa: B905
         logits, target = arguments[_NAMES[func][0]], arguments.get(_SECOND[func])
         if self.training and not (torch.is_grad_enabled() and _requires_grad(*arguments.values())):
             return func(*args, **kwargs)
