@@ -97,6 +97,11 @@ def _fake(x: Any) -> Any:
     return x
 
 
+def _held(value: Any) -> list[Any]:
+    """What lists hold, and lists of lists, as monitors have of their metrics by loader."""
+    return [inner for x in value for inner in _held(x)] if isinstance(value, list) else [value]
+
+
 class OnFakeCuda:
     """Mixed into a LightningModule: from its second batch on, everything is on a fake device."""
 
@@ -120,8 +125,7 @@ class OnFakeCuda:
         modules: list[Any] = [self]
         optimizers = list(trainer.optimizers)
         for callback in trainer.callbacks:
-            held = [x for value in vars(callback).values() for x in (value if isinstance(value, list) else [value])]
-            modules += [value for value in held if isinstance(value, nn.Module)]
+            modules += [value for value in _held(list(vars(callback).values())) if isinstance(value, nn.Module)]
             owned = getattr(callback, "owned", {}).values()
             modules += [one.module for one in owned if one.module is not None]
             optimizers += [one.optimizer for one in owned if one.optimizer is not None]
