@@ -12,6 +12,7 @@ from debias.metrics.group import (
     group_sums,
     worst_group,
 )
+from debias.metrics.multilabel import MultilabelF1
 
 __all__ = [
     "DetectionAccuracy",
@@ -19,6 +20,7 @@ __all__ = [
     "detection_accuracy",
     "GroupAccuracy",
     "GroupedMetric",
+    "MultilabelF1",
     "adjusted_average",
     "group_difference",
     "group_ratio",

@@ -1,4 +1,4 @@
-"""F1 by label, threshold and group against scikit-learn, and the threshold's way from validation to test."""
+"""What the monitor logs against scikit-learn, and the threshold's way from validation to test."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
+from _support.f1_oracle import f1
 from _support.fits import Classifier, make_trainer
 from _support.runs import ddp
 from debias import EvalSampler, MultilabelF1Monitor, tag
 from debias.errors import DebiasError, LossNotFoundError, RowsError
-from debias.monitors.multilabel_f1 import MultilabelF1
 
 NAMES = ["AU1", "AU2", "AU4"]
 
@@ -44,77 +43,6 @@ class Labels(Classifier):
 
     def test_step(self, batch, batch_idx):
         self.validation_step(batch, batch_idx)
-
-
-def f1(scores, targets, threshold):
-    metrics = pytest.importorskip("sklearn.metrics")
-    out = []
-    for a in range(targets.shape[1]):
-        known = targets[:, a] >= 0
-        out.append(metrics.f1_score(targets[known, a], scores[known, a] >= threshold, zero_division=float("nan")))
-    return torch.tensor(out, dtype=torch.float32)
-
-
-def test_counts_are_scikit_learns():
-    g = torch.Generator().manual_seed(0)
-    scores, dataset = torch.rand(40, 3, generator=g), data()
-    targets, groups = dataset.dataset.tensors[1], dataset.tags["person"]
-    metric = MultilabelF1(3, n_groups=3, thresholds=9)
-    for part in torch.arange(40).split(7):
-        metric.update(scores[part], targets[part], groups[part])
-    table = metric.compute()
-    for t in range(9):
-        threshold = torch.arange(1, 10)[t] / 10
-        torch.testing.assert_close(table[-1, t], f1(scores, targets, threshold))
-        for k in range(3):
-            mine = groups == k
-            torch.testing.assert_close(table[k, t], f1(scores[mine], targets[mine], threshold), equal_nan=True)
-
-
-def counts_by_comparison(metric, probabilities, targets, groups):
-    """Every probability with every threshold, ``(N, T, A, 3)``."""
-    guessed = probabilities.unsqueeze(1) >= metric.thresholds.unsqueeze(1)
-    positive, negative = (targets == 1).unsqueeze(1), (targets == 0).unsqueeze(1)
-    found = torch.stack([guessed & positive, guessed & negative, ~guessed & positive], -1).long()
-    return torch.stack([*(found[groups == g].sum(0) for g in range(metric.n_groups)), found.sum(0)])
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("thresholds", [1, 9, 99])
-def test_counts_are_those_of_comparing_every_probability(dtype, thresholds):
-    g = torch.Generator().manual_seed(thresholds)
-    metric, expected = MultilabelF1(5, n_groups=3, thresholds=thresholds), 0
-    for n in (50, 1, 0, 23):
-        scores = torch.rand(n, 5, generator=g).to(dtype)
-        on_grid = torch.randint(0, thresholds, (n, 5), generator=g)  # a probability at a threshold is a guess
-        scores = torch.where(torch.rand(n, 5, generator=g) < 0.3, metric.thresholds[on_grid].to(dtype), scores)
-        scores[torch.rand(n, 5, generator=g) < 0.1] = torch.nan
-        scores[torch.rand(n, 5, generator=g) < 0.1] = 1
-        scores[torch.rand(n, 5, generator=g) < 0.1] = 0
-        targets = torch.randint(-1, 2, (n, 5), generator=g)
-        groups = torch.randint(-2, 5, (n,), generator=g)  # some in none of them
-        metric.update(scores, targets.float(), groups)
-        expected = expected + counts_by_comparison(metric, scores, targets, groups)
-        assert torch.equal(metric.counts, expected)
-
-
-class Sizes(TorchDispatchMode):
-    """The largest number of elements that an operation makes."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor):
-            self.largest = max(self.largest, out.numel())
-        return out
-
-
-def test_memory_does_not_grow_with_samples_times_thresholds():
-    metric, n = MultilabelF1(4, n_groups=2, thresholds=99), 600
-    with Sizes() as sizes:
-        metric.update(torch.rand(n, 4), torch.ones(n, 4), torch.zeros(n).long())
-    assert sizes.largest <= max(n * 4, 3 * 3 * 4 * 100)
 
 
 def loaders(seed=0):
