@@ -27,12 +27,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DistributedSampler, SequentialSampler
 
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, HeadNotFoundError, RowsError
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
 from debias.step.distributed import gather, global_rank, global_sum, world_size
+from debias.step.indices import evaluation_order
 from debias.step.tap import LossCall
 from debias.step.watcher import StepWatcher
 
@@ -371,9 +371,9 @@ class AttributeProbe(StepWatcher):
 
 
 def _numbers(loader: Any, n: int, device: torch.device) -> Tensor | None:
-    """Numbers of the samples that an unshuffled sampler gave, of which a limited run has seen the first."""
-    sampler = getattr(loader, "sampler", None)
-    if not isinstance(sampler, SequentialSampler | DistributedSampler) or getattr(sampler, "shuffle", False):
+    """Numbers of the samples that a loader in a fixed order gave, of which a limited run has seen the first."""
+    try:
+        numbers = evaluation_order(loader).to(device)[:n]
+    except BatchKeyError:
         return None
-    numbers = torch.tensor(list(sampler), dtype=torch.long, device=device)[:n]
     return numbers if len(numbers) == n else None

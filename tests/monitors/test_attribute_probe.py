@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler, TensorDataset
 
 from _support.fits import Classifier, loader, make_trainer, parameters, same, val_loader
 from _support.runs import ddp
 from debias import AttributeProbe, EvalSampler, GroupMonitor, IdentityAdversarial, tag
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, HeadNotFoundError, RowsError
 from debias.functional import ledoit_wolf_shrinkage, probe_attribute
+from debias.monitors.attribute_probe import _numbers
 
 S = 5
 
@@ -245,6 +247,30 @@ def test_the_monitor_on_two_ranks(ranks):
     expected = validate([AttributeProbe("person", S)], dataset=probed(n))
     assert runs[0] == pytest.approx(expected, nan_ok=True, abs=0)
     assert runs[1] == pytest.approx(expected, nan_ok=True, abs=0)
+
+
+def shared(sampler):
+    """As Lightning shares a user's sampler out among ranks."""
+    return DistributedSamplerWrapper(sampler, num_replicas=2, rank=1, shuffle=False)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "expected"),
+    [
+        (SequentialSampler, list(range(11))),
+        (EvalSampler, list(range(11))),
+        (lambda data: DistributedSampler(data, num_replicas=2, rank=1, shuffle=False), [1, 3, 5, 7, 9, 0]),
+        (lambda data: shared(SequentialSampler(data)), [1, 3, 5, 7, 9, 0]),
+        (lambda data: shared(RandomSampler(data)), None),
+        (RandomSampler, None),
+    ],
+)
+def test_samples_are_numbered_where_their_order_is_fixed(sampler, expected):
+    data = probed(11)
+    batches, state = DataLoader(data, batch_size=4, sampler=sampler(data)), torch.get_rng_state()
+    numbers = _numbers(batches, 11 if expected is None else len(expected), torch.device("cpu"))
+    assert (None if numbers is None else numbers.tolist()) == expected
+    assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn that training would miss
 
 
 # -------------------------------------------------------------------------------------------------- as a monitor
