@@ -22,19 +22,20 @@ operations and one decomposition of a D x D matrix, twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, HeadNotFoundError, RowsError
+from debias.monitors._epoch import EpochMonitor
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
 from debias.step.distributed import gather, global_rank, global_sum, world_size
-from debias.step.indices import evaluation_order
+from debias.step.indices import evaluation_loaders, evaluation_order
 from debias.step.tap import LossCall
-from debias.step.watcher import StepWatcher
+from debias.step.watcher import check_loss
 
 __all__ = ["AttributeProbe", "ledoit_wolf_shrinkage", "probe_attribute"]
 
@@ -188,7 +189,7 @@ def _fit_and_score(
     return hits, totals
 
 
-class AttributeProbe(StepWatcher):
+class AttributeProbe(EpochMonitor):
     """Measure how well an attribute can be read from the features, while validating and testing.
 
     How is described at the top of :mod:`debias.monitors.attribute_probe`. Works alone, on a plain ERM baseline, and
@@ -230,10 +231,10 @@ class AttributeProbe(StepWatcher):
         'AttributeProbe(identity)'
     """
 
-    monitors: ClassVar[bool] = True
     needs_features: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("attribute", "features")
     reference: ClassVar[str] = "probe: Alain and Bengio, ICLR 2017 workshop; shrinkage: Ledoit and Wolf, 2004"
+    _value_names = ("accuracy", "balanced_accuracy", "chance")
 
     def __init__(
         self,
@@ -258,8 +259,7 @@ class AttributeProbe(StepWatcher):
             raise DebiasError(f"Expected `fit_fraction` to be above 0 and below 1, but got {fit_fraction!r}.")
         if shrinkage is not None and not 0 <= shrinkage <= 1:
             raise DebiasError(f"Expected `shrinkage` to be from 0 to 1, or None, but got {shrinkage!r}.")
-        if loss == "sum":
-            raise DebiasError("Expected `loss` to choose one loss, but got 'sum'. Pass its position.")
+        check_loss(loss)
         if self.name is None:
             raise DebiasError("Expected `name` to be given where `attribute` is a callable, but got none.")
         self.attribute = attribute
@@ -274,15 +274,8 @@ class AttributeProbe(StepWatcher):
         self._kept: list[list[tuple[Tensor, Tensor]]] = []
         self._active = False
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Join the engine."""
-        others = [c for c in trainer.callbacks if isinstance(c, AttributeProbe) and c is not self]
-        if any(c.name == self.name for c in others):
-            raise DebiasError(
-                f"Expected a different `name` for each AttributeProbe, but two are called {self.name!r}. Pass e.g."
-                f" `name='{self.name}_late'`."
-            )
-        super().setup(trainer, pl_module, stage)
+    def _prefix(self, stage: str) -> str:
+        return f"{stage}/{self.name}_probe/"
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the module as it was."""
@@ -315,22 +308,16 @@ class AttributeProbe(StepWatcher):
             raise RowsError(f"Expected one row of features for each of {len(ids)} samples, but got {len(features)}.")
         self._kept[step.dataloader_idx].append((features.detach().float(), ids))
 
-    def _start(self, trainer: Any, loaders: Any, active: bool) -> None:
-        self._loaders = list(loaders) if isinstance(loaders, Sequence) else [loaders]
-        self._kept = [[] for _ in self._loaders]
-        self._active = active and not trainer.sanity_checking
+    def _start(self, trainer: Any, pl_module: Any, loaders: list[Any]) -> None:
+        self._kept = [[] for _ in loaders]
+        due = trainer.state.fn != "fit" or (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        self._active = due and not trainer.sanity_checking
 
-    def _end(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def _values(self, trainer: Any, pl_module: Any, stage: str) -> list[dict[str, Tensor]]:
         if not self._active:
-            return
-        for i, (loader, kept) in enumerate(zip(self._loaders, self._kept, strict=True)):
-            suffix = f"/dataloader_idx_{i}" if len(self._kept) > 1 else ""
-            scores = self._scores(loader, kept, pl_module.device)
-            values = {f"{stage}/{self.name}_probe/{key}{suffix}": value.float() for key, value in scores.items()}
-            # Equal on every rank already; the maximum leaves them as they are and spares Lightning's advice.
-            options = {"reduce_fx": "max", "sync_dist": trainer.world_size > 1, "add_dataloader_idx": False}
-            pl_module.log_dict(values, **options)
-        self._kept, self._loaders = [], []
+            return []
+        sets, self._kept = zip(evaluation_loaders(trainer), self._kept, strict=True), []
+        return [self._scores(loader, kept, pl_module.device) for loader, kept in sets]
 
     def _scores(self, loader: Any, kept: list[tuple[Tensor, Tensor]], device: torch.device) -> dict[str, Tensor]:
         # A rank may have had no batch, and then does not know how wide features are.
@@ -347,27 +334,6 @@ class AttributeProbe(StepWatcher):
             shrinkage=self.shrinkage,
             seed=self.seed,
         )
-
-    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start afresh, in the epochs that are probed."""
-        training = trainer.state.fn == "fit"
-        self._start(
-            trainer,
-            trainer.val_dataloaders,
-            not training or (trainer.current_epoch + 1) % self.every_n_epochs == 0,
-        )
-
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log under ``val/``."""
-        self._end(trainer, pl_module, "val")
-
-    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start afresh."""
-        self._start(trainer, trainer.test_dataloaders, True)
-
-    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log under ``test/``."""
-        self._end(trainer, pl_module, "test")
 
 
 def _numbers(loader: Any, n: int, device: torch.device) -> Tensor | None:

@@ -15,22 +15,23 @@ defaults are not the paper's. Costs one more forward pass per evaluation batch a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from debias.errors import DebiasError, LossNotFoundError
+from debias.monitors._epoch import EpochMonitor, by_group
 from debias.monitors.detection_monitor import find_predictions
 from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.distributed import global_rank, global_sum
+from debias.step.grouped import check_keys, plain_n_groups
 from debias.step.head import submodule
 from debias.step.proxy import Hook
 from debias.step.tap import LossCall
-from debias.step.watcher import MAX_LOGGED_GROUPS, StepWatcher
 
 __all__ = ["BoxStability", "box_stability"]
 
@@ -60,7 +61,7 @@ def box_stability(boxes: Tensor, perturbed: Tensor) -> Tensor:
     return overlap[torch.from_numpy(rows), torch.from_numpy(columns)].sum() / len(boxes)
 
 
-class BoxStability(StepWatcher):
+class BoxStability(EpochMonitor):
     """Log how stable a detector's boxes are against dropout in two named layers: ``val/box_stability``.
 
     Evaluation metrics and predictions of the module stay as they are: the second pass runs after the step, in
@@ -75,7 +76,7 @@ class BoxStability(StepWatcher):
         score_threshold: boxes below it are left out.
         draws: perturbed passes per batch, averaged.
         domain: where the domain ids are, to tell domains apart; see :class:`debias.DetectionMonitor`.
-        n_domains: number of domains.
+        n_domains: number of domains, one per key.
         domain_names: one name per domain.
         seed: seed of the draws. They depend on the position of a batch in the epoch and on the rank.
         name: prefix of several monitors' logged names.
@@ -87,8 +88,8 @@ class BoxStability(StepWatcher):
         LossNotFoundError: the evaluation step did not run what ``predictions`` names.
     """
 
-    monitors: ClassVar[bool] = True
     reference: ClassVar[str] = "Yang et al., ICLR 2024"
+    _value_names = ("box_stability",)
 
     def __init__(
         self,
@@ -98,8 +99,8 @@ class BoxStability(StepWatcher):
         rate: float = 0.15,
         score_threshold: float = 0.5,
         draws: int = 1,
-        domain: BatchKey | None = None,
-        n_domains: int = 1,
+        domain: tuple[BatchKey, ...] | BatchKey | None = None,
+        n_domains: int | tuple[int, ...] = 1,
         domain_names: list[str] | None = None,
         seed: int = 0,
         name: str | None = None,
@@ -112,12 +113,15 @@ class BoxStability(StepWatcher):
             raise DebiasError(f"Expected `rate` to be between 0 and 1, but got {rate!r}.")
         if type(draws) is not int or draws < 1:
             raise DebiasError(f"Expected `draws` to be an integer of at least 1, but got {draws!r}.")
+        if domain is not None:
+            check_keys(domain, n_domains, "domain")
         self.layers = list(layers)
         self.predictions = predictions
         self.rate = rate
         self.score_threshold = score_threshold
         self.draws = draws
         self.domain = domain
+        self.n_domains = plain_n_groups(n_domains)
         self.total = check_n_groups(n_domains, "domain")
         self.domain_names = name_groups(n_domains, domain_names, "domain")
         self.seed = seed
@@ -160,7 +164,7 @@ class BoxStability(StepWatcher):
         (args, kwargs, plain), self._seen = self._seen, None
         plain = find_predictions(None, None, plain, None, "BoxStability")
         n = len(plain)
-        ids = [0] * n if self.domain is None else step.ids(self.domain, self.total, argument="domain").tolist()
+        ids = [0] * n if self.domain is None else step.ids(self.domain, self.n_domains, argument="domain").tolist()
         sums = self._sums[step.dataloader_idx]
         for draw in range(self.draws):
             key = (self.seed, draw, step.batch_idx, step.dataloader_idx, global_rank())
@@ -169,7 +173,7 @@ class BoxStability(StepWatcher):
                 with torch.no_grad():
                     perturbed = self._predictor(*args, **kwargs)
             finally:
-                self._generator, self._seen = None, None
+                self._generator = None
             for before, after, d in zip(plain, perturbed, ids, strict=True):
                 boxes = before["boxes"][before["scores"] > self.score_threshold]
                 if len(boxes):
@@ -190,40 +194,17 @@ class BoxStability(StepWatcher):
         return output * kept.to(output) / (1 - self.rate)
 
     def _keep(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not module.training and self._generator is None:
+        if self._in_step(module):
             self._seen = args, kwargs, output
 
-    def _start(self, loaders: Any) -> None:
-        count = len(loaders) if isinstance(loaders, Sequence) else 1
-        self._sums = [torch.zeros(2, self.total + 1, dtype=torch.float64) for _ in range(count)]
+    def _start(self, trainer: Any, pl_module: Any, loaders: list[Any]) -> None:
+        self._sums = [torch.zeros(2, self.total + 1, dtype=torch.float64) for _ in loaders]
 
-    def _end(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if trainer.sanity_checking:
-            return
-        prefix = f"{stage}/{self.name}/" if self.name else f"{stage}/"
-        for i, sums in enumerate(self._sums):
-            suffix = f"/dataloader_idx_{i}" if len(self._sums) > 1 else ""
+    def _values(self, trainer: Any, pl_module: Any, stage: str) -> list[dict[str, Tensor]]:
+        tables = []
+        for sums in self._sums:
             total, count = global_sum(sums.to(pl_module.device))
-            scores = (total / count).float()
-            values = {f"{prefix}box_stability{suffix}": scores[-1]}
-            if self.domain is not None and self.total <= MAX_LOGGED_GROUPS:
-                parts = zip(self.domain_names, scores[:-1].unbind(), strict=True)
-                values |= {f"{prefix}box_stability_by_domain/{name}{suffix}": part for name, part in parts}
-            options = {"reduce_fx": "max", "sync_dist": trainer.world_size > 1, "add_dataloader_idx": False}
-            pl_module.log_dict(values, **options)
-
-    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Fresh sums."""
-        self._start(trainer.val_dataloaders)
-
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log under ``val/``."""
-        self._end(trainer, pl_module, "val")
-
-    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Fresh sums."""
-        self._start(trainer.test_dataloaders)
-
-    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log under ``test/``."""
-        self._end(trainer, pl_module, "test")
+            scores = total / count
+            by_domain = {} if self.domain is None else {"box_stability_by_domain": scores[:-1]}
+            tables.append(by_group({"box_stability": scores[-1], **by_domain}, self.domain_names))
+        return tables

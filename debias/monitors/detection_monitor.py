@@ -15,19 +15,19 @@ from torch import Tensor, nn
 
 from debias.errors import BatchKeyError, LossNotFoundError
 from debias.metrics.detection import DetectionAccuracy, GroupMeanAveragePrecision
+from debias.monitors._epoch import EpochMonitor, by_group
 from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, describe, key_name
 from debias.step.context import Step
-from debias.step.grouped import plain_n_groups
+from debias.step.grouped import check_keys, plain_n_groups
 from debias.step.head import submodule
 from debias.step.proxy import Hook
 from debias.step.tap import LossCall
-from debias.step.watcher import MAX_LOGGED_GROUPS, StepWatcher
 
 __all__ = ["DetectionMonitor", "draw_detections", "find_predictions"]
 
 
-class DetectionMonitor(StepWatcher):
+class DetectionMonitor(EpochMonitor):
     """Log mean average precision and detection accuracy overall, by domain and for the worst domain.
 
     Logged at the end of every validation and test epoch, ready for ``ModelCheckpoint(monitor=...)``::
@@ -69,9 +69,9 @@ class DetectionMonitor(StepWatcher):
         DebiasError: pycocotools is not installed (extra ``recipes``).
     """
 
-    monitors: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("domain",)
     reference: ClassVar[str] = "mAP: COCO (torchmetrics); detection accuracy: WILDS, GWHD 2021"
+    _value_names = ("map", "map_50", "detection_accuracy")
 
     def __init__(
         self,
@@ -90,6 +90,7 @@ class DetectionMonitor(StepWatcher):
         allow_untested_strategy: bool = False,
     ) -> None:
         super().__init__(name=name, allow_untested_strategy=allow_untested_strategy)
+        check_keys(domain, n_domains, "domain")
         self.domain = domain
         self.n_domains = plain_n_groups(n_domains)
         self.total = check_n_groups(n_domains, "domain")
@@ -147,39 +148,28 @@ class DetectionMonitor(StepWatcher):
                     self._drawn[d].append((image.cpu(), _to_cpu(prediction), _to_cpu(target)))
 
     def _capture(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not module.training:
+        if self._in_step(module):
             self._captured = output
 
     def _make(self) -> list[Any]:
         options = {"iou_threshold": self.iou_threshold, "score_threshold": self.score_threshold}
         return [GroupMeanAveragePrecision(self.total), DetectionAccuracy(self.total, **options)]
 
-    def _start(self, pl_module: Any, loaders: Any) -> None:
-        count = len(loaders) if isinstance(loaders, Sequence) else 1
-        self._metrics = [[metric.to(pl_module.device) for metric in self._make()] for _ in range(count)]
+    def _start(self, trainer: Any, pl_module: Any, loaders: list[Any]) -> None:
+        self._metrics = [[metric.to(pl_module.device) for metric in self._make()] for _ in loaders]
         self._drawn = [[] for _ in range(self.total)]
 
-    def _end(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if trainer.sanity_checking:
-            return
-        prefix = f"{stage}/{self.name}/" if self.name else f"{stage}/"
-        for i, metrics in enumerate(self._metrics):
-            suffix = f"/dataloader_idx_{i}" if len(self._metrics) > 1 else ""
-            values: dict[str, Tensor] = {}
-            for key, value in {k: v for metric in metrics for k, v in metric.compute().items()}.items():
-                key = key.replace("group", "domain")
-                if value.ndim == 0:
-                    values[f"{prefix}{key}{suffix}"] = value
-                elif self.total <= MAX_LOGGED_GROUPS:
-                    parts = zip(self.domain_names, value.unbind(), strict=True)
-                    values |= {f"{prefix}{key}/{name}{suffix}": part for name, part in parts}
-            # Every rank holds the global value already: the maximum over ranks leaves it as it is, to the last bit.
-            options = {"reduce_fx": "max", "sync_dist": trainer.world_size > 1, "add_dataloader_idx": False}
-            pl_module.log_dict({k: v.float().to(pl_module.device) for k, v in values.items()}, **options)
-        if any(self._drawn):
-            self._draw(trainer, stage, prefix)
+    def _values(self, trainer: Any, pl_module: Any, stage: str) -> list[dict[str, Tensor]]:
+        computed = [{k: v for metric in metrics for k, v in metric.compute().items()} for metrics in self._metrics]
+        named = [{key.replace("group", "domain"): value for key, value in values.items()} for values in computed]
+        return [by_group(values, self.domain_names) for values in named]
 
-    def _draw(self, trainer: Any, stage: str, prefix: str) -> None:
+    def _end(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        super()._end(trainer, pl_module, stage)
+        if any(self._drawn) and not trainer.sanity_checking:
+            self._draw(trainer, stage)
+
+    def _draw(self, trainer: Any, stage: str) -> None:
         grid = draw_detections(self._drawn, score_threshold=self.score_threshold)
         folder = Path(self.folder or Path(trainer.default_root_dir) / "detections")
         folder.mkdir(parents=True, exist_ok=True)
@@ -190,25 +180,9 @@ class DetectionMonitor(StepWatcher):
         Image.fromarray(pixels).save(folder / f"{name}{stage}-epoch={trainer.current_epoch}.png")
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):  # W&B
-                logger.log_image(f"{prefix}detections", [pixels], step=trainer.global_step)
+                logger.log_image(f"{self._prefix(stage)}detections", [pixels], step=trainer.global_step)
             elif hasattr(getattr(logger, "experiment", None), "add_image"):  # TensorBoard
-                logger.experiment.add_image(f"{prefix}detections", grid, trainer.global_step)
-
-    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Fresh metrics."""
-        self._start(pl_module, trainer.val_dataloaders)
-
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log under ``val/``."""
-        self._end(trainer, pl_module, "val")
-
-    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Fresh metrics."""
-        self._start(pl_module, trainer.test_dataloaders)
-
-    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log under ``test/``."""
-        self._end(trainer, pl_module, "test")
+                logger.experiment.add_image(f"{self._prefix(stage)}detections", grid, trainer.global_step)
 
 
 def find_predictions(chosen: Any, captured: Any, forward_output: Any, output: Any, who: str) -> Any:

@@ -17,16 +17,17 @@ from torchmetrics import MetricCollection
 
 from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, LossNotFoundError, RowsError
 from debias.metrics import GroupAccuracy, GroupedMetric
+from debias.monitors._epoch import EpochMonitor, by_group
 from debias.monitors.metric_inputs import update_metric
 from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, describe, key_name
 from debias.step.context import Step
 from debias.step.engine import select_calls
-from debias.step.grouped import empty_groups, plain_n_groups, tag_counts
+from debias.step.grouped import check_keys, empty_groups, plain_n_groups, tag_counts
 from debias.step.head import submodule
 from debias.step.proxy import Hook
 from debias.step.tap import LossCall
-from debias.step.watcher import MAX_LOGGED_GROUPS, StepWatcher
+from debias.step.watcher import check_loss
 
 __all__ = ["GroupMonitor"]
 
@@ -47,7 +48,7 @@ _CLASSIFICATION = frozenset(
 IGNORED = -100  # what targets that the loss ignores are renamed to
 
 
-class GroupMonitor(StepWatcher):
+class GroupMonitor(EpochMonitor):
     """Log a metric overall, by group and for the worst group.
 
     Logged at the end of every validation and test epoch, ready for ``ModelCheckpoint(monitor=...)`` and early
@@ -92,7 +93,6 @@ class GroupMonitor(StepWatcher):
         DebiasError: an argument is wrong, or a metric cannot be split by group or does not take the logits and target.
     """
 
-    monitors: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("group",)
     reference: ClassVar[str] = "by group, difference, ratio: fairlearn; worst group, adjusted average: WILDS"
 
@@ -112,8 +112,8 @@ class GroupMonitor(StepWatcher):
         allow_untested_strategy: bool = False,
     ) -> None:
         super().__init__(name=name, allow_untested_strategy=allow_untested_strategy)
-        if loss == "sum":
-            raise DebiasError("Expected `loss` to choose one loss for GroupMonitor, but got 'sum'. Pass its position.")
+        check_loss(loss)
+        check_keys(group, n_groups)
         self.group = group
         self.n_groups = plain_n_groups(n_groups)
         self.total = check_n_groups(n_groups)
@@ -131,7 +131,7 @@ class GroupMonitor(StepWatcher):
         self._handle: Any = None
         made = self._make()  # a wrong argument is an error now, not after the first epoch
         self.higher_is_better: bool = made[0].higher_is_better  # the value that is logged first
-        self._value_names: list[str] = ["accuracy"] if metric is None else [each.name for each in made]
+        self._value_names = ["accuracy"] if metric is None else [each.name for each in made]
         self._elements = 0
         self._exclusive: Tensor | None = None  # whether all binary targets of the epoch have exactly one positive
         self._said_exclusive = False
@@ -145,14 +145,6 @@ class GroupMonitor(StepWatcher):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Join the engine; watch the submodule that ``logits`` names."""
-        others = [c for c in trainer.callbacks if isinstance(c, GroupMonitor) and c is not self]
-        for other in others:
-            both = [name for name in self._value_names if name in other._value_names]
-            if both and other.name == self.name:
-                raise DebiasError(
-                    f"Expected a different `name` for each GroupMonitor of one metric, but {self.state_key} and"
-                    f" {other.state_key} would log `{both[0]}` under the same names. Pass e.g. `name='place'`."
-                )
         super().setup(trainer, pl_module, stage)
         if isinstance(self.logits, str) and self._handle is None:
             self._handle = submodule(pl_module, self.logits, argument="logits").register_forward_hook(
@@ -307,7 +299,7 @@ class GroupMonitor(StepWatcher):
         )
 
     def _capture(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not module.training and self.engine is not None and self.engine.in_step:
+        if self._in_step(module):
             self._captured, self._captured_inputs = output, [x for x in args if isinstance(x, Tensor)]
             self._captures += 1
 
@@ -342,46 +334,15 @@ class GroupMonitor(StepWatcher):
                 stacklevel=2,
             )
 
-    def _start(self, trainer: Any, pl_module: Any, loaders: Any) -> None:
-        count = len(loaders) if isinstance(loaders, Sequence) else 1
-        self._metrics = [[metric.to(pl_module.device) for metric in self._make()] for _ in range(count)]
+    def _start(self, trainer: Any, pl_module: Any, loaders: list[Any]) -> None:
+        self._metrics = [[metric.to(pl_module.device) for metric in self._make()] for _ in loaders]
         self._exclusive = None
 
-    def _end(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if trainer.sanity_checking:
-            return
+    def _values(self, trainer: Any, pl_module: Any, stage: str) -> list[dict[str, Tensor]]:
         if trainer.is_global_zero:
             self._warn_of_exclusive_classes()
-        prefix = f"{stage}/{self.name}/" if self.name else f"{stage}/"
-        for i, metrics in enumerate(self._metrics):
-            suffix = f"/dataloader_idx_{i}" if len(self._metrics) > 1 else ""
-            values: dict[str, Tensor] = {}
-            for key, value in (item for metric in metrics for item in metric.compute().items()):
-                if value.ndim == 0:
-                    values[f"{prefix}{key}{suffix}"] = value
-                elif self.total <= MAX_LOGGED_GROUPS:
-                    parts = zip(self.group_names, value.unbind(), strict=True)
-                    values |= {f"{prefix}{key}/{name}{suffix}": part for name, part in parts}
-            # Every rank holds the global value already: the maximum over ranks leaves it as it is, to the last bit, and
-            # spares the user Lightning's advice to synchronise.
-            options = {"reduce_fx": "max", "sync_dist": trainer.world_size > 1, "add_dataloader_idx": False}
-            pl_module.log_dict({k: v.float() for k, v in values.items()}, **options)
-
-    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Fresh metrics."""
-        self._start(trainer, pl_module, trainer.val_dataloaders)
-
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log under ``val/``."""
-        self._end(trainer, pl_module, "val")
-
-    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Fresh metrics."""
-        self._start(trainer, pl_module, trainer.test_dataloaders)
-
-    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log under ``test/``."""
-        self._end(trainer, pl_module, "test")
+        computed = [{k: v for metric in metrics for k, v in metric.compute().items()} for metrics in self._metrics]
+        return [by_group(values, self.group_names) for values in computed]
 
 
 def _logits_of(output: Any) -> Any:

@@ -6,6 +6,7 @@ threshold with the best mean F1 in validation is kept, saved with the checkpoint
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -13,17 +14,19 @@ from torch import Tensor
 
 from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, RowsError
 from debias.metrics import MultilabelF1, worst_group
+from debias.monitors._epoch import EpochMonitor, by_group
 from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
 from debias.step.engine import select_calls
+from debias.step.grouped import check_keys, plain_n_groups
 from debias.step.tap import LossCall
-from debias.step.watcher import MAX_LOGGED_GROUPS, StepWatcher
+from debias.step.watcher import check_loss
 
 __all__ = ["MultilabelF1", "MultilabelF1Monitor"]
 
 
-class MultilabelF1Monitor(StepWatcher):
+class MultilabelF1Monitor(EpochMonitor):
     """Log the F1 of every label, the mean, and the worst group, at the threshold that is best in validation.
 
     Logged at the end of every validation and test epoch, ready for ``ModelCheckpoint(monitor="val/f1", mode="max")``::
@@ -41,49 +44,60 @@ class MultilabelF1Monitor(StepWatcher):
     Args:
         label_names: one name per label.
         target: where the targets are in the batch: of the loss, missing ones may have been filled in.
-        group: where group or identity ids are, or None.
-        n_groups: number of groups.
+        group: where group or identity ids are: a key, or a tuple of them whose ids are crossed; or None.
+        n_groups: number of groups, one per key.
         group_names: one name per group.
         thresholds: number of thresholds tried; published: 99.
-        loss: which of several losses is meant, by its position.
+        loss: which of several losses is meant: its position, or a callable of :class:`LossCall`.
+        name: prefix of several monitors' logged names, e.g. ``"person"`` gives ``val/person/f1``.
         allow_untested_strategy: run under a strategy other than single-device and DDP.
 
     Raises:
         LossNotFoundError: the evaluation step computes no binary cross-entropy.
     """
 
-    monitors: ClassVar[bool] = True
     stateful: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("logits",)
     reference: ClassVar[str] = "F1 by unit and mean, as on BP4D and DISFA, the threshold chosen in validation"
+    _value_names = ("f1", "threshold")
 
     def __init__(
         self,
         label_names: list[str],
         *,
         target: BatchKey = 1,
-        group: BatchKey | None = None,
-        n_groups: int = 1,
+        group: tuple[BatchKey, ...] | BatchKey | None = None,
+        n_groups: int | tuple[int, ...] = 1,
         group_names: list[str] | None = None,
         thresholds: int = 99,
-        loss: int | None = None,
+        loss: int | Callable[[LossCall], bool] | None = None,
+        name: str | None = None,
         allow_untested_strategy: bool = False,
     ) -> None:
-        name = None if group is None else key_name(group)
         super().__init__(name=name, allow_untested_strategy=allow_untested_strategy)
         if not label_names or len(set(label_names)) != len(label_names):
             raise DebiasError(f"Expected `label_names` to be different names, one per label, but got {label_names!r}.")
+        check_loss(loss)
+        if group is not None:
+            check_keys(group, n_groups)
         if isinstance(thresholds, bool) or not isinstance(thresholds, int) or thresholds < 1:
             raise DebiasError(f"Expected `thresholds` to be a positive integer, but got {thresholds!r}.")
         self.label_names = [str(name) for name in label_names]
         self.target = target
         self.group = group
-        self.n_groups = check_n_groups(n_groups)
+        self.n_groups = plain_n_groups(n_groups)
+        self.total = check_n_groups(n_groups)
         self.group_names = name_groups(n_groups, group_names)
         self.thresholds = thresholds
         self.loss = loss
         self.chosen: int | None = None
         self._metric: Any = None
+
+    @property
+    def state_key(self) -> str:
+        """Class, and name or key: several monitors of one run are told apart."""
+        which = self.name or (None if self.group is None else key_name(self.group))
+        return f"{type(self).__qualname__}({which})" if which else type(self).__qualname__
 
     def begin(self, step: Step) -> None:
         """Read the ids, or the target, which has as many rows."""
@@ -125,42 +139,20 @@ class MultilabelF1Monitor(StepWatcher):
         """Take the threshold of a checkpoint."""
         self.chosen = state_dict["chosen"]
 
-    def _start(self, pl_module: Any) -> None:
-        self._metric = MultilabelF1(len(self.label_names), self.n_groups, self.thresholds).to(pl_module.device)
+    def _start(self, trainer: Any, pl_module: Any, loaders: list[Any]) -> None:
+        self._metric = MultilabelF1(len(self.label_names), self.total, self.thresholds).to(pl_module.device)
 
-    def _end(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if trainer.sanity_checking:
-            return
-        table = self._metric.compute()  # (G + 1, T, A), of all ranks
+    def _values(self, trainer: Any, pl_module: Any, stage: str) -> list[dict[str, Tensor]]:
+        table = self._metric.compute()  # (G + 1, T, A), of all ranks and loaders
         self._metric = None
         if stage == "val":
             by_threshold = table[-1].nanmean(1).nan_to_num(-1)
             best = int(by_threshold.argmax())
             self.chosen = best if by_threshold[best] >= 0 else self.chosen
         place = (self.thresholds - 1) // 2 if self.chosen is None else self.chosen
-        by_label, by_group = table[-1, place], table[:-1, place].nanmean(1)
+        by_label, f1_by_group = table[-1, place], table[:-1, place].nanmean(1)
         values = {"f1": by_label.nanmean(), "threshold": torch.tensor((place + 1) / (self.thresholds + 1))}
         values |= {f"f1_by_label/{k}": v for k, v in zip(self.label_names, by_label.unbind(), strict=True)}
         if self.group is not None:
-            values["worst_group_f1"] = worst_group(by_group)
-            if self.n_groups <= MAX_LOGGED_GROUPS:
-                values |= {f"f1_by_group/{k}": v for k, v in zip(self.group_names, by_group.unbind(), strict=True)}
-        # Equal on every rank already; the maximum leaves them as they are and spares Lightning's advice.
-        options = {"reduce_fx": "max", "sync_dist": trainer.world_size > 1, "add_dataloader_idx": False}
-        pl_module.log_dict({f"{stage}/{k}": v.float().to(pl_module.device) for k, v in values.items()}, **options)
-
-    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Count afresh."""
-        self._start(pl_module)
-
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Choose the threshold; log under ``val/``."""
-        self._end(trainer, pl_module, "val")
-
-    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Count afresh."""
-        self._start(pl_module)
-
-    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log under ``test/``."""
-        self._end(trainer, pl_module, "test")
+            values |= {"worst_group_f1": worst_group(f1_by_group), "f1_by_group": f1_by_group}
+        return [by_group(values, self.group_names)]

@@ -6,30 +6,30 @@ arXiv 2409.19774, sec. 3. The ten families of shifts and what differs from the a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from debias.errors import BatchKeyError, DebiasError, LossNotFoundError
+from debias.errors import BatchKeyError, LossNotFoundError
 from debias.metrics import GroupAccuracy
+from debias.monitors._epoch import EpochMonitor
 from debias.ops.shifts import UnitImages, crafted_shift, families_of, held_out_mean, sample_keys
 from debias.step.batch import BatchKey, describe, replace
 from debias.step.context import Step
 from debias.step.distributed import global_sum
 from debias.step.head import submodule
-from debias.step.indices import evaluation_order
+from debias.step.indices import evaluation_loaders, evaluation_order
 from debias.step.tap import LossCall
-from debias.step.watcher import StepWatcher
 
 __all__ = ["ShiftedValidation"]
 
 ORIGINAL = "original"
 
 
-class ShiftedValidation(StepWatcher):
+class ShiftedValidation(EpochMonitor):
     """Log the accuracy on crafted distribution shifts of the validation set, one for each family of shifts.
 
     Logged at the end of every validation epoch (``test_shift/...`` when testing), ready for
@@ -79,8 +79,8 @@ class ShiftedValidation(StepWatcher):
         10
     """
 
-    monitors: ClassVar[bool] = True
     reference: ClassVar[str] = "Efthymiadis et al., WACV 2025, arXiv 2409.19774"
+    _value_names = ("mean", ORIGINAL)
 
     def __init__(
         self,
@@ -112,12 +112,6 @@ class ShiftedValidation(StepWatcher):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Join the engine, unless there is no way to logits."""
-        others = [c for c in trainer.callbacks if isinstance(c, ShiftedValidation) and c is not self]
-        if any(other.name == self.name for other in others):
-            raise DebiasError(
-                "Expected a different `name` for each ShiftedValidation, but two would log under the same names. Pass"
-                " e.g. `name='first'`."
-            )
         if isinstance(self.logits, str):
             submodule(pl_module, self.logits, argument="logits")
         elif self.logits is None and type(pl_module).forward.__qualname__ == "LightningModule.forward":
@@ -127,6 +121,9 @@ class ShiftedValidation(StepWatcher):
                 " `logits=callable(module, batch)`."
             )
         super().setup(trainer, pl_module, stage)
+
+    def _prefix(self, stage: str) -> str:
+        return f"{stage}_shift/{self.name}/" if self.name else f"{stage}_shift/"
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Forget the run."""
@@ -175,7 +172,7 @@ class ShiftedValidation(StepWatcher):
         """Which samples of the dataset these are, int64 ``(N,)`` on the CPU."""
         if self.index is not None:
             return self._tensor(step, self.index, "index").reshape(-1).long().cpu()
-        order, loader = self._orders[step.dataloader_idx], self._loaders(step)[step.dataloader_idx]
+        order, loader = self._orders[step.dataloader_idx], evaluation_loaders(step.trainer)[step.dataloader_idx]
         if order is None:
             order = self._orders[step.dataloader_idx] = evaluation_order(loader)
         start = step.batch_idx * loader.batch_size
@@ -187,10 +184,6 @@ class ShiftedValidation(StepWatcher):
             )
         return found
 
-    def _loaders(self, step: Step) -> Sequence[Any]:
-        loaders = step.trainer.test_dataloaders if step.stage == "test" else step.trainer.val_dataloaders
-        return _listed(loaders)
-
     def _check_range(self, unit: Tensor, step: Step) -> None:
         count = self._unit.outside(unit)
         if step.trainer.world_size == 1 and count:
@@ -201,60 +194,35 @@ class ShiftedValidation(StepWatcher):
         total = bounds[:1] if self._outside is None else seen[:1] + bounds[:1]
         self._outside = torch.cat([total, torch.maximum(seen[1:], bounds[1:])])
 
-    def _start(self, trainer: Any, pl_module: Any, loaders: Any) -> None:
-        count = len(_listed(loaders))
+    def _start(self, trainer: Any, pl_module: Any, loaders: list[Any]) -> None:
         names = (ORIGINAL, *self.families)
         self._metrics = [
-            GroupAccuracy(len(names), group_names=names, threshold=self.threshold).to(pl_module.device)
-            for _ in range(count)
+            GroupAccuracy(len(names), group_names=names, threshold=self.threshold).to(pl_module.device) for _ in loaders
         ]
-        self._orders = [None] * count
+        self._orders = [None] * len(loaders)
         self._outside = None
 
     def _end(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if trainer.world_size > 1:
+        if trainer.world_size > 1:  # in the sanity check, too
             self._raise_together(pl_module)
-        if trainer.sanity_checking:
-            return
+        super()._end(trainer, pl_module, stage)
+
+    def _values(self, trainer: Any, pl_module: Any, stage: str) -> list[dict[str, Tensor]]:
         trained_on = [family for callback in trainer.callbacks for family in getattr(callback, "shift_families", ())]
-        prefix = f"{stage}_shift/{self.name}/" if self.name else f"{stage}_shift/"
-        for i, metric in enumerate(self._metrics):
+        tables = []
+        for metric in self._metrics:
             accuracies = dict(zip(metric.group_names, metric.compute()["accuracy_by_group"].unbind(), strict=True))
             families = {family: accuracies[family] for family in self.families}
             values = accuracies | {"mean": torch.stack([*families.values()]).mean()}
             if set(families) - set(trained_on):
                 values["held_out_mean"] = held_out_mean(families, trained_on)
-            suffix = f"/dataloader_idx_{i}" if len(self._metrics) > 1 else ""
-            # Every rank holds the global values already; see GroupMonitor.
-            options = {"reduce_fx": "max", "sync_dist": trainer.world_size > 1, "add_dataloader_idx": False}
-            pl_module.log_dict({f"{prefix}{key}{suffix}": v.float() for key, v in values.items()}, **options)
+            tables.append(values)
+        return tables
 
     def _raise_together(self, pl_module: Any) -> None:
         bounds = torch.zeros(3, device=pl_module.device) if self._outside is None else self._outside
         if count := int(global_sum(bounds[0].clone())):
             raise self._unit.error(count, torch.stack([-bounds[1], bounds[2]]), "all ranks to hold")
-
-    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Fresh counts."""
-        self._start(trainer, pl_module, trainer.val_dataloaders)
-
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log under ``val_shift/``."""
-        self._end(trainer, pl_module, "val")
-
-    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Fresh counts."""
-        self._start(trainer, pl_module, trainer.test_dataloaders)
-
-    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log under ``test_shift/``."""
-        self._end(trainer, pl_module, "test")
-
-
-def _listed(loaders: Any) -> Sequence[Any]:
-    if isinstance(loaders, Mapping):
-        return list(loaders.values())
-    return loaders if isinstance(loaders, Sequence) else [loaders]
 
 
 @contextmanager

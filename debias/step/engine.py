@@ -186,7 +186,7 @@ class StepEngine:
         return loader
 
     def _keep_forward_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._tap is not None and not self._tap.training:
+        if self.in_evaluation_step:
             self._forward_output, self.forward_inputs = output, [x for x in args if isinstance(x, Tensor)]
             self.forward_calls += 1
 
@@ -532,9 +532,9 @@ class StepEngine:
     # -- shared ------------------------------------------------------------------------------------
 
     @property
-    def in_step(self) -> bool:
-        """Whether a step of the user's is being watched right now; monitors may run the module when it has ended."""
-        return self._tap is not None
+    def in_evaluation_step(self) -> bool:
+        """Whether an evaluation step of the user's is running; monitors may run the module when it has ended."""
+        return self._tap is not None and not self._tap.training
 
     def watchers(self) -> list[Watcher]:
         """The watchers that are in the Trainer's list right now; a tuner may have taken them out."""

@@ -26,7 +26,7 @@ from debias.step.context import Step
 from debias.step.tap import LossCall
 from debias.step.watcher import MAX_LOGGED_GROUPS, Debiaser, default_name
 
-__all__ = ["GroupDebiaser", "can_count", "count_groups", "empty_groups", "plain_n_groups", "tag_counts"]
+__all__ = ["GroupDebiaser", "can_count", "check_keys", "count_groups", "empty_groups", "plain_n_groups", "tag_counts"]
 
 
 class GroupDebiaser(Debiaser):
@@ -53,13 +53,7 @@ class GroupDebiaser(Debiaser):
         self, group: tuple[BatchKey, ...] | BatchKey, n_groups: int | Sequence[int], *, name: str | None, **options: Any
     ) -> None:
         super().__init__(name=default_name(name, group, self.needs[0]), **options)
-        keys = len(group) if isinstance(group, tuple | list) else 1
-        sizes = len(n_groups) if isinstance(n_groups, tuple | list) else 1
-        if keys != sizes:
-            raise DebiasError(
-                f"Expected `n_{self.needs[0]}s` to hold one number for each key of `{self.needs[0]}={group!r}`, but got"
-                f" {n_groups!r}. Write e.g. `{self.needs[0]}=('target', 'place'), n_{self.needs[0]}s=(2, 2)`."
-            )
+        check_keys(group, n_groups, self.needs[0])
         self.group = group
         self.n_groups = plain_n_groups(n_groups)
         self._said_unlabelled = False
@@ -143,6 +137,21 @@ def plain_n_groups(n_groups: Any) -> Any:
     if isinstance(n_groups, tuple | list):
         return type(n_groups)(plain_n_groups(size) for size in n_groups)
     return int(n_groups) if isinstance(n_groups, Integral) and not isinstance(n_groups, bool) else n_groups
+
+
+def check_keys(key: Any, n_groups: Any, argument: str = "group") -> None:
+    """Refuse keys that are to be crossed without a number of groups for each of them.
+
+    Raises:
+        DebiasError: there are not as many numbers as keys.
+    """
+    keys = len(key) if isinstance(key, tuple | list) else 1
+    sizes = len(n_groups) if isinstance(n_groups, tuple | list) else 1
+    if keys != sizes:
+        raise DebiasError(
+            f"Expected `n_{argument}s` to hold one number for each key of `{argument}={key!r}`, but got {n_groups!r}."
+            f" Write e.g. `{argument}=('target', 'place'), n_{argument}s=(2, 2)`."
+        )
 
 
 def count_groups(trainer: Any, key: Any, n_groups: int | Sequence[int], *, argument: str = "group") -> Tensor:

@@ -1,4 +1,4 @@
-"""Which sample of its dataset each row of an evaluation batch is."""
+"""The loaders of an evaluation, and which sample of its dataset each row of a batch is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from torch.utils.data.distributed import DistributedSampler
 
 from debias.errors import BatchKeyError
 
-__all__ = ["evaluation_order"]
+__all__ = ["evaluation_loaders", "evaluation_order"]
+
+
+def evaluation_loaders(trainer: Any) -> list[Any]:
+    """The loaders of the validation or test that runs, in the order of ``dataloader_idx``.
+
+    ``trainer.val_dataloaders`` is what the user gave: a loader, or lists and dictionaries of them.
+    """
+    return list(trainer._evaluation_loop._combined_loader.flattened)
 
 
 def evaluation_order(loader: Any) -> Tensor:

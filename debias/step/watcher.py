@@ -18,6 +18,7 @@ from debias.errors import DebiasError
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
 from debias.step.engine import StepEngine, warn_padding
+from debias.step.indices import evaluation_loaders
 from debias.step.owned import OwnedModule
 from debias.step.random import StepRandom
 from debias.step.tap import LossCall
@@ -119,16 +120,16 @@ class StepWatcher(Callback):
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Say so if padding would count samples twice."""
-        self._check_padding(trainer, trainer.val_dataloaders)
+        self._check_padding(trainer)
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
         """Say so if padding would count samples twice."""
-        self._check_padding(trainer, trainer.test_dataloaders)
+        self._check_padding(trainer)
 
-    def _check_padding(self, trainer: Any, loaders: Any) -> None:
+    def _check_padding(self, trainer: Any) -> None:
         if self.engine is None or not self.monitors or trainer.world_size < 2:
             return
-        for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+        for loader in evaluation_loaders(trainer):
             warn_padding(loader, trainer.world_size)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -177,11 +178,8 @@ class Debiaser(StepWatcher):
         allow_untested_strategy: bool = False,
     ) -> None:
         super().__init__(name=name, allow_untested_strategy=allow_untested_strategy)
-        if not (loss is None or loss == "sum" or callable(loss) or (type(loss) is int and loss >= 0)):
-            raise DebiasError(
-                f"Expected `loss` to be None, 'sum', an index >= 0 or a callable, but got {loss!r}. Leave it out if the"
-                " step computes one loss."
-            )
+        if loss != "sum":
+            check_loss(loss, "None, 'sum', an index >= 0 or a callable")
         if not (rows is None or rows in ("tiled", "interleaved") or callable(rows)):
             raise DebiasError(f"Expected `rows` to be 'tiled', 'interleaved' or a callable, but got {rows!r}.")
         if losses not in (names := get_args(Losses)):
@@ -302,6 +300,18 @@ class Debiaser(StepWatcher):
                 ) from None
         for name, owned in self.owned.items():
             owned.load_state_dict(state_dict["owned"][name])
+
+
+def check_loss(loss: Any, rule: str = "None, an index >= 0 or a callable") -> None:
+    """Refuse a ``loss`` that cannot choose one of a step's losses.
+
+    Raises:
+        DebiasError: it is none of what the rule says.
+    """
+    if not (loss is None or callable(loss) or (type(loss) is int and loss >= 0)):
+        raise DebiasError(
+            f"Expected `loss` to be {rule}, but got {loss!r}. Leave it out if the step computes one loss."
+        )
 
 
 def default_name(name: str | None, key: tuple[BatchKey, ...] | BatchKey, argument: str) -> str:

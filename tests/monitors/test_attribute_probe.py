@@ -423,7 +423,7 @@ def test_what_is_found_while_validating(module, options, error, match):
         ({"every_n_epochs": 0}, "`every_n_epochs` to be a positive integer"),
         ({"fit_fraction": 1.0}, "`fit_fraction` to be above 0 and below 1"),
         ({"shrinkage": 2.0}, "`shrinkage` to be from 0 to 1"),
-        ({"loss": "sum"}, "`loss` to choose one loss"),
+        ({"loss": "sum"}, "`loss` to be None, an index >= 0 or a callable, but got 'sum'"),
         ({"attribute": len}, "`name` to be given"),
     ],
 )
@@ -433,5 +433,5 @@ def test_wrong_arguments(options, match):
 
 
 def test_two_probes_of_one_name():
-    with pytest.raises(DebiasError, match="two are called 'person'"):
+    with pytest.raises(DebiasError, match="would both log `val/person_probe/accuracy`"):
         validate([AttributeProbe("person", S), AttributeProbe("person", S, features="backbone")])

@@ -69,6 +69,11 @@ class Direct(Found):
         self.network(batch[0])
 
 
+class Several(Found):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self(batch[0])
+
+
 class KnownDirect(Direct, Known):
     pass
 
@@ -244,6 +249,79 @@ def test_predictions_stay_as_they_are_beside_it():
     alone = validate(Found(), [monitor()])
     beside = validate(Found(), callbacks)
     assert {k: beside[k] for k in alone} == pytest.approx(alone, nan_ok=True)
+
+
+class Shaky(Knowing):
+    """Loses its boxes where the only channel of a layer is dropped."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = torch.nn.Identity()
+
+    def forward(self, images):
+        kept = float(self.seen(torch.ones(1, 1)).clamp(max=1))
+        return [{**found, "boxes": found["boxes"] * kept} for found in super().forward(images)]
+
+
+class Unsteady(Found):
+    def __init__(self):
+        super().__init__()
+        self.network = Shaky()
+
+
+class UnsteadyDirect(Direct, Unsteady):
+    pass
+
+
+@pytest.mark.parametrize("model", [Unsteady, UnsteadyDirect])
+@pytest.mark.parametrize("order", [1, -1])
+def test_predictions_of_a_submodule_stay_as_they_are_beside_it(model, order):
+    def both():
+        options = {"score_threshold": 0.0, "predictions": "network"}
+        return [monitor(**options), BoxStability(["network.seen"], rate=0.9, **options)][::order]
+
+    first, second = both()
+    alone = validate(model(), [first]) | validate(model(), [second])
+    assert validate(model(), both()) == pytest.approx(alone, nan_ok=True)
+    assert alone["val/map"] > 0.3
+    assert alone["val/box_stability"] < 0.7
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_two_stabilities_are_those_of_each_alone(order):
+    def both():
+        first = BoxStability(["network.backbone.2"], rate=0.5, score_threshold=0.0, name="first")
+        return [first, BoxStability(["network.backbone.8"], rate=0.1, score_threshold=0.0, name="second")]
+
+    first, second = both()
+    alone = validate(Found(), [first]) | validate(Found(), [second])
+    assert validate(Found(), both()[::order]) == alone
+
+
+def test_stability_by_crossed_domains():
+    dataset = tag(Scenes(), site=DOMAINS, half=torch.arange(10) % 2, both=DOMAINS * 2 + torch.arange(10) % 2)
+    loader = DataLoader(dataset, 4, sampler=EvalSampler(dataset), collate_fn=pairs)
+    logged = []
+    for domain, n in ((("site", "half"), (3, 2)), ("both", 6)):
+        callback = BoxStability(["network.backbone.2"], score_threshold=0.0, domain=domain, n_domains=n)
+        logged += make_trainer([callback]).validate(Found(), loader, verbose=False)
+    crossed, plain = logged
+    prefix = "val/box_stability_by_domain/"
+    found = [crossed[f"{prefix}{i}_{j}"] for i in range(3) for j in range(2)]
+    assert found == pytest.approx([plain[f"{prefix}{i}"] for i in range(6)], abs=0, nan_ok=True)
+    assert sum(value == value for value in found) > 3
+
+
+def test_several_loaders_in_a_dictionary():
+    def both(loaders):
+        callbacks = [monitor(), BoxStability(["network.backbone.2"], score_threshold=0.0)]
+        trainer = make_trainer(callbacks)
+        trainer.validate(Several(), loaders, verbose=False)
+        return {k: float(v) for k, v in trainer.callback_metrics.items()}
+
+    logged = both({"a": data(), "b": data()})
+    assert logged == pytest.approx(both([data(), data()]), abs=0, nan_ok=True)
+    assert {"val/map/dataloader_idx_1", "val/box_stability/dataloader_idx_1"} <= set(logged)
 
 
 def test_wrong_arguments_of_box_stability():

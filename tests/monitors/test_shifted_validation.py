@@ -227,7 +227,7 @@ def test_names_stages_and_loaders():
         for seed, prefix in ((0, "test_shift/"), (7, "test_shift/other/")):
             expected = by_hand(module, n, FAST, seed=seed)
             assert {f: logged[f"{prefix}{f}/dataloader_idx_{i}"] for f in expected} == pytest.approx(expected)
-    with pytest.raises(DebiasError, match="different `name` for each ShiftedValidation"):
+    with pytest.raises(DebiasError, match="would both log `val_shift/mean`"):
         validate(Net(), ShiftedValidation(), callbacks=[ShiftedValidation()])
 
 

@@ -876,7 +876,7 @@ def test_two_monitors_that_would_log_the_same_names():
     def validation_step(self, batch, batch_idx):
         F.cross_entropy(self.net(batch[0]), batch[1])
 
-    with pytest.raises(DebiasError, match="different `name` for each GroupMonitor"):
+    with pytest.raises(DebiasError, match="would both log `val/accuracy`"):
         watch(validation_step, GroupMonitor("place", 2), GroupMonitor(1, C))
     _, logged = watch(validation_step, GroupMonitor("place", 2), GroupMonitor(1, C, name="label"))
     assert {"val/accuracy", "val/label/accuracy"} <= set(logged)
