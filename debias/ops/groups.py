@@ -163,6 +163,7 @@ def _tables(
         ones, limits = _constants(num.shape[0], n_groups, num.device)
         if groups.dtype == torch.bool:
             place = F.pad(groups, (1, 2))
+            place[:, 0] = ~groups.any(1)
         else:
             place = torch.bucketize(groups.long().contiguous(), limits, right=True)
         if look_for_bad:

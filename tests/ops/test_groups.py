@@ -119,6 +119,28 @@ def test_rows_with_a_bad_loss_are_left_out_and_counted(value, membership):
     assert grad.tolist() == pytest.approx([0] * 3 + [1 / dens[k] if k >= 0 else 0 for k in groups.tolist()[3:]])
 
 
+@pytest.mark.parametrize("membership", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_bad_loss_of_no_group_is_seen_alone(value, membership):
+    """Its NaN would reach the gradients all the same."""
+    num = torch.tensor([1.0, 2.0, value], requires_grad=True)
+    ids = torch.tensor([0, 2, -1])
+    groups = ids.unsqueeze(1) == torch.arange(G) if membership else ids
+    (sums,), counts = group_losses([(num, torch.ones(3), groups)], G)
+    assert [float(x) for x in counts] == [0, 1, 0, 1, 0, 1]
+    (grad,) = torch.autograd.grad(sums.weighted(torch.ones(G)), num)
+    assert grad.tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize("membership", [False, True])
+def test_only_unlabelled(membership):
+    criterion = GroupDROLoss(G)
+    for ids, expected in (([-1, -1], True), ([-1, 1], False), ([], False), ([-1], True)):
+        ids = torch.tensor(ids, dtype=torch.long)
+        criterion(torch.ones(len(ids)), ids.unsqueeze(1) == torch.arange(G) if membership else ids)
+        assert criterion.only_unlabelled() is expected
+
+
 def test_ids_out_of_range_are_left_out_and_counted():
     num, den, groups = example()
     groups[:4] = torch.tensor([G, G + 1, G + 2, 10**12])
