@@ -137,7 +137,7 @@ class FishrPenalty(LossPenaltyModule):
     ) -> Tensor:
         """The weighted penalty of one batch; ``step`` is the number of optimiser steps taken so far."""
         members = make_members(domains, self.n_domains, len(logits))
-        self.count_rows(domains, logits)
+        self.count_losses(domains, logits, targets)
 
         def penalty(logits: Tensor, features: Tensor) -> Tensor:
             loss = self.head_loss(logits, targets)

@@ -146,9 +146,7 @@ class IRMPenalty(LossPenaltyModule):
     def forward(self, logits: Tensor, targets: Tensor, domains: Tensor, *, step: int | None = None) -> Tensor:
         """The weighted penalty of one batch; ``step`` is the number of optimiser steps taken so far."""
         members = make_members(domains, self.n_domains, len(logits))
-        # Rows are bad by their loss: a class that is masked has a logit of -inf.
-        losses = in_full_precision(lambda z: (loss := self.head_loss(z, targets)).num(loss.logits))
-        self.count_rows(domains, losses(logits.detach()))
+        self.count_losses(domains, logits, targets)
         return self.weighted(
             step, lambda z: scale_derivative_penalty(self.head_loss(z, targets), members, self.form), logits
         )

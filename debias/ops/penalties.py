@@ -179,6 +179,17 @@ class LossPenaltyModule(DomainPenaltyModule):
         options |= {"weight": weight, "pos_weight": self.loss_pos_weight}
         return make_head_loss(self.loss, logits, targets, **{name: options[name] for name in LOSS_OPTIONS[self.loss]})
 
+    def count_losses(self, domains: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Count rows as :meth:`count_rows` does; bad are those with a loss or a logit that is not finite, but for
+        logits of -inf where a class is masked.
+        """
+
+        def rows(logits: Tensor) -> Tensor:
+            loss = self.head_loss(logits, targets)
+            return loss.num(loss.logits) + torch.where(loss.logits == -torch.inf, 0, loss.logits).sum(1)
+
+        self.count_rows(domains, in_full_precision(rows)(logits.detach()))
+
 
 def _weights(name: str, value: Any, *, classes: bool) -> Tensor:
     """Weights as a buffer: in double precision, as all of a module's."""

@@ -15,18 +15,30 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.cli import LightningCLI
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from _support import head_oracle as oracle
 from _support import runs
-from _support.fits import Classifier, deviation, loader, make_trainer, parameters, places, same, train, val_loader
+from _support.fits import (
+    Classifier,
+    deviation,
+    loader,
+    make_trainer,
+    parameters,
+    places,
+    problem,
+    same,
+    train,
+    val_loader,
+)
 from _support.flat import EdgeView
 from debias import (
     CORAL,
     IRM,
     MMD,
     CORALPenalty,
+    Debiaser,
     Fishr,
     FishrMixin,
     FishrPenalty,
@@ -108,6 +120,112 @@ def test_irm_with_classes_that_are_masked(form: str) -> None:
     assert torch.equal(module(loss.logits, targets, domains), mine)
     with pytest.raises(BadRowsError, match="finite"):  # the class of the target is masked
         module(loss.logits, torch.full_like(targets, 3), domains)
+
+
+CLASSES_ARE_MASKED = [
+    (IRM, {"form": "squared"}),
+    (Fishr, {}),
+    *((HessianAlignment, {"statistic": statistic}) for statistic in ("hgp", "diagonal", "frobenius")),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), CLASSES_ARE_MASKED)
+def test_modules_with_classes_that_are_masked(method: type[Debiaser], options: dict[str, Any]) -> None:
+    """As if the sample had no such class; what has no loss is refused."""
+    module_of = {IRM: IRMPenalty, Fishr: FishrPenalty, HessianAlignment: HessianAlignmentPenalty}[method]
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(8, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets, domains = torch.arange(8) % 3, torch.arange(8) // 4
+    mask = torch.zeros(8, 4, dtype=torch.bool)
+    mask[::2, 3] = True
+
+    def penalty(low: float, targets: Tensor = targets, logits: Tensor | None = None) -> Tensor:
+        logits = (features @ weight.T).masked_fill(mask, low) if logits is None else logits
+        module = module_of(2, penalty_weight=1.0, **options)
+        return module(logits, targets, domains) if method is IRM else module(features, logits, targets, domains)
+
+    mine, theirs = penalty(-torch.inf), penalty(-1000.0)
+    assert oracle.distance([mine], [theirs]) < EXACT
+    leaves = [features, weight]
+    assert oracle.distance(oracle.gradients(mine, leaves), oracle.gradients(theirs, leaves)) < EXACT
+    with pytest.raises(BadRowsError, match="finite losses, but 4 rows"):  # the class of the target is masked
+        penalty(-torch.inf, torch.full_like(targets, 3))
+    for value in (torch.nan, torch.inf):  # also where the loss ignores the row: its gradient would be NaN
+        logits = (features @ weight.T).index_fill(0, torch.tensor([1]), value)
+        with pytest.raises(BadRowsError, match="finite losses, but 1 rows"):
+            penalty(0.0, targets.index_fill(0, torch.tensor([1]), -100), logits)
+
+
+class Masked(Classifier):
+    """Class 2 is masked behind the head, in every other row, by logits that are low or -inf."""
+
+    def __init__(self, low: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(6, 3).double()
+        self.low = low
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.arange(len(x)).unsqueeze(1) % 2 == 0
+        return self.head(self.backbone(x)).masked_fill(rows & torch.tensor([False, False, True]), self.low)
+
+
+@pytest.mark.parametrize(("method", "options"), CLASSES_ARE_MASKED)
+def test_callbacks_with_classes_that_are_masked_behind_the_head(
+    method: type[Debiaser], options: dict[str, Any]
+) -> None:
+    head = {} if method is IRM else {"head": "head"}
+    model = Masked(-torch.inf)
+    reference = copy.deepcopy(model)
+    train(model, [method("place", 3, penalty_weight=2.0, **options, **head)], limit_train_batches=1)
+
+    x, y = (part[:16] for part in problem(39).tensors)
+    features = reference.backbone(x)
+    place = loader().dataset.tags["place"][:16]
+    reference.low = -1000.0
+    logits = reference(x)
+    module_of = {IRM: IRMPenalty, Fishr: FishrPenalty, HessianAlignment: HessianAlignmentPenalty}[method]
+    module = module_of(3, penalty_weight=2.0, **options)
+    penalty = module(logits, y, place) if method is IRM else module(features, logits, y, place)
+    loss = F.cross_entropy(logits, y) + penalty
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        (gradient,) = torch.autograd.grad(loss, q, retain_graph=True)
+        torch.testing.assert_close(p, q - 0.1 * gradient, rtol=1e-10, atol=1e-12)
+
+
+class MaskedHead(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).masked_fill(torch.tensor([False, False, True]), -torch.inf)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.1])
+def test_a_mask_inside_of_a_head_that_is_differentiated(temperature: float) -> None:
+    """It is as if there were no such class; what else stands behind the head is still seen."""
+
+    class Tempered(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.backbone(x)) / temperature
+
+    plain, masked = Classifier(), Tempered()
+    masked.head = MaskedHead(6, 3).double()
+    with torch.no_grad():
+        masked.head.weight[:2], masked.head.bias[:2] = plain.head.weight, plain.head.bias
+    options = {"head": "head", "derivatives": "autograd", "reduction": "sum"}
+    if temperature != 1:
+        with pytest.raises(HeadNotFoundError, match=r"differ by .*% of the largest"):
+            train(masked, [Fishr("place", 3, **options)])
+        return
+    for model in (plain, masked):
+        train(model, [Fishr("place", 3, **options)])
+    state = parameters(masked)
+    ours = {k: v[:2] if k.startswith("head") else v for k, v in state.items()}
+    assert deviation(parameters(plain), ours) < EXACT
+
+
+def test_masks_behind_a_head_that_is_differentiated_are_refused() -> None:
+    with pytest.raises(HeadNotFoundError, match="differ by inf%"):
+        train(Masked(-torch.inf), [Fishr("place", 3, head="head", derivatives="autograd")])
 
 
 def test_irm_does_not_wait_for_the_device() -> None:
