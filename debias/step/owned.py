@@ -7,7 +7,7 @@ numbers; its gradients are averaged over ranks by hand; it steps when the user's
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -48,21 +48,58 @@ class OwnedModule:
         self.module: nn.Module | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self._stash: dict[str, Any] | None = None
+        self._width: int | None = None
+        self._placed: tuple[torch.device, torch.dtype] | None = None
+        self._new_fit = False
+
+    def new_fit(self) -> None:
+        """The next :meth:`create` begins a fit: the network goes on, with a fresh optimiser, as the user's is."""
+        self._new_fit = True
 
     def create(self, width: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The network, made at the first call; a state loaded earlier is applied now."""
+        """The network, made at the first call and the same on all ranks; a state loaded before is applied now.
+
+        Later calls return the same network; on another device or in another dtype it and its optimiser's state move.
+
+        Raises:
+            DebiasError: it was made for another width, or a loaded state is that of another network.
+        """
         if self.module is None:
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(self.seed)
                 module = self.build(width)
-            # Device and dtype before the optimiser's state: a later cast would round restored momentum.
-            self.module = module.to(device=device, dtype=dtype)
-            make = self.optimizer_factory or _sgd
-            self.optimizer = make(self.module.parameters(), lr=1.0 if self.lr is None else self.lr)
-            if self._stash is not None:
-                self._apply(self._stash)
-                self._stash = None
-        return self.module
+            self._start(module, device, dtype, self._stash or {})
+            self._width, self._stash = width, None
+        elif width != self._width:
+            raise DebiasError(
+                f"Expected features of width {self._width}, which the network of an earlier step or fit was made for,"
+                f" but got {width}. Make a new instance of the method for another model."
+            )
+        elif self._new_fit:
+            self._start(self.module, device, dtype, {})
+        elif self._placed != (device, dtype):
+            self._start(self.module, device, dtype, self._optimizer_state())
+        return self.module  # type: ignore[return-value]
+
+    def _start(self, module: nn.Module, device: torch.device, dtype: torch.dtype, state: dict[str, Any]) -> None:
+        # Device and dtype before the optimiser's state: a later cast would round restored momentum.
+        module = module.to(device=device, dtype=dtype)
+        if "module" in state:
+            try:
+                module.load_state_dict(state["module"])
+            except RuntimeError as error:
+                raise DebiasError(
+                    f"Expected the saved network to fit the one of this run, but got: {error}. Resume with the"
+                    " arguments the checkpoint was made with."
+                ) from None
+        if is_distributed():
+            _share(module)
+        make = self.optimizer_factory or _sgd
+        optimizer = make(module.parameters(), lr=1.0 if self.lr is None else self.lr)
+        if state.get("kind") == type(optimizer).__name__:  # what another has kept, it could not go on with
+            optimizer.load_state_dict(state["optimizer"])
+        self.module, self.optimizer = module, optimizer
+        self._placed, self._new_fit = (device, dtype), False
 
     def local_loss(self, per_sample: Tensor, counts: Tensor, global_count: Tensor) -> Tensor:
         """This rank's share of the mean over the global batch, so that averaged gradients are exact.
@@ -79,6 +116,8 @@ class OwnedModule:
         if self.module is None or self.optimizer is None:
             return
         parameters = [p for p in self.module.parameters() if p.requires_grad]
+        if not is_distributed() and not (_any_gradient(parameters) or _any_gradient(_parameters(user_optimizer))):
+            return  # there was no loss: momentum and weight decay must not move one network alone
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
@@ -95,10 +134,10 @@ class OwnedModule:
                 group["lr"] = current * self.lr_ratio
         if scaler is None:
             self.optimizer.step()
-        else:
+        elif users := _found_inf(user_optimizer, scaler):
             scaler.unscale_(self.optimizer)
             # One backward pass, one decision: where the user's step is skipped, this one is too.
-            ours, users = (scaler._found_inf_per_device(o) for o in (self.optimizer, user_optimizer))
+            ours = scaler._found_inf_per_device(self.optimizer)
             for device, found in users.items():
                 ours[device] = ours[device] + found if device in ours else found
             scaler.step(self.optimizer)
@@ -108,27 +147,43 @@ class OwnedModule:
         """Weights and optimiser state; empty before creation."""
         if self.module is None or self.optimizer is None:
             return dict(self._stash or {})
-        return {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {"module": self.module.state_dict(), **self._optimizer_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Apply a state, or keep it until creation; an empty one (saved before creation) resets everything."""
-        if not state:
-            self.module, self.optimizer, self._stash = None, None, None
-        elif self.module is None:
-            self._stash = state
-        else:
-            self._apply(state)
+        """Keep a state for the next :meth:`create`, which makes the network anew; an empty one (saved before creation)
+        resets everything. The state of an optimiser of another class is left out.
+        """
+        self.module, self.optimizer, self._stash = None, None, dict(state) or None
 
-    def _apply(self, state: dict[str, Any]) -> None:
-        try:
-            self.module.load_state_dict(state["module"])  # type: ignore[union-attr]
-        except RuntimeError as error:
-            raise DebiasError(
-                f"Expected the saved network to fit the one of this run, but got: {error}. Resume with the arguments"
-                " the checkpoint was made with."
-            ) from None
-        self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[union-attr]
-        self.optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
+    def _optimizer_state(self) -> dict[str, Any]:
+        optimizer: Any = self.optimizer
+        return {"optimizer": optimizer.state_dict(), "kind": type(optimizer).__name__}
+
+
+@torch.no_grad()
+def _share(module: nn.Module) -> None:
+    """Give all ranks the network of the first: one of the user's own was made on each of them."""
+    for x in (*module.parameters(), *module.buffers()):
+        value = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.broadcast(value, 0)
+        x.copy_(value)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    return (p for group in optimizer.param_groups for p in group["params"])
+
+
+def _any_gradient(parameters: Iterable[Tensor]) -> bool:
+    return any(p.grad is not None for p in parameters)
+
+
+def _found_inf(user_optimizer: torch.optim.Optimizer, scaler: Any) -> dict[torch.device, Tensor]:
+    """Whether the user's gradients are finite, by device; empty where their optimiser will not step."""
+    found = scaler._found_inf_per_device(user_optimizer)
+    # A fused optimiser unscales in its own step, so that nobody has looked yet.
+    if not found and getattr(user_optimizer, "_step_supports_amp_scaling", False):
+        found = scaler._check_inf_per_device(user_optimizer)
+    return found
 
 
 def _sgd(parameters: Any, lr: float) -> torch.optim.Optimizer:

@@ -263,6 +263,9 @@ class Debiaser(StepWatcher):
         super().setup(trainer, pl_module, stage)
         if self.module is not None:
             self.module.to(trainer.strategy.root_device)
+        if stage == "fit":
+            for owned in self.owned.values():
+                owned.new_fit()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse optimisers the method cannot work with, now that they exist."""

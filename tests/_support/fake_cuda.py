@@ -126,9 +126,11 @@ class OnFakeCuda:
         optimizers = list(trainer.optimizers)
         for callback in trainer.callbacks:
             modules += [value for value in _held(list(vars(callback).values())) if isinstance(value, nn.Module)]
-            owned = getattr(callback, "owned", {}).values()
-            modules += [one.module for one in owned if one.module is not None]
-            optimizers += [one.optimizer for one in owned if one.optimizer is not None]
+            for one in getattr(callback, "owned", {}).values():
+                if one.module is not None:
+                    modules.append(one.module)
+                    optimizers.append(one.optimizer)
+                    one._placed = CUDA, one._placed[1]
         replaced: dict[Tensor, Any] = {}
         for module in (inner for outer in modules for inner in outer.modules()):
             for name, value in list(module._parameters.items()):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
+from torch.utils.data import DataLoader
 
 from _support.doubles import Adversary
-from _support.fits import Classifier, parameters, same, train
+from _support.fits import Classifier, make_trainer, parameters, problem, same, tagged, train
+from debias import AdvStyle, IdentityAdversarial
 from debias.errors import DebiasError
 from debias.step.owned import OwnedModule
 
@@ -102,6 +106,95 @@ def test_another_network_is_refused():
         wide.create(2, CPU, torch.float32)
 
 
+def test_features_of_another_width_are_refused():
+    one = owned()
+    one.create(2, CPU, torch.float32)
+    with pytest.raises(DebiasError, match=r"width 2, which .* was made for, but got 3\. Make a new instance"):
+        one.create(3, CPU, torch.float32)
+    one.load_state_dict({})
+    assert one.create(3, CPU, torch.float32)[0].in_features == 3
+
+
+def test_on_another_device_or_in_another_dtype_network_and_state_move():
+    one, plain = owned(), owned()
+    stepped(one, 2)
+    stepped(plain, 2)
+    one.create(2, CPU, torch.float64)
+    assert {p.dtype for p in one.module.parameters()} == {torch.float64}
+    assert {x["momentum_buffer"].dtype for x in one.optimizer.state.values()} == {torch.float64}
+    one.create(2, CPU, torch.float32)
+    assert same(stepped(one, 1).state_dict(), stepped(plain, 1).state_dict())
+    assert same(one.state_dict(), plain.state_dict())
+    one.create(2, torch.device("meta"), torch.float32)
+    devices = {p.device.type for p in one.module.parameters()}
+    assert devices | {x["momentum_buffer"].device.type for x in one.optimizer.state.values()} == {"meta"}
+    assert [id(p) for p in one.module.parameters()] == [id(p) for p in one.optimizer.param_groups[0]["params"]]
+
+
+def test_a_new_fit_has_the_same_network_and_a_fresh_optimiser():
+    made = [torch.optim.SGD, torch.optim.AdamW]
+    one = owned(optimizer=lambda parameters, lr: made.pop(0)(parameters, lr=lr))
+    network = stepped(one, 2)
+    before = parameters(network)
+    one.new_fit()
+    assert one.create(2, CPU, torch.float32) is network
+    assert same(parameters(network), before)
+    assert type(one.optimizer) is torch.optim.AdamW
+    assert not one.optimizer.state
+    one.create(2, CPU, torch.float32)  # but once a fit
+    assert made == []
+
+
+@pytest.mark.parametrize("order", ["loaded, fit begun", "fit begun, loaded", "fitted, loaded, fit begun", "all"])
+def test_a_loaded_state_goes_on_in_a_new_fit(order):
+    whole = owned()
+    stepped(whole, 2)
+    state = copy.deepcopy(whole.state_dict())
+    stepped(whole, 1)
+    one = owned(seed=9)
+    if order.startswith("fitted") or order == "all":
+        stepped(one, 5)
+    if order in ("fit begun, loaded", "all"):
+        one.new_fit()
+        one.load_state_dict(state)
+    else:
+        one.load_state_dict(state)
+        one.new_fit()
+    stepped(one, 1)
+    assert same(one.state_dict(), whole.state_dict())
+
+
+def test_the_state_of_another_optimiser_is_left_out_and_the_network_goes_on():
+    whole, one = owned(), owned(optimizer=torch.optim.AdamW)
+    before = parameters(stepped(whole, 2))
+    one.load_state_dict(whole.state_dict())
+    assert same(parameters(one.create(2, CPU, torch.float32)), before)
+    assert not one.optimizer.state
+    stepped(one, 1)
+
+
+def made_by_rank(rank):
+    torch.manual_seed(rank)
+    network = nn.Sequential(nn.Conv2d(3, 2, 3).to(memory_format=torch.channels_last), nn.BatchNorm2d(2))
+    network[1].running_mean.normal_()
+    one = OwnedModule(lambda width: network)
+    own = parameters(network)
+    one.create(3, CPU, torch.float64)
+    return (
+        own,
+        parameters(one.module),
+        sum(p is q for p, q in zip(network.parameters(), one.module.parameters(), strict=True)),
+    )
+
+
+def test_a_network_of_the_users_own_is_that_of_the_first_rank(ranks):
+    (own, first, kept), (other, second, _) = ranks.run(made_by_rank)
+    assert not same(own, other)
+    assert same(first, second)
+    assert same({k: v.double() if v.is_floating_point() else v for k, v in own.items()}, first)
+    assert kept == 4
+
+
 @pytest.mark.parametrize("bad", [False, True])
 def test_grad_scaler_unscales_and_skips(bad):
     """As for the user's own optimiser: gradients are divided by the scale, an infinite one skips the step."""
@@ -109,7 +202,9 @@ def test_grad_scaler_unscales_and_skips(bad):
     network, reference = one.create(2, CPU, torch.float32), plain.create(2, CPU, torch.float32)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     user = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    user.param_groups[0]["params"][0].grad = torch.ones(1)
     scaler.scale(torch.zeros(1))  # the scaler's own lazy start
+    scaler.unscale_(user)  # as Lightning does
     for p, q in zip(network.parameters(), reference.parameters(), strict=True):
         p.grad, q.grad = torch.full_like(p, 8.0), torch.full_like(q, 1.0)
     if bad:
@@ -121,7 +216,99 @@ def test_grad_scaler_unscales_and_skips(bad):
     assert all(p.grad is None for p in network.parameters())
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("bad", [False, True])
+def test_where_the_users_step_is_skipped_this_one_is_too(bad, fused):
+    """A fused optimiser looks for infinite gradients in its own step, which comes later."""
+    one = owned(optimizer=torch.optim.SGD)
+    network = one.create(2, CPU, torch.float32)
+    users = nn.Linear(2, 1)
+    user = torch.optim.AdamW(users.parameters(), lr=0.5, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.zeros(1))
+    for p in (*network.parameters(), *users.parameters()):
+        p.grad = torch.full_like(p, 8.0)
+    if bad:
+        users.weight.grad[0, 1] = torch.inf
+    if not fused:
+        scaler.unscale_(user)
+    before, users_before = parameters(network), parameters(users)
+    one.step(user, scaler)
+    if fused:
+        assert bad or users.weight.grad.unique().tolist() == [8.0]  # looked at, not unscaled
+    scaler.step(user)
+    scaler.update()
+    assert same(users_before, parameters(users)) == same(before, parameters(network)) == bad
+    assert scaler.get_scale() == (4.0 if bad else 8.0)
+
+
 # -------------------------------------------------------------------------------------------------- in a Trainer
+
+
+class Silent(Classifier):
+    """Returns no loss from the second batch on."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss if batch_idx == 0 else None
+
+
+class Kept(L.Callback):
+    """Where everything that is trained is after each batch."""
+
+    def __init__(self, method):
+        self.method = method
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        networks = [parameters(owned.module) for owned in self.method.owned.values()]
+        self.seen.append((parameters(module), networks))
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("name", ["adversary", "AdvStyle"])
+def test_a_step_without_a_loss_moves_nothing(name, scaled, accumulated):
+    """Neither momentum nor weight decay; and the scaler goes on."""
+    method = Adversary("person", 5, lr=0.1) if name == "adversary" else AdvStyle("backbone.1", p_adversarial=1, p_dsu=0)
+    kept = Kept(method)
+    plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))] if scaled else []
+    trainer = make_trainer(
+        [method, kept], max_epochs=2, plugins=plugins, accumulate_grad_batches=accumulated, limit_train_batches=4
+    )
+    data = DataLoader(tagged(problem(64, dtype=torch.float32)), batch_size=16)
+    trainer.fit(Silent().float(), data, DataLoader(tagged(problem(16, dtype=torch.float32)), batch_size=16))
+    first, second = kept.seen[:4], kept.seen[4:]
+    assert len(second) == 4
+    # Without a scaler, Lightning steps on what an earlier micro-batch has left; with one it does not.
+    for epoch in (first, second):
+        start = epoch[1] if accumulated == 2 else epoch[0]
+        assert all(same(start, later) for later in epoch[2:])
+    assert same(first[-1], second[0]) == (accumulated == 2)
+    if accumulated == 2 and scaled:
+        assert same(first[-1], second[-1])
+
+
+def test_a_second_fit_with_another_optimiser():
+    class Adaptive(Classifier):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+    method = IdentityAdversarial("person", 5)
+    train(Classifier(), [method])
+    network = method.owned["adversary"].module
+    before = parameters(network)
+    train(Adaptive(), [method], limit_train_batches=1)
+    assert type(method.owned["adversary"].optimizer) is torch.optim.AdamW
+    assert method.owned["adversary"].module is network
+    moved = max(float((before[k] - v).abs().max()) for k, v in parameters(network).items())
+    assert 0 < moved < 0.0101  # the first step of AdamW
+
+    wide = Classifier()
+    wide.backbone, wide.head = nn.Linear(4, 12).double(), nn.Linear(12, 2).double()
+    with pytest.raises(DebiasError, match=r"width 6.*but got 12\. Make a new instance"):
+        train(wide, [method])
 
 
 SCHEDULERS = {
