@@ -11,7 +11,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, RowsError
 from debias.ops.gradient_reversal import dann_ramp, gradient_reversal
 from debias.ops.groups import GroupState, group_losses
+from debias.ops.schedule import check_number
 from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.distributed import global_sum
@@ -60,17 +61,10 @@ class AdversaryLoss(GroupState):
         for name, value in ((argument, count), ("in_features", 1 if in_features is None else in_features)):
             if isinstance(value, bool) or not isinstance(value, int | Integral) or value < 1:
                 raise DebiasError(f"Expected `{name}` to be a positive integer, but got {value!r}.")
-        if (
-            isinstance(strength, bool)
-            or not isinstance(strength, int | float | Real)
-            or not 0 <= strength < float("inf")
-        ):
-            raise DebiasError(
-                f"Expected `strength` to be a number >= 0, but got {strength!r}. The reversal turns the sign itself."
-            )
+        strength = float(check_number("strength", strength))
         super().__init__(count)
         self.what, self.argument = what, argument
-        self.strength = float(strength)
+        self.strength = strength
         self.accuracy: Tensor | None = None
         if in_features is None:  # only the callback knows epochs
             self.register_buffer("labelled", torch.zeros(1, dtype=torch.float64))
@@ -80,14 +74,18 @@ class AdversaryLoss(GroupState):
         raise NotImplementedError
 
     def losses(
-        self, network: nn.Module, features: Tensor, ids: Tensor, targets: Tensor | None
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
+        self, network: nn.Module, features: Tensor, ids: Tensor, strata: Tensor | None
+    ) -> tuple[Tensor, list[tuple[Tensor, bool]]]:
         """The adversary's logits ``(N, count)``, and losses ``(N,)`` whose means are added up.
 
-        With each loss its strata, int64 ``(N,)`` below :attr:`n_strata`, or None. A loss with strata is averaged within
-        each stratum first.
+        With each loss whether it is averaged within each stratum first. Ids and strata are those of :meth:`objective`,
+        0 in rows that do not count.
         """
         raise NotImplementedError
+
+    def strata(self, targets: Tensor | None) -> Tensor | None:
+        """The stratum of each row, int64 ``(N,)`` below :attr:`n_strata`, negative = left out; None for one of all."""
+        return None
 
     @property
     def n_strata(self) -> int:
@@ -111,8 +109,9 @@ class AdversaryLoss(GroupState):
             features: ``(N, D)``.
             ids: int64 ``(N,)``, negative = unlabelled, left out.
             strength: lambda of this batch.
-            targets: of the main task, where :meth:`losses` wants them.
-            log: compute :attr:`accuracy` too, the adversary's share of right guesses in the global batch.
+            targets: of the main task, where :meth:`strata` wants them.
+            log: compute :attr:`accuracy` too, the adversary's share of right guesses among the rows of the global batch
+                that count.
 
         Raises:
             BadRowsError: an id is out of range or a feature not finite; on CPU at once, elsewhere from
@@ -121,13 +120,17 @@ class AdversaryLoss(GroupState):
         features = _checked(features, ids)
         finite = features.detach().isfinite().all(1)
         counts = finite & (ids >= 0) & (ids < self.n_groups)
+        strata = self.strata(targets)
+        if strata is not None:
+            counts = counts & (strata >= 0)
+            strata = torch.where(counts, strata, 0)
         # A NaN times zero is a NaN, so rows that do not count leave before the network, not after it.
         features = torch.where(finite.unsqueeze(1), features, 0)
         features = gradient_reversal(features, self.strength if strength is None else strength)
-        logits, terms = self.losses(network, features, torch.where(counts, ids, 0), targets)
+        logits, terms = self.losses(network, features, torch.where(counts, ids, 0), strata)
         calls: list[tuple[Tensor, Tensor, Tensor]] = []
-        for losses, strata in terms:
-            groups = torch.where(counts, torch.zeros_like(ids) if strata is None else strata, -1)
+        for losses, stratified in terms:
+            groups = torch.where(counts, strata if stratified and strata is not None else 0, -1)
             if not calls:  # bad rows are counted once
                 groups = torch.where(ids < self.n_groups, groups, self.n_strata)
                 losses = torch.where(finite, losses, torch.nan)
@@ -138,8 +141,8 @@ class AdversaryLoss(GroupState):
             counted = torch.cat((counted[:1], labelled, counted[-2:]))
         self.count_bad(counted)
         total = features.new_zeros(())
-        for (_, strata), of in zip(terms, sums, strict=True):
-            weights = of.den if strata is None else (of.den > 0).to(of.den.dtype)
+        for (_, stratified), of in zip(terms, sums, strict=True):
+            weights = (of.den > 0).to(of.den.dtype) if stratified else of.den
             total = total + of.weighted(weights / weights.sum().clamp_min(1))
         if "labelled" in self._buffers and self.training:
             self.labelled += sums[0].den.sum()
@@ -248,7 +251,8 @@ class AdversarialDebiaser(Debiaser):
         for argument, value, least in (("warmup_steps", warmup_steps, 0), ("ramp_steps", ramp_steps, 1)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise DebiasError(f"Expected `{argument}` to be an integer of at least {least}, but got {value!r}.")
-        if (lr is not None and not lr > 0) or not lr_ratio > 0:
+        lr, lr_ratio = None if lr is None else check_number("lr", lr), check_number("lr_ratio", lr_ratio)
+        if lr == 0 or lr_ratio == 0:
             raise DebiasError(f"Expected `lr` and `lr_ratio` to be above 0, but got {lr!r} and {lr_ratio!r}.")
         self.key = key
         self.schedule = schedule
@@ -300,6 +304,12 @@ class AdversarialDebiaser(Debiaser):
             for key, value in values.items():
                 self.log_value(f"{self.name}_adversary/{key}", value, step)
         return loss
+
+    def _log_name(self, key: str, step: Step) -> str:
+        """With the class where adversaries of another have the same name, whose values would overwrite each other."""
+        callbacks = step.trainer.callbacks
+        several = sum(isinstance(c, AdversarialDebiaser) and c.name == self.name for c in callbacks) > 1
+        return super()._log_name(key, step) + (f"/{type(self).__qualname__}" if several else "")
 
     def new_epoch(self, epoch: int) -> None:
         """Count labelled rows afresh."""

@@ -36,6 +36,7 @@ from torch.optim import Optimizer
 
 from debias.errors import DebiasError, RowsError
 from debias.methods._adversary import AdversarialDebiaser, AdversaryLoss, make_mlp
+from debias.ops.schedule import check_number
 from debias.step.batch import BatchKey, describe
 from debias.step.context import Step
 from debias.step.tap import LossCall
@@ -105,12 +106,10 @@ class DomainAdversarialLoss(AdversaryLoss):
                 "Expected `discriminator` to be 'mlp', 'linear', a module or a function of the features' width, but got"
                 f" {discriminator!r}."
             )
-        if not isinstance(gradient_penalty, int | float) or not 0 <= gradient_penalty < float("inf"):
-            raise DebiasError(f"Expected `gradient_penalty` to be a number >= 0, but got {gradient_penalty!r}.")
         if n_classes is not None and (isinstance(n_classes, bool) or not isinstance(n_classes, int) or n_classes < 1):
             raise DebiasError(f"Expected `n_classes` to be a positive integer or None, but got {n_classes!r}.")
         self.n_classes = n_classes
-        self.gradient_penalty = float(gradient_penalty)
+        self.gradient_penalty = float(check_number("gradient_penalty", gradient_penalty))
         # In a tuple: a module of the user's own is a template here, and no part of this one.
         self._discriminator = (discriminator,)
         self.network = None if in_features is None else self.build(in_features)
@@ -130,26 +129,27 @@ class DomainAdversarialLoss(AdversaryLoss):
         return network if self.n_classes is None else ClassConditional(self.n_classes, width, network)
 
     def losses(
-        self, network: nn.Module, features: Tensor, ids: Tensor, targets: Tensor | None
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
+        self, network: nn.Module, features: Tensor, ids: Tensor, strata: Tensor | None
+    ) -> tuple[Tensor, list[tuple[Tensor, bool]]]:
         """The discriminator's logits, its loss for each sample, and the gradient penalty of each."""
         penalised = self.gradient_penalty > 0 and torch.is_grad_enabled()
         if penalised and not features.requires_grad:
             features = features.detach().requires_grad_()
-        if self.n_classes is None:
-            strata = None
-            logits = self.guess(network, features)
-        else:
-            if targets is None:
-                raise DebiasError("Expected `targets` with `n_classes`, but got None. Pass the classes of the samples.")
-            # Samples whose class the loss ignores are left out.
-            strata = torch.where((targets >= 0) & (targets < self.n_classes), targets, -1)
-            logits = self.guess(network, features, strata.clamp_min(0))
+        logits = self.guess(network, features) if strata is None else self.guess(network, features, strata)
         losses = F.cross_entropy(logits, ids, reduction="none")
-        if not penalised:
-            return logits, [(losses, strata)]
-        (gradients,) = torch.autograd.grad(losses.sum(), features, create_graph=True)
-        return logits, [(losses, strata), (self.gradient_penalty * (gradients**2).sum(1), None)]
+        terms = [(losses, strata is not None)]
+        if penalised:
+            (gradients,) = torch.autograd.grad(losses.sum(), features, create_graph=True)
+            terms.append((self.gradient_penalty * (gradients**2).sum(1), False))
+        return logits, terms
+
+    def strata(self, targets: Tensor | None) -> Tensor | None:
+        """The classes, for CDANN; samples whose class the loss ignores are left out."""
+        if self.n_classes is None:
+            return None
+        if targets is None:
+            raise DebiasError("Expected `targets` with `n_classes`, but got None. Pass the classes of the samples.")
+        return torch.where((targets >= 0) & (targets < self.n_classes), targets, -1)
 
     def forward(self, features: Tensor, domains: Tensor, targets: Tensor | None = None) -> Tensor:
         """The loss to add for one batch."""
@@ -168,7 +168,7 @@ class DomainAdversarial(AdversarialDebiaser):
             negative = unknown, left out.
         n_domains: number of domains E, numbered 0 .. E - 1.
         conditional: CDANN: look for the domain within each class.
-        n_classes: number of classes, for CDANN; read from the logits of the first step by default.
+        n_classes: number of classes, for CDANN; read from the logits of a fit's first step by default.
         target: where the classes are, for CDANN; by default the target of the loss.
         strength: lambda of the reversal at full height.
         schedule: ``"dann"``: from 0 to ``strength`` by :func:`debias.functional.dann_ramp` (Ganin et al.), or
@@ -189,7 +189,8 @@ class DomainAdversarial(AdversarialDebiaser):
         rows, head, seed, name, allow_untested_strategy: see :class:`debias.Debiaser`.
 
     Logs ``train/domain_adversary/loss``, ``.../accuracy`` (of the discriminator, on the global batch) and
-    ``.../strength`` on logging steps; the first part is the instance's name, ``domain`` if that is the key.
+    ``.../strength`` on logging steps; the first part is the instance's name, ``domain`` if that is the key; with the
+    class behind (``.../loss/DomainAdversarial``) where an adversary of another class has the same name.
 
     Raises:
         BadRowsError: a domain is out of range, a feature is not finite, or a whole epoch had no known domain.
@@ -255,7 +256,14 @@ class DomainAdversarial(AdversarialDebiaser):
             allow_untested_strategy=allow_untested_strategy,
         )
         self.conditional = conditional
+        self.n_classes = self.module.n_classes
         self.target = target
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Join the engine; the number of classes, where it is not given, is that of this fit."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self.module.n_classes = self.n_classes
 
     def targets(self, call: LossCall, step: Step, n_rows: int) -> Tensor | None:
         """Classes of the rows, for CDANN."""
@@ -267,7 +275,15 @@ class DomainAdversarial(AdversarialDebiaser):
                 raise DebiasError(
                     f"Expected `n_classes` to be given where logits are {describe(logits)}, but got None."
                 )
-            self.module.n_classes = max(logits.shape[1] if logits.ndim == 2 else 1, 2)
+            classes = max(logits.shape[1] if logits.ndim == 2 else 1, 2)
+            network: Any = self.owned["adversary"].module
+            if network is not None and network.embedding.num_embeddings != classes:
+                raise DebiasError(
+                    f"Expected logits of {network.embedding.num_embeddings} classes, which the discriminator of an"
+                    f" earlier fit was made for, but got {classes}. Make a new instance of the method for another"
+                    " model."
+                )
+            self.module.n_classes = classes
         found = call.target if self.target is None else step.read(self.target, argument="target")
         targets = torch.as_tensor(found, device=step.module.device) if found is not None else None
         if targets is not None and self.target is not None and targets.ndim:

@@ -159,11 +159,11 @@ class IdentityAdversarialLoss(AdversaryLoss):
         return self.network_of(self._adversary[0], width, made)
 
     def losses(
-        self, network: nn.Module, features: Tensor, ids: Tensor, targets: Tensor | None
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
+        self, network: nn.Module, features: Tensor, ids: Tensor, strata: Tensor | None
+    ) -> tuple[Tensor, list[tuple[Tensor, bool]]]:
         """The head's logits and its loss for each sample."""
         logits = self.guess(network, features)
-        return logits, [(identity_losses(logits, ids, identity_loss=self.identity_loss), None)]
+        return logits, [(identity_losses(logits, ids, identity_loss=self.identity_loss), False)]
 
     def forward(self, features: Tensor, identities: Tensor) -> Tensor:
         """The loss to add for one batch."""
@@ -200,7 +200,8 @@ class IdentityAdversarial(AdversarialDebiaser):
         rows, head, seed, name, allow_untested_strategy: see :class:`debias.Debiaser`.
 
     Logs ``train/identity_adversary/loss``, ``.../accuracy`` (of the head, on the global batch) and ``.../strength`` on
-    logging steps; the first part is the instance's name, ``identity`` if that is the key.
+    logging steps; the first part is the instance's name, ``identity`` if that is the key; with the class behind
+    (``.../loss/IdentityAdversarial``) where an adversary of another class has the same name.
 
     Raises:
         BadRowsError: an identity is out of range, a feature is not finite, or a whole epoch had no known identity.

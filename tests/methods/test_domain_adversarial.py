@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -131,6 +132,26 @@ def test_classes_that_the_loss_ignores_are_left_out():
     )
 
 
+@pytest.mark.parametrize("gradient_penalty", [0.0, 0.3])
+def test_ignored_classes_have_no_part_in_penalty_and_accuracy(gradient_penalty):
+    torch.manual_seed(0)
+    criterion = DomainAdversarialLoss(D, E, n_classes=C, gradient_penalty=gradient_penalty).double()
+    ignored = torch.where(CLASSES == 0, -100, CLASSES)
+    kept = (CLASSES != 0) & (DOMAINS >= 0)
+
+    def found(rows, classes):
+        features = FEATURES[rows].clone().requires_grad_()
+        loss = criterion.objective(criterion.network, features, DOMAINS[rows], targets=classes[rows], log=True)
+        (gradient,) = torch.autograd.grad(loss, features)
+        return loss.detach(), gradient.abs().sum(), criterion.accuracy
+
+    everywhere = torch.ones(12, dtype=torch.bool)
+    torch.testing.assert_close(found(everywhere, ignored), found(kept, CLASSES), rtol=1e-12, atol=0)
+    right = criterion.network(FEATURES[kept], CLASSES[kept]).argmax(1) == DOMAINS[kept]
+    assert float(criterion.accuracy) == pytest.approx(float(right.double().mean()))
+    assert [float(x) for x in found(everywhere, torch.full_like(CLASSES, -100))] == [0, 0, 0]
+
+
 @pytest.mark.parametrize("options", [{"conditional": True}, {"conditional": True, "gradient_penalty": 0.2}])
 def test_uneven_ranks_are_one_process(ranks, options):
     """The labels of each rank are others, so classes are averaged over the global batch."""
@@ -181,6 +202,36 @@ def test_classes_are_read_from_the_loss(module):
         runs.append(parameters(model))
         assert callback.owned["adversary"].module.embedding.num_embeddings == 2
     assert same(*runs)
+
+
+class FourClasses(Classifier):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(6, 4).double()
+
+
+@pytest.mark.parametrize("when", ["before", "in the fit", "after another"])
+def test_the_number_of_classes_is_that_of_the_fit(when, tmp_path):
+    callback = DomainAdversarial("place", 3, conditional=True)
+    fitted(callback)
+    with pytest.raises(DebiasError, match=r"2 classes, which .* but got 4\. Make a new instance"):
+        fitted(callback, FourClasses())
+    fitted(callback)
+
+    four = DomainAdversarial("place", 3, conditional=True)
+    trainer = fitted(four, FourClasses(), limit_val_batches=0)
+    trainer.save_checkpoint(tmp_path / "four.ckpt")
+    other = DomainAdversarial("place", 3, conditional=True)
+    if when == "after another":
+        fitted(other)
+    if when == "before":
+        other.load_state_dict(four.state_dict())
+        fitted(other, FourClasses())
+    else:
+        trainer = make_trainer([other], max_epochs=3)
+        trainer.fit(FourClasses(), loader(), val_loader(), ckpt_path=tmp_path / "four.ckpt")
+    assert other.module.n_classes == other.owned["adversary"].module.embedding.num_embeddings == 4
 
 
 class Turned(Classifier):
@@ -251,6 +302,8 @@ def test_no_domain_in_a_whole_epoch():
         ({"n_domains": 0}, "`n_domains` to be a positive integer"),
         ({"discriminator": "big"}, "`discriminator` to be 'mlp', 'linear'"),
         ({"gradient_penalty": -0.1}, "`gradient_penalty` to be a number >= 0"),
+        ({"gradient_penalty": True}, "`gradient_penalty` to be a number >= 0, but got True"),
+        ({"gradient_penalty": "x"}, "`gradient_penalty` to be a number >= 0, but got 'x'"),
         ({"conditional": True, "n_classes": 0}, "`n_classes` to be a positive integer or None"),
         ({"strength": True}, "`strength`"),
     ],
@@ -258,6 +311,11 @@ def test_no_domain_in_a_whole_epoch():
 def test_wrong_arguments(options, match):
     with pytest.raises(DebiasError, match=match):
         DomainAdversarial(**({"domain": "place", "n_domains": 3} | options))
+
+
+def test_numbers_of_numpy_are_numbers():
+    criterion = DomainAdversarialLoss(D, E, np.float32(0.5), gradient_penalty=np.float32(0.25))
+    assert [(type(x), x) for x in (criterion.strength, criterion.gradient_penalty)] == [(float, 0.5), (float, 0.25)]
 
 
 def test_mixin_is_the_callback_with_a_discriminator_in_the_module():

@@ -21,6 +21,7 @@ from _support.fits import Classifier, deviation, loader, make_trainer, parameter
 from _support.runs import fit
 from debias import (
     Debiaser,
+    DomainAdversarial,
     GradientReversal,
     IdentityAdversarial,
     IdentityAdversarialLoss,
@@ -379,6 +380,17 @@ def _fit(rank, sizes, last, options, persons):
     return fit(rank, "IdentityAdversarial", sizes, last, method=options, tags={"person": persons})
 
 
+def test_an_adversary_of_the_users_own_is_the_same_on_all_ranks(ranks):
+    """Without seed_everything every rank makes another one."""
+    first, second = ranks.run(_fit_own)
+    assert same(first, second)
+
+
+def _fit_own(rank):
+    torch.manual_seed(rank)
+    return fit(rank, "IdentityAdversarial", (5, 11), (2, 5), method={"adversary": nn.Linear(6, 5)})
+
+
 def test_bad_identities_raise_on_all_ranks_together(ranks):
     persons = PERSONS.clone()
     persons[20] = 5  # on rank 0 alone
@@ -416,6 +428,19 @@ def test_what_is_logged():
     assert float(logged["train/person_adversary/loss"]) == pytest.approx(explicit(epochs=1)["losses"][0], rel=1e-6)
     right = (logits.argmax(1) == PERSONS[:16][known]).double().mean()
     assert float(logged["train/person_adversary/accuracy"]) == pytest.approx(float(right))
+
+
+def test_adversaries_of_one_name_log_under_names_of_their_own():
+    both = [method(), DomainAdversarial("person", 5, schedule="constant", strength=0.3)]
+    _, trainer = fitted(both, max_epochs=1, limit_train_batches=1)
+    logged = {k: float(v) for k, v in trainer.logged_metrics.items() if "adversary" in k}
+    names = [f"train/person_adversary/{k}" for k in ("loss", "accuracy", "strength")]
+    assert list(logged) == [f"{name}/{type(callback).__name__}" for callback in both for name in names]
+    assert [logged[f"{names[2]}/{type(callback).__name__}"] for callback in both] == pytest.approx([0.7, 0.3])
+
+    named = [method(), DomainAdversarial("person", 5, name="place")]
+    _, trainer = fitted(named, max_epochs=1, limit_train_batches=1)
+    assert {"train/person_adversary/loss", "train/place_adversary/loss"} <= set(trainer.logged_metrics)
 
 
 # -------------------------------------------------------------------------------------------------- many modules
@@ -734,6 +759,11 @@ def test_features_with_other_rows_than_the_batch():
         ({"warmup_steps": -1}, "`warmup_steps` to be an integer of at least 0"),
         ({"ramp_steps": 0}, "`ramp_steps` to be an integer of at least 1"),
         ({"lr_ratio": 0.0}, "`lr` and `lr_ratio` to be above 0"),
+        ({"lr": 0}, "`lr` and `lr_ratio` to be above 0"),
+        ({"lr": "x"}, "`lr` to be a number >= 0, but got 'x'"),
+        ({"lr": True}, "`lr` to be a number >= 0, but got True"),
+        ({"lr": float("inf")}, "`lr` to be a number >= 0, but got inf"),
+        ({"lr_ratio": float("nan")}, "`lr_ratio` to be a number >= 0, but got nan"),
         ({"loss": "sum"}, "`loss` to choose the one loss"),
         ({"identity": lambda batch: batch[1]}, "`name` to be given where `identity` is a callable"),
     ],
