@@ -29,8 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from debias.errors import DebiasError
-from debias.methods.dsu import check_factor, style_shape, uncertain_style
-from debias.ops.styles import batch_std, check_probability, restyle, style
+from debias.methods.dsu import style_shape, uncertain_style
+from debias.ops.arguments import check_number
+from debias.ops.styles import batch_std, restyle, style
 from debias.step.distributed import global_sum, is_distributed
 from debias.step.layers import LayerAugmenter
 from debias.step.owned import OwnedModule
@@ -133,18 +134,17 @@ class AdvStyleLayer(nn.Module):
         if intensity not in ("learned", "direction"):
             raise DebiasError(f"Expected `intensity` to be 'learned' or 'direction', but got {intensity!r}.")
         learned = intensity == "learned"
-        self.p_adversarial = (1 / 3 if learned else 1 / 2) if p_adversarial is None else p_adversarial
-        self.p_dsu = (1 / 3 if learned else 0.0) if p_dsu is None else p_dsu
-        check_probability("p_adversarial", self.p_adversarial)
-        check_probability("p_dsu", self.p_dsu)
+        p_adversarial = (1 / 3 if learned else 1 / 2) if p_adversarial is None else p_adversarial
+        p_dsu = (1 / 3 if learned else 0.0) if p_dsu is None else p_dsu
+        self.p_adversarial = check_number("p_adversarial", p_adversarial, "[0, 1]")
+        self.p_dsu = check_number("p_dsu", p_dsu, "[0, 1]")
         if self.p_adversarial + self.p_dsu > 1 + 1e-9:
             raise DebiasError(
                 f"Expected `p_adversarial` and `p_dsu` to sum to at most 1, but got {self.p_adversarial!r} and"
                 f" {self.p_dsu!r}. What is left is the share of unchanged passes."
             )
-        check_factor("adv_weight", adv_weight)
-        check_factor("mix_weight", mix_weight)
-        self.adv_weight, self.eps = adv_weight, eps
+        mix_weight = check_number("mix_weight", mix_weight)
+        self.adv_weight, self.eps = check_number("adv_weight", adv_weight), eps
         self.length = None if learned else mix_weight
         self.spreads = nn.Parameter(torch.full((2, num_channels), 0.1))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
@@ -257,10 +257,9 @@ class AdvStyle(LayerAugmenter):
             mix_weight=mix_weight,
         )
         self._make(1)  # refuses wrong arguments now
-        for key, value in (("lr", lr), ("lr_ratio", lr_ratio)):
-            if value is not None:
-                check_factor(key, value)
-        self.lr, self.lr_ratio, self.sync_stats = lr, lr_ratio, sync_stats
+        self.lr = None if lr is None else check_number("lr", lr)
+        self.lr_ratio = check_number("lr_ratio", lr_ratio)
+        self.sync_stats = sync_stats
         self._saved: dict[str, Any] = {}
 
     @property

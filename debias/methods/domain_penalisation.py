@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
-from debias.methods.group_dro import checked_counts, is_number
-from debias.ops.groups import GroupState, GroupSums, group_losses, summed
+from debias.ops.arguments import check_count, check_number
+from debias.ops.groups import GroupState, GroupSums, check_counts, group_losses, summed
 from debias.step.batch import BatchKey
 from debias.step.grouped import GroupDebiaser, can_count
 from debias.step.tap import LossCall
@@ -126,19 +126,14 @@ class DomainPenalisationLoss(GroupState):
         domain_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__(n_domains, domain_names)
-        if update != "epoch" and (type(update) is not int or update < 1):
-            raise DebiasError(f"Expected `update` to be 'epoch' or a number of batches >= 1, but got {update!r}.")
-        if not is_number(temperature) or not temperature > 0:
-            raise DebiasError(f"Expected `temperature` to be a number > 0, but got {temperature!r}.")
         if normalize not in ("mean", "sum"):
             raise DebiasError(f"Expected `normalize` to be 'mean' or 'sum', but got {normalize!r}.")
-        if not is_number(ema) or not 0 <= ema < 1:
-            raise DebiasError(f"Expected `ema` to be in [0, 1), but got {ema!r}.")
         D = self.n_groups
-        self.update = update
-        self.temperature = float(temperature)
+        batches = "'epoch' or a number of batches"
+        self.update = update if update == "epoch" else check_count("update", update, what=batches)
+        self.temperature = check_number("temperature", temperature, "(0, inf)")
         self.normalize = normalize
-        self.ema = float(ema)
+        self.ema = check_number("ema", ema, "[0, 1)")
         self.has_counts = False
         self.given_counts = domain_counts
         self.register_buffer("weights", torch.ones(D, dtype=torch.float64))
@@ -157,7 +152,7 @@ class DomainPenalisationLoss(GroupState):
         Raises:
             DebiasError: the number of counts is wrong, one is negative, or a domain has no sample.
         """
-        self.counts.copy_(checked_counts(domain_counts, self.group_names, self.kind))
+        self.counts.copy_(check_counts(domain_counts, self.group_names, self.kind))
         self.has_counts = True
 
     def start_epoch(self, epoch: int) -> None:

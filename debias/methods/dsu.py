@@ -25,8 +25,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from debias.errors import DebiasError
-from debias.ops.styles import batch_std, check_probability, restyle, style
+from debias.ops.arguments import check_number
+from debias.ops.styles import batch_std, restyle, style
 from debias.step.distributed import is_distributed
 from debias.step.layers import LayerAugmenter
 
@@ -68,9 +68,7 @@ class DSULayer(nn.Module):
 
     def __init__(self, p: float = 0.5, factor: float = 1.0, *, eps: float = 1e-6) -> None:
         super().__init__()
-        check_probability("p", p)
-        check_factor("factor", factor)
-        self.p, self.factor, self.eps = p, factor, eps
+        self.p, self.factor, self.eps = check_number("p", p, "[0, 1]"), check_number("factor", factor), eps
 
     def forward(self, x: Tensor) -> Tensor:
         """Draw the styles anew, with probability ``p``."""
@@ -127,9 +125,8 @@ class DSU(LayerAugmenter):
             name=name,
             allow_untested_strategy=allow_untested_strategy,
         )
-        check_probability("p", p)
-        check_factor("factor", factor)
-        self.p, self.factor, self.sync_stats = p, factor, sync_stats
+        self.p, self.factor = check_number("p", p, "[0, 1]"), check_number("factor", factor)
+        self.sync_stats = sync_stats
 
     def change(self, x: Tensor, path: str) -> Tensor:
         """Draw the styles of the rows of a layer anew."""
@@ -146,9 +143,3 @@ class DSU(LayerAugmenter):
 def style_shape(x: Tensor) -> tuple[int, int]:
     """Samples and channels of feature maps ``(N, C, H, W)`` or tokens ``(N, T, D)``."""
     return x.shape[0], x.shape[1] if x.ndim == 4 else x.shape[2]
-
-
-def check_factor(name: str, value: float) -> None:
-    """Raise unless a scale is a finite number of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise DebiasError(f"Expected `{name}` to be a number >= 0, but got {value!r}.")

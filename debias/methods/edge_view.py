@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debias.errors import BatchKeyError, DebiasError
-from debias.methods.dsu import check_factor
+from debias.ops.arguments import check_count, check_number
 from debias.step.batch import BatchKey, describe, repeated, replace
 from debias.step.context import Step
 from debias.step.tap import LossCall
@@ -175,16 +175,14 @@ class EdgeViewLayer(nn.Module):
             raise DebiasError(f"Expected `sigmas` to be numbers from 0 to 2, in pixels, but got {sigmas!r}.")
         if not rules or not set(rules) <= {"otsu", "mean"}:
             raise DebiasError(f"Expected `rules` to be of 'otsu' and 'mean', but got {rules!r}.")
-        check_factor("jitter", jitter)
-        if type(hysteresis_steps) is not int or hysteresis_steps < 0:
-            raise DebiasError(f"Expected `hysteresis_steps` to be an integer >= 0, but got {hysteresis_steps!r}.")
         self.channels = None if mean is None else len(mean)
         # Buffers, since a constant made in a step would wait for the device.
         self.register_buffer("mean", torch.tensor(mean or [0.0]).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std or [1.0]).view(-1, 1, 1), persistent=False)
         self.register_buffer("grey", torch.tensor(_GREY).view(-1, 1, 1), persistent=False)
-        self.sigmas, self.rules, self.jitter = list(sigmas), list(rules), jitter
-        self.hysteresis_steps = hysteresis_steps
+        self.sigmas, self.rules = list(sigmas), list(rules)
+        self.jitter = check_number("jitter", jitter)
+        self.hysteresis_steps = check_count("hysteresis_steps", hysteresis_steps, 0)
 
     def forward(self, images: Tensor) -> Tensor:
         """Edge maps, drawn with torch's global random numbers."""
@@ -275,12 +273,11 @@ class EdgeView(Debiaser):
         allow_untested_strategy: bool = False,
     ) -> None:
         super().__init__(loss=loss, rows=rows, seed=seed, name=name, allow_untested_strategy=allow_untested_strategy)
-        check_factor("weight", weight)
         self.module = EdgeViewLayer(
             mean, std, (0.0, 1.0, 2.0) if sigmas is None else sigmas, ("otsu", "mean") if rules is None else rules,
             jitter, hysteresis_steps,
         )  # fmt: skip
-        self.input, self.weight = input, weight
+        self.input, self.weight = input, check_number("weight", weight)
 
     def augment(self, step: Step) -> None:
         """Put the images and their edge maps into the batch."""

@@ -36,9 +36,9 @@ from torch import Tensor
 
 from debias.errors import DebiasError
 from debias.methods._domain_penalty import DomainPenalty
+from debias.ops.arguments import check_number
 from debias.ops.head_statistics import HeadStatistics, domain_mean, make_members
 from debias.ops.penalties import LossPenaltyModule
-from debias.ops.schedule import check_number
 from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.tap import LossCall
@@ -118,13 +118,11 @@ class FishrPenalty(LossPenaltyModule):
             n_domains, penalty_weight, loss=loss, loss_options=loss_options, weight_before=weight_before,
             start_step=start_step, ramp_steps=ramp_steps,
         )  # fmt: skip
-        if check_number("ema", ema, highest=1.0) == 1:
-            raise DebiasError(f"Expected `ema` to be in [0, 1), but got {ema!r}: nothing would ever enter the average.")
         if bias not in ("corrected", "reference"):
             raise DebiasError(f"Expected `bias` to be 'corrected' or 'reference', but got {bias!r}.")
         if reduction not in ("mean", "sum"):
             raise DebiasError(f"Expected `reduction` to be 'mean' or 'sum', but got {reduction!r}.")
-        self.ema = ema
+        self.ema = check_number("ema", ema, "[0, 1)")
         self.bias = bias
         self.reduction = reduction
         self.head_bias = head_bias

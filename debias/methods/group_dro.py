@@ -20,7 +20,6 @@ pass.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, ClassVar, Literal
@@ -29,7 +28,8 @@ import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
-from debias.ops.groups import GroupState, GroupSums, group_losses, summed
+from debias.ops.arguments import check_number
+from debias.ops.groups import GroupState, GroupSums, check_counts, group_losses, summed
 from debias.step.batch import BatchKey
 from debias.step.grouped import GroupDebiaser
 from debias.step.tap import LossCall
@@ -154,17 +154,8 @@ class GroupDROLoss(GroupState):
         group_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__(n_groups, group_names)
-        if not is_number(step_size) or not step_size >= 0:
-            raise DebiasError(f"Expected `step_size` to be a number >= 0, but got {step_size!r}.")
-        if alpha is not None and not (is_number(alpha) and 0 < alpha <= 1):
-            raise DebiasError(f"Expected `alpha` to be in (0, 1] or None, but got {alpha!r}.")
         if absent not in ("zero", "skip", "ema"):
             raise DebiasError(f"Expected `absent` to be 'zero', 'skip' or 'ema', but got {absent!r}.")
-        if not 0 < ema_rate <= 1 or not 0 <= minimum_weight <= 1:
-            raise DebiasError(
-                f"Expected `ema_rate` in (0, 1] and `minimum_weight` in [0, 1], but got {ema_rate!r} and"
-                f" {minimum_weight!r}."
-            )
         total = self.n_groups
         constants = (
             [float(adjustment)] * total
@@ -173,12 +164,12 @@ class GroupDROLoss(GroupState):
         )
         if len(constants) != total:
             raise DebiasError(f"Expected `adjustment` to be one number or {total}, but got {len(constants)}.")
-        self.step_size = float(step_size)
+        self.step_size = check_number("step_size", step_size)
         self.normalize_loss = normalize_loss
-        self.alpha = None if alpha is None else float(alpha)
+        self.alpha = None if alpha is None else check_number("alpha", alpha, "(0, 1]")
         self.absent = absent
-        self.ema_rate = float(ema_rate)
-        self.minimum_weight = float(minimum_weight)
+        self.ema_rate = check_number("ema_rate", ema_rate, "(0, 1]")
+        self.minimum_weight = check_number("minimum_weight", minimum_weight, "[0, 1]")
         self.adjusts = any(constants)
         self.has_counts = False
         self.given_counts = group_counts
@@ -207,7 +198,7 @@ class GroupDROLoss(GroupState):
         Raises:
             DebiasError: the number of counts is wrong, one is negative, or a group has no sample.
         """
-        self.counts.copy_(checked_counts(group_counts, self.group_names))
+        self.counts.copy_(check_counts(group_counts, self.group_names))
         self.has_counts = True
 
     def forward(self, losses: Tensor, groups: Tensor) -> Tensor:
@@ -274,32 +265,6 @@ class GroupDROLoss(GroupState):
         if self.given_counts is not None:  # an argument, not state: a resumed run keeps its own
             self.set_counts(self.given_counts)
         self.has_counts = bool(self.counts.sum() > 0)
-
-
-def is_number(x: Any) -> bool:
-    """Whether an argument is a finite number, and no truth value."""
-    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
-
-
-def checked_counts(group_counts: Any, names: Sequence[str], kind: str = "group") -> Tensor:
-    """Training samples per group as float64 ``(G,)``.
-
-    Raises:
-        DebiasError: the number of counts is wrong, one is negative, or a group has no sample.
-    """
-    counts = torch.as_tensor(group_counts, dtype=torch.float64).cpu()
-    if counts.shape != (len(names),) or bool((counts < 0).any()):
-        raise DebiasError(
-            f"Expected `{kind}_counts` to be {len(names)} numbers >= 0, one per {kind}, but got {counts.tolist()}."
-        )
-    if bool((counts == 0).any()):
-        empty = [name for name, count in zip(names, counts.tolist(), strict=True) if count == 0]
-        raise DebiasError(
-            f"Expected every {kind} to have training samples, but got none of {', '.join(empty)} (counts"
-            f" {[int(c) for c in counts.tolist()]}). Merge or renumber the {kind}s, so that `n_{kind}s` counts only"
-            " those that occur."
-        )
-    return counts
 
 
 class GroupDRO(GroupDebiaser):

@@ -36,9 +36,8 @@ import torch
 from torch import Tensor, nn
 
 from debias.errors import BatchKeyError, DebiasError
-from debias.methods.mixstyle import check_alpha
+from debias.ops.arguments import check_number
 from debias.ops.pairs import random_partners
-from debias.ops.styles import check_probability
 from debias.step.batch import BatchKey, describe, replace
 from debias.step.context import Step
 from debias.step.tap import LossCall
@@ -141,9 +140,9 @@ class GroupMixupLayer(nn.Module):
             raise DebiasError(f"Expected `pairs` to be one of {', '.join(map(repr, _RULES))}, but got {pairs!r}.")
         if mix not in ("mixup", "cutmix"):
             raise DebiasError(f"Expected `mix` to be 'mixup' or 'cutmix', but got {mix!r}.")
-        check_alpha(alpha)
-        check_probability("p_same_label", p_same_label)
-        self.pairs, self.mix, self.alpha, self.p_same_label = pairs, mix, alpha, p_same_label
+        self.pairs, self.mix = pairs, mix
+        self.alpha = check_number("alpha", alpha, "(0, inf)")
+        self.p_same_label = check_number("p_same_label", p_same_label, "[0, 1]")
 
     def forward(
         self, x: Tensor, labels: Tensor | None = None, domains: Tensor | None = None
@@ -234,7 +233,6 @@ class GroupMixup(Debiaser):
     ) -> None:
         super().__init__(loss=loss, rows=rows, seed=seed, name=name, allow_untested_strategy=allow_untested_strategy)
         self.module = GroupMixupLayer(pairs, mix, alpha, p_same_label)
-        check_probability("p", p)
         if pairs != "any" and domain is None:
             raise DebiasError(
                 f"Expected `domain` with `pairs={pairs!r}`, but got None. Say where the domain ids are, or use"
@@ -245,7 +243,8 @@ class GroupMixup(Debiaser):
             raise DebiasError(
                 f"Expected `n_domains` to hold one number for each key of `domain={domain!r}`, but got {n_domains!r}."
             )
-        self.domain, self.n_domains, self.p, self.input, self.target = domain, n_domains, p, input, target
+        self.p = check_number("p", p, "[0, 1]")
+        self.domain, self.n_domains, self.input, self.target = domain, n_domains, input, target
 
     def augment(self, step: Step) -> None:
         """Mix the input, and say whose labels it now stands for."""

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
-from debias.methods.group_dro import checked_counts, is_number
-from debias.ops.groups import GroupState, group_losses
+from debias.ops.arguments import check_number
+from debias.ops.groups import GroupState, check_counts, group_losses
 from debias.step.batch import BatchKey
 from debias.step.grouped import GroupDebiaser
 from debias.step.tap import LossCall
@@ -83,9 +83,7 @@ class GroupReweightingLoss(GroupState):
         group_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__(n_groups, group_names)
-        if not is_number(power) or not power >= 0:
-            raise DebiasError(f"Expected `power` to be a number >= 0, but got {power!r}. 1 is inverse frequency.")
-        self.power = float(power)
+        self.power = check_number("power", power)
         self.has_counts = False
         self.given_counts = group_counts
         self.register_buffer("counts", torch.zeros(self.n_groups, dtype=torch.float64))
@@ -95,7 +93,7 @@ class GroupReweightingLoss(GroupState):
 
     def set_counts(self, group_counts: Any) -> None:
         """Set the training samples per group."""
-        self.counts.copy_(checked_counts(group_counts, self.group_names))
+        self.counts.copy_(check_counts(group_counts, self.group_names))
         self.weights.copy_(inverse_frequency_weights(self.counts, power=self.power))
         self.has_counts = True
 

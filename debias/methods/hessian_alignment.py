@@ -47,10 +47,10 @@ from torch import Tensor
 
 from debias.errors import DebiasError
 from debias.methods._domain_penalty import DomainPenalty
+from debias.ops.arguments import check_count, check_number
 from debias.ops.head_statistics import HeadStatistics, distances_from, make_head_loss, make_members
 from debias.ops.penalties import LossPenaltyModule
 from debias.ops.precision import in_full_precision
-from debias.ops.schedule import check_number
 from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.distributed import global_rank, global_sum
@@ -229,15 +229,13 @@ class HessianAlignmentPenalty(LossPenaltyModule):
             raise DebiasError(f"Expected `statistic` to be one of {', '.join(PUBLISHED_ALPHA)}, but got {statistic!r}.")
         if reduction not in ("mean", "sum"):
             raise DebiasError(f"Expected `reduction` to be 'mean' or 'sum', but got {reduction!r}.")
-        if type(n_samples) is not int or n_samples < 1:
-            raise DebiasError(f"Expected `n_samples` to be an integer >= 1, but got {n_samples!r}.")
         self.statistic = statistic
         self.alpha = check_number("alpha", PUBLISHED_ALPHA[statistic] if alpha is None else alpha)
         self.beta = check_number("beta", beta)
         self.detach_target = detach_target
         self.scale_free = scale_free
         self.reduction = reduction
-        self.n_samples = n_samples
+        self.n_samples = check_count("n_samples", n_samples)
         self.bias = bias
 
     def forward(

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from debias.errors import DebiasError
+from debias.ops.arguments import check_number
 from debias.ops.pairs import beta_shares, random_partners
-from debias.ops.styles import check_probability, restyle, style
+from debias.ops.styles import restyle, style
 from debias.step.batch import BatchKey
 from debias.step.distributed import gather, global_rank, is_distributed
 from debias.step.layers import LayerAugmenter
@@ -83,9 +84,8 @@ class MixStyleLayer(nn.Module):
 
     def __init__(self, p: float = 0.5, alpha: float = 0.1, *, eps: float = 1e-6) -> None:
         super().__init__()
-        self.p, self.alpha, self.eps = p, alpha, eps
-        check_probability("p", p)
-        check_alpha(alpha)
+        self.p, self.alpha = check_number("p", p, "[0, 1]"), check_number("alpha", alpha, "(0, inf)")
+        self.eps = eps
 
     def forward(self, x: Tensor, domains: Tensor | None = None) -> Tensor:
         """Mix styles, with probability ``p``."""
@@ -151,14 +151,13 @@ class MixStyle(LayerAugmenter):
             name=name,
             allow_untested_strategy=allow_untested_strategy,
         )
-        check_probability("p", p)
-        check_alpha(alpha)
         if isinstance(domain, tuple | list):
             raise DebiasError(
                 f"Expected `domain` of MixStyle to be one key, but got {domain!r}. Tag the crossed ids: which are alike"
                 " is all that counts."
             )
-        self.p, self.alpha, self.domain, self.sync_stats = p, alpha, domain, sync_stats
+        self.p, self.alpha = check_number("p", p, "[0, 1]"), check_number("alpha", alpha, "(0, inf)")
+        self.domain, self.sync_stats = domain, sync_stats
 
     def begin(self, step: Any) -> None:
         """Read the domains, so that an error comes before the step."""
@@ -207,9 +206,3 @@ class MixStyle(LayerAugmenter):
             new_mean = torch.lerp(means[partners[own]], mean, kept)
             new_std = torch.lerp(stds[partners[own]], std, kept)
         return restyle(x, mean, std, new_mean, new_std)
-
-
-def check_alpha(alpha: float) -> None:
-    """Raise unless ``alpha`` is a parameter of a Beta distribution."""
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
-        raise DebiasError(f"Expected `alpha` to be a number > 0, but got {alpha!r}. The published value is 0.1.")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from debias.errors import BadRowsError, DebiasError
 from debias.step.distributed import global_sum, is_distributed, world_size
 
-__all__ = ["GroupState", "GroupSums", "check_n_groups", "group_losses", "name_groups", "summed"]
+__all__ = ["GroupState", "GroupSums", "check_counts", "check_n_groups", "group_losses", "name_groups", "summed"]
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -331,6 +331,27 @@ def check_n_groups(n_groups: int | Sequence[int], kind: str = "group") -> int:
             f" {n_groups!r}."
         )
     return prod(int(size) for size in sizes)  # NumPy's integers count too, as `ids.max() + 1` gives them
+
+
+def check_counts(group_counts: Any, names: Sequence[str], kind: str = "group") -> Tensor:
+    """Training samples per group as float64 ``(G,)``.
+
+    Raises:
+        DebiasError: the number of counts is wrong, one is negative, or a group has no sample.
+    """
+    counts = torch.as_tensor(group_counts, dtype=torch.float64).cpu()
+    if counts.shape != (len(names),) or bool((counts < 0).any()):
+        raise DebiasError(
+            f"Expected `{kind}_counts` to be {len(names)} numbers >= 0, one per {kind}, but got {counts.tolist()}."
+        )
+    if bool((counts == 0).any()):
+        empty = [name for name, count in zip(names, counts.tolist(), strict=True) if count == 0]
+        raise DebiasError(
+            f"Expected every {kind} to have training samples, but got none of {', '.join(empty)} (counts"
+            f" {[int(c) for c in counts.tolist()]}). Merge or renumber the {kind}s, so that `n_{kind}s` counts only"
+            " those that occur."
+        )
+    return counts
 
 
 def name_groups(n_groups: int | Sequence[int], names: Sequence[str] | None, kind: str = "group") -> list[str]:

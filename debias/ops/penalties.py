@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
+from debias.ops.arguments import check_number
 from debias.ops.groups import GroupState, group_losses
 from debias.ops.head_statistics import HeadLoss, make_head_loss
 from debias.ops.precision import in_full_precision
-from debias.ops.schedule import PenaltySchedule, check_number
+from debias.ops.schedule import PenaltySchedule
 
 __all__ = ["LOSS_OPTIONS", "DomainPenaltyModule", "LossPenaltyModule", "row_counts"]
 
@@ -154,7 +155,7 @@ class LossPenaltyModule(DomainPenaltyModule):
                 f" got {', '.join(sorted(unknown))}. Correct the name, or `loss`."
             )
         self.loss = loss
-        self.label_smoothing = check_number("label_smoothing", loss_options.get("label_smoothing", 0.0), highest=1.0)
+        self.label_smoothing = check_number("label_smoothing", loss_options.get("label_smoothing", 0.0), "[0, 1]")
         self.ignore_index = loss_options.get("ignore_index", -100)
         if type(self.ignore_index) is not int:
             raise DebiasError(f"Expected `ignore_index` to be an integer, but got {self.ignore_index!r}.")

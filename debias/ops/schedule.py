@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import Any
 
-from debias.errors import DebiasError
+from debias.ops.arguments import check_count, check_number
 
-__all__ = ["PenaltySchedule", "check_number"]
+__all__ = ["PenaltySchedule"]
 
 
 @dataclass(frozen=True)
@@ -40,10 +38,7 @@ class PenaltySchedule:
             "weight_before": check_number("weight_before", self.weight_before),
         }
         for name in ("start_step", "ramp_steps"):
-            value = getattr(self, name)
-            if not isinstance(value, int | Integral) or isinstance(value, bool) or value < 0:
-                raise DebiasError(f"Expected `{name}` to be a number of optimiser steps >= 0, but got {value!r}.")
-            plain[name] = int(value)
+            plain[name] = check_count(name, getattr(self, name), 0, what="a number of optimiser steps")
         vars(self).update(plain)  # past the frozen __setattr__
 
     @property
@@ -59,20 +54,3 @@ class PenaltySchedule:
             return self.weight
         done = (step - self.start_step) / self.ramp_steps
         return self.weight_before + done * (self.weight - self.weight_before)
-
-
-def check_number(name: str, value: Any, *, lowest: float = 0.0, highest: float = float("inf")) -> float:
-    """The value of an argument that is a finite number within bounds, both included, as Python's own int or float.
-
-    Raises:
-        DebiasError: it is not.
-    """
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float | Real)
-        or not lowest <= float(value) <= highest
-        or (value == float("inf"))
-    ):
-        rule = f"a number >= {lowest:g}" if highest == float("inf") else f"a number in [{lowest:g}, {highest:g}]"
-        raise DebiasError(f"Expected `{name}` to be {rule}, but got {value!r}.")
-    return int(value) if isinstance(value, Integral) else float(value)

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debias.errors import DebiasError
 from debias.step.distributed import global_sum
 
-__all__ = ["batch_std", "check_probability", "restyle", "style"]
+__all__ = ["batch_std", "restyle", "style"]
 
 
 def style(x: Tensor, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -99,9 +98,3 @@ def batch_std(values: Tensor, *, eps: float = 1e-6, sync: bool = False) -> Tenso
     mean = (total[:-1] / count.clamp_min(1)).view(values.shape[1:])
     squares = global_sum(((values - mean) ** 2).sum(0, keepdim=True))
     return (squares / (count - 1).clamp_min(1) + eps).sqrt()
-
-
-def check_probability(name: str, value: float) -> None:
-    """Raise unless a probability is one."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise DebiasError(f"Expected `{name}` to be a probability in [0, 1], but got {value!r}.")

@@ -295,7 +295,7 @@ def test_manual_optimisation_is_refused():
     ("options", "match"),
     [
         ({"intensity": "A"}, "`intensity` to be 'learned' or 'direction', but got 'A'"),
-        ({"p_adversarial": 1.5}, r"`p_adversarial` to be a probability in \[0, 1\], but got 1.5"),
+        ({"p_adversarial": 1.5}, r"`p_adversarial` to be a number in \[0, 1\], but got 1.5"),
         ({"p_adversarial": 0.6, "p_dsu": 0.6}, "sum to at most 1, but got 0.6 and 0.6"),
         ({"adv_weight": -1}, "`adv_weight` to be a number >= 0"),
         ({"mix_weight": float("nan")}, "`mix_weight` to be a number >= 0"),

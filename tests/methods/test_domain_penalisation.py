@@ -273,7 +273,7 @@ def test_half_precision_losses_keep_a_precise_state(dtype):
         ({"n_domains": 2, "update": 0}, "`update`"),
         ({"n_domains": 2, "temperature": 0}, "`temperature` to be a number > 0, but got 0"),
         ({"n_domains": 2, "normalize": "max"}, "`normalize` to be 'mean' or 'sum', but got 'max'"),
-        ({"n_domains": 2, "ema": 1.0}, r"`ema` to be in \[0, 1\), but got 1.0"),
+        ({"n_domains": 2, "ema": 1.0}, r"`ema` to be a number in \[0, 1\), but got 1.0"),
         ({"n_domains": 2, "domain_counts": [3]}, "`domain_counts` to be 2 numbers"),
         ({"n_domains": 2, "domain_counts": [3, 0], "domain_names": ["a", "b"]}, "every domain .* but got none of b"),
         ({"n_domains": 2, "domain_names": ["a", "a"]}, "`domain_names` to hold 2 different names"),

@@ -284,7 +284,7 @@ def test_pure_update():
         ({"n_groups": True}, "`n_groups` to be a positive integer"),
         ({"n_groups": 2, "step_size": -1}, "`step_size` to be a number >= 0, but got -1"),
         ({"n_groups": 2, "step_size": float("nan")}, "`step_size`"),
-        ({"n_groups": 2, "alpha": 0.0}, r"`alpha` to be in \(0, 1\]"),
+        ({"n_groups": 2, "alpha": 0.0}, r"`alpha` to be a number in \(0, 1\]"),
         ({"n_groups": 2, "absent": "drop"}, "`absent` to be 'zero', 'skip' or 'ema', but got 'drop'"),
         ({"n_groups": 2, "adjustment": [1.0]}, "`adjustment` to be one number or 2, but got 1"),
         ({"n_groups": 2, "group_counts": [3, -1]}, r"numbers >= 0.*\[3.0, -1.0\]"),

@@ -236,8 +236,8 @@ def test_evaluation_is_untouched():
         ({"domain": "place", "mix": "manifold"}, "`mix` to be 'mixup' or 'cutmix'"),
         ({"domain": "place", "alpha": 0}, "`alpha` to be a number > 0"),
         ({"domain": "place", "alpha": float("inf")}, "`alpha` to be a number > 0, but got inf"),
-        ({"domain": "place", "p": 2}, r"`p` to be a probability in \[0, 1\], but got 2"),
-        ({"domain": "place", "p_same_label": -1}, "`p_same_label` to be a probability"),
+        ({"domain": "place", "p": 2}, r"`p` to be a number in \[0, 1\], but got 2"),
+        ({"domain": "place", "p_same_label": -1}, "`p_same_label` to be a number in"),
         ({"domain": ("place", 1)}, "`n_domains` to hold one number for each key"),
     ],
 )

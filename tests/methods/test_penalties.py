@@ -488,7 +488,7 @@ def test_through_a_trainer_a_membership_is_the_same_as_ids(method: type) -> None
         (lambda: VREx("d", 1), "`n_domains` to be at least 2"),
         (lambda: VREx("d", 2, penalty_weight=-1), "`penalty_weight`"),
         (lambda: IRM("d", 2, form="cubed"), "`form` to be 'unbiased' or 'squared'"),
-        (lambda: Fishr("d", 2, ema=1.0), r"`ema` to be in \[0, 1\)"),
+        (lambda: Fishr("d", 2, ema=1.0), r"`ema` to be a number in \[0, 1\)"),
         (lambda: Fishr("d", 2, ema=-0.1), "`ema`"),
         (lambda: Fishr("d", 2, bias="none"), "`bias`"),
         (lambda: Fishr("d", 2, loss="sum"), "`loss` of Fishr to choose one loss"),
