@@ -105,8 +105,8 @@ class CORALPenalty(DomainPenaltyModule):
     def __init__(
         self,
         n_domains: int | Sequence[int],
-        penalty_weight: float = 1.0,
         *,
+        penalty_weight: float = 1.0,
         weight_before: float = 0.0,
         start_step: int = 0,
         ramp_steps: int = 0,
@@ -172,7 +172,11 @@ class CORAL(DomainPenalty):
             domain,
             n_domains,
             CORALPenalty(
-                n_domains, penalty_weight, weight_before=weight_before, start_step=start_step, ramp_steps=ramp_steps
+                n_domains,
+                penalty_weight=penalty_weight,
+                weight_before=weight_before,
+                start_step=start_step,
+                ramp_steps=ramp_steps,
             ),
             features=features,
             head=head,

@@ -5,8 +5,8 @@ samples of domain e (elementwise, P numbers), and a running average over steps `
 
     v_e     = mean of G_i^2 - (mean of G_i)^2
     a_e     = ema a_e + (1 - ema) v_e                     from 0
-    vhat_e  = a_e / (1 - ema^t)                           bias="corrected": t updates so far, an average from the start
-              a_e / (1 - ema)                             bias="reference"
+    vhat_e  = a_e / (1 - ema^t)                           ema_bias="corrected": t updates, an average from the start
+              a_e / (1 - ema)                             ema_bias="reference"
     penalty = 1/E sum_e mean_P (vhat_e - mean vhat)^2     gradient through v_e of this batch only
 
 The authors' code divides by ``1 - ema``: the average starts at ``v_e`` and grows to ``v_e / (1 - ema)``, 20 times at
@@ -77,7 +77,7 @@ class FishrPenalty(LossPenaltyModule):
         n_domains: number of domains E, at least 2.
         penalty_weight: weight in the end; published default 1000.
         ema: share of the past in the running average, in [0, 1).
-        bias: ``"reference"`` or ``"corrected"``, what the average is divided by, see :mod:`debias.methods.fishr`.
+        ema_bias: ``"reference"`` or ``"corrected"``, what the average is divided by, see :mod:`debias.methods.fishr`.
         reduction: mean or sum, over domains and parameters.
         weight_before, start_step, ramp_steps: see :class:`debias.ops.schedule.PenaltySchedule`; the averages are kept
             from the first step on.
@@ -102,10 +102,10 @@ class FishrPenalty(LossPenaltyModule):
     def __init__(
         self,
         n_domains: int | Sequence[int],
+        *,
         penalty_weight: float = 1000.0,
         ema: float = 0.95,
-        bias: Literal["corrected", "reference"] = "reference",
-        *,
+        ema_bias: Literal["corrected", "reference"] = "reference",
         reduction: Literal["mean", "sum"] = "mean",
         weight_before: float = 0.0,
         start_step: int = 0,
@@ -118,12 +118,12 @@ class FishrPenalty(LossPenaltyModule):
             n_domains, penalty_weight, loss=loss, loss_options=loss_options, weight_before=weight_before,
             start_step=start_step, ramp_steps=ramp_steps,
         )  # fmt: skip
-        if bias not in ("corrected", "reference"):
-            raise DebiasError(f"Expected `bias` to be 'corrected' or 'reference', but got {bias!r}.")
+        if ema_bias not in ("corrected", "reference"):
+            raise DebiasError(f"Expected `ema_bias` to be 'corrected' or 'reference', but got {ema_bias!r}.")
         if reduction not in ("mean", "sum"):
             raise DebiasError(f"Expected `reduction` to be 'mean' or 'sum', but got {reduction!r}.")
         self.ema = check_number("ema", ema, "[0, 1)")
-        self.bias = bias
+        self.ema_bias = ema_bias
         self.reduction = reduction
         self.head_bias = head_bias
         # Its size is the head's, which is not known yet.
@@ -170,7 +170,7 @@ class FishrPenalty(LossPenaltyModule):
                 good = present & flat.isfinite().all(1)
                 self.averages = torch.where(good.unsqueeze(1), new.to(self.averages.dtype), self.averages)
                 self.updates = torch.where(good, updates, self.updates)
-        if self.bias == "reference":
+        if self.ema_bias == "reference":
             return new / (1 - self.ema)
         return new / (1 - self.ema**updates).to(flat.dtype).unsqueeze(1)
 
@@ -191,7 +191,8 @@ class Fishr(DomainPenalty):
         n_domains: number of domains, one per key; at least 2 in all.
         penalty_weight: weight of the penalty.
         ema: share of the past in the running average of the variances, in [0, 1).
-        bias: ``"reference"`` or ``"corrected"``, what the average is divided by; published weights are of the first.
+        ema_bias: ``"reference"`` or ``"corrected"``, what the average is divided by; published weights are of the
+            first.
         reduction: mean or sum, over domains and parameters.
         weight_before, start_step, ramp_steps: the weight before optimiser step ``start_step``, and the steps within
             which it then grows to ``penalty_weight``.
@@ -224,7 +225,7 @@ class Fishr(DomainPenalty):
         *,
         penalty_weight: float = 1000.0,
         ema: float = 0.95,
-        bias: Literal["corrected", "reference"] = "reference",
+        ema_bias: Literal["corrected", "reference"] = "reference",
         reduction: Literal["mean", "sum"] = "mean",
         weight_before: float = 0.0,
         start_step: int = 0,
@@ -242,8 +243,8 @@ class Fishr(DomainPenalty):
             domain,
             n_domains,
             FishrPenalty(
-                n_domains, penalty_weight, ema, bias, reduction=reduction, weight_before=weight_before,
-                start_step=start_step, ramp_steps=ramp_steps,
+                n_domains, penalty_weight=penalty_weight, ema=ema, ema_bias=ema_bias, reduction=reduction,
+                weight_before=weight_before, start_step=start_step, ramp_steps=ramp_steps,
             ),
             divide_loss=divide_loss,
             reset_optimizer=reset_optimizer,

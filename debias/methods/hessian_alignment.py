@@ -71,7 +71,7 @@ def hessian_alignment_penalty(
     n_domains: int,
     *,
     loss: str = "cross_entropy",
-    bias: bool = True,
+    head_bias: bool = True,
     statistic: Statistic = "hgp",
     alpha: float | None = None,
     beta: float = 5e-3,
@@ -91,7 +91,7 @@ def hessian_alignment_penalty(
         domains: int64 ``(N,)``, negative where unlabelled, or boolean membership ``(N, E)``.
         n_domains: number of domains E.
         loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` or ``"squared_error"``.
-        bias: whether the head adds a bias.
+        head_bias: whether the head adds a bias.
         statistic: what of the Hessians is compared.
         alpha: weight of the Hessians' distance; by default the published value of the statistic.
         beta: weight of the gradients' distance.
@@ -114,7 +114,7 @@ def hessian_alignment_penalty(
         torch.Size([])
     """
     members = make_members(domains, n_domains, len(logits))
-    statistics = HeadStatistics(features, make_head_loss(loss, logits, targets, **loss_options), members, bias)
+    statistics = HeadStatistics(features, make_head_loss(loss, logits, targets, **loss_options), members, head_bias)
     alpha = PUBLISHED_ALPHA[statistic] if alpha is None else alpha
     return alignment(
         statistics, statistic, alpha, beta, detach_target, scale_free, reduction, n_samples=n_samples,
@@ -189,7 +189,7 @@ class HessianAlignmentPenalty(LossPenaltyModule):
         penalty_weight: weight of the whole penalty.
         weight_before, start_step, ramp_steps: see :class:`debias.ops.schedule.PenaltySchedule`.
         loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` or ``"squared_error"``.
-        bias: whether the head adds a bias.
+        head_bias: whether the head adds a bias.
         **loss_options: what the loss is called with: ``weight``, ``label_smoothing``, ``ignore_index``, ``pos_weight``,
             see :class:`debias.ops.penalties.LossPenaltyModule`.
 
@@ -205,10 +205,10 @@ class HessianAlignmentPenalty(LossPenaltyModule):
     def __init__(
         self,
         n_domains: int | Sequence[int],
+        *,
         statistic: Statistic = "hgp",
         alpha: float | None = None,
         beta: float = 5e-3,
-        *,
         detach_target: bool = True,
         scale_free: bool = False,
         reduction: Literal["mean", "sum"] = "mean",
@@ -218,7 +218,7 @@ class HessianAlignmentPenalty(LossPenaltyModule):
         start_step: int = 0,
         ramp_steps: int = 0,
         loss: str = "cross_entropy",
-        bias: bool = True,
+        head_bias: bool = True,
         **loss_options: Any,
     ) -> None:
         super().__init__(
@@ -236,7 +236,7 @@ class HessianAlignmentPenalty(LossPenaltyModule):
         self.scale_free = scale_free
         self.reduction = reduction
         self.n_samples = check_count("n_samples", n_samples)
-        self.bias = bias
+        self.head_bias = head_bias
 
     def forward(
         self,
@@ -254,7 +254,7 @@ class HessianAlignmentPenalty(LossPenaltyModule):
 
         def penalty(logits: Tensor, features: Tensor) -> Tensor:
             loss = self.head_loss(logits, targets)
-            return self.of(HeadStatistics(features, loss, members, self.bias), generator)
+            return self.of(HeadStatistics(features, loss, members, self.head_bias), generator)
 
         return self.weighted(step, penalty, logits, features)
 
@@ -337,9 +337,9 @@ class HessianAlignment(DomainPenalty):
             domain,
             n_domains,
             HessianAlignmentPenalty(
-                n_domains, statistic, alpha, beta, detach_target=detach_target, scale_free=scale_free,
-                reduction=reduction, n_samples=n_samples, penalty_weight=penalty_weight, weight_before=weight_before,
-                start_step=start_step, ramp_steps=ramp_steps,
+                n_domains, statistic=statistic, alpha=alpha, beta=beta, detach_target=detach_target,
+                scale_free=scale_free, reduction=reduction, n_samples=n_samples, penalty_weight=penalty_weight,
+                weight_before=weight_before, start_step=start_step, ramp_steps=ramp_steps,
             ),
             divide_loss=divide_loss,
             reset_optimizer=reset_optimizer,

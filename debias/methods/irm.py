@@ -126,9 +126,9 @@ class IRMPenalty(LossPenaltyModule):
     def __init__(
         self,
         n_domains: int | Sequence[int],
+        *,
         penalty_weight: float = 100.0,
         form: Form = "unbiased",
-        *,
         weight_before: float = 1.0,
         start_step: int = 0,
         ramp_steps: int = 0,
@@ -202,8 +202,8 @@ class IRM(DomainPenalty):
             domain,
             n_domains,
             IRMPenalty(
-                n_domains, penalty_weight, form, weight_before=weight_before, start_step=start_step,
-                ramp_steps=ramp_steps,
+                n_domains, penalty_weight=penalty_weight, form=form, weight_before=weight_before,
+                start_step=start_step, ramp_steps=ramp_steps,
             ),
             divide_loss=divide_loss,
             reset_optimizer=reset_optimizer,

@@ -112,10 +112,10 @@ class MMDPenalty(DomainPenaltyModule):
     def __init__(
         self,
         n_domains: int | Sequence[int],
+        *,
         penalty_weight: float = 1.0,
         kernel: Kernel = "gaussian",
         gammas: Sequence[float] = GAMMAS,
-        *,
         weight_before: float = 0.0,
         start_step: int = 0,
         ramp_steps: int = 0,
@@ -195,8 +195,8 @@ class MMD(DomainPenalty):
             domain,
             n_domains,
             MMDPenalty(
-                n_domains, penalty_weight, kernel, GAMMAS if gammas is None else gammas, weight_before=weight_before,
-                start_step=start_step, ramp_steps=ramp_steps,
+                n_domains, penalty_weight=penalty_weight, kernel=kernel, gammas=GAMMAS if gammas is None else gammas,
+                weight_before=weight_before, start_step=start_step, ramp_steps=ramp_steps,
             ),
             features=features,
             head=head,

@@ -77,8 +77,8 @@ class VRExPenalty(DomainPenaltyModule):
     def __init__(
         self,
         n_domains: int | Sequence[int],
-        penalty_weight: float = 10.0,
         *,
+        penalty_weight: float = 10.0,
         weight_before: float = 1.0,
         start_step: int = 0,
         ramp_steps: int = 0,
@@ -141,7 +141,11 @@ class VREx(DomainPenalty):
             domain,
             n_domains,
             VRExPenalty(
-                n_domains, penalty_weight, weight_before=weight_before, start_step=start_step, ramp_steps=ramp_steps
+                n_domains,
+                penalty_weight=penalty_weight,
+                weight_before=weight_before,
+                start_step=start_step,
+                ramp_steps=ramp_steps,
             ),
             divide_loss=divide_loss,
             reset_optimizer=reset_optimizer,

@@ -36,7 +36,7 @@ VARIANTS = [
     ("HessianAlignment", {"statistic": "frobenius", "detach_target": False, "scale_free": True}),
     ("HessianAlignment", {"statistic": "hutchinson", "n_samples": 3}),
     ("HessianAlignment", {"derivatives": "autograd"}),
-    ("Fishr", {"derivatives": "autograd", "bias": "reference", "ema": 0.5}),
+    ("Fishr", {"derivatives": "autograd", "ema_bias": "reference", "ema": 0.5}),
     ("IRM", {"form": "squared"}),
     ("MMD", {"kernel": "scaled_gaussian"}),
 ]

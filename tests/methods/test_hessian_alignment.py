@@ -35,7 +35,7 @@ STATISTICS = ("hgp", "diagonal", "frobenius")
 
 def ours(p: oracle.Problem, **options) -> torch.Tensor:
     return hessian_alignment_penalty(
-        p.features, p.logits, p.targets, p.domains, p.n_domains, loss=p.loss, bias=p.bias is not None, alpha=0.7,
+        p.features, p.logits, p.targets, p.domains, p.n_domains, loss=p.loss, head_bias=p.bias is not None, alpha=0.7,
         beta=0.3, **options, **p.options,
     )  # fmt: skip
 
@@ -115,7 +115,7 @@ def test_how_the_penalty_grows_with_the_features(statistic: str | None, power: i
     def penalty(scale: float, scale_free: bool) -> float:
         f, w = p.features * scale, p.weight / scale
         value = hessian_alignment_penalty(
-            f, f @ w.T, p.targets, p.domains, p.n_domains, bias=False, scale_free=scale_free, **options
+            f, f @ w.T, p.targets, p.domains, p.n_domains, head_bias=False, scale_free=scale_free, **options
         )
         return float(value.detach())
 

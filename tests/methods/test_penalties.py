@@ -263,7 +263,7 @@ def test_fishr_without_average(kind: str, reduction: str) -> None:
 @pytest.mark.parametrize("bias", ["corrected", "reference"])
 def test_fishr_averages_over_steps(bias: str) -> None:
     """Four batches in which domains come and go; the gradient is that of the last batch's variances."""
-    module = FishrPenalty(3, ema=0.8, bias=bias)
+    module = FishrPenalty(3, ema=0.8, ema_bias=bias)
     kept: dict[int, torch.Tensor] = {}
     seen: dict[int, int] = {}
     for seed, sizes in enumerate([(4, 3, 0), (2, 0, 3), (3, 3, 3), (5, 2, 2)]):
@@ -277,7 +277,7 @@ def test_fishr_averages_over_steps(bias: str) -> None:
             hats.append(new / (1 - 0.8 ** seen[e] if bias == "corrected" else 0.2))
         hats = torch.stack(hats)
         check(p, mine, (hats - hats.mean(0)).square().mean())
-    fresh = FishrPenalty(3, ema=0.8, bias=bias)
+    fresh = FishrPenalty(3, ema=0.8, ema_bias=bias)
     fresh.load_state_dict(module.state_dict())
     p = oracle.problem(sizes=(3, 2, 2), seed=9)
     assert torch.equal(fresh.of(statistics(p)), module.of(statistics(p)))
@@ -490,7 +490,7 @@ def test_through_a_trainer_a_membership_is_the_same_as_ids(method: type) -> None
         (lambda: IRM("d", 2, form="cubed"), "`form` to be 'unbiased' or 'squared'"),
         (lambda: Fishr("d", 2, ema=1.0), r"`ema` to be a number in \[0, 1\)"),
         (lambda: Fishr("d", 2, ema=-0.1), "`ema`"),
-        (lambda: Fishr("d", 2, bias="none"), "`bias`"),
+        (lambda: Fishr("d", 2, ema_bias="none"), "`ema_bias`"),
         (lambda: Fishr("d", 2, loss="sum"), "`loss` of Fishr to choose one loss"),
         (lambda: Fishr("d", 2, reduction="max"), "`reduction`"),
         (lambda: MMD("d", 2, kernel="linear"), "`kernel`"),
@@ -543,7 +543,7 @@ def test_half_precision_inputs_given_by_name(dtype: torch.dtype) -> None:
         )
 
 
-@pytest.mark.parametrize("module", [FishrPenalty(2), HessianAlignmentPenalty(2, "frobenius"), VRExPenalty(2)])
+@pytest.mark.parametrize("module", [FishrPenalty(2), HessianAlignmentPenalty(2, statistic="frobenius"), VRExPenalty(2)])
 def test_modules_compute_in_single_precision_under_autocast(module: torch.nn.Module) -> None:
     p = oracle.problem(sizes=(301, 299))
     features, logits = p.features.bfloat16(), p.logits.bfloat16()
@@ -928,9 +928,9 @@ def hessian_alignment(p: oracle.Problem) -> torch.Tensor:
 TOLD = {  # each module, and what its function makes of the same arguments
     "hessian_alignment": (lambda *args, **options: HessianAlignmentPenalty(*args, alpha=0.7, beta=0.3, **options),
                           hessian_alignment),
-    "fishr": (lambda *args, **options: FishrPenalty(*args, 1.0, 0.0, **options),
-              lambda p: FishrPenalty(p.n_domains, 1.0, 0.0).of(statistics(p))),
-    "irm": (lambda *args, **options: IRMPenalty(*args, 1.0, **options),
+    "fishr": (lambda *args, **options: FishrPenalty(*args, penalty_weight=1.0, ema=0.0, **options),
+              lambda p: FishrPenalty(p.n_domains, penalty_weight=1.0, ema=0.0).of(statistics(p))),
+    "irm": (lambda *args, **options: IRMPenalty(*args, penalty_weight=1.0, **options),
             lambda p: irm_penalty(p.logits, p.targets, p.domains, p.n_domains, loss=p.loss, **p.options)),
 }  # fmt: skip
 
@@ -1143,11 +1143,13 @@ def test_modules_in_a_plain_loop() -> None:
         MMDPenalty: (p.features, p.domains),
     }
     for module, arguments in inputs.items():
-        plain = module(2, 3.0)(*arguments)
+        plain = module(2, penalty_weight=3.0)(*arguments)
         assert plain.requires_grad
-        assert float(plain.detach()) == pytest.approx(3 * float(module(2, 1.0)(*arguments).detach()), rel=1e-12)
-        assert float(module(2, 3.0, weight_before=0.0, start_step=2)(*arguments, step=1)) == 0
+        assert float(plain.detach()) == pytest.approx(
+            3 * float(module(2, penalty_weight=1.0)(*arguments).detach()), rel=1e-12
+        )
+        assert float(module(2, penalty_weight=3.0, weight_before=0.0, start_step=2)(*arguments, step=1)) == 0
         with pytest.raises(DebiasError, match="`step`"):
-            module(2, 3.0, start_step=2)(*arguments)
+            module(2, penalty_weight=3.0, start_step=2)(*arguments)
         with pytest.raises(BadRowsError, match="below"):
-            module(2, 3.0)(*arguments[:-1], p.domains + 2)
+            module(2, penalty_weight=3.0)(*arguments[:-1], p.domains + 2)
