@@ -30,8 +30,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from debias import GroupDRO, GroupMonitor, __version__
 from debias.classifier import Classifier
 from debias.data import ColoredDigits
-from debias.data._common import missing_extra
-from debias.errors import DebiasError
+from debias.errors import DebiasError, missing_package
 
 try:
     from matplotlib.figure import Figure
@@ -40,7 +39,7 @@ try:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 except ImportError as error:
-    raise missing_extra(error.name or "matplotlib", error) from error
+    raise missing_package(error.name or "matplotlib", error) from error
 
 __all__ = ["Result", "run", "train", "wilson_interval"]
 

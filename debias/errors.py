@@ -18,6 +18,7 @@ __all__ = [
     "LossNotFoundError",
     "RowsError",
     "UnsupportedStrategyError",
+    "missing_package",
     "UntappedLossError",
 ]
 
@@ -60,3 +61,11 @@ class UnsupportedStrategyError(DebiasError):
 
 class DataError(DebiasError):
     """A dataset folder is missing, incomplete or malformed."""
+
+
+def missing_package(package: str, error: ImportError) -> DebiasError:
+    """The error for a package of the extra ``recipes`` which is not there, or which is broken."""
+    return DebiasError(
+        f"Expected the package `{package}` to be installed, but importing it failed: {error}. Run"
+        " `pip install 'debias[recipes]'`."
+    )

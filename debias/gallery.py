@@ -13,16 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from debias.data._common import missing_extra
 from debias.data.colored_digits import load_digits
-from debias.errors import DataError, DebiasError
+from debias.errors import DataError, DebiasError, missing_package
 from debias.ops.shifts import FAMILIES, crafted_shift, sample_keys
 
 try:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 except ImportError as error:
-    raise missing_extra(error.name or "matplotlib", error) from error
+    raise missing_package(error.name or "matplotlib", error) from error
 
 __all__ = ["draw", "example_images", "read_images", "rows", "run"]
 
@@ -116,7 +115,7 @@ def example_images(size: int) -> list[Tensor]:
     try:
         from sklearn.datasets import load_sample_images
     except ImportError as error:
-        raise missing_extra("scikit-learn", error) from error
+        raise missing_package("scikit-learn", error) from error
     photographs = [_square(torch.from_numpy(image.copy()), size) for image in load_sample_images().images]
     digits = torch.from_numpy(load_digits()[0][[2, 4]]).float()
     return [torch.stack(photographs), digits[:, None]]

@@ -32,9 +32,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from debias import CraftedShifts, ShiftedValidation
 from debias.classifier import Classifier
 from debias.data import DigitsShift
-from debias.data._common import missing_extra
 from debias.demo import COLORS, _quiet, _Tick
-from debias.errors import DebiasError
+from debias.errors import DebiasError, missing_package
 from debias.ops.shifts import FAMILIES, FOLDS, select_setting, two_fold_score
 
 try:
@@ -45,7 +44,7 @@ try:
     from rich.table import Table
     from scipy.stats import rankdata
 except ImportError as error:
-    raise missing_extra(error.name or "matplotlib", error) from error
+    raise missing_package(error.name or "matplotlib", error) from error
 
 __all__ = ["Setting", "Trained", "bootstrap", "rank_correlation", "run", "train"]
 

@@ -26,15 +26,14 @@ from debias.compare.grid import BASELINES, Recipe, RunSpec, expand, prepare, set
 from debias.compare.records import RECORD, default_group, read_record
 from debias.compare.report import report
 from debias.compare.runner import Interrupted, run_all
-from debias.data._common import missing_extra
-from debias.errors import DebiasError
+from debias.errors import DebiasError, missing_package
 
 try:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from yaml import safe_dump
 except ImportError as error:
-    raise missing_extra(error.name or "rich", error) from error
+    raise missing_package(error.name or "rich", error) from error
 
 __all__ = ["compare", "find_recipe"]
 

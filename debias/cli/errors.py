@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["missing_extra", "readable_errors"]
+__all__ = ["install_hint", "readable_errors"]
 
 EXTRAS = {
     "kornia": "augment",
@@ -22,7 +22,7 @@ EXTRAS = {
 }
 
 
-def missing_extra(module: str) -> str | None:
+def install_hint(module: str) -> str | None:
     """Say how to install ``module`` if an extra of debias brings it."""
     extra = EXTRAS.get(module.partition(".")[0])
     return f"`{module}` is not installed; `pip install 'debias[{extra}]'` brings it." if extra else None
@@ -43,7 +43,7 @@ def readable_errors() -> Iterator[None]:
 
 def _readable(error: BaseException) -> str | None:
     if isinstance(error, ModuleNotFoundError):
-        return missing_extra(error.name or "")
+        return install_hint(error.name or "")
     if any(base.__name__ == "InterpolationResolutionError" for base in type(error).__mro__):  # omegaconf's
         return _unresolved(str(error))
     from debias.errors import DebiasError

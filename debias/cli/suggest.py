@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from importlib import import_module
 
-from debias.cli.errors import missing_extra
+from debias.cli.errors import install_hint
 
 __all__ = ["class_arguments", "explain", "nearest"]
 
@@ -72,7 +72,7 @@ def explain(message: str, keys: Iterable[str]) -> str:
     if found := re.search(r"[Uu]nrecognized arguments: --(?P<key>[^\s=]+)", message):
         return _unknown_key(found["key"], keys)
     if (found := re.search(r"No module named '(?P<module>[\w.]+)'", message)) and (
-        hint := missing_extra(found["module"])
+        hint := install_hint(found["module"])
     ):
         return hint
     if found := re.search(r"module '(?P<module>[\w.]+)' has no attribute '(?P<name>\w+)'", message):

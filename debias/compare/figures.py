@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from debias.compare.table import Comparison, Row, label
-from debias.data._common import missing_extra
+from debias.errors import missing_package
 
 try:
     from matplotlib import colormaps
@@ -27,7 +27,7 @@ try:
     from matplotlib.lines import Line2D
     from matplotlib.transforms import Bbox
 except ImportError as error:
-    raise missing_extra(error.name or "matplotlib", error) from error
+    raise missing_package(error.name or "matplotlib", error) from error
 
 __all__ = ["DARK", "FIGURES", "LIGHT", "Paper", "by_group", "group_weights", "read_weights", "worst_vs_average"]
 

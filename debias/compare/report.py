@@ -26,13 +26,12 @@ from debias.compare.table import (
     table_rows,
     write_rows,
 )
-from debias.data._common import missing_extra
-from debias.errors import DebiasError
+from debias.errors import DebiasError, missing_package
 
 try:
     from rich.console import Console
 except ImportError as error:
-    raise missing_extra(error.name or "rich", error) from error
+    raise missing_package(error.name or "rich", error) from error
 
 __all__ = ["print_report", "report", "write_report"]
 

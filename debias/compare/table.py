@@ -13,7 +13,7 @@ from typing import Any
 
 from debias.compare.records import Measures, RunRecord, measures
 from debias.compare.selection import Choice, Rule, find_rule, select
-from debias.data._common import missing_extra
+from debias.errors import missing_package
 
 try:
     from rich import box
@@ -23,7 +23,7 @@ try:
     from rich.text import Text
     from scipy.stats import t as student
 except ImportError as error:
-    raise missing_extra(error.name or "rich", error) from error
+    raise missing_package(error.name or "rich", error) from error
 
 __all__ = [
     "Comparison",

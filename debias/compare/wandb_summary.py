@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from debias.compare.table import Comparison, label, runs_rows, table_rows
-from debias.data._common import missing_extra
-from debias.errors import DebiasError
+from debias.errors import DebiasError, missing_package
 
 try:
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 except ImportError as error:
-    raise missing_extra(error.name or "wandb", error) from error
+    raise missing_package(error.name or "wandb", error) from error
 
 __all__ = ["log_summary", "summary_id"]
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from debias.data.samplers import EvalSampler, GroupBalancedSampler
 from debias.data.tagging import TaggedDataset, tag
-from debias.errors import DataError, DebiasError
+from debias.errors import DataError, DebiasError, missing_package
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -162,16 +162,8 @@ def transforms() -> ModuleType:
     try:
         from torchvision import transforms
     except ImportError as error:
-        raise missing_extra("torchvision", error) from error
+        raise missing_package("torchvision", error) from error
     return cast(ModuleType, transforms)
-
-
-def missing_extra(package: str, error: ImportError) -> DebiasError:
-    """The error for a package of the extra ``recipes`` which is not there, or which is broken."""
-    return DebiasError(
-        f"Expected the package `{package}` to be installed, but importing it failed: {error}. Run"
-        " `pip install 'debias[recipes]'`."
-    )
 
 
 def check_fraction(name: str, value: float, *, open_ends: bool = False) -> None:
@@ -181,7 +173,7 @@ def check_fraction(name: str, value: float, *, open_ends: bool = False) -> None:
         raise DebiasError(f"Expected argument `{name}` to be {rule}, but got {value}.")
 
 
-def check_number(name: str, given: int | None, actual: int, what: str) -> None:
+def check_stated(name: str, given: int | None, actual: int, what: str) -> None:
     """Raise if a number that a configuration states is not the one of the data."""
     if given is not None and given != actual:
         raise DataError(

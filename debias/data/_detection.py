@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from debias.data._common import GroupDataModule, check_number, nearest
+from debias.data._common import GroupDataModule, check_stated, nearest
 from debias.data.tagging import TaggedDataset, tag
 from debias.errors import DataError, DebiasError
 from debias.step.batch import TagCollate
@@ -159,7 +159,7 @@ class DetectionDataModule(GroupDataModule):
         for number, split in enumerate(splits):
             names += sorted({sample.domain for sample in split} - set(names))
             if not number:
-                check_number("n_domains", self.n_domains, len(names), "the number of training domains")
+                check_stated("n_domains", self.n_domains, len(names), "the number of training domains")
                 self.n_domains = len(names)
             for sample in split:
                 valid_boxes(sample, self.invalid)

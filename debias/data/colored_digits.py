@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
-from debias.data._common import GroupDataModule, check_fraction, check_number, missing_extra
+from debias.data._common import GroupDataModule, check_fraction, check_stated
 from debias.data.tagging import TaggedDataset, tag
-from debias.errors import DebiasError
+from debias.errors import DebiasError, missing_package
 
 __all__ = ["ColoredDigits"]
 
@@ -74,14 +74,14 @@ class ColoredDigits(GroupDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed, balance=balance, num_workers=num_workers)
-        check_number("n_groups", n_groups, 4, "label x colour")
+        check_stated("n_groups", n_groups, 4, "label x colour")
         check_fraction("label_noise", label_noise)
         check_fraction("test_agreement", test_agreement)
         if not agreement:
             raise DebiasError("Expected argument `agreement` to be one share per training environment, but got none.")
         for share in agreement:
             check_fraction("agreement", share)
-        check_number("n_domains", n_domains, len(agreement), "one per value of `agreement`")
+        check_stated("n_domains", n_domains, len(agreement), "one per value of `agreement`")
         self.n_groups = n_groups
         self.label_noise = label_noise
         self.agreement = tuple(agreement)
@@ -139,6 +139,6 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits as load
     except ImportError as error:
-        raise missing_extra("scikit-learn", error) from error
+        raise missing_package("scikit-learn", error) from error
     bunch = load()
     return bunch.images / 16, bunch.target

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
-from debias.data._common import GroupDataModule, check_fraction, check_number, missing_extra, nearest
+from debias.data._common import GroupDataModule, check_fraction, check_stated, nearest
 from debias.data.tagging import TaggedDataset, tag
-from debias.errors import DataError, DebiasError
+from debias.errors import DataError, DebiasError, missing_package
 from debias.step.batch import TaggedBatch
 
 __all__ = ["ColoredMNIST"]
@@ -119,14 +119,14 @@ class ColoredMNIST(GroupDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed, balance=balance, num_workers=num_workers)
-        check_number("n_groups", n_groups, 4, "label x colour")
+        check_stated("n_groups", n_groups, 4, "label x colour")
         check_fraction("label_noise", label_noise)
         check_fraction("test_color_flip", test_color_flip)
         if not color_flips:
             raise DebiasError("Expected argument `color_flips` to be one share per training environment, but got none.")
         for flip in color_flips:
             check_fraction("color_flips", flip)
-        check_number("n_domains", n_domains, len(color_flips), "one per value of `color_flips`")
+        check_stated("n_domains", n_domains, len(color_flips), "one per value of `color_flips`")
         for name, value, choices in (
             ("split", split, _SPLITS),
             ("target", target, ("class", "binary")),
@@ -403,5 +403,5 @@ def _torchvision_mnist() -> Any:
     try:
         from torchvision.datasets import MNIST
     except ImportError as error:
-        raise missing_extra("torchvision", error) from error
+        raise missing_package("torchvision", error) from error
     return MNIST

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from debias.data._common import GroupDataModule, check_fraction, check_number
+from debias.data._common import GroupDataModule, check_fraction, check_stated
 from debias.data.colored_digits import load_digits
 from debias.data.tagging import TaggedDataset, tag
 from debias.errors import DataError, DebiasError
@@ -80,7 +80,7 @@ class DigitsShift(GroupDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed, balance=balance, num_workers=num_workers)
-        check_number("n_groups", n_groups, 10, "one group for each digit")
+        check_stated("n_groups", n_groups, 10, "one group for each digit")
         check_fraction("val_fraction", val_fraction, open_ends=True)
         if source not in ("digits", "mnist"):
             raise DebiasError(f"Expected argument `source` to be 'digits' or 'mnist', but got {source!r}.")

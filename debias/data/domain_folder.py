@@ -18,7 +18,7 @@ from debias.data._common import (
     GroupDataModule,
     check_folder,
     check_fraction,
-    check_number,
+    check_stated,
     nearest,
     tagged_images,
     transforms,
@@ -114,8 +114,8 @@ class DomainFolder(GroupDataModule):
         self.domain_names = [name for name in tree if (name == given) == (argument == "train_domain")]
         self.class_names = list(tree[given])
         self.n_classes, n_domains = len(self.class_names), len(self.domain_names)
-        check_number("n_domains", self.n_domains, n_domains, "the number of training domains")
-        check_number("n_groups", self.n_groups, self.n_classes * n_domains, "classes x training domains")
+        check_stated("n_domains", self.n_domains, n_domains, "the number of training domains")
+        check_stated("n_groups", self.n_groups, self.n_classes * n_domains, "classes x training domains")
         self.n_domains, self.n_groups = n_domains, self.n_classes * n_domains
 
         splits = {name: self._split(number, name, tree[name]) for number, name in enumerate(tree)}

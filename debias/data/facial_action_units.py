@@ -26,7 +26,7 @@ from debias.data._common import (
     ImageFiles,
     check_folder,
     check_fraction,
-    check_number,
+    check_stated,
     nearest,
     transforms,
 )
@@ -141,7 +141,7 @@ class FacialActionUnits(GroupDataModule):
         check_folder(self.root, "the images and the table of action units")
         rows, self.unit_names = _read(self.table, self.root, self.units, self.threshold)
         self.subjects = self._divided(sorted({row.subject for row in rows}))
-        check_number("n_identities", self.n_identities, len(self.subjects["train"]), "the subjects in training")
+        check_stated("n_identities", self.n_identities, len(self.subjects["train"]), "the subjects in training")
         self.n_identities = len(self.subjects["train"])
         evaluation = _eval_transform(self.image_size)
         self.train_set = self._make(rows, "train", _train_transform(self.image_size) if self.augment else evaluation)

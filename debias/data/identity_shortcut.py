@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from debias.data._common import GroupDataModule, check_fraction, check_number
+from debias.data._common import GroupDataModule, check_fraction, check_stated
 from debias.data.tagging import TaggedDataset, tag
 from debias.errors import DebiasError
 
@@ -75,7 +75,7 @@ class IdentityShortcut(GroupDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed, balance=balance, num_workers=num_workers)
-        check_number("n_groups", n_groups, 4, "label x habit")
+        check_stated("n_groups", n_groups, 4, "label x habit")
         check_fraction("agreement", agreement)
         for name, value, least in (
             ("n_identities", n_identities, 2),

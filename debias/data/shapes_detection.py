@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from debias.data._common import check_number
+from debias.data._common import check_stated
 from debias.data._detection import DetectionDataModule, tag_domains
 from debias.errors import DebiasError
 
@@ -81,7 +81,7 @@ class ShapesDetection(DetectionDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed, balance=balance, num_workers=num_workers)
-        check_number("n_domains", n_domains, len(_DOMAINS), "the kinds of background")
+        check_stated("n_domains", n_domains, len(_DOMAINS), "the kinds of background")
         for name, value, least in (
             ("n_train", n_train, 1), ("n_eval", n_eval, 1), ("image_size", image_size, 32), ("max_boxes", max_boxes, 1)
         ):  # fmt: skip

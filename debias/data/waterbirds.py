@@ -13,7 +13,7 @@ from debias.data._common import (
     IMAGENET_STD,
     GroupDataModule,
     check_folder,
-    check_number,
+    check_stated,
     tagged_images,
     transforms,
 )
@@ -75,8 +75,8 @@ class Waterbirds(GroupDataModule):
         num_workers: int = 4,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed, balance=balance, num_workers=num_workers)
-        check_number("n_groups", n_groups, 4, "bird x background")
-        check_number("n_domains", n_domains, 2, "land and water")
+        check_stated("n_groups", n_groups, 4, "bird x background")
+        check_stated("n_domains", n_domains, 2, "land and water")
         if image_size < 1:
             raise DebiasError(f"Expected argument `image_size` to be at least 1 pixel, but got {image_size}.")
         self.root = Path(root).expanduser()

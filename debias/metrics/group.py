@@ -15,6 +15,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -559,9 +560,9 @@ def _snake_case(name: str) -> str:
 
 
 def _check_n_groups(n_groups: int) -> int:
-    if isinstance(n_groups, bool) or not isinstance(n_groups, int) or n_groups < 1:
+    if isinstance(n_groups, bool) or not isinstance(n_groups, Integral) or n_groups < 1:
         raise DebiasError(f"Expected argument `n_groups` to be an integer of at least 1, but got {n_groups!r}.")
-    return n_groups
+    return int(n_groups)
 
 
 def _names(group_names: Sequence[str] | None, n_groups: int) -> list[str]:

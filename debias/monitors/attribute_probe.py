@@ -30,6 +30,7 @@ from torch import Tensor
 
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, HeadNotFoundError, RowsError
 from debias.monitors._epoch import EpochMonitor
+from debias.ops.arguments import check_count, check_number
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
 from debias.step.distributed import gather, global_rank, global_sum, world_size
@@ -252,23 +253,16 @@ class AttributeProbe(EpochMonitor):
         allow_untested_strategy: bool = False,
     ) -> None:
         super().__init__(name=name or key_name(attribute), allow_untested_strategy=allow_untested_strategy)
-        for argument, value in (("n_values", n_values), ("every_n_epochs", every_n_epochs)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise DebiasError(f"Expected `{argument}` to be a positive integer, but got {value!r}.")
-        if not 0 < fit_fraction < 1:
-            raise DebiasError(f"Expected `fit_fraction` to be above 0 and below 1, but got {fit_fraction!r}.")
-        if shrinkage is not None and not 0 <= shrinkage <= 1:
-            raise DebiasError(f"Expected `shrinkage` to be from 0 to 1, or None, but got {shrinkage!r}.")
         check_loss(loss)
         if self.name is None:
             raise DebiasError("Expected `name` to be given where `attribute` is a callable, but got none.")
         self.attribute = attribute
-        self.n_values = n_values
+        self.n_values = check_count("n_values", n_values)
         self.features = features
         self.head = head
-        self.every_n_epochs = every_n_epochs
-        self.fit_fraction = fit_fraction
-        self.shrinkage = shrinkage
+        self.every_n_epochs = check_count("every_n_epochs", every_n_epochs)
+        self.fit_fraction = check_number("fit_fraction", fit_fraction, "(0, 1)")
+        self.shrinkage = None if shrinkage is None else check_number("shrinkage", shrinkage, "[0, 1]")
         self.loss = loss
         self.seed = seed
         self._kept: list[list[tuple[Tensor, Tensor]]] = []

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from debias.errors import DebiasError, LossNotFoundError
 from debias.monitors._epoch import EpochMonitor, by_group
 from debias.monitors.detection_monitor import find_predictions
+from debias.ops.arguments import check_count, check_number
 from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey
 from debias.step.context import Step
@@ -109,17 +110,13 @@ class BoxStability(EpochMonitor):
         super().__init__(name=name, allow_untested_strategy=allow_untested_strategy)
         if isinstance(layers, str) or not layers:
             raise DebiasError(f"Expected `layers` to be a list of dotted paths, but got {layers!r}.")
-        if not 0 < rate < 1:
-            raise DebiasError(f"Expected `rate` to be between 0 and 1, but got {rate!r}.")
-        if type(draws) is not int or draws < 1:
-            raise DebiasError(f"Expected `draws` to be an integer of at least 1, but got {draws!r}.")
         if domain is not None:
             check_keys(domain, n_domains, "domain")
         self.layers = list(layers)
         self.predictions = predictions
-        self.rate = rate
+        self.rate = check_number("rate", rate, "(0, 1)")
         self.score_threshold = score_threshold
-        self.draws = draws
+        self.draws = check_count("draws", draws)
         self.domain = domain
         self.n_domains = plain_n_groups(n_domains)
         self.total = check_n_groups(n_domains, "domain")

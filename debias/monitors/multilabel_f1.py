@@ -15,6 +15,7 @@ from torch import Tensor
 from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, RowsError
 from debias.metrics import MultilabelF1, worst_group
 from debias.monitors._epoch import EpochMonitor, by_group
+from debias.ops.arguments import check_count
 from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
@@ -80,15 +81,13 @@ class MultilabelF1Monitor(EpochMonitor):
         check_loss(loss)
         if group is not None:
             check_keys(group, n_groups)
-        if isinstance(thresholds, bool) or not isinstance(thresholds, int) or thresholds < 1:
-            raise DebiasError(f"Expected `thresholds` to be a positive integer, but got {thresholds!r}.")
         self.label_names = [str(name) for name in label_names]
         self.target = target
         self.group = group
         self.n_groups = plain_n_groups(n_groups)
         self.total = check_n_groups(n_groups)
         self.group_names = name_groups(n_groups, group_names)
-        self.thresholds = thresholds
+        self.thresholds = check_count("thresholds", thresholds)
         self.loss = loss
         self.chosen: int | None = None
         self._metric: Any = None

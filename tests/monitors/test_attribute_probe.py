@@ -419,10 +419,10 @@ def test_what_is_found_while_validating(module, options, error, match):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"n_values": 0}, "`n_values` to be a positive integer"),
-        ({"every_n_epochs": 0}, "`every_n_epochs` to be a positive integer"),
-        ({"fit_fraction": 1.0}, "`fit_fraction` to be above 0 and below 1"),
-        ({"shrinkage": 2.0}, "`shrinkage` to be from 0 to 1"),
+        ({"n_values": 0}, "`n_values` to be an integer >= 1"),
+        ({"every_n_epochs": 0}, "`every_n_epochs` to be an integer >= 1"),
+        ({"fit_fraction": 1.0}, r"`fit_fraction` to be a number in \(0, 1\)"),
+        ({"shrinkage": 2.0}, r"`shrinkage` to be a number in \[0, 1\]"),
         ({"loss": "sum"}, "`loss` to be None, an index >= 0 or a callable, but got 'sum'"),
         ({"attribute": len}, "`name` to be given"),
     ],

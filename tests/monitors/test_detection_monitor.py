@@ -328,7 +328,7 @@ def test_wrong_arguments_of_box_stability():
     for options, match in (
         ({"layers": "network"}, "`layers` to be a list of dotted paths, but got 'network'"),
         ({"layers": []}, "`layers`"),
-        ({"layers": ["a"], "rate": 1.0}, "`rate` to be between 0 and 1, but got 1.0"),
+        ({"layers": ["a"], "rate": 1.0}, r"`rate` to be a number in \(0, 1\), but got 1.0"),
         ({"layers": ["a"], "draws": 0}, "`draws`"),
     ):
         with pytest.raises(DebiasError, match=match):

@@ -149,5 +149,5 @@ def test_what_is_refused():
         )  # fmt: skip
     with pytest.raises(DebiasError, match="`label_names` to be different names"):
         MultilabelF1Monitor(["a", "a"])
-    with pytest.raises(DebiasError, match="`thresholds` to be a positive integer"):
+    with pytest.raises(DebiasError, match="`thresholds` to be an integer >= 1"):
         MultilabelF1Monitor(["a"], thresholds=0)
