@@ -305,8 +305,8 @@ class GroupState(nn.Module):
         fits = groups.shape == losses.shape and not groups.is_floating_point() and groups.dtype != torch.bool
         if not fits and not (groups.dtype == torch.bool and groups.shape == (len(losses), self.n_groups)):
             raise DebiasError(
-                f"Expected `groups` to be integer ids of shape {tuple(losses.shape)} or a boolean membership of shape"
-                f" {(len(losses), self.n_groups)}, but got {groups.dtype} of shape {tuple(groups.shape)}."
+                f"Expected `{self.kind}s` to be integer ids of shape {tuple(losses.shape)} or a boolean membership of"
+                f" shape {(len(losses), self.n_groups)}, but got {groups.dtype} of shape {tuple(groups.shape)}."
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
