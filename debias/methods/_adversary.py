@@ -11,7 +11,6 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from numbers import Integral
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,9 +19,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, RowsError
+from debias.ops.arguments import check_count, check_number
 from debias.ops.gradient_reversal import dann_ramp, gradient_reversal
 from debias.ops.groups import GroupState, group_losses
-from debias.ops.schedule import check_number
 from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.distributed import global_sum
@@ -58,13 +57,12 @@ class AdversaryLoss(GroupState):
     labelled: Tensor
 
     def __init__(self, in_features: int | None, count: int, *, what: str, argument: str, strength: float) -> None:
-        for name, value in ((argument, count), ("in_features", 1 if in_features is None else in_features)):
-            if isinstance(value, bool) or not isinstance(value, int | Integral) or value < 1:
-                raise DebiasError(f"Expected `{name}` to be a positive integer, but got {value!r}.")
-        strength = float(check_number("strength", strength))
+        count = check_count(argument, count)
+        if in_features is not None:
+            check_count("in_features", in_features)
         super().__init__(count)
         self.what, self.argument = what, argument
-        self.strength = strength
+        self.strength = float(check_number("strength", strength))
         self.accuracy: Tensor | None = None
         if in_features is None:  # only the callback knows epochs
             self.register_buffer("labelled", torch.zeros(1, dtype=torch.float64))
@@ -248,12 +246,10 @@ class AdversarialDebiaser(Debiaser):
             )
         if schedule not in ("constant", "dann"):
             raise DebiasError(f"Expected `schedule` to be 'constant' or 'dann', but got {schedule!r}.")
-        for argument, value, least in (("warmup_steps", warmup_steps, 0), ("ramp_steps", ramp_steps, 1)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise DebiasError(f"Expected `{argument}` to be an integer of at least {least}, but got {value!r}.")
-        lr, lr_ratio = None if lr is None else check_number("lr", lr), check_number("lr_ratio", lr_ratio)
-        if lr == 0 or lr_ratio == 0:
-            raise DebiasError(f"Expected `lr` and `lr_ratio` to be above 0, but got {lr!r} and {lr_ratio!r}.")
+        warmup_steps = check_count("warmup_steps", warmup_steps, 0)
+        ramp_steps = None if ramp_steps is None else check_count("ramp_steps", ramp_steps)
+        lr = None if lr is None else check_number("lr", lr, "(0, inf)")
+        lr_ratio = check_number("lr_ratio", lr_ratio, "(0, inf)")
         self.key = key
         self.schedule = schedule
         self.warmup_steps = warmup_steps

@@ -36,7 +36,7 @@ from torch.optim import Optimizer
 
 from debias.errors import DebiasError, RowsError
 from debias.methods._adversary import AdversarialDebiaser, AdversaryLoss, make_mlp
-from debias.ops.schedule import check_number
+from debias.ops.arguments import check_count, check_number
 from debias.step.batch import BatchKey, describe
 from debias.step.context import Step
 from debias.step.tap import LossCall
@@ -106,9 +106,7 @@ class DomainAdversarialLoss(AdversaryLoss):
                 "Expected `discriminator` to be 'mlp', 'linear', a module or a function of the features' width, but got"
                 f" {discriminator!r}."
             )
-        if n_classes is not None and (isinstance(n_classes, bool) or not isinstance(n_classes, int) or n_classes < 1):
-            raise DebiasError(f"Expected `n_classes` to be a positive integer or None, but got {n_classes!r}.")
-        self.n_classes = n_classes
+        self.n_classes = None if n_classes is None else check_count("n_classes", n_classes)
         self.gradient_penalty = float(check_number("gradient_penalty", gradient_penalty))
         # In a tuple: a module of the user's own is a template here, and no part of this one.
         self._discriminator = (discriminator,)

@@ -299,12 +299,12 @@ def test_no_domain_in_a_whole_epoch():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"n_domains": 0}, "`n_domains` to be a positive integer"),
+        ({"n_domains": 0}, "`n_domains` to be an integer >= 1"),
         ({"discriminator": "big"}, "`discriminator` to be 'mlp', 'linear'"),
         ({"gradient_penalty": -0.1}, "`gradient_penalty` to be a number >= 0"),
         ({"gradient_penalty": True}, "`gradient_penalty` to be a number >= 0, but got True"),
         ({"gradient_penalty": "x"}, "`gradient_penalty` to be a number >= 0, but got 'x'"),
-        ({"conditional": True, "n_classes": 0}, "`n_classes` to be a positive integer or None"),
+        ({"conditional": True, "n_classes": 0}, "`n_classes` to be an integer >= 1"),
         ({"strength": True}, "`strength`"),
     ],
 )
