@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data._utils.collate import default_collate_fn_map
 from torch.utils.data._utils.pin_memory import pin_memory
 from torch.utils.data.dataloader import default_collate
 
-from debias.errors import BatchKeyError
+from debias.errors import BatchKeyError, RowsError
+from debias.step.rows import one_per_sample
 from debias.step.sample_order import reorders
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "TaggedBatch",
     "TaggedSample",
     "key_name",
+    "map_samples",
     "read",
     "repeated",
     "replace",
@@ -247,26 +250,109 @@ def replace(batch: Any, key: BatchKey, value: Any) -> Any:
 
 
 def repeated(batch: Any, index: Tensor, n: int) -> Any:
-    """A batch of the samples ``index``, in that order: rows of tensors with ``n`` rows, elements of lists with ``n``.
+    """A batch of the samples ``index``, in that order; see :func:`map_samples`.
 
     Args:
         batch: a batch of ``n`` samples.
         index: int64 ``(rows,)``, ``torch.arange(n)`` any number of times.
         n: number of samples.
     """
-    if isinstance(batch, Tensor):
-        return batch[index] if batch.ndim and batch.shape[0] == n else batch
-    if isinstance(batch, Mapping):
-        changed: Any = copy.copy(batch)
-        for key, value in batch.items():
-            changed[key] = repeated(value, index, n)
-        return changed
-    if isinstance(batch, list) and len(batch) == n and not any(isinstance(x, Tensor) and x.ndim for x in batch):
-        return batch * (len(index) // n)
-    if isinstance(batch, tuple | list):
-        parts = [repeated(part, index, n) for part in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-    return batch
+    return map_samples(batch, n, lambda x: x[index], lambda items: items * (len(index) // n))
+
+
+def map_samples(
+    batch: Any, n: int, of_tensor: Callable[[Tensor], Tensor], of_list: Callable[[list[Any]], list[Any]]
+) -> Any:
+    """A copy of a batch with other samples; what does not belong to samples is the same.
+
+    Mappings, lists, tuples, dataclasses and other objects with attributes are looked into.
+
+    Args:
+        batch: a batch of ``n`` samples.
+        n: number of samples.
+        of_tensor: makes the new rows of a tensor with ``n`` rows.
+        of_list: makes the new elements of a list with one element per sample.
+
+    Raises:
+        RowsError: nothing in the batch has ``n`` rows.
+    """
+    mapping = _SampleMap(n, of_tensor, of_list)
+    changed = mapping(batch)
+    if not mapping.found:
+        raise RowsError(
+            f"Expected the batch to hold tensors with a row, or lists with an element, for each of its {n} samples, so"
+            f" that some can be taken, but got {describe(batch)} that shows none. Make it of tensors, lists, tuples,"
+            " mappings or objects with attributes."
+        )
+    return changed
+
+
+class _SampleMap:
+    """What :func:`map_samples` does to each part of a batch."""
+
+    def __init__(
+        self, n: int, of_tensor: Callable[[Tensor], Tensor], of_list: Callable[[list[Any]], list[Any]]
+    ) -> None:
+        self.n, self.of_tensor, self.of_list = n, of_tensor, of_list
+        self.found = False
+        self._made: dict[int, Any] = {}  # objects may refer to each other
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, Tensor | np.ndarray):
+            if not value.ndim or len(value) != self.n:
+                return value
+            self.found = True
+            return self.of_tensor(value) if isinstance(value, Tensor) else value[self.of_list(list(range(self.n)))]
+        if isinstance(value, tuple | list):
+            samples = one_per_sample(list(value), self.n) and not hasattr(value, "_fields")
+            if samples and not any(map(self._is_long, value)):
+                return self._of_samples(value)
+            children: Mapping[Any, Any] = dict(enumerate(value))
+        else:
+            children = value if isinstance(value, Mapping) else attributes(value)
+        if not children or id(value) in self._made:
+            return self._made.get(id(value), value)
+        self._made[id(value)] = value
+        parts = self._parts(children)
+        if any(part is not children[key] for key, part in parts.items()):
+            self._made[id(value)] = _rebuilt(value, parts)
+        return self._made[id(value)]
+
+    def _parts(self, parts: Mapping[Any, Any]) -> dict[Any, Any]:
+        # A pair (images, targets) of two samples is a pair, not one element per sample. And three images of three
+        # channels could be three tensors with a row per sample; the targets beside them tell.
+        told = any(self._is_long(part) and one_per_sample(list(part), self.n) for part in parts.values())
+        return {k: self._of_samples(x) if told and self._is_long(x) else self(x) for k, x in parts.items()}
+
+    def _is_long(self, value: Any) -> bool:
+        return isinstance(value, tuple | list) and len(value) == self.n
+
+    def _of_samples(self, items: Any) -> Any:
+        self.found = True
+        return type(items)(self.of_list(list(items)))
+
+
+def _rebuilt(value: Any, parts: dict[Any, Any]) -> Any:
+    """A copy of a container or object with these parts."""
+    if isinstance(value, tuple | list):
+        return type(value)(*parts.values()) if hasattr(value, "_fields") else type(value)(parts.values())
+    if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
+        return type(value)(parts)  # type: ignore[call-arg]
+    changed = copy.copy(value)
+    for key, part in parts.items():
+        if isinstance(value, Mapping):
+            changed[key] = part
+        else:
+            object.__setattr__(changed, key, part)  # also of a frozen dataclass
+    return changed
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """The parts of a batch that is an object: its attributes; none of modules, classes and functions."""
+    if callable(value):
+        return {}
+    names = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
+    return {name: getattr(value, name) for name in names} | getattr(value, "__dict__", {})
 
 
 def describe(batch: Any) -> str:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from debias.errors import LossNotFoundError, RowsError
+from debias.step.batch import map_samples
 from debias.step.context import Step
 from debias.step.contract import Method
-from debias.step.rows import one_per_sample
 from debias.step.tap import LossCall
 
 __all__ = ["split_losses", "take_samples"]
@@ -66,25 +66,7 @@ def split_losses(
 
 
 def take_samples(batch: Any, members: list[int], n: int) -> Any:
-    """The same batch with only some of its samples: rows of tensors with ``n`` rows, elements of lists with ``n``."""
-    if isinstance(batch, Tensor):
-        return batch[torch.tensor(members, device=batch.device)] if batch.ndim and batch.shape[0] == n else batch
-    if isinstance(batch, Mapping):
-        return type(batch)({k: take_samples(v, members, n) for k, v in batch.items()})  # type: ignore[call-arg]
-    if isinstance(batch, tuple | list):
-        # A pair (images, targets) of two samples is a pair, not one element per sample.
-        lists = [list(x) for x in batch if isinstance(x, tuple | list) and len(x) == n]
-        if one_per_sample(list(batch), n) and not lists:
-            chosen = [batch[i] for i in members]
-        elif any(one_per_sample(x, n) for x in lists):
-            # Three images of three channels could be three tensors with a row per sample; the targets beside them tell.
-            chosen = [
-                type(x)([x[i] for i in members])
-                if isinstance(x, tuple | list) and len(x) == n
-                else take_samples(x, members, n)
-                for x in batch
-            ]
-        else:
-            chosen = [take_samples(x, members, n) for x in batch]
-        return type(batch)(*chosen) if hasattr(batch, "_fields") else type(batch)(chosen)
-    return batch
+    """The same batch with only some of its samples; see :func:`debias.step.batch.map_samples`."""
+    return map_samples(
+        batch, n, lambda x: x[torch.tensor(members, device=x.device)], lambda items: [items[i] for i in members]
+    )

@@ -1,0 +1,151 @@
+"""Samples of a batch of any layout."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, UserDict, namedtuple
+from dataclasses import dataclass
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from _support.fits import Classifier, make_trainer, problem, val_loader
+from debias import GroupDRO, tag
+from debias.errors import RowsError
+from debias.step.batch import repeated
+from debias.step.split import take_samples
+
+N = 4
+Pair = namedtuple("Pair", ["x", "y"])
+
+
+@dataclass
+class Batch:
+    x: Any
+    y: Any
+
+
+@dataclass(frozen=True)
+class Frozen:
+    x: Any
+    y: Any
+
+
+@dataclass(slots=True)
+class Slots:
+    x: Any
+    y: Any
+
+
+class Counting:
+    """Made otherwise than by its attributes."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.x, self.y = parts
+        self.size, self.itself = (2, 3, 5), self
+
+
+LAYOUTS = {
+    "tuple": lambda x, y: (x, y),
+    "list": lambda x, y: [x, y],
+    "dict": lambda x, y: {"x": x, "y": y},
+    "ordered": lambda x, y: OrderedDict(x=x, y=y),
+    "own mapping": lambda x, y: UserDict(x=x, y=y),
+    "read-only mapping": lambda x, y: MappingProxyType({"x": x, "y": y}),
+    "namedtuple": Pair,
+    "dataclass": Batch,
+    "frozen dataclass": Frozen,
+    "dataclass with slots": Slots,
+    "object": Counting,
+    "namespace": lambda x, y: SimpleNamespace(x=x, y=y),
+    "nested": lambda x, y: {"a": [Batch(x, 1)], "b": SimpleNamespace(y=y, name="b")},
+}
+
+
+def parts(batch: Any) -> list[Any]:
+    if isinstance(batch, dict) and "a" in batch:
+        return [batch["a"][0].x, batch["b"].y]
+    if isinstance(batch, tuple | list):
+        return list(batch)
+    return [batch["x"], batch["y"]] if hasattr(batch, "keys") else [batch.x, batch.y]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "y", [torch.arange(N), np.arange(N), list("abcd"), ("a", "b", "c", "d")], ids=["tensor", "array", "list", "tuple"]
+)
+def test_samples_of_any_layout(layout, y):
+    x = torch.arange(2 * N).view(N, 2)
+    batch = LAYOUTS[layout](x, y)
+    taken = take_samples(batch, [2, 0], N)
+    assert type(taken) is type(batch)
+    rows, others = parts(taken)
+    assert rows.tolist() == [[4, 5], [0, 1]]
+    assert type(others) is type(y)
+    assert list(others) == [y[2], y[0]]
+    twice = parts(repeated(batch, torch.arange(N).repeat(2), N))
+    assert [len(part) for part in twice] == [2 * N, 2 * N]
+    assert list(twice[1][N:]) == list(y)
+    assert parts(batch)[0] is x  # nothing is changed in place
+    assert parts(batch)[1] is y
+
+
+def test_what_is_not_of_samples_is_left_alone():
+    batch = Counting(torch.arange(N), torch.ones(3, 2))
+    taken = take_samples(batch, [1], N)
+    assert taken.y is batch.y
+    assert taken.size is batch.size
+    assert taken.x.tolist() == [1]
+
+
+def test_the_same_part_twice():
+    part = [torch.arange(N), None]
+    assert take_samples({"a": part, "b": part}, [3], N) == {
+        "a": [torch.tensor([3]), None],
+        "b": [torch.tensor([3]), None],
+    }
+
+
+def test_images_of_as_many_channels_as_there_are_images():
+    """The targets beside them tell, also in a mapping and in an object."""
+    images, targets = (
+        [torch.full((3, 2, 2), float(i)) for i in range(3)],
+        [{"boxes": torch.zeros(i, 4)} for i in range(3)],
+    )
+    for batch in ((images, targets), {"x": images, "y": targets}, Batch(images, targets)):
+        taken = parts(take_samples(batch, [2], 3))
+        assert [len(part) for part in taken] == [1, 1]
+        assert taken[0][0] is images[2]
+        assert len(parts(repeated(batch, torch.arange(3).repeat(2), 3))[0]) == 6
+
+
+@pytest.mark.parametrize("batch", [SimpleNamespace(x=torch.ones(3, 2)), object(), "abcd", torch.ones(())])
+def test_a_batch_that_shows_no_samples_is_refused(batch):
+    with pytest.raises(RowsError, match="for each of its 4 samples, so that some can be taken, but got a "):
+        take_samples(batch, [0], N)
+    with pytest.raises(RowsError, match="for each of its 4 samples"):
+        repeated(batch, torch.arange(N).repeat(2), N)
+
+
+def test_the_step_is_run_on_each_group_of_a_dataclass():
+    seen = []
+
+    class Attributes(Classifier):
+        def training_step(self, batch, batch_idx):
+            seen.append(len(batch.x))
+            return super().training_step((batch.x, batch.y), batch_idx)
+
+    def collate(samples):
+        return Batch(*torch.utils.data.default_collate(samples))
+
+    dataset = tag(TensorDataset(*problem(8).tensors), place=torch.tensor([0] * 6 + [1] * 2))
+    method = GroupDRO("place", 2, losses="split")
+    make_trainer([method], max_epochs=1).fit(
+        Attributes(), DataLoader(dataset, batch_size=8, collate_fn=collate), val_loader()
+    )
+    assert seen == [6, 2]
+    first, second = method.module.by_group()["loss_by_group"]
+    assert first != second
