@@ -97,6 +97,8 @@ def take(
     tap: Any, name: str, args: tuple[Any, ...], original: Callable[[], Any], per_sample: Callable[..., Any]
 ) -> Any:
     """Run an adapted loss under a tap: its inner losses are not seen, its per-sample losses are."""
+    if tap.suspended:  # inside another adapted loss
+        return original()
     tap.suspended += 1
     try:
         out = original()

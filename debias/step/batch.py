@@ -124,7 +124,7 @@ class TagCollate:
 
     The engine puts it around the ``collate_fn`` of every loader that Lightning runs; other loops write
     ``DataLoader(tagged, collate_fn=TagCollate(my_collate))``. It has to keep the order of its samples, which is checked
-    with the first batch: by calling it again, with copies of the samples in reverse.
+    with the first batch: by calling it again, with copies of the samples in another order.
     """
 
     def __init__(self, collate_fn: Callable[[Any], Any]) -> None:

@@ -71,8 +71,8 @@ class Step:
             argument: the user's argument, for error messages.
 
         Returns:
-            int64 ``(N,)``; negative where unlabelled, and the number of groups where an id is out of range. A boolean
-            membership ``(N, G)`` is returned as it is.
+            int64 ``(N,)``; negative where unlabelled, and the number of groups or more where an id is out of range. A
+            boolean membership ``(N, G)`` is returned as it is.
 
         Raises:
             BatchKeyError: nothing is there, it is no integer ids ``(N,)`` and no boolean membership ``(N, G)``, or a

@@ -107,7 +107,8 @@ class StepEngine:
 
     def check(self, watcher: Watcher, stage: str) -> None:
         """Refuse, before anything has run, what a method cannot do."""
-        _check_strategy(self.trainer.strategy, watcher)
+        if stage == "fit" or watcher.monitors:  # else it does nothing in this stage
+            _check_strategy(self.trainer.strategy, watcher)
         if stage != "fit" or not watcher.trains:
             return
         from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -118,6 +119,7 @@ class StepEngine:
                 f"Expected `training_step(batch, ...)` for {who}, but got `training_step(dataloader_iter)`: the"
                 " batch is fetched inside the step, where it cannot be read. Take the batch as the first argument."
             )
+        _check_rows(self.trainer.callbacks)
         if not self.module.automatic_optimization and watcher.adds_to_loss:
             raise UnsupportedStrategyError(
                 f"Expected automatic optimisation for {who}, but `automatic_optimization` is False: the loss is used up"
@@ -258,8 +260,8 @@ class StepEngine:
             self._end_forward(debiasers)
             return output
 
-        stated = [w.rows for w in (reweigher, *debiasers) if w is not None and w.rows is not None]
-        rows = stated[0] if stated else None  # the reweigher's first
+        stated = [w.rows for w in debiasers if w.rows is not None]
+        rows = stated[0] if stated else None  # the same for all, or refused before training
         tracker = None
         if step.n is not None:
             arranged = rows if isinstance(rows, str) else None
@@ -581,6 +583,18 @@ def _check_strategy(strategy: Any, watcher: Watcher) -> None:
             f" {type(strategy).__name__}, on which it has not been tested. Choose `strategy='ddp'`, or pass"
             " `allow_untested_strategy=True` and check the results yourself."
         )
+
+
+def _check_rows(callbacks: list[Any]) -> None:
+    """Methods see the same rows, so they cannot be told different things of them."""
+    stated = [(c.state_key, c.rows) for c in callbacks if getattr(c, "rows", None) is not None]
+    for who, rows in stated[1:]:
+        if rows != stated[0][1]:
+            raise RowsError(
+                f"Expected methods that are used together to state the same `rows`, but got {stated[0][1]!r} of"
+                f" {stated[0][0]} and {rows!r} of {who}: what one states counts for all. Pass the same to both or"
+                " to one of them; where losses have rows of different kinds, one `rows=callable(call, n)`."
+            )
 
 
 def _runs_again(watcher: Watcher, optimizer: str) -> UnsupportedStrategyError:

@@ -23,6 +23,7 @@ from torch.utils.data import (
 from debias.errors import BatchKeyError, DebiasError
 from debias.step.batch import BatchKey, split_tags
 from debias.step.context import Step
+from debias.step.random import undisturbed
 from debias.step.tap import LossCall
 from debias.step.watcher import MAX_LOGGED_GROUPS, Debiaser, default_name
 
@@ -223,7 +224,7 @@ def _count(loader: Any, key: Any, n_groups: Any, trainer: Any, argument: str) ->
     dataset = _drawn_from(loader)
     if (tags := _tags(dataset, key)) is not None:
         return _sum_up([(None, tags)], key, n_groups, trainer, argument)
-    with torch.random.fork_rng(devices=[]):
+    with undisturbed():
         parts = [split_tags(b) for b in DataLoader(dataset, batch_size=256, collate_fn=loader.collate_fn)]
     return _sum_up(parts, key, n_groups, trainer, argument)
 

@@ -72,7 +72,9 @@ class HeadFinder:
 
 def _keeps_rows(index: Any) -> bool:
     """Whether an index takes columns only, as `logits[:, 0]` does."""
-    return isinstance(index, tuple) and index[0] == slice(None) and all(isinstance(i, int | None) for i in index[1:])
+    if not isinstance(index, tuple) or not index or not isinstance(index[0], slice):
+        return False
+    return index[0] == slice(None) and all(isinstance(i, int | None) for i in index[1:])
 
 
 @dataclass(eq=False)

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from debias.errors import DebiasError
 from debias.step.distributed import global_rank
 
-__all__ = ["StepRandom"]
+__all__ = ["StepRandom", "undisturbed"]
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Afterwards random numbers of Python, NumPy and PyTorch on the CPU go on as if nothing had been drawn."""
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
 
 
 class StepRandom:

@@ -186,11 +186,8 @@ class RowTracker:
 
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Remember one operation; called for every one in :data:`RECORDED`."""
-        if not args:  # torch.cat(tensors=...), torch.reshape(input=...)
-            name = next((name for name in ("tensors", "input", "self") if name in kwargs), None)
-            if name is None:
-                return
-            args, kwargs = (kwargs[name],), {k: v for k, v in kwargs.items() if k != name}
+        if not args:
+            return
         if isinstance(out, Tensor):
             records = [_Record(out, func, args, kwargs)]
         elif isinstance(out, tuple | list):

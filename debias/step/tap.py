@@ -378,9 +378,9 @@ class LossTap(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in LOSSES:
             return self._loss(func, args, kwargs)
+        if not args and func in _FOLLOWED | RECORDED:
+            args, kwargs = _first_by_position(func, kwargs)
         if self._pending and func in _FOLLOWED:
-            if not args and "input" in kwargs:
-                args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
             followed = self._follow(func, args, kwargs)
             if followed is not None:
                 return followed
@@ -726,6 +726,15 @@ class LossTap(TorchFunctionMode):
                     )
             kept = first
         return kept.reshape(out.shape)
+
+
+def _first_by_position(func: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of ``torch.squeeze(input=x, dim=1)`` and its like with what the operation is done to in front."""
+    names = ("condition", "input", "other") if func in _WHERE else ("input", "tensors", "tensor")
+    first = [name for name in names if name in kwargs]
+    if len(first) != (3 if func in _WHERE else 1):
+        return (), kwargs
+    return tuple(kwargs[name] for name in first), {k: v for k, v in kwargs.items() if k not in first}
 
 
 def _rescaled(den: Tensor, other: Tensor) -> Tensor:

@@ -383,6 +383,9 @@ SORTING = {
     "in place": lambda items: items.sort(key=lambda item: -len(item[0])) or padded(items),
     "positions beside": lambda items: (torch.arange(len(items)), *padded(longest_first(items))),
     "arrays": lambda items: [a.numpy() for a in padded(longest_first(items))],
+    "turned round": lambda items: padded(items[::-1]),
+    "rotated": lambda items: padded(items[1:] + items[:1]),
+    "interleaved halves": lambda items: padded([x for pair in zip(items[:4], items[4:], strict=True) for x in pair]),
 }
 
 
@@ -403,6 +406,16 @@ def test_a_trainer_refuses_a_collate_function_that_sorts():
     loader = DataLoader(tag(SEQUENCES, place=[0, 1] * 4), 8, collate_fn=SORTING["padded"], num_workers=1)
     with pytest.raises(BatchKeyError, match=r"`collate_fn` to keep the order"):
         make_trainer([GroupDRO("place", 2)]).fit(Sums(), loader, loader)
+
+
+@pytest.mark.parametrize("n", range(3, 20))
+def test_an_order_that_does_not_depend_on_the_samples_is_refused(n):
+    samples = [TaggedSample(torch.randn(2), {"i": i}) for i in range(n)]
+    orders = [[*range(n)][::-1], [*range(1, n), 0], [n - 1, *range(n - 1)], [*range(0, n, 2), *range(1, n, 2)]]
+    for order in orders:
+        with pytest.raises(BatchKeyError, match=r"`collate_fn` to keep the order"):
+            TagCollate(lambda items, order=order: torch.stack([items[i] for i in order]))(samples)
+    TagCollate(torch.stack)(samples)
 
 
 def mixed_up(items):

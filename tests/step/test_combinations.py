@@ -21,7 +21,7 @@ from debias import (
     ShiftedValidation,
     VREx,
 )
-from debias.errors import DebiasError
+from debias.errors import DebiasError, RowsError
 from debias.step.context import Step
 
 
@@ -102,6 +102,32 @@ def test_rows_that_one_method_states_count_beside_methods_that_state_none(other)
 
     fitted([other, VREx(domain="place", n_domains=N_GROUPS, rows=rows)], Twice())
     assert asked
+
+
+def test_methods_that_state_other_rows_are_refused_before_training():
+    def method(rows, name=None):
+        return VREx(domain="place", n_domains=N_GROUPS, rows=rows, name=name)
+
+    match = r"same `rows`, but got 'tiled' of GroupReweighting\(place\) and 'interleaved' of VREx\(place\)"
+    first = GroupReweighting("place", N_GROUPS, rows="tiled")
+    with pytest.raises(RowsError, match=match):
+        fitted([first, method("interleaved")], Never())
+    with pytest.raises(RowsError, match=r"'interleaved' of VREx\(a\) and <function _twice .* of VREx\(b\)"):
+        fitted([method("interleaved", "a"), method(None), method(_twice, "b")], Never())
+    fitted([method(_twice, "a"), method(None), method(_twice, "b")], Twice())
+
+
+class Never(Classifier):
+    def training_step(self, batch, batch_idx):
+        raise AssertionError
+
+
+def test_ids_out_of_range_are_told_by_the_number_of_groups():
+    tags = {"a": torch.tensor([0, 7, -5]), "b": torch.tensor([1, 0, 1])}
+    step = Step(None, Classifier(), "train", None, tags)
+    for ids, count in ((step.ids("a", 4), 4), (step.ids(("a", "b"), (4, 2)), 8)):
+        assert (ids >= count).tolist() == [False, True, False]
+        assert (ids < 0).tolist() == [False, False, True]
 
 
 def test_augmenters_that_mean_different_losses_are_refused():

@@ -57,6 +57,22 @@ def test_untested_strategy(watcher):
     assert not same(parameters(model), parameters(Classifier()))
 
 
+def test_a_method_that_only_trains_stops_no_evaluation():
+    """Not even under a strategy that it was not tested on: it does nothing there."""
+    for run in ("validate", "test"):
+        for callbacks in ([GroupDRO("place", 3)], [GroupDRO("place", 3), VREx("place", 3)]):
+            trainer = make_trainer(callbacks, strategy=FSDPStrategy(device="cpu", accelerator=None))
+            getattr(trainer, run)(Evaluated(), val_loader(), verbose=False)
+        trainer = make_trainer([GroupMonitor("place", 3)], strategy=FSDPStrategy(device="cpu", accelerator=None))
+        with pytest.raises(UnsupportedStrategyError, match="for GroupMonitor, but got FSDPStrategy"):
+            getattr(trainer, run)(Evaluated(), val_loader(), verbose=False)
+
+
+class Evaluated(Classifier):
+    def test_step(self, batch, batch_idx):
+        self.validation_step(batch, batch_idx)
+
+
 # ------------------------------------------------------------ the user's module
 
 

@@ -1,5 +1,6 @@
 """The classifier head is found in real model families, and its features are the tensor that the head reads."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -81,10 +82,26 @@ X = torch.randn(2, 4)
         lambda z: z.unsqueeze(1).squeeze(1),
         lambda z: z.clone().reshape(-1, 3),
         lambda z: z.unsqueeze(2).transpose(1, 2).flatten(1),
+        lambda z: torch.squeeze(input=z.unsqueeze(2), dim=2),
+        lambda z: torch.reshape(input=torch.unsqueeze(input=z, dim=0), shape=(2, 3)),
+        lambda z: z[:, None][:, 0],
     ],
 )
 def test_through_operations_that_change_no_logit(between):
     assert_head(steps(Wrapped(net), lambda: between(net(X))), net[2])
+
+
+@pytest.mark.parametrize(
+    "index",
+    [(), (np.array([0, 1]), slice(None)), (torch.tensor([0, 1]), slice(None)), ([0, 1],), (None,), None, ...],
+    ids=["nothing", "array", "tensor", "list", "new axis", "new axis alone", "ellipsis"],
+)
+def test_other_indices_are_no_concern_of_the_head(index):
+    def run():
+        assert X[index].numel() in (8, 2)
+        return net(X)
+
+    assert_head(steps(Wrapped(net), run), net[2])
 
 
 def test_double_precision_logits_of_a_single_precision_head():

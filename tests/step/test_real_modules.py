@@ -448,6 +448,31 @@ def test_a_registered_function():
     assert_exact(Module(), Samples(X, MULTI), lambda net: 2 * dro(log_cosh(net), ONES, GROUPS))
 
 
+def test_a_registered_function_inside_a_registered_class(monkeypatch):
+    """It is one loss."""
+    from debias.step import adapters
+
+    monkeypatch.setattr(adapters, "ADAPTERS", dict(adapters.ADAPTERS))
+
+    def loss(prediction, target):
+        return torch.log(torch.cosh(prediction - target)).mean()
+
+    adapted = register_loss(loss, lambda prediction, target: torch.log(torch.cosh(prediction - target)))
+
+    class Doubled(nn.Module):
+        def forward(self, prediction, target):
+            return 2 * adapted(prediction, target)
+
+    register_loss(Doubled, lambda _, prediction, target: 2 * torch.log(torch.cosh(prediction - target)))
+
+    class Module(OwnMaths):
+        def __init__(self):
+            super().__init__()
+            self.criterion = Doubled()
+
+    assert_exact(Module(), Samples(X, MULTI), lambda net: dro(2 * log_cosh(net), ONES, GROUPS))
+
+
 class StatesLosses(Base):
     def training_step(self, batch, batch_idx):
         x, y = batch

@@ -3,9 +3,11 @@
 import collections
 import gc
 import math
+import random
 import weakref
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -812,6 +814,35 @@ def test_a_second_fit_counts_its_own_data():
         counts(saved, GROUPS)
         saved.load_state_dict(saved.state_dict())
         assert counts(saved, 1 - GROUPS) == [4, 2]
+
+
+class Augmented(Dataset):
+    """Draws from all three generators, as augmentations do; the groups are in the batch."""
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, i):
+        noise = torch.rand(()) + random.random() + np.random.rand()
+        return X[i] + noise, Y[i], GROUPS[i]
+
+
+def test_counting_draws_no_random_numbers():
+    def drawn(counts):
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        seen = []
+
+        def step(module, batch):
+            seen.append(batch[0])
+            return plain_step(module, batch)
+
+        callback = GroupReweighting(2, 2, group_counts=counts)
+        L.Trainer(max_epochs=1, callbacks=[callback], **QUIET).fit(Base(step), DataLoader(Augmented(), batch_size=3))
+        return torch.cat(seen)
+
+    assert torch.equal(drawn(None), drawn([4, 2]))
 
 
 @pytest.mark.parametrize("parts", [("id", "member"), ("member", "id"), ("member", "member"), ("member",)])
