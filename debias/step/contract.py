@@ -42,13 +42,17 @@ class Watcher(Protocol):
 class Method(Watcher, Protocol):
     """Changes training steps: augments, reweighs, penalises."""
 
-    rows: Any
     losses: Any
     random: StepRandom
 
     @property
     def reweighs(self) -> bool:
         """Whether it reweighs the loss."""
+        ...
+
+    @property
+    def loss_rows(self) -> Any:
+        """What it states of the rows of the loss."""
         ...
 
     @property

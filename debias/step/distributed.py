@@ -7,13 +7,23 @@ and double backward works because the operation is its own backward. In one proc
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["as_global", "gather", "gather_objects", "global_rank", "global_sum", "is_distributed", "world_size"]
+__all__ = [
+    "alike",
+    "as_global",
+    "gather",
+    "gather_objects",
+    "global_rank",
+    "global_sum",
+    "is_distributed",
+    "world_size",
+]
 
 
 def is_distributed() -> bool:
@@ -103,6 +113,19 @@ def gather_objects(x: Any) -> list[Any]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, x)
     return found
+
+
+def alike(text: str, device: torch.device) -> bool:
+    """Whether all ranks have come with the same text; this waits for the device.
+
+    Args:
+        text: anything.
+        device: of the tensor that is exchanged.
+    """
+    found = torch.zeros(world_size(), dtype=torch.float64, device=device)
+    found[global_rank()] = zlib.crc32(text.encode())
+    found = global_sum(found)
+    return bool((found == found[0]).all())
 
 
 def as_global(local: Tensor, value: Tensor) -> Tensor:

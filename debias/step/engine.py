@@ -37,6 +37,7 @@ from debias.step.head import FeatureTap, HeadTap
 from debias.step.mixing import unmixable
 from debias.step.proxy import Hook, StepProxy, attach, detach
 from debias.step.rows import MOVES, RowTracker
+from debias.step.shared import SharedLosses
 from debias.step.split import split_losses
 from debias.step.tap import LossCall, LossTap, no_loss_error, unreduced
 
@@ -69,6 +70,7 @@ class StepEngine:
         self._reweighed: list[LossCall] = []
         self._rows_needed = True
         self._checked = self._sums_checked = False
+        self._shared = SharedLosses()
         self._named: dict[tuple[Any, int], str] = {}
         self._counter: int | None = None
 
@@ -255,12 +257,13 @@ class StepEngine:
             split, output = split_losses(original, args, kwargs, step, reweigher)
             self._end_forward(debiasers)
             return _with_loss(output, split)
-        if reweigher is None and not penalisers and not is_distributed() and mixture is None:
+        alone = reweigher is None and not penalisers and mixture is None
+        if alone and (not is_distributed() or self._shared.as_ddp):
             output = original(*args, **kwargs)
             self._end_forward(debiasers)
             return output
 
-        stated = [w.rows for w in debiasers if w.rows is not None]
+        stated = [w.loss_rows for w in debiasers if w.loss_rows is not None]
         rows = stated[0] if stated else None  # the same for all, or refused before training
         tracker = None
         if step.n is not None:
@@ -268,7 +271,7 @@ class StepEngine:
             tracker = RowTracker(step.batch, step.n, everything=self._rows_needed, arranged=arranged)
         heads = {(w.head, w.features): self._head(w.head, w.features) for w in debiasers if w.needs_features}
         finders = [finder for head in heads.values() if (finder := head.start(tracker)) is not None]
-        combine, late = self._combiner(reweigher, step)
+        combine, late = self._combiner(reweigher, penalisers, step)
         tap = LossTap(combine, late, True, tracker, rows, finders[0] if finders else None, mixture)
         output = self._watched(tap, original, args, kwargs)
         for head in heads.values():
@@ -304,30 +307,32 @@ class StepEngine:
             adapters._active.pop()
             self._tap = None
 
-    def _combiner(self, reweigher: Method | None, step: Step) -> tuple[Callable[[LossCall], Tensor] | None, bool]:
+    def _combiner(
+        self, reweigher: Method | None, penalisers: list[Method], step: Step
+    ) -> tuple[Callable[[LossCall], Tensor | None] | None, bool]:
         """What the step's losses are replaced by while it runs, and whether the right one is known only afterwards."""
         self._reweighed = []
-        if reweigher is None:
-            own = is_distributed() or step.mixture is not None
-            return ((lambda call: call.scaled(call.mean())) if own else None), False
-        choice, manual = reweigher.loss, not self.module.automatic_optimization
-
-        def meant(call: LossCall) -> bool:
-            if callable(choice):
-                return bool(choice(call))
-            if manual and choice is None and call.position:
-                raise _ambiguous(["(the first loss)", call.name], type(reweigher).__name__)
-            return call.position == (choice if isinstance(choice, int) else 0 if manual else self._position)
-
-        def combine(call: LossCall) -> Tensor:
-            if not meant(call):
-                return call.scaled(call.mean())
-            self._check_name([call], choice, type(reweigher).__name__)
-            self._reweighed.append(call)
-            return call.scaled(reweigher.reweigh([call], step)[0])
-
+        manual = not self.module.automatic_optimization
+        methods = [] if reweigher is None else [reweigher]
+        choices = [method.loss for method in methods + penalisers]
+        if step.mixture is not None:
+            choices.append(step.mixture.loss)
         # Under manual optimisation the loss is used up inside the step: nothing can be settled afterwards.
-        return combine, not manual and not isinstance(choice, int) and self._position is None
+        late = reweigher is not None and not manual and not isinstance(reweigher.loss, int) and self._position is None
+        shared = self._shared
+        shared.start(choices, 0 if manual else self._position, self.module.device, late=late, logging=step.logging)
+
+        def combine(call: LossCall) -> Tensor | None:
+            if reweigher is not None and manual and reweigher.loss is None and call.position:
+                raise _ambiguous(["(the first loss)", call.name], type(reweigher).__name__)
+            if reweigher is not None and shared.means(reweigher.loss, call):
+                shared.take(call)
+                self._check_name([call], reweigher.loss, type(reweigher).__name__)
+                self._reweighed.append(call)
+                return call.scaled(reweigher.reweigh([call], step)[0])
+            return call.scaled(call.mean()) if is_distributed() and shared.take(call) else None
+
+        return (combine if reweigher is not None or is_distributed() else None), late
 
     def _rewritten(
         self,
@@ -340,6 +345,7 @@ class StepEngine:
     ) -> Tensor | None:
         """The loss to return instead of the user's, or None to return the step's output as it is."""
         if not self.module.automatic_optimization:
+            self._shared.end(None)
             if (reweigher is not None and not self._reweighed) or (step.mixture is not None and not tap.calls):
                 raise no_loss_error(_set_losses(self.module))
             return None
@@ -351,12 +357,19 @@ class StepEngine:
                     " wait for this one. Return a loss of zero, e.g. `0 * logits.sum()`, instead of skipping."
                 )
             return None
+        alone, shared = reweigher is None and not penalisers and step.mixture is None, self._shared
+        if alone and not shared.comparing:
+            return None  # what was handed back, the global mean, is all there is to do
+        calls, lost = _reaching(tap, loss)
+        shared.end(calls)  # before anything else is reduced, so that all ranks raise or none
         if is_distributed() and (step.logging or not self._sums_checked):
             self._sums_checked = True
-            _check_sums(loss, tap.calls)
-        if reweigher is None and not penalisers and step.mixture is None:
-            return None  # what was handed back, the global mean, is all there is to do
-        calls = self._reaching(tap, loss)
+            _check_sums(loss, shared.calls)
+        if alone:
+            self._position = calls[0].position if len(calls) == 1 else None
+            return None
+        if lost:
+            raise _untapped(lost, bool(calls))
         if not calls:
             if (stated := _stated_losses(output, tap)) is None:
                 raise no_loss_error(_set_losses(self.module), reweighs=reweigher is not None)
@@ -372,16 +385,15 @@ class StepEngine:
         if reweigher is not None:
             selected = self._selected(calls, reweigher.loss, type(reweigher).__name__, step)
             if tap.late:
-                loss = _settle(loss, calls, selected, reweigher, step)
+                loss = _settle(loss, calls, selected, shared.calls, reweigher, step)
                 # From the next step on the one loss that is meant is reweighed at once, in the step itself.
                 self._position = selected[0].position if len(selected) == 1 and reweigher.loss != "sum" else None
             elif len(selected) > 1 or self._reweighed != selected:
-                raise AmbiguousLossError(
-                    f"Expected the loss that is meant to stand in the same place in every step, but got"
-                    f" {[call.name for call in self._reweighed]} there and {[call.name for call in selected]} in the"
-                    f" returned loss of this step, which computed {[call.name for call in tap.calls]}. Compute losses"
-                    " that are only logged under `torch.no_grad()`, or choose: `loss=callable(call) -> bool`."
-                )
+                raise _out_of_place(self._reweighed, selected, tap.calls)
+        elif len(calls) == 1:
+            if is_distributed() and shared.misses(calls[0]):
+                raise _out_of_place(shared.calls, calls, tap.calls)
+            self._position = calls[0].position
         loss = _penalised(
             loss, penalisers, lambda w: self._selected(calls, w.loss, type(w).__name__, step), heads, step
         )
@@ -412,28 +424,6 @@ class StepEngine:
                     f" where `{first}` was. Compute the losses in the same order in every step, or choose by name:"
                     f" `loss=callable(call) -> bool`."
                 )
-
-    def _reaching(self, tap: LossTap, loss: Tensor) -> list[LossCall]:
-        """The losses that the returned loss depends on.
-
-        Looked up in every step: the autograd graph is walked down to the losses that were handed back, which is a
-        handful of nodes unless another term of the loss goes through the network.
-        """
-        ends = {call.edge.node for call in tap.calls if call.edge is not None}
-        seen = _nodes(loss.grad_fn, ends)
-        calls = [call for call in tap.calls if call.edge is not None and call.edge.node in seen]
-        lost = [name for name, node in tap.untapped if node in seen and node not in ends]
-        if lost:
-            error, what = (
-                (UntappedLossError, "next to a loss that can") if calls else (LossNotFoundError, "and no other")
-            )
-            raise error(
-                f"Expected every loss that reaches the returned loss to be one that can be taken apart per sample, but"
-                f" `{lost[0]}` reaches it in a way that cannot be followed, {what}. Reduce it by `.mean()` or `.sum()`"
-                " with masks and weights only, or return {'loss': loss, 'losses': per_sample}, or"
-                " `debias.register_loss(...)`."
-            )
-        return calls
 
     def _from_stated(
         self,
@@ -587,7 +577,7 @@ def _check_strategy(strategy: Any, watcher: Watcher) -> None:
 
 def _check_rows(callbacks: list[Any]) -> None:
     """Methods see the same rows, so they cannot be told different things of them."""
-    stated = [(c.state_key, c.rows) for c in callbacks if getattr(c, "rows", None) is not None]
+    stated = [(c.state_key, c.loss_rows) for c in callbacks if getattr(c, "loss_rows", None) is not None]
     for who, rows in stated[1:]:
         if rows != stated[0][1]:
             raise RowsError(
@@ -656,6 +646,28 @@ def _nodes(start: Any, ends: set[Any]) -> set[Any]:
     return seen
 
 
+def _reaching(tap: LossTap, loss: Tensor) -> tuple[list[LossCall], list[str]]:
+    """The losses that the returned loss depends on, and the names of those that cannot be taken apart.
+
+    Looked up in every step: the autograd graph is walked down to the losses that were handed back, which is a handful
+    of nodes unless another term of the loss goes through the network.
+    """
+    ends = {call.edge.node for call in tap.calls if call.edge is not None}
+    seen = _nodes(loss.grad_fn, ends)
+    calls = [call for call in tap.calls if call.edge is not None and call.edge.node in seen]
+    return calls, [name for name, node in tap.untapped if node in seen and node not in ends]
+
+
+def _untapped(lost: list[str], beside: bool) -> DebiasError:
+    error, what = (UntappedLossError, "next to a loss that can") if beside else (LossNotFoundError, "and no other")
+    return error(
+        f"Expected every loss that reaches the returned loss to be one that can be taken apart per sample, but"
+        f" `{lost[0]}` reaches it in a way that cannot be followed, {what}. Reduce it by `.mean()` or `.sum()`"
+        " with masks and weights only, or return {'loss': loss, 'losses': per_sample}, or"
+        " `debias.register_loss(...)`."
+    )
+
+
 def select_calls(calls: list[LossCall], loss: Any, who: str) -> list[LossCall]:
     """The calls that ``loss=`` means."""
     if loss == "sum":
@@ -674,6 +686,15 @@ def select_calls(calls: list[LossCall], loss: Any, who: str) -> list[LossCall]:
             f" computed {[(call.position, call.name) for call in calls]}. Correct `loss=`."
         )
     return chosen
+
+
+def _out_of_place(there: list[LossCall], meant: list[LossCall], calls: list[LossCall]) -> AmbiguousLossError:
+    return AmbiguousLossError(
+        f"Expected the loss that is meant to stand in the same place in every step, but got"
+        f" {[call.name for call in there]} there and {[call.name for call in meant]} in the returned loss of this step,"
+        f" which computed {[call.name for call in calls]}. Compute losses that are only logged under"
+        " `torch.no_grad()`, or choose: `loss=callable(call) -> bool`."
+    )
 
 
 def _out_of_order(who: str) -> RowsError:
@@ -708,31 +729,47 @@ def _ambiguous(names: list[str], who: str) -> AmbiguousLossError:
     )
 
 
-def _settle(loss: Tensor, calls: list[LossCall], selected: list[LossCall], reweigher: Method, step: Step) -> Tensor:
-    """After the step: give every loss handed back provisionally its gradient, and the returned loss its value."""
+def _settle(
+    loss: Tensor,
+    calls: list[LossCall],
+    selected: list[LossCall],
+    shared: list[LossCall],
+    reweigher: Method,
+    step: Step,
+) -> Tensor:
+    """After the step: give every loss handed back provisionally its gradient, and the returned loss its value.
+
+    Args:
+        loss: the returned loss.
+        calls: the losses that it depends on.
+        selected: those of them that are reweighed.
+        shared: those of them that some method means.
+        reweigher: the method.
+        step: the running step.
+    """
     means = reweigher.reweigh(selected, step)
     new = {call: call.scaled(mean) for call, mean in zip(selected, means, strict=True)}
+    new |= {call: call.scaled(call.mean()) for call in shared if call not in new}
     for call in calls:
         if call.late is not None:
-            value = new.get(call)
-            value = call.scaled(call.mean()) if value is None else value
+            value = new[call] if call in new else call.local()
             (call.late.gradient,) = torch.autograd.grad(value, call.elements[0], retain_graph=True)
     # The factors keep their graph: where a step weighs its losses with learned factors, those learn from the new value.
-    factors = torch.autograd.grad(loss, [call.edge for call in selected], create_graph=True)
-    for call, factor in zip(selected, factors, strict=True):
+    factors = torch.autograd.grad(loss, [call.edge for call in new], create_graph=True)
+    for call, factor in zip(new, factors, strict=True):
         if call.late is not None:
             loss = loss + factor * (new[call] - call.late.value).detach()
     return loss
 
 
 def _check_sums(loss: Tensor, calls: list[LossCall]) -> None:
-    """Refuse, on all ranks or none, a sum that the step does not divide by what it runs over.
+    """Refuse, on all ranks or none, a sum over ranks that the step does not divide by what it runs over.
 
     A loss with ``reduction="sum"`` is handed back as the global mean times this rank's denominator. What the step makes
     of it is the objective of one process if it takes all of that back, or as much of it on every rank.
     """
     sums = [call for call in calls if call.reduction == "sum"]
-    if not sums:  # then no rank has any: every one of them was summed up over ranks
+    if not sums:  # then no rank has any: all have the same ones
         return
     places = [i for i, call in enumerate(sums) if call.edge is not None] if loss.requires_grad else []
     edges = [sums[i].edge for i in places]

@@ -73,6 +73,10 @@ class LayerAugmenter(Debiaser):
 
     # -- the rest ----------------------------------------------------------------------------------
 
+    @property
+    def loss_rows(self) -> None:
+        """Nothing: its ``rows`` are those of a layer."""
+
     def augment(self, step: Step) -> None:
         """From now on, until the backward pass has ended, layers are changed."""
         self.step = step

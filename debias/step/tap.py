@@ -162,6 +162,13 @@ class LossCall:
         count = global_sum(total.new_full((), self._mean_over or 1))
         return mean * (total / count)
 
+    def local(self) -> Tensor:
+        """What the step's own reduction makes of this rank's rows alone, as in plain training."""
+        num, den = self.elements
+        if self.reduction == "mean":
+            return num.sum() / den.sum()
+        return num.sum() if self.reduction == "sum" else num.sum() / (self._mean_over or 1)
+
     def mean(self) -> Tensor:
         """The mean loss of the global batch; its gradient is this rank's share of it.
 
@@ -341,8 +348,9 @@ class LossTap(TorchFunctionMode):
     """Watches the losses of one step; make a fresh one for every step.
 
     Args:
-        combine: makes the loss to hand back from a call; None returns the original call's own result.
-        late: hand back a provisional mean, and read the gradient in backward: for steps whose right loss is only known
+        combine: makes the loss to hand back from a call; where it is None, or returns None, the step receives what it
+            would without a tap.
+        late: hand back a provisional value, and read the gradient in backward: for steps whose right loss is only known
             once all losses have been seen.
         training: only losses that require a gradient count, and unreduced losses are followed.
         tracker: tells which sample a row belongs to; None where nobody asks.
@@ -351,7 +359,7 @@ class LossTap(TorchFunctionMode):
         mixture: which labels the samples count with; None where augmentation has mixed none.
     """
 
-    combine: Callable[[LossCall], Tensor] | None = None
+    combine: Callable[[LossCall], Tensor | None] | None = None
     late: bool = False
     training: bool = True
     tracker: RowTracker | None = None
@@ -436,7 +444,7 @@ class LossTap(TorchFunctionMode):
         if self.training and not (torch.is_grad_enabled() and requires_grad):
             return original
         self.calls.append(call)
-        return self._hand_back(call, lambda: original)
+        return self._hand_back(call, call.local if call.shares is not None else lambda: original)
 
     def stated(self, name: str, args: tuple[Any, ...], per_sample: Callable[..., Any]) -> tuple[LossCall, bool]:
         """A loss given by a function of ``args``, logits and target first, and whether it requires a gradient."""
@@ -466,14 +474,17 @@ class LossTap(TorchFunctionMode):
         return call
 
     def _hand_back(self, call: LossCall, original: Callable[[], Tensor]) -> Tensor:
-        if self.combine is None or not self.training:
+        out: Any = None
+        if self.combine is not None and self.training:
+            if self.late:
+                # Nothing is reduced over ranks yet: whether they compute the same losses is known after the step. Of
+                # a rank where nothing counts the mean is NaN, but what replaces it need not be.
+                call.late = _Late(torch.where(call.elements[1].sum() == 0, 0, call.local().detach()))
+                out = _LateGradient.apply(call.elements[0], call.late.value, call.late)
+            else:
+                out = self.combine(call)
+        if out is None:
             out = original()
-        elif self.late:
-            num = call.elements[0]
-            call.late = _Late(call.scaled(call.mean()).detach())
-            out = _LateGradient.apply(num, call.late.value, call.late)
-        else:
-            out = self.combine(call)
         if self.training and out.grad_fn is not None:
             # What get_gradient_edge(out) returns, without its checks.
             call.edge = torch.autograd.graph.GradientEdge(out.grad_fn, out.output_nr)
@@ -530,7 +541,7 @@ class LossTap(TorchFunctionMode):
         parts = self._mix(call, compute)
         if call.reduction != "none":
             self.calls.append(call)
-            return self._hand_back(call, lambda: call.scaled(call.mean()))
+            return self._hand_back(call, call.local)
         out = torch.stack([part.num for part in parts]).sum(0)
         first = parts[0]
         self._pending.append(_Pending(out, first.den, first.index, call, parts=parts))

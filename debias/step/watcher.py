@@ -226,6 +226,11 @@ class Debiaser(StepWatcher):
         return type(self).reweigh is not Debiaser.reweigh
 
     @property
+    def loss_rows(self) -> str | Callable[[LossCall, int], Tensor] | None:
+        """What it states of the rows of the loss."""
+        return self.rows
+
+    @property
     def penalises(self) -> bool:
         """Whether it adds to the loss."""
         return type(self).penalise is not Debiaser.penalise

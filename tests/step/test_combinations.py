@@ -114,7 +114,8 @@ def test_methods_that_state_other_rows_are_refused_before_training():
         fitted([first, method("interleaved")], Never())
     with pytest.raises(RowsError, match=r"'interleaved' of VREx\(a\) and <function _twice .* of VREx\(b\)"):
         fitted([method("interleaved", "a"), method(None), method(_twice, "b")], Never())
-    fitted([method(_twice, "a"), method(None), method(_twice, "b")], Twice())
+    layers = MixStyle(layers=["backbone.1"], p=0.0, domain="place", rows="tiled")  # of a layer, not of the loss
+    fitted([layers, method(_twice, "a"), method(None), method(_twice, "b")], Twice())
 
 
 class Never(Classifier):

@@ -12,10 +12,11 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+import torchmetrics
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from debias import GroupDRO, register_loss, tag
+from debias import GroupDRO, GroupMonitor, register_loss, tag
 from debias.errors import (
     AmbiguousLossError,
     BatchKeyError,
@@ -449,7 +450,7 @@ def test_a_registered_function():
 
 
 def test_a_registered_function_inside_a_registered_class(monkeypatch):
-    """It is one loss."""
+    """It is one loss, in training and where a monitor reads what was predicted."""
     from debias.step import adapters
 
     monkeypatch.setattr(adapters, "ADAPTERS", dict(adapters.ADAPTERS))
@@ -470,7 +471,14 @@ def test_a_registered_function_inside_a_registered_class(monkeypatch):
             super().__init__()
             self.criterion = Doubled()
 
+    class Validated(Module):
+        validation_step = OwnMaths.training_step
+
     assert_exact(Module(), Samples(X, MULTI), lambda net: dro(2 * log_cosh(net), ONES, GROUPS))
+    monitor = GroupMonitor("place", 3, metric=torchmetrics.MeanAbsoluteError())
+    trainer = L.Trainer(callbacks=[monitor], **QUIET)
+    (found,) = trainer.validate(Validated(), DataLoader(tag(Samples(X, MULTI), place=GROUPS), N), verbose=False)
+    assert found["val/mean_absolute_error"] == pytest.approx(float((Module().net(X) - MULTI).detach().abs().mean()))
 
 
 class StatesLosses(Base):

@@ -1,0 +1,285 @@
+"""Losses that only some ranks compute: what a method means is reduced over ranks, all else stays as DDP treats it."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from _support.fits import Classifier, deviation, loader, make_trainer, parameters, same, val_loader
+from _support.runs import ddp
+from debias import GroupDRO, GroupMixup, MixStyle, VREx
+from debias.errors import AmbiguousLossError
+from debias.step.distributed import alike
+
+SIZES, LAST = (5, 11), (2, 5)
+LATER = 10  # no step logs before
+METHODS = {
+    "none": lambda: [],
+    "index": lambda: [GroupDRO("place", 3, step_size=0.5, loss=0)],
+    "callable": lambda: [GroupDRO("place", 3, step_size=0.5, loss=lambda call: call.name == "cross_entropy")],
+    "sum": lambda: [GroupDRO("place", 3, step_size=0.5, loss="sum")],
+    "only": lambda: [GroupDRO("place", 3, step_size=0.5)],
+    "penalty of an index": lambda: [VREx("place", 3, loss=0)],
+    "penalty of a sum": lambda: [VREx("place", 3, loss="sum")],
+    "penalty": lambda: [VREx("place", 3)],
+    "index and penalty": lambda: [GroupDRO("place", 3, step_size=0.5, loss=0), VREx("place", 3, loss=1)],
+    "mixed": lambda: [GroupMixup("place", loss=0, seed=1)],
+    "augmented": lambda: [MixStyle(["backbone.1"], p=0.0)],
+}
+
+
+def squares(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return F.mse_loss(z.sum(1), x.sum(1))
+
+
+def by_hand(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The same, unseen."""
+    return (z.sum(1) - x.sum(1)).pow(2).mean()
+
+
+class Steps(Classifier):
+    """Computes a second loss as it is told, and keeps what it receives for it."""
+
+    def __init__(self, kind: str, first: int = 0) -> None:
+        super().__init__()
+        self.kind, self.first = kind, first
+        self.seen: list[tuple[float, float]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        z, rank = self(x), self.global_rank
+        if batch_idx < self.first:
+            return F.cross_entropy(z, y)
+        if self.kind == "alone" and rank:
+            return F.mse_loss(z, F.one_hot(y, 2).double())
+        if self.kind == "logged" and rank == 0:
+            squares(z, x)
+        loss = F.cross_entropy(z, y)
+        if self.kind in ("both", "by hand") or (self.kind in ("some", "some by hand") and rank == 0):
+            return loss + (squares if self.kind in ("both", "some") else by_hand)(z, x)
+        if self.kind == "other":
+            second = squares(z, x) if rank == 0 else 100 * F.l1_loss(z.sum(1), x.sum(1))
+            own = by_hand(z, x) if rank == 0 else 100 * (z.sum(1) - x.sum(1)).abs().mean()
+            self.seen.append((float(second.detach()), float(own.detach())))
+            return loss + second
+        return loss
+
+
+def _fit(
+    rank: int, method: str, kind: str, first: int = 0, sizes: Any = SIZES, last: Any = LAST, **options: Any
+) -> Any:
+    module, options = Steps(kind, first), {"log_every_n_steps": LATER} | options
+    if len(sizes) > 1:
+        options |= {"devices": 2, "strategy": ddp(), "use_distributed_sampler": False}
+    make_trainer(METHODS[method](), **options).fit(
+        module, loader(sizes=sizes, last=last, rank=rank, bare=method == "none"), val_loader(bare=method == "none")
+    )
+    return parameters(module), module.seen
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("method", ["index", "callable", "penalty of an index", "mixed"])
+def test_a_loss_that_no_method_means_may_be_computed_on_one_rank(ranks, method, first):
+    """It counts as a term that nobody sees."""
+    (found, _), (also, _) = ranks.run(_fit, method, "some", first)
+    assert same(found, also)
+    assert deviation(ranks.run(_fit, method, "some by hand", first)[0][0], found) < 1e-12
+
+
+@pytest.mark.parametrize("method", ["index", "penalty of an index"])
+def test_what_is_meant_stays_exact_beside_another_loss(ranks, method):
+    """Ranks of the same size average the other one exactly, too."""
+    found = ranks.run(_fit, method, "both", 0, (8, 8), (3, 4))[0][0]
+    hand = ranks.run(_fit, method, "by hand", 0, (8, 8), (3, 4))[0][0]
+    assert deviation(hand, found) < 1e-12
+    # The last batch is not of the same size.
+    even = ranks.run(_even, method, "both")[0][0]
+    assert deviation(_even(0, method, "both", 0, (16,), (7,))[0], even) < 1e-12
+
+
+def _even(rank: int, method: str, kind: str, first: int = 0, sizes: Any = (8, 8), last: Any = (3, 4)) -> Any:
+    return _fit(rank, method, kind, first, sizes, last, limit_train_batches=2)
+
+
+@pytest.mark.parametrize("method", ["index", "callable"])
+def test_other_losses_at_the_same_place_are_not_mixed_up(ranks, method):
+    for _, seen in ranks.run(_fit, method, "other"):
+        assert len(seen) == 3
+        for handed, own in seen:
+            assert handed == pytest.approx(own, rel=1e-12)
+
+
+@pytest.mark.parametrize("method", ["index and penalty", "only"])
+def test_exact_beside_losses_that_several_methods_mean(ranks, method):
+    """Uneven ranks are one process where every loss is meant."""
+    kind = "both" if method != "only" else "plain"
+    found = ranks.run(_fit, method, kind)[0][0]
+    assert deviation(_fit(0, method, kind, 0, (16,), (7,))[0], found) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["both", "some", "other", "plain", "logged"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_augmentation_alone_trains_whatever_ranks_compute(ranks, kind, first):
+    """As plain DDP does, to rounding: the first two batches are even."""
+    found = ranks.run(_even, "augmented", kind, first)
+    plain = ranks.run(_even, "none", kind, first)
+    assert same(found[0][0], found[1][0])
+    assert deviation(plain[0][0], found[0][0]) < 1e-12
+
+
+def test_augmentation_alone_reduces_the_only_loss(ranks):
+    found = ranks.run(_fit, "augmented", "plain")[0][0]
+    assert deviation(_fit(0, "none", "plain", 0, (16,), (7,))[0], found) < 1e-12
+
+
+class ManualSteps(Steps):
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+def _manual(rank: int, method: str, kind: str) -> Any:
+    options = {"devices": 2, "strategy": ddp(), "use_distributed_sampler": False}
+    module = ManualSteps(kind)
+    make_trainer(METHODS[method](), **options).fit(module, loader(sizes=SIZES, last=LAST, rank=rank), val_loader())
+    return parameters(module)
+
+
+@pytest.mark.parametrize("method", ["index", "mixed", "augmented"])
+def test_manual_optimisation(ranks, method):
+    found, also = ranks.run(_manual, method, "some")
+    assert same(found, also)
+    assert deviation(ranks.run(_manual, method, "some by hand")[0], found) < 1e-12
+
+
+SOME = r"`cross_entropy`, `mse_loss` on rank 0 and `cross_entropy` on rank 1.*with a mask where samples.*`loss=<index>`"
+ALONE = r"`cross_entropy` on rank 0 and `mse_loss` on rank 1"
+REFUSED = [
+    ("sum", "some", SOME),
+    ("only", "some", SOME),
+    ("penalty of a sum", "some", SOME),
+    ("penalty", "some", SOME),
+    ("index and penalty", "some", SOME),
+    ("index", "alone", ALONE),
+    ("callable", "alone", "`cross_entropy` on rank 0 and none on rank 1"),
+    ("only", "alone", ALONE),
+    ("penalty of an index", "alone", ALONE),
+    ("penalty", "alone", ALONE),
+    ("mixed", "alone", ALONE),
+    ("sum", "other", "`cross_entropy`, `mse_loss`.* on rank 0"),
+]
+
+
+@pytest.mark.parametrize(("method", "kind", "match"), REFUSED, ids=[f"{m}, {k}" for m, k, _ in REFUSED])
+def test_other_losses_that_a_method_means_are_refused_on_all_ranks(ranks, method, kind, match):
+    ranks.raises(AmbiguousLossError, f"all ranks to compute the same losses where.*{match}", _fit, method, kind)
+
+
+@pytest.mark.parametrize(("method", "kind", "first"), [("sum", "some", 1), ("penalty of a sum", "some", 1)])
+def test_they_are_refused_on_a_logging_step_too(ranks, method, kind, first):
+    ranks.raises(AmbiguousLossError, SOME, _logging, method, kind, first)
+
+
+def _logging(rank: int, *args: Any) -> Any:
+    return _fit(rank, *args, log_every_n_steps=2)
+
+
+def test_losses_of_a_sum_are_compared_in_every_step_where_nothing_waits_for_it(ranks):
+    ranks.raises(AmbiguousLossError, SOME, _fit, "sum", "some", 1)
+
+
+def test_a_loss_that_moves_is_refused(ranks):
+    """The one that ranks reduce would be another one than the penalty's."""
+    moved, stays = ranks.outcomes(_fit, "penalty", "logged", 1)
+    assert isinstance(moved.error, AmbiguousLossError)
+    assert "same place in every step, but got ['mse_loss'] there and ['cross_entropy'] in the" in str(moved.error)
+    assert stays.error is not None
+
+
+class Empty(Classifier):
+    """On the second rank nothing counts."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        some = torch.arange(len(x)) < (5 if self.trainer.world_size == 1 or self.global_rank == 0 else 0)
+        return F.cross_entropy(self(x), torch.where(some, y, -100))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.returned = outputs["loss"].detach()
+
+
+def _empty(rank: int, method: str, sizes: Any) -> Any:
+    module, options = Empty(), {"limit_train_batches": 1}
+    if len(sizes) > 1:
+        options |= {"devices": 2, "strategy": ddp(), "use_distributed_sampler": False}
+    last = (7,) if len(sizes) == 1 else LAST
+    make_trainer(METHODS[method](), **options).fit(module, loader(sizes=sizes, last=last, rank=rank), val_loader())
+    return parameters(module) | {"loss": module.returned}
+
+
+@pytest.mark.parametrize("method", ["only", "sum", "penalty"])
+def test_a_rank_where_nothing_counts(ranks, method):
+    first, second = ranks.run(_empty, method, SIZES)
+    assert same(first, second)
+    assert deviation(_empty(0, method, (16,)), first) < 1e-12
+
+
+def _reductions(rank: int, method: str, kind: str) -> list[int]:
+    """All-reduces of debias in each of three steps, of which none logs."""
+    counts = [0]
+    plain = torch.distributed.all_reduce
+
+    def counted(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        counts[-1] += 1
+        return plain(x, *args, **kwargs)
+
+    class Counting(Steps):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            counts.append(0)
+            return super().training_step(batch, batch_idx)
+
+        def on_train_end(self) -> None:
+            counts.append(0)
+
+    module = Counting(kind)
+    options = {"devices": 2, "strategy": ddp(), "use_distributed_sampler": False, "limit_val_batches": 0}
+    with mock.patch.object(torch.distributed, "all_reduce", counted):
+        make_trainer(METHODS[method](), log_every_n_steps=LATER, **options).fit(
+            module, loader(sizes=SIZES, last=LAST, rank=rank), val_loader()
+        )
+    return counts[2:4]
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "count"),
+    [
+        ("only", "plain", 1),
+        ("index", "both", 1),
+        ("sum", "both", 2),
+        ("augmented", "plain", 1),
+        ("augmented", "both", 0),
+    ],
+)
+def test_ordinary_steps_reduce_no_more_than_before(ranks, method, kind, count):
+    first, second = ranks.run(_reductions, method, kind)
+    assert first == second == [count, count]
+
+
+def _alike(rank: int) -> list[bool]:
+    cpu = torch.device("cpu")
+    return [alike("a", cpu), alike("ab"[rank], cpu), alike("", cpu), alike("" if rank else "0", cpu)]
+
+
+def test_alike(ranks):
+    assert ranks.run(_alike) == [[True, False, True, False]] * 2
+    assert alike("a", torch.device("cpu"))
