@@ -36,7 +36,7 @@ from debias.step.distributed import global_rank, global_sum, is_distributed, wor
 from debias.step.head import FeatureTap, HeadTap
 from debias.step.mixing import unmixable
 from debias.step.proxy import Hook, StepProxy, attach, detach
-from debias.step.rows import MOVES, RowTracker
+from debias.step.rows import RowTracker
 from debias.step.shared import SharedLosses
 from debias.step.split import split_losses
 from debias.step.tap import LossCall, LossTap, no_loss_error, unreduced
@@ -499,7 +499,7 @@ class StepEngine:
         rows = [x for x in candidates if isinstance(x, Tensor) and x.ndim and x.shape[0] == tracker.n]
         index = tracker.resolve(rows, tracker.n)
         if isinstance(index, bool):
-            if not _reordered(tracker) and not any(map(tracker.is_sorted, rows)):
+            if not tracker.puts_samples_elsewhere() and not any(map(tracker.is_sorted, rows)):
                 return None
             raise _out_of_order(who)
         return index if index is None or index.ndim == 1 else index.flatten(1)[:, 0]
@@ -702,18 +702,6 @@ def _out_of_order(who: str) -> RowsError:
         f"Expected the evaluation step to keep the samples in the order of the batch for {who}, but it puts them in"
         " another one, where that cannot be followed to what is read. Leave the order as it is."
     )
-
-
-def _reordered(tracker: RowTracker) -> bool:
-    """Whether samples of the batch were put in another order; unlike the tracker's own answer, not merely axes."""
-    order = tracker.start(torch.Size([tracker.n]), torch.device("cpu"))
-    for record in tracker._records:
-        out = record.out
-        if record.func in MOVES and out.ndim and len(out) == tracker.n and tracker._known(out):
-            index = tracker.index(out)
-            if index is None or not torch.equal(index.flatten(1)[:, 0].cpu() if index.ndim > 1 else index.cpu(), order):
-                return True
-    return False
 
 
 def _height(call: LossCall) -> int:

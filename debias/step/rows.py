@@ -245,9 +245,9 @@ class RowTracker:
             index = self._of_rows(tensor) if known or record is not None else None
             if known or index is not None:  # moved; where nobody knows of what, of rows in the order of the batch
                 self.needed = True
-                return _or_false(index if known or not self._reordered() else None)
+                return _or_false(index if known or not self._may_reorder() else None)
         if rows == self.n:
-            return False if self._reordered() else None
+            return False if self._may_reorder() else None
         if self.arranged is None or rows % self.n:
             return False
         return arranged_rows(self.arranged, self.n, rows // self.n, output.device)
@@ -272,7 +272,7 @@ class RowTracker:
                 return None if self._keeps_rows(tensor) else index
         if any(found_sorted):
             return False
-        if rows == self.n and not self._reordered():
+        if rows == self.n and not self._may_reorder():
             return None
         found: list[Tensor] = []
         for record in self._records:  # the network kept the rows of its input, e.g. two concatenated views
@@ -385,8 +385,23 @@ class RowTracker:
             return all(self._keeps_rows(x) for x in record.sources)
         return _same_rows(record) and self._keeps_rows(record.args[0])
 
-    def _reordered(self) -> bool:
-        """Whether the step has put samples of the batch in another order."""
+    def puts_samples_elsewhere(self) -> bool:
+        """Whether the step has put samples of the batch in another order.
+
+        Looked up in their numbers, unlike :meth:`_may_reorder`, which takes axes that trade places for another order.
+        It reads them, which waits for the device.
+        """
+        order = self.start(torch.Size([self.n]), torch.device("cpu"))
+        for record in self._records:
+            out = record.out
+            if record.func in MOVES and out.ndim and len(out) == self.n and self._known(out):
+                index = self.index(out)
+                if index is None or not torch.equal((index.flatten(1)[:, 0] if index.ndim > 1 else index).cpu(), order):
+                    return True
+        return False
+
+    def _may_reorder(self) -> bool:
+        """Whether the step may have put samples of the batch in another order, as far as operations alone tell."""
         return any(
             r.func in MOVES
             and r.out.ndim
