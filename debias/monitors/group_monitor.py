@@ -22,10 +22,10 @@ from debias.monitors.metric_inputs import update_metric
 from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, describe, key_name
 from debias.step.context import Step
-from debias.step.engine import select_calls
 from debias.step.grouped import check_keys, empty_groups, plain_n_groups, tag_counts
 from debias.step.head import submodule
 from debias.step.proxy import Hook
+from debias.step.selection import select_calls
 from debias.step.tap import LossCall
 from debias.step.watcher import check_loss
 

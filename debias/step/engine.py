@@ -9,23 +9,17 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler
-from torch.utils.data.distributed import DistributedSampler
 
 from debias.errors import (
     AmbiguousLossError,
     DebiasError,
-    LossNotFoundError,
     RowsError,
     UnsupportedStrategyError,
-    UntappedLossError,
 )
 from debias.step import adapters
 from debias.step.batch import TagCollate, split_tags
@@ -33,15 +27,17 @@ from debias.step.context import Step
 from debias.step.contract import Method, Watcher
 from debias.step.detection import DetectorStep, detectors
 from debias.step.distributed import global_rank, global_sum, is_distributed, world_size
+from debias.step.guards import refuse_duplicating_sampler, runs_again
 from debias.step.head import FeatureTap, HeadTap
-from debias.step.mixing import unmixable
 from debias.step.proxy import Hook, StepProxy, attach, detach
 from debias.step.rows import RowTracker
+from debias.step.selection import ambiguous, height, out_of_place, reaching, select_calls, untapped
 from debias.step.shared import SharedLosses
 from debias.step.split import split_losses
-from debias.step.tap import LossCall, LossTap, no_loss_error, unreduced
+from debias.step.stated import check_stated, check_stated_losses, stated_losses
+from debias.step.tap import LossCall, LossTap, no_loss_error
 
-__all__ = ["StepEngine", "select_calls"]
+__all__ = ["StepEngine"]
 
 _STEPS = {"fit": ("training_step", "validation_step"), "validate": ("validation_step",), "test": ("test_step",)}
 _STAGES = {"training_step": "train", "validation_step": "validate", "test_step": "test"}
@@ -107,63 +103,17 @@ class StepEngine:
         self._tap, self._detector, self._forward_output, self.tags = None, None, None, {}
         self.forward_inputs, self._tracker = [], None
 
-    def check(self, watcher: Watcher, stage: str) -> None:
-        """Refuse, before anything has run, what a method cannot do."""
-        if stage == "fit" or watcher.monitors:  # else it does nothing in this stage
-            _check_strategy(self.trainer.strategy, watcher)
-        if stage != "fit" or not watcher.trains:
-            return
-        from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-
-        who = type(watcher).__name__
-        if is_param_in_hook_signature(self.module.training_step, "dataloader_iter", explicit=True):
-            raise UnsupportedStrategyError(
-                f"Expected `training_step(batch, ...)` for {who}, but got `training_step(dataloader_iter)`: the"
-                " batch is fetched inside the step, where it cannot be read. Take the batch as the first argument."
-            )
-        _check_rows(self.trainer.callbacks)
-        if not self.module.automatic_optimization and watcher.adds_to_loss:
-            raise UnsupportedStrategyError(
-                f"Expected automatic optimisation for {who}, but `automatic_optimization` is False: the loss is used up"
-                " inside the step, so nothing can be added to it. Use automatic optimisation, the mixin form, or a"
-                " reweighing method."
-            )
-        if not self.module.automatic_optimization and getattr(watcher, "loss", None) == "sum":
-            raise UnsupportedStrategyError(
-                f"Expected `loss` of {who} to choose one loss under manual optimisation, but got 'sum': what all losses"
-                " add up to is only known when the step has used them. Pass `loss=<index>` or a callable."
-            )
-        losses = watcher.losses  # type: ignore[attr-defined]
-        if losses in ("split", "image") and not self.module.automatic_optimization:
-            raise UnsupportedStrategyError(
-                f"Expected `losses={losses!r}` of {who} with automatic optimisation: the step then runs once per"
-                f" {'group' if losses == 'split' else 'image'}, and would optimise each time. Use `losses='whole'`, or"
-                " `losses='heads'` for torchvision's detectors."
-            )
-        adding = [type(c).__name__ for c in self.trainer.callbacks if getattr(c, "adds_to_loss", False)]
-        if losses != "whole" and adding:
-            raise UnsupportedStrategyError(
-                f"Expected `losses={losses!r}` of {who} without penalties or adversaries, but got {', '.join(adding)}:"
-                " there is no one loss of the batch that they could read. Remove them, or use `losses='whole'` if the"
-                " step calls an ordinary torch loss."
-            )
-        if getattr(self.trainer.strategy, "_ddp_kwargs", {}).get("static_graph") and watcher.adds_to_loss:
-            raise UnsupportedStrategyError(
-                f"Expected DDP without `static_graph=True` for {who}, whose penalty changes the graph when its schedule"
-                " starts. Remove `static_graph=True`."
-            )
-
     def check_optimizers(self, watcher: Watcher) -> None:
         """LBFGS calls the step several times per batch, which would update a method's state several times."""
         if watcher.stateful and any(isinstance(o, torch.optim.LBFGS) for o in self.trainer.optimizers):
-            raise _runs_again(watcher, "LBFGS")
+            raise runs_again(watcher, "LBFGS")
 
     def _check_counter(self, step: Step, debiasers: list[Method]) -> None:
         """Other optimisers that do (SAM) are known when they do it."""
         again, self._counter = step.counter == self._counter, step.counter
         stateful = next((watcher for watcher in debiasers if watcher.stateful), None)
         if again and stateful is not None:
-            raise _runs_again(stateful, " and ".join(type(o).__name__ for o in self.trainer.optimizers))
+            raise runs_again(stateful, " and ".join(type(o).__name__ for o in self.trainer.optimizers))
 
     # -- what is wrapped ---------------------------------------------------------------------------
 
@@ -182,7 +132,7 @@ class StepEngine:
 
     def _process_dataloader(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         loader = original(*args, **kwargs)
-        _refuse_duplicating_sampler(loader, self.trainer)
+        refuse_duplicating_sampler(loader, self.trainer)
         collate_fn = getattr(loader, "collate_fn", None)
         if collate_fn is not None and not isinstance(collate_fn, TagCollate):
             loader.collate_fn = TagCollate(collate_fn)
@@ -324,7 +274,7 @@ class StepEngine:
 
         def combine(call: LossCall) -> Tensor | None:
             if reweigher is not None and manual and reweigher.loss is None and call.position:
-                raise _ambiguous(["(the first loss)", call.name], type(reweigher).__name__)
+                raise ambiguous(["(the first loss)", call.name], type(reweigher).__name__)
             if reweigher is not None and shared.means(reweigher.loss, call):
                 shared.take(call)
                 self._check_name([call], reweigher.loss, type(reweigher).__name__)
@@ -360,7 +310,7 @@ class StepEngine:
         alone, shared = reweigher is None and not penalisers and step.mixture is None, self._shared
         if alone and not shared.comparing:
             return None  # what was handed back, the global mean, is all there is to do
-        calls, lost = _reaching(tap, loss)
+        calls, lost = reaching(tap, loss)
         shared.end(calls)  # before anything else is reduced, so that all ranks raise or none
         if is_distributed() and (step.logging or not self._sums_checked):
             self._sums_checked = True
@@ -369,13 +319,13 @@ class StepEngine:
             self._position = calls[0].position if len(calls) == 1 else None
             return None
         if lost:
-            raise _untapped(lost, bool(calls))
+            raise untapped(lost, bool(calls))
         if not calls:
-            if (stated := _stated_losses(output, tap)) is None:
+            if (stated := stated_losses(output, tap)) is None:
                 raise no_loss_error(_set_losses(self.module), reweighs=reweigher is not None)
             if step.logging or not self._checked:
                 self._checked = True
-                check = _check_stated if stated[0].name == "logits" else _check_stated_losses
+                check = check_stated if stated[0].name == "logits" else check_stated_losses
                 check(loss, *stated)
             if tap.finder is not None and isinstance(stated[0].logits, Tensor):
                 stated[0].linear = tap.finder.match(stated[0].logits)
@@ -389,10 +339,10 @@ class StepEngine:
                 # From the next step on the one loss that is meant is reweighed at once, in the step itself.
                 self._position = selected[0].position if len(selected) == 1 and reweigher.loss != "sum" else None
             elif len(selected) > 1 or self._reweighed != selected:
-                raise _out_of_place(self._reweighed, selected, tap.calls)
+                raise out_of_place(self._reweighed, selected, tap.calls)
         elif len(calls) == 1:
             if is_distributed() and shared.misses(calls[0]):
-                raise _out_of_place(shared.calls, calls, tap.calls)
+                raise out_of_place(shared.calls, calls, tap.calls)
             self._position = calls[0].position
         loss = _penalised(
             loss, penalisers, lambda w: self._selected(calls, w.loss, type(w).__name__, step), heads, step
@@ -404,10 +354,10 @@ class StepEngine:
         """The calls that ``loss=`` means, which must be the same in every step, and those of whole samples."""
         selected = select_calls(calls, loss, who)
         self._check_name(selected, loss, who)
-        if len(selected) > 1 and step.n is not None and all(_height(call) < step.n for call in selected):
+        if len(selected) > 1 and step.n is not None and all(height(call) < step.n for call in selected):
             raise AmbiguousLossError(
                 f"Expected at least one of the losses that `loss={loss!r}` of {who} means to be of all {step.n} samples"
-                f" of the batch, but got {len(selected)} of {', '.join(str(_height(call)) for call in selected[:8])}"
+                f" of the batch, but got {len(selected)} of {', '.join(str(height(call)) for call in selected[:8])}"
                 f"{', ...' if len(selected) > 8 else ''} rows: means by group of parts of a batch do not add up to"
                 " those of the batch. Join the logits of the parts and compute one loss."
             )
@@ -563,49 +513,6 @@ class StepEngine:
         return self._heads[key]
 
 
-def _check_strategy(strategy: Any, watcher: Watcher) -> None:
-    names = {cls.__name__ for cls in type(strategy).__mro__}
-    supported = {"SingleDeviceStrategy", "DDPStrategy"} & names
-    excluded = {"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "SingleDeviceXLAStrategy"} & names
-    if (not supported or excluded) and not watcher.allow_untested_strategy:
-        raise UnsupportedStrategyError(
-            f"Expected the Trainer's `strategy` to be single-device or DDP for {type(watcher).__name__}, but got"
-            f" {type(strategy).__name__}, on which it has not been tested. Choose `strategy='ddp'`, or pass"
-            " `allow_untested_strategy=True` and check the results yourself."
-        )
-
-
-def _check_rows(callbacks: list[Any]) -> None:
-    """Methods see the same rows, so they cannot be told different things of them."""
-    stated = [(c.state_key, c.loss_rows) for c in callbacks if getattr(c, "loss_rows", None) is not None]
-    for who, rows in stated[1:]:
-        if rows != stated[0][1]:
-            raise RowsError(
-                f"Expected methods that are used together to state the same `rows`, but got {stated[0][1]!r} of"
-                f" {stated[0][0]} and {rows!r} of {who}: what one states counts for all. Pass the same to both or"
-                " to one of them; where losses have rows of different kinds, one `rows=callable(call, n)`."
-            )
-
-
-def _runs_again(watcher: Watcher, optimizer: str) -> UnsupportedStrategyError:
-    return UnsupportedStrategyError(
-        f"Expected an optimiser that runs the step once per batch for {type(watcher).__name__}, but got {optimizer},"
-        " which would update the method's state several times per batch. Use another optimiser."
-    )
-
-
-def _refuse_duplicating_sampler(loader: Any, trainer: Any) -> None:
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    if trainer.world_size < 2 or batch_sampler is None or type(batch_sampler) is BatchSampler:
-        return
-    if not isinstance(getattr(batch_sampler, "sampler", None), DistributedSampler):
-        raise UnsupportedStrategyError(
-            f"Expected `batch_sampler` to divide the data between {trainer.world_size} processes, but got"
-            f" {type(batch_sampler).__name__}, which gives every process the same batches. Pass an index sampler that"
-            " subclasses torch's DistributedSampler, such as `GroupBalancedSampler`, as `sampler=`."
-        )
-
-
 def _is_compiled(module: nn.Module) -> bool:
     return any(
         type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None
@@ -633,87 +540,10 @@ def _with_loss(output: Any, loss: Tensor) -> Any:
     return changed
 
 
-def _nodes(start: Any, ends: set[Any]) -> set[Any]:
-    """Nodes of the autograd graph above ``ends``, these included."""
-    seen, todo = set(), [start]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node not in ends:
-            todo.extend(parent for parent, _ in node.next_functions)
-    return seen
-
-
-def _reaching(tap: LossTap, loss: Tensor) -> tuple[list[LossCall], list[str]]:
-    """The losses that the returned loss depends on, and the names of those that cannot be taken apart.
-
-    Looked up in every step: the autograd graph is walked down to the losses that were handed back, which is a handful
-    of nodes unless another term of the loss goes through the network.
-    """
-    ends = {call.edge.node for call in tap.calls if call.edge is not None}
-    seen = _nodes(loss.grad_fn, ends)
-    calls = [call for call in tap.calls if call.edge is not None and call.edge.node in seen]
-    return calls, [name for name, node in tap.untapped if node in seen and node not in ends]
-
-
-def _untapped(lost: list[str], beside: bool) -> DebiasError:
-    error, what = (UntappedLossError, "next to a loss that can") if beside else (LossNotFoundError, "and no other")
-    return error(
-        f"Expected every loss that reaches the returned loss to be one that can be taken apart per sample, but"
-        f" `{lost[0]}` reaches it in a way that cannot be followed, {what}. Reduce it by `.mean()` or `.sum()`"
-        " with masks and weights only, or return {'loss': loss, 'losses': per_sample}, or"
-        " `debias.register_loss(...)`."
-    )
-
-
-def select_calls(calls: list[LossCall], loss: Any, who: str) -> list[LossCall]:
-    """The calls that ``loss=`` means."""
-    if loss == "sum":
-        return calls
-    if isinstance(loss, int):
-        chosen = [call for call in calls if call.position == loss]
-    elif callable(loss):
-        chosen = [call for call in calls if loss(call)]
-    elif len(calls) > 1:
-        raise _ambiguous([call.name for call in calls], who)
-    else:
-        return calls
-    if not chosen:
-        raise AmbiguousLossError(
-            f"Expected `loss={loss!r}` of {who} to choose one of the losses that reach the returned loss, but the step"
-            f" computed {[(call.position, call.name) for call in calls]}. Correct `loss=`."
-        )
-    return chosen
-
-
-def _out_of_place(there: list[LossCall], meant: list[LossCall], calls: list[LossCall]) -> AmbiguousLossError:
-    return AmbiguousLossError(
-        f"Expected the loss that is meant to stand in the same place in every step, but got"
-        f" {[call.name for call in there]} there and {[call.name for call in meant]} in the returned loss of this step,"
-        f" which computed {[call.name for call in calls]}. Compute losses that are only logged under"
-        " `torch.no_grad()`, or choose: `loss=callable(call) -> bool`."
-    )
-
-
 def _out_of_order(who: str) -> RowsError:
     return RowsError(
         f"Expected the evaluation step to keep the samples in the order of the batch for {who}, but it puts them in"
         " another one, where that cannot be followed to what is read. Leave the order as it is."
-    )
-
-
-def _height(call: LossCall) -> int:
-    """Rows that a loss has of its own, along the first axis: nothing is read from the device."""
-    elements = call.elements[0]
-    return elements.shape[0] // call.parts if elements.ndim else 1
-
-
-def _ambiguous(names: list[str], who: str) -> AmbiguousLossError:
-    return AmbiguousLossError(
-        f"Expected the training step to compute one loss for {who}, but got {len(names)}: {', '.join(names)}. Say"
-        " which: `loss='sum'` (all of them, with the same weights), `loss=<index>`, or `loss=callable(call) -> bool`."
     )
 
 
@@ -804,99 +634,5 @@ def _penalised(
     return loss
 
 
-def _stated_losses(output: Any, tap: LossTap) -> tuple[LossCall, Tensor] | None:
-    """The loss of a step that returns its per-sample losses, or its logits and targets; and its mean as it stands."""
-    if not isinstance(output, Mapping):
-        return None
-    logits, target = output.get("logits"), output.get("targets")
-    if isinstance(losses := output.get("losses"), Tensor):
-        elements, name = losses, "losses"
-        if tap.mixture is not None and tap.mixture.mixes:
-            raise unmixable("losses", "the step returns them computed, with the labels of the samples themselves")
-    elif isinstance(logits, Tensor) and isinstance(target, Tensor):
-        elements, name = _loss_of(logits, target), "logits"
-    else:
-        return None
-    n = tap.tracker.n if tap.tracker is not None else elements.shape[0]
-    if elements.ndim == 0 or elements.shape[0] != n:
-        raise RowsError(
-            f"Expected the returned `{name}` to have one row for each of the {n} samples, but got shape"
-            f" {tuple(elements.shape)}. Return per-sample values, unreduced."
-        )
-    if not elements.requires_grad:
-        raise LossNotFoundError(
-            f"Expected the returned `{name}` to require a gradient, but they are detached. Return them as computed."
-        )
-    args = (logits, target)
-    call, _ = tap.stated(name, args, _loss_of if name == "logits" else lambda *_: elements)
-    if tap.mixture is None or not tap.mixture.meant(call):
-        call._sample_of = lambda call, num: None
-    return call, elements.mean()
-
-
-def _differs(a: Tensor, b: Tensor) -> Tensor:
-    rounding = 1e-5 if a.dtype in (torch.float32, torch.float64) else 2e-2
-    return ((a - b).abs() > rounding * (1 + b.abs())).any()  # NaN is a bad row, said elsewhere
-
-
-def _check_stated(loss: Tensor, call: LossCall, plain: Tensor) -> None:
-    """Refuse logits and targets of which the returned loss is not the mean cross-entropy; waits for the device."""
-    loss, plain = loss.detach(), plain.detach()
-    if global_sum(_differs(loss, plain).float()):  # all ranks raise, or none
-        raise LossNotFoundError(
-            "Expected the returned `loss` to be the mean cross-entropy (binary where the targets are floats of the"
-            " shape of the logits) of the returned `logits` and `targets`, since nothing else says what it is per"
-            f" sample, but got {float(loss.mean()):.6g} where that is {float(plain):.6g}. Return {{'loss': loss,"
-            " 'losses': per_sample} with losses of shape (N,), or compute the loss with a torch loss function."
-        )
-
-
-def _check_stated_losses(loss: Tensor, call: LossCall, plain: Tensor) -> None:
-    """Refuse losses whose mean is not a part of the returned loss; waits for the device.
-
-    What is put in its place is the debiased mean, so each loss must count as much as in the mean. Where the returned
-    loss was computed some other way, only being equal to the mean tells.
-    """
-    losses = call.elements[0]
-    share = None
-    if loss.requires_grad:
-        (share,) = torch.autograd.grad(loss.sum(), losses, retain_graph=True, allow_unused=True)
-    if share is None:
-        differs, what = _differs(loss.detach(), plain.detach()), "was not computed from them"
-    else:
-        # Relative to the mean's own shares, so that rounding is that of numbers near one.
-        differs, what = _differs(share * losses.numel(), torch.ones_like(share)), "counts them otherwise"
-    if global_sum(differs.float()):
-        raise LossNotFoundError(
-            "Expected the returned `loss` to be the mean of the returned `losses`, plus what else there is, as the mean"
-            f" is what a method replaces, but got one that {what}. Put factors into the losses"
-            " (`losses = 0.1 * losses; loss = losses.mean() + other`); where a mask or weights reduce them, use a torch"
-            " loss function with `reduction='none'`, or `debias.register_loss`, so that the reduction is seen."
-        )
-
-
-def _loss_of(logits: Tensor, target: Tensor) -> Tensor:
-    loss: Any = F.cross_entropy
-    if target.is_floating_point() and target.shape == logits.shape:
-        loss = F.binary_cross_entropy_with_logits
-    return unreduced(loss, {"input": logits, "target": target})
-
-
 def _set_losses(module: nn.Module) -> list[str]:
     return [type(m).__name__ for m in module.modules() if type(m).__name__ in adapters.SET_LOSSES]
-
-
-def warn_padding(loader: Any, world: int) -> None:
-    """Lightning's evaluation sampler repeats samples so that all ranks have as many; the metrics then count them
-    twice.
-    """
-    sampler = getattr(loader, "sampler", None)
-    if not isinstance(sampler, DistributedSampler) or not getattr(sampler, "pads", True):
-        return
-    size = len(sampler.dataset)  # type: ignore[arg-type]
-    if size % world:
-        warnings.warn(
-            f"The evaluation loader of {size} samples is padded to a multiple of {world} processes, so group metrics"
-            f" count {-size % world} samples twice. Pass `sampler=EvalSampler(dataset)` to its DataLoader.",
-            stacklevel=2,
-        )

@@ -8,24 +8,32 @@ followed through masks, weights and reshapes to the ``.mean()`` or ``.sum()`` th
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn._reduction import legacy_get_string
 from torch.overrides import TorchFunctionMode
 
 from debias.errors import DebiasError, LossNotFoundError, RowsError, UntappedLossError
 from debias.step.distributed import as_global, global_sum, is_distributed, world_size
+from debias.step.losses import (
+    COMPARING,
+    FORM,
+    LOSSES,
+    NAMES,
+    NOT_PER_SAMPLE,
+    SECOND,
+    class_weights,
+    reduction_of,
+    unreduced,
+)
 from debias.step.mixing import Mixture, row_sources, unmixable
 from debias.step.rows import CASTS, MOVES, RECORDED, Move, RowTracker, apply_move, arranged_rows, keeps_rows
 
-__all__ = ["LOSSES", "LossCall", "LossTap"]
+__all__ = ["LossCall", "LossTap", "no_loss_error"]
 
 _T = torch.Tensor
 
@@ -233,93 +241,6 @@ class _Pending:
         return self.tensor if self.share is None else self.tensor * self.share
 
 
-def _legacy(arguments: dict[str, Any]) -> str:
-    size_average, reduce = arguments.get("size_average"), arguments.get("reduce")
-    if size_average is not None or reduce is not None:
-        return legacy_get_string(size_average, reduce, emit_warning=False)
-    return str(arguments.get("reduction", "mean"))
-
-
-def _ones(elements: Tensor, arguments: dict[str, Any]) -> Tensor:
-    return elements.new_ones(())
-
-
-def _class_weights(elements: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """CE and NLL with class indices divide by the weights of the targets that count."""
-    target, weight = arguments["target"], arguments.get("weight")
-    if target.is_floating_point():
-        return elements.new_ones(())
-    counts = target != arguments.get("ignore_index", -100)
-    if weight is None:
-        return counts.to(elements.dtype)
-    # An ignored target may be no class at all, so it must not be looked up.
-    return torch.where(counts, weight.detach()[torch.where(counts, target, 0)].to(elements.dtype), 0)
-
-
-def _weights(elements: Tensor, arguments: dict[str, Any]) -> Tensor:
-    weight = arguments.get("weight")
-    return elements.new_ones(()) if weight is None else weight.detach().to(elements.dtype).expand(elements.shape)
-
-
-def _kl_count(elements: Tensor, arguments: dict[str, Any]) -> Tensor:
-    if _legacy(arguments) != "batchmean":
-        return elements.new_ones(())
-    return elements.new_full((), elements.shape[0] / max(elements.numel(), 1))
-
-
-# Denominator of each torch loss, per element of its reduction="none".
-LOSSES: dict[Any, Callable[[Tensor, dict[str, Any]], Tensor]] = {
-    F.cross_entropy: _class_weights,
-    F.nll_loss: _class_weights,
-    F.mse_loss: _weights,
-    F.l1_loss: _weights,
-    F.smooth_l1_loss: _ones,
-    F.huber_loss: _ones,
-    F.kl_div: _kl_count,
-    **dict.fromkeys(
-        (
-            F.binary_cross_entropy,
-            F.binary_cross_entropy_with_logits,
-            F.gaussian_nll_loss,
-            F.poisson_nll_loss,
-            F.soft_margin_loss,
-            F.hinge_embedding_loss,
-            F.margin_ranking_loss,
-            F.cosine_embedding_loss,
-            F.multi_margin_loss,
-            F.multilabel_margin_loss,
-            F.multilabel_soft_margin_loss,
-            F.triplet_margin_loss,
-        ),
-        _ones,
-    ),
-}
-# Losses without a per-sample form here; reaching the returned loss they are refused, never left out in silence.
-_NOT_PER_SAMPLE = frozenset(
-    getattr(space, name)
-    for space in (F, torch)
-    for name in [
-        "ctc_loss",
-        "linear_cross_entropy",
-        "triplet_margin_with_distance_loss",
-        "kl_div",
-        "hinge_embedding_loss",
-        "poisson_nll_loss",
-        "margin_ranking_loss",
-        "cosine_embedding_loss",
-        "triplet_margin_loss",
-        "binary_cross_entropy_with_logits",
-    ]
-    if hasattr(space, name) and getattr(space, name) not in LOSSES
-)
-_NAMES = {loss: tuple(inspect.signature(loss).parameters) for loss in LOSSES}
-_SECOND = {loss: names[1] for loss, names in _NAMES.items()}  # target, except of the ranking losses
-
-_COMPARING = frozenset({"triplet_margin_loss", "margin_ranking_loss", "cosine_embedding_loss"})
-
-# Arguments that are part of a loss's formula, beside logits and target.
-_FORM = frozenset({"weight", "pos_weight", "label_smoothing", "ignore_index"})
-
 _MUL = frozenset({_T.mul, torch.mul, torch.multiply, _T.multiply})
 _DIV = frozenset({_T.div, torch.div, torch.true_divide, _T.true_divide, torch.divide, _T.divide})
 _SUM = frozenset({_T.sum, torch.sum})
@@ -328,7 +249,7 @@ _WHERE = frozenset({torch.where})
 _FILL = frozenset({_T.masked_fill, torch.masked_fill})
 _ADD = frozenset({_T.add, torch.add})
 _FOLLOWED = MOVES | CASTS | _MUL | _DIV | _SUM | _MEAN | _WHERE | _FILL | _ADD
-_WATCHED = frozenset(LOSSES) | _FOLLOWED | RECORDED | _NOT_PER_SAMPLE
+_WATCHED = frozenset(LOSSES) | _FOLLOWED | RECORDED | NOT_PER_SAMPLE
 
 
 class Finder(Protocol):
@@ -395,7 +316,7 @@ class LossTap(TorchFunctionMode):
         out = func(*args, **kwargs)
         if self.tracker is not None and func in RECORDED:
             self.tracker.record(func, args, kwargs, out)
-        elif func in _NOT_PER_SAMPLE and isinstance(out, Tensor) and out.requires_grad:
+        elif func in NOT_PER_SAMPLE and isinstance(out, Tensor) and out.requires_grad:
             self.untapped.append((func.__name__, out.grad_fn))
         if self.finder is not None:
             self.finder.record(func, args, kwargs, out)
@@ -405,8 +326,8 @@ class LossTap(TorchFunctionMode):
 
     def _loss(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         # Without `strict=`, which Dynamo cannot follow before torch 2.15 where the whole module is compiled.
-        arguments = dict(zip(_NAMES[func], args)) | kwargs  # noqa: B905
-        logits, target = arguments[_NAMES[func][0]], arguments.get(_SECOND[func])
+        arguments = dict(zip(NAMES[func], args)) | kwargs  # noqa: B905
+        logits, target = arguments[NAMES[func][0]], arguments.get(SECOND[func])
         if self.training and not (torch.is_grad_enabled() and _requires_grad(*arguments.values())):
             return func(*args, **kwargs)
         if self.training and _requires_grad(arguments.get("weight"), arguments.get("pos_weight")):
@@ -414,7 +335,7 @@ class LossTap(TorchFunctionMode):
                 f"Expected `weight` of `{func.__name__}` to be constant, but got one that is learned: it would enter"
                 " what the loss is divided by. Multiply the unreduced losses by it instead (`reduction='none'`)."
             )
-        reduction = _legacy(arguments)
+        reduction = reduction_of(arguments)
 
         def elements() -> tuple[Tensor, Tensor]:
             losses = unreduced(func, arguments)
@@ -422,7 +343,7 @@ class LossTap(TorchFunctionMode):
 
         call = self._call(func.__name__, logits, target, "mean" if reduction == "batchmean" else reduction, elements)
         call.ignore_index = arguments.get("ignore_index")
-        call.arguments = {k: v for k, v in arguments.items() if k in _FORM and v is not None}
+        call.arguments = {k: v for k, v in arguments.items() if k in FORM and v is not None}
         if self.training and self.mixture is not None and self.mixture.meant(call):
             return self._mixed_loss(func, arguments, call)
         if reduction != "none":
@@ -498,7 +419,7 @@ class LossTap(TorchFunctionMode):
         if self.rows is not None:
             return _given_rows(self.rows, call, n, shape, num.device)
         # A loss that compares inputs is that of the first one's sample, the anchor's.
-        trusted = (call.logits,) if call.name in _COMPARING else (call.target, call.logits)
+        trusted = (call.logits,) if call.name in COMPARING else (call.target, call.logits)
         candidates = [x for x in trusted if isinstance(x, Tensor)]
         # A single number is no row that could be found among others of the step.
         single = num.numel() == 1 and n > 1 and call.elements[0].ndim == 0
@@ -526,12 +447,12 @@ class LossTap(TorchFunctionMode):
     def _mixed_loss(self, func: Any, arguments: dict[str, Any], call: LossCall) -> Tensor:
         """A loss of samples that count with several labels."""
         target: Any = call.target
-        if _SECOND[func] != "target" or not isinstance(target, Tensor):
+        if SECOND[func] != "target" or not isinstance(target, Tensor):
             raise unmixable(call.name, "it compares inputs with each other")
         weight: Any = arguments.get("weight")
         # Weights of the elements, unlike those of the classes, belong to the labels.
         of_rows = isinstance(weight, Tensor) and weight.ndim > 0 and weight.shape == target.shape
-        of_rows = of_rows and LOSSES[func] is not _class_weights
+        of_rows = of_rows and LOSSES[func] is not class_weights
 
         def compute(moved: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
             changed = {"target": moved(target)} | ({"weight": moved(weight)} if of_rows else {})
@@ -766,21 +687,6 @@ def _set_parts(call: LossCall, parts: list[_Pending]) -> None:
 
 def _requires_grad(*tensors: Any) -> bool:
     return any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
-
-
-def unreduced(func: Any, arguments: dict[str, Any]) -> Tensor:
-    """The loss per element, computed in at least float32 and outside autocast."""
-    upcast, device = {}, ""
-    for name, x in arguments.items():
-        if isinstance(x, Tensor):
-            device = device or x.device.type
-            upcast[name] = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        elif name not in ("reduction", "size_average", "reduce"):
-            upcast[name] = x
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return func(**upcast, reduction="none")
-    return func(**upcast, reduction="none")
 
 
 def _aligned(index: Tensor, shape: torch.Size) -> Tensor:

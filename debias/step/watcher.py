@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from debias.errors import DebiasError
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
-from debias.step.engine import StepEngine, warn_padding
+from debias.step.engine import StepEngine
+from debias.step.guards import refuse_unsupported, warn_padding
 from debias.step.indices import evaluation_loaders
 from debias.step.owned import OwnedModule
 from debias.step.random import StepRandom
@@ -77,7 +78,7 @@ class StepWatcher(Callback):
             engine = leader.engine = StepEngine(trainer, pl_module)
         self.engine = engine
         try:
-            engine.check(self, stage)
+            refuse_unsupported(trainer, pl_module, self, stage)
         except DebiasError:
             self.teardown(trainer, pl_module, stage)
             raise

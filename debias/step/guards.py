@@ -1,0 +1,121 @@
+"""What is refused before anything has run: strategies, optimisation and samplers that a method cannot work with."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch.utils.data import BatchSampler
+from torch.utils.data.distributed import DistributedSampler
+
+from debias.errors import RowsError, UnsupportedStrategyError
+from debias.step.contract import Watcher
+
+__all__ = ["refuse_duplicating_sampler", "refuse_unsupported", "runs_again", "warn_padding"]
+
+
+def refuse_unsupported(trainer: Any, module: Any, watcher: Watcher, stage: str) -> None:
+    """Refuse, before anything has run, what a method cannot do."""
+    if stage == "fit" or watcher.monitors:  # else it does nothing in this stage
+        _check_strategy(trainer.strategy, watcher)
+    if stage != "fit" or not watcher.trains:
+        return
+    who = type(watcher).__name__
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        raise UnsupportedStrategyError(
+            f"Expected `training_step(batch, ...)` for {who}, but got `training_step(dataloader_iter)`: the"
+            " batch is fetched inside the step, where it cannot be read. Take the batch as the first argument."
+        )
+    _check_rows(trainer.callbacks)
+    if not module.automatic_optimization and watcher.adds_to_loss:
+        raise UnsupportedStrategyError(
+            f"Expected automatic optimisation for {who}, but `automatic_optimization` is False: the loss is used up"
+            " inside the step, so nothing can be added to it. Use automatic optimisation, the mixin form, or a"
+            " reweighing method."
+        )
+    if not module.automatic_optimization and getattr(watcher, "loss", None) == "sum":
+        raise UnsupportedStrategyError(
+            f"Expected `loss` of {who} to choose one loss under manual optimisation, but got 'sum': what all losses"
+            " add up to is only known when the step has used them. Pass `loss=<index>` or a callable."
+        )
+    losses = watcher.losses  # type: ignore[attr-defined]
+    if losses in ("split", "image") and not module.automatic_optimization:
+        raise UnsupportedStrategyError(
+            f"Expected `losses={losses!r}` of {who} with automatic optimisation: the step then runs once per"
+            f" {'group' if losses == 'split' else 'image'}, and would optimise each time. Use `losses='whole'`, or"
+            " `losses='heads'` for torchvision's detectors."
+        )
+    adding = [type(c).__name__ for c in trainer.callbacks if getattr(c, "adds_to_loss", False)]
+    if losses != "whole" and adding:
+        raise UnsupportedStrategyError(
+            f"Expected `losses={losses!r}` of {who} without penalties or adversaries, but got {', '.join(adding)}:"
+            " there is no one loss of the batch that they could read. Remove them, or use `losses='whole'` if the"
+            " step calls an ordinary torch loss."
+        )
+    if getattr(trainer.strategy, "_ddp_kwargs", {}).get("static_graph") and watcher.adds_to_loss:
+        raise UnsupportedStrategyError(
+            f"Expected DDP without `static_graph=True` for {who}, whose penalty changes the graph when its schedule"
+            " starts. Remove `static_graph=True`."
+        )
+
+
+def _check_strategy(strategy: Any, watcher: Watcher) -> None:
+    names = {cls.__name__ for cls in type(strategy).__mro__}
+    supported = {"SingleDeviceStrategy", "DDPStrategy"} & names
+    excluded = {"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "SingleDeviceXLAStrategy"} & names
+    if (not supported or excluded) and not watcher.allow_untested_strategy:
+        raise UnsupportedStrategyError(
+            f"Expected the Trainer's `strategy` to be single-device or DDP for {type(watcher).__name__}, but got"
+            f" {type(strategy).__name__}, on which it has not been tested. Choose `strategy='ddp'`, or pass"
+            " `allow_untested_strategy=True` and check the results yourself."
+        )
+
+
+def _check_rows(callbacks: list[Any]) -> None:
+    """Methods see the same rows, so they cannot be told different things of them."""
+    stated = [(c.state_key, c.loss_rows) for c in callbacks if getattr(c, "loss_rows", None) is not None]
+    for who, rows in stated[1:]:
+        if rows != stated[0][1]:
+            raise RowsError(
+                f"Expected methods that are used together to state the same `rows`, but got {stated[0][1]!r} of"
+                f" {stated[0][0]} and {rows!r} of {who}: what one states counts for all. Pass the same to both or"
+                " to one of them; where losses have rows of different kinds, one `rows=callable(call, n)`."
+            )
+
+
+def runs_again(watcher: Watcher, optimizer: str) -> UnsupportedStrategyError:
+    """The error for an optimiser that runs the step several times a batch."""
+    return UnsupportedStrategyError(
+        f"Expected an optimiser that runs the step once per batch for {type(watcher).__name__}, but got {optimizer},"
+        " which would update the method's state several times per batch. Use another optimiser."
+    )
+
+
+def refuse_duplicating_sampler(loader: Any, trainer: Any) -> None:
+    """Refuse a batch sampler that would give every process the same batches."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    if trainer.world_size < 2 or batch_sampler is None or type(batch_sampler) is BatchSampler:
+        return
+    if not isinstance(getattr(batch_sampler, "sampler", None), DistributedSampler):
+        raise UnsupportedStrategyError(
+            f"Expected `batch_sampler` to divide the data between {trainer.world_size} processes, but got"
+            f" {type(batch_sampler).__name__}, which gives every process the same batches. Pass an index sampler that"
+            " subclasses torch's DistributedSampler, such as `GroupBalancedSampler`, as `sampler=`."
+        )
+
+
+def warn_padding(loader: Any, world: int) -> None:
+    """Lightning's evaluation sampler repeats samples so that all ranks have as many; the metrics then count them
+    twice.
+    """
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, DistributedSampler) or not getattr(sampler, "pads", True):
+        return
+    size = len(sampler.dataset)  # type: ignore[arg-type]
+    if size % world:
+        warnings.warn(
+            f"The evaluation loader of {size} samples is padded to a multiple of {world} processes, so group metrics"
+            f" count {-size % world} samples twice. Pass `sampler=EvalSampler(dataset)` to its DataLoader.",
+            stacklevel=2,
+        )
