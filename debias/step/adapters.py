@@ -104,9 +104,4 @@ def take(
         out = original()
     finally:
         tap.suspended -= 1
-    return hand_over(tap, name, args, per_sample, out)
-
-
-def hand_over(tap: Any, name: str, args: tuple[Any, ...], per_sample: Callable[..., Any], out: Any) -> Any:
-    """Give the tap the per-sample losses of an adapter, a function of ``args``; what the step shall see."""
     return tap.adapted(name, args, per_sample, out)

@@ -156,7 +156,7 @@ class StepEngine:
             if tap.suspended:
                 return None
             compute = functools.partial(per_sample, module, **kwargs)
-            return adapters.hand_over(tap, type(module).__name__, args, compute, output)
+            return tap.adapted(type(module).__name__, args, compute, output)
 
         self._handles.append(loss.register_forward_pre_hook(Hook(before), with_kwargs=True))
         self._handles.append(loss.register_forward_hook(Hook(after), with_kwargs=True))

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debias.errors import HeadNotFoundError, RowsError
+from debias.step.proxy import Hook
 from debias.step.rows import CASTS, Move, RowTracker, apply_move, keeps_rows
 from debias.step.tap import LossCall
 
@@ -103,8 +104,6 @@ class _Layer:
     """
 
     def __init__(self, layer: nn.Module, around: Sequence[nn.Module] = ()) -> None:
-        from debias.step.proxy import Hook
-
         self._runs: list[_Run] = []
         self._entered: list[Tensor | None] = []
         self._tracker: RowTracker | None = None

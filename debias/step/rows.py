@@ -108,7 +108,7 @@ _REORDERING = _SORTING | frozenset(
     for name in ["__getitem__", "flip", "flipud", "roll", "index_select", "gather", "take", "take_along_dim"]
     if hasattr(space, name)
 )
-RECORDED = MOVES | CASTS | _ELEMENTWISE | _SORTING | {F.one_hot, torch.nn.functional.one_hot}
+RECORDED = MOVES | CASTS | _ELEMENTWISE | _SORTING | {F.one_hot}
 
 
 class Move(NamedTuple):
