@@ -58,7 +58,9 @@ def metric_inputs(metric: Metric, logits: Tensor, target: Tensor, loss: str | No
             return (precise[:, 1] - precise[:, 0]).sigmoid(), target
     elif loss in (_SIGMOID, "binary_cross_entropy") and task != "Multiclass":
         if target.is_floating_point():  # smoothed labels count as labels, negative ones and NaN as missing
-            target = torch.where(target > 0.5, 1.0, target.nan_to_num(-1.0).clamp(max=0.0)).long()
+            labels = torch.where(target > 0.5, 1.0, target.nan_to_num(-1.0).clamp(max=0.0)).long()
+            ignored = getattr(metric, "ignore_index", None)
+            target = labels if ignored is None else torch.where(target == ignored, ignored, labels)
         return (precise.sigmoid() if loss == _SIGMOID else logits), target
     return logits, target
 

@@ -23,11 +23,11 @@ def check_number(name: str, value: Any, within: str = "[0, inf)") -> float:
         DebiasError: it is no number, or outside.
     """
     low, high = (float(bound) for bound in within[1:-1].split(","))
-    if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, Real) and not isinstance(value, bool):
         number = int(value) if isinstance(value, Integral) else float(value)
         above = number >= low if within[0] == "[" else number > low
         below = number <= high if within[-1] == "]" else number < high
-        if above and below:
+        if above and below and abs(number) < math.inf:
             return number
     rule = f"a number {'>=' if within[0] == '[' else '>'} {low:g}" if high == math.inf else f"a number in {within}"
     raise DebiasError(f"Expected `{name}` to be {rule}, but got {value!r}.")

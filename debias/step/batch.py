@@ -351,8 +351,10 @@ def attributes(value: Any) -> dict[str, Any]:
     """The parts of a batch that is an object: its attributes; none of modules, classes and functions."""
     if callable(value):
         return {}
-    names = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
-    return {name: getattr(value, name) for name in names} | getattr(value, "__dict__", {})
+    slots = (getattr(kind, "__slots__", ()) for kind in type(value).__mro__)
+    names = [name for of_kind in slots for name in ([of_kind] if isinstance(of_kind, str) else of_kind)]
+    found = {name: getattr(value, name) for name in names if not name.startswith("__") and hasattr(value, name)}
+    return found | getattr(value, "__dict__", {})
 
 
 def describe(batch: Any) -> str:

@@ -62,7 +62,6 @@ class StepEngine:
         # How often the evaluation step has called the module's `forward`.
         self.forward_calls = 0
         # What the first step taught: the position of the one loss that is meant, and whether rows must be replayed.
-        self._position: int | None = None
         self._reweighed: list[LossCall] = []
         self._rows_needed = True
         self._checked = self._sums_checked = False
@@ -268,14 +267,14 @@ class StepEngine:
         if step.mixture is not None:
             choices.append(step.mixture.loss)
         # Under manual optimisation the loss is used up inside the step: nothing can be settled afterwards.
-        late = reweigher is not None and not manual and not isinstance(reweigher.loss, int) and self._position is None
         shared = self._shared
-        shared.start(choices, 0 if manual else self._position, self.module.device, late=late, logging=step.logging)
+        late = reweigher is not None and not manual and not isinstance(reweigher.loss, int) and shared.only is None
+        shared.start(choices, self.module.device, first=manual, late=late, logging=step.logging)
 
         def combine(call: LossCall) -> Tensor | None:
             if reweigher is not None and manual and reweigher.loss is None and call.position:
                 raise ambiguous(["(the first loss)", call.name], type(reweigher).__name__)
-            if reweigher is not None and shared.means(reweigher.loss, call):
+            if not late and reweigher is not None and shared.means(reweigher.loss, call):
                 shared.take(call)
                 self._check_name([call], reweigher.loss, type(reweigher).__name__)
                 self._reweighed.append(call)
@@ -316,8 +315,8 @@ class StepEngine:
             self._sums_checked = True
             _check_sums(loss, shared.calls)
         if alone:
-            self._position = calls[0].position if len(calls) == 1 else None
-            return None
+            shared.settle_on(calls[0] if len(calls) == 1 else None)
+            return _joined(loss, calls[0]) if shared.passed_over(calls) else None
         if lost:
             raise untapped(lost, bool(calls))
         if not calls:
@@ -337,13 +336,15 @@ class StepEngine:
             if tap.late:
                 loss = _settle(loss, calls, selected, shared.calls, reweigher, step)
                 # From the next step on the one loss that is meant is reweighed at once, in the step itself.
-                self._position = selected[0].position if len(selected) == 1 and reweigher.loss != "sum" else None
+                shared.settle_on(selected[0] if len(selected) == 1 and reweigher.loss != "sum" else None)
             elif len(selected) > 1 or self._reweighed != selected:
                 raise out_of_place(self._reweighed, selected, tap.calls)
         elif len(calls) == 1:
             if is_distributed() and shared.misses(calls[0]):
                 raise out_of_place(shared.calls, calls, tap.calls)
-            self._position = calls[0].position
+            shared.settle_on(calls[0])
+            if shared.passed_over(calls):
+                loss = _joined(loss, calls[0])
         loss = _penalised(
             loss, penalisers, lambda w: self._selected(calls, w.loss, type(w).__name__, step), heads, step
         )
@@ -578,6 +579,12 @@ def _settle(
         if call.late is not None:
             loss = loss + factor * (new[call] - call.late.value).detach()
     return loss
+
+
+def _joined(loss: Tensor, call: LossCall) -> Tensor:
+    """The returned loss with the mean of all ranks where it has that of this rank, to first order."""
+    (factor,) = torch.autograd.grad(loss, [call.edge], retain_graph=True)
+    return loss + factor.detach() * (call.scaled(call.mean()) - call.local())
 
 
 def _check_sums(loss: Tensor, calls: list[LossCall]) -> None:

@@ -76,6 +76,7 @@ class OwnedModule:
                 f" but got {width}. Make a new instance of the method for another model."
             )
         elif self._new_fit:
+            self.module.zero_grad(set_to_none=True)  # of a fit that ended between backward pass and step
             self._start(self.module, device, dtype, {})
         elif self._placed != (device, dtype):
             self._start(self.module, device, dtype, self._optimizer_state())

@@ -38,10 +38,15 @@ def reorders(collate_fn: Callable[[Any], Any], samples: list[Any], batch: Any) -
         with undisturbed(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             order = _another_order(n)
-            one = copy.deepcopy(samples[0])
+            one, again = copy.deepcopy(samples[0]), [copy.deepcopy(samples) for _ in range(2)]
             before, after = _parts(batch, n), _parts(collate_fn([samples[i] for i in order]), n)
             # By where they are: the rows, as they should be in that order, and as they are.
             found = [(path, [rows[i] for i in order], after[path]) for path, rows in before.items() if path in after]
+            once_more = [_parts(collate_fn(copies), n) for copies in again]
+            drawn = {path for path, rows in before.items() if any(parts.get(path) != rows for parts in once_more)}
+            # What is drawn at random tells nothing beside parts that are in place, or that are no samples any more.
+            if any(Counter(a) != Counter(b) or (path not in drawn and a == b) for path, a, b in found):
+                found = [part for part in found if part[0] not in drawn]
             # What Mixup pairs a sample with is in another order, but not what it is paired with; of two parts of a
             # batch the one that tells more samples apart is right.
             kept = max((len(set(a)) for _, a, b in found if b == a), default=0)

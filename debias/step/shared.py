@@ -26,35 +26,36 @@ class SharedLosses:
         comparing: whether ranks compare theirs in the running step.
         as_ddp: nothing is reduced any more: there are augmentations only, which mean no loss, and the step computes
             several, or not the same on all ranks.
+        only: the one loss that ``loss=None`` means, as its name and how many of that name come before it: losses of
+            other kinds may be computed beside it in some steps only, or on some ranks. None while it is not known.
     """
 
     def __init__(self) -> None:
         self.calls: list[LossCall] = []
         self.comparing = self.as_ddp = False
+        self.only: tuple[str, int] | None = None
         self._compared = False
         self._device = torch.device("cpu")
         self._choices: list[Any] = []
-        self._only: int | None = None  # position of the one loss that `loss=None` means
-        self._late = self._parted = False
+        self._first = self._late = self._parted = False
 
-    def start(
-        self, choices: list[Any], position: int | None, device: torch.device, *, late: bool, logging: bool
-    ) -> None:
+    def start(self, choices: list[Any], device: torch.device, *, first: bool, late: bool, logging: bool) -> None:
         """Begin a step.
 
         Args:
             choices: ``loss`` of each method that means one.
-            position: of the one loss that ``loss=None`` means, None where that is not known yet.
             device: of the module.
-            late: nothing is reduced before the step has ended.
+            first: whether ``loss=None`` means the first loss of the step, whatever it is.
+            late: whether what is reduced is replaced once the step has ended.
             logging: values logged in this step reach the logger.
         """
         self.calls, self._parted = [], False
-        self._choices, self._device, self._late = choices, device, late
-        # Of one loss that the returned loss depends on, all choices are the same one.
-        self._only = next((c for c in choices if isinstance(c, int)), None) if position is None else position
-        now = logging or not self._compared or (late and device.type == "cpu")
-        self.comparing = is_distributed() and not self.as_ddp and now
+        self._choices, self._device, self._first, self._late = choices, device, first, late
+        self.comparing = is_distributed() and not self.as_ddp and (logging or not self._compared)
+
+    def settle_on(self, call: LossCall | None) -> None:
+        """From now on ``loss=None`` means the loss that stands where this one does; None if there is none."""
+        self.only = None if call is None else (call.name, call.ordinal)
 
     def means(self, choice: Any, call: LossCall) -> bool:
         """Whether ``loss=choice`` means a loss; while that is not known, any may be it."""
@@ -62,7 +63,12 @@ class SharedLosses:
             return bool(choice(call))
         if choice == "sum":
             return True
-        position = choice if isinstance(choice, int) else self._only
+        if isinstance(choice, int) or self._first:
+            return call.position == (choice or 0)
+        if self.only is not None:
+            return (call.name, call.ordinal) == self.only
+        # Of one loss that the returned loss depends on, all choices are the same one.
+        position = next((c for c in self._choices if isinstance(c, int)), None)
         return position is None or call.position == position
 
     def take(self, call: LossCall) -> bool:
@@ -85,6 +91,13 @@ class SharedLosses:
         """Whether the one loss that the returned loss depends on is another than was taken for it."""
         return None in self._choices and not self.means(None, only)
 
+    def passed_over(self, reaching: list[LossCall]) -> bool:
+        """Whether the one loss that the returned loss depends on was not reduced, since ranks computed others before it
+        and nothing told yet which is meant. Known after :meth:`end`, alike on all ranks.
+        """
+        parted = self.comparing and self._parted and not self.as_ddp
+        return parted and len(reaching) == 1 and reaching[0] not in self.calls
+
     def end(self, calls: list[LossCall] | None) -> None:
         """Compare once more, after the step.
 
@@ -95,14 +108,13 @@ class SharedLosses:
             AmbiguousLossError: ranks differ in losses that a method means.
         """
         meant = [c for c in calls or () if any(x is None or self.means(x, c) for x in self._choices or [None])]
-        if self._late:
-            self.calls = meant
+        taken, self.calls = self.calls, meant if self._late else self.calls
         if not self.comparing:
             return
         self._compared = True
-        if not self._late and not self._parted:
+        if not self._parted:
             self._together("", None)
-        same = alone = len(meant) == 1 and (self._parted or meant[0] in self.calls)
+        same = alone = len(meant) == 1 and (self._parted or meant[0] in taken)
         if calls is not None:
             same = alike(f"{alone} {[(call.name, call.reduction) for call in meant]}", self._device)
         if not self._choices:
@@ -112,7 +124,8 @@ class SharedLosses:
 
     @property
     def _guessing(self) -> bool:
-        return self._only is None and (not self._choices or None in self._choices)
+        known = self._first or self.only is not None or any(isinstance(c, int) for c in self._choices)
+        return not known and (not self._choices or None in self._choices)
 
     def _together(self, what: str, call: LossCall | None) -> bool:
         """Whether all ranks have come to the same loss, or the end of the step."""

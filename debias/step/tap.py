@@ -80,6 +80,7 @@ class LossCall:
     feature_rows: Callable[[LossCall], Tensor | None] | None = None  # tells the sample of each row of the features
     edge: Any = None  # of the tensor handed back, before the step may have changed it in place
     late: _Late | None = None
+    ordinal: int = 0  # how many losses of its name came before it in this step
     parts: int = 1
     targets: Any = None
     shares: Tensor | None = None
@@ -347,7 +348,7 @@ class LossTap(TorchFunctionMode):
         if self.training and self.mixture is not None and self.mixture.meant(call):
             return self._mixed_loss(func, arguments, call)
         if reduction != "none":
-            self.calls.append(call)
+            self._add(call)
             return self._hand_back(call, lambda: func(*args, **kwargs))
         out = func(*args, **kwargs)
         if self.training:
@@ -356,7 +357,7 @@ class LossTap(TorchFunctionMode):
             self._pending.append(_Pending(out, den, self._element_numbers(call, out), call))
             self.untapped.append((f"{func.__name__}(reduction='none')", out.grad_fn))
         else:
-            self.calls.append(call)
+            self._add(call)
         return out
 
     def adapted(self, name: str, args: tuple[Any, ...], per_sample: Callable[..., Any], original: Tensor) -> Tensor:
@@ -364,7 +365,7 @@ class LossTap(TorchFunctionMode):
         call, requires_grad = self.stated(name, args, per_sample)
         if self.training and not (torch.is_grad_enabled() and requires_grad):
             return original
-        self.calls.append(call)
+        self._add(call)
         return self._hand_back(call, call.local if call.shares is not None else lambda: original)
 
     def stated(self, name: str, args: tuple[Any, ...], per_sample: Callable[..., Any]) -> tuple[LossCall, bool]:
@@ -388,6 +389,10 @@ class LossTap(TorchFunctionMode):
             self._mix(call, lambda moved: compute(args[0], moved(target), *args[2:]))
         return call, losses.requires_grad
 
+    def _add(self, call: LossCall) -> None:
+        call.ordinal = sum(other.name == call.name for other in self.calls)
+        self.calls.append(call)
+
     def _call(self, name: str, logits: Any, target: Any, reduction: str, elements: Any) -> LossCall:
         call = LossCall(name, logits, target, reduction, len(self.calls), elements, self._sample_numbers)
         if self.finder is not None and isinstance(logits, Tensor):
@@ -398,9 +403,11 @@ class LossTap(TorchFunctionMode):
         out: Any = None
         if self.combine is not None and self.training:
             if self.late:
-                # Nothing is reduced over ranks yet: whether they compute the same losses is known after the step. Of
-                # a rank where nothing counts the mean is NaN, but what replaces it need not be.
-                call.late = _Late(torch.where(call.elements[1].sum() == 0, 0, call.local().detach()))
+                # Of all ranks where they share it: what a step makes of its value is linearised there. Of a rank where
+                # nothing counts the mean is NaN, but what replaces it need not be.
+                value = self.combine(call)
+                value = (call.local() if value is None else value).detach()
+                call.late = _Late(torch.where((call.elements[1].sum() == 0) & value.isnan(), 0, value))
                 out = _LateGradient.apply(call.elements[0], call.late.value, call.late)
             else:
                 out = self.combine(call)
@@ -461,7 +468,7 @@ class LossTap(TorchFunctionMode):
 
         parts = self._mix(call, compute)
         if call.reduction != "none":
-            self.calls.append(call)
+            self._add(call)
             return self._hand_back(call, call.local)
         out = torch.stack([part.num for part in parts]).sum(0)
         first = parts[0]
@@ -639,7 +646,7 @@ class LossTap(TorchFunctionMode):
         if pending.parts:
             call.parts, call.targets = len(pending.parts), first.targets
             _set_parts(call, pending.parts)
-        self.calls.append(call)
+        self._add(call)
         return self._hand_back(call, original)
 
     def _reduced_index(self, index: Tensor, out: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -762,6 +762,28 @@ def test_several_labels_of_a_sample_are_no_reason_to_warn():
     validate(Elements(several=True), GroupMonitor("place", 3))
 
 
+@pytest.mark.parametrize("missing", [2, 255, -1])
+def test_missing_labels_under_a_binary_loss_are_the_metrics_ignore_index(missing):
+    """They are no positives, though above 0.5, where the metric is told of them."""
+
+    class Missing(Base):
+        def validation_step(self, batch, batch_idx):
+            x, y = batch
+            logits = self.net(x)
+            target = (logits > 0).double()  # all that counts is right
+            target[y == 0, 1] = missing
+            weight = (target != missing).double()
+            self.log(
+                "loss", F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), weight.to(logits.dtype))
+            )
+
+    metric = torchmetrics.classification.MultilabelAccuracy(num_labels=3, ignore_index=missing, average="micro")
+    module = Missing()
+    with torch.no_grad():
+        module.net.bias -= 5  # so that what is missing would be wrong
+    assert validate(module, GroupMonitor("place", 3, metric=metric))["val/multilabel_accuracy"] == 1
+
+
 @pytest.mark.parametrize("name", ["LabelSmoothingCrossEntropy", "SoftTargetCrossEntropy"])
 def test_losses_of_timm(name):
     class Timm(Base):

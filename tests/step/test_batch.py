@@ -40,6 +40,13 @@ class Slots:
     y: Any
 
 
+class PlainSlots:
+    __slots__ = ("x", "y")
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+
 class Counting:
     """Made otherwise than by its attributes."""
 
@@ -59,6 +66,7 @@ LAYOUTS = {
     "dataclass": Batch,
     "frozen dataclass": Frozen,
     "dataclass with slots": Slots,
+    "slots": PlainSlots,
     "object": Counting,
     "namespace": lambda x, y: SimpleNamespace(x=x, y=y),
     "nested": lambda x, y: {"a": [Batch(x, 1)], "b": SimpleNamespace(y=y, name="b")},

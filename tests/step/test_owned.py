@@ -145,6 +145,14 @@ def test_a_new_fit_has_the_same_network_and_a_fresh_optimiser():
     assert made == []
 
 
+def test_a_new_fit_forgets_the_gradients_of_one_that_ended_before_its_step():
+    one = owned()
+    network = one.create(2, CPU, torch.float32)
+    network(torch.ones(1, 2)).sum().backward()
+    one.new_fit()
+    assert all(p.grad is None for p in one.create(2, CPU, torch.float32).parameters())
+
+
 @pytest.mark.parametrize("order", ["loaded, fit begun", "fit begun, loaded", "fitted, loaded, fit begun", "all"])
 def test_a_loaded_state_goes_on_in_a_new_fit(order):
     whole = owned()
