@@ -122,6 +122,11 @@ def mixstyle():
     return torch.stack(method._draw("layer", CPU, 512, torch.arange(512) % 2, shared=False))
 
 
+def crafted_shifts():
+    pytest.importorskip("kornia", reason="crafted shifts need Python 3.11")
+    return CraftedShifts()._draw(512, torch.Generator().manual_seed(0))[0]
+
+
 @pytest.mark.parametrize(
     "drawn",
     [
@@ -129,7 +134,7 @@ def mixstyle():
         lambda: MixStyleLayer(p=0.99)(X, DOMAINS),
         lambda: DSULayer(p=0.99)(X),
         lambda: ADV_STYLE(X),
-        lambda: CraftedShifts()._draw(512, torch.Generator().manual_seed(0))[0],
+        crafted_shifts,
         dsu,
         mixstyle,
     ],
