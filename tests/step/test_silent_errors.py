@@ -431,17 +431,28 @@ def test_a_permutation_that_comes_only_in_later_steps():
     torch.testing.assert_close(module.net.weight, by_hand.net.weight, rtol=1e-12, atol=1e-14)
 
 
-def test_losses_that_change_places_are_refused():
-    def step(module, batch):
-        x, y, z = batch
-        out = module.net(x)
-        if module.current_epoch:
-            F.mse_loss(out, z)  # only logged
-        return F.cross_entropy(out, y)
+def test_losses_that_change_places():
+    """Of another kind they change nothing; of the same kind they cannot be told apart, and are refused."""
 
+    def logging(other):
+        def step(module, batch):
+            x, y, z = batch
+            out = module.net(x)
+            if module.current_epoch:
+                other(out, y, z)  # only logged
+            return F.cross_entropy(out, y)
+
+        return step
+
+    def weight(*args):
+        return fit(*args, epochs=2)[0].net.weight
+
+    plain, squares = logging(lambda *_: None), logging(lambda out, y, z: F.mse_loss(out, z))
+    assert torch.equal(weight(squares), weight(plain))
+    chosen = GroupDRO("place", 2, step_size=STEP_SIZE, loss=_is_cross_entropy)
+    assert torch.equal(weight(squares, chosen), weight(plain))
     with pytest.raises(AmbiguousLossError, match=r"same place in every step.*torch.no_grad"):
-        fit(step, epochs=2)
-    fit(step, GroupDRO("place", 2, loss=_is_cross_entropy), epochs=2)
+        weight(logging(lambda out, y, z: F.cross_entropy(2 * out, y)))
 
 
 @pytest.mark.parametrize("method", [GroupDRO, VREx])
