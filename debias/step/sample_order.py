@@ -25,8 +25,9 @@ _DEPTH = 3  # how deep the parts of a batch are looked for
 def reorders(collate_fn: Callable[[Any], Any], samples: list[Any], batch: Any) -> bool:
     """Whether ``collate_fn`` puts samples into an order of its own; False where that cannot be told.
 
-    It is called again with the samples in another order: the rows of the result should be in that order too. Python's,
-    NumPy's and PyTorch's random numbers go on as if it had not been called.
+    It is called again with the samples in another order: the rows of the result should be in that order too. And in the
+    same order, twice: what differs then is drawn at random. Python's, NumPy's and PyTorch's random numbers go on as if
+    it had not been called.
 
     Args:
         collate_fn: what made the batch.

@@ -326,7 +326,7 @@ class LossTap(TorchFunctionMode):
     # -- losses ------------------------------------------------------------------------------------
 
     def _loss(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        # Without `strict=`, which Dynamo cannot follow before torch 2.15 where the whole module is compiled.
+        # Without `strict=`, which Dynamo cannot follow in torch 2.9 where the whole module is compiled.
         arguments = dict(zip(NAMES[func], args)) | kwargs  # noqa: B905
         logits, target = arguments[NAMES[func][0]], arguments.get(SECOND[func])
         if self.training and not (torch.is_grad_enabled() and _requires_grad(*arguments.values())):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from _support.fits import Classifier, deviation, loader, make_trainer, parameters, same, val_loader
+from _support.fits import Classifier, Manual, deviation, loader, make_trainer, parameters, same, val_loader
 from _support.runs import ddp
 from debias import GroupDRO, GroupMixup, MixStyle, VREx
 from debias.errors import AmbiguousLossError
@@ -145,21 +145,13 @@ def test_augmentation_alone_reduces_the_only_loss(ranks):
     assert deviation(_fit(0, "none", "plain", 0, (16,), (7,))[0], found) < 1e-12
 
 
-class ManualSteps(Steps):
-    def __init__(self, kind: str) -> None:
-        super().__init__(kind)
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        optimizer.step()
+class ManualSteps(Manual, Steps):
+    pass
 
 
 def _manual(rank: int, method: str, kind: str) -> Any:
     options = {"devices": 2, "strategy": ddp(), "use_distributed_sampler": False}
-    module = ManualSteps(kind)
+    module = ManualSteps(kind=kind)
     make_trainer(METHODS[method](), **options).fit(module, loader(sizes=SIZES, last=LAST, rank=rank), val_loader())
     return parameters(module)
 
