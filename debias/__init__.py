@@ -70,10 +70,10 @@ _EXPORTS = {
     "BoxStability": "debias.monitors.box_stability",
     # the step engine, for those who write a method
     "Debiaser": "debias.step.watcher",
-    "LossCall": "debias.step.tap",
+    "LossCall": "debias.tap.tap",
     "StepWatcher": "debias.step.watcher",
     "detection_losses": "debias.step.detection",
-    "register_loss": "debias.step.adapters",
+    "register_loss": "debias.tap.adapters",
     # data, and what belongs to it
     "EvalSampler": "debias.data.samplers",
     "GroupBalancedSampler": "debias.data.samplers",
@@ -117,10 +117,10 @@ if TYPE_CHECKING:
     from debias.monitors.multilabel_f1 import MultilabelF1Monitor
     from debias.monitors.shifted_validation import ShiftedValidation
     from debias.ops.gradient_reversal import GradientReversal
-    from debias.step.adapters import register_loss
     from debias.step.detection import detection_losses
-    from debias.step.tap import LossCall
     from debias.step.watcher import Debiaser, StepWatcher
+    from debias.tap.adapters import register_loss
+    from debias.tap.tap import LossCall
 
 
 def __getattr__(name: str) -> Any:

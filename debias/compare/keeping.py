@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from debias.compare.records import PROGRESS, Candidate, measures, shift_score, write_json
-from debias.step.distributed import gather_objects, global_rank
+from debias.ops.distributed import gather_objects, global_rank
 
 __all__ = ["Keeper", "StepClock", "validation_metrics"]
 

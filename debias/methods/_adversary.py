@@ -20,15 +20,15 @@ from torch.optim import Optimizer
 
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, RowsError
 from debias.ops.arguments import check_count, check_number
+from debias.ops.distributed import global_sum
 from debias.ops.gradient_reversal import dann_ramp, gradient_reversal
 from debias.ops.groups import GroupState, group_losses
 from debias.step.batch import BatchKey
 from debias.step.context import Step
-from debias.step.distributed import global_sum
-from debias.step.head import check_features
 from debias.step.owned import OwnedModule
-from debias.step.tap import LossCall
 from debias.step.watcher import Debiaser, default_name
+from debias.tap.head import check_features
+from debias.tap.tap import LossCall
 
 __all__ = ["AdversarialDebiaser", "AdversaryLoss", "make_mlp"]
 

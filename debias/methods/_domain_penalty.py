@@ -11,16 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from debias.data.counting import tag_counts
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, HeadNotFoundError, RowsError
 from debias.ops.head_autograd import AutogradHeadStatistics
 from debias.ops.head_statistics import HeadLoss, HeadStatistics, make_head_loss, make_members
 from debias.ops.penalties import LOSS_OPTIONS, row_counts
 from debias.step.batch import BatchKey
 from debias.step.context import Step
-from debias.step.grouped import plain_n_groups, tag_counts
-from debias.step.head import check_features, rows_of_features
-from debias.step.tap import LossCall
+from debias.step.ids import plain_n_groups
 from debias.step.watcher import Debiaser, default_name
+from debias.tap.head import check_features, rows_of_features
+from debias.tap.tap import LossCall
 
 __all__ = ["DomainPenalty", "features_of", "head_loss", "rows_of"]
 

@@ -29,11 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from debias.errors import DebiasError
+from debias.methods._layers import LayerAugmenter
 from debias.methods.dsu import style_shape, uncertain_style
 from debias.ops.arguments import check_number
+from debias.ops.distributed import global_sum, is_distributed
 from debias.ops.styles import batch_std, restyle, style
-from debias.step.distributed import global_sum, is_distributed
-from debias.step.layers import LayerAugmenter
 from debias.step.owned import OwnedModule
 
 __all__ = ["AdvStyle", "AdvStyleLayer", "adversarial_style"]

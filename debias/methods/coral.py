@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 
 from debias.methods._domain_penalty import DomainPenalty
+from debias.ops.distributed import global_sum, is_distributed
 from debias.ops.domain_pairs import deviations, mean_over_pairs
 from debias.ops.head_statistics import make_members
 from debias.ops.penalties import DomainPenaltyModule
 from debias.ops.precision import in_full_precision
 from debias.step.batch import BatchKey
 from debias.step.context import Step
-from debias.step.distributed import global_sum, is_distributed
-from debias.step.tap import LossCall
+from debias.tap.tap import LossCall
 
 __all__ = ["CORAL", "CORALMixin", "CORALPenalty", "coral_penalty"]
 

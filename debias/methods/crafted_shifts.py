@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from debias.errors import BatchKeyError, DebiasError
+from debias.ops.distributed import global_sum, is_distributed
 from debias.ops.shifts import UnitImages, families_of, shifted_batch
 from debias.step.batch import BatchKey, describe, replace
 from debias.step.context import Step
-from debias.step.distributed import global_sum, is_distributed
 from debias.step.watcher import Debiaser
 
 __all__ = ["CraftedShifts"]

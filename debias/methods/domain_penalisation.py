@@ -28,13 +28,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from debias.data.counting import can_count
 from debias.errors import DebiasError
+from debias.methods._group_method import GroupDebiaser
 from debias.ops.arguments import check_count, check_number
 from debias.ops.groups import GroupState, GroupSums, check_counts, group_losses, summed
 from debias.step.batch import BatchKey
-from debias.step.grouped import GroupDebiaser, can_count
-from debias.step.tap import LossCall
 from debias.step.watcher import Losses
+from debias.tap.tap import LossCall
 
 __all__ = ["DomainPenalisation", "DomainPenalisationLoss", "DomainPenalisationMixin", "domain_penalisation_weights"]
 

@@ -25,10 +25,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from debias.methods._layers import LayerAugmenter
 from debias.ops.arguments import check_number
+from debias.ops.distributed import is_distributed
 from debias.ops.styles import batch_std, restyle, style
-from debias.step.distributed import is_distributed
-from debias.step.layers import LayerAugmenter
 
 __all__ = ["DSU", "DSULayer", "uncertain_style"]
 

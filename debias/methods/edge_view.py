@@ -36,8 +36,8 @@ from debias.errors import BatchKeyError, DebiasError
 from debias.ops.arguments import check_count, check_number
 from debias.step.batch import BatchKey, describe, repeated, replace
 from debias.step.context import Step
-from debias.step.tap import LossCall
 from debias.step.watcher import Debiaser
+from debias.tap.tap import LossCall
 
 __all__ = ["EdgeView", "EdgeViewLayer", "canny_edges", "otsu_threshold"]
 

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
+from debias.methods._group_method import GroupDebiaser
 from debias.ops.arguments import check_number
 from debias.ops.groups import GroupState, GroupSums, check_counts, group_losses, summed
 from debias.step.batch import BatchKey
-from debias.step.grouped import GroupDebiaser
-from debias.step.tap import LossCall
 from debias.step.watcher import Losses
+from debias.tap.tap import LossCall
 
 __all__ = ["GroupDRO", "GroupDROLoss", "GroupDROMixin", "group_dro_weights", "greedy_group_weights"]
 

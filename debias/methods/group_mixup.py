@@ -40,8 +40,8 @@ from debias.ops.arguments import check_number
 from debias.ops.pairs import random_partners
 from debias.step.batch import BatchKey, describe, replace
 from debias.step.context import Step
-from debias.step.tap import LossCall
 from debias.step.watcher import Debiaser
+from debias.tap.tap import LossCall
 
 __all__ = ["GroupMixup", "GroupMixupLayer", "cutmix", "mixup", "selective_pairs"]
 

@@ -48,13 +48,13 @@ from torch import Tensor
 from debias.errors import DebiasError
 from debias.methods._domain_penalty import DomainPenalty
 from debias.ops.arguments import check_count, check_number
+from debias.ops.distributed import global_rank, global_sum
 from debias.ops.head_statistics import HeadStatistics, distances_from, make_head_loss, make_members
 from debias.ops.penalties import LossPenaltyModule
 from debias.ops.precision import in_full_precision
 from debias.step.batch import BatchKey
 from debias.step.context import Step
-from debias.step.distributed import global_rank, global_sum
-from debias.step.tap import LossCall
+from debias.tap.tap import LossCall
 
 __all__ = ["HessianAlignment", "HessianAlignmentMixin", "HessianAlignmentPenalty", "hessian_alignment_penalty"]
 

@@ -29,13 +29,13 @@ from torch import Tensor
 
 from debias.errors import DebiasError
 from debias.methods._domain_penalty import DomainPenalty, head_loss, rows_of
+from debias.ops.distributed import global_rank, global_sum, world_size
 from debias.ops.head_statistics import HeadLoss, domain_mean, make_head_loss, make_members
 from debias.ops.penalties import LossPenaltyModule
 from debias.ops.precision import in_full_precision
 from debias.step.batch import BatchKey
 from debias.step.context import Step
-from debias.step.distributed import global_rank, global_sum, world_size
-from debias.step.tap import LossCall
+from debias.tap.tap import LossCall
 
 __all__ = ["IRM", "IRMMixin", "IRMPenalty", "irm_penalty"]
 

@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from debias.errors import DebiasError
+from debias.methods._layers import LayerAugmenter
 from debias.ops.arguments import check_number
+from debias.ops.distributed import gather, global_rank, is_distributed
 from debias.ops.pairs import beta_shares, random_partners
 from debias.ops.styles import restyle, style
 from debias.step.batch import BatchKey
-from debias.step.distributed import gather, global_rank, is_distributed
-from debias.step.layers import LayerAugmenter
 
 __all__ = ["MixStyle", "MixStyleLayer", "mix_style"]
 

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from debias.methods._domain_penalty import DomainPenalty
+from debias.ops.distributed import global_sum
 from debias.ops.groups import group_losses
 from debias.ops.head_statistics import domain_mean
 from debias.ops.penalties import DomainPenaltyModule
 from debias.ops.precision import in_full_precision
 from debias.step.batch import BatchKey
 from debias.step.context import Step
-from debias.step.distributed import global_sum
-from debias.step.tap import LossCall
+from debias.tap.tap import LossCall
 
 __all__ = ["VREx", "VRExMixin", "VRExPenalty", "vrex_penalty"]
 

@@ -31,12 +31,12 @@ from torch import Tensor
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, HeadNotFoundError, RowsError
 from debias.monitors._epoch import EpochMonitor
 from debias.ops.arguments import check_count, check_number
+from debias.ops.distributed import gather, global_rank, global_sum, world_size
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
-from debias.step.distributed import gather, global_rank, global_sum, world_size
 from debias.step.indices import evaluation_loaders, evaluation_order
-from debias.step.tap import LossCall
 from debias.step.watcher import check_loss
+from debias.tap.tap import LossCall
 
 __all__ = ["AttributeProbe", "ledoit_wolf_shrinkage", "probe_attribute"]
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from debias.data.counting import empty_groups, tag_counts
 from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, LossNotFoundError, RowsError
 from debias.metrics import GroupAccuracy, GroupedMetric
 from debias.monitors._epoch import EpochMonitor, by_group
@@ -22,12 +23,12 @@ from debias.monitors.metric_inputs import update_metric
 from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, describe, key_name
 from debias.step.context import Step
-from debias.step.grouped import check_keys, empty_groups, plain_n_groups, tag_counts
-from debias.step.head import submodule
-from debias.step.proxy import Hook
-from debias.step.selection import select_calls
-from debias.step.tap import LossCall
+from debias.step.ids import check_keys, plain_n_groups
 from debias.step.watcher import check_loss
+from debias.tap.head import submodule
+from debias.tap.hooks import Hook
+from debias.tap.selection import select_calls
+from debias.tap.tap import LossCall
 
 __all__ = ["GroupMonitor"]
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debias.errors import BadRowsError, DebiasError
-from debias.step.distributed import global_sum, is_distributed, world_size
+from debias.ops.distributed import global_sum, is_distributed, world_size
 
 __all__ = ["GroupState", "GroupSums", "check_counts", "check_n_groups", "group_losses", "name_groups", "summed"]
 

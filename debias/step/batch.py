@@ -16,8 +16,8 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from torch.utils.data.dataloader import default_collate
 
 from debias.errors import BatchKeyError, RowsError
-from debias.step.rows import one_per_sample
 from debias.step.sample_order import reorders
+from debias.tap.rows import one_per_sample
 
 __all__ = [
     "BatchKey",

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from debias.errors import BatchKeyError, DebiasError
 from debias.step import batch as batches
 from debias.step.batch import BatchKey
-from debias.step.mixing import Mixture
+from debias.step.ids import plain_key, read_ids
+from debias.tap.mixing import Mixture
 
 __all__ = ["Step"]
 
@@ -79,30 +79,12 @@ class Step:
                 membership is to be crossed.
         """
         # Of several keys the counts are part of the question: they decide how the ids are crossed.
-        cached = key
-        if isinstance(key, tuple | list):
-            cached = tuple(key), tuple(count) if isinstance(count, Sequence) else (count,)
+        cached = plain_key(key)
+        if isinstance(cached, tuple):
+            cached = cached, tuple(count) if isinstance(count, Sequence) else (count,)
         if cached in self._ids:
             return self._ids[cached]
-        if isinstance(key, tuple | list):
-            counts = list(count) if isinstance(count, Sequence) else [count]
-            parts = [self._one(k, argument) for k in key]
-            shapes = [tuple(part.shape) for part in parts]
-            if len(shapes[0]) != 1 or len(set(shapes)) > 1:
-                raise BatchKeyError(
-                    f"Expected the keys of the crossed `{argument}={key!r}` to hold ids of the same shape (N,), but got"
-                    f" shapes {', '.join(map(str, shapes))}. A membership cannot be crossed with other ids: cross it"
-                    " yourself, and give one membership (N, G) of all crossed groups."
-                )
-            ids = torch.zeros_like(parts[0])
-            unlabelled = bad = torch.zeros_like(ids, dtype=torch.bool)
-            total = 1
-            for part, size in zip(parts, counts, strict=True):
-                ids, total = ids * size + part, total * size
-                unlabelled, bad = unlabelled | (part < 0), bad | (part >= size)
-            ids = torch.where(bad, total, torch.where(unlabelled, -1, ids))
-        else:
-            ids = self._one(key, argument)
+        ids = read_ids(self.batch, self.tags, key, count, self.module.device, argument=argument)
         n = ids.shape[0]
         if self.n is not None and self.n != n:
             raise BatchKeyError(
@@ -160,25 +142,3 @@ class Step:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
-
-    def _one(self, key: BatchKey, argument: str) -> Tensor:
-        value = self.read(key, argument=argument)
-        try:
-            device = self.module.device
-            here = isinstance(value, Tensor) and value.device == device
-            ids = value if here else torch.as_tensor(value).to(device, non_blocking=device.type != "cpu")
-        except (TypeError, ValueError, RuntimeError):
-            ids = None
-        if ids is None or ids.is_floating_point() or ids.is_complex():
-            raise BatchKeyError(
-                f"Expected `{argument}={key!r}` to hold integer ids of shape (N,), but got {batches.describe(value)}"
-                f"{'' if ids is None else f' of {ids.dtype}'}. Number the groups 0, 1, 2, ..., -1 for unlabelled."
-            )
-        if ids.dtype == torch.bool and ids.ndim == 2:
-            return ids
-        if ids.ndim != 1:
-            raise BatchKeyError(
-                f"Expected `{argument}={key!r}` to hold ids of shape (N,), or a boolean membership (N, G), but got"
-                f" shape {tuple(ids.shape)} of {ids.dtype}. Give one id per sample."
-            )
-        return ids.long()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from debias.step.context import Step
 from debias.step.random import StepRandom
-from debias.step.tap import LossCall
+from debias.tap.tap import LossCall
 
 __all__ = ["Method", "Watcher"]
 

@@ -32,7 +32,7 @@ from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, Ro
 from debias.step.context import Step
 from debias.step.contract import Method
 from debias.step.proxy import attach, detach
-from debias.step.tap import LossCall
+from debias.tap.tap import LossCall
 
 __all__ = ["DetectionLosses", "DetectorStep", "detection_losses", "detectors", "one_pass"]
 
@@ -105,7 +105,7 @@ def detection_losses(
     Example:
         >>> import torch
         >>> from debias import detection_losses
-        >>> from debias.detector import tiny_detector
+        >>> from debias.models.detector import tiny_detector
         >>> model = tiny_detector("fcos", num_classes=2)
         >>> images = [torch.rand(3, 64, 64), torch.rand(3, 64, 64)]
         >>> boxes = [torch.tensor([[8.0, 8.0, 24.0, 24.0]]), torch.zeros(0, 4)]

@@ -21,21 +21,22 @@ from debias.errors import (
     RowsError,
     UnsupportedStrategyError,
 )
-from debias.step import adapters
+from debias.ops.distributed import global_rank, global_sum, is_distributed, world_size
 from debias.step.batch import TagCollate, split_tags
 from debias.step.context import Step
 from debias.step.contract import Method, Watcher
 from debias.step.detection import DetectorStep, detectors
-from debias.step.distributed import global_rank, global_sum, is_distributed, world_size
 from debias.step.guards import refuse_duplicating_sampler, runs_again
-from debias.step.head import FeatureTap, HeadTap
-from debias.step.proxy import Hook, StepProxy, attach, detach
-from debias.step.rows import RowTracker
-from debias.step.selection import ambiguous, height, out_of_place, reaching, select_calls, untapped
-from debias.step.shared import SharedLosses
+from debias.step.proxy import StepProxy, attach, detach
 from debias.step.split import split_losses
-from debias.step.stated import check_stated, check_stated_losses, stated_losses
-from debias.step.tap import LossCall, LossTap, no_loss_error
+from debias.tap import adapters
+from debias.tap.head import FeatureTap, HeadTap
+from debias.tap.hooks import Hook
+from debias.tap.rows import RowTracker
+from debias.tap.selection import ambiguous, height, out_of_place, reaching, select_calls, untapped
+from debias.tap.shared import SharedLosses
+from debias.tap.stated import check_stated, check_stated_losses, stated_losses
+from debias.tap.tap import LossCall, LossTap, no_loss_error
 
 __all__ = ["StepEngine"]
 

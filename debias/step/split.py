@@ -16,7 +16,7 @@ from debias.errors import LossNotFoundError, RowsError
 from debias.step.batch import map_samples
 from debias.step.context import Step
 from debias.step.contract import Method
-from debias.step.tap import LossCall
+from debias.tap.tap import LossCall
 
 __all__ = ["split_losses", "take_samples"]
 

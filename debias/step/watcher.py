@@ -22,7 +22,7 @@ from debias.step.guards import refuse_unsupported, warn_padding
 from debias.step.indices import evaluation_loaders
 from debias.step.owned import OwnedModule
 from debias.step.random import StepRandom
-from debias.step.tap import LossCall
+from debias.tap.tap import LossCall
 
 __all__ = ["MAX_LOGGED_GROUPS", "Debiaser", "Losses", "StepWatcher"]
 

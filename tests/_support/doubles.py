@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from debias import Debiaser, LossCall
+from debias.ops.distributed import as_global, global_sum
 from debias.step.batch import replace
 from debias.step.context import Step
-from debias.step.distributed import as_global, global_sum
-from debias.step.head import submodule
 from debias.step.owned import OwnedModule
-from debias.step.proxy import Hook
+from debias.tap.head import submodule
+from debias.tap.hooks import Hook
 
 
 def _count(rows: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from _support.cases import build
 from _support.fits import PACKAGES, Classifier, loader, make_trainer, parameters, same, train, val_loader
 from debias import GroupMonitor
-from debias.step.proxy import Hook, StepProxy
+from debias.step.proxy import StepProxy
+from debias.tap.hooks import Hook
 
 
 class Outside:

@@ -15,8 +15,8 @@ from debias import Debiaser, GroupDRO, GroupMixup, GroupMixupLayer, MixStyle
 from debias.errors import BatchKeyError, DebiasError
 from debias.functional import cutmix, mixup, selective_pairs
 from debias.methods.group_mixup import cutmix_box
+from debias.ops.distributed import global_sum
 from debias.ops.pairs import random_partners
-from debias.step.distributed import global_sum
 
 ids = st.lists(st.tuples(st.integers(-1, 2), st.integers(-1, 2)), min_size=1, max_size=12)
 

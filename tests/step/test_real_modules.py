@@ -427,7 +427,7 @@ def log_cosh(net):
 
 
 def test_own_maths_with_a_registered_adapter(monkeypatch):
-    from debias.step import adapters
+    from debias.tap import adapters
 
     monkeypatch.setattr(adapters, "ADAPTERS", dict(adapters.ADAPTERS))
     register_loss(LogCosh, lambda loss, prediction, target: torch.log(torch.cosh(prediction - target)))
@@ -451,7 +451,7 @@ def test_a_registered_function():
 
 def test_a_registered_function_inside_a_registered_class(monkeypatch):
     """It is one loss, in training and where a monitor reads what was predicted."""
-    from debias.step import adapters
+    from debias.tap import adapters
 
     monkeypatch.setattr(adapters, "ADAPTERS", dict(adapters.ADAPTERS))
 

@@ -12,10 +12,10 @@ from _support.images import Pictures, batches, train
 from debias import Debiaser, GroupDRO, register_loss
 from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, RowsError, UnsupportedStrategyError
 from debias.ops.groups import group_losses
-from debias.step import adapters
-from debias.step.mixing import Mixture, row_sources
-from debias.step.rows import RowTracker
-from debias.step.tap import LossTap
+from debias.tap import adapters
+from debias.tap.mixing import Mixture, row_sources
+from debias.tap.rows import RowTracker
+from debias.tap.tap import LossTap
 
 N = 5
 PARTNERS = torch.tensor([2, 1, 4, 0, 0])

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from debias.errors import DebiasError, LossNotFoundError, RowsError, UntappedLossError
-from debias.step.distributed import as_global, global_sum, is_distributed, world_size
-from debias.step.losses import (
+from debias.ops.distributed import as_global, global_sum, is_distributed, world_size
+from debias.tap.losses import (
     COMPARING,
     FORM,
     LOSSES,
@@ -30,8 +30,8 @@ from debias.step.losses import (
     reduction_of,
     unreduced,
 )
-from debias.step.mixing import Mixture, row_sources, unmixable
-from debias.step.rows import CASTS, MOVES, RECORDED, Move, RowTracker, apply_move, arranged_rows, keeps_rows
+from debias.tap.mixing import Mixture, row_sources, unmixable
+from debias.tap.rows import CASTS, MOVES, RECORDED, Move, RowTracker, apply_move, arranged_rows, keeps_rows
 
 __all__ = ["LossCall", "LossTap", "no_loss_error"]
 
@@ -254,7 +254,7 @@ _WATCHED = frozenset(LOSSES) | _FOLLOWED | RECORDED | NOT_PER_SAMPLE
 
 
 class Finder(Protocol):
-    """Notes operations and tells which linear layer made the logits; see :mod:`debias.step.head`."""
+    """Notes operations and tells which linear layer made the logits; see :mod:`debias.tap.head`."""
 
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Note one operation."""

@@ -18,10 +18,10 @@ pytest.importorskip("torchvision")
 from _support.fits import make_trainer
 from debias.cli import main
 from debias.data import ShapesDetection
-from debias.detector import Detector, tiny_detector
 from debias.errors import DebiasError
+from debias.models.detector import Detector, tiny_detector
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 
 

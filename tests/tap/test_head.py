@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from debias.errors import HeadNotFoundError
-from debias.step.head import HeadTap
-from debias.step.tap import LossTap
+from debias.tap.head import HeadTap
+from debias.tap.tap import LossTap
 
 Y = torch.tensor([0, 1])
 

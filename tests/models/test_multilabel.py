@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from _support.fits import make_trainer
 from debias import IdentityAdversarial, tag
-from debias.multilabel import MultiLabelClassifier
+from debias.models.multilabel import MultiLabelClassifier
 
 pytest.importorskip("timm")
 TINY = {"img_size": 32, "patch_size": 16, "depth": 2, "embed_dim": 12, "num_heads": 2, "global_pool": "avg"}

@@ -12,11 +12,20 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from debias import shift_selection as experiment
 from debias.cli import main, make_parser
+from debias.cli import shift_selection as experiment
+from debias.cli.shift_selection import (
+    GRID,
+    Setting,
+    Trained,
+    bootstrap,
+    collect,
+    compare,
+    conclusions,
+    rank_correlation,
+)
 from debias.errors import DebiasError
 from debias.ops.shifts import FAMILIES, FOLDS
-from debias.shift_selection import GRID, Setting, Trained, bootstrap, collect, compare, conclusions, rank_correlation
 
 SMALL = [Setting("mlp", 1e-2, 0.0, False), Setting("mlp", 1e-3, 0.0, False), Setting("cnn", 3e-3, 0.3, True)]
 

@@ -13,7 +13,7 @@ from _support.fits import Classifier, Manual, deviation, loader, make_trainer, p
 from _support.runs import ddp
 from debias import GroupDRO, GroupMixup, MixStyle, VREx
 from debias.errors import AmbiguousLossError
-from debias.step.distributed import alike
+from debias.ops.distributed import alike
 
 SIZES, LAST = (5, 11), (2, 5)
 LATER = 10  # no step logs before

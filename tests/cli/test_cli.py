@@ -15,7 +15,7 @@ from debias.cli.listing import methods
 from debias.cli.recipes import recipes_folder
 from debias.cli.suggest import explain, nearest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPES = recipes_folder()
 BASE = str(RECIPES / "colored_digits" / "base.yaml")
 GROUP_DRO = str(RECIPES / "methods" / "group_dro.yaml")
@@ -149,7 +149,10 @@ def test_unknown_or_wrong_option(capsys, words, message):
         ("trainer:\n  calbacks+: []\n", "`trainer.calbacks` is not a key; the nearest is `trainer.callbacks`."),
         ("daata:\n  seed: 3\n", "`daata` is not a key; the nearest is `data`."),
         ("data:\n  init_args:\n    sede: 3\n", "the nearest is `seed`."),
-        ("model:\n  class_path: debias.classifier.Clasifier\n", "the nearest is `debias.classifier.Classifier`."),
+        (
+            "model:\n  class_path: debias.models.classifier.Clasifier\n",
+            "the nearest is `debias.models.classifier.Classifier`.",
+        ),
         (
             "trainer:\n  callbacks+:\n    - class_path: debias.GroupDRO\n      init_args:\n"
             "        group: group\n        n_groups: 4\n        step_sise: 3\n",

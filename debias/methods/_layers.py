@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from debias.errors import DebiasError, RowsError
 from debias.step.context import Step
-from debias.step.proxy import Hook
 from debias.step.watcher import Debiaser
+from debias.tap.hooks import Hook
 
 __all__ = ["LayerAugmenter", "default_layers", "find_layers", "prefix_tokens"]
 

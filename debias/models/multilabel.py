@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from debias.classifier import Classifier
+from debias.models.classifier import Classifier
 
 __all__ = ["MultiLabelClassifier"]
 

@@ -9,7 +9,7 @@ import torch
 
 from _support.ranks import Ranks
 from debias import GroupDROLoss
-from debias.step.distributed import (
+from debias.ops.distributed import (
     as_global,
     gather,
     gather_objects,
@@ -18,8 +18,8 @@ from debias.step.distributed import (
     is_distributed,
     world_size,
 )
-from debias.step.rows import RowTracker
-from debias.step.tap import LossTap
+from debias.tap.rows import RowTracker
+from debias.tap.tap import LossTap
 
 SIZES = [(3, 2), (5, 0), (0, 4)]
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from debias.errors import LossNotFoundError, RowsError
-from debias.step.distributed import global_sum
-from debias.step.losses import unreduced
-from debias.step.mixing import unmixable
-from debias.step.tap import LossCall, LossTap
+from debias.ops.distributed import global_sum
+from debias.tap.losses import unreduced
+from debias.tap.mixing import unmixable
+from debias.tap.tap import LossCall, LossTap
 
 __all__ = ["check_stated", "check_stated_losses", "stated_losses"]
 

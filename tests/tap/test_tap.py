@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from debias.errors import RowsError
-from debias.step.rows import RowTracker
-from debias.step.tap import LossTap
+from debias.tap.rows import RowTracker
+from debias.tap.tap import LossTap
 
 # Torch says so whenever its legacy arguments are used, and they are part of what is tested.
 pytestmark = pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated:UserWarning")

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debias.errors import HeadNotFoundError, RowsError
-from debias.step.proxy import Hook
-from debias.step.rows import CASTS, Move, RowTracker, apply_move, keeps_rows
-from debias.step.tap import LossCall
+from debias.tap.hooks import Hook
+from debias.tap.rows import CASTS, Move, RowTracker, apply_move, keeps_rows
+from debias.tap.tap import LossCall
 
 __all__ = ["FeatureTap", "HeadFinder", "HeadTap", "check_features", "rows_of_features", "submodule"]
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, UntappedLossError
-from debias.step.tap import LossCall, LossTap
+from debias.tap.tap import LossCall, LossTap
 
 __all__ = ["ambiguous", "height", "out_of_place", "reaching", "select_calls", "untapped"]
 

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.cli import ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
-from debias.classifier import Classifier
+from debias.models.classifier import Classifier
 
 
 def loader(n_classes: int = 2) -> DataLoader:

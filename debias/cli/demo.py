@@ -28,9 +28,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from debias import GroupDRO, GroupMonitor, __version__
-from debias.classifier import Classifier
 from debias.data import ColoredDigits
 from debias.errors import DebiasError, missing_package
+from debias.models.classifier import Classifier
 
 try:
     from matplotlib.figure import Figure

@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from debias import gallery
-from debias.cli import main
+from debias.cli import gallery, main
 from debias.errors import DataError, DebiasError
 from debias.ops.shifts import FAMILIES, crafted_shift, sample_keys
 

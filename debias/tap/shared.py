@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from debias.errors import AmbiguousLossError
-from debias.step.distributed import alike, gather_objects, is_distributed
-from debias.step.tap import LossCall
+from debias.ops.distributed import alike, gather_objects, is_distributed
+from debias.tap.tap import LossCall
 
 __all__ = ["SharedLosses"]
 

@@ -30,10 +30,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from debias import CraftedShifts, ShiftedValidation
-from debias.classifier import Classifier
+from debias.cli.demo import COLORS, _quiet, _Tick
 from debias.data import DigitsShift
-from debias.demo import COLORS, _quiet, _Tick
 from debias.errors import DebiasError, missing_package
+from debias.models.classifier import Classifier
 from debias.ops.shifts import FAMILIES, FOLDS, select_setting, two_fold_score
 
 try:
@@ -58,7 +58,7 @@ class Setting:
     """One point of the grid.
 
     Attributes:
-        backbone: ``"mlp"`` or ``"cnn"`` of :class:`debias.classifier.Classifier`.
+        backbone: ``"mlp"`` or ``"cnn"`` of :class:`debias.models.classifier.Classifier`.
         lr: Adam's learning rate.
         weight_decay: decoupled weight decay.
         augmented: whether crafted shifts are in the training.

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from debias import demo
-from debias.classifier import Classifier
+from debias.cli import demo
 from debias.data import ColoredDigits
 from debias.errors import DebiasError
+from debias.models.classifier import Classifier
 
 GROUPS = ["digit<5 red", "digit<5 green", "digit>=5 red", "digit>=5 green"]
 
@@ -66,7 +66,7 @@ def test_table(short):
 
 
 def test_nothing_but_the_table_is_printed(short, tmp_path):
-    code = "import sys; from pathlib import Path; from debias.demo import run; run([0], Path(sys.argv[1]), 1)"
+    code = "import sys; from pathlib import Path; from debias.cli.demo import run; run([0], Path(sys.argv[1]), 1)"
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
         cwd=tmp_path,
@@ -159,7 +159,7 @@ def test_a_missing_package_is_named(package):
         "import sys, lightning, torchmetrics\n"
         f"for name in [{package!r}, *sys.modules]:\n"
         f"    if name.split('.')[0] == {package!r}: sys.modules[name] = None\n"
-        "import debias.demo"
+        "import debias.cli.demo"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.returncode
