@@ -70,7 +70,7 @@ _EXPORTS = {
     "BoxStability": "debias.monitors.box_stability",
     # the step engine, for those who write a method
     "Debiaser": "debias.step.watcher",
-    "LossCall": "debias.tap.tap",
+    "LossCall": "debias.tap.calls",
     "StepWatcher": "debias.step.watcher",
     "detection_losses": "debias.step.detection",
     "register_loss": "debias.tap.adapters",
@@ -120,7 +120,7 @@ if TYPE_CHECKING:
     from debias.step.detection import detection_losses
     from debias.step.watcher import Debiaser, StepWatcher
     from debias.tap.adapters import register_loss
-    from debias.tap.tap import LossCall
+    from debias.tap.calls import LossCall
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from debias.monitors.group_monitor import GroupMonitor
 from debias.ops.distributed import gather
 from debias.step.context import Step
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["Predictions"]
 

@@ -28,7 +28,7 @@ from debias.step.context import Step
 from debias.step.owned import OwnedModule
 from debias.step.watcher import Debiaser, default_name
 from debias.tap.head import check_features
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["AdversarialDebiaser", "AdversaryLoss", "make_mlp"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,7 +22,7 @@ from debias.step.context import Step
 from debias.step.ids import plain_n_groups
 from debias.step.watcher import Debiaser, default_name
 from debias.tap.head import check_features, rows_of_features
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["DomainPenalty", "features_of", "head_loss", "rows_of"]
 
@@ -250,7 +251,7 @@ def head_loss(call: LossCall, *, check: bool = False) -> HeadLoss:
         RowsError: the step has made something else of the losses than masks and weights can.
     """
     loss = _rebuilt(call)
-    if check and call.followed:
+    if check and call.record.function is not None:
         _check_losses(call, loss)
     return loss
 
@@ -266,32 +267,38 @@ def _rebuilt(call: LossCall) -> HeadLoss:
         binary = target.is_floating_point() and target.shape == logits.shape
         name = "binary_cross_entropy" if binary else "cross_entropy"
     logits = logits.float() if logits.dtype in _HALF else logits
-    mixed = call.shares is not None  # augmentation has made rows count with the labels of others
-    if mixed:
-        logits, target = call.of_logits(logits), call.targets
+    record = call.record
+    followed, mixed = record.function is not None, record.shares is not None  # reduced by the step; by augmentation
+    if mixed:  # rows count with the labels of others
+        logits, target = call.of_logits(logits), record.targets
     loss = make_head_loss(name, logits, target, **_options(name, call.arguments))
-    if not call.followed and not mixed:
-        return loss
-    # Masks, weights and shares that the step or augmentation put on losses: the denominators, over the loss's own.
-    den = call.elements[1].to(logits.dtype)
-    rows = len(loss.logits)
-    if den.shape == (rows,):
-        factors = den / torch.where(loss.den != 0, loss.den, 1)
-    elif loss.kind != "cross_entropy" and den.numel() == loss.logits.numel() and den.shape[:1] == (rows,):
-        factors = den.reshape(loss.logits.shape) / loss.element_den
-    else:
-        factors = None
-    if factors is None or call.reordered or (mixed and call.followed):
-        which = " of mixed samples" if mixed else " of rows in another order" if call.reordered else ""
+    rows, den = len(loss.logits), call.den.to(logits.dtype)
+    scale = record.shares if mixed else record.scale
+    factors = _factors(loss, scale) if followed or mixed else None
+    unknown = followed and (scale is False or (scale is not None and factors is None))
+    if unknown or record.reordered or (mixed and followed) or den.numel() % max(rows, 1):
+        which = " of mixed samples" if mixed else " of rows in another order" if record.reordered else ""
         raise RowsError(
-            f"Expected the unreduced losses of `{call.name}` to have one value a row of the logits"
-            f" {tuple(logits.shape)}, in their order, where the step reduces them, and not to be those of mixed"
-            f" samples, but got shape {tuple(den.shape)}{which}. Leave the reduction to the loss function, or use a"
-            " penalty that only needs losses (VREx)."
+            f"Expected the losses of `{call.name}` to be what that function makes of the logits"
+            f" {tuple(logits.shape)}, row by row, with masks and weights only, but the step has made something else of"
+            f" them{which} (a focal factor? another loss added? rows left out?). Leave the reduction to the loss"
+            " function, or use a penalty that only needs losses (VREx)."
         )
-    if call.shares is None:
-        return loss.weighted(factors)
-    return loss.weighted(call.shares.to(logits.dtype).reshape(factors.shape), den=factors)
+    if record.factor is not None:
+        factors = record.factor if factors is None else factors * record.factor
+    loss = loss if factors is None else loss.weighted(factors.expand(rows) if factors.ndim == 0 else factors)
+    return replace(loss, den=den.view(rows, -1).sum(1) if den.numel() != rows else den)
+
+
+def _factors(loss: HeadLoss, scale: Any) -> Tensor | None:
+    """What rows ``(rows,)`` or elements ``(rows, C)`` were multiplied by; None if it is neither."""
+    if scale is None or scale is False:
+        return None
+    scale = torch.as_tensor(scale, device=loss.logits.device).to(loss.logits.dtype)
+    if scale.ndim < 2 and scale.numel() in (1, len(loss.logits)):
+        return scale.expand(len(loss.logits))
+    fits = loss.kind != "cross_entropy" and scale.numel() == loss.logits.numel()
+    return scale.reshape(loss.logits.shape) if fits else None
 
 
 def rows_of(call: LossCall, per_sample: Tensor, rows: int) -> Tensor:
@@ -401,7 +408,7 @@ def _check_losses(call: LossCall, loss: HeadLoss) -> None:
     if not len(loss.logits):
         return
     with torch.no_grad():
-        own = call.elements[0].reshape(len(loss.logits), -1).sum(1)
+        own = call.record.elements[0].reshape(len(loss.logits), -1).sum(1)
         made = loss.num(loss.logits).to(own.dtype)
         made = made * (own.dot(made) / made.dot(made).clamp_min(torch.finfo(made.dtype).tiny))
         error = float((made - own).abs().max() / own.abs().max().clamp_min(1e-6))

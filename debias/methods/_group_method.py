@@ -16,7 +16,7 @@ from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.ids import check_keys, plain_key, plain_n_groups
 from debias.step.watcher import MAX_LOGGED_GROUPS, Debiaser, default_name
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["GroupDebiaser"]
 

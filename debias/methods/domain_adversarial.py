@@ -39,7 +39,7 @@ from debias.methods._adversary import AdversarialDebiaser, AdversaryLoss, make_m
 from debias.ops.arguments import check_count, check_number
 from debias.step.batch import BatchKey, describe
 from debias.step.context import Step
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["DomainAdversarial", "DomainAdversarialLoss", "DomainAdversarialMixin"]
 

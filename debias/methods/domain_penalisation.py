@@ -35,7 +35,7 @@ from debias.ops.arguments import check_count, check_number
 from debias.ops.groups import GroupState, GroupSums, check_counts, group_losses, summed
 from debias.step.batch import BatchKey
 from debias.step.watcher import Losses
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["DomainPenalisation", "DomainPenalisationLoss", "DomainPenalisationMixin", "domain_penalisation_weights"]
 

@@ -37,7 +37,7 @@ from debias.ops.arguments import check_count, check_number
 from debias.step.batch import BatchKey, describe, repeated, replace
 from debias.step.context import Step
 from debias.step.watcher import Debiaser
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["EdgeView", "EdgeViewLayer", "canny_edges", "otsu_threshold"]
 

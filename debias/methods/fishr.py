@@ -41,7 +41,7 @@ from debias.ops.head_statistics import HeadStatistics, domain_mean, make_members
 from debias.ops.penalties import LossPenaltyModule
 from debias.step.batch import BatchKey
 from debias.step.context import Step
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["Fishr", "FishrMixin", "FishrPenalty", "fishr_penalty"]
 

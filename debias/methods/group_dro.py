@@ -33,7 +33,7 @@ from debias.ops.arguments import check_number
 from debias.ops.groups import GroupState, GroupSums, check_counts, group_losses, summed
 from debias.step.batch import BatchKey
 from debias.step.watcher import Losses
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["GroupDRO", "GroupDROLoss", "GroupDROMixin", "group_dro_weights", "greedy_group_weights"]
 

@@ -41,7 +41,7 @@ from debias.ops.pairs import random_partners
 from debias.step.batch import BatchKey, describe, replace
 from debias.step.context import Step
 from debias.step.watcher import Debiaser
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["GroupMixup", "GroupMixupLayer", "cutmix", "mixup", "selective_pairs"]
 

@@ -28,7 +28,7 @@ from debias.ops.arguments import check_number
 from debias.ops.groups import GroupState, check_counts, group_losses
 from debias.step.batch import BatchKey
 from debias.step.watcher import Losses
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["GroupReweighting", "GroupReweightingLoss", "GroupReweightingMixin", "inverse_frequency_weights"]
 

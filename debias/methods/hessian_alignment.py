@@ -54,7 +54,7 @@ from debias.ops.penalties import LossPenaltyModule
 from debias.ops.precision import in_full_precision
 from debias.step.batch import BatchKey
 from debias.step.context import Step
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["HessianAlignment", "HessianAlignmentMixin", "HessianAlignmentPenalty", "hessian_alignment_penalty"]
 

@@ -37,7 +37,7 @@ from torch.optim import Optimizer
 from debias.errors import DebiasError
 from debias.methods._adversary import AdversarialDebiaser, AdversaryLoss, make_mlp
 from debias.step.batch import BatchKey
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = [
     "IdentityAdversarial",

@@ -35,7 +35,7 @@ from debias.ops.penalties import LossPenaltyModule
 from debias.ops.precision import in_full_precision
 from debias.step.batch import BatchKey
 from debias.step.context import Step
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["IRM", "IRMMixin", "IRMPenalty", "irm_penalty"]
 

@@ -36,7 +36,7 @@ from debias.ops.penalties import DomainPenaltyModule
 from debias.ops.precision import in_full_precision
 from debias.step.batch import BatchKey
 from debias.step.context import Step
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["MMD", "MMDMixin", "MMDPenalty", "mmd_penalty"]
 

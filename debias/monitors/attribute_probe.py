@@ -36,7 +36,7 @@ from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
 from debias.step.indices import evaluation_loaders, evaluation_order
 from debias.step.watcher import check_loss
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["AttributeProbe", "ledoit_wolf_shrinkage", "probe_attribute"]
 

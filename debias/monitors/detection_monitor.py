@@ -22,7 +22,7 @@ from debias.step.context import Step
 from debias.step.ids import check_keys, plain_n_groups
 from debias.tap.head import submodule
 from debias.tap.hooks import Hook
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["DetectionMonitor", "draw_detections", "find_predictions"]
 

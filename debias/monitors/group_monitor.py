@@ -28,7 +28,7 @@ from debias.step.watcher import check_loss
 from debias.tap.head import submodule
 from debias.tap.hooks import Hook
 from debias.tap.selection import select_calls
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["GroupMonitor"]
 
@@ -268,8 +268,8 @@ class GroupMonitor(EpochMonitor):
         if isinstance(target, Tensor) and self.target is None and call is not None and self.metric is None:
             if call.name in ("cross_entropy", "SoftTargetCrossEntropy") and target.is_floating_point():
                 target = target.argmax(1)  # class probabilities
-            elif call.ignore_index is not None:
-                target = torch.where(target == call.ignore_index, IGNORED, target)
+            elif call.arguments.get("ignore_index") is not None:
+                target = torch.where(target == call.arguments.get("ignore_index"), IGNORED, target)
         if not isinstance(target, Tensor):
             raise BatchKeyError(
                 f"Expected `target` to be given where the evaluation step computes no loss, but the batch is"

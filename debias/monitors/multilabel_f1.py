@@ -22,7 +22,7 @@ from debias.step.context import Step
 from debias.step.ids import check_keys, plain_n_groups
 from debias.step.watcher import check_loss
 from debias.tap.selection import select_calls
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["MultilabelF1", "MultilabelF1Monitor"]
 

@@ -22,7 +22,7 @@ from debias.step.batch import BatchKey, describe, replace
 from debias.step.context import Step
 from debias.step.indices import evaluation_loaders, evaluation_order
 from debias.tap.head import submodule
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["ShiftedValidation"]
 

@@ -22,6 +22,7 @@ __all__ = [
     "global_rank",
     "global_sum",
     "is_distributed",
+    "weighted_mean",
     "world_size",
 ]
 
@@ -133,3 +134,22 @@ def as_global(local: Tensor, value: Tensor) -> Tensor:
     local.
     """
     return value.detach() + (local - local.detach()) if is_distributed() else local
+
+
+def weighted_mean(num: Tensor, den: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``sum(weights * num) / sum(den)`` of the global batch; its gradient is this rank's share, which DDP averages.
+
+    Args:
+        num: numerators of this rank's rows, ``(rows,)``.
+        den: their denominators, ``(rows,)``.
+        weights: of the rows, without gradient; 1 by default.
+
+    Returns:
+        Scalar, equal on every rank; NaN where the denominators are 0.
+    """
+    num = num if weights is None else num * weights
+    local, total = num.sum(), den.sum()
+    if not is_distributed():
+        return local / total
+    summed, total = global_sum(torch.stack((local.detach(), total.detach())))
+    return as_global(local * (world_size() / total), summed / total)

@@ -38,6 +38,7 @@ class Step:
         logging: whether values logged in this step reach the logger.
         features: in evaluation, what a monitor that asks for features reads.
         mixture: what augmentation did to the labels, None if nothing.
+        strangers: parts of the batch that come from another loader than the ids.
     """
 
     trainer: Any
@@ -54,6 +55,7 @@ class Step:
     logging: bool = False
     features: Tensor | None = None
     mixture: Mixture | None = None
+    strangers: Any = ()
     _ids: dict[Any, Tensor] = field(default_factory=dict)
     _made: dict[Any, Any] = field(default_factory=dict)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from debias.step.context import Step
 from debias.step.random import StepRandom
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["Method", "Watcher"]
 
@@ -20,6 +20,7 @@ class Watcher(Protocol):
     monitors: ClassVar[bool]
     stateful: ClassVar[bool]
     needs_features: ClassVar[bool]
+    needs_loss: ClassVar[bool]
     loss: Any
     head: str | None
     features: str | None

@@ -16,7 +16,7 @@ from debias.errors import LossNotFoundError, RowsError
 from debias.step.batch import map_samples
 from debias.step.context import Step
 from debias.step.contract import Method
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["split_losses", "take_samples"]
 
@@ -61,7 +61,7 @@ def split_losses(
     num = torch.stack(nums)
     den = torch.tensor(dens, dtype=num.dtype, device=num.device)
     rows = torch.tensor(firsts, device=num.device)
-    call = LossCall("training_step", None, None, "mean", 0, lambda: (num, den), lambda call, num: rows)
+    call = LossCall.of("training_step", num, den, rows)
     return reweigher.reweigh([call], step)[0], output
 
 

@@ -22,7 +22,7 @@ from debias.step.guards import refuse_unsupported, warn_padding
 from debias.step.indices import evaluation_loaders
 from debias.step.owned import OwnedModule
 from debias.step.random import StepRandom
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["MAX_LOGGED_GROUPS", "Debiaser", "Losses", "StepWatcher"]
 
@@ -47,6 +47,7 @@ class StepWatcher(Callback):
     monitors: ClassVar[bool] = False
     stateful: ClassVar[bool] = False
     needs_features: ClassVar[bool] = False
+    needs_loss: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[str] = ""
 

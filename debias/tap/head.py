@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from debias.errors import HeadNotFoundError, RowsError
 from debias.tap.hooks import Hook
-from debias.tap.rows import CASTS, Move, RowTracker, apply_move, keeps_rows
-from debias.tap.tap import LossCall
+from debias.tap.moves import CASTS, Move, apply_move, keeps_rows
+from debias.tap.rows import RowTracker
+from debias.tap.calls import LossCall
 
 __all__ = ["FeatureTap", "HeadFinder", "HeadTap", "check_features", "rows_of_features", "submodule"]
 
@@ -214,9 +215,9 @@ class HeadTap:
                     " makes the logits of the loss: `head='dotted.path'`."
                 )
             call.features, call.head = runs[0].given, self.head
-            call.feature_rows = functools.partial(_feature_rows, self._tracker, runs[0])
+            call.record.feature_rows = functools.partial(_feature_rows, self._tracker, runs[0])
             return
-        output, call.features, weight, moves = call.linear or (None, None, None, [])
+        output, call.features, weight, moves = call.record.linear or (None, None, None, [])
         # Not by `m.weight`, which some parametrizations compute anew, and change their state.
         found = [m for m in self.root.modules() if _own_weight(m) is weight] if weight is not None else []
         if not found:
@@ -227,7 +228,7 @@ class HeadTap:
             )
         call.head = found[0]
         run = _Run(True, call.features, [], output)
-        call.feature_rows = functools.partial(_feature_rows, self._tracker, run, moves=moves)
+        call.record.feature_rows = functools.partial(_feature_rows, self._tracker, run, moves=moves)
         if not self._hookable:
             return
         if self._layer is None:
@@ -286,7 +287,7 @@ class FeatureTap:
                 f" {_times(runs)}. Name one that runs once."
             )
         call.features, call.head = runs[0].output, None
-        call.feature_rows = functools.partial(_feature_rows, self._tracker, runs[0])
+        call.record.feature_rows = functools.partial(_feature_rows, self._tracker, runs[0])
 
     def close(self) -> None:
         """Take the hooks away."""
@@ -341,7 +342,7 @@ def _feature_rows(
     Raises:
         RowsError: they are not known.
     """
-    features, head, loss = call.features, call.head, call.computed or call
+    features, head, loss = call.features, call.head, call.record.function or call
     if tracker is None or not isinstance(features, Tensor):
         return None
     if moves is None and isinstance(loss.logits, Tensor) and isinstance(run.output, Tensor):
@@ -377,14 +378,14 @@ def _rows_of_loss(
     """
     if output.numel() != count * output.shape[classes]:
         return False
-    rows = loss.own_rows
+    rows = loss.logits_rows
     if count == len(output) == (n if rows is None else len(rows)) and all(move.keeps_rows for move in moves):
         return rows
     numbers = torch.arange(count, device=output.device).view(output.select(classes, 0).shape)
     numbers = numbers.unsqueeze(classes).expand(output.shape)
     for move in moves:
         numbers = apply_move(move.func, move.args, move.kwargs, numbers, move.part)
-    if numbers.ndim == loss.elements[0].ndim + 1:  # the loss has no axis of classes
+    if numbers.ndim == loss.record.computed[0].ndim + 1:  # the loss has no axis of classes
         numbers = numbers.select(1, 0)
     samples = torch.arange(n, device=output.device) if rows is None else rows
     if len(samples) == len(numbers):
