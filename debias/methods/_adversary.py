@@ -221,6 +221,7 @@ class AdversarialDebiaser(Debiaser):
 
     stateful: ClassVar[bool] = True
     needs_features: ClassVar[bool] = True
+    only_features: ClassVar[bool] = True
     module: Any
 
     def __init__(

@@ -266,6 +266,7 @@ def _rebuilt(call: LossCall) -> HeadLoss:
     if name == "logits":  # stated by the step as {"logits", "targets"}
         binary = target.is_floating_point() and target.shape == logits.shape
         name = "binary_cross_entropy" if binary else "cross_entropy"
+    name = "cross_entropy" if name == "nll_loss" else name  # the same, of log-probabilities
     logits = logits.float() if logits.dtype in _HALF else logits
     record = call.record
     followed, mixed = record.function is not None, record.shares is not None  # reduced by the step; by augmentation

@@ -150,6 +150,7 @@ class CORAL(DomainPenalty):
     reference: ClassVar[str] = "Sun & Saenko 2016, arXiv 1607.01719; DomainBed's form"
     needs: ClassVar[tuple[str, ...]] = ("domain", "features")
     needs_features: ClassVar[bool] = True
+    only_features: ClassVar[bool] = True
     key: ClassVar[str] = "coral"
 
     def __init__(

@@ -263,6 +263,12 @@ class DomainAdversarial(AdversarialDebiaser):
         if stage == "fit":
             self.module.n_classes = self.n_classes
 
+    @property
+    def needs_loss(self) -> bool:
+        """CDANN reads the classes off the loss, unless it is told where they are."""
+        told = self.target is not None and self.module.n_classes is not None
+        return super().needs_loss or (self.conditional and not told)
+
     def targets(self, call: LossCall, step: Step, n_rows: int) -> Tensor | None:
         """Classes of the rows, for CDANN."""
         if not self.conditional:

@@ -171,6 +171,7 @@ class MMD(DomainPenalty):
     reference: ClassVar[str] = "Gretton et al., JMLR 2012; Li et al., CVPR 2018; DomainBed's form"
     needs: ClassVar[tuple[str, ...]] = ("domain", "features")
     needs_features: ClassVar[bool] = True
+    only_features: ClassVar[bool] = True
     key: ClassVar[str] = "mmd"
 
     def __init__(

@@ -20,7 +20,6 @@ class Watcher(Protocol):
     monitors: ClassVar[bool]
     stateful: ClassVar[bool]
     needs_features: ClassVar[bool]
-    needs_loss: ClassVar[bool]
     loss: Any
     head: str | None
     features: str | None
@@ -45,6 +44,11 @@ class Method(Watcher, Protocol):
 
     losses: Any
     random: StepRandom
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether it needs a loss that can be taken apart per sample."""
+        ...
 
     @property
     def reweighs(self) -> bool:

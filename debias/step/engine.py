@@ -22,7 +22,7 @@ from debias.errors import (
     UnsupportedStrategyError,
 )
 from debias.ops.distributed import global_rank, global_sum, is_distributed, world_size
-from debias.step.batch import TagCollate, split_tags
+from debias.step.batch import TagCollate, split_tags, tag_owners
 from debias.step.context import Step
 from debias.step.contract import Method, Watcher
 from debias.step.detection import DetectorStep, detectors
@@ -51,6 +51,7 @@ class StepEngine:
         self.trainer = trainer
         self.module = module
         self.tags: dict[str, Any] = {}
+        self.owners: dict[str, Any] = {}
         self._proxies: list[StepProxy] = []
         self._handles: list[Any] = []
         self._collates: list[tuple[Any, Any]] = []
@@ -122,6 +123,7 @@ class StepEngine:
         return around
 
     def _strip_tags(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.owners = tag_owners(args[0])
         batch, self.tags = split_tags(args[0])
         return original(batch, *args[1:], **kwargs)
 
@@ -216,7 +218,7 @@ class StepEngine:
         if step.n is not None:
             arranged = rows if isinstance(rows, str) else None
             tracker = RowTracker(
-                step.batch, step.n, everything=self._learned.rows_needed, arranged=arranged, strangers=step.strangers
+                step.samples, step.n, everything=self._learned.rows_needed, arranged=arranged, strangers=step.strangers
             )
         finders = [finder for head in heads.values() if (finder := head.start(tracker)) is not None]
         tap = LossTap(
@@ -224,6 +226,7 @@ class StepEngine:
             rows=rows,
             finder=finders[0] if finders else None,
             mixture=mixture,
+            strict=bool(settlement.choices),
             # Under manual optimisation the loss is used up inside the step: nothing can be settled afterwards.
             at_once=None if self.module.automatic_optimization else settlement.at_once,
         )
@@ -366,6 +369,7 @@ class StepEngine:
             stage=stage,
             batch=batch,
             tags=tags,
+            owners=self.owners,
             batch_idx=batch_idx,
             dataloader_idx=0 if training else (args[2] if len(args) > 2 else kwargs.get("dataloader_idx", 0)),
             epoch=trainer.current_epoch,

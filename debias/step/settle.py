@@ -13,11 +13,12 @@ from torch import Tensor
 
 from debias.errors import AmbiguousLossError, DebiasError, UntappedLossError
 from debias.ops.distributed import alike, gather_objects, is_distributed
+from debias.ops.groups import summed
 from debias.step.context import Step
 from debias.step.contract import Method
 from debias.tap import adapters
-from debias.tap.calls import LossCall, LossSum
-from debias.tap.head import FeatureTap, HeadTap
+from debias.tap.calls import LossCall, LossRecord, LossSum
+from debias.tap.head import FeatureTap, HeadTap, rows_of_features
 from debias.tap.selection import Reaching, ambiguous, height, means, reaching, select_calls, untapped
 from debias.tap.stated import check_stated, check_stated_losses, stated_losses
 from debias.tap.tap import LossTap, no_loss_error
@@ -153,7 +154,7 @@ class Settlement:
             reweighed, values, others = [], [], meant
         else:
             return found.loss
-        new = torch.stack([*values, *(call.mean() for call in others)]).sum(0)
+        new = summed([*values, *(call.mean() for call in others)])
         if plain is not None:
             return found.loss + (new - plain)
         return found.replaced(reweighed + others, new)
@@ -179,7 +180,7 @@ class Settlement:
                 calls = self._selected_of[type(watcher).__name__]
                 call = calls[0] if len(calls) == 1 else LossSum(calls)
             else:
-                call = LossCall.of("features", loss.detach().new_zeros(0), loss.detach().new_zeros(0))
+                call = _of_features()
             if watcher.needs_features:
                 self.heads[watcher.head, watcher.features].resolve(call)
             loss = loss + watcher.penalise(call, self.step)
@@ -267,6 +268,19 @@ class Settlement:
             f" such as a Dice loss. {who} leaves it as it is: it is neither reweighed nor part of a group's loss. {ways}",
             stacklevel=2,
         )
+
+
+def _of_features() -> LossCall:
+    """What a method is given that reads features, and no loss: their rows, which are bad where one is not finite."""
+    call = LossCall("features", 0, None, None, LossRecord(tuple))  # type: ignore[arg-type]
+
+    def compute() -> tuple[Tensor, Tensor]:
+        rows = rows_of_features(call.features.detach(), call.head).float().sum(1)
+        return rows, torch.ones_like(rows)
+
+    call.record.compute = compute
+    call.record.samples = lambda shape: None if (of := call.record.feature_rows) is None else of(call)
+    return call
 
 
 def with_loss(output: Any, loss: Tensor) -> Any:

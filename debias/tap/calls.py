@@ -42,6 +42,7 @@ class LossRecord:
         targets: of the rows, where samples were mixed.
         shares: what the losses of these rows were multiplied by, shaped like the elements.
         own_rows: sample of each row with its own label, where samples were mixed.
+        untracked: nobody asked for the samples of the rows.
         changed: whether what tells its rows was changed in place in a way that is not understood.
     """
 
@@ -63,6 +64,7 @@ class LossRecord:
     shares: Tensor | None = None
     own_rows: Tensor | None = None
     changed: bool = False
+    untracked: bool = False
 
     @cached_property
     def computed(self) -> tuple[Tensor, Tensor]:
@@ -179,18 +181,15 @@ class LossCall:
         """Values per row from values per sample, e.g. group ids ``(N,)`` or membership ``(N, G)``.
 
         Raises:
-            RowsError: there are not as many values as samples.
+            RowsError: it is not known which samples the rows belong to.
         """
-        rows = self.rows
-        if rows is not None:
-            return per_sample[rows]
-        if len(per_sample) != len(self.num):
+        if self.record.untracked:
             raise RowsError(
-                f"Expected one value for each of the {len(self.num)} rows of `{self.name}`, but got"
-                f" {len(per_sample)}. Return the values of the samples from `sample_ids(step)`, so that rows are"
-                " followed to them."
+                f"Expected to know before the step which values of its samples are read, so that the rows of"
+                f" `{self.name}` are followed to them, but nobody asked for any. Return them from"
+                " `sample_ids(step)`, or read them there once."
             )
-        return per_sample
+        return per_sample if self.rows is None else per_sample[self.rows]
 
     def of_logits(self, per_row: Tensor) -> Tensor:
         """Values per row of ``num`` from values per row of the logits, e.g. the logits or features themselves."""
@@ -224,7 +223,8 @@ class LossCall:
 
     def mean(self) -> Tensor:
         """The loss of the global batch; its gradient is this rank's share of it."""
-        return weighted_mean(self.num, self.den)
+        factor, (num, den) = self.record.factor, self.record.elements
+        return weighted_mean(num if factor is None else num * factor, den)
 
 
 class LossSum(LossCall):

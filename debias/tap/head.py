@@ -49,7 +49,7 @@ class HeadFinder:
             if isinstance(weight, Tensor) and (weight.ndim == 2 or weight.shape[2:] == (1, 1)):
                 source = args[0] if args else kwargs["input"]
                 self._linears.append((out, source, weight))
-        elif (func in _PASS or (func is _T.__getitem__ and _keeps_rows(args[1]))) and isinstance(out, Tensor):
+        elif isinstance(out, Tensor) and (func in _PASS or (func is _T.__getitem__ and _keeps_all(args, out))):
             self._passed.append((out, func, args, kwargs))
 
     def match(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Move]] | None:
@@ -72,8 +72,12 @@ class HeadFinder:
                 return None
 
 
-def _keeps_rows(index: Any) -> bool:
-    """Whether an index takes columns only, as `logits[:, 0]` does."""
+def _keeps_all(args: tuple[Any, ...], out: Tensor) -> bool:
+    """Whether an index takes all of a tensor, or columns only, as `logits[:, 0]` does."""
+    index = args[1]
+    parts = index if isinstance(index, tuple) else (index,)
+    if out.shape == args[0].shape and all(isinstance(i, slice) or i is Ellipsis for i in parts):
+        return all(i is Ellipsis or i.step in (None, 1) for i in parts)
     if not isinstance(index, tuple) or not index or not isinstance(index[0], slice):
         return False
     return index[0] == slice(None) and all(isinstance(i, int | None) for i in index[1:])

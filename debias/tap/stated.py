@@ -47,7 +47,7 @@ def stated_losses(output: Any, tap: LossTap) -> tuple[LossCall, Tensor] | None:
     args = (logits, target)
     call, _ = tap.stated(name, args, _loss_of if name == "logits" else lambda *_: elements)
     if tap.mixture is None or not tap.mixture.meant(call):
-        call.record.samples = lambda shape: None
+        call.record.samples, call.record.untracked = (lambda shape: None), False
     return call, elements.mean()
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -26,7 +27,8 @@ from debias.tap.rows import RowTracker, arranged_rows
 
 __all__ = ["Finder", "LossTap", "no_loss_error"]
 
-_WATCHED = frozenset(LOSSES) | FOLLOWED | RECORDED | NOT_PER_SAMPLE
+_LOG_SOFTMAX = frozenset({F.log_softmax, torch.log_softmax, Tensor.log_softmax})
+_WATCHED = frozenset(LOSSES) | FOLLOWED | RECORDED | NOT_PER_SAMPLE | _LOG_SOFTMAX
 
 
 class Finder(Protocol):
@@ -51,6 +53,7 @@ class LossTap(TorchFunctionMode):
         rows: the user's own answer to that question.
         finder: records what the classifier head needs to be found by; None where nobody asks.
         mixture: which labels the samples count with; None where augmentation has mixed none.
+        strict: refuse losses that cannot be taken apart.
         at_once: makes what a loss is replaced by while the step runs, for steps that use their losses up themselves.
 
     Attributes:
@@ -66,6 +69,7 @@ class LossTap(TorchFunctionMode):
     finder: Finder | None = None
     mixture: Mixture | None = None
     at_once: Callable[[LossCall], Tensor | None] | None = None
+    strict: bool = True
     calls: list[LossCall] = field(default_factory=list)
     untapped: list[tuple[str, Any]] = field(default_factory=list)
     suspended: int = 0
@@ -73,12 +77,13 @@ class LossTap(TorchFunctionMode):
     def __post_init__(self) -> None:
         super().__init__()
         self._following = Following(self)
+        self._normalised: list[tuple[Tensor, Tensor]] = []  # log-probabilities and their logits
 
     def close(self) -> None:
         """Let go of every tensor; calls and tap refer to each other, and only the garbage collector would notice."""
         for call in self.calls:
             call.forget()
-        self.calls, self.untapped = [], []
+        self.calls, self.untapped, self._normalised = [], [], []
         self._following.close()
         self.at_once = self.tracker = self.finder = None
 
@@ -95,6 +100,8 @@ class LossTap(TorchFunctionMode):
             self.tracker.record(func, args, kwargs, out)
         elif func in NOT_PER_SAMPLE and isinstance(out, Tensor) and out.requires_grad:
             self.untapped.append((func.__name__, out.grad_fn))
+        if func in _LOG_SOFTMAX:
+            self._normalised.append((out, args[0]))
         if self.finder is not None:
             self.finder.record(func, args, kwargs, out)
         return self._following.see(func, args, kwargs, out) if func in FOLLOWED else out
@@ -107,6 +114,8 @@ class LossTap(TorchFunctionMode):
         if self.training and not (torch.is_grad_enabled() and _requires_grad(*arguments.values())):
             return func(*args, **kwargs)
         if self.training and _requires_grad(arguments.get("weight"), arguments.get("pos_weight")):
+            if not self.strict:
+                return func(*args, **kwargs)
             raise UntappedLossError(
                 f"Expected `weight` of `{func.__name__}` to be constant, but got one that is learned: it would enter"
                 " what the loss is divided by. Multiply the unreduced losses by it instead (`reduction='none'`)."
@@ -114,14 +123,16 @@ class LossTap(TorchFunctionMode):
         given, labels = NAMES[func][0], SECOND[func]
         if func in SYMMETRIC and self._is_prediction(arguments[labels], arguments[given]):
             given, labels = labels, given
+        prediction = arguments[given]
+        if func is F.nll_loss:  # of the log-probabilities of some logits
+            prediction = next((x for y, x in self._normalised if y is prediction), prediction)
         reduction = reduction_of(arguments)
 
         def compute() -> tuple[Tensor, Tensor]:
             losses = unreduced(func, arguments)
-            den = losses.new_ones(()) if reduction == "sum" else LOSSES[func](losses, arguments)
-            return losses, den.expand(losses.shape)
+            return losses, losses.new_ones(()) if reduction == "sum" else LOSSES[func](losses, arguments)
 
-        call = self._call(func.__name__, arguments[given], arguments.get(labels), compute)
+        call = self._call(func.__name__, prediction, arguments.get(labels), compute)
         call.arguments = {k: v for k, v in arguments.items() if k in FORM and v is not None}
         call.record.is_sum = call.record.undivided = reduction == "sum"
         mixed = self.training and self.mixture is not None and self.mixture.meant(call)
@@ -185,6 +196,7 @@ class LossTap(TorchFunctionMode):
     def _call(self, name: str, logits: Any, target: Any, compute: Callable[[], tuple[Tensor, Tensor]]) -> LossCall:
         call = LossCall(name, len(self.calls), logits, target, LossRecord(compute))
         call.record.samples = functools.partial(self._samples, call)
+        call.record.untracked = self.tracker is None
         if self.tracker is not None:
             # Before the step may change them in place for something else.
             call.record.changed = any(map(self.tracker.is_changed, _trusted(call)))
@@ -259,8 +271,7 @@ def _with_label(
     if isinstance(weight, Tensor) and weight.ndim and weight.shape == target.shape and target.is_floating_point():
         changed["weight"] = moved(weight)
     losses = unreduced(func, arguments | changed)
-    den = losses.new_ones(()) if reduction_of(arguments) != "mean" else LOSSES[func](losses, arguments | changed)
-    return losses, den.expand(losses.shape)
+    return losses, losses.new_ones(()) if reduction_of(arguments) != "mean" else LOSSES[func](losses, arguments | changed)
 
 
 def _trusted(call: LossCall) -> list[Tensor]:
