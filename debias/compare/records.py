@@ -71,8 +71,9 @@ class RunRecord:
         error: of a failed run: its last line.
         steps: optimiser steps of the whole training.
         seconds_per_step: wall-clock time of training, without validation, over steps.
-        seconds: wall-clock time of the whole run.
-        peak_memory: bytes; of the device, or of the process where that is the CPU.
+        seconds: wall-clock time of the whole run, from the start of its process on; of a run that was killed and went
+            on, without what was lost.
+        peak_memory: bytes, until training ended; of the device, or of the process where that is the CPU.
         device: what it ran on, in words.
         versions: of python, debias, torch, lightning and others, by name.
         git: revision of the working folder and whether it was changed, or empty.

@@ -348,12 +348,28 @@ def _notes(
     for name in dict.fromkeys(name for row in rows for name, s in row.by_group.items() if s.n < len(row.runs)):
         lacking = sum(len(row.runs) - row.by_group[name].n for row in rows)
         yield f"Group {name!r} has no test sample in {lacking} of {sum(len(r.runs) for r in rows)} runs."
+    yield from _blanks(rows)
     if any(row.worst_vs_erm is not None and row.worst_vs_erm.n < 2 for row in rows):
         yield "With fewer than two seeds in common with ERM, seed noise cannot be told."
     seeds = {row.seeds for row in rows if row.runs}
     if len(seeds) > 1:
         yield "Not all methods have the same seeds; differences to ERM are over those that both have."
     yield from _origin(records)
+
+
+def _blanks(rows: Sequence[Row]) -> Iterable[str]:
+    """Means over some of the runs only; what no run has is a blank in the table."""
+    for row in rows:
+        figures = {
+            "average": row.average, "worst group": row.worst, "gap": row.gap, "score": row.score,
+            "ms a step": row.seconds_per_step, "MiB": row.peak_memory,
+        }  # fmt: skip
+        partly: dict[int, list[str]] = {}
+        for name, value in figures.items():
+            if 0 < value.n < len(row.runs):
+                partly.setdefault(value.n, []).append(name)
+        for n, names in partly.items():
+            yield f"{label(row.method)}: {', '.join(names)} of {n} of {len(row.runs)} runs; the others have none."
 
 
 def _origin(records: Sequence[RunRecord]) -> Iterable[str]:

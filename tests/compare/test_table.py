@@ -111,6 +111,20 @@ def test_unmeasured_memory_and_groups_without_samples():
     )
 
 
+def test_a_blank_is_never_left_out_of_a_mean_unsaid():
+    runs = [record("erm", s) for s in range(3)]
+    runs += [record("vrex", s, seconds_per_step=math.nan if s else 0.3, peak_memory=2**20 * (s < 2)) for s in range(3)]
+    bare = {"test/accuracy": math.nan, "test/worst_group_accuracy": math.nan}
+    runs += [record("irm", s, test=bare if s == 1 else (0.9, 0.8, 0.7, 0.6)) for s in range(2)]
+    comparison = make_comparison(runs, "val_average")
+    notes = [note for note in comparison.notes if "the others have none" in note]
+    assert notes == [
+        "vrex: ms a step of 1 of 3 runs; the others have none.",
+        "vrex: MiB of 2 of 3 runs; the others have none.",
+        "irm: average, worst group, gap of 1 of 2 runs; the others have none.",
+    ]
+
+
 def test_one_seed_has_no_deviation():
     comparison = make_comparison([record("erm", 0), record("vrex", 0, test=[0.5, 0.6, 0.7, 0.8])], "val_average")
     assert comparison.rows[1].worst_vs_erm.more_than_seed_noise is None
