@@ -14,7 +14,9 @@ import subprocess
 import sys
 import time
 import traceback
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -27,7 +29,7 @@ from debias import __version__
 from debias.compare.grid import LOCK, configs_hash, read_spec
 from debias.compare.records import RECORD, Candidate, RunRecord, read_record
 from debias.compare.runner import BUSY
-from debias.errors import DebiasError
+from debias.errors import DebiasError, DebiasWarning
 
 __all__ = ["main", "make_run"]
 
@@ -74,17 +76,36 @@ def _locked(folder: Path, logging: dict[str, Any], start: float) -> int:
         git=_git(),
         started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
+    told: list[str] = []
     try:
-        found = make_run(folder, logging, start)
+        with _noted(told):
+            found = make_run(folder, logging, start)
     except BaseException as error:
         traceback.print_exc()
         if _interrupted(error):
             raise  # no failure: it goes on from its last checkpoint next time
-        failed = replace(record, error=_last_line(error), seconds=time.monotonic() - start)
+        failed = replace(record, error=_last_line(error), seconds=time.monotonic() - start, warnings=told)
         failed.save(folder)
         return 1
-    replace(record, status="finished", **found).save(folder)
+    replace(record, status="finished", warnings=told, **found).save(folder)
     return 0
+
+
+@contextmanager
+def _noted(told: list[str]) -> Iterator[None]:
+    """Keep the text of each warning of debias, and show it as before."""
+    show = warnings.showwarning
+
+    def note(message: Warning | str, category: type[Warning], *rest: Any, **options: Any) -> None:
+        text = " ".join(str(message).split())
+        if issubclass(category, DebiasWarning) and text not in told:
+            told.append(text)
+        show(message, category, *rest, **options)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", DebiasWarning)  # whatever the environment says
+        warnings.showwarning = note
+        yield
 
 
 def make_run(folder: Path, logging: dict[str, Any], start: float) -> dict[str, Any]:

@@ -69,6 +69,7 @@ class RunRecord:
         direction: ``"max"`` where higher metrics are better, else ``"min"``.
         candidates: checkpoints by the rule that chose them; ``"last"`` is always there.
         error: of a failed run: its last line.
+        warnings: what debias said that would mislead a reader, each once.
         steps: optimiser steps of the whole training.
         seconds_per_step: wall-clock time of training, without validation, over steps.
         seconds: wall-clock time of the whole run, from the start of its process on; of a run that was killed and went
@@ -93,6 +94,7 @@ class RunRecord:
     direction: str = "max"
     candidates: dict[str, Candidate] = field(default_factory=dict)
     error: str = ""
+    warnings: list[str] = field(default_factory=list)
     steps: int = 0
     seconds_per_step: float = math.nan
     seconds: float = math.nan

@@ -325,6 +325,7 @@ def _row(choice: Choice, used: dict[str, tuple[Used, ...]], records: Sequence[Ru
 def _notes(
     rows: Sequence[Row], choices: Sequence[Choice], records: Sequence[RunRecord], metrics: Sequence[str]
 ) -> Iterable[str]:
+    yield from _warnings(rows)
     present = {row.method for row in rows if row.runs}
     finished = {record.method for record in records if record.finished and record.held_out is None}
     if BASELINE in finished - present:
@@ -355,6 +356,14 @@ def _notes(
     if len(seeds) > 1:
         yield "Not all methods have the same seeds; differences to ERM are over those that both have."
     yield from _origin(records)
+
+
+def _warnings(rows: Sequence[Row]) -> Iterable[str]:
+    """What the runs in the table said themselves, with how many of them did."""
+    for row in rows:
+        told = [text for run in row.runs for text in run.record.warnings]
+        for text in dict.fromkeys(told):
+            yield f"Warning of {label(row.method)}, {told.count(text)} of {len(row.runs)} runs: {text}"
 
 
 def _blanks(rows: Sequence[Row]) -> Iterable[str]:
@@ -529,7 +538,8 @@ def _table_row(comparison: Comparison, row: Row) -> dict[str, Any]:
 def runs_rows(comparison: Comparison) -> list[dict[str, Any]]:
     """What ``runs.csv`` holds: one row a run and the candidate that the rule takes, None for what is not known.
 
-    Columns, in this order: ``id``, ``method``, ``seed``, ``params`` as JSON, ``held_out``, ``status``, ``error``;
+    Columns, in this order: ``id``, ``method``, ``seed``, ``params`` as JSON, ``held_out``, ``status``, ``error``,
+    ``warnings`` as JSON;
     ``in_table``, whether its setting was chosen; ``rule``; ``candidate``, ``epoch``, ``step``; ``score``; of the test
     ``metric``, ``average``, ``worst_group``, ``gap`` and ``group/<name>``; ``steps``, ``seconds``,
     ``seconds_per_step``, ``peak_memory_mib``, ``device``, ``started``, ``recipe``, ``recipe_hash``,
@@ -566,6 +576,7 @@ def _run_row(
         "held_out": record.held_out,
         "status": record.status,
         "error": record.error,
+        "warnings": json.dumps(record.warnings) if record.warnings else None,
         "in_table": used,
         "rule": comparison.rule.name,
         "candidate": comparison.rule.candidate if candidate else None,

@@ -27,6 +27,7 @@ from debias.step.context import Step
 from debias.step.distributed import global_sum
 from debias.step.head import check_features
 from debias.step.owned import OwnedModule
+from debias.step.reach import Reach
 from debias.step.tap import LossCall
 from debias.step.watcher import Debiaser, default_name
 
@@ -259,6 +260,7 @@ class AdversarialDebiaser(Debiaser):
         self.owned = {
             "adversary": OwnedModule(module.build, seed=seed, lr=lr, lr_ratio=lr_ratio, optimizer=self._make_optimizer)
         }
+        self.reach = Reach()
         self._end: int | None = None
 
     def sample_ids(self, step: Step) -> Tensor:
@@ -294,6 +296,8 @@ class AdversarialDebiaser(Debiaser):
             network = self.owned["adversary"].create(features.shape[1], device, features.dtype)
             strength = self.strength_at(step.global_step)
             loss = self.module.objective(network, features, ids, strength=strength, targets=targets, log=step.logging)
+        if strength:  # at 0 nothing is meant to be reached
+            self.reach.check(self, [loss], step)
         if step.logging:
             self.module.raise_if_bad()
             values = {"loss": loss.detach(), "accuracy": self.module.accuracy, "strength": torch.tensor(strength)}
@@ -313,6 +317,7 @@ class AdversarialDebiaser(Debiaser):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Read the length of training, where a ramp needs it."""
+        self.reach.start()
         if self.schedule == "dann" and self.ramp_steps is None:
             steps = trainer.estimated_stepping_batches
             if steps == float("inf"):

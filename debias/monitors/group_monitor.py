@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, LossNotFoundError, RowsError
+from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, DebiasWarning, LossNotFoundError, RowsError
 from debias.metrics import GroupAccuracy, GroupedMetric
 from debias.monitors._epoch import EpochMonitor, by_group
 from debias.monitors.metric_inputs import update_metric
@@ -295,6 +295,7 @@ class GroupMonitor(EpochMonitor):
             f" this epoch have exactly one positive: who always says no is right in {right:.1%}. If the classes exclude"
             " each other, pass `target=`, where the class ids are in the batch: the accuracy is then that of the"
             " largest logit.",
+            DebiasWarning,
             stacklevel=2,
         )
 
@@ -331,6 +332,7 @@ class GroupMonitor(EpochMonitor):
             warnings.warn(
                 f"{self.state_key} was given `n_groups={self.n_groups}`, but the tags of the training and validation"
                 f" set hold no sample of {empty}: their metrics are NaN. If `n_groups` counts too many, correct it.",
+                DebiasWarning,
                 stacklevel=2,
             )
 

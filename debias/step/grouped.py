@@ -20,10 +20,11 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
-from debias.errors import BatchKeyError, DebiasError
+from debias.errors import BatchKeyError, DebiasError, DebiasWarning
 from debias.step.batch import BatchKey, split_tags
 from debias.step.context import Step
 from debias.step.random import undisturbed
+from debias.step.reach import Reach
 from debias.step.tap import LossCall
 from debias.step.watcher import MAX_LOGGED_GROUPS, Debiaser, default_name
 
@@ -57,6 +58,7 @@ class GroupDebiaser(Debiaser):
         check_keys(group, n_groups, self.needs[0])
         self.group = group
         self.n_groups = plain_n_groups(n_groups)
+        self.reach = Reach()
         self._said_unlabelled = False
         self._counted: Tensor | None = None  # in the last fit
 
@@ -76,6 +78,7 @@ class GroupDebiaser(Debiaser):
         device = str(calls[0].num.device.type)
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             losses = self.module.reweigh([(call.num, call.den, call.of_rows(ids)) for call in calls])
+        self.reach.check(self, losses, step)
         if step.logging:
             self.module.raise_if_bad()
             for key, values in self.module.by_group().items():
@@ -93,6 +96,7 @@ class GroupDebiaser(Debiaser):
         """Count the groups of the training set, if the method needs it and nobody gave or saved the counts; else say
         which ones have no sample, where tags tell.
         """
+        self.reach.start()
         if self.module.needs_counts:
             counted = self._counted is not None and torch.equal(self._counted, self.module.counts.cpu())
             if counted or not self.module.has_counts:  # of another fit, perhaps on other data
@@ -105,6 +109,7 @@ class GroupDebiaser(Debiaser):
             warnings.warn(
                 f"{self.state_key} was given `n_{self.needs[0]}s={self.n_groups}`, but the tags of the training set"
                 f" hold no sample of {empty}. If that counts too many, correct it; else these take no part.",
+                DebiasWarning,
                 stacklevel=2,
             )
 
@@ -123,6 +128,7 @@ class GroupDebiaser(Debiaser):
                     f"{self.state_key} has seen no labelled sample in this epoch: all ids of"
                     f" `{self.needs[0]}={self.group!r}` were negative, so the loss had no gradient. Check the ids; -1"
                     " stands for unlabelled.",
+                    DebiasWarning,
                     stacklevel=2,
                 )
 
@@ -267,6 +273,7 @@ def _warn_of_sampler(loader: Any, trainer: Any, argument: str) -> None:
     warnings.warn(
         f"The {argument}s of the whole training set were counted, since nothing tells whether {type(sampler).__name__}"
         f" draws from all of it. If it leaves samples out, pass `{argument}_counts=[...]`, or a `Subset` as dataset.",
+        DebiasWarning,
         stacklevel=2,
     )
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, get_args
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from debias.errors import DebiasError
+from debias.errors import DebiasError, DebiasWarning
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
 from debias.step.engine import StepEngine
@@ -100,6 +100,7 @@ class StepWatcher(Callback):
             warnings.warn(
                 f"The checkpoint holds no state of {self.state_key}: it starts afresh. Expected when a method is"
                 " added to a finished run; otherwise check `name=` and the batch key.",
+                DebiasWarning,
                 stacklevel=2,
             )
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,8 +26,8 @@ from _support.fits import Classifier, make_trainer, parameters, problem, same, v
 from _support.recipes import digits, one
 from _support.runs import ddp
 from debias import DetectionMonitor, GroupMonitor, tag
-from debias.cli import one_run
 from debias.classifier import Classifier as RecipeModule
+from debias.cli import one_run
 from debias.compare import keeping, meter
 from debias.compare.grid import RunSpec, prepare
 from debias.compare.held_out import hold_out
@@ -169,6 +170,23 @@ def test_memory_is_that_of_training(tmp_path, monkeypatch):
     folder = one(tmp_path, "erm", epochs=3)
     assert one_run.main(folder) == 0
     assert read_record(folder / "result.json").peak_memory == 5
+
+
+@pytest.mark.parametrize("method", ["dann", "coral", "vrex"])
+def test_a_run_keeps_its_warnings(tmp_path, monkeypatch, method):
+    def head_alone(self):
+        return torch.optim.SGD(self.network[-1].parameters(), lr=0.01)
+
+    monkeypatch.setattr(RecipeModule, "configure_optimizers", head_alone)
+    folder = one(tmp_path, method, epochs=1)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("ignore")  # as the environment may say
+        assert one_run.main(folder) == 0
+    told = read_record(folder / "result.json").warnings
+    assert [text.partition(" ")[2].partition(":")[0] for text in told] == (
+        ["reaches no trainable parameter"] if method != "vrex" else []
+    )
+    assert [" ".join(str(w.message).split()) for w in shown] == told  # the log has them, too
 
 
 def test_the_log_has_a_line_for_each_epoch(tmp_path, capfd):

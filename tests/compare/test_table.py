@@ -125,6 +125,21 @@ def test_a_blank_is_never_left_out_of_a_mean_unsaid():
     ]
 
 
+def test_warnings_of_runs_stand_under_the_table():
+    dead = "DomainAdversarial(domain) reaches no trainable parameter: it <b>changes</b> nothing"
+    runs = [record("erm", s) for s in range(2)] + [record("dann", s, warnings=[dead]) for s in range(2)]
+    runs += [record("coral", s, warnings=[dead] * s) for s in range(2)]
+    runs += [record("coral", s, (0.1,) * 4, params={"lr": 1.0}, warnings=["not in the table"]) for s in range(2)]
+    comparison = make_comparison(runs, "val_average")
+    assert comparison.notes[:2] == (
+        f"Warning of dann, 2 of 2 runs: {dead}", f"Warning of coral, 1 of 2 runs: {dead}"
+    )  # fmt: skip
+    assert not any("not in the table" in note for note in comparison.notes)
+    said = {row["id"]: row["warnings"] for row in runs_rows(comparison)}
+    assert said["erm-0"] is None
+    assert json.loads(said["dann-1"]) == [dead]
+
+
 def test_one_seed_has_no_deviation():
     comparison = make_comparison([record("erm", 0), record("vrex", 0, test=[0.5, 0.6, 0.7, 0.8])], "val_average")
     assert comparison.rows[1].worst_vs_erm.more_than_seed_noise is None
@@ -289,7 +304,8 @@ def test_columns_are_the_documented_ones():
         "failed_runs",
     ]
     assert list(runs_rows(comparison)[0]) == [
-        *("id", "method", "seed", "params", "held_out", "status", "error", "in_table", "rule", "candidate", "epoch"),
+        *("id", "method", "seed", "params", "held_out", "status", "error", "warnings", "in_table", "rule"),
+        *("candidate", "epoch"),
         *("step", "score", "metric", "average", "worst_group", "gap", "group/a", "steps", "seconds"),
         *("seconds_per_step", "peak_memory_mib", "device", "started", "recipe", "recipe_hash", "git_revision"),
         *("version/python", "version/debias", "version/torch"),
