@@ -200,9 +200,13 @@ class AdversaryLoss(GroupState):
         if rows:
             raise BadRowsError(
                 f"Expected finite losses, but {rows} rows had features or an adversary's loss that are not. They took"
-                " no part in it. Check the inputs of this batch and the learning rate;"
+                f" no part in it. Check the inputs of this batch, the learning rates and {self.weight_in_words()};"
                 " `Trainer(detect_anomaly=True)` finds the operation."
             )
+
+    def weight_in_words(self) -> str:
+        """The weight under which losses may have diverged, for messages."""
+        return f"`strength={self.strength:g}`"
 
 
 class AdversarialDebiaser(Debiaser):
