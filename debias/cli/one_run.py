@@ -268,7 +268,8 @@ def _age() -> float:
     with suppress(OSError, ValueError, IndexError, AttributeError):
         # Behind the name, which may hold anything: the start is the 22nd field of all, in ticks since the system's.
         fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        if int(fields[19]):  # some sandboxes say 0
+            return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
     return time.monotonic() - IMPORTED
 
 

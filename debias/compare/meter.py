@@ -104,15 +104,17 @@ class EpochLines(Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Print epoch, step, losses, and what the last validation found."""
-        if not trainer.is_global_zero:
-            return
+        # On all ranks: reading a value may reduce it over them.
         values = {key: float(v) for key, v in trainer.callback_metrics.items() if _is_loss(key)}
         found = measures(validation_metrics(trainer), "val", self.direction)
         if found.metric:
             values |= {f"val/{found.metric}": found.average, "worst group": found.worst}
+        if not trainer.is_global_zero:
+            return
         words = [f"step {trainer.global_step}", *(f"{key} {value:.4g}" for key, value in values.items())]
         words.append(f"{time.monotonic() - self._start:.1f} s")
-        print(f"Epoch {trainer.current_epoch + 1} of {trainer.max_epochs}: {', '.join(words)}", flush=True)
+        end = f" of {trainer.max_epochs}" if (trainer.max_epochs or 0) > 0 else ""
+        print(f"Epoch {trainer.current_epoch + 1}{end}: {', '.join(words)}", flush=True)
 
 
 def _is_loss(key: str) -> bool:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
@@ -55,10 +56,12 @@ class Reach:
             )
 
 
+@torch.compiler.disable
 def _reaches(method: Any, values: Sequence[Tensor], step: Any) -> bool:
     held = {id(p) for optimizer in step.trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     own = {id(p) for p in step.module.parameters()}
-    not_trained = own - held if held <= own else set()  # an optimiser may train copies of the module's parameters
+    # Optimisers may hold copies of the module's parameters, or the user may keep them from the Trainer.
+    not_trained = own - held if held and held <= own else set()
     not_trained |= {id(p) for owned in method.owned.values() if owned.module for p in owned.module.parameters()}
     return any(leaf is None or id(leaf) not in not_trained for leaf in _leaves(values))
 

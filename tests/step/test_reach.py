@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from _support.fits import Classifier, loader, make_trainer, parameters, same, val_loader
+from _support.fits import Classifier, deviation, loader, make_trainer, parameters, same, val_loader
 from debias import (
     CORAL,
     IRM,
@@ -147,3 +147,14 @@ def test_an_optimizer_with_copies_of_the_parameters_may_train_all():
             return torch.optim.SGD(self.copies, lr=0.1)
 
     assert fit(Copies(), CORAL("place", 3))[0] == []
+
+
+# Dynamo looks at the gradient of every tensor it meets, also of those that have none.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("name", ["GroupDRO", "CORAL"])
+def test_a_compiled_module(name):
+    torch._dynamo.reset()
+    said, trained = fit(torch.compile(NotHeld(), backend="eager"), ALL[name](loss=0), epochs=1)
+    torch._dynamo.reset()
+    assert len(said) == (name == "CORAL")
+    assert deviation(trained, fit(NotHeld(), ALL[name](), epochs=1)[1]) < 1e-12
