@@ -54,7 +54,7 @@ def main(folder: Path, logging: dict[str, Any] | None = None, start: float | Non
     """
     start = time.monotonic() if start is None else start
     if any(os.environ.get(name, "0") != "0" for name in RANKS):
-        make_run(folder, logging or {}, start)  # on behalf of the process of rank 0, which holds the lock
+        make_run(folder, logging or {}, start, [])  # on behalf of the process of rank 0, which holds the lock
         return 0
     try:
         with FileLock(folder / LOCK, blocking=False):
@@ -79,7 +79,7 @@ def _locked(folder: Path, logging: dict[str, Any], start: float) -> int:
     told: list[str] = []
     try:
         with _noted(told):
-            found = make_run(folder, logging, start)
+            found = make_run(folder, logging, start, told)
     except BaseException as error:
         traceback.print_exc()
         if _interrupted(error):
@@ -108,13 +108,14 @@ def _noted(told: list[str]) -> Iterator[None]:
         yield
 
 
-def make_run(folder: Path, logging: dict[str, Any], start: float) -> dict[str, Any]:
+def make_run(folder: Path, logging: dict[str, Any], start: float, warned: list[str]) -> dict[str, Any]:
     """Train, then test every checkpoint that a selection rule may choose.
 
     Args:
         folder: of the run.
         logging: as for :func:`main`.
         start: as for :func:`main`.
+        warned: texts of warnings until now, to which those of a run that was killed are added.
 
     Returns:
         The fields of :class:`RunRecord` that training fills.
@@ -134,7 +135,7 @@ def make_run(folder: Path, logging: dict[str, Any], start: float) -> dict[str, A
     model, data = cli.model, cli.datamodule
     chosen_by = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)]
     direction = _direction(trainer.callbacks, chosen_by)
-    keeper, meter = Keeper(folder, direction), Meter(start)
+    keeper, meter = Keeper(folder, direction), Meter(start, warned)
     predictions = next((Predictions(c) for c in trainer.callbacks if isinstance(c, GroupMonitor)), None)
     # The rules of the comparison keep checkpoints instead of the recipe's own rule.
     others = [c for c in trainer.callbacks if c not in chosen_by]

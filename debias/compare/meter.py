@@ -20,7 +20,7 @@ __all__ = ["EpochLines", "Meter", "peak_memory"]
 
 
 class Meter(Callback):
-    """Measure time and memory of training. What was measured goes on with a run that was killed.
+    """Measure time and memory of training, and keep what was warned of; all goes on with a run that was killed.
 
     A test restores the callbacks of the checkpoint that it tests, this one included: read what was measured before.
 
@@ -30,11 +30,13 @@ class Meter(Callback):
 
     Args:
         start: when the run's process began, as ``time.monotonic`` counts; now, by default.
+        warned: texts of warnings, a list that grows while the run goes on; those from before are put in front.
     """
 
-    def __init__(self, start: float | None = None) -> None:
+    def __init__(self, start: float | None = None, warned: list[str] | None = None) -> None:
         self.epochs: list[list[float]] = []  # seconds, steps, and whether it was the first of a process
         self.peak_memory = 0
+        self.warned = [] if warned is None else warned
         self.seconds_before = 0.0  # of the processes that were killed, up to the checkpoint that the run went on from
         self._begun = time.monotonic() if start is None else start
         self._start = 0.0
@@ -74,12 +76,16 @@ class Meter(Callback):
     def state_dict(self) -> dict[str, Any]:
         """What was measured until now."""
         seconds = self.seconds_before + time.monotonic() - self._begun
-        return {"epochs": [list(epoch) for epoch in self.epochs], "seconds": seconds, "peak_memory": self.peak_memory}
+        return {
+            "epochs": [list(epoch) for epoch in self.epochs], "seconds": seconds, "peak_memory": self.peak_memory,
+            "warned": list(self.warned),
+        }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self.epochs, self.seconds_before = state_dict["epochs"], state_dict["seconds"]
         self.peak_memory = state_dict["peak_memory"]
+        self.warned[:0] = [text for text in state_dict["warned"] if text not in self.warned]
 
     def _go_on(self) -> None:
         if self._paused is not None:

@@ -111,8 +111,8 @@ def probe_attribute(
     dtype = torch.float32 if device.type == "mps" else torch.float64
     numbers = torch.arange(len(features), device=device) * world_size() + rank if numbers is None else numbers
     bad_rows = global_sum((~features.isfinite().all(1)).sum().to(dtype))
-    units = numbers if units is None else units
-    table = gather(torch.stack([numbers, attributes, torch.full_like(numbers, rank), units], 1)).cpu()
+    of = torch.zeros_like(numbers) if units is None else units
+    table = gather(torch.stack([numbers, attributes, torch.full_like(numbers, rank), of], 1)).cpu()
     _refuse_bad(table[:, 1], n_values, bad_rows)
     table = torch.cat([table, (torch.arange(len(table)) - (table[:, 2] < rank).sum()).unsqueeze(1)], 1)
     table = table[table[:, 0].argsort(stable=True)]
@@ -120,7 +120,8 @@ def probe_attribute(
     table = table[~again & (table[:, 1] >= 0) & (table[:, 3] >= 0)]
 
     generator = torch.Generator().manual_seed(seed)
-    values, of_unit = table[:, 1], table[:, 3].unique(return_inverse=True)[1]
+    values = table[:, 1]
+    of_unit = torch.arange(len(table)) if units is None else table[:, 3].unique(return_inverse=True)[1]
     fits = _stratified(_most_frequent(values, of_unit, n_values), n_values, fit_fraction, generator)[of_unit]
     shuffled = _shuffled(values, of_unit, generator)
     own = table[:, 2] == rank

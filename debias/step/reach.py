@@ -47,10 +47,10 @@ class Reach:
         self._said = True
         if step.trainer.is_global_zero:
             warnings.warn(
-                f"{method.state_key} reaches no trainable parameter: it changes nothing, and this is plain training"
-                f" (seen at optimiser step {step.global_step}). What it works on is frozen or detached, in no"
-                " optimiser, or has the weight 0. Unfreeze the layers that it is to change, or take a method that needs"
-                " the head alone: one that reweighs (GroupDRO), or a penalty on the head (HessianAlignment, Fishr).",
+                f"{method.state_key} reaches no trainable parameter: it changes nothing, and this is plain training as"
+                " long as that is so. What it works on is frozen or detached, in no optimiser, or has the weight 0."
+                " Unfreeze the layers that it is to change, or take a method that needs the head alone: one that"
+                " reweighs (GroupDRO), or a penalty on the head (HessianAlignment, Fishr).",
                 DebiasWarning,
                 stacklevel=2,
             )

@@ -189,6 +189,25 @@ def test_a_run_keeps_its_warnings(tmp_path, monkeypatch, method):
     assert [" ".join(str(w.message).split()) for w in shown] == told  # the log has them, too
 
 
+def test_warnings_go_on_with_a_run_that_was_killed(tmp_path, monkeypatch):
+    def head_alone(self):
+        return torch.optim.SGD(self.network[-1].parameters(), lr=0.01)
+
+    def kill(*_):
+        raise Killed
+
+    monkeypatch.setattr(RecipeModule, "configure_optimizers", head_alone)
+    folder = one(tmp_path, "coral", epochs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with monkeypatch.context() as patched:
+            patched.setattr(one_run, "_test", kill)
+            with pytest.raises(KeyboardInterrupt):
+                one_run.main(folder)
+        assert one_run.main(folder) == 0  # with no step left
+    assert len(read_record(folder / "result.json").warnings) == 1
+
+
 def test_the_log_has_a_line_for_each_epoch(tmp_path, capfd):
     folder = one(tmp_path, "erm")
     assert one_run.main(folder) == 0
