@@ -198,7 +198,7 @@ def test_warnings_go_on_with_a_run_that_was_killed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(RecipeModule, "configure_optimizers", head_alone)
     folder = one(tmp_path, "coral", epochs=1)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(record=True):
         warnings.simplefilter("ignore")
         with monkeypatch.context() as patched:
             patched.setattr(one_run, "_test", kill)
