@@ -14,6 +14,7 @@ __all__ = [
     "BatchKeyError",
     "DataError",
     "DebiasError",
+    "DebiasWarning",
     "HeadNotFoundError",
     "LossNotFoundError",
     "RowsError",
@@ -61,6 +62,10 @@ class UnsupportedStrategyError(DebiasError):
 
 class DataError(DebiasError):
     """A dataset folder is missing, incomplete or malformed."""
+
+
+class DebiasWarning(UserWarning):
+    """A method or monitor says what would mislead; ``debias compare`` puts these of its runs under its table."""
 
 
 def missing_package(package: str, error: ImportError) -> DebiasError:

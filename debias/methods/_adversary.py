@@ -26,9 +26,10 @@ from debias.ops.groups import GroupState, group_losses
 from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.owned import OwnedModule
+from debias.step.reach import Reach
 from debias.step.watcher import Debiaser, default_name
-from debias.tap.head import check_features
 from debias.tap.calls import LossCall
+from debias.tap.head import check_features
 
 __all__ = ["AdversarialDebiaser", "AdversaryLoss", "make_mlp"]
 
@@ -199,9 +200,13 @@ class AdversaryLoss(GroupState):
         if rows:
             raise BadRowsError(
                 f"Expected finite losses, but {rows} rows had features or an adversary's loss that are not. They took"
-                " no part in it. Check the inputs of this batch and the learning rate;"
+                f" no part in it. Check the inputs of this batch, the learning rates and {self.weight_in_words()};"
                 " `Trainer(detect_anomaly=True)` finds the operation."
             )
+
+    def weight_in_words(self) -> str:
+        """The weight under which losses may have diverged, for messages."""
+        return f"`strength={self.strength:g}`"
 
 
 class AdversarialDebiaser(Debiaser):
@@ -260,6 +265,7 @@ class AdversarialDebiaser(Debiaser):
         self.owned = {
             "adversary": OwnedModule(module.build, seed=seed, lr=lr, lr_ratio=lr_ratio, optimizer=self._make_optimizer)
         }
+        self.reach = Reach()
         self._end: int | None = None
 
     def sample_ids(self, step: Step) -> Tensor:
@@ -295,6 +301,8 @@ class AdversarialDebiaser(Debiaser):
             network = self.owned["adversary"].create(features.shape[1], device, features.dtype)
             strength = self.strength_at(step.global_step)
             loss = self.module.objective(network, features, ids, strength=strength, targets=targets, log=step.logging)
+        if strength:  # at 0 nothing is meant to be reached
+            self.reach.check(self, [loss], step)
         if step.logging:
             self.module.raise_if_bad()
             values = {"loss": loss.detach(), "accuracy": self.module.accuracy, "strength": torch.tensor(strength)}
@@ -314,6 +322,7 @@ class AdversarialDebiaser(Debiaser):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Read the length of training, where a ramp needs it."""
+        self.reach.start()
         if self.schedule == "dann" and self.ramp_steps is None:
             steps = trainer.estimated_stepping_batches
             if steps == float("inf"):

@@ -13,16 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debias.data.counting import tag_counts
-from debias.errors import BadRowsError, BatchKeyError, DebiasError, HeadNotFoundError, RowsError
+from debias.errors import BadRowsError, BatchKeyError, DebiasError, DebiasWarning, HeadNotFoundError, RowsError
 from debias.ops.head_autograd import AutogradHeadStatistics
 from debias.ops.head_statistics import HeadLoss, HeadStatistics, make_head_loss, make_members
 from debias.ops.penalties import LOSS_OPTIONS, row_counts
 from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.ids import plain_n_groups
+from debias.step.reach import Reach
 from debias.step.watcher import Debiaser, default_name
-from debias.tap.head import check_features, rows_of_features
 from debias.tap.calls import LossCall
+from debias.tap.head import check_features, rows_of_features
 
 __all__ = ["DomainPenalty", "features_of", "head_loss", "rows_of"]
 
@@ -83,7 +84,8 @@ class DomainPenalty(Debiaser):
                 " a linear head."
             )
         self.derivatives = derivatives
-        self._warned = self._checked = self._said_unlabelled = False
+        self.reach = Reach()
+        self._checked = self._said_unlabelled = False
 
     # -- what a method overrides -------------------------------------------------------------------
 
@@ -112,7 +114,7 @@ class DomainPenalty(Debiaser):
             self._count_rows(call, ids, step)
             if weight:
                 value = self.penalty(call, ids, step)
-                self._check_reach(value)
+                self.reach.check(self, [value], step)
             elif self.module.always:
                 with torch.no_grad():
                     value = self.penalty(call, ids, step)
@@ -142,11 +144,13 @@ class DomainPenalty(Debiaser):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Say so where the tags of the training set hold fewer than two domains."""
+        self.reach.start()
         counts = tag_counts(trainer, trainer.train_dataloader, self.domain, self.n_domains)
         if counts is not None and int((counts > 0).sum()) < 2 and trainer.is_global_zero:
             warnings.warn(
                 f"{self.state_key} compares domains, but the tags of the training set hold samples of"
                 f" {int((counts > 0).sum())} only{self.of_one_domain}. Check the ids of `domain={self.domain!r}`.",
+                DebiasWarning,
                 stacklevel=2,
             )
 
@@ -159,6 +163,7 @@ class DomainPenalty(Debiaser):
                 warnings.warn(
                     f"{self.state_key} has seen no labelled sample in this epoch: all ids of `domain={self.domain!r}`"
                     " were negative, so there was no penalty. Check the ids; -1 stands for unlabelled.",
+                    DebiasWarning,
                     stacklevel=2,
                 )
 
@@ -180,19 +185,6 @@ class DomainPenalty(Debiaser):
 
     def _at(self, error: BadRowsError, step: int) -> BadRowsError:
         return BadRowsError(f"{error} (Seen by {self.state_key} at optimiser step {step}.)")
-
-    def _check_reach(self, value: Tensor) -> None:
-        """A penalty without a gradient is plain training, which nobody would notice."""
-        if value.requires_grad or self._warned:
-            return
-        self._warned = True
-        warnings.warn(
-            f"The penalty of {type(self).__name__} reaches no trainable parameter: it changes nothing, and this is"
-            " plain training. It is computed from the features or the logits, and everything below them is"
-            " frozen or detached, or its own weights are 0. Unfreeze the backbone, or choose a penalty on the head"
-            " (HessianAlignment, Fishr).",
-            stacklevel=2,
-        )
 
     def feature_rows(self, call: LossCall, domains: Tensor) -> tuple[Tensor, Tensor]:
         """The features ``(rows, d)``, at least float32, and the domains of their rows.

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from debias.data.counting import count_groups, empty_groups, tag_counts
-from debias.errors import BatchKeyError
+from debias.errors import BatchKeyError, DebiasWarning
 from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.ids import check_keys, plain_key, plain_n_groups
+from debias.step.reach import Reach
 from debias.step.watcher import MAX_LOGGED_GROUPS, Debiaser, default_name
 from debias.tap.calls import LossCall
 
@@ -48,6 +49,7 @@ class GroupDebiaser(Debiaser):
         check_keys(group, n_groups, self.needs[0])
         self.group = plain_key(group)
         self.n_groups = plain_n_groups(n_groups)
+        self.reach = Reach()
         self._said_unlabelled = False
         self._counted: Tensor | None = None  # in the last fit
 
@@ -67,6 +69,7 @@ class GroupDebiaser(Debiaser):
         device = str(calls[0].num.device.type)
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             losses = self.module.reweigh([(call.num, call.den, call.of_rows(ids)) for call in calls])
+        self.reach.check(self, losses, step)
         if step.logging:
             self.module.raise_if_bad()
             for key, values in self.module.by_group().items():
@@ -84,6 +87,7 @@ class GroupDebiaser(Debiaser):
         """Count the groups of the training set, if the method needs it and nobody gave or saved the counts; else say
         which ones have no sample, where tags tell.
         """
+        self.reach.start()
         if self.module.needs_counts:
             counted = self._counted is not None and torch.equal(self._counted, self.module.counts.cpu())
             if counted or not self.module.has_counts:  # of another fit, perhaps on other data
@@ -96,6 +100,7 @@ class GroupDebiaser(Debiaser):
             warnings.warn(
                 f"{self.state_key} was given `n_{self.needs[0]}s={self.n_groups}`, but the tags of the training set"
                 f" hold no sample of {empty}. If that counts too many, correct it; else these take no part.",
+                DebiasWarning,
                 stacklevel=2,
             )
 
@@ -114,6 +119,7 @@ class GroupDebiaser(Debiaser):
                     f"{self.state_key} has seen no labelled sample in this epoch: all ids of"
                     f" `{self.needs[0]}={self.group!r}` were negative, so the loss had no gradient. Check the ids; -1"
                     " stands for unlabelled.",
+                    DebiasWarning,
                     stacklevel=2,
                 )
 

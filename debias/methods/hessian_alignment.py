@@ -238,6 +238,10 @@ class HessianAlignmentPenalty(LossPenaltyModule):
         self.n_samples = check_count("n_samples", n_samples)
         self.head_bias = head_bias
 
+    def weight_in_words(self) -> str:
+        """The weights under which losses may have diverged, for messages."""
+        return f"{super().weight_in_words()} with `alpha={self.alpha:g}`, `beta={self.beta:g}`"
+
     def forward(
         self,
         features: Tensor,

@@ -20,9 +20,9 @@ from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, describe, key_name
 from debias.step.context import Step
 from debias.step.ids import check_keys, plain_n_groups
+from debias.tap.calls import LossCall
 from debias.tap.head import submodule
 from debias.tap.hooks import Hook
-from debias.tap.calls import LossCall
 
 __all__ = ["DetectionMonitor", "draw_detections", "find_predictions"]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from debias.data.counting import empty_groups, tag_counts
-from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, LossNotFoundError, RowsError
+from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, DebiasWarning, LossNotFoundError, RowsError
 from debias.metrics import GroupAccuracy, GroupedMetric
 from debias.monitors._epoch import EpochMonitor, by_group
 from debias.monitors.metric_inputs import update_metric
@@ -25,10 +25,10 @@ from debias.step.batch import BatchKey, describe, key_name
 from debias.step.context import Step
 from debias.step.ids import check_keys, plain_n_groups
 from debias.step.watcher import check_loss
+from debias.tap.calls import LossCall
 from debias.tap.head import submodule
 from debias.tap.hooks import Hook
 from debias.tap.selection import select_calls
-from debias.tap.calls import LossCall
 
 __all__ = ["GroupMonitor"]
 
@@ -296,6 +296,7 @@ class GroupMonitor(EpochMonitor):
             f" this epoch have exactly one positive: who always says no is right in {right:.1%}. If the classes exclude"
             " each other, pass `target=`, where the class ids are in the batch: the accuracy is then that of the"
             " largest logit.",
+            DebiasWarning,
             stacklevel=2,
         )
 
@@ -332,6 +333,7 @@ class GroupMonitor(EpochMonitor):
             warnings.warn(
                 f"{self.state_key} was given `n_groups={self.n_groups}`, but the tags of the training and validation"
                 f" set hold no sample of {empty}: their metrics are NaN. If `n_groups` counts too many, correct it.",
+                DebiasWarning,
                 stacklevel=2,
             )
 

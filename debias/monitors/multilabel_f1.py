@@ -21,8 +21,8 @@ from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
 from debias.step.ids import check_keys, plain_n_groups
 from debias.step.watcher import check_loss
-from debias.tap.selection import select_calls
 from debias.tap.calls import LossCall
+from debias.tap.selection import select_calls
 
 __all__ = ["MultilabelF1", "MultilabelF1Monitor"]
 

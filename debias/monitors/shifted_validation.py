@@ -21,8 +21,8 @@ from debias.ops.shifts import UnitImages, crafted_shift, families_of, held_out_m
 from debias.step.batch import BatchKey, describe, replace
 from debias.step.context import Step
 from debias.step.indices import evaluation_loaders, evaluation_order
-from debias.tap.head import submodule
 from debias.tap.calls import LossCall
+from debias.tap.head import submodule
 
 __all__ = ["ShiftedValidation"]
 

@@ -291,9 +291,13 @@ class GroupState(nn.Module):
             )
         raise BadRowsError(
             f"Expected finite losses, but {losses} rows had a NaN or infinite one. They took no part in the method's"
-            " state. Check the inputs of this batch and the learning rate; `Trainer(detect_anomaly=True)` finds the"
-            " operation."
+            f" state. Check the inputs of this batch, the learning rate and {self.weight_in_words()};"
+            " `Trainer(detect_anomaly=True)` finds the operation."
         )
+
+    def weight_in_words(self) -> str:
+        """The weight under which losses may have diverged, for messages."""
+        return "the weights of penalties, if there are any"
 
     def check_shapes(self, losses: Tensor, groups: Tensor) -> None:
         """Refuse losses and groups that do not belong together."""

@@ -69,6 +69,10 @@ class DomainPenaltyModule(GroupState):
         """Number of domains E."""
         return self.n_groups
 
+    def weight_in_words(self) -> str:
+        """The weight under which losses may have diverged, for messages."""
+        return f"`penalty_weight={self.schedule.weight:g}`"
+
     def weight_at(self, step: int | None) -> float:
         """The weight after ``step`` optimiser steps.
 

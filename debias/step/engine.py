@@ -7,21 +7,18 @@ Lightning does so at one of five places: the step methods, the hook before batch
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from debias.errors import (
-    AmbiguousLossError,
-    DebiasError,
     RowsError,
     UnsupportedStrategyError,
 )
-from debias.ops.distributed import global_rank, global_sum, is_distributed, world_size
+from debias.ops.distributed import is_distributed
 from debias.step.batch import TagCollate, split_tags, tag_owners
 from debias.step.context import Step
 from debias.step.contract import Method, Watcher
@@ -31,11 +28,11 @@ from debias.step.proxy import StepProxy, attach, detach
 from debias.step.settle import Learned, Settlement, with_loss
 from debias.step.split import split_losses
 from debias.tap import adapters
+from debias.tap.calls import LossCall, LossRecord
 from debias.tap.head import FeatureTap, HeadTap
 from debias.tap.hooks import Hook
 from debias.tap.rows import RowTracker
 from debias.tap.selection import select_calls
-from debias.tap.calls import LossCall, LossRecord
 from debias.tap.tap import LossTap
 
 __all__ = ["StepEngine"]

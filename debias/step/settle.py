@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from debias.errors import AmbiguousLossError, DebiasError, UntappedLossError
+from debias.errors import AmbiguousLossError, DebiasError, DebiasWarning, UntappedLossError
 from debias.ops.distributed import alike, gather_objects, is_distributed
 from debias.ops.groups import summed
 from debias.step.context import Step
@@ -265,7 +265,9 @@ class Settlement:
         self.learned.warned = True
         warnings.warn(
             f"The training step adds a term to {names} that depends on the outputs of the network in maths of its own,"
-            f" such as a Dice loss. {who} leaves it as it is: it is neither reweighed nor part of a group's loss. {ways}",
+            f" such as a Dice loss. {who} leaves it as it is: it is neither reweighed nor part of a group's loss."
+            f" {ways}",
+            DebiasWarning,
             stacklevel=2,
         )
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, get_args
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from debias.errors import DebiasError
+from debias.errors import DebiasError, DebiasWarning
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
 from debias.step.engine import StepEngine
@@ -101,6 +101,7 @@ class StepWatcher(Callback):
             warnings.warn(
                 f"The checkpoint holds no state of {self.state_key}: it starts afresh. Expected when a method is"
                 " added to a finished run; otherwise check `name=` and the batch key.",
+                DebiasWarning,
                 stacklevel=2,
             )
 
@@ -353,7 +354,9 @@ class Debiaser(StepWatcher):
 
 def _same(state: dict[str, Any], other: dict[str, Any]) -> bool:
     return state.keys() == other.keys() and all(
-        x.device == other[k].device and x.shape == other[k].shape and x.equal(other[k]) if isinstance(x, Tensor) else True
+        x.device == other[k].device and x.shape == other[k].shape and x.equal(other[k])
+        if isinstance(x, Tensor)
+        else True
         for k, x in state.items()
     )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from debias.errors import RowsError
 from debias.tap.calls import LossCall
-from debias.tap.moves import CASTS, ELEMENTWISE, INPLACE, MOVES, apply_move, axes_of, keeps_rows
+from debias.tap.moves import CASTS, ELEMENTWISE, INPLACE, MOVES, apply_move, axes_of, keeps_rows, named
 
 if TYPE_CHECKING:
     from debias.tap.tap import LossTap
@@ -33,12 +33,9 @@ _DIV = frozenset(
 _ADD = frozenset({_T.add, torch.add, _T.sub, torch.sub, _T.add_, _T.__iadd__, _T.sub_, _T.__isub__})
 _FILL = frozenset({_T.masked_fill, torch.masked_fill, _T.masked_fill_})
 # Moves that leave elements out, or repeat them.
-_SELECTING = frozenset(
-    getattr(space, name)
-    for space in (_T, torch)
-    for name in "__getitem__ index_select narrow select masked_select take take_along_dim gather diagonal repeat tile"
-    " repeat_interleave chunk split tensor_split unbind".split()
-    if hasattr(space, name)
+_SELECTING = named(
+    "__getitem__ index_select narrow select masked_select take take_along_dim gather diagonal repeat tile"
+    " repeat_interleave chunk split tensor_split unbind"
 )
 FOLLOWED = MOVES | CASTS | ELEMENTWISE | INPLACE | _SUM | _MEAN
 
@@ -126,9 +123,7 @@ class Following:
                         return losses
         return None
 
-    def _followed(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Unreduced, out: Any
-    ) -> None:
+    def _followed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Unreduced, out: Any) -> None:
         """Follow losses through an operation that does not end them."""
         if func is _T.__setitem__ or out is found.tensor:  # in place
             found.scale = self._scaled(func, args, kwargs, found)
@@ -261,7 +256,7 @@ class Following:
         return tap.add(call, out)
 
     def _scalar(self, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
-        """Follow what is proportional to a loss, and what losses are divided by, through arithmetic of single numbers."""
+        """Follow what is proportional to a loss, and what losses are divided by, through single numbers."""
         for total in self._totals:
             if total.tensor is args[0] and (func in CASTS or func in ELEMENTWISE or func in INPLACE):
                 if not any(isinstance(x, Tensor) for x in args[1:]):
@@ -310,10 +305,8 @@ class Following:
             return weights
         if weights.numel() == shape.numel():
             own, theirs = (None, None) if found is None else (self._index(found.tensor), self._index(source))
-            if isinstance(own, Tensor) and isinstance(theirs, Tensor) and theirs.shape == source.shape:
-                if not torch.equal(own.flatten(), theirs.flatten()):
-                    return None
-            return weights.reshape(shape)
+            known = isinstance(own, Tensor) and isinstance(theirs, Tensor) and theirs.shape == source.shape
+            return None if known and not torch.equal(own.flatten(), theirs.flatten()) else weights.reshape(shape)
         if weights.ndim and weights.shape == shape[: weights.ndim]:
             weights = weights.view(*weights.shape, *[1] * (len(shape) - weights.ndim))
         if weights.ndim != len(shape) or not shape or weights.shape[0] != shape[0]:

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debias.errors import HeadNotFoundError, RowsError
+from debias.tap.calls import LossCall
 from debias.tap.hooks import Hook
 from debias.tap.moves import CASTS, Move, apply_move, keeps_rows
 from debias.tap.rows import RowTracker
-from debias.tap.calls import LossCall
 
 __all__ = ["FeatureTap", "HeadFinder", "HeadTap", "check_features", "rows_of_features", "submodule"]
 

@@ -1,6 +1,4 @@
-"""The operations of torch whose effect on rows is known: what moves elements, what computes each from its own place, what
-reduces axes.
-"""
+"""The operations of torch whose effect on rows is known: moves, what computes each element in its place, reductions."""
 
 from __future__ import annotations
 
@@ -23,14 +21,17 @@ __all__ = [
     "apply_move",
     "axes_of",
     "keeps_rows",
+    "named",
     "takes_rows",
 ]
 
 _T = torch.Tensor
 
 
-def _named(names: str) -> frozenset[Any]:
-    return frozenset(getattr(space, name) for space in (_T, torch) for name in names.split() if hasattr(space, name))
+def named(names: str) -> frozenset[Any]:
+    """The functions of torch, of ``torch.nn.functional`` and of tensors by these names."""
+    spaces: tuple[Any, ...] = (_T, torch, F)
+    return frozenset(getattr(space, name) for space in spaces for name in names.split() if hasattr(space, name))
 
 
 # Change neither order nor number of elements nor shape.
@@ -39,43 +40,42 @@ CASTS = frozenset(
     | {_T.detach, _T.type_as, torch.clone, torch.detach, _T.cuda, _T.cpu, _T.requires_grad_}
 )
 # Move, drop or repeat elements; only the first argument (or its list) holds data.
-MOVES = _named(
+MOVES = named(
     "reshape permute transpose t flatten squeeze unsqueeze repeat_interleave flip fliplr flipud roll index_select chunk"
     " split tensor_split unbind unflatten movedim swapaxes swapdims narrow select masked_select take take_along_dim"
     " gather tile moveaxis diagonal rot90 cat concat concatenate stack hstack vstack"
 ) | frozenset(
-    [getattr(_T, name) for name in "view __getitem__ repeat expand expand_as view_as reshape_as".split()]
+    [getattr(_T, name) for name in ["view", "__getitem__", "repeat", "expand", "expand_as", "view_as", "reshape_as"]]
     + [_T.T.__get__, _T.mT.__get__]  # type: ignore[attr-defined]
 )
 # Compute each element from those at the same place; targets and masks are often made with them.
-ELEMENTWISE = _named(
-    "gt ge lt le eq ne add sub mul multiply div divide true_divide floor_divide remainder fmod clamp clamp_min clamp_max"
-    " clip abs neg round floor ceil sign square pow sqrt rsqrt exp expm1 log log1p log2 reciprocal sigmoid tanh cosh sinh"
-    " logical_not logical_and logical_or logical_xor bitwise_and bitwise_or where masked_fill minimum maximum isnan"
-    " isfinite isinf nan_to_num __rsub__ __rdiv__ __rtruediv__ __rpow__ __invert__ __and__ __or__ __xor__"
-) | frozenset(
-    getattr(F, name)
-    for name in "relu relu6 leaky_relu elu selu silu gelu mish hardtanh hardswish hardsigmoid softplus logsigmoid sigmoid"
-    " tanh dropout threshold".split()
+ELEMENTWISE = named(
+    "gt ge lt le eq ne add sub mul multiply div divide true_divide floor_divide remainder fmod clamp clamp_min"
+    " clamp_max clip abs neg round floor ceil sign square pow sqrt rsqrt exp expm1 log log1p log2 reciprocal sigmoid"
+    " tanh cosh sinh logical_not logical_and logical_or logical_xor bitwise_and bitwise_or where masked_fill minimum"
+    " maximum isnan isfinite isinf nan_to_num __rsub__ __rdiv__ __rtruediv__ __rpow__ __invert__ __and__ __or__"
+    " __xor__ relu relu6 leaky_relu elu selu silu gelu mish hardtanh hardswish hardsigmoid softplus logsigmoid dropout"
+    " threshold"
 )
 # The same, in place; so are the above where they return what they were given.
-INPLACE = _named(
+INPLACE = named(
     "add_ sub_ mul_ div_ true_divide_ floor_divide_ remainder_ fmod_ clamp_ clamp_min_ clamp_max_ abs_ neg_ round_"
     " floor_ ceil_ sign_ square_ pow_ sqrt_ exp_ log_ sigmoid_ logical_not_ logical_and_ logical_or_ masked_fill_"
-    " nan_to_num_ zero_ fill_ relu_ tanh_ threshold_ __setitem__ __iadd__ __isub__ __imul__ __itruediv__ __iand__ __ior__"
+    " nan_to_num_ zero_ fill_ relu_ tanh_ threshold_ __setitem__ __iadd__ __isub__ __imul__ __itruediv__ __iand__"
+    " __ior__"
 )
 # Make one value of all along some axes.
-REDUCTIONS = _named("sum mean argmax argmin max min amax amin any all prod count_nonzero nansum nanmean median")
+REDUCTIONS = named("sum mean argmax argmin max min amax amin any all prod count_nonzero nansum nanmean median")
 # After these nobody knows where a row is.
-SORTING = _named("sort topk msort argsort")
+SORTING = named("sort topk msort argsort")
 # Leave every row in its place whenever they keep the number of rows.
-_ROW_KEEPING = _named("reshape flatten squeeze unsqueeze unflatten") | frozenset(
+_ROW_KEEPING = named("reshape flatten squeeze unsqueeze unflatten") | frozenset(
     {_T.view, _T.expand, _T.view_as, _T.reshape_as, _T.expand_as}
 )
 # Move whole rows, unless told of another axis than the first.
-_ROW_WISE = _named("index_select cat concat concatenate")
+_ROW_WISE = named("index_select cat concat concatenate")
 # Along axes in which every element is the same they change nothing.
-STILL = _named("flip fliplr flipud roll")
+STILL = named("flip fliplr flipud roll")
 
 RECORDED = MOVES | CASTS | ELEMENTWISE | INPLACE | REDUCTIONS | SORTING | {F.one_hot}
 

@@ -118,9 +118,7 @@ class RowTracker:
         if isinstance(out, Tensor):
             made = [_Note(out, _version(out), func, args, kwargs)]
         elif isinstance(out, tuple | list):
-            made = [
-                _Note(x, _version(x), func, args, kwargs, i) for i, x in enumerate(out) if isinstance(x, Tensor)
-            ]
+            made = [_Note(x, _version(x), func, args, kwargs, i) for i, x in enumerate(out) if isinstance(x, Tensor)]
         else:
             return
         if not made:
@@ -410,9 +408,9 @@ class RowTracker:
         """Sample numbers when these axes are gone, along which the samples must not change."""
         for axis in reversed(axes):
             first = index.select(axis, 0)
-            if index.shape[axis] > 1 and index.stride(axis) != 0:
-                if not self._reads(index) or not self._equal(index, first.unsqueeze(axis).expand_as(index)):
-                    return None
+            still = index.shape[axis] == 1 or index.stride(axis) == 0
+            if not still and not (self._reads(index) and torch.equal(index, first.unsqueeze(axis).expand_as(index))):
+                return None
             index = first
         return index.reshape(out.shape)
 
@@ -478,7 +476,7 @@ class RowTracker:
 _REORDERING = SORTING | frozenset(
     getattr(space, name)
     for space in (torch.Tensor, torch)
-    for name in "__getitem__ flip flipud roll index_select gather take take_along_dim".split()
+    for name in ["__getitem__", "flip", "flipud", "roll", "index_select", "gather", "take", "take_along_dim"]
     if hasattr(space, name)
 )
 

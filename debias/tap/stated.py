@@ -13,9 +13,9 @@ from torch import Tensor
 
 from debias.errors import LossNotFoundError, RowsError
 from debias.ops.distributed import global_sum
+from debias.tap.calls import LossCall
 from debias.tap.losses import unreduced
 from debias.tap.mixing import unmixable
-from debias.tap.calls import LossCall
 from debias.tap.tap import LossTap
 
 __all__ = ["check_stated", "check_stated_losses", "stated_losses"]

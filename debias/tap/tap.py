@@ -271,7 +271,9 @@ def _with_label(
     if isinstance(weight, Tensor) and weight.ndim and weight.shape == target.shape and target.is_floating_point():
         changed["weight"] = moved(weight)
     losses = unreduced(func, arguments | changed)
-    return losses, losses.new_ones(()) if reduction_of(arguments) != "mean" else LOSSES[func](losses, arguments | changed)
+    return losses, losses.new_ones(()) if reduction_of(arguments) != "mean" else LOSSES[func](
+        losses, arguments | changed
+    )
 
 
 def _trusted(call: LossCall) -> list[Tensor]:

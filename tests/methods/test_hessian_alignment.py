@@ -343,7 +343,7 @@ def test_says_so_where_it_changes_nothing() -> None:
             logits = self.head(self.backbone(x).detach())
             return F.cross_entropy(logits, y)
 
-    with pytest.warns(UserWarning, match="CORAL reaches no trainable parameter.*frozen or detached") as seen:
+    with pytest.warns(UserWarning, match=r"CORAL\(place\) reaches no trainable parameter.*frozen or detached") as seen:
         fit(Detached(), CORAL("place", 3), max_epochs=2)
     assert sum("reaches no trainable" in str(w.message) for w in seen) == 1
 

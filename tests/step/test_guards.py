@@ -358,9 +358,15 @@ def test_a_sum_that_is_not_divided_by_what_it_runs_over(ranks, name, method):
 @pytest.mark.parametrize(
     ("name", "nothing"),
     [
-        ("weights", False), ("ignored", True), ("mask", False), ("mean of a mask", False), ("count", False),
-        ("weights over a count", False), ("ignored over a count", True), ("mask over a count", False),
-    ],  # fmt: skip
+        ("weights", False),
+        ("ignored", True),
+        ("mask", False),
+        ("mean of a mask", False),
+        ("count", False),
+        ("weights over a count", False),
+        ("ignored over a count", True),
+        ("mask over a count", False),
+    ],
 )
 def test_a_sum_that_is(ranks, name, nothing):
     ranks.run(_sums, name, "GroupDRO", 2, nothing)

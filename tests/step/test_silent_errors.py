@@ -599,7 +599,7 @@ def test_a_loss_that_is_not_linear_with_a_pass_per_group():
         return F.cross_entropy(module.net(x), y).sqrt()
 
     def objective(module):
-        losses = [losses_of(module)[GROUPS == g].mean().sqrt() for g in (0, 1)]
+        losses = [losses_of(module)[g == GROUPS].mean().sqrt() for g in (0, 1)]
         q = torch.softmax(STEP_SIZE * torch.stack(losses).detach(), 0)
         return q[0] * losses[0] + q[1] * losses[1]
 

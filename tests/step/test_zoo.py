@@ -113,7 +113,9 @@ LAYOUTS = {
     "time first": lambda net, x, y, m: (
         net(x.transpose(0, 1)).reshape(-1, C), y.transpose(0, 1).reshape(-1, C), m.t().reshape(-1)
     ),
-    "views": lambda net, x, y, m: (net(torch.cat([x[:, 0], x[:, 1]])), torch.cat([y[:, 0]] * 2), torch.cat([m[:, 0]] * 2)),
+    "views": lambda net, x, y, m: (
+        net(torch.cat([x[:, 0], x[:, 1]])), torch.cat([y[:, 0]] * 2), torch.cat([m[:, 0]] * 2)
+    ),
     "interleaved": lambda net, x, y, m: (net(x.reshape(-1, D)), y[:, 0].repeat_interleave(T, 0), m.reshape(-1)),
 }  # fmt: skip
 

@@ -62,7 +62,11 @@ def looped(func, z, target, reduction, **options):
             if reduction == "mean" and func is F.cross_entropy and not label.is_floating_point():
                 counts = label != options.get("ignore_index", -100)
                 den = (weight[label[counts]].sum() if weight is not None else counts.sum()).double()
-            elif reduction == "mean" and arguments.get("weight") is not None and func is not F.binary_cross_entropy_with_logits:
+            elif (
+                reduction == "mean"
+                and arguments.get("weight") is not None
+                and func is not F.binary_cross_entropy_with_logits
+            ):
                 den = arguments["weight"].sum()
             else:
                 den = torch.tensor(float(func(z[i : i + 1], label, reduction="none", **arguments).numel()))
