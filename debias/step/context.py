@@ -126,9 +126,9 @@ class Step:
             return
         if self._owner not in (None, owner):
             raise BatchKeyError(
-                f"Expected all ids of a step to come from one of the combined loaders, but got"
-                f" `{argument}={key!r}` from {owner!r} and others from {self._owner!r}: a loss has the samples of one of"
-                " them. Tag that loader with all of them."
+                f"Expected all ids of a step to come from one of the combined loaders, but got `{argument}={key!r}`"
+                f" from {owner!r} and others from {self._owner!r}: a loss has the samples of one. Tag that loader with"
+                " all of them."
             )
         self._owner = owner
 
