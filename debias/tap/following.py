@@ -26,12 +26,10 @@ __all__ = ["FOLLOWED", "Following", "Unreduced"]
 _T = torch.Tensor
 _SUM = frozenset({_T.sum, torch.sum})
 _MEAN = frozenset({_T.mean, torch.mean})
-_MUL = frozenset({_T.mul, torch.mul, torch.multiply, _T.multiply, _T.mul_, _T.__imul__})
-_DIV = frozenset(
-    {_T.div, torch.div, torch.true_divide, _T.true_divide, torch.divide, _T.divide, _T.div_, _T.__itruediv__}
-)
-_ADD = frozenset({_T.add, torch.add, _T.sub, torch.sub, _T.add_, _T.__iadd__, _T.sub_, _T.__isub__})
-_FILL = frozenset({_T.masked_fill, torch.masked_fill, _T.masked_fill_})
+_MUL = named("mul multiply mul_ __mul__ __rmul__ __imul__")
+_DIV = named("div true_divide divide div_ true_divide_ __truediv__ __itruediv__")
+_ADD = named("add sub subtract add_ sub_ __add__ __radd__ __sub__ __iadd__ __isub__")
+_FILL = named("masked_fill masked_fill_")
 # Moves that leave elements out, or repeat them.
 _SELECTING = named(
     "__getitem__ index_select narrow select masked_select take take_along_dim gather diagonal repeat tile"
@@ -298,15 +296,20 @@ class Following:
         """Weights in the shape of the elements of a loss, whose sum is that of ``source``; None if they do not fit."""
         shape = call.record.computed[0].shape if found is None else found.tensor.shape
         if found is not None and found.mask is not None:
-            same = found.mask is source or (isinstance(found.mask, Tensor) and self._cast_of(source, found.mask))
+            same = isinstance(found.mask, Tensor) and self._same_mask(source, found.mask)
             return source.new_ones((), dtype=torch.float32).expand(shape) if same else None
         weights = source.detach()
         if weights.shape == shape:
             return weights
         if weights.numel() == shape.numel():
             own, theirs = (None, None) if found is None else (self._index(found.tensor), self._index(source))
-            known = isinstance(own, Tensor) and isinstance(theirs, Tensor) and theirs.shape == source.shape
-            return None if known and not torch.equal(own.flatten(), theirs.flatten()) else weights.reshape(shape)
+            if (
+                isinstance(own, Tensor)
+                and isinstance(theirs, Tensor)
+                and not torch.equal(own.flatten(), theirs.flatten())
+            ):
+                return None
+            return weights.reshape(shape)
         if weights.ndim and weights.shape == shape[: weights.ndim]:
             weights = weights.view(*weights.shape, *[1] * (len(shape) - weights.ndim))
         if weights.ndim != len(shape) or not shape or weights.shape[0] != shape[0]:
@@ -316,9 +319,14 @@ class Following:
         except RuntimeError:
             return None
 
-    def _cast_of(self, tensor: Tensor, source: Tensor) -> bool:
+    def _same_mask(self, weights: Tensor, mask: Tensor) -> bool:
+        """Whether weights are the mask that elements were selected by."""
+        if weights is mask or weights.shape != mask.shape or mask.dtype != torch.bool:
+            return weights is mask
+        # Reading waits for the device, so beyond the CPU only the step that records everything looks.
         tracker = self.tap.tracker
-        return tracker is not None and tracker.moves(tensor, source) == []
+        reads = mask.device.type == "cpu" or (tracker is not None and tracker.everything)
+        return not reads or torch.equal(weights.to(torch.float32), mask.to(torch.float32))
 
 
 def _samples_of(tap: LossTap, tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "ALONG",
     "CASTS",
     "ELEMENTWISE",
     "INPLACE",
@@ -54,7 +55,8 @@ ELEMENTWISE = named(
     " clamp_max clip abs neg round floor ceil sign square pow sqrt rsqrt exp expm1 log log1p log2 reciprocal sigmoid"
     " tanh cosh sinh logical_not logical_and logical_or logical_xor bitwise_and bitwise_or where masked_fill minimum"
     " maximum isnan isfinite isinf nan_to_num __rsub__ __rdiv__ __rtruediv__ __rpow__ __invert__ __and__ __or__"
-    " __xor__ relu relu6 leaky_relu elu selu silu gelu mish hardtanh hardswish hardsigmoid softplus logsigmoid dropout"
+    " __xor__ __neg__ __pos__ __pow__ __abs__ __add__ __sub__ __mul__ __truediv__ __floordiv__ __mod__ __radd__ __rmul__"
+    " __gt__ __ge__ __lt__ __le__ __eq__ __ne__ negative absolute subtract float_power relu relu6 leaky_relu elu selu silu gelu mish hardtanh hardswish hardsigmoid softplus logsigmoid dropout"
     " threshold"
 )
 # The same, in place; so are the above where they return what they were given.
@@ -66,6 +68,8 @@ INPLACE = named(
 )
 # Make one value of all along some axes.
 REDUCTIONS = named("sum mean argmax argmin max min amax amin any all prod count_nonzero nansum nanmean median")
+# Make each value of all along an axis.
+ALONG = named("softmax log_softmax cumsum")
 # After these nobody knows where a row is.
 SORTING = named("sort topk msort argsort")
 # Leave every row in its place whenever they keep the number of rows.
@@ -77,7 +81,7 @@ _ROW_WISE = named("index_select cat concat concatenate")
 # Along axes in which every element is the same they change nothing.
 STILL = named("flip fliplr flipud roll")
 
-RECORDED = MOVES | CASTS | ELEMENTWISE | INPLACE | REDUCTIONS | SORTING | {F.one_hot}
+RECORDED = MOVES | CASTS | ELEMENTWISE | INPLACE | REDUCTIONS | ALONG | SORTING | {F.one_hot}
 
 
 class Move(NamedTuple):

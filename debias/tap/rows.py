@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from debias.tap.moves import (
+    ALONG,
     CASTS,
     INPLACE,
     MOVES,
@@ -130,7 +131,7 @@ class RowTracker:
     def follow(self, tensor: Tensor, index: Callable[[], Tensor | None] | None = None) -> None:
         """From now on record what is made of this tensor too; ``index`` gives its sample numbers, if they are known."""
         if index is not None:
-            self._records.append(_Note(tensor, _version(tensor), index=index))
+            self._records.append(_Note(tensor, _version(tensor), index=index, known=False))
         elif self._find(tensor) is None:
             plain = functools.partial(self._plain, tensor)
             self._records.append(_Note(tensor, _version(tensor), index=plain, known=False))
@@ -278,6 +279,10 @@ class RowTracker:
         if record.reduces:
             inner = index(args[0])
             return None if inner is None else self._reduced(inner, axes_of(args, kwargs, inner.ndim), out)
+        if func in ALONG:
+            inner = index(args[0])
+            still = inner is not None and self._reduced(inner, axes_of(args, kwargs, inner.ndim), None) is not None
+            return inner if still else None
         if func is F.one_hot:
             inner = index(args[0])
             return None if inner is None else inner.unsqueeze(-1).expand(out.shape)
@@ -404,7 +409,7 @@ class RowTracker:
             rows = index.flatten(1)[:, 0]  # the step that recorded everything has looked
         return rows
 
-    def _reduced(self, index: Tensor, axes: list[int], out: Tensor) -> Tensor | None:
+    def _reduced(self, index: Tensor, axes: list[int], out: Tensor | None) -> Tensor | None:
         """Sample numbers when these axes are gone, along which the samples must not change."""
         for axis in reversed(axes):
             first = index.select(axis, 0)
@@ -412,7 +417,7 @@ class RowTracker:
             if not still and not (self._reads(index) and torch.equal(index, first.unsqueeze(axis).expand_as(index))):
                 return None
             index = first
-        return index.reshape(out.shape)
+        return index if out is None else index.reshape(out.shape)
 
     def _joins_strangers(self, record: _Note) -> bool:
         """Whether rows of the batch are joined with rows of unknown origin, such as those of a replay memory."""
