@@ -13,7 +13,7 @@ from _support.fits import deviation, make_trainer, parameters, same
 from _support.images import Evaluated, Pictures, batches, train
 from debias import DSU, MixStyle
 from debias.errors import DebiasError, RowsError
-from debias.methods._layers import LayerAugmenter, default_layers, find_layers, prefix_tokens
+from debias.methods.base.layers import LayerAugmenter, default_layers, find_layers, prefix_tokens
 
 
 class Double(LayerAugmenter):

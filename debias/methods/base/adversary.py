@@ -10,7 +10,6 @@ import copy
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,18 +18,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, RowsError
+from debias.methods.base.method import KeyedMethod, LossOptions
 from debias.ops.arguments import check_count, check_number
 from debias.ops.distributed import global_sum
+from debias.ops.fields import arguments, field_values
 from debias.ops.gradient_reversal import dann_ramp, gradient_reversal
 from debias.ops.groups import GroupState, group_losses
-from debias.step.batch import BatchKey
+from debias.ops.precision import autocast_off
 from debias.step.context import Step
 from debias.step.owned import OwnedModule
-from debias.step.watcher import Debiaser, default_name
 from debias.tap.head import check_features
 from debias.tap.tap import LossCall
 
-__all__ = ["AdversarialDebiaser", "AdversaryLoss", "make_mlp"]
+__all__ = ["AdversarialDebiaser", "AdversaryLoss", "AdversaryOptions", "Network", "make_mlp"]
 
 Network = str | nn.Module | Callable[[int], nn.Module]
 
@@ -43,28 +43,39 @@ def make_mlp(widths: Sequence[int], activation: type[nn.Module]) -> nn.Sequentia
     return nn.Sequential(*layers[:-1])
 
 
+@arguments
+class AdversaryOptions:
+    """The strength of an adversary.
+
+    Args:
+        strength: lambda of the reversal; at 0 the network trains as without the method, and the adversary is an online
+            probe.
+    """
+
+    strength: float = 1.0
+
+
 class AdversaryLoss(GroupState):
     """The loss of an adversary that guesses an attribute from reversed features: the mean over labelled rows.
 
-    Args:
-        in_features: width D of the features, or None where the network is handed to :meth:`objective`.
-        count: number of ids.
-        what: the attribute, for messages: ``"identity"`` or ``"domain"``.
-        argument: the user's argument that holds the number of ids.
-        strength: lambda of the reversal.
+    It has the fields ``in_features``, the width D of the features, or None where the network is handed to
+    :meth:`objective`, the number of ids, which ``ids`` names, and ``strength``. A subclass makes :attr:`network`.
     """
 
+    ids: ClassVar[tuple[str, str]]  # the attribute, and the argument that holds the number of ids
+    in_features: int | None
+    strength: float
     labelled: Tensor
 
-    def __init__(self, in_features: int | None, count: int, *, what: str, argument: str, strength: float) -> None:
-        count = check_count(argument, count)
-        if in_features is not None:
-            check_count("in_features", in_features)
-        super().__init__(count)
-        self.what, self.argument = what, argument
-        self.strength = float(check_number("strength", strength))
+    def __post_init__(self) -> None:
+        self.what, self.argument = self.ids
+        count = check_count(self.argument, vars(self)[self.argument])
+        if self.in_features is not None:
+            check_count("in_features", self.in_features)
+        GroupState.__init__(self, count)
+        self.strength = float(check_number("strength", self.strength))
         self.accuracy: Tensor | None = None
-        if in_features is None:  # only the callback knows epochs
+        if self.in_features is None:  # only the callback knows epochs
             self.register_buffer("labelled", torch.zeros(1, dtype=torch.float64))
 
     def build(self, width: int) -> nn.Module:
@@ -149,6 +160,13 @@ class AdversaryLoss(GroupState):
             self.accuracy = global_sum(hits.sum().to(total.dtype)) / sums[0].den.sum().clamp_min(1)
         return total
 
+    def forward(self, features: Tensor, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The loss to add for one batch."""
+        network: Any = self.network
+        if network is None:
+            raise DebiasError("Expected `in_features` to be given, but got None: there is no network to call.")
+        return self.objective(network, features, ids, targets=targets)
+
     def network_of(self, adversary: Network, width: int, made: dict[str, Callable[[int], nn.Module]]) -> nn.Module:
         """The named network, a copy of the user's own, or what the user's function makes."""
         if isinstance(adversary, str):
@@ -204,69 +222,76 @@ class AdversaryLoss(GroupState):
             )
 
 
-class AdversarialDebiaser(Debiaser):
-    """A method with an adversary on the features; its module does the maths.
+@arguments
+class AdversaryTraining(LossOptions):
+    """How an adversary is trained.
 
     Args:
-        key: where the ids are.
-        module: the adversary's loss.
-        schedule: ``"constant"``, or ``"dann"``: the strength grows from 0 by :func:`debias.functional.dann_ramp`.
         warmup_steps: optimiser steps during which the adversary learns and nothing is reversed.
-        ramp_steps: optimiser steps from the end of the warm-up to the full strength; to the end of training by default.
-        lr: the adversary's learning rate, or None for the user's current one times ``lr_ratio``.
+        ramp_steps: length of the "dann" ramp in optimiser steps; by default what is left of training.
+        features: dotted path of the module whose output ``(N, D)`` is meant; by default the input of the classifier
+            head, which is found.
+        lr: the adversary's learning rate; by default the user's current one (of several groups the highest) times
+            ``lr_ratio``.
         lr_ratio: see ``lr``.
-        optimizer: makes its optimiser from parameters and ``lr=``; by default one of the user's class and options.
-        **options: see :class:`debias.Debiaser`.
+        optimizer: makes the adversary's optimiser from parameters and ``lr=``, e.g. ``torch.optim.SGD``; by default one
+            of the user's class, with its options.
+        loss: which of several losses is meant, by position or a callable of :class:`LossCall`; its features are read.
+    """
+
+    warmup_steps: int = 0
+    ramp_steps: int | None = None
+    features: str | None = None
+    lr: float | None = None
+    lr_ratio: float = 1.0
+    optimizer: Callable[[Iterable], Optimizer] | None = None
+    loss: int | Callable[[LossCall], bool] | None = None  # type: ignore[assignment]
+    head: str | None = None
+    seed: int = 0
+
+
+class AdversarialDebiaser(AdversaryTraining, KeyedMethod):
+    """A method with an adversary on the features; its module, an :class:`AdversaryLoss`, does the maths.
+
+    A subclass has the fields of the ids, those of its adversary, and ``schedule``: ``"constant"``, or ``"dann"``: the
+    strength grows from 0 by :func:`debias.functional.dann_ramp`. It logs ``train/<name>_adversary/loss``,
+    ``.../accuracy`` and ``.../strength`` on logging steps, with the class behind where an adversary of another class
+    has the same name.
     """
 
     stateful: ClassVar[bool] = True
     needs_features: ClassVar[bool] = True
-    module: Any
+    schedule: Literal["constant", "dann"]
 
-    def __init__(
-        self,
-        key: BatchKey,
-        module: AdversaryLoss,
-        *,
-        schedule: Literal["constant", "dann"],
-        warmup_steps: int,
-        ramp_steps: int | None,
-        lr: float | None,
-        lr_ratio: float,
-        optimizer: Callable[[Iterable], Optimizer] | None,
-        name: str | None,
-        seed: int,
-        **options: Any,
-    ) -> None:
-        super().__init__(name=default_name(name, key, module.what), seed=seed, **options)
-        if options.get("loss") == "sum":
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss == "sum":
             raise DebiasError(
                 "Expected `loss` to choose the one loss whose features the adversary reads, but got 'sum'. Pass its"
                 " position."
             )
-        if schedule not in ("constant", "dann"):
-            raise DebiasError(f"Expected `schedule` to be 'constant' or 'dann', but got {schedule!r}.")
-        warmup_steps = check_count("warmup_steps", warmup_steps, 0)
-        ramp_steps = None if ramp_steps is None else check_count("ramp_steps", ramp_steps)
-        lr = None if lr is None else check_number("lr", lr, "(0, inf)")
-        lr_ratio = check_number("lr_ratio", lr_ratio, "(0, inf)")
-        self.key = key
-        self.schedule = schedule
-        self.warmup_steps = warmup_steps
-        self.ramp_steps = ramp_steps
-        self.optimizer = optimizer
-        self.module = module
-        self.owned = {
-            "adversary": OwnedModule(module.build, seed=seed, lr=lr, lr_ratio=lr_ratio, optimizer=self._make_optimizer)
-        }
+        if self.schedule not in ("constant", "dann"):
+            raise DebiasError(f"Expected `schedule` to be 'constant' or 'dann', but got {self.schedule!r}.")
+        self.warmup_steps = check_count("warmup_steps", self.warmup_steps, 0)
+        self.ramp_steps = None if self.ramp_steps is None else check_count("ramp_steps", self.ramp_steps)
+        lr = None if self.lr is None else check_number("lr", self.lr, "(0, inf)")
+        lr_ratio = check_number("lr_ratio", self.lr_ratio, "(0, inf)")
+        network = OwnedModule(
+            self.module.build, seed=self.seed, lr=lr, lr_ratio=lr_ratio, optimizer=self._make_optimizer
+        )
+        self.owned = {"adversary": network}
         self._end: int | None = None
+
+    def make_module(self) -> Any:
+        """The adversary's loss, without the network, which is made when the width of the features is known."""
+        return self.module_class(None, self._ids()[1], **field_values(self, self.module_class))
 
     def sample_ids(self, step: Step) -> Tensor:
         """Ids of the samples, int64 ``(N,)``."""
-        ids = step.ids(self.key, self.module.n_groups, argument=self.module.what)
+        ids = step.ids(*self._ids(), argument=self.ids[0])
         if ids.ndim != 1:
             raise BatchKeyError(
-                f"Expected `{self.module.what}={self.key!r}` to hold one id per sample, shape (N,), but got a"
+                f"Expected `{self.ids[0]}={self._ids()[0]!r}` to hold one id per sample, shape (N,), but got a"
                 f" membership of shape {tuple(ids.shape)}."
             )
         return ids
@@ -287,7 +312,7 @@ class AdversarialDebiaser(Debiaser):
     def penalise(self, call: LossCall, step: Step) -> Tensor:
         """The adversary's loss on the features that the classifier reads."""
         device = call.features.device if isinstance(call.features, Tensor) else step.module.device
-        with torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext():
+        with autocast_off(device.type):
             features = _precise(call.features)
             ids = call.of_features(self.sample_ids(step))
             targets = self.targets(call, step, len(features))
