@@ -22,7 +22,6 @@ DSU costs, ``2 C`` numbers a layer and one all-reduce of them a layer and optimi
 
 from __future__ import annotations
 
-import functools
 from dataclasses import KW_ONLY, field
 from typing import Any, ClassVar, Literal
 
@@ -238,11 +237,13 @@ class AdvStyle(AdvStyleOptions, LayerAugmenter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._make = functools.partial(AdvStyleLayer, **field_values(self, AdvStyleLayer))
         self._make(1)  # refuses wrong arguments now
         self.lr = None if self.lr is None else check_number("lr", self.lr)
         self.lr_ratio = check_number("lr_ratio", self.lr_ratio)
         self._saved: dict[str, Any] = {}
+
+    def _make(self, num_channels: int) -> AdvStyleLayer:
+        return AdvStyleLayer(num_channels, **field_values(self, AdvStyleLayer))
 
     @property
     def adds_to_loss(self) -> bool:

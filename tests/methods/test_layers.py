@@ -331,5 +331,5 @@ def test_rows_of_several_views():
     assert augmenter.ids_of_rows(ids, 2) is ids
     with pytest.raises(RowsError, match="one row for each of the 2 samples, but got 4"):
         augmenter.ids_of_rows(ids, 4)
-    assert Double(["stem"], rows="tiled").ids_of_rows(ids, 4).tolist() == [3, 5, 3, 5]
-    assert Double(["stem"], rows="interleaved").ids_of_rows(ids, 4).tolist() == [3, 3, 5, 5]
+    assert MixStyle(["stem"], rows="tiled").ids_of_rows(ids, 4).tolist() == [3, 5, 3, 5]
+    assert MixStyle(["stem"], rows="interleaved").ids_of_rows(ids, 4).tolist() == [3, 3, 5, 5]
