@@ -125,7 +125,8 @@ def _constructor(cls: type) -> Callable[..., None]:
         bound.apply_defaults()
         # Past nn.Module.__setattr__: a network among the arguments is no part of the module, nor is there one yet.
         vars(self).update(list(bound.arguments.items())[1:])
-        self.__post_init__()
+        if check := getattr(self, "__post_init__", None):
+            check()
 
     construct.__signature__ = signature  # type: ignore[attr-defined]
     construct.__name__, construct.__qualname__ = "__init__", f"{cls.__qualname__}.__init__"
@@ -147,7 +148,7 @@ def _documented(cls: type) -> str | None:
         return text
     made = f"Args:\n{known}"
     if found := _ARGS.search(text):
-        return text[: found.start()] + made + ("\n" if text[found.end() :].strip() else "") + text[found.end() :]
+        return text[: found.start()] + made + text[found.end() :]
     if found := _SECTION.search(text):
         return f"{text[: found.start()]}{made}\n{text[found.start() :]}"
     return f"{text}\n{made}"

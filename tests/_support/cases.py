@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from _support.doubles import DOUBLES
@@ -59,6 +60,19 @@ def arguments(name: str) -> dict[str, Any]:
 def build(name: str | None, **changed: Any) -> list[Debiaser]:
     """A fresh method as a list of callbacks; None gives the empty list, plain training."""
     return [] if name is None else [METHODS[name](**(arguments(name) | changed))]
+
+
+def names_where(condition: Callable[[Any], bool]) -> list[str]:
+    """Names of the methods for which it holds; one that cannot be built stays, so that its own tests say why."""
+
+    def holds(name: str) -> bool:
+        try:
+            (callback,) = build(name)
+        except Exception:
+            return True
+        return condition(callback)
+
+    return [name for name in METHODS if holds(name)]
 
 
 def augments(name: str) -> bool:
