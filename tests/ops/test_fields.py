@@ -155,6 +155,7 @@ def test_a_callback_has_what_its_module_has(name):
         assert set(inspect.signature(module).parameters) - read <= set(inspect.signature(cls).parameters)
 
 
+@pytest.mark.slow  # it reads torch
 def test_the_type_checker_sees_every_argument(tmp_path):
     pytest.importorskip("mypy", reason="the type checker is one of the developers' tools")
     (tmp_path / "user.py").write_text(

@@ -10,6 +10,7 @@ from debias.methods.base.adversary import AdversarialDebiaser, AdversaryLoss, Ad
 from debias.methods.base.layers import LayerAugmenter
 from debias.methods.base.method import InstanceOptions, KeyedMethod, LossOptions, Method
 from debias.methods.base.mixins import configures
+from debias.methods.base.owned import users_optimizer
 from debias.methods.base.penalty import DomainPenalty, FeaturePenalty, HeadPenalty
 from debias.methods.base.reweighing import DomainDebiaser, GroupDebiaser, ReweighingMethod
 
@@ -30,4 +31,5 @@ __all__ = [
     "ReweighingMethod",
     "configures",
     "make_mlp",
+    "users_optimizer",
 ]

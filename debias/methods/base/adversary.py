@@ -7,7 +7,6 @@ scaled.
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Literal
@@ -19,6 +18,7 @@ from torch.optim import Optimizer
 
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, RowsError
 from debias.methods.base.method import KeyedMethod, LossOptions
+from debias.methods.base.owned import users_optimizer
 from debias.ops.arguments import check_count, check_number
 from debias.ops.distributed import global_sum
 from debias.ops.fields import arguments, field_values
@@ -277,7 +277,7 @@ class AdversarialDebiaser(AdversaryTraining, KeyedMethod):
         lr = None if self.lr is None else check_number("lr", self.lr, "(0, inf)")
         lr_ratio = check_number("lr_ratio", self.lr_ratio, "(0, inf)")
         network = OwnedModule(
-            self.module.build, seed=self.seed, lr=lr, lr_ratio=lr_ratio, optimizer=self._make_optimizer
+            self.module.build, seed=self.seed, lr=lr, lr_ratio=lr_ratio, optimizer=users_optimizer(self, self.optimizer)
         )
         self.owned = {"adversary": network}
         self._end: int | None = None
@@ -350,19 +350,6 @@ class AdversarialDebiaser(AdversaryTraining, KeyedMethod):
         """No epoch ends with bad rows, or the absence of every label, unsaid."""
         self.module.raise_if_bad()
         self.module.raise_if_unlabelled()
-
-    def _make_optimizer(self, parameters: Any, lr: float) -> Optimizer:
-        if self.optimizer is not None:
-            return self.optimizer(parameters, lr=lr)  # type: ignore[call-arg]
-        users = self.engine.trainer.optimizers[0]  # type: ignore[union-attr]
-        taken = inspect.signature(type(users).__init__).parameters
-        try:
-            return type(users)(parameters, **{k: v for k, v in users.defaults.items() if k in taken} | {"lr": lr})
-        except (TypeError, ValueError, AttributeError) as error:
-            raise DebiasError(
-                f"Expected an optimiser that can be made a second time from its `defaults`, but got"
-                f" {type(users).__name__}: {error}. Pass the adversary's own: `optimizer=torch.optim.AdamW`."
-            ) from error
 
 
 def _one_each(per_sample: Tensor, n_rows: int) -> Tensor:
