@@ -53,7 +53,7 @@ def run(project, *command):
 
 
 def test_one_file_and_one_line_register_and_document_a_method(project):
-    assert re.search(r"LossRange\W+Make the worst domain", run(project, "-c", CHECKS))
+    assert re.search(r"LossRange .*Make the", run(project, "-c", CHECKS))
 
 
 def test_the_conformance_suite_runs_it(project):
@@ -80,14 +80,7 @@ def test_a_method_without_its_fixture_fails_alone(project):
     )
     try:
         index.write_text(before + "from debias.methods.needy import *\n")
-        command = [
-            "tests/conformance/test_steps.py",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-k",
-            "Needy and changes_training",
-        ]
+        command = ["tests/conformance/test_steps.py", "-p", "no:cacheprovider", "-k", "Needy and changes_training"]
         with pytest.raises(AssertionError, match=r"(?s)Needy needs \['unheard_of'\].*1 failed, [1-9]\d\d deselected"):
             run(project, "-m", "pytest", *command)
     finally:
