@@ -147,8 +147,6 @@ class AdvStyleLayer(AdvStyleOptions, _Channels):
 
     def __post_init__(self) -> None:
         nn.Module.__init__(self)
-        if self.intensity not in ("learned", "direction"):
-            raise DebiasError(f"Expected `intensity` to be 'learned' or 'direction', but got {self.intensity!r}.")
         learned = self.intensity == "learned"
         p_adversarial = (1 / 3 if learned else 1 / 2) if self.p_adversarial is None else self.p_adversarial
         p_dsu = (1 / 3 if learned else 0.0) if self.p_dsu is None else self.p_dsu

@@ -85,15 +85,7 @@ def coral_penalty(features: Tensor, domains: Tensor, n_domains: int, *, by_pairs
 
 @arguments
 class CORALPenalty(FeaturePenaltyModule):
-    """The penalty for any training loop.
-
-    Shape:
-        features ``(N, d)``; domains ``(N,)`` int64 or boolean ``(N, E)``; output: scalar.
-
-    Raises:
-        DebiasError: an argument is out of range.
-        BadRowsError: a domain id is out of range, or a row is not finite.
-    """
+    """The penalty for any training loop."""
 
     def of(self, features: Tensor, domains: Tensor) -> Tensor:
         """The penalty, not yet weighted."""
@@ -104,10 +96,8 @@ class CORALPenalty(FeaturePenaltyModule):
 class CORAL(FeaturePenalty):
     """Make features have the same mean and covariance in every domain.
 
-    The method and its formula are described at the top of :mod:`debias.methods.coral`.
-
-    Logs ``train/coral_penalty``, before its weight, on logging steps, and the weight where it changes;
-    with ``/name`` behind where there are several of them.
+    The formula stands at the top of :mod:`debias.methods.coral`. Logs ``train/coral_penalty`` on logging steps, before
+    its weight, and the weight where it changes; with ``/name`` behind where there are several of them.
 
     Example:
         >>> from debias import CORAL

@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 
 from debias.data.counting import can_count
-from debias.errors import DebiasError
 from debias.methods.base import DomainDebiaser, configures
 from debias.ops.arguments import check_count, check_number
 from debias.ops.fields import arguments
@@ -130,8 +129,6 @@ class DomainPenalisationLoss(DomainPenalisationOptions, DomainLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.normalize not in ("mean", "sum"):
-            raise DebiasError(f"Expected `normalize` to be 'mean' or 'sum', but got {self.normalize!r}.")
         D, batches = len(self.counts), "'epoch' or a number of batches"
         self.update = self.update if self.update == "epoch" else check_count("update", self.update, what=batches)
         self.temperature = check_number("temperature", self.temperature, "(0, inf)")

@@ -87,16 +87,7 @@ class FishrOptions(PenaltyOptions):
 
 @arguments
 class FishrPenalty(FishrOptions, HeadPenaltyModule):
-    """The penalty for any training loop, with its running averages.
-
-    Shape:
-        features ``(N, d)``; logits ``(N, C)``; targets of the loss; domains ``(N,)`` int64 or boolean ``(N, E)``;
-        output: scalar.
-
-    Raises:
-        DebiasError: an argument is out of range.
-        BadRowsError: a domain id is out of range, or a row is not finite.
-    """
+    """The penalty for any training loop, with its running averages."""
 
     always: ClassVar[bool] = True
     averages: Tensor = field(init=False)
@@ -104,10 +95,6 @@ class FishrPenalty(FishrOptions, HeadPenaltyModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ema_bias not in ("corrected", "reference"):
-            raise DebiasError(f"Expected `ema_bias` to be 'corrected' or 'reference', but got {self.ema_bias!r}.")
-        if self.reduction not in ("mean", "sum"):
-            raise DebiasError(f"Expected `reduction` to be 'mean' or 'sum', but got {self.reduction!r}.")
         self.ema = check_number("ema", self.ema, "[0, 1)")
         # Its size is the head's, which is not known yet.
         self.register_buffer("averages", torch.zeros(self.n_groups, 0, dtype=torch.float64))
@@ -155,11 +142,9 @@ class FishrPenalty(FishrOptions, HeadPenaltyModule):
 class Fishr(FishrOptions, HeadPenalty):
     """Make the variance of the samples' head gradients equal across domains.
 
-    The method and its formula are described at the top of :mod:`debias.methods.fishr`. ``loss="sum"`` goes with
-    ``ema=0`` only, as the averages are those of one loss.
-
-    Logs ``train/fishr_penalty``, before its weight, on logging steps, and the weight where it changes;
-    with ``/name`` behind where there are several of them.
+    The formula stands at the top of :mod:`debias.methods.fishr`. ``loss="sum"`` goes with ``ema=0`` only, as the
+    averages are those of one loss. Logs ``train/fishr_penalty`` on logging steps, before its weight, and the weight
+    where it changes; with ``/name`` behind where there are several of them.
 
     Example:
         >>> from debias import Fishr

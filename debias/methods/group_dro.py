@@ -159,8 +159,6 @@ class GroupDROLoss(GroupDROOptions, GroupLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.absent not in ("zero", "skip", "ema"):
-            raise DebiasError(f"Expected `absent` to be 'zero', 'skip' or 'ema', but got {self.absent!r}.")
         given, total = self.adjustment, len(self.counts)
         self.adjustment = float(given) if isinstance(given, int | float | Real) else [float(c) for c in given]
         constants = [self.adjustment] * total if isinstance(self.adjustment, float) else self.adjustment

@@ -144,10 +144,6 @@ class GroupMixupLayer(GroupMixupOptions, nn.Module):
 
     def __post_init__(self) -> None:
         nn.Module.__init__(self)
-        if self.pairs not in _RULES:
-            raise DebiasError(f"Expected `pairs` to be one of {', '.join(map(repr, _RULES))}, but got {self.pairs!r}.")
-        if self.mix not in ("mixup", "cutmix"):
-            raise DebiasError(f"Expected `mix` to be 'mixup' or 'cutmix', but got {self.mix!r}.")
         self.alpha = check_number("alpha", self.alpha, "(0, inf)")
         self.p_same_label = check_number("p_same_label", self.p_same_label, "[0, 1]")
 

@@ -199,25 +199,10 @@ class HessianAlignmentOptions(PenaltyOptions):
 
 @arguments
 class HessianAlignmentPenalty(HessianAlignmentOptions, HeadPenaltyModule):
-    """The penalty for any training loop.
-
-    Shape:
-        features ``(N, d)``; logits ``(N, C)``; targets of the loss; domains ``(N,)`` int64 or boolean ``(N, E)``;
-        output: scalar.
-
-    Raises:
-        DebiasError: an argument is out of range.
-        BadRowsError: a domain id is out of range, or a row is not finite.
-    """
+    """The penalty for any training loop."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.statistic not in PUBLISHED_ALPHA:
-            raise DebiasError(
-                f"Expected `statistic` to be one of {', '.join(PUBLISHED_ALPHA)}, but got {self.statistic!r}."
-            )
-        if self.reduction not in ("mean", "sum"):
-            raise DebiasError(f"Expected `reduction` to be 'mean' or 'sum', but got {self.reduction!r}.")
         self.alpha = check_number("alpha", PUBLISHED_ALPHA[self.statistic] if self.alpha is None else self.alpha)
         self.beta = check_number("beta", self.beta)
         self.n_samples = check_count("n_samples", self.n_samples)
@@ -234,14 +219,12 @@ class HessianAlignmentPenalty(HessianAlignmentOptions, HeadPenaltyModule):
 class HessianAlignment(HessianAlignmentOptions, HeadPenalty):
     """Align the classifier head's gradients and Hessians across domains.
 
-    The method and its formula are described at the top of :mod:`debias.methods.hessian_alignment`.
-    ``derivatives="autograd"`` goes with ``"hgp"`` and ``"hutchinson"``.
+    The formula stands at the top of :mod:`debias.methods.hessian_alignment`. ``derivatives="autograd"`` goes with
+    ``"hgp"`` and ``"hutchinson"``. Logs ``train/hessian_alignment_penalty`` on logging steps, before its weight, and
+    the weight where it changes; with ``/name`` behind where there are several of them.
 
     Args:
         seed: seed of the Rademacher vectors.
-
-    Logs ``train/hessian_alignment_penalty``, before its weight, on logging steps, and the weight where it changes;
-    with ``/name`` behind where there are several of them.
 
     Example:
         >>> from debias import HessianAlignment

@@ -154,8 +154,6 @@ class IdentityAdversarialLoss(IdentityAdversarialOptions, IdentityLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.identity_loss not in ("bce", "ce"):
-            raise DebiasError(f"Expected `identity_loss` to be 'bce' or 'ce', but got {self.identity_loss!r}.")
         if isinstance(self.adversary, str) and self.adversary not in ("linear", "mlp"):
             raise DebiasError(
                 f"Expected `adversary` to be 'linear', 'mlp', a module or a function of the features' width, but got"

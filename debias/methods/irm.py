@@ -26,16 +26,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from debias.errors import DebiasError
-from debias.methods.base import DomainPenalty, configures
-from debias.methods.base.head import head_loss, rows_of
+from debias.methods.base import LossPenalty, configures
 from debias.ops.distributed import global_rank, global_sum, world_size
 from debias.ops.fields import arguments
 from debias.ops.head_statistics import HeadLoss, domain_mean, make_head_loss, make_members
 from debias.ops.penalties import LossPenaltyModule, PenaltyOptions
 from debias.ops.precision import in_full_precision
-from debias.step.context import Step
-from debias.tap.tap import LossCall
 
 __all__ = ["IRM", "IRMMixin", "IRMPenalty", "irm_penalty"]
 
@@ -118,38 +114,19 @@ class IRMOptions(PenaltyOptions):
 
 @arguments
 class IRMPenalty(IRMOptions, LossPenaltyModule):
-    """The penalty for any training loop.
+    """The penalty for any training loop."""
 
-    Shape:
-        logits ``(N, C)``; targets of the loss; domains ``(N,)`` int64 or boolean ``(N, E)``; output: scalar.
-
-    Raises:
-        DebiasError: an argument is out of range.
-        BadRowsError: a domain id is out of range, or a row is not finite.
-    """
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.form not in ("unbiased", "squared"):
-            raise DebiasError(f"Expected `form` to be 'unbiased' or 'squared', but got {self.form!r}.")
-
-    def forward(self, logits: Tensor, targets: Tensor, domains: Tensor, *, step: int | None = None) -> Tensor:
-        """The weighted penalty of one batch; ``step`` is the number of optimiser steps taken so far."""
-        members = make_members(domains, self.n_groups, len(logits))
-        self.count_losses(domains, logits, targets)
-        return self.weighted(
-            step, lambda z: scale_derivative_penalty(self.head_loss(z, targets), members, self.form), logits
-        )
+    def of(self, loss: HeadLoss, members: Tensor) -> Tensor:
+        """The penalty, not yet weighted."""
+        return scale_derivative_penalty(loss, members, self.form)
 
 
 @arguments
-class IRM(IRMOptions, DomainPenalty):
+class IRM(IRMOptions, LossPenalty):
     """Ask that no domain alone wants to rescale the logits.
 
-    The method and its formula are described at the top of :mod:`debias.methods.irm`.
-
-    Logs ``train/irm_penalty``, before its weight, on logging steps, and the weight where it changes;
-    with ``/name`` behind where there are several of them.
+    The formula stands at the top of :mod:`debias.methods.irm`. Logs ``train/irm_penalty`` on logging steps, before its
+    weight, and the weight where it changes; with ``/name`` behind where there are several of them.
 
     Example:
         >>> from debias import IRM
@@ -161,13 +138,6 @@ class IRM(IRMOptions, DomainPenalty):
     key: ClassVar[str] = "irm"
     of_one_domain: ClassVar[str] = ", of which alone the penalty will be"
     module_class = IRMPenalty
-
-    def penalty(self, call: LossCall, domains: Tensor, step: Step) -> Tensor:
-        """The module's penalty for this loss."""
-        loss = head_loss(call, check=self._checks(step))
-        rows = len(loss.logits)
-        members = make_members(rows_of(call, domains, rows), self.module.n_groups, rows)
-        return scale_derivative_penalty(loss, members, self.module.form)
 
 
 class IRMMixin:

@@ -104,20 +104,10 @@ class MMDOptions(PenaltyOptions):
 
 @arguments
 class MMDPenalty(MMDOptions, FeaturePenaltyModule):
-    """The penalty for any training loop.
-
-    Shape:
-        features ``(N, d)``; domains ``(N,)`` int64 or boolean ``(N, E)``; output: scalar.
-
-    Raises:
-        DebiasError: an argument is out of range.
-        BadRowsError: a domain id is out of range, or a row is not finite.
-    """
+    """The penalty for any training loop."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kernel not in ("gaussian", "scaled_gaussian"):
-            raise DebiasError(f"Expected `kernel` to be 'gaussian' or 'scaled_gaussian', but got {self.kernel!r}.")
         gammas = GAMMAS if self.gammas is None else self.gammas
         if not gammas:
             raise DebiasError("Expected `gammas` to hold one inverse width or more, but got none.")
@@ -132,10 +122,8 @@ class MMDPenalty(MMDOptions, FeaturePenaltyModule):
 class MMD(MMDOptions, FeaturePenalty):
     """Make features have the same distribution in every domain.
 
-    The method and its formula are described at the top of :mod:`debias.methods.mmd`.
-
-    Logs ``train/mmd_penalty``, before its weight, on logging steps, and the weight where it changes;
-    with ``/name`` behind where there are several of them.
+    The formula stands at the top of :mod:`debias.methods.mmd`. Logs ``train/mmd_penalty`` on logging steps, before its
+    weight, and the weight where it changes; with ``/name`` behind where there are several of them.
 
     Example:
         >>> from debias import MMD

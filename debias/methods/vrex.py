@@ -26,8 +26,6 @@ from debias.ops.groups import group_losses
 from debias.ops.head_statistics import domain_mean
 from debias.ops.penalties import DomainPenaltyModule, PenaltyOptions
 from debias.ops.precision import in_full_precision
-from debias.step.context import Step
-from debias.tap.tap import LossCall
 
 __all__ = ["VREx", "VRExMixin", "VRExPenalty", "vrex_penalty"]
 
@@ -67,31 +65,19 @@ class VRExOptions(PenaltyOptions):
 
 @arguments
 class VRExPenalty(VRExOptions, DomainPenaltyModule):
-    """The penalty for any training loop.
+    """The penalty for any training loop."""
 
-    Shape:
-        losses ``(N,)``; domains ``(N,)`` int64 or boolean ``(N, E)``; output: scalar.
-
-    Raises:
-        DebiasError: an argument is out of range.
-        BadRowsError: a domain id is out of range, or a loss is not finite.
-    """
-
-    def forward(self, losses: Tensor, domains: Tensor, *, step: int | None = None) -> Tensor:
-        """The weighted penalty of one batch; ``step`` is the number of optimiser steps taken so far."""
-        self.check_shapes(losses, domains)
-        self.count_rows(domains, losses)
-        return self.weighted(step, lambda x: vrex_penalty(x, domains, self.n_groups), losses)
+    def of(self, losses: Tensor, domains: Tensor, *, den: Tensor | None = None) -> Tensor:
+        """The penalty, not yet weighted."""
+        return vrex_penalty(losses, domains, self.n_groups, den=den)
 
 
 @arguments
 class VREx(VRExOptions, DomainPenalty):
     """Make the domains' losses equal.
 
-    The method and its formula are described at the top of :mod:`debias.methods.vrex`.
-
-    Logs ``train/vrex_penalty``, before its weight, on logging steps, and the weight where it changes;
-    with ``/name`` behind where there are several of them.
+    The formula stands at the top of :mod:`debias.methods.vrex`. Logs ``train/vrex_penalty`` on logging steps, before
+    its weight, and the weight where it changes; with ``/name`` behind where there are several of them.
 
     Example:
         >>> from debias import VREx
@@ -102,10 +88,6 @@ class VREx(VRExOptions, DomainPenalty):
     reference: ClassVar[str] = "Krueger et al., ICML 2021, arXiv 2003.00688"
     key: ClassVar[str] = "vrex"
     module_class = VRExPenalty
-
-    def penalty(self, call: LossCall, domains: Tensor, step: Step) -> Tensor:
-        """The variance for this loss."""
-        return vrex_penalty(call.num, call.of_rows(domains), self.module.n_groups, den=call.den)
 
 
 class VRExMixin:

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from inspect import Parameter, Signature, cleandoc
-from typing import Any, TypeVar, get_type_hints, overload
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints, overload
 
-from debias.errors import UnknownArgumentError
+from debias.errors import DebiasError, UnknownArgumentError
 
 if sys.version_info >= (3, 11):
     from typing import dataclass_transform
@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 _ARGS = re.compile(r"^Args:\n((?: +.*\n|\n(?= ))*)", re.M)
 _ENTRY = re.compile(r"^    (\w+): ?((?:.*\n)(?:     +.*\n)*)", re.M)
+_INHERITED = [re.compile(rf"^{name}:\n(?: +.*\n)+", re.M) for name in ("Shape", "Raises")]
 _SECTION = re.compile(r"^(?:Shape|Returns|Raises|Example):$", re.M)
 
 
@@ -43,9 +44,10 @@ def arguments(*, kw_only: bool = True) -> Callable[[type[T]], type[T]]: ...
 def arguments(cls: type | None = None, /, *, kw_only: bool = True) -> Any:
     """Make ``__init__`` of a class from its annotations and those of its decorated bases.
 
-    The constructor sets every field and calls ``__post_init__``, which checks them and makes the rest. A class with an
-    ``__init__`` of its own keeps it. Arguments that the docstring leaves out of its ``Args:`` are described there as in
-    the bases' docstrings.
+    The constructor refuses values that a ``Literal`` does not hold, sets every field and calls ``__post_init__``, which
+    checks the others and makes the rest. A class with an ``__init__`` of its own keeps it. Arguments that the docstring
+    leaves out of its ``Args:`` are described there as in the bases' docstrings, whose ``Shape:`` and ``Raises:`` stand
+    for those that it lacks.
 
     Args:
         cls: the class.
@@ -110,6 +112,7 @@ def _constructor(cls: type) -> Callable[..., None]:
         kind = Parameter.KEYWORD_ONLY if stated[name].kw_only else Parameter.POSITIONAL_OR_KEYWORD
         parameters.append(Parameter(name, kind, default=default, annotation=types[name]))
     signature = Signature(parameters, return_annotation=None)
+    choices = {name: get_args(types[name]) for name in stated if get_origin(types[name]) is Literal}
 
     def construct(self: Any, *args: Any, **kwargs: Any) -> None:
         if unknown := [name for name in kwargs if name not in signature.parameters]:
@@ -123,6 +126,12 @@ def _constructor(cls: type) -> Callable[..., None]:
         except TypeError as error:
             raise TypeError(f"{type(self).__name__}() {error}") from None
         bound.apply_defaults()
+        for name, allowed in choices.items():
+            if bound.arguments[name] not in allowed:
+                *others, last = map(repr, allowed)
+                raise DebiasError(
+                    f"Expected `{name}` to be {', '.join(others)} or {last}, but got {bound.arguments[name]!r}."
+                )
         # Past nn.Module.__setattr__: a network among the arguments is no part of the module, nor is there one yet.
         vars(self).update(list(bound.arguments.items())[1:])
         if check := getattr(self, "__post_init__", None):
@@ -143,6 +152,13 @@ def _documented(cls: type) -> str | None:
         for entries in _ARGS.findall(cleandoc(vars(base).get("__doc__") or "") + "\n"):
             described |= dict(_ENTRY.findall(entries))
     text = cleandoc(vars(cls)["__doc__"]) + "\n"
+    for section in _INHERITED:
+        inherited = (section.search(cleandoc(vars(base).get("__doc__") or "") + "\n") for base in cls.__mro__)
+        found = next(filter(None, inherited), None)
+        if found and not section.search(text):
+            example = text.find("\nExample:\n")
+            head, tail = (text, "") if example < 0 else (text[:example], text[example:])
+            text = f"{head.rstrip()}\n\n{found[0].rstrip()}\n{tail}"
     known = "".join(f"    {name}: {described[name]}" for name in _order(cls) if name in described)
     if not known:
         return text

@@ -58,13 +58,19 @@ class PenaltyOptions:
 
 @arguments
 class DomainPenaltyModule(PenaltyOptions, GroupState):
-    """A penalty on how domains differ, for any training loop; a subclass adds ``of`` and ``forward``.
+    """A penalty on how domains differ, for any training loop; a subclass adds :meth:`of`.
+
+    This one is a penalty on their losses, numerators and denominators by row; subclasses read something else.
 
     Args:
         n_domains: number of domains E, at least 2, or the numbers of crossed ids.
 
     Raises:
-        DebiasError: fewer than two domains, a negative weight or step.
+        DebiasError: an argument is out of range.
+        BadRowsError: a domain id is out of range, or a row is not finite.
+
+    Shape:
+        losses ``(N,)``; domains ``(N,)`` int64 or boolean ``(N, E)``; output: scalar.
     """
 
     kind: ClassVar[str] = "domain"
@@ -88,6 +94,12 @@ class DomainPenaltyModule(PenaltyOptions, GroupState):
     def of(self, *inputs: Any, **options: Any) -> Tensor:
         """The penalty of one batch, not yet weighted."""
         raise NotImplementedError
+
+    def forward(self, losses: Tensor, domains: Tensor, *, step: int | None = None) -> Tensor:
+        """The weighted penalty of one batch; ``step`` is the number of optimiser steps taken so far."""
+        self.check_shapes(losses, domains)
+        self.count_rows(domains, losses)
+        return self.weighted(step, lambda x: self.of(x, domains), losses)
 
     def weight_at(self, step: int | None) -> float:
         """The weight after ``step`` optimiser steps.
@@ -134,7 +146,11 @@ def row_counts(domains: Tensor, rows: Tensor, n_domains: int) -> Tensor | list[f
 
 
 class FeaturePenaltyModule(DomainPenaltyModule):
-    """A penalty on features."""
+    """A penalty on features.
+
+    Shape:
+        features ``(N, d)``; domains ``(N,)`` int64 or boolean ``(N, E)``; output: scalar.
+    """
 
     def forward(self, features: Tensor, domains: Tensor, *, step: int | None = None) -> Tensor:
         """The weighted penalty of one batch; ``step`` is the number of optimiser steps taken so far."""
@@ -147,7 +163,8 @@ class FeaturePenaltyModule(DomainPenaltyModule):
 class LossPenaltyModule(DomainPenaltyModule):
     """A penalty that takes a loss apart, which it is told of.
 
-    Weights of the loss follow the module to its device, and are not saved with it.
+    Weights of the loss follow the module to its device, and are not saved with it. :meth:`of` receives the loss as a
+    :class:`debias.ops.head_statistics.HeadLoss`, and the membership ``(rows, E)`` of its rows.
 
     Args:
         loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` or ``"squared_error"``.
@@ -157,7 +174,11 @@ class LossPenaltyModule(DomainPenaltyModule):
         ignore_index: what the cross-entropy is called with.
 
     Raises:
-        DebiasError: the loss is another, has no such option, or an option is out of range.
+        DebiasError: an argument is out of range, or the loss has no such option.
+        BadRowsError: a domain id is out of range, or a row is not finite.
+
+    Shape:
+        logits ``(N, C)``; targets of the loss; domains ``(N,)`` int64 or boolean ``(N, E)``; output: scalar.
     """
 
     loss: str = "cross_entropy"
@@ -210,6 +231,14 @@ class LossPenaltyModule(DomainPenaltyModule):
         options |= {"weight": weight, "pos_weight": self.loss_pos_weight}
         return make_head_loss(self.loss, logits, targets, **{name: options[name] for name in LOSS_OPTIONS[self.loss]})
 
+    def forward(  # type: ignore[override]
+        self, logits: Tensor, targets: Tensor, domains: Tensor, *, step: int | None = None
+    ) -> Tensor:
+        """The weighted penalty of one batch; ``step`` is the number of optimiser steps taken so far."""
+        members = make_members(domains, self.n_groups, len(logits))
+        self.count_losses(domains, logits, targets)
+        return self.weighted(step, lambda z: self.of(self.head_loss(z, targets), members), logits)
+
     def count_losses(self, domains: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Count rows as :meth:`count_rows` does; bad are those with a loss or a logit that is not finite, but for
         logits of -inf where a class is masked.
@@ -240,7 +269,7 @@ class HeadPenaltyModule(LossPenaltyModule):
 
     head_bias: bool = True
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         features: Tensor,
         logits: Tensor,

@@ -270,8 +270,6 @@ class AdversarialDebiaser(AdversaryTraining, KeyedMethod):
                 "Expected `loss` to choose the one loss whose features the adversary reads, but got 'sum'. Pass its"
                 " position."
             )
-        if self.schedule not in ("constant", "dann"):
-            raise DebiasError(f"Expected `schedule` to be 'constant' or 'dann', but got {self.schedule!r}.")
         self.warmup_steps = check_count("warmup_steps", self.warmup_steps, 0)
         self.ramp_steps = None if self.ramp_steps is None else check_count("ramp_steps", self.ramp_steps)
         lr = None if self.lr is None else check_number("lr", self.lr, "(0, inf)")

@@ -30,12 +30,12 @@ from debias.step.context import Step
 from debias.tap.head import check_features, rows_of_features
 from debias.tap.tap import LossCall
 
-__all__ = ["DomainPenalty", "FeaturePenalty", "HeadPenalty"]
+__all__ = ["DomainPenalty", "FeaturePenalty", "HeadPenalty", "LossPenalty"]
 
 
 @arguments
 class DomainPenalty(PenaltyOptions, KeyedMethod):
-    """A method that adds a penalty on how domains differ.
+    """A method that adds a penalty on how domains differ: in their losses, or in what a subclass of it reads.
 
     Its module, a :class:`debias.ops.penalties.DomainPenaltyModule`, does the maths. It logs ``train/<key>_penalty``,
     before its weight, on logging steps, and ``train/<key>_penalty_weight`` where that changes; with ``/name`` behind
@@ -67,8 +67,8 @@ class DomainPenalty(PenaltyOptions, KeyedMethod):
     # -- what a method overrides -------------------------------------------------------------------
 
     def penalty(self, call: LossCall, domains: Tensor, step: Step) -> Tensor:
-        """The module's penalty for this loss, not yet weighted; ``domains`` are those of the loss's samples."""
-        raise NotImplementedError
+        """The module's penalty for this loss, not yet weighted; ``domains`` are those of the samples."""
+        return self.module.of(call.num, call.of_rows(domains), den=call.den)
 
     # -- the engine's side -------------------------------------------------------------------------
 
@@ -157,6 +157,16 @@ class DomainPenalty(PenaltyOptions, KeyedMethod):
         return first or step.logging
 
 
+class LossPenalty(DomainPenalty):
+    """A penalty that takes the loss apart; its module is a :class:`debias.ops.penalties.LossPenaltyModule`."""
+
+    def penalty(self, call: LossCall, domains: Tensor, step: Step) -> Tensor:
+        """The module's penalty for this loss."""
+        loss = head_loss(call, check=self._checks(step))
+        rows = len(loss.logits)
+        return self.module.of(loss, make_members(rows_of(call, domains, rows), self.module.n_groups, rows))
+
+
 @arguments
 class FeaturePenalty(DomainPenalty):
     """A penalty on features; its module is a :class:`debias.ops.penalties.FeaturePenaltyModule`.
@@ -213,14 +223,6 @@ class HeadPenalty(DomainPenalty):
 
     derivatives: Literal["closed_form", "autograd"] = "closed_form"
     head: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.derivatives not in ("closed_form", "autograd"):
-            raise DebiasError(
-                f"Expected `derivatives` to be 'closed_form' or 'autograd', but got {self.derivatives!r}. Closed forms"
-                " need a linear head."
-            )
 
     def penalty(self, call: LossCall, domains: Tensor, step: Step) -> Tensor:
         """The module's penalty for the head that made the logits of this loss."""
