@@ -1,12 +1,17 @@
 """The base classes that methods are made of.
 
-A method that reads ids and reweighs is a :class:`GroupDebiaser` or a :class:`DomainDebiaser`; one that adds a penalty
-on how domains differ a :class:`DomainPenalty`, on features a :class:`FeaturePenalty`, on the loss as a function of its
-logits a :class:`LossPenalty`, on the classifier head a :class:`HeadPenalty`; one with an adversary an :class:`AdversarialDebiaser`; one that changes what layers put out a
-:class:`LayerAugmenter`. All of them are :class:`Method`, whose arguments are fields.
+All of them are a :class:`Method`, whose arguments are fields. One that works with ids is a :class:`KeyedMethod`:
+
+- a :class:`GroupDebiaser` or :class:`DomainDebiaser` reweighs the loss;
+- a :class:`DomainPenalty` adds a penalty on how the losses of domains differ, a :class:`FeaturePenalty` on features, a
+  :class:`LossPenalty` on the loss as a function of its logits, a :class:`HeadPenalty` on the classifier head;
+- an :class:`AdversarialDebiaser` has an adversary on the features.
+
+A :class:`LayerAugmenter` changes what layers put out.
 """
 
-from debias.methods.base.adversary import AdversarialDebiaser, AdversaryLoss, AdversaryOptions, make_mlp
+from debias.methods.base.adversary import AdversarialDebiaser
+from debias.methods.base.adversary_loss import AdversaryLoss, AdversaryOptions, make_mlp
 from debias.methods.base.layers import LayerAugmenter
 from debias.methods.base.method import InstanceOptions, KeyedMethod, LossOptions, Method
 from debias.methods.base.mixins import configures
