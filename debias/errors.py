@@ -18,6 +18,7 @@ __all__ = [
     "HeadNotFoundError",
     "LossNotFoundError",
     "RowsError",
+    "UnknownArgumentError",
     "UnsupportedStrategyError",
     "missing_package",
     "UntappedLossError",
@@ -54,6 +55,10 @@ class HeadNotFoundError(DebiasError):
 
 class BadRowsError(DebiasError):
     """Samples carried a group id outside the range or a loss that is not finite."""
+
+
+class UnknownArgumentError(DebiasError, TypeError):
+    """A class was called with an argument that it does not have."""
 
 
 class UnsupportedStrategyError(DebiasError):

@@ -244,7 +244,7 @@ class GroupState(nn.Module):
     def __init__(self, n_groups: int | Sequence[int], names: Sequence[str] | None = None) -> None:
         super().__init__()
         self.n_groups = check_n_groups(n_groups, self.kind)
-        self.group_names = name_groups(n_groups, names, self.kind)
+        self.group_names: Any = name_groups(n_groups, names, self.kind)
         # Rows by place, as group_losses counts them; what the host has read already is kept there.
         self.register_buffer("row_counts", torch.zeros(self.n_groups + _EXTRA, dtype=torch.float64), persistent=False)
         self._read_counts = [0.0, 0.0]

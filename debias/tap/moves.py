@@ -51,13 +51,13 @@ MOVES = named(
 )
 # Compute each element from those at the same place; targets and masks are often made with them.
 ELEMENTWISE = named(
-    "gt ge lt le eq ne add sub mul multiply div divide true_divide floor_divide remainder fmod clamp clamp_min"
-    " clamp_max clip abs neg round floor ceil sign square pow sqrt rsqrt exp expm1 log log1p log2 reciprocal sigmoid"
-    " tanh cosh sinh logical_not logical_and logical_or logical_xor bitwise_and bitwise_or where masked_fill minimum"
-    " maximum isnan isfinite isinf nan_to_num __rsub__ __rdiv__ __rtruediv__ __rpow__ __invert__ __and__ __or__"
-    " __xor__ __neg__ __pos__ __pow__ __abs__ __add__ __sub__ __mul__ __truediv__ __floordiv__ __mod__ __radd__ __rmul__"
-    " __gt__ __ge__ __lt__ __le__ __eq__ __ne__ negative absolute subtract float_power relu relu6 leaky_relu elu selu silu gelu mish hardtanh hardswish hardsigmoid softplus logsigmoid dropout"
-    " threshold"
+    "gt ge lt le eq ne add sub subtract mul multiply div divide true_divide floor_divide remainder fmod clamp"
+    " clamp_min clamp_max clip abs absolute neg negative round floor ceil sign square pow float_power sqrt rsqrt exp"
+    " expm1 log log1p log2 reciprocal sigmoid tanh cosh sinh logical_not logical_and logical_or logical_xor"
+    " bitwise_and bitwise_or where masked_fill minimum maximum isnan isfinite isinf nan_to_num relu relu6 leaky_relu"
+    " elu selu silu gelu mish hardtanh hardswish hardsigmoid softplus logsigmoid dropout threshold __neg__ __pos__"
+    " __pow__ __rpow__ __abs__ __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __rdiv__"
+    " __floordiv__ __mod__ __invert__ __and__ __or__ __xor__ __gt__ __ge__ __lt__ __le__ __eq__ __ne__"
 )
 # The same, in place; so are the above where they return what they were given.
 INPLACE = named(

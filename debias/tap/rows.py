@@ -145,11 +145,10 @@ class RowTracker:
         others = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, Tensor) and x.ndim]
         if func is Tensor.__setitem__:
             others = [x for x in args[2:] if isinstance(x, Tensor) and x.ndim]
+        before, note.version = note.version, _version(target)
         # Masks and weights of unknown origin are taken for rows of the batch, as other operands are.
-        if all(self._same_rows_as(x, target, assigned=func is Tensor.__setitem__) for x in others):
-            note.version = _version(target)
-        else:
-            self.mixed = True
+        if not all(self._same_rows_as(x, target, assigned=func is Tensor.__setitem__) for x in others):
+            note.version, self.mixed = before, True
 
     def _same_rows_as(self, other: Tensor, target: Tensor, *, assigned: bool) -> bool:
         if other.shape[:1] != target.shape[:1]:

@@ -532,7 +532,7 @@ def test_unreduced_losses_in_another_order_are_the_same_losses() -> None:
     ("options", "match"),
     [
         ({"n_domains": 1}, "`n_domains` to be at least 2"),
-        ({"statistic": "trace"}, "`statistic` to be one of hgp"),
+        ({"statistic": "trace"}, "`statistic` to be 'hgp', 'diagonal', 'hutchinson' or 'frobenius'"),
         ({"alpha": -1.0}, "`alpha` to be a number >= 0"),
         ({"beta": float("nan")}, "`beta`"),
         ({"penalty_weight": -1.0}, "`penalty_weight` to be a number >= 0"),

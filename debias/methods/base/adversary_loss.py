@@ -1,4 +1,4 @@
-"""What the adversarial methods share: which rows count, the strength of the reversal, the adversary and its optimiser.
+"""The module of the adversarial methods: which rows count, gradient reversal, the adversary's loss.
 
 What is added to the loss is the adversary's own loss at weight 1; only its gradient into the features is reversed and
 scaled.
@@ -7,31 +7,23 @@ scaled.
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from debias.errors import BadRowsError, BatchKeyError, DebiasError, RowsError
+from debias.errors import BadRowsError, DebiasError, RowsError
 from debias.ops.arguments import check_count, check_number
 from debias.ops.distributed import global_sum
-from debias.ops.gradient_reversal import dann_ramp, gradient_reversal
+from debias.ops.fields import arguments
+from debias.ops.gradient_reversal import gradient_reversal
 from debias.ops.groups import GroupState, group_losses
-from debias.step.batch import BatchKey
-from debias.step.context import Step
-from debias.step.owned import OwnedModule
-from debias.step.reach import Reach
-from debias.step.watcher import Debiaser, default_name
-from debias.tap.calls import LossCall
 from debias.tap.head import check_features
 
-__all__ = ["AdversarialDebiaser", "AdversaryLoss", "make_mlp"]
+__all__ = ["AdversaryLoss", "AdversaryOptions", "Network", "make_mlp", "precise"]
 
 Network = str | nn.Module | Callable[[int], nn.Module]
 
@@ -44,28 +36,39 @@ def make_mlp(widths: Sequence[int], activation: type[nn.Module]) -> nn.Sequentia
     return nn.Sequential(*layers[:-1])
 
 
+@arguments
+class AdversaryOptions:
+    """The strength of an adversary.
+
+    Args:
+        strength: lambda of the reversal; at 0 the network trains as without the method, and the adversary is an online
+            probe.
+    """
+
+    strength: float = 1.0
+
+
 class AdversaryLoss(GroupState):
     """The loss of an adversary that guesses an attribute from reversed features: the mean over labelled rows.
 
-    Args:
-        in_features: width D of the features, or None where the network is handed to :meth:`objective`.
-        count: number of ids.
-        what: the attribute, for messages: ``"identity"`` or ``"domain"``.
-        argument: the user's argument that holds the number of ids.
-        strength: lambda of the reversal.
+    It has the fields ``in_features``, the width D of the features, or None where the network is handed to
+    :meth:`objective`, the number of ids, which ``ids`` names, and ``strength``. A subclass makes :attr:`network`.
     """
 
+    ids: ClassVar[tuple[str, str]]  # the attribute, and the argument that holds the number of ids
+    in_features: int | None
+    strength: float
     labelled: Tensor
 
-    def __init__(self, in_features: int | None, count: int, *, what: str, argument: str, strength: float) -> None:
-        count = check_count(argument, count)
-        if in_features is not None:
-            check_count("in_features", in_features)
-        super().__init__(count)
-        self.what, self.argument = what, argument
-        self.strength = float(check_number("strength", strength))
+    def __post_init__(self) -> None:
+        self.what, self.argument = self.ids
+        count = check_count(self.argument, vars(self)[self.argument])
+        if self.in_features is not None:
+            check_count("in_features", self.in_features)
+        GroupState.__init__(self, count)
+        self.strength = float(check_number("strength", self.strength))
         self.accuracy: Tensor | None = None
-        if in_features is None:  # only the callback knows epochs
+        if self.in_features is None:  # only the callback knows epochs
             self.register_buffer("labelled", torch.zeros(1, dtype=torch.float64))
 
     def build(self, width: int) -> nn.Module:
@@ -150,6 +153,13 @@ class AdversaryLoss(GroupState):
             self.accuracy = global_sum(hits.sum().to(total.dtype)) / sums[0].den.sum().clamp_min(1)
         return total
 
+    def forward(self, features: Tensor, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The loss to add for one batch."""
+        network: Any = self.network
+        if network is None:
+            raise DebiasError("Expected `in_features` to be given, but got None: there is no network to call.")
+        return self.objective(network, features, ids, targets=targets)
+
     def network_of(self, adversary: Network, width: int, made: dict[str, Callable[[int], nn.Module]]) -> nn.Module:
         """The named network, a copy of the user's own, or what the user's function makes."""
         if isinstance(adversary, str):
@@ -209,147 +219,6 @@ class AdversaryLoss(GroupState):
         return f"`strength={self.strength:g}`"
 
 
-class AdversarialDebiaser(Debiaser):
-    """A method with an adversary on the features; its module does the maths.
-
-    Args:
-        key: where the ids are.
-        module: the adversary's loss.
-        schedule: ``"constant"``, or ``"dann"``: the strength grows from 0 by :func:`debias.functional.dann_ramp`.
-        warmup_steps: optimiser steps during which the adversary learns and nothing is reversed.
-        ramp_steps: optimiser steps from the end of the warm-up to the full strength; to the end of training by default.
-        lr: the adversary's learning rate, or None for the user's current one times ``lr_ratio``.
-        lr_ratio: see ``lr``.
-        optimizer: makes its optimiser from parameters and ``lr=``; by default one of the user's class and options.
-        **options: see :class:`debias.Debiaser`.
-    """
-
-    stateful: ClassVar[bool] = True
-    needs_features: ClassVar[bool] = True
-    only_features: ClassVar[bool] = True
-    module: Any
-
-    def __init__(
-        self,
-        key: BatchKey,
-        module: AdversaryLoss,
-        *,
-        schedule: Literal["constant", "dann"],
-        warmup_steps: int,
-        ramp_steps: int | None,
-        lr: float | None,
-        lr_ratio: float,
-        optimizer: Callable[[Iterable], Optimizer] | None,
-        name: str | None,
-        seed: int,
-        **options: Any,
-    ) -> None:
-        super().__init__(name=default_name(name, key, module.what), seed=seed, **options)
-        if options.get("loss") == "sum":
-            raise DebiasError(
-                "Expected `loss` to choose the one loss whose features the adversary reads, but got 'sum'. Pass its"
-                " position."
-            )
-        if schedule not in ("constant", "dann"):
-            raise DebiasError(f"Expected `schedule` to be 'constant' or 'dann', but got {schedule!r}.")
-        warmup_steps = check_count("warmup_steps", warmup_steps, 0)
-        ramp_steps = None if ramp_steps is None else check_count("ramp_steps", ramp_steps)
-        lr = None if lr is None else check_number("lr", lr, "(0, inf)")
-        lr_ratio = check_number("lr_ratio", lr_ratio, "(0, inf)")
-        self.key = key
-        self.schedule = schedule
-        self.warmup_steps = warmup_steps
-        self.ramp_steps = ramp_steps
-        self.optimizer = optimizer
-        self.module = module
-        self.owned = {
-            "adversary": OwnedModule(module.build, seed=seed, lr=lr, lr_ratio=lr_ratio, optimizer=self._make_optimizer)
-        }
-        self.reach = Reach()
-        self._end: int | None = None
-
-    def sample_ids(self, step: Step) -> Tensor:
-        """Ids of the samples, int64 ``(N,)``."""
-        ids = step.ids(self.key, self.module.n_groups, argument=self.module.what)
-        if ids.ndim != 1:
-            raise BatchKeyError(
-                f"Expected `{self.module.what}={self.key!r}` to hold one id per sample, shape (N,), but got a"
-                f" membership of shape {tuple(ids.shape)}."
-            )
-        return ids
-
-    def strength_at(self, global_step: int) -> float:
-        """The strength in one optimiser step: a function of the step alone, the same on all ranks."""
-        done = global_step - self.warmup_steps
-        if done < 0:
-            return 0.0
-        if self.schedule == "constant":
-            return self.module.strength
-        return self.module.strength * dann_ramp(done / (self.ramp_steps or self._end or 1))
-
-    def targets(self, call: LossCall, step: Step, n_rows: int) -> Tensor | None:
-        """What the module's losses need beside features and ids."""
-        return None
-
-    def penalise(self, call: LossCall, step: Step) -> Tensor:
-        """The adversary's loss on the features that the classifier reads."""
-        device = call.features.device if isinstance(call.features, Tensor) else step.module.device
-        with torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext():
-            features = _precise(call.features)
-            ids = call.of_features(self.sample_ids(step))
-            targets = self.targets(call, step, len(features))
-            network = self.owned["adversary"].create(features.shape[1], device, features.dtype)
-            strength = self.strength_at(step.global_step)
-            loss = self.module.objective(network, features, ids, strength=strength, targets=targets, log=step.logging)
-        if strength:  # at 0 nothing is meant to be reached
-            self.reach.check(self, [loss], step)
-        if step.logging:
-            self.module.raise_if_bad()
-            values = {"loss": loss.detach(), "accuracy": self.module.accuracy, "strength": torch.tensor(strength)}
-            for key, value in values.items():
-                self.log_value(f"{self.name}_adversary/{key}", value, step)
-        return loss
-
-    def _log_name(self, key: str, step: Step) -> str:
-        """With the class where adversaries of another have the same name, whose values would overwrite each other."""
-        callbacks = step.trainer.callbacks
-        several = sum(isinstance(c, AdversarialDebiaser) and c.name == self.name for c in callbacks) > 1
-        return super()._log_name(key, step) + (f"/{type(self).__qualname__}" if several else "")
-
-    def new_epoch(self, epoch: int) -> None:
-        """Count labelled rows afresh."""
-        self.module.start_epoch()
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Read the length of training, where a ramp needs it."""
-        self.reach.start()
-        if self.schedule == "dann" and self.ramp_steps is None:
-            steps = trainer.estimated_stepping_batches
-            if steps == float("inf"):
-                raise DebiasError(
-                    "Expected `ramp_steps` to be given where training has no end (`max_epochs=-1`), but got None."
-                )
-            self._end = max(int(steps) - self.warmup_steps, 1)
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """No epoch ends with bad rows, or the absence of every label, unsaid."""
-        self.module.raise_if_bad()
-        self.module.raise_if_unlabelled()
-
-    def _make_optimizer(self, parameters: Any, lr: float) -> Optimizer:
-        if self.optimizer is not None:
-            return self.optimizer(parameters, lr=lr)  # type: ignore[call-arg]
-        users = self.engine.trainer.optimizers[0]  # type: ignore[union-attr]
-        taken = inspect.signature(type(users).__init__).parameters
-        try:
-            return type(users)(parameters, **{k: v for k, v in users.defaults.items() if k in taken} | {"lr": lr})
-        except (TypeError, ValueError, AttributeError) as error:
-            raise DebiasError(
-                f"Expected an optimiser that can be made a second time from its `defaults`, but got"
-                f" {type(users).__name__}: {error}. Pass the adversary's own: `optimizer=torch.optim.AdamW`."
-            ) from error
-
-
 def _one_each(per_sample: Tensor, n_rows: int) -> Tensor:
     if len(per_sample) != n_rows:
         raise RowsError(
@@ -359,13 +228,14 @@ def _one_each(per_sample: Tensor, n_rows: int) -> Tensor:
     return per_sample
 
 
-def _precise(features: Any) -> Tensor:
+def precise(features: Any) -> Tensor:
+    """Features ``(N, D)``, checked, in at least float32."""
     features = check_features(features)
     return features if features.dtype == torch.float64 else features.float()
 
 
 def _checked(features: Tensor, ids: Tensor) -> Tensor:
-    features = _precise(features)
+    features = precise(features)
     if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise DebiasError(f"Expected integer ids of shape (N,), but got {ids.dtype} of shape {tuple(ids.shape)}.")
     _one_each(ids, len(features))
