@@ -18,7 +18,7 @@ from debias.step.context import Step
 from debias.step.contract import Method
 from debias.tap import adapters
 from debias.tap.calls import LossCall, LossRecord, LossSum
-from debias.tap.head import FeatureTap, HeadTap, rows_of_features
+from debias.tap.head import FeatureTap, HeadTap, check_features, rows_of_features
 from debias.tap.selection import Reaching, ambiguous, height, means, reaching, select_calls, untapped
 from debias.tap.stated import check_stated, check_stated_losses, stated_losses
 from debias.tap.tap import LossTap, no_loss_error
@@ -71,9 +71,11 @@ class Settlement:
             step, reweigher, penalisers, heads, learned
         )  # fmt: skip
         self.needing = [w for w in (reweigher, *penalisers) if w is not None and w.needs_loss]
-        self.choices: list[tuple[Any, str]] = [(w.loss, type(w).__name__) for w in self.needing]
+        # Who means a loss: which one, and its name in messages.
+        self.choices: dict[Any, tuple[Any, str]] = {w: (w.loss, type(w).__name__) for w in self.needing}
         if step.mixture is not None:
-            self.choices.append((step.mixture.loss, step.mixture.owner))
+            self.choices[None] = step.mixture.loss, step.mixture.owner
+        self.selected: dict[Any, list[LossCall]] = {}
         self.checks = learned.first or step.logging
         self.used: list[LossCall] = []
 
@@ -138,16 +140,15 @@ class Settlement:
             if tap.finder is not None and isinstance(call.logits, Tensor):
                 call.record.linear = tap.finder.match(call.logits)
             found.calls = [call]
-            selected = {who: [call] for _, who in self.choices}
+            self.selected = {method: [call] for method in self.choices}
         else:
-            selected = {who: self._selected(found.calls, choice, who) for choice, who in self.choices}
-        meant = [call for call in found.calls if any(call in calls for calls in selected.values())]
+            self.selected = {method: self._selected(found.calls, *choice) for method, choice in self.choices.items()}
+        meant = [call for call in found.calls if any(call in calls for calls in self.selected.values())]
         if plain is None:
             found.multiply(meant)
             self._check_other_terms(found)
-        self._selected_of = selected
         if self.reweigher is not None:
-            reweighed = selected[type(self.reweigher).__name__]
+            reweighed = self.selected[self.reweigher]
             values = self.reweigher.reweigh(reweighed, self.step)
             others = [call for call in meant if call not in reweighed] if is_distributed() else []
         elif is_distributed() or (plain is not None and self.step.mixture is not None):
@@ -176,11 +177,8 @@ class Settlement:
     def _penalised(self, loss: Tensor, found: Reaching) -> Tensor:
         """Add the penalties, then the factors their protocols put on the whole loss."""
         for watcher in self.penalisers:
-            if watcher.needs_loss:
-                calls = self._selected_of[type(watcher).__name__]
-                call = calls[0] if len(calls) == 1 else LossSum(calls)
-            else:
-                call = _of_features()
+            calls = self.selected[watcher] if watcher.needs_loss else _followed(found.calls, watcher.loss)
+            call = _of_features() if not calls else calls[0] if len(calls) == 1 else LossSum(calls)
             if watcher.needs_features:
                 self.heads[watcher.head, watcher.features].resolve(call)
             loss = loss + watcher.penalise(call, self.step)
@@ -224,7 +222,7 @@ class Settlement:
         """
         if not (is_distributed() and self.checks) or self.learned.as_ddp:
             return
-        meant = [c for c in found.calls if not self.choices or any(means(choice, c) for choice, _ in self.choices)]
+        meant = [c for c in found.calls if not self.choices or any(means(loss, c) for loss, _ in self.choices.values())]
         same = alike(" ".join(f"{call.name} {call.record.is_sum}" for call in meant), self.step.module.device)
         if not self.choices:
             self.learned.as_ddp = not same or len(meant) != 1
@@ -272,12 +270,22 @@ class Settlement:
         )
 
 
+def _followed(calls: list[LossCall], loss: Any) -> list[LossCall]:
+    """The loss that tells the rows of features, if there is one whose own rows are known; else they tell themselves."""
+    meant = [call for call in calls if means(loss, call)]
+    try:
+        return meant if len(meant) == 1 and meant[0].num is not None else []
+    except DebiasError:
+        return []
+
+
 def _of_features() -> LossCall:
     """What a method is given that reads features, and no loss: their rows, which are bad where one is not finite."""
     call = LossCall("features", 0, None, None, LossRecord(tuple))  # type: ignore[arg-type]
 
     def compute() -> tuple[Tensor, Tensor]:
-        rows = rows_of_features(call.features.detach(), call.head).float().sum(1)
+        features = call.features if isinstance(call.features, Tensor) else check_features(call.features)
+        rows = rows_of_features(features.detach(), call.head).float().sum(1)
         return rows, torch.ones_like(rows)
 
     call.record.compute = compute

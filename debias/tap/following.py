@@ -287,6 +287,8 @@ class Following:
     def _counts(self, call: LossCall, found: Unreduced | None, by: float) -> bool:
         """Whether a number is that of the samples, rows or elements of a loss."""
         shape = call.record.computed[0].shape if found is None else found.tensor.shape
+        if not shape.numel():  # of nothing, whatever it is divided by
+            return True
         counts = {1} if not shape else {shape[: i + 1].numel() for i in range(len(shape))}
         if self.tap.tracker is not None and (found is None or found.mask is None):
             counts.add(self.tap.tracker.n)
