@@ -63,9 +63,9 @@ class DataError(DebiasError):
     """A dataset folder is missing, incomplete or malformed."""
 
 
-def missing_package(package: str, error: ImportError) -> DebiasError:
-    """The error for a package of the extra ``recipes`` which is not there, or which is broken."""
+def missing_package(package: str, error: ImportError, *, extra: str = "recipes") -> DebiasError:
+    """The error for a package of an extra which is not there, or which is broken."""
     return DebiasError(
         f"Expected the package `{package}` to be installed, but importing it failed: {error}. Run"
-        " `pip install 'debias[recipes]'`."
+        f" `pip install 'debias[{extra}]'`."
     )
