@@ -85,7 +85,7 @@ _EXPORTS = {
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
-    from debias.audit import audit
+    from debias.audit.model import audit
     from debias.data.samplers import EvalSampler, GroupBalancedSampler
     from debias.data.tagging import tag
     from debias.methods.adv_style import AdvStyle, AdvStyleLayer

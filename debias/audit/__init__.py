@@ -1,6 +1,6 @@
 """Does a model use a shortcut, which one, whom does it hurt, what to do, and what helped?
 
-``debias.audit`` is a room with a door: calling it audits a model (:func:`debias.audit.run.audit`), and
+``debias.audit`` is a room with a door: calling it audits a model (:func:`debias.audit.model.audit`), and
 ``debias.audit.audit_predictions`` a table of predictions. What each part of the report is made of:
 
 ========================  ==========================================================================================
@@ -49,8 +49,8 @@ class _Room(ModuleType):
     """This package: its name is also that of the function, and Python gives the name to the package."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        """Audit a model; see :func:`debias.audit.run.audit`."""
-        return _load("debias.audit.run").audit(*args, **options)
+        """Audit a model; see :func:`debias.audit.model.audit`."""
+        return _load("debias.audit.model").audit(*args, **options)
 
 
 sys.modules[__name__].__class__ = _Room

@@ -8,6 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from debias.audit.columns import PURE
+
 __all__ = ["Advice", "advise"]
 
 FEW = 50  # training or test samples of a group: with fewer a weight of its own mostly fits noise
@@ -44,15 +46,15 @@ def _rules(report: Any) -> Iterator[Advice]:
     if len(bad) and not len(sure):
         row = bad.iloc[0]
         known = [name for name in (row["column"], row["and_column"]) if isinstance(name, str)]
-        names = [name for name in known if name in report.sizes]
-        if names and report.task == "detection":
-            yield _detection(report, names[0])
-        elif names:
+        attributes = [name for name in known if name in report.sizes]
+        if attributes and report.task == "detection":
+            yield _detection(report, attributes[0])
+        elif attributes:
             yield Advice(
-                f"Weigh groups of {' and '.join(names)} by their size first, and compare with GroupDRO.",
+                f"Weigh groups of {' and '.join(attributes)} by their size first, and compare with GroupDRO.",
                 f"{row['count']:,} samples are worse than the rest, but no column pulls the predictions: they look"
                 " harder, or are rarer in training. If the weights do not help, more samples of them will.",
-                _callbacks(report, names, ["GroupReweighting", "GroupDRO"]),
+                _callbacks(report, attributes, ["GroupReweighting", "GroupDRO"]),
             )
         else:
             yield Advice(
@@ -73,8 +75,12 @@ def _rules(report: Any) -> Iterator[Advice]:
             " neither a group nor a pull stands out. A gap smaller than the intervals shown can still be there.",
         )
     untested = pulls[pulls["p_value"].isna()] if len(pulls) else pulls
-    if len(untested):
-        which = ", ".join(untested["column"].iloc[:5])
+    names = [
+        *(untested["column"] if len(untested) else []),
+        *(name for name, why in report.left_out.items() if why == PURE),
+    ]
+    if names:
+        which = ", ".join(names[:5])
         yield Advice(
             f"Collect test samples that break the association of {which} with the label.",
             "Without them nobody can tell whether the model reads the label or the column.",

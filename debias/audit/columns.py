@@ -12,10 +12,11 @@ import pandas as pd
 
 from debias.errors import DebiasError
 
-__all__ = ["MISSING", "OTHER", "Column", "encode"]
+__all__ = ["MISSING", "OTHER", "PURE", "Column", "encode"]
 
 MISSING = "(missing)"
 OTHER = "(other)"
+PURE = "every value goes with one class only: it is made of the label, or nothing breaks their association"
 FEW_NUMBERS = 10  # a numeric column with no more values is taken as categories
 
 

@@ -119,11 +119,10 @@ def _read(report: Any, column: str) -> str:
     text = ""
     own = probes[probes["column"] == column] if len(probes) else probes
     if len(own):
-        row = own.loc[own["balanced_accuracy"].idxmax()]
+        row = own.loc[own["accuracy"].idxmax()]
         text += (
-            f" {row['column'].capitalize()} is read from the features ({row['layer']}) with a balanced accuracy of"
-            f" {share(row['balanced_accuracy'])} [{share(row['low'])}, {share(row['high'])}; shuffled:"
-            f" {share(row['shuffled_balanced_accuracy'])}]."
+            f" The features ({row['layer']}) tell it for {share(row['accuracy'])} [{share(row['low'])},"
+            f" {share(row['high'])}; {row['count']:,} samples], {share(row['shuffled_accuracy'])} after shuffling."
         )
     erased = report.tables.get("erasure", pd.DataFrame())
     own = erased[erased["column"] == column] if len(erased) else erased

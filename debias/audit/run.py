@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from debias import __version__
 from debias.audit.advice import advise
-from debias.audit.columns import encode
+from debias.audit.columns import PURE, encode
 from debias.audit.findings import findings
 from debias.audit.groups import TARGET, fairness, group_table, rates, target_column
 from debias.audit.reading import join, read_table
@@ -166,6 +166,7 @@ def examine(
     samples.columns, samples.left_out = encode(
         samples.metadata, train, columns=s.columns, bins=s.bins, max_values=s.max_values
     )
+    _leave_out_pure(samples)
     limits: dict[str, Any] = {"min_count": s.min_count, "confidence": s.confidence}
     drawn: dict[str, Any] = {"confidence": s.confidence, "resamples": s.resamples, "seed": s.seed}
     tables: dict[str, pd.DataFrame] = {}
@@ -206,6 +207,17 @@ def examine(
     report.findings = findings(report)
     report.advice = advise(report)
     return report
+
+
+def _leave_out_pure(samples: Samples) -> None:
+    """Leave out columns of which every value goes with one class only: they cannot be told from the label."""
+    if samples.task != "classification":
+        return
+    assert samples.target is not None
+    for column in list(samples.columns):
+        if len(np.unique(samples.target * len(column) + column.codes)) == len(np.unique(column.codes)):
+            samples.columns.remove(column)
+            samples.left_out[column.name] = PURE
 
 
 def _overall(samples: Samples, confidence: float) -> dict[str, Any]:

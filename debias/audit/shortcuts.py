@@ -78,7 +78,7 @@ def lean_table(samples: Samples, *, min_count: int, confidence: float) -> pd.Dat
                         "low": found.low,
                         "high": found.high,
                         "p_value": found.p_value,
-                        "ranked": (found.counts >= min_count) & (len(samples) - found.counts >= min_count),
+                        "ranked": np.minimum(found.counts, found.others) >= min_count,
                     }
                 )
             )
@@ -103,7 +103,6 @@ def conflict_table(samples: Samples, *, min_count: int, alpha: float, confidence
         for column in samples.columns:
             codes = np.where(members, column.codes, -1)
             found = differences(right, codes, len(column), confidence=confidence)
-            total = int(members.sum())
             parts.append(
                 pd.DataFrame(
                     {
@@ -113,7 +112,7 @@ def conflict_table(samples: Samples, *, min_count: int, alpha: float, confidence
                         "with_value": found.rest + found.effect,
                         "with_count": found.counts,
                         "without_value": found.rest,
-                        "without_count": np.where(found.counts, total - found.counts, 0),
+                        "without_count": found.others,
                         "difference": found.effect,
                         "low": found.low,
                         "high": found.high,

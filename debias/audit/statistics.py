@@ -69,7 +69,8 @@ class Differences:
     """Members of each value against the others, ``(V,)`` each.
 
     Attributes:
-        counts: samples in strata that have both members and others.
+        counts: members in strata that have both members and others.
+        others: the others there.
         effect: mean of the members minus mean of the others, within strata, weighted as Mantel and Haenszel do.
         low: lower end of its interval.
         high: its upper end.
@@ -78,6 +79,7 @@ class Differences:
     """
 
     counts: Array
+    others: Array
     effect: Array
     low: Array
     high: Array
@@ -144,8 +146,10 @@ def differences(
     low, high = effect - z * deviation, effect + z * deviation
     if binary and n_strata == 1:
         low, high = _newcombe(n1[0], s1[0] + n1[0] * centre[0], n0[0], s0[0] + n0[0] * centre[0], confidence)
-    counts = np.where(both, n1, 0).sum(0).astype(int)
-    return Differences(counts, effect, low, high, np.where(counts > 0, p_value, np.nan), rest)
+    if binary:
+        low, high = np.maximum(low, -1), np.minimum(high, 1)
+    counts, others = (np.where(both, each, 0).sum(0).astype(int) for each in (n1, n0))
+    return Differences(counts, others, effect, low, high, np.where(counts > 0, p_value, np.nan), rest)
 
 
 def _tails(statistic: Array, deviation: Array, skew: Array, correction: float) -> Array:
