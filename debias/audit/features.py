@@ -30,12 +30,13 @@ def probe_table(samples: Samples, *, confidence: float, seed: int) -> pd.DataFra
         ``balanced_accuracy``, ``chance`` (the most frequent value), and both accuracies after shuffling.
     """
     chosen = _some(len(samples), seed)
+    numbers = torch.from_numpy(chosen)  # on several ranks, which all hold all samples, each counts once
     rows = []
     for layer, features in samples.features.items():
         x = torch.from_numpy(np.ascontiguousarray(features[chosen]))
         for column in samples.columns:
             codes = column.codes[chosen]
-            found = probe_attribute(x, torch.from_numpy(codes), len(column), seed=seed)
+            found = probe_attribute(x, torch.from_numpy(codes), len(column), numbers=numbers, seed=seed)
             scores = {name: float(value) for name, value in found.items()}
             each = np.bincount(codes)
             each = each[each > 1]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from debias.audit.collect import HEAD, Collector, in_order
 from debias.audit.features import erasure_table, probe_table
+from debias.audit.pictures import picture
 from debias.audit.report import Report
 from debias.audit.run import Settings, examine
 from debias.audit.samples import TASKS, Samples
@@ -100,6 +101,8 @@ def audit(
     samples, kept = _samples(test, task, scores, classes, positive)
     samples.metadata = _metadata(test, tables.get("test"), kept)
     samples.features = {name: rows[kept] for name, rows in test.named("features").items()}
+    images, numbers = sets["test"].dataset, np.flatnonzero(kept)
+    samples.picture = lambda row: picture(images, int(numbers[row]))
     train = None
     if "train" in found:
         own, known = _samples(found["train"], task, scores, samples.classes or classes, positive)

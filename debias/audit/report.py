@@ -38,6 +38,7 @@ class Report:
         findings: sentences, the answer first.
         advice: what to do.
         slices_stand_out: whether the worst slice is worse than the rest by more than noise.
+        examples: ``name`` and ``picture`` of the rows that slices give as examples.
     """
 
     title: str
@@ -55,6 +56,7 @@ class Report:
     findings: list[str] = field(default_factory=list)
     advice: list[Advice] = field(default_factory=list)
     slices_stand_out: bool = False
+    examples: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def frame(self) -> pd.DataFrame:

@@ -20,9 +20,10 @@ from debias.audit.reading import join, read_table
 from debias.audit.report import Report
 from debias.audit.samples import Samples
 from debias.audit.shortcuts import associations, conflict_table, lean_table, shortcut_table
+from debias.audit.slices import slice_table
 from debias.audit.statistics import mean_interval, wilson_interval
 from debias.errors import DebiasError
-from debias.ops.arguments import check_count, check_number
+from debias.ops.arguments import check_number
 
 __all__ = ["Settings", "audit_predictions", "examine"]
 
@@ -39,6 +40,7 @@ class Settings:
         alpha: false-discovery rate of each table.
         confidence: of the intervals.
         resamples: of the bootstrap.
+        slices: how many slices of each kind to look for; 0 for none.
         seed: of all draws.
     """
 
@@ -49,12 +51,16 @@ class Settings:
     alpha: float = 0.05
     confidence: float = 0.95
     resamples: int = 200
+    slices: int = 5
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("bins", 2), ("max_values", 2), ("min_count", 1), ("resamples", 20)):
-            if check_count(name, getattr(self, name)) < least:
-                raise DebiasError(f"Expected argument `{name}` to be at least {least}, but got {getattr(self, name)}.")
+        for name, least in (("bins", 2), ("max_values", 2), ("min_count", 1), ("resamples", 20), ("slices", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise DebiasError(
+                    f"Expected argument `{name}` to be an integer of at least {least}, but got {value!r}."
+                )
         for name in ("alpha", "confidence"):
             check_number(name, getattr(self, name), "(0, 1)")
 
@@ -170,6 +176,7 @@ def examine(
     limits: dict[str, Any] = {"min_count": s.min_count, "confidence": s.confidence}
     drawn: dict[str, Any] = {"confidence": s.confidence, "resamples": s.resamples, "seed": s.seed}
     tables: dict[str, pd.DataFrame] = {}
+    found: dict[str, Any] = {"slices": s.slices, "alpha": s.alpha, "seed": s.seed}
     steps: list[tuple[str, Callable[[], pd.DataFrame]]] = [
         ("groups", lambda: group_table(samples, alpha=s.alpha, **limits)),
         ("rates", lambda: rates(samples, **drawn)),
@@ -181,6 +188,7 @@ def examine(
         )),
         ("conflict", lambda: conflict_table(samples, alpha=s.alpha, **limits)),
         *((name, lambda make=make: make(samples, tables)) for name, make in more),
+        ("slices", lambda: slice_table(samples, **limits, **found) if s.slices else pd.DataFrame()),
     ]  # fmt: skip
     with tqdm(steps, desc="audit", delay=2, disable=not progress, leave=False) as bar:
         for name, make in bar:
@@ -204,9 +212,23 @@ def examine(
     if samples.task == "classification" and len(samples.classes) == 2:
         report.settings["positive class"] = samples.classes[samples.positive]
     report.settings["made"] = f"debias {__version__}, {date.today().isoformat()}"
+    if "slices" in tables:
+        worst = tables["slices"].iloc[0]
+        report.slices_stand_out = bool(worst["significant"] and report.is_worse(worst["difference"]))
+        report.examples = _examples(samples, tables["slices"])
     report.findings = findings(report)
     report.advice = advise(report)
     return report
+
+
+def _examples(samples: Samples, slices: pd.DataFrame) -> dict[int, dict[str, Any]]:
+    """What the example rows of slices are called and look like."""
+    rows = sorted({row for rows in slices["examples"] for row in rows})
+    picture = samples.picture or (lambda row: None)
+    return {
+        row: {"name": samples.names[row] if len(samples.names) else f"row {row}", "picture": picture(row)}
+        for row in rows
+    }
 
 
 def _leave_out_pure(samples: Samples) -> None:

@@ -42,7 +42,7 @@ class Net(L.LightningModule):
 
     def test_step(self, batch, batch_idx):
         x, y = batch
-        self.log("test/loss", self.loss(self(x), y))
+        self.log("test/loss", self.loss(self(x), y), sync_dist=True)
 
 
 def data(seed=0, n=N):
