@@ -15,11 +15,11 @@ from debias.audit.shortcuts import strata_of
 from debias.audit.statistics import differences, wilson_interval
 from debias.monitors.attribute_probe import probe_attribute
 
-__all__ = ["erase", "erasure_table", "probe_table"]
+__all__ = ["Eraser", "erasure_table", "probe_table"]
 
 Array = np.ndarray[Any, Any]
-MOST_SAMPLES = 20_000  # more are not looked at: a probe of so many is sure to a percent
-RANDOM_DRAWS = 5
+MOST_SAMPLES = 10_000  # more are not looked at: a probe of so many is sure to a percent
+RANDOM_DRAWS = 3
 
 
 def probe_table(samples: Samples, *, confidence: float, seed: int) -> pd.DataFrame:
@@ -48,30 +48,37 @@ def probe_table(samples: Samples, *, confidence: float, seed: int) -> pd.DataFra
     return pd.DataFrame(rows)
 
 
-def erase(features: Array, concept: Array) -> Array:
-    """The features with a concept erased: no linear classifier of it does better than a constant one.
+class Eraser:
+    """Erases concepts from features: no linear classifier of an erased one does better than a constant.
 
     LEACE (Belrose et al., LEACE: Perfect linear concept erasure in closed form, NeurIPS 2023, theorem 4.2), which
     changes the features least in the mean square.
 
     Args:
         features: ``(N, D)``.
-        concept: numbers ``(N, k)``, such as one column for each value.
-
-    Returns:
-        Float64 ``(N, D)``.
     """
-    x = features.astype(np.float64)
-    x, z = x - x.mean(0), concept - concept.mean(0)
-    variances, vectors = np.linalg.eigh(x.T @ x / len(x))
-    kept = variances > max(variances[-1], 0) * len(variances) * np.finfo(np.float64).eps
-    root = np.sqrt(variances[kept])
-    # Whitened, the concept spans a few directions: they are taken out there, and the rest is put back.
-    white = x @ vectors[:, kept] / root
-    directions, strength, _ = np.linalg.svd(white.T @ z / len(x), full_matrices=False)
-    directions = directions[:, strength > max(strength.max(initial=0) * 1e-9, 1e-300)]
-    moved = (white @ directions) @ (directions.T * root) @ vectors[:, kept].T
-    return features - moved
+
+    def __init__(self, features: Array) -> None:
+        self.features = features
+        x = features.astype(np.float64)
+        x = x - x.mean(0)
+        variances, vectors = np.linalg.eigh(x.T @ x / len(x))
+        kept = variances > max(variances[-1], 0) * len(variances) * np.finfo(np.float64).eps
+        root = np.sqrt(variances[kept])
+        self._white = x @ (vectors[:, kept] / root)
+        self._back = (vectors[:, kept] * root).T
+
+    def erase(self, concept: Array) -> Array:
+        """The features without a concept, float64 ``(N, D)``.
+
+        Args:
+            concept: numbers ``(N, k)``, such as one column for each value.
+        """
+        # Whitened, the concept spans a few directions: they are taken out there, and the rest is put back.
+        z = concept - concept.mean(0)
+        directions, strength, _ = np.linalg.svd(self._white.T @ z / len(z), full_matrices=False)
+        directions = directions[:, strength > max(strength.max(initial=0) * 1e-9, 1e-300)]
+        return self.features - (self._white @ directions) @ (directions.T @ self._back)
 
 
 def erasure_table(samples: Samples, head: Callable[[Array], Array], layer: str, *, seed: int) -> pd.DataFrame:
@@ -85,13 +92,13 @@ def erasure_table(samples: Samples, head: Callable[[Array], Array], layer: str, 
 
     Returns:
         One row a column: share of predictions ``changed``, accuracy ``before`` and ``after``, and the ``lean`` of the
-        column before and after, each also for random directions of the same number (mean of five draws).
+        column before and after, each also for random directions of the same number (mean of three draws).
     """
     assert samples.target is not None
     chosen = _some(len(samples), seed)
     random = np.random.default_rng(seed)
     features, target = samples.features[layer][chosen], samples.target[chosen]
-    before = _classes(head(features))
+    before, eraser = _classes(head(features)), Eraser(features)
     strata, k = strata_of(samples)
     rows = []
     for column in samples.columns:
@@ -100,8 +107,8 @@ def erasure_table(samples: Samples, head: Callable[[Array], Array], layer: str, 
         if value is None:
             continue
         one_hot = np.eye(len(column))[codes]
-        after = _classes(head(erase(features, one_hot)))
-        drawn = [_classes(head(erase(features, one_hot[random.permutation(len(codes))]))) for _ in range(RANDOM_DRAWS)]
+        after = _classes(head(eraser.erase(one_hot)))
+        drawn = [_classes(head(eraser.erase(one_hot[random.permutation(len(codes))]))) for _ in range(RANDOM_DRAWS)]
 
         def leans(z: Array, value: int = value, c: int = c, codes: Array = codes, column: Column = column) -> float:
             return float(differences(z == c, codes, len(column), strata[chosen], k).effect[value])

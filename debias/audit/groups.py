@@ -22,6 +22,7 @@ __all__ = ["TARGET", "fairness", "group_table", "rates", "target_column"]
 
 Array = np.ndarray[Any, Any]
 TARGET = "target"
+FINEST = 1000  # runs of equal scores that are drawn apart
 MANY_CLASSES = 20  # rates are given for each class of no more
 
 
@@ -170,29 +171,32 @@ def _classes(samples: Samples) -> Iterator[tuple[str, Array, Array, Array | None
 def _auroc(score: Array, true: Array, resamples: int, confidence: float, seed: int) -> tuple[float, float, float]:
     """AUROC with its percentile bootstrap interval; NaN with one class.
 
-    A resample gives each sample a weight, so one order of the scores does for all.
+    A resample of samples is a multinomial draw of their counts in each run of equal scores. Of more than
+    ``FINEST`` runs neighbours are counted together for the draws, which moves their spread, not the estimate, in the
+    fourth digit.
     """
-    order = np.argsort(score, kind="stable")
-    true, score = true[order], score[order]
     if not true.any() or true.all():
         return np.nan, np.nan, np.nan
-    ends = np.flatnonzero(np.append(score[1:] != score[:-1], True)) + 1  # of runs of equal scores
-    starts = np.append(0, ends[:-1])
-
-    def value(weight: Array) -> float:
-        positive, negative = (np.add.reduceat(np.where(each, weight, 0.0), starts) for each in (true, ~true))
-        below = np.cumsum(negative) - negative / 2
-        return float(positive @ below / (positive.sum() * negative.sum()))
-
-    random, n = np.random.default_rng(seed), len(true)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        drawn = [value(np.bincount(random.integers(0, n, n), minlength=n)) for _ in range(resamples)]
-        known = np.array(drawn)[np.isfinite(drawn)]
-        estimate = value(np.ones(n))
+    order = np.argsort(score, kind="stable")
+    run = np.cumsum(np.append(True, np.diff(score[order]) > 0)) - 1
+    estimate = float(_area(np.bincount(2 * run + true[order], minlength=2 * run[-1] + 2).reshape(1, -1, 2))[0])
+    coarse = run if run[-1] < FINEST else np.arange(len(run)) * FINEST // len(run)
+    cells = np.bincount(2 * coarse + true[order], minlength=2 * coarse[-1] + 2)
+    drawn = np.random.default_rng(seed).multinomial(len(true), cells / len(true), resamples)
+    known = _area(drawn.reshape(resamples, -1, 2))
+    known = known[np.isfinite(known)]
     if len(known) < 0.9 * resamples:  # too few samples of one class to say how sure the number is
         return estimate, np.nan, np.nan
     low, high = np.quantile(known, [(1 - confidence) / 2, (1 + confidence) / 2])
     return estimate, float(low), float(high)
+
+
+def _area(counts: Array) -> Array:
+    """Area under the ROC curve from counts of negatives and positives in order of the score, ``(B, runs, 2)``."""
+    negative, positive = counts[..., 0].astype(float), counts[..., 1].astype(float)
+    below = np.cumsum(negative, 1) - negative / 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (positive * below).sum(1) / (positive.sum(1) * negative.sum(1))
 
 
 def fairness(table: pd.DataFrame, groups: pd.DataFrame, min_count: int) -> pd.DataFrame:

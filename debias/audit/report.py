@@ -38,6 +38,7 @@ class Report:
         findings: sentences, the answer first.
         advice: what to do.
         slices_stand_out: whether the worst slice is worse than the rest by more than noise.
+        samples: what was audited, for a comparison.
         examples: ``name`` and ``picture`` of the rows that slices give as examples.
     """
 
@@ -57,6 +58,7 @@ class Report:
     advice: list[Advice] = field(default_factory=list)
     slices_stand_out: bool = False
     examples: dict[int, dict[str, Any]] = field(default_factory=dict)
+    samples: Any = field(default=None, repr=False)
 
     @property
     def frame(self) -> pd.DataFrame:

@@ -211,6 +211,7 @@ def examine(
     )
     if samples.task == "classification" and len(samples.classes) == 2:
         report.settings["positive class"] = samples.classes[samples.positive]
+    report.samples = samples
     report.settings["made"] = f"debias {__version__}, {date.today().isoformat()}"
     if "slices" in tables:
         worst = tables["slices"].iloc[0]

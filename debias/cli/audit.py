@@ -63,7 +63,14 @@ def audit(options: argparse.Namespace) -> None:
             f" got {what}."
         )
     settings = {name: getattr(options, name) for name in SETTINGS}
-    report = _of_table(options, settings)
+    if options.ckpt_path:
+        report = _of_checkpoint(options, options.ckpt_path, settings)
+    elif options.compare and options.config:
+        from debias.audit.paired import compared
+
+        report = compared(*(_of_checkpoint(options, path, settings) for path in options.compare))
+    else:
+        report = _of_table(options, settings)
     paths = report.save(options.out)
     for sentence in report.findings:
         print(f"- {sentence}")
@@ -73,17 +80,46 @@ def audit(options: argparse.Namespace) -> None:
 
 
 def _of_table(options: argparse.Namespace, settings: dict[str, Any]) -> Any:
-    from debias.audit import audit_predictions
+    from debias.audit import audit_predictions, compare_predictions
 
-    return audit_predictions(
-        read_csv(options.predictions, "--predictions"),
+    given = options.compare or [options.predictions]
+    make = compare_predictions if options.compare else audit_predictions
+    return make(
+        *(read_csv(path, "--compare" if options.compare else "--predictions") for path in given),
         metadata=None if options.metadata is None else read_csv(options.metadata, "--metadata"),
         train=None if options.train is None else read_csv(options.train, "--train"),
         id=options.id,
-        title=options.title or f"Audit of {options.predictions.name}",
+        title=options.title or f"Audit of {given[-1].name}",
         **{name: getattr(options, name) for name in TABLE},
         **settings,
     )
+
+
+def _of_checkpoint(options: argparse.Namespace, path: Path, settings: dict[str, Any]) -> Any:
+    """Build model and data from a config, and audit the checkpoint on the test set."""
+    from debias.audit.model import audit as audit_model
+    from debias.cli.training import DebiasCLI
+    from debias.errors import DebiasError
+
+    if not options.config:
+        raise DebiasError(
+            "Expected `--config FILE` with a checkpoint, as the one that it was trained with, but got none."
+        )
+    if not path.exists():
+        raise DebiasError(f"Expected a checkpoint at {path}, but there is none.")
+    metadata = None if options.metadata is None else read_csv(options.metadata, "--metadata")
+    if metadata is not None and options.id is not None:
+        metadata = metadata.drop(columns=options.id)
+    words = [word for file in options.config for word in ("--config", str(file))]
+    cli = DebiasCLI("test", [*words, *(f"--{pair}" for pair in options.set), "--trainer.logger=false"])
+    trainer: Any = cli.trainer
+    # Monitors of the recipe have nothing to say here.
+    trainer.callbacks[:] = [callback for callback in trainer.callbacks if not hasattr(callback, "engine")]
+    return audit_model(
+        cli.model, cli.datamodule, metadata=metadata, ckpt_path=str(path), trainer=trainer,
+        title=options.title or f"Audit of {path}", positive=options.positive, task=options.task,
+        scores=options.scores, **settings,
+    )  # fmt: skip
 
 
 def read_csv(path: Path, option: str) -> Any:

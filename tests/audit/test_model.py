@@ -16,7 +16,7 @@ import debias
 from _support.runs import ddp
 from debias.audit import audit_predictions
 from debias.audit.collect import HEAD
-from debias.audit.features import erase
+from debias.audit.features import Eraser
 from debias.errors import DebiasError
 
 N = 240
@@ -118,7 +118,7 @@ def test_what_is_erased_is_read_by_no_linear_model_and_all_else_stays():
     z = np.eye(3)[random.integers(0, 3, 300)]
     x[:, :3] += 2 * z
     x[:, 5] = x[:, 4]  # of no full rank
-    y = erase(x, z)
+    y = Eraser(x).erase(z)
     assert LinearRegression().fit(x, z).score(x, z) > 0.15
     assert LinearRegression().fit(y, z).score(y, z) < 1e-9
     np.testing.assert_allclose(y.mean(0), x.mean(0))
@@ -127,7 +127,7 @@ def test_what_is_erased_is_read_by_no_linear_model_and_all_else_stays():
     cross = np.linalg.svd((x - x.mean(0)).T @ (z - z.mean(0)), full_matrices=False)[0][:, :2]
     projected = x - (x - x.mean(0)) @ cross @ cross.T
     assert ((y - x) ** 2).sum() < ((projected - x) ** 2).sum()
-    np.testing.assert_allclose(erase(x, np.ones((300, 1))), x)
+    np.testing.assert_allclose(Eraser(x).erase(np.ones((300, 1))), x)
 
 
 def binary(z, y):

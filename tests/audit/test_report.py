@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from _support.planted import planted
 from debias.audit import audit_predictions
 from debias.audit.report import harmless
 from debias.cli import main
+from debias.cli.recipes import recipes_folder
 from debias.errors import DebiasError
 
 EVIL = '<script>alert("1")</script>'
@@ -120,3 +122,20 @@ def test_the_room_is_called():
     assert callable(debias.audit)
     with pytest.raises(AttributeError, match="nothing"):
         debias.audit.nothing  # noqa: B018
+
+
+def test_the_command_audits_a_checkpoint_of_a_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    base = str(recipes_folder() / "colored_digits" / "base.yaml")
+    quiet = ["--trainer.max_epochs", "2", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
+    main(["fit", "--config", base, *quiet, "--trainer.default_root_dir", str(tmp_path)])
+    checkpoint = next(tmp_path.rglob("*.ckpt"))
+    set_ = ["--set", "trainer.enable_progress_bar=false", "trainer.accelerator=cpu"]
+    capsys.readouterr()
+    main(["audit", "--config", base, "--ckpt_path", str(checkpoint), *set_, "--out", "audit", "--columns", "color"])
+    printed = capsys.readouterr().out
+    assert "The predictions follow color" in printed
+    assert Page((tmp_path / "audit" / "audit.html").read_text()).links  # pictures of slices, and nothing else
+    assert all(link.startswith("data:image/png;base64,") for link in Page(Path("audit/audit.html").read_text()).links)
+    main(["audit", "--config", base, "--compare", str(checkpoint), str(checkpoint), *set_, "--out", "again"])
+    assert "no change beyond noise" in capsys.readouterr().out
