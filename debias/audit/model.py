@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -92,15 +93,17 @@ def audit(
                 f" its dataset, but got {len(table)}. Join it to the samples first."
             )
     options = {"logits": logits, "target": target, "loss": loss}
+    inside = "" if _steps(model) else "network."  # of the module around one without steps
+    paths = [f"{inside}{path}" for path in layers]
     found = {}
     for name, loader in sets.items():
-        collector = Collector(len(loader.dataset), layers=layers, features=name == "test", **options)
+        collector = Collector(len(loader.dataset), layers=paths, features=name == "test", **options)
         _evaluate(model, loader, collector, trainer, ckpt_path, progress)
         found[name] = collector
     test = found["test"]
     samples, kept = _samples(test, task, scores, classes, positive)
     samples.metadata = _metadata(test, tables.get("test"), kept)
-    samples.features = {name: rows[kept] for name, rows in test.named("features").items()}
+    samples.features = {name.removeprefix(inside): rows[kept] for name, rows in test.named("features").items()}
     images, numbers = sets["test"].dataset, np.flatnonzero(kept)
     samples.picture = lambda row: picture(images, int(numbers[row]))
     train = None
@@ -145,27 +148,24 @@ class _Forward(LightningModule):
 
 
 def _evaluate(model: Any, loader: Any, collector: Collector, trainer: Any, ckpt_path: Any, progress: bool) -> None:
+    steps = _steps(model)
     own = [cls for cls in type(model).__mro__ if cls.__name__ == "LightningModule"]
-    steps = [name for name in ("test_step", "validation_step") if own and _has(model, name)]
     package = own[0].__module__.partition(".")[0] if steps else "lightning"
-    if trainer is None:
-        pytorch = import_module("lightning.pytorch" if package == "lightning" else package)
-        trainer = pytorch.Trainer(
-            accelerator="auto", devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False,
-            enable_progress_bar=progress,
-        )  # fmt: skip
-    run = trainer.validate if steps[:1] == ["validation_step"] else trainer.test
-    before = list(trainer.callbacks)
-    trainer.callbacks.append(collector)
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)  # which devices there are is of no interest here
-    try:
-        options = {"verbose": False} | ({} if ckpt_path is None else {"ckpt_path": ckpt_path})
-        run(model if steps else _Forward(model), dataloaders=loader, **options)
-    finally:
-        trainer.callbacks[:] = before
-        logger.setLevel(level)
+    options = {"verbose": False} | ({} if ckpt_path is None else {"ckpt_path": ckpt_path})
+    with _quiet():
+        if trainer is None:
+            pytorch = import_module("lightning.pytorch" if package == "lightning" else package)
+            trainer = pytorch.Trainer(
+                accelerator="auto", devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False,
+                enable_progress_bar=progress,
+            )  # fmt: skip
+        run = trainer.validate if steps[:1] == ["validation_step"] else trainer.test
+        before = list(trainer.callbacks)
+        trainer.callbacks.append(collector)
+        try:
+            run(model if steps else _Forward(model), dataloaders=loader, **options)
+        finally:
+            trainer.callbacks[:] = before
     if not collector.collected:
         raise DebiasError(
             f"Expected the Trainer to evaluate in this process, but nothing was collected under"
@@ -173,8 +173,25 @@ def _evaluate(model: Any, loader: Any, collector: Collector, trainer: Any, ckpt_
         )
 
 
-def _has(model: Any, name: str) -> bool:
-    return hasattr(model, name) and getattr(type(model), name).__qualname__ != f"LightningModule.{name}"
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Which devices there are is of no interest in an audit."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _steps(model: Any) -> list[str]:
+    """The evaluation steps that a LightningModule has of its own."""
+    bases = [cls for cls in type(model).__mro__ if cls.__name__ == "LightningModule"]
+    names = ("test_step", "validation_step") if bases else ()
+    return [name for name in names if getattr(type(model), name) is not getattr(bases[0], name)]
 
 
 def _metadata(collector: Collector, table: pd.DataFrame | None, kept: Array) -> pd.DataFrame:

@@ -34,8 +34,8 @@ def compare_predictions(before: pd.DataFrame, after: pd.DataFrame, **options: An
         >>> from debias.audit import compare_predictions
         >>> frame = pd.DataFrame({"target": [0, 1] * 50, "prediction": [0, 0] * 50, "place": ["a", "a", "b", "b"] * 25})
         >>> report = compare_predictions(frame, frame.assign(prediction=frame["target"]))
-        >>> report.tables["changes"].iloc[0][["before", "after", "better", "worse"]].tolist()
-        [0.5, 1.0, 50, 0]
+        >>> report.findings[0]
+        'Before, accuracy was 50.0 %, now it is 100.0 %: better (50 of 100 samples are better, 0 worse).'
     """
     key = options.get("id")
     if key is not None:

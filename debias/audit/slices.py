@@ -18,6 +18,7 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
 from debias.audit.samples import Samples
+from debias.audit.shortcuts import strata_of
 from debias.audit.statistics import differences, false_discovery, mean_interval, wilson_interval
 
 __all__ = ["error_mixture", "slice_table"]
@@ -44,9 +45,9 @@ def slice_table(
 
     Returns:
         One row a slice: ``kind``, ``count`` and ``estimate`` on the half that was not searched, with ``low`` and
-        ``high``, ``difference`` to the rest, ``p_value``, ``q_value``, ``significant``, ``described_by`` (what is most
-        over-represented), ``stability`` (overlap, as Jaccard's index, with the best matching slice
-        of other seeds) and ``examples`` (rows of the worst members).
+        ``high``, ``difference`` to the rest of the same class, ``p_value``, ``q_value``, ``significant``,
+        ``described_by`` (what is most over-represented), ``stability`` (overlap, as Jaccard's index, with the best
+        matching slice of other seeds) and ``examples`` (rows of the worst members).
     """
     features = _features(samples)
     if features is None:
@@ -156,7 +157,11 @@ def _outcomes(samples: Samples, chosen: Array) -> tuple[Array, Array]:
 
 def _measured(samples: Samples, rows: Array, found: list[Array], k: int, confidence: float) -> pd.DataFrame:
     quality, codes = samples.quality[rows], found[0]
-    gap = differences(quality, codes, k, confidence=confidence)
+    strata, n_strata = None, 1
+    if samples.task == "classification":  # a class that is hard is no slice: compared with others of the same class
+        strata, n_strata = strata_of(samples)
+        strata = strata[rows]
+    gap = differences(quality, codes, k, strata, n_strata, confidence=confidence)
     counts = np.bincount(codes, minlength=k)
     value = quality.astype(float)
     table = []

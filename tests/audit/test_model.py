@@ -157,7 +157,8 @@ class OnlyNetwork(nn.Module):
 def test_a_module_without_steps_is_run_on_the_first_part_of_the_batch():
     x, y, place = data()
     frame = table(Net(), x, y, place)
-    report = audited(OnlyNetwork(), loader(x, y), metadata=frame[["place"]])
+    report = audited(OnlyNetwork(), loader(x, y), metadata=frame[["place"]], layers=["net.body"])
+    assert set(report.tables["probes"]["layer"]) == {HEAD, "net.body"}
     pd.testing.assert_frame_equal(report.frame, audit_predictions(frame, progress=False).frame)
     with pytest.raises(DebiasError, match="Pass `scores='logits'`"):
         audited(OnlyNetwork(1), loader(x, y))
