@@ -14,7 +14,7 @@ DASH = "\N{EN DASH}"  # what is not defined
 
 def share(value: float) -> str:
     """A share in percent; a dash where it is not defined."""
-    return DASH if value is None or not np.isfinite(value) else f"{100 * value:.1f} %"
+    return DASH if value is None or not np.isfinite(value) else f"{round(100 * value, 1) + 0:.1f} %"
 
 
 def number(value: float) -> str:
@@ -65,7 +65,7 @@ def findings(report: Any) -> list[str]:
     if report.slices_stand_out:
         row = slices.iloc[0]
         said.append(
-            f"A group that no column names: {row['count']:,} samples with {show(row['estimate'])},"
+            f"A slice found without names: {row['count']:,} samples with {show(row['estimate'])},"
             f" {row['described_by']}."
         )
     if report.left_out:

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from debias.audit.collect import HEAD, Collector, in_order
+from debias.audit.detection import map_table
 from debias.audit.features import erasure_table, probe_table
 from debias.audit.pictures import picture
 from debias.audit.report import Report
@@ -111,6 +112,9 @@ def audit(
         own, known = _samples(found["train"], task, scores, samples.classes or classes, positive)
         samples.train_target, train = own.target, _metadata(found["train"], tables.get("train"), known)
     more: list[Any] = []
+    if boxes := test.collected.get("boxes"):
+        drawn_boxes: dict[str, Any] = {"confidence": checked.confidence, "resamples": checked.resamples, "seed": checked.seed}
+        more.append(("map", lambda s, t: map_table(s, boxes, **drawn_boxes)))
     if samples.features:
         drawn = {"seed": checked.seed}
         more.append(("probes", lambda s, t: probe_table(s, confidence=checked.confidence, **drawn)))
