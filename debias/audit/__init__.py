@@ -22,11 +22,12 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-__all__ = ["Report", "audit", "audit_predictions", "compare_predictions"]
+__all__ = ["Report", "audit", "audit_predictions", "before_training", "compare_predictions"]
 
 _FROM = {
     "Report": "debias.audit.report",
     "audit_predictions": "debias.audit.run",
+    "before_training": "debias.audit.predictivity",
     "compare_predictions": "debias.audit.paired",
 }
 

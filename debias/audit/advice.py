@@ -68,6 +68,11 @@ def _rules(report: Any) -> Iterator[Advice]:
             " its name is not to be had: DSU and MixStyle need none.",
             "from debias import DSU\n\ncallbacks = [DSU(layers=['backbone.layer1', 'backbone.layer2'])]",
         )
+    elif not len(sure) and not len(bad) and len(groups) and not groups["ranked"].any():
+        yield Advice(
+            "Collect more samples of each group, or lower `min_count`.",
+            f"No group has the {report.settings['min_count']} samples that a test is made with.",
+        )
     elif not len(sure) and not len(bad):
         yield Advice(
             "Nothing: no gap is larger than noise.",

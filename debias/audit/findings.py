@@ -53,6 +53,10 @@ def findings(report: Any) -> list[str]:
             said.append(
                 f"{len(bad)} of {int(groups['ranked'].sum())} groups are worse than the rest by more than noise."
             )
+    elif len(groups) and not groups["ranked"].any():
+        said.append(
+            f"No group can be tested: none has {report.settings['min_count']} samples, and as many to compare with."
+        )
     elif len(groups):
         said.append(
             f"No group of the {int(groups['ranked'].sum())} that are large enough is worse than the rest by more than"
@@ -60,6 +64,7 @@ def findings(report: Any) -> list[str]:
         )
     else:
         said.append("There is no metadata to group by.")
+    said += _precision(report)
     said += _pulls(report)
     slices = report.tables.get("slices", pd.DataFrame())
     if report.slices_stand_out:
@@ -71,6 +76,22 @@ def findings(report: Any) -> list[str]:
     if report.left_out:
         said.append("Left out: " + "; ".join(f"{name} ({why})" for name, why in report.left_out.items()) + ".")
     return said
+
+
+def _precision(report: Any) -> list[str]:
+    """Of a detector, mAP over all images and of the worst group."""
+    table = report.tables.get("map", pd.DataFrame())
+    if not len(table):
+        return []
+    whole, groups = table.iloc[0], table.iloc[1:].dropna(subset=["map"])
+    text = f"COCO's mAP is {share(whole['map'])} [{share(whole['low'])}, {share(whole['high'])}]"
+    if len(groups):
+        row = groups.loc[groups["map"].idxmin()]
+        text += (
+            f", and lowest for {row['column']} = {row['value']}: {share(row['map'])} [{share(row['low'])},"
+            f" {share(row['high'])}; {row['count']:,} images]"
+        )
+    return [text + "."]
 
 
 def _pulls(report: Any) -> list[str]:

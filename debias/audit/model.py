@@ -23,7 +23,7 @@ from debias.audit.run import Settings, examine
 from debias.audit.samples import TASKS, Samples
 from debias.errors import DebiasError
 
-__all__ = ["audit"]
+__all__ = ["audit", "collect", "own_steps", "quiet"]
 
 Array = np.ndarray[Any, Any]
 _CLASSES = ("cross_entropy", "nll_loss", "multi_margin_loss", "LabelSmoothingCrossEntropy", "SoftTargetCrossEntropy")
@@ -93,27 +93,27 @@ def audit(
                 f"Expected `metadata` to have a row for each of the {n} samples of the {name} loader, in the order of"
                 f" its dataset, but got {len(table)}. Join it to the samples first."
             )
-    options = {"logits": logits, "target": target, "loss": loss}
-    inside = "" if _steps(model) else "network."  # of the module around one without steps
-    paths = [f"{inside}{path}" for path in layers]
-    found = {}
-    for name, loader in sets.items():
-        collector = Collector(len(loader.dataset), layers=paths, features=name == "test", **options)
-        _evaluate(model, loader, collector, trainer, ckpt_path, progress)
-        found[name] = collector
-    test = found["test"]
-    samples, kept = _samples(test, task, scores, classes, positive)
-    samples.metadata = _metadata(test, tables.get("test"), kept)
-    samples.features = {name.removeprefix(inside): rows[kept] for name, rows in test.named("features").items()}
-    images, numbers = sets["test"].dataset, np.flatnonzero(kept)
-    samples.picture = lambda row: picture(images, int(numbers[row]))
+    options = {
+        "logits": logits, "target": target, "loss": loss, "task": task, "scores": scores, "positive": positive,
+        "ckpt_path": ckpt_path, "trainer": trainer, "progress": progress,
+    }  # fmt: skip
+    samples, test = _collected(
+        model, sets["test"], metadata=tables.get("test"), layers=layers, classes=classes, **options
+    )
     train = None
-    if "train" in found:
-        own, known = _samples(found["train"], task, scores, samples.classes or classes, positive)
-        samples.train_target, train = own.target, _metadata(found["train"], tables.get("train"), known)
+    if "train" in sets:
+        known = samples.classes or classes
+        own, _ = _collected(
+            model, sets["train"], metadata=tables.get("train"), features=False, classes=known, **options
+        )
+        samples.train_target, train = own.target, own.metadata
     more: list[Any] = []
     if boxes := test.collected.get("boxes"):
-        drawn_boxes: dict[str, Any] = {"confidence": checked.confidence, "resamples": checked.resamples, "seed": checked.seed}
+        drawn_boxes: dict[str, Any] = {
+            "confidence": checked.confidence,
+            "resamples": checked.resamples,
+            "seed": checked.seed,
+        }
         more.append(("map", lambda s, t: map_table(s, boxes, **drawn_boxes)))
     if samples.features:
         drawn = {"seed": checked.seed}
@@ -122,6 +122,30 @@ def audit(
             head = _numpy(test.found_head)
             more.append(("erasure", lambda s, t: erasure_table(s, head, HEAD, **drawn)))
     return examine(samples, checked, train, title=title, progress=progress, more=more)
+
+
+def collect(model: nn.Module, loader: Any, **options: Any) -> Samples:
+    """Predictions, metadata and features of the samples of one loader; options are those of :func:`audit`."""
+    return _collected(model, in_order(loader), **options)[0]
+
+
+def _collected(
+    model: nn.Module, loader: Any, *, metadata: pd.DataFrame | None = None, layers: Sequence[str] = (),
+    features: bool = True, target: Any = None, logits: Any = None, loss: Any = None, task: str | None = None,
+    scores: str | None = None, classes: Sequence[str] | None = None, positive: str | None = None,
+    ckpt_path: Any = None, trainer: Any = None, progress: bool = True,
+) -> tuple[Samples, Collector]:  # fmt: skip
+    inside = "" if own_steps(model) else "network."  # of the module around one without steps
+    paths = [f"{inside}{path}" for path in layers]
+    where = {"logits": logits, "target": target, "loss": loss}
+    collector = Collector(len(loader.dataset), layers=paths, features=features, **where)
+    _evaluate(model, loader, collector, trainer, ckpt_path, progress)
+    samples, kept = _samples(collector, task, scores, classes, positive)
+    samples.metadata = _metadata(collector, metadata, kept)
+    samples.features = {name.removeprefix(inside): rows[kept] for name, rows in collector.named("features").items()}
+    numbers = np.flatnonzero(kept)
+    samples.picture = lambda row: picture(loader.dataset, int(numbers[row]))
+    return samples, collector
 
 
 def _sets(loaders: Any) -> dict[str, Any]:
@@ -152,11 +176,11 @@ class _Forward(LightningModule):
 
 
 def _evaluate(model: Any, loader: Any, collector: Collector, trainer: Any, ckpt_path: Any, progress: bool) -> None:
-    steps = _steps(model)
+    steps = own_steps(model)
     own = [cls for cls in type(model).__mro__ if cls.__name__ == "LightningModule"]
     package = own[0].__module__.partition(".")[0] if steps else "lightning"
     options = {"verbose": False} | ({} if ckpt_path is None else {"ckpt_path": ckpt_path})
-    with _quiet():
+    with quiet():
         if trainer is None:
             pytorch = import_module("lightning.pytorch" if package == "lightning" else package)
             trainer = pytorch.Trainer(
@@ -178,7 +202,7 @@ def _evaluate(model: Any, loader: Any, collector: Collector, trainer: Any, ckpt_
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Which devices there are is of no interest in an audit."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning")]
     levels = [logger.level for logger in loggers]
@@ -191,7 +215,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _steps(model: Any) -> list[str]:
+def own_steps(model: Any) -> list[str]:
     """The evaluation steps that a LightningModule has of its own."""
     bases = [cls for cls in type(model).__mro__ if cls.__name__ == "LightningModule"]
     names = ("test_step", "validation_step") if bases else ()

@@ -208,7 +208,7 @@ def shortcut_table(
             row |= {"value": None, "class": None, "lean": np.nan, "lean_low": np.nan, "lean_high": np.nan,
                     "lean_count": 0, "p_value": np.nan}  # fmt: skip
         rows.append(row | _held(samples, column, confidence))
-    if not rows:
+    if not rows or samples.task == "detection":  # boxes lean towards no class
         return pd.DataFrame()
     table = pd.DataFrame(rows)
     if len(linked):

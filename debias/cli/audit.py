@@ -9,7 +9,7 @@ from typing import Any
 __all__ = ["add_audit_options", "audit"]
 
 TABLE = ("target", "prediction", "score", "scores", "task", "positive")
-SETTINGS = ("columns", "bins", "min_count", "alpha", "seed")
+SETTINGS = ("columns", "bins", "min_count", "alpha", "slices", "seed")
 
 
 def add_audit_options(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +48,11 @@ def add_audit_options(parser: argparse.ArgumentParser) -> None:
     add("--bins", type=int, default=4, help="quantile bins of numeric columns")
     add("--min-count", type=int, default=20, help="smaller groups are shown, and not ranked")
     add("--alpha", type=float, default=0.05, help="false-discovery rate of each table")
-    add("--seed", type=int, default=0, help="of the bootstrap")
+    add("--slices", type=int, default=5, help="slices of each kind to look for; 0 for none")
+    add(
+        "--layers", nargs="+", default=[], metavar="PATH", help="modules whose outputs are probed, too: backbone.layer3"
+    )
+    add("--seed", type=int, default=0, help="of all draws")
 
 
 def audit(options: argparse.Namespace) -> None:
@@ -117,7 +121,7 @@ def _of_checkpoint(options: argparse.Namespace, path: Path, settings: dict[str, 
     trainer.callbacks[:] = [callback for callback in trainer.callbacks if not hasattr(callback, "engine")]
     return audit_model(
         cli.model, cli.datamodule, metadata=metadata, ckpt_path=str(path), trainer=trainer,
-        title=options.title or f"Audit of {path}", positive=options.positive, task=options.task,
+        title=options.title or f"Audit of {path}", positive=options.positive, layers=options.layers, task=options.task,
         scores=options.scores, **settings,
     )  # fmt: skip
 

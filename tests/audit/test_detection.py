@@ -85,4 +85,6 @@ def test_a_detector_is_audited(tmp_path):
     assert (worst["column"], worst["value"], worst["significant"]) == ("light", "dark", True)
     assert report.tables["map"].set_index("value").loc["dark", "count"] == 16
     assert "DomainPenalisation" in report.advice[0].code
+    assert any("lowest for light = dark" in sentence for sentence in report.findings)
+    assert "shortcuts" not in report.tables
     assert "Mean average precision" in report.to_html(tmp_path / "a.html").read_text()

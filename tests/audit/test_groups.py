@@ -100,6 +100,8 @@ def test_a_small_group_is_shown_and_not_ranked():
     assert small["count"] == 5
     assert not small["ranked"]
     assert not small["significant"]
+    assert "none has 300 samples" in audited(frame, min_count=300).findings[1]
+    assert "Collect more samples" in audited(frame, min_count=300).advice[0].what
     assert "rare" not in set(report.worst(1000)["column"])  # nor are the others: they have too few to compare with
 
 
