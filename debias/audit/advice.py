@@ -59,7 +59,7 @@ def _rules(report: Any) -> Iterator[Advice]:
         else:
             yield Advice(
                 f"Look at the class {row['value']}: weigh the loss by class, or collect more of it.",
-                "It is worse than the others in every group alike, so no method for groups is needed.",
+                "No column explains it: the class itself is hard, or rare in training.",
             )
     elif len(slices) and not len(sure) and report.slices_stand_out:
         yield Advice(
@@ -142,7 +142,7 @@ def _callbacks(report: Any, columns: list[str], methods: list[str]) -> str:
     attributes = {name: k for name, k in sizes.items() if name != report.target_name} or sizes
     lines = [f"from debias import {', '.join(sorted([*methods, 'GroupMonitor'], key=str.lower))}, tag", ""]
     lines.append("# `ids` holds the number of each sample's group, one array a column: " + ", ".join(
-        f"{name} 0 .. {k - 1}" for name, k in sizes.items()
+        f"{name!r} 0 .. {k - 1}" for name, k in sizes.items()
     ))  # fmt: skip
     lines.append(
         f"train = tag(train, **{{{', '.join(f'{name!r}: ids[{name!r}]' for name in columns)}}})  # validation alike"

@@ -29,6 +29,7 @@ __all__ = ["HEAD", "INDEX", "Collector", "in_order"]
 INDEX = "audit_index"
 _BOXES = ("boxes", "scores", "labels")
 HEAD = "input of the head"
+_IN_ORDER_OF_LOGITS = ("index", "logits", "target", f"features {HEAD}")  # which a step may change
 Array = np.ndarray[Any, Any]
 
 
@@ -106,7 +107,7 @@ class Collector(GroupMonitor):
         else:
             super().observe(step, calls, forward_output, output)
             if self.keeps_features:
-                self._features(len(index))
+                self._features(len(index), torch.equal(self._kept.last.to(index), index))
         self._kept.add("tag_index", index)
         for name, value in step.tags.items():
             if name != INDEX and isinstance(value, Tensor) and value.ndim == 1:
@@ -127,7 +128,7 @@ class Collector(GroupMonitor):
         self._logits, self.loss_name = found[0], found[3]
         return found
 
-    def _features(self, n: int) -> None:
+    def _features(self, n: int, in_batch_order: bool) -> None:
         logits = self._logits
         if not self._looked:
             for module, _, made in self._linears:
@@ -142,6 +143,11 @@ class Collector(GroupMonitor):
                 raise DebiasError(
                     f"Expected the output of `{name}` to have a row for each of {n} samples, but got shape"
                     f" {tuple(features.shape)}. Name another layer in `layers`."
+                )
+            if name != HEAD and not in_batch_order:  # its rows may be in either order
+                raise DebiasError(
+                    f"Expected a step that keeps the order of its batch, to read the output of `{name}`, but it puts"
+                    " samples elsewhere. Leave out `layers`: the input of the head can be read."
                 )
             self._kept.add(f"features {name}", _pooled(features).float())
 
@@ -180,6 +186,7 @@ class _Rows:
 
     def __init__(self) -> None:
         self.parts: dict[str, list[Any]] = defaultdict(list)
+        self.last = torch.zeros(0)
 
     def add(self, name: str, value: Tensor) -> None:
         """Keep some rows."""
@@ -189,6 +196,7 @@ class _Rows:
         """Keep what was predicted for the samples of these numbers."""
         for name, value in (("index", index), ("logits", logits.float()), ("target", target)):
             self.add(name, value)
+        self.last = index
 
     def to(self, device: Any) -> _Rows:
         """Stay where it is: rows are on the CPU."""
@@ -218,7 +226,7 @@ def _sorted(rows: Mapping[str, Any]) -> dict[str, Any]:
     """Everything in the order of the dataset."""
     found: dict[str, Any] = {}
     for name, values in rows.items():
-        key = {"logits": "index", "target": "index"}.get(name, "tag_index")
+        key = "index" if name in _IN_ORDER_OF_LOGITS else "tag_index"
         order = np.argsort(rows[key], kind="stable")
         found[name] = values[order] if isinstance(values, np.ndarray) else [values[i] for i in order]
     return found

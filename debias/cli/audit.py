@@ -49,9 +49,7 @@ def add_audit_options(parser: argparse.ArgumentParser) -> None:
     add("--min-count", type=int, default=20, help="smaller groups are shown, and not ranked")
     add("--alpha", type=float, default=0.05, help="false-discovery rate of each table")
     add("--slices", type=int, default=5, help="slices of each kind to look for; 0 for none")
-    add(
-        "--layers", nargs="+", default=[], metavar="PATH", help="modules whose outputs are probed, too: backbone.layer3"
-    )
+    add("--layers", nargs="+", default=[], metavar="PATH", help="modules whose outputs are probed, too")
     add("--seed", type=int, default=0, help="of all draws")
 
 

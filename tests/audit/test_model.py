@@ -130,6 +130,22 @@ def test_what_is_erased_is_read_by_no_linear_model_and_all_else_stays():
     np.testing.assert_allclose(Eraser(x).erase(np.ones((300, 1))), x)
 
 
+class Flipped(Net):
+    def test_step(self, batch, batch_idx):
+        x, y = (part.flip(0) for part in batch)
+        super().test_step((x, y), batch_idx)
+
+
+def test_a_step_that_reorders_its_batch_is_followed_or_refused():
+    x, y, place = data()
+    frame = pd.DataFrame({"place": place.numpy()})
+    plain, flipped = (audited(model, loader(x, y), metadata=frame) for model in (Net(), Flipped()))
+    for name in ("groups", "probes", "erasure"):
+        pd.testing.assert_frame_equal(plain.tables[name], flipped.tables[name])
+    with pytest.raises(DebiasError, match="Leave out `layers`"):
+        audited(Flipped(), loader(x, y), metadata=frame, layers=["body"])
+
+
 def binary(z, y):
     return F.binary_cross_entropy_with_logits(z, y.float())
 

@@ -129,3 +129,25 @@ def test_a_label_of_several_that_leans():
     leans = report.tables["leans"]
     other = leans[(leans["column"] == "site") & (leans["class"] == "fracture")]
     assert (other["p_value"] > 0.01).all()
+
+
+def test_a_column_name_does_not_become_code():
+    evil = "x\nraise SystemExit"
+    code = audited(planted(600, 0.5, columns=0).rename(columns={"place": evil})).advice[0].code
+    assert repr(evil) in code
+    assert "\nraise" not in code
+    compile(code, "advice", "exec")
+
+
+def test_the_code_to_paste_runs():
+    import torch
+    from torch.utils.data import TensorDataset
+
+    frame = planted(600, 0.5, columns=0)
+    report = audited(frame)
+    ids = {"target": frame["target"].to_numpy(), "place": (frame["place"] == "water").astype(int).to_numpy()}
+    space = {"train": TensorDataset(torch.zeros(600, 2)), "ids": ids}
+    exec(report.advice[0].code, space)
+    assert [type(each).__name__ for each in space["callbacks"]] == ["GroupReweighting", "GroupMonitor"]
+    exec(report.advice[0].code.replace("# or: ", ""), space)
+    assert type(space["callbacks"][0]).__name__ in ("GroupDRO", "GroupMixup")
