@@ -13,7 +13,7 @@ from debias.audit.groups import _auroc, rates
 
 
 def audited(frame, **options):
-    return audit_predictions(frame, progress=False, **options)
+    return audit_predictions(frame, progress=False, **{"slices": 0} | options)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_with_nothing_to_find_the_worst_groups_are_noise():
     alarms = sum(
         audited(planted(600, seed=seed, columns=2), resamples=20).frame["significant"].any() for seed in range(40)
     )
-    assert alarms <= 6  # 5 % are promised: more happen in less than one in fifty such tests
+    assert alarms <= 4  # 5 % are promised: more happen in less than one in a hundred such tests
 
 
 def test_more_classes_than_two():

@@ -59,7 +59,7 @@ def test_no_change_is_said():
 
 def test_with_noise_alone_changes_are_rare():
     alarms = 0
-    for seed in range(20):
+    for seed in range(12):
         random = np.random.default_rng(seed)
         before = planted(400, seed=seed, columns=2)
         after = before.copy()
@@ -67,7 +67,7 @@ def test_with_noise_alone_changes_are_rare():
         after["prediction"] = np.where(flip, random.integers(0, 2, 400), before["prediction"])
         before["prediction"] = np.where(random.random(400) < 0.1, random.integers(0, 2, 400), before["prediction"])
         alarms += compare_predictions(before, after, **QUIET).tables["changes"]["significant"].any()
-    assert alarms <= 4
+    assert alarms <= 3
 
 
 def test_a_regression_is_compared_by_ranks():

@@ -12,7 +12,7 @@ from debias.errors import DebiasError
 
 
 def audited(frame, **options):
-    return audit_predictions(frame, progress=False, resamples=20, **options)
+    return audit_predictions(frame, **{"progress": False, "resamples": 20, "slices": 0} | options)
 
 
 def changed(**columns):
@@ -37,7 +37,7 @@ def changed(**columns):
         (changed(), {"columns": ["plaice"]}, "but got ..plaice.."),
         (changed(), {"task": "ranking"}, "`task` to be one of"),
         (changed(), {"alpha": 0}, "alpha"),
-        (changed(), {"bins": 1}, "`bins` to be at least 2"),
+        (changed(), {"bins": 1}, "`bins` to be an integer of at least 2"),
         (changed(), {"id": "file"}, "`id` to be a column"),
         (changed(), {"metadata": planted(59)}, "for each of the 60 samples, in their order, but it has 59"),
         (changed(), {"metadata": planted(60, seed=1)[["place"]]}, "their columns `place` differ"),

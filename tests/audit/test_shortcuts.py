@@ -11,7 +11,7 @@ from debias.audit import audit_predictions
 
 
 def audited(frame, **options):
-    return audit_predictions(frame, progress=False, **options)
+    return audit_predictions(frame, progress=False, **{"slices": 0} | options)
 
 
 @pytest.mark.parametrize("strength", [0.1, 0.2, 0.4, 0.8])
@@ -34,9 +34,9 @@ def alarms(seeds, **options):
 
 
 def test_with_none_planted_alarms_are_rare():
-    pulls, groups = alarms(range(30), n=500, columns=2)
-    assert pulls <= 5
-    assert groups <= 5
+    pulls, groups = alarms(range(20), n=500, columns=2)
+    assert pulls <= 4
+    assert groups <= 4
 
 
 @pytest.mark.slow
