@@ -73,6 +73,10 @@ def audit(options: argparse.Namespace) -> None:
         report = compared(*(_of_checkpoint(options, path, settings) for path in options.compare))
     else:
         report = _of_table(options, settings)
+    from lightning.pytorch.utilities import rank_zero_only
+
+    if getattr(rank_zero_only, "rank", 0):  # of several ranks, which all have the same report, one writes
+        return
     paths = report.save(options.out)
     for sentence in report.findings:
         print(f"- {sentence}")
