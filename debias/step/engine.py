@@ -27,6 +27,7 @@ from debias.step.context import Step
 from debias.step.contract import Method, Watcher
 from debias.step.detection import DetectorStep, detectors
 from debias.step.distributed import global_rank, global_sum, is_distributed, world_size
+from debias.step.evaluated import Evaluated
 from debias.step.guards import refuse_duplicating_sampler, runs_again
 from debias.step.head import FeatureTap, HeadTap
 from debias.step.proxy import Hook, StepProxy, attach, detach
@@ -81,6 +82,9 @@ class StepEngine:
         self._proxies.append(attach(self.trainer.strategy, "process_dataloader", self._process_dataloader))
         if any(getattr(callback, "monitors", False) for callback in self.trainer.callbacks):
             self._handles.append(self.module.register_forward_hook(Hook(self._keep_forward_output)))
+            for child in self.module.children():
+                if getattr(child, "_compiled_call_impl", None) is None:  # else the hook would be compiled, too
+                    self._handles.append(child.register_forward_hook(Hook(self._keep_prediction), with_kwargs=True))
         for model in detectors(self.module) if stage == "fit" else ():
             self._proxies.append(attach(model, "forward", functools.partial(self._detect, model)))
         for submodule in self.module.modules():
@@ -142,6 +146,11 @@ class StepEngine:
         if self.in_evaluation_step:
             self._forward_output, self.forward_inputs = output, [x for x in args if isinstance(x, Tensor)]
             self.forward_calls += 1
+            self._keep_prediction(module, args, {}, output)
+
+    def _keep_prediction(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self.in_evaluation_step and self._tap is not None and self._tap.evaluated is not None:
+            self._tap.evaluated.predictions.saw(args, kwargs, output)
 
     def _adapt(self, loss: nn.Module, per_sample: adapters.PerSample) -> None:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -412,7 +421,8 @@ class StepEngine:
         # Apart from those of training, whose losses may have another head.
         heads = {(w.head, w.features): self._head(w.head, w.features, stage) for w in monitors if w.needs_features}
         finders = [finder for head in heads.values() if (finder := head.start()) is not None]
-        tap = LossTap(training=False, tracker=self._tracker, finder=finders[0] if finders else None)
+        finder = finders[0] if finders else None
+        tap = LossTap(training=False, tracker=self._tracker, finder=finder, evaluated=Evaluated())
         try:
             output = self._watched(tap, original, args, kwargs)
             for head in heads.values():

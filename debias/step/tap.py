@@ -8,6 +8,7 @@ followed through masks, weights and reshapes to the ``.mean()`` or ``.sum()`` th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from debias.errors import DebiasError, LossNotFoundError, RowsError, UntappedLossError
+from debias.step.counted import both
 from debias.step.distributed import as_global, global_sum, is_distributed, world_size
+from debias.step.evaluated import Evaluated, counted_by
 from debias.step.losses import (
     COMPARING,
     FORM,
@@ -57,6 +60,9 @@ class LossCall:
             ``den`` and ``rows`` then hold the rows with their own labels first, then with those of their partners.
         targets: the targets of these rows.
         shares: what the losses of these rows were multiplied by, shaped like the elements.
+        predicted: in evaluation, what the network predicted, shaped like ``logits``, where the step or its criterion
+            has changed that before the loss; None where ``logits`` are it. See :mod:`debias.step.predictions`.
+        from_labels: in evaluation, whether ``logits`` come from a part of the network that was given the target.
     """
 
     name: str
@@ -84,6 +90,18 @@ class LossCall:
     parts: int = 1
     targets: Any = None
     shares: Tensor | None = None
+    predicted: Tensor | None = None
+    from_labels: bool = False
+    _counted: list[Callable[[], Tensor | None]] = field(default_factory=list)
+
+    @cached_property
+    def counted(self) -> Tensor | None:
+        """In evaluation, after the step: which elements count, boolean, in the shape of ``reduction="none"``.
+
+        Neither do those that the loss ignores or weighs with 0, nor those that the step masks, selects or replaces
+        afterwards. None where all count.
+        """
+        return functools.reduce(both, (counts() for counts in self._counted), None)
 
     @property
     def followed(self) -> bool:
@@ -279,6 +297,7 @@ class LossTap(TorchFunctionMode):
         rows: the user's own answer to that question.
         finder: records what the classifier head needs to be found by; None where nobody asks.
         mixture: which labels the samples count with; None where augmentation has mixed none.
+        evaluated: in evaluation, follows what counts and what was predicted.
     """
 
     combine: Callable[[LossCall], Tensor | None] | None = None
@@ -288,6 +307,7 @@ class LossTap(TorchFunctionMode):
     rows: Callable[[LossCall, int], Tensor] | str | None = None
     finder: Finder | None = None
     mixture: Mixture | None = None
+    evaluated: Evaluated | None = None
     calls: list[LossCall] = field(default_factory=list)
     # Losses that reach the returned loss unseen if nothing reduces them in a way that can be followed: name and node.
     untapped: list[tuple[str, Any]] = field(default_factory=list)
@@ -301,11 +321,14 @@ class LossTap(TorchFunctionMode):
         """Let go of every tensor; calls and tap refer to each other, and only the garbage collector would notice."""
         self.calls, self.untapped, self._pending = [], [], []
         self.combine = self.tracker = self.finder = None
+        if self.evaluated is not None:
+            self.evaluated.close()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        run = _run if self.evaluated is None else self.evaluated.run
         if self.suspended or (func not in _WATCHED and self.finder is None):
-            return func(*args, **kwargs)
+            return func(*args, **kwargs) if self.suspended else run(func, args, kwargs)
         if func in LOSSES:
             return self._loss(func, args, kwargs)
         if not args and func in _FOLLOWED | RECORDED:
@@ -314,7 +337,7 @@ class LossTap(TorchFunctionMode):
             followed = self._follow(func, args, kwargs)
             if followed is not None:
                 return followed
-        out = func(*args, **kwargs)
+        out = run(func, args, kwargs)
         if self.tracker is not None and func in RECORDED:
             self.tracker.record(func, args, kwargs, out)
         elif func in NOT_PER_SAMPLE and isinstance(out, Tensor) and out.requires_grad:
@@ -345,6 +368,7 @@ class LossTap(TorchFunctionMode):
         call = self._call(func.__name__, logits, target, "mean" if reduction == "batchmean" else reduction, elements)
         call.ignore_index = arguments.get("ignore_index")
         call.arguments = {k: v for k, v in arguments.items() if k in FORM and v is not None}
+        call._counted.append(counted_by(func, arguments))
         if self.training and self.mixture is not None and self.mixture.meant(call):
             return self._mixed_loss(func, arguments, call)
         if reduction != "none":
@@ -357,6 +381,8 @@ class LossTap(TorchFunctionMode):
             self._pending.append(_Pending(out, den, self._element_numbers(call, out), call))
             self.untapped.append((f"{func.__name__}(reduction='none')", out.grad_fn))
         else:
+            if self.evaluated is not None:
+                call._counted.append(self.evaluated.elements.start(out))
             self._add(call)
         return out
 
@@ -383,6 +409,7 @@ class LossTap(TorchFunctionMode):
         logits, target = (args[0] if args else None), (args[1] if len(args) > 1 else None)
         losses, den = compute(*args)
         call = self._call(name, logits, target, "mean", lambda: (losses, den))
+        call._counted.append(lambda: None if bool((den != 0).all()) else den != 0)
         if self.training and self.mixture is not None and self.mixture.meant(call):
             if not isinstance(target, Tensor):
                 raise unmixable(name, "it has no target tensor as second argument")
@@ -397,6 +424,8 @@ class LossTap(TorchFunctionMode):
         call = LossCall(name, logits, target, reduction, len(self.calls), elements, self._sample_numbers)
         if self.finder is not None and isinstance(logits, Tensor):
             call.linear = self.finder.match(logits)
+        if self.evaluated is not None:
+            call.predicted, call.from_labels = self.evaluated.predictions.of(logits, target)
         return call
 
     def _hand_back(self, call: LossCall, original: Callable[[], Tensor]) -> Tensor:
@@ -665,6 +694,10 @@ class LossTap(TorchFunctionMode):
                     )
             kept = first
         return kept.reshape(out.shape)
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
 
 
 def _first_by_position(func: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
