@@ -15,7 +15,7 @@ from debias.errors import BadRowsError, BatchKeyError, DebiasError, HeadNotFound
 from debias.ops.head_autograd import AutogradHeadStatistics
 from debias.ops.head_statistics import HeadLoss, HeadStatistics, make_head_loss, make_members
 from debias.ops.penalties import LOSS_OPTIONS, row_counts
-from debias.step.batch import BatchKey
+from debias.step.batch import BatchKey, plain_key
 from debias.step.context import Step
 from debias.step.grouped import plain_n_groups, tag_counts
 from debias.step.head import check_features, rows_of_features
@@ -63,6 +63,7 @@ class DomainPenalty(Debiaser):
                 f"Expected `loss` of {type(self).__name__} to choose one loss with `features={self.features!r}`, but"
                 " got 'sum': these features are the same for every loss, and would be counted as often. Pass `loss=0`."
             )
+        domain, n_domains = plain_key(domain), plain_n_groups(n_domains)
         keys = len(domain) if isinstance(domain, tuple | list) else 1
         sizes = len(n_domains) if isinstance(n_domains, tuple | list) else 1
         if keys != sizes:
@@ -71,7 +72,7 @@ class DomainPenalty(Debiaser):
                 " Write e.g. `domain=('hospital', 'scanner'), n_domains=(3, 2)`."
             )
         self.domain = domain
-        self.n_domains = plain_n_groups(n_domains)
+        self.n_domains = n_domains
         self.module = module
         self.divide_loss = divide_loss
         self.reset_optimizer = reset_optimizer

@@ -26,7 +26,7 @@ from debias.monitors._epoch import EpochMonitor, by_group
 from debias.monitors.detection_monitor import find_predictions
 from debias.ops.arguments import check_count, check_number
 from debias.ops.groups import check_n_groups, name_groups
-from debias.step.batch import BatchKey
+from debias.step.batch import BatchKey, plain_key
 from debias.step.context import Step
 from debias.step.distributed import global_rank, global_sum
 from debias.step.grouped import check_keys, plain_n_groups
@@ -117,7 +117,7 @@ class BoxStability(EpochMonitor):
         self.rate = check_number("rate", rate, "(0, 1)")
         self.score_threshold = score_threshold
         self.draws = check_count("draws", draws)
-        self.domain = domain
+        self.domain = plain_key(domain)
         self.n_domains = plain_n_groups(n_domains)
         self.total = check_n_groups(n_domains, "domain")
         self.domain_names = name_groups(n_domains, domain_names, "domain")

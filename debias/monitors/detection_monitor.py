@@ -17,7 +17,7 @@ from debias.errors import BatchKeyError, LossNotFoundError
 from debias.metrics.detection import DetectionAccuracy, GroupMeanAveragePrecision
 from debias.monitors._epoch import EpochMonitor, by_group
 from debias.ops.groups import check_n_groups, name_groups
-from debias.step.batch import BatchKey, describe, key_name
+from debias.step.batch import BatchKey, describe, key_name, plain_key
 from debias.step.context import Step
 from debias.step.grouped import check_keys, plain_n_groups
 from debias.step.head import submodule
@@ -91,7 +91,7 @@ class DetectionMonitor(EpochMonitor):
     ) -> None:
         super().__init__(name=name, allow_untested_strategy=allow_untested_strategy)
         check_keys(domain, n_domains, "domain")
-        self.domain = domain
+        self.domain = plain_key(domain)
         self.n_domains = plain_n_groups(n_domains)
         self.total = check_n_groups(n_domains, "domain")
         self.domain_names = name_groups(n_domains, domain_names, "domain")

@@ -26,6 +26,7 @@ __all__ = [
     "TaggedSample",
     "key_name",
     "map_samples",
+    "plain_key",
     "read",
     "repeated",
     "replace",
@@ -195,8 +196,14 @@ def split_tags(batch: Any) -> tuple[Any, dict[str, Any]]:
     return batch, {}
 
 
+def plain_key(key: Any) -> Any:
+    """Keys that are to be crossed as a tuple, where they come in another sequence, such as OmegaConf's lists."""
+    return tuple(key) if isinstance(key, Sequence) and not isinstance(key, str | tuple | list) else key
+
+
 def key_name(key: Any) -> str | None:
     """A readable name of a key or tuple of keys (``"place"``, ``"target_place"``); None for a callable."""
+    key = plain_key(key)
     if isinstance(key, tuple | list):
         names = [key_name(part) for part in key]
         return None if None in names else "_".join(str(name) for name in names)

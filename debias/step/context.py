@@ -161,6 +161,10 @@ class Step:
             self._made[key] = make()
         return self._made[key]
 
+    def _is_membership(self, ids: Tensor) -> bool:
+        """Whether integers are 0 and 1. In training nothing is read from the device, so there it has to be said."""
+        return self.stage != "train" and ids.shape[1] > 1 and bool(((ids == 0) | (ids == 1)).all())
+
     def _one(self, key: BatchKey, argument: str) -> Tensor:
         value = self.read(key, argument=argument)
         try:
@@ -174,11 +178,12 @@ class Step:
                 f"Expected `{argument}={key!r}` to hold integer ids of shape (N,), but got {batches.describe(value)}"
                 f"{'' if ids is None else f' of {ids.dtype}'}. Number the groups 0, 1, 2, ..., -1 for unlabelled."
             )
-        if ids.dtype == torch.bool and ids.ndim == 2:
-            return ids
+        if ids.ndim == 2 and (ids.dtype == torch.bool or self._is_membership(ids)):
+            return ids.bool()
         if ids.ndim != 1:
+            hint = " Turn a membership of 0 and 1 into booleans: `membership.bool()`." if ids.ndim == 2 else ""
             raise BatchKeyError(
                 f"Expected `{argument}={key!r}` to hold ids of shape (N,), or a boolean membership (N, G), but got"
-                f" shape {tuple(ids.shape)} of {ids.dtype}. Give one id per sample."
+                f" shape {tuple(ids.shape)} of {ids.dtype}. Give one id per sample.{hint}"
             )
         return ids.long()

@@ -32,7 +32,7 @@ from debias.step.guards import refuse_duplicating_sampler, runs_again
 from debias.step.head import FeatureTap, HeadTap
 from debias.step.proxy import Hook, StepProxy, attach, detach
 from debias.step.rows import RowTracker
-from debias.step.selection import ambiguous, height, out_of_place, reaching, select_calls, untapped
+from debias.step.selection import ambiguous, height, out_of_place, reaching, select_call, select_calls, untapped
 from debias.step.shared import SharedLosses
 from debias.step.split import split_losses
 from debias.step.stated import check_stated, check_stated_losses, stated_losses
@@ -65,6 +65,7 @@ class StepEngine:
         # What the first step taught: the position of the one loss that is meant, and whether rows must be replayed.
         self._reweighed: list[LossCall] = []
         self._rows_needed = True
+        self._rows_needed_in: dict[str, bool] = {}
         self._checked = self._sums_checked = False
         self._shared = SharedLosses()
         self._named: dict[tuple[Any, int], str] = {}
@@ -417,7 +418,7 @@ class StepEngine:
         for monitor in monitors:
             monitor.begin(step)
         if step.n is not None:
-            self._tracker = RowTracker(step.batch, step.n, everything=False)
+            self._tracker = RowTracker(step.batch, step.n, everything=self._rows_needed_in.get(stage, True))
         # Apart from those of training, whose losses may have another head.
         heads = {(w.head, w.features): self._head(w.head, w.features, stage) for w in monitors if w.needs_features}
         finders = [finder for head in heads.values() if (finder := head.start()) is not None]
@@ -431,6 +432,7 @@ class StepEngine:
                 if monitor.needs_features:
                     step.features = self._features(monitor, heads[monitor.head, monitor.features], tap)
                 monitor.observe(step, tap.calls, self._forward_output, output)
+            self._rows_needed_in[stage] = self._tracker is not None and self._tracker.needed
         finally:
             self._forward_output, self.forward_inputs, self._tracker = None, [], None
             tap.close()
@@ -442,33 +444,47 @@ class StepEngine:
         """Sample of each row of what a monitor reads in an evaluation step; None where row i is sample i.
 
         Args:
-            tensor: the logits or features, with one row per sample.
+            tensor: the logits or features.
             call: the loss that was computed from them; None where none was.
             who: name of the monitor, for messages.
             inputs: what the network that made them was given.
 
         Returns:
-            int64 ``(N,)``.
+            int64 ``(rows,)``.
 
         Raises:
-            RowsError: the step puts samples in another order, in a way that cannot be followed.
+            RowsError: rows come from samples in a way that cannot be followed.
         """
         tracker = self._tracker
-        if tracker is None or tensor.shape[0] != tracker.n:
+        if tracker is None or not tensor.ndim:
             return None
+        count = tensor.shape[0]
         candidates = [tensor, *inputs] if call is None else [call.target, tensor]
-        rows = [x for x in candidates if isinstance(x, Tensor) and x.ndim and x.shape[0] == tracker.n]
-        index = tracker.resolve(rows, tracker.n)
+        rows = [x for x in candidates if isinstance(x, Tensor) and x.ndim and x.shape[0] == count]
+        index = tracker.resolve(rows, count)
         if isinstance(index, bool):
+            if count != tracker.n:
+                raise RowsError(
+                    f"Expected the rows of what {who} reads to be those of the {tracker.n} samples of the batch, or"
+                    f" views of them, but got shape {tuple(tensor.shape)}, and where its rows come from cannot be"
+                    " followed. Make them of tensors of the batch by reshapes and indexing; a `collate_fn` must not leave"
+                    " samples out, as ids cannot follow."
+                )
             if not tracker.puts_samples_elsewhere() and not any(map(tracker.is_sorted, rows)):
                 return None
             raise _out_of_order(who)
-        return index if index is None or index.ndim == 1 else index.flatten(1)[:, 0]
+        if index is None:
+            return None
+        tracker.needed = True
+        index = index.flatten(1) if index.ndim > 1 else index.unsqueeze(1)
+        if not torch.equal(index, index[:, :1].expand_as(index)):
+            raise _out_of_order(who)
+        return index[:, 0]
 
     def _features(self, monitor: Watcher, head: HeadTap | FeatureTap, tap: LossTap) -> Tensor | None:
         """Features of the loss that the monitor means, or of what the module's ``forward`` returned."""
         if tap.calls and isinstance(head, HeadTap):
-            call = select_calls(tap.calls, monitor.loss, type(monitor).__name__)[0]
+            call = select_call(tap.calls, monitor.loss, type(monitor).__name__)
             read, of_call = call.logits, call
         else:
             call = LossCall("forward", self._forward_output, None, "none", 0, tuple, lambda call, num: None)  # type: ignore[arg-type]

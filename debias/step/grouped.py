@@ -21,7 +21,7 @@ from torch.utils.data import (
 )
 
 from debias.errors import BatchKeyError, DebiasError
-from debias.step.batch import BatchKey, split_tags
+from debias.step.batch import BatchKey, plain_key, split_tags
 from debias.step.context import Step
 from debias.step.random import undisturbed
 from debias.step.tap import LossCall
@@ -55,7 +55,7 @@ class GroupDebiaser(Debiaser):
     ) -> None:
         super().__init__(name=default_name(name, group, self.needs[0]), **options)
         check_keys(group, n_groups, self.needs[0])
-        self.group = group
+        self.group = plain_key(group)
         self.n_groups = plain_n_groups(n_groups)
         self._said_unlabelled = False
         self._counted: Tensor | None = None  # in the last fit
@@ -135,6 +135,7 @@ def _largest(key: str) -> str:
 
 def plain_n_groups(n_groups: Any) -> Any:
     """A number of groups, or one per key, in Python's own integers; anything else as it is."""
+    n_groups = plain_key(n_groups)
     if isinstance(n_groups, tuple | list):
         return type(n_groups)(plain_n_groups(size) for size in n_groups)
     return int(n_groups) if isinstance(n_groups, Integral) and not isinstance(n_groups, bool) else n_groups
@@ -146,6 +147,7 @@ def check_keys(key: Any, n_groups: Any, argument: str = "group") -> None:
     Raises:
         DebiasError: there are not as many numbers as keys.
     """
+    key, n_groups = plain_key(key), plain_key(n_groups)
     keys = len(key) if isinstance(key, tuple | list) else 1
     sizes = len(n_groups) if isinstance(n_groups, tuple | list) else 1
     if keys != sizes:

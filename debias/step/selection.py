@@ -9,7 +9,7 @@ from torch import Tensor
 from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, UntappedLossError
 from debias.step.tap import LossCall, LossTap
 
-__all__ = ["ambiguous", "height", "out_of_place", "reaching", "select_calls", "untapped"]
+__all__ = ["ambiguous", "height", "out_of_place", "reaching", "select_call", "select_calls", "untapped"]
 
 
 def _nodes(start: Any, ends: set[Any]) -> set[Any]:
@@ -66,6 +66,26 @@ def select_calls(calls: list[LossCall], loss: Any, who: str) -> list[LossCall]:
             f" computed {[(call.position, call.name) for call in calls]}. Correct `loss=`."
         )
     return chosen
+
+
+def select_call(calls: list[LossCall], loss: Any, who: str) -> LossCall:
+    """The one loss of an evaluation step that a monitor means by ``loss=``.
+
+    Raises:
+        AmbiguousLossError: it chooses none of them, or several.
+    """
+    if isinstance(loss, int):
+        chosen = [call for call in calls if call.position == loss]
+    else:
+        chosen = [call for call in calls if loss is None or loss(call)]
+    if len(chosen) != 1:
+        raise AmbiguousLossError(
+            f"Expected {who} to find one loss in the evaluation step, but it computes {len(calls)}:"
+            f" {', '.join(f'{call.name} at {call.position}' for call in calls)}"
+            f"{'' if loss is None else f', of which `loss={loss!r}` chooses {len(chosen)}'}. Say which:"
+            " `loss=<position>`, or `loss=callable(call) -> bool`."
+        )
+    return chosen[0]
 
 
 def out_of_place(there: list[LossCall], meant: list[LossCall], calls: list[LossCall]) -> AmbiguousLossError:
