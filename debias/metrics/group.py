@@ -143,7 +143,7 @@ class GroupAccuracy(Metric):
 
     ``compute()`` returns a dictionary of float64 tensors: ``accuracy`` (over all samples, with a group or without),
     ``worst_group_accuracy``, ``accuracy_by_group`` of shape ``(n_groups,)`` with NaN for a group without samples,
-    ``accuracy_count_by_group``, the number of samples of each group that were scored, ``accuracy_difference``,
+    ``accuracy_count``, the number of samples of each group that were scored, ``accuracy_difference``,
     ``accuracy_ratio`` and, where ``train_counts`` is given, ``adjusted_accuracy``.
 
     Args:
@@ -229,7 +229,7 @@ class GroupedMetric(Metric):
 
     Each group has a clone of the metric, which sees the rows of its group; another one sees all rows. ``compute()``
     returns the dictionary of :class:`GroupAccuracy` under the metric's name: ``<name>``, ``worst_group_<name>``,
-    ``<name>_by_group``, ``<name>_count_by_group``, ``<name>_difference``, ``<name>_ratio`` and, with ``train_counts``,
+    ``<name>_by_group``, ``<name>_count``, ``<name>_difference``, ``<name>_ratio`` and, with ``train_counts``,
     ``adjusted_<name>``.
 
     A group is NaN where the metric is undefined: where it raises or is not finite, and where the group's targets leave
@@ -362,7 +362,11 @@ class GroupedMetric(Metric):
         """Name, once, the groups where the metric is undefined, and those that lack classes."""
         places = [*(f"group `{name}`" for name in self.group_names), "all samples"]
         of_places = [(place, count, clone) for place, count, clone in zip(places, counts, clones, strict=True) if count]
-        undefined = {p: f"{p} ({count} samples): {clone.reason}" for p, count, clone in of_places if clone.reason}
+        undefined = {
+            p: f"{p} ({count} sample{'s' if count > 1 else ''}): {clone.reason}"
+            for p, count, clone in of_places
+            if clone.reason
+        }
         fewer = {
             p: f"{p} lacks {_few([str(c) for c in clone.left_out])}"
             for p, _, clone in of_places
@@ -439,7 +443,7 @@ def _summary(
         name: overall,
         f"{front}worst_group_{last}": worst_group(by_group, higher_is_better=higher_is_better),
         f"{name}_by_group": by_group,
-        f"{name}_count_by_group": counts.to(by_group),
+        f"{name}_count": counts.to(by_group),
         f"{name}_difference": group_difference(by_group),
         f"{name}_ratio": group_ratio(by_group),
     }

@@ -62,7 +62,7 @@ class GroupMonitor(EpochMonitor):
         val/accuracy                        all samples
         val/worst_group_accuracy            the worst group that occurs
         val/accuracy_by_group/<name>        NaN for a group without a sample, or where the metric is undefined
-        val/accuracy_count_by_group/<name>  samples of the group that were scored; of a collection its first metric's
+        val/accuracy_count/<name>           samples of the group that were scored; of a collection its first metric's
         val/accuracy_difference             best minus worst group
         val/accuracy_ratio                  worst over best group
         val/adjusted_accuracy               with `train_counts`: groups weighted by their share of the training set
@@ -378,4 +378,4 @@ def _without(target: Tensor, counted: Tensor | None) -> Tensor:
 def _joined(values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The values of several metrics, with the counts, which are those of all of them, once."""
     first, *others = values
-    return first | {k: v for other in others for k, v in other.items() if not k.endswith("_count_by_group")}
+    return first | {k: v for other in others for k, v in other.items() if not k.endswith("_count")}

@@ -67,8 +67,8 @@ def predicted_by(call: LossCall, who: str) -> Any:
 def counted_like(counted: Tensor | None, target: Tensor) -> Tensor | None:
     """Which elements of a loss count, in the shape of a target; None where all do, or nothing is alike.
 
-    Of a target with one value where the loss has several elements, such as class ids beside a binary loss of each class,
-    those count that have an element which does.
+    Of a target with one value where the loss has several elements, such as class ids beside a binary loss of each
+    class, those count that have an element which does.
     """
     if counted is None or counted.shape == target.shape:
         return counted

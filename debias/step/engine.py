@@ -467,8 +467,8 @@ class StepEngine:
                 raise RowsError(
                     f"Expected the rows of what {who} reads to be those of the {tracker.n} samples of the batch, or"
                     f" views of them, but got shape {tuple(tensor.shape)}, and where its rows come from cannot be"
-                    " followed. Make them of tensors of the batch by reshapes and indexing; a `collate_fn` must not leave"
-                    " samples out, as ids cannot follow."
+                    " followed. Make them of tensors of the batch by reshapes and indexing; a `collate_fn` must not"
+                    " leave samples out, as ids cannot follow."
                 )
             if not tracker.puts_samples_elsewhere() and not any(map(tracker.is_sorted, rows)):
                 return None

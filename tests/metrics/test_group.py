@@ -136,7 +136,7 @@ def test_accuracy_agrees_with_scikit_learn_however_it_is_batched(sizes):
         "accuracy",
         "worst_group_accuracy",
         "accuracy_by_group",
-        "accuracy_count_by_group",
+        "accuracy_count",
         "accuracy_difference",
         "accuracy_ratio",
         "adjusted_accuracy",
@@ -381,7 +381,7 @@ def test_two_ranks_with_different_groups_are_one(tmp_path):
     accuracy.update(logits, target, groups)
     auroc.update(logits[:, 1], target, groups)
     composed.update(logits[:, 1], target.float(), groups)
-    same = ("double_ratio", "double_count_by_group")
+    same = ("double_ratio", "double_count")
     doubled = {name: value if name in same else 2 * value for name, value in composed.compute().items()}
     for rank in range(2):
         results = torch.load(tmp_path / f"{rank}.pt")
