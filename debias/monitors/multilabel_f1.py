@@ -112,7 +112,7 @@ class MultilabelF1Monitor(EpochMonitor):
         call = loss_of(bce, self.loss, type(self).__name__)
         if call is None:
             raise LossNotFoundError(
-                "Expected the evaluation step to compute a binary cross-entropy of (N, labels), but got"
+                "Expected the evaluation step to compute one binary cross-entropy of (N, labels), but got"
                 f" {[c.name for c in calls] or 'no loss'}. Compute it with torch's function."
             )
         logits, targets = predicted_by(call, type(self).__name__), step.read(self.target, argument="target")

@@ -80,7 +80,7 @@ def select_call(calls: list[LossCall], loss: Any, who: str) -> LossCall:
         chosen = [call for call in calls if loss is None or loss(call)]
     if len(chosen) != 1:
         raise AmbiguousLossError(
-            f"Expected {who} to find one loss in the evaluation step, but it computes {len(calls)}:"
+            f"Expected the evaluation step to compute one loss for {who}, but got {len(calls)}:"
             f" {', '.join(f'{call.name} at {call.position}' for call in calls)}"
             f"{'' if loss is None else f', of which `loss={loss!r}` chooses {len(chosen)}'}. Say which:"
             " `loss=<position>`, or `loss=callable(call) -> bool`."
