@@ -23,6 +23,7 @@ from debias.monitors.scored import (
     Scored,
     check_rows,
     counted_like,
+    is_flattened,
     loss_of,
     predicted_by,
     shifted_like,
@@ -267,8 +268,8 @@ class GroupMonitor(EpochMonitor):
             target = step.read(self.target, argument="target")
             if isinstance(target, Tensor):
                 target = shifted_like(target, calls)
-                if call is not None and isinstance(call.target, Tensor) and torch.equal(target.flatten(), call.target):
-                    target = call.target  # flattened by the step
+                if call is not None and is_flattened(target, call.target):
+                    target = call.target
         elif call is not None:
             target = call.target
         elif isinstance(step.batch, tuple | list) and len(step.batch) >= 2:

@@ -17,7 +17,7 @@ from debias.errors import DebiasError, RowsError
 from debias.step.selection import select_call
 from debias.step.tap import LossCall
 
-__all__ = ["IGNORED", "Scored", "check_rows", "counted_like", "loss_of", "predicted_by", "shifted_like"]
+__all__ = ["IGNORED", "Scored", "check_rows", "counted_like", "is_flattened", "loss_of", "predicted_by", "shifted_like"]
 
 IGNORED = -100  # what targets that do not count are renamed to
 
@@ -92,6 +92,13 @@ def shifted_like(target: Tensor, calls: list[LossCall]) -> Tensor:
             if torch.equal(labels, shifted) and not torch.equal(labels, target[:, :-1]):
                 return F.pad(shifted, (0, 1), value=IGNORED)
     return target
+
+
+def is_flattened(target: Tensor, labels: Any) -> bool:
+    """Whether the labels of a loss are the target itself, flattened by the step, without the last place or with it."""
+    if not isinstance(labels, Tensor) or labels.ndim != 1 or target.ndim < 2:
+        return False
+    return any(torch.equal(form.flatten(), labels) for form in (target, target[:, :-1]))
 
 
 def check_rows(logits: Tensor, target: Tensor, n: int) -> None:
