@@ -1,13 +1,14 @@
 """What the network predicted, where the step or its criterion changed that before the loss. Torch only.
 
-Margins, the logarithm of a prior and the offsets of logit adjustment make a loss, not a prediction: they depend on the
-labels, or are left out when the network is used. In an evaluation step the outputs of the module's ``forward`` and of
-its direct children are remembered, and what is made of them. Logits that are one such output with a tensor added,
-subtracted, put in or multiplied have that output, brought to their shape, as their prediction.
+Margins, the logarithm of a prior and the offsets of logit adjustment make a classification loss, not a prediction:
+they depend on the labels, or are left out when the network is used. In an evaluation step it is remembered what the
+network makes: the outputs of the module's ``forward`` and of its direct children, parameters, and what is computed of
+these. Logits that are one output with something that the network has not made added, subtracted, put in or multiplied
+have that output, brought to their shape, as their prediction.
 
 Part of the network, and kept, are: reshapes, softmax and sigmoid, factors that are one number (a scale, a temperature),
-classes that are masked with a number, and parameters. A sum of two outputs (two networks, a residual) is an output of
-its own. The output of a child that is given the labels is no prediction: what it was made of is.
+classes that are masked with a number. What is made of two outputs or parameters (two networks, a residual, a bias) is an
+output of its own. What a direct child returns is one as a whole, unless it is given the labels.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from debias.step.counted import functions
 from debias.step.rows import CASTS, MOVES
 
-__all__ = ["Predictions"]
+__all__ = ["CLASSIFYING", "Predictions"]
+
+# Losses whose logits may be changed without changing what is predicted; numbers are predicted as the loss reads them.
+CLASSIFYING = frozenset(
+    {"cross_entropy", "nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits", "multi_margin_loss"}
+    | {"LabelSmoothingCrossEntropy", "SoftTargetCrossEntropy"}  # timm's
+)
 
 _SUM = functions("add sub subtract rsub")
 _PRODUCT = functions("mul multiply div true_divide truediv divide")
@@ -80,10 +87,15 @@ class Predictions:
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
         """Run an operation, and remember what it makes of outputs."""
-        operands = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)] if func in _FOLLOWED else []
-        known = {x: self._origin(x) for x in operands if x in self._made}
+        operands = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        known = {x: self._origin(x) for x in operands if isinstance(x, nn.Parameter) or x in self._made}
         if not known:
             return run(func, args, kwargs)
+        if func not in _FOLLOWED:
+            out = run(func, args, kwargs)
+            if isinstance(out, Tensor) and out.ndim and out.is_floating_point() and not any(out is x for x in operands):
+                self._made[out] = _OUTPUT
+            return out
         kind = _kind(func, args, [x for x in operands if x not in known], list(known.values()))
         mine = min(known, key=lambda x: known[x].changed)
         origin = known[mine]
@@ -107,7 +119,7 @@ class Predictions:
 
     def of(self, logits: Any, target: Any) -> tuple[Tensor | None, bool]:
         """The prediction that logits were made of, shaped like them; None where they are the prediction themselves, or
-        nobody knows. And whether they come from a child that was given the target.
+        nobody knows. And whether they come from a child that was given the target, and that nobody can look into.
         """
         made = self._made.get(logits) if isinstance(logits, Tensor) else None
         steps: tuple[Callable[[Tensor], Tensor], ...] = ()
@@ -129,8 +141,8 @@ class Predictions:
         return found, False
 
     def _origin(self, x: Tensor) -> _Made:
-        """How a known tensor was made: of itself, where it is an output."""
-        made = self._made[x]
+        """How a known tensor was made: of itself, where it is an output or a parameter."""
+        made = self._made.get(x, _OUTPUT)
         return _Made(x) if made.output is None else made
 
 
@@ -144,7 +156,7 @@ def _kind(func: Any, args: tuple[Any, ...], others: list[Tensor], origins: list[
     if func.__name__ == "__setitem__":
         value = args[2]
         return "changed" if isinstance(value, Tensor) and value.ndim else "kept"
-    if len({id(origin.output) for origin in origins}) > 1 or any(isinstance(x, nn.Parameter) for x in others):
+    if len({id(origin.output) for origin in origins}) > 1:
         return "output"
     one_number = not any(x.ndim and x.dtype != torch.bool for x in others)
     masks = func.__name__ == "where" and len(origins) == 1

@@ -34,6 +34,7 @@ from debias.step.losses import (
     unreduced,
 )
 from debias.step.mixing import Mixture, row_sources, unmixable
+from debias.step.predictions import CLASSIFYING
 from debias.step.rows import CASTS, MOVES, RECORDED, Move, RowTracker, apply_move, arranged_rows, keeps_rows
 
 __all__ = ["LossCall", "LossTap", "no_loss_error"]
@@ -424,7 +425,7 @@ class LossTap(TorchFunctionMode):
         call = LossCall(name, logits, target, reduction, len(self.calls), elements, self._sample_numbers)
         if self.finder is not None and isinstance(logits, Tensor):
             call.linear = self.finder.match(logits)
-        if self.evaluated is not None:
+        if self.evaluated is not None and name in CLASSIFYING:
             call.predicted, call.from_labels = self.evaluated.predictions.of(logits, target)
         return call
 

@@ -205,7 +205,23 @@ def chosen(logits):
     return 3 * torch.where(F.one_hot(CLASSES, K).bool(), logits - 0.5, logits)
 
 
-MARGIN, ARC, CRITERION = Margin(), Arc(), Criterion()
+class Shifted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("offset", PRIOR)
+
+    def forward(self, features):
+        return features[:, :K] @ torch.ones(K, K) + self.offset
+
+
+class Opaque(nn.Module):
+    """Computes where no function of torch is called, as compiled code does."""
+
+    def forward(self, features, target):
+        return torch.from_numpy(features.numpy()[:, :K] - 0.5)
+
+
+MARGIN, ARC, CRITERION, SHIFTED, OPAQUE = Margin(), Arc(), Criterion(), Shifted(), Opaque()
 CHANGED = {
     "prior": (cross_entropy(lambda z: z + PRIOR), RAW),
     "prior first": (cross_entropy(lambda z: torch.add(PRIOR, z)), RAW),
@@ -219,13 +235,15 @@ CHANGED = {
     "offset of a binary logit": (lambda: F.binary_cross_entropy_with_logits(NET(X) - 0.3, Y), RAW),
     "criterion": (lambda: CRITERION(NET(X), CLASSES), RAW),
     "margin of a child": (lambda: F.cross_entropy(MARGIN(NET(X), CLASSES), CLASSES), 4 * RAW),
+    "margin of a layer": (lambda: F.cross_entropy(ARC(X, CLASSES), CLASSES), X @ ARC.weight.detach().T),
+    "no module": (lambda: F.cross_entropy(X @ NET.weight.T + PRIOR, CLASSES), X @ NET.weight.detach().T),
 }
 
 
 @pytest.mark.parametrize("case", CHANGED)
 def test_predictions_are_those_from_before_the_criterion(case):
     step, expected = CHANGED[case]
-    predicted, from_labels, _ = call_of(step, MARGIN, CRITERION)
+    predicted, from_labels, _ = call_of(step, MARGIN, ARC, CRITERION)
     torch.testing.assert_close(predicted, expected)
     assert not from_labels
 
@@ -234,22 +252,24 @@ KEPT = {
     "plain": cross_entropy(lambda z: z),
     "temperature": cross_entropy(lambda z: z / 2),
     "learned offset": cross_entropy(lambda z: z + WEIGHT),
+    "learned offset, reshaped": cross_entropy(lambda z: z + WEIGHT.view(1, K).exp()),
+    "skip connection": cross_entropy(lambda z: z + X @ OTHER.weight.T),
+    "activation": cross_entropy(lambda z: z * torch.relu(OTHER(X))),
+    "a child with buffers": lambda: F.cross_entropy(SHIFTED(X), CLASSES),
     "masked classes": cross_entropy(lambda z: z.masked_fill(torch.tensor([True, False, False]), -1e9)),
     "masked by where": cross_entropy(lambda z: torch.where(torch.tensor([True, True, False]), z, -1e9)),
     "classes set to a number": cross_entropy(lambda z: z.index_fill(1, torch.tensor([0]), -1e9)),
     "two networks": lambda: F.cross_entropy(NET(X) + OTHER(X), CLASSES),
-    "no module": lambda: F.cross_entropy(X @ NET.weight.T + PRIOR, CLASSES),
+    "scaled to the units of a number": lambda: F.mse_loss(NET(X) * torch.rand(K) + PRIOR, Y),
     "probabilities": lambda: F.nll_loss(NET(X).softmax(1).log(), CLASSES),
 }
 
 
 @pytest.mark.parametrize("case", KEPT)
 def test_logits_that_are_the_prediction_are_left_alone(case):
-    assert call_of(KEPT[case])[:2] == (None, False)
+    assert call_of(KEPT[case], SHIFTED)[:2] == (None, False)
 
 
 def test_logits_of_a_child_that_was_given_the_labels():
-    assert call_of(lambda: F.cross_entropy(ARC(X, CLASSES), CLASSES), ARC)[:2] == (None, True)
-    # Numbers are no labels, as in an autoencoder, and other integers are not those of the loss.
-    assert call_of(lambda: F.mse_loss(NET(X), X[:, :K]))[:2] == (None, False)
-    assert call_of(lambda: F.cross_entropy(ARC(X, CLASSES), CLASSES.clone()), ARC)[:2] == (None, False)
+    assert call_of(lambda: F.cross_entropy(OPAQUE(X, CLASSES), CLASSES), OPAQUE)[:2] == (None, True)
+    assert call_of(lambda: F.cross_entropy(OPAQUE(X, CLASSES), CLASSES.clone()), OPAQUE)[:2] == (None, False)
