@@ -7,8 +7,8 @@ these. Logits that are one output with something that the network has not made a
 have that output, brought to their shape, as their prediction.
 
 Part of the network, and kept, are: reshapes, softmax and sigmoid, factors that are one number (a scale, a temperature),
-classes that are masked with a number. What is made of two outputs or parameters (two networks, a residual, a bias) is an
-output of its own. What a direct child returns is one as a whole, unless it is given the labels.
+and classes that are masked with a number. What is made of two outputs or parameters (two networks, a residual, a bias)
+is an output of its own. What a direct child returns is one as a whole, unless it is given the labels.
 """
 
 from __future__ import annotations
