@@ -87,11 +87,12 @@ class Predictions:
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
         """Run an operation, and remember what it makes of outputs."""
-        operands = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        joined = args[0] if args and isinstance(args[0], tuple | list) else ()
+        operands = [x for x in (*args, *kwargs.values(), *joined) if isinstance(x, Tensor)]
         known = {x: self._origin(x) for x in operands if isinstance(x, nn.Parameter) or x in self._made}
         if not known:
             return run(func, args, kwargs)
-        if func not in _FOLLOWED:
+        if func not in _FOLLOWED or joined:
             out = run(func, args, kwargs)
             if isinstance(out, Tensor) and out.ndim and out.is_floating_point() and not any(out is x for x in operands):
                 self._made[out] = _OUTPUT

@@ -230,6 +230,10 @@ CHANGED = {
     "margin and scale": (cross_entropy(lambda z: 8 * (z - 0.5 * F.one_hot(CLASSES, K))), 8 * RAW),
     "chosen by the label": (cross_entropy(chosen), 3 * RAW),
     "two networks and a prior": (lambda: F.cross_entropy((NET(X) + OTHER(X)) / 2 + PRIOR, CLASSES), TWO / 2),
+    "several networks and a prior": (
+        lambda: F.cross_entropy(torch.stack([NET(X), OTHER(X)]).sum(0) + PRIOR, CLASSES),
+        TWO,
+    ),
     "log-probabilities": (lambda: F.nll_loss((NET(X) + PRIOR).log_softmax(1), CLASSES), RAW.log_softmax(1)),
     "reshaped": (lambda: F.cross_entropy((NET(X).view(2, 3, K) + PRIOR).view(-1, K), CLASSES), RAW),
     "offset of a binary logit": (lambda: F.binary_cross_entropy_with_logits(NET(X) - 0.3, Y), RAW),
