@@ -24,9 +24,11 @@ from debias.monitors.scored import (
     check_rows,
     counted_like,
     is_flattened,
+    logits_of,
     loss_of,
     predicted_by,
     shifted_like,
+    without,
 )
 from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, describe, key_name, plain_key
@@ -34,24 +36,14 @@ from debias.step.context import Step
 from debias.step.grouped import check_keys, empty_groups, plain_n_groups, tag_counts
 from debias.step.head import submodule
 from debias.step.indices import evaluation_loaders
+from debias.step.predictions import CLASSIFYING
 from debias.step.proxy import Hook
 from debias.step.tap import LossCall
 from debias.step.watcher import check_loss
 
 __all__ = ["GroupMonitor"]
 
-_CLASSIFICATION = frozenset(
-    {
-        "cross_entropy",
-        "nll_loss",
-        "binary_cross_entropy",
-        "binary_cross_entropy_with_logits",
-        "multi_margin_loss",
-        "losses",
-        "LabelSmoothingCrossEntropy",  # timm's
-        "SoftTargetCrossEntropy",
-    }
-)
+_CLASSIFICATION = CLASSIFYING | {"losses"}
 
 
 class GroupMonitor(EpochMonitor):
@@ -195,7 +187,7 @@ class GroupMonitor(EpochMonitor):
                 if isinstance(metric, GroupedMetric):
                     update_metric(metric, logits.detach(), target, of_rows, loss, counted)
                     continue
-                kept = _without(target, counted)
+                kept = without(target, counted)
                 if isinstance(metric, GroupAccuracy):
                     metric.update(logits.detach(), kept, groups, rows)
                 else:
@@ -204,10 +196,10 @@ class GroupMonitor(EpochMonitor):
     def _scored(self, step: Step, calls: list[LossCall], forward_output: Any, output: Any) -> Scored:
         call = None
         if self.logits is not None:
-            logits = _logits_of(self._captured if isinstance(self.logits, str) else self.logits(output))
+            logits = logits_of(self._captured if isinstance(self.logits, str) else self.logits(output))
         else:
             call = loss_of(calls, self.loss, type(self).__name__)
-            logits = _logits_of(forward_output) if call is None else predicted_by(call, type(self).__name__)
+            logits = logits_of(forward_output) if call is None else predicted_by(call, type(self).__name__)
         if call is not None and self.metric is None and call.name not in _CLASSIFICATION:
             raise DebiasError(
                 f"Expected a classification loss for GroupMonitor's accuracy, but the step computes `{call.name}`. If"
@@ -361,19 +353,6 @@ class GroupMonitor(EpochMonitor):
         loaders = len(evaluation_loaders(trainer))
         computed = [[metric.compute() for metric in metrics] for metrics in self._metrics[:loaders]]
         return [by_group(_joined(values), self.group_names) for values in computed]
-
-
-def _logits_of(output: Any) -> Any:
-    """What a network returns, or its ``logits`` where it returns several things by name."""
-    inner = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    return inner if isinstance(inner, Tensor) else output
-
-
-def _without(target: Tensor, counted: Tensor | None) -> Tensor:
-    """A target with what does not count renamed, so that it is missing."""
-    if counted is None:
-        return target
-    return torch.where(counted, target if target.is_floating_point() else target.long(), IGNORED)
 
 
 def _joined(values: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ scored as the network made them (:mod:`debias.step.predictions`); what the loss 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,18 @@ from debias.errors import DebiasError, RowsError
 from debias.step.selection import select_call
 from debias.step.tap import LossCall
 
-__all__ = ["IGNORED", "Scored", "check_rows", "counted_like", "is_flattened", "loss_of", "predicted_by", "shifted_like"]
+__all__ = [
+    "IGNORED",
+    "Scored",
+    "check_rows",
+    "counted_like",
+    "is_flattened",
+    "logits_of",
+    "loss_of",
+    "predicted_by",
+    "shifted_like",
+    "without",
+]
 
 IGNORED = -100  # what targets that do not count are renamed to
 
@@ -114,3 +126,16 @@ def check_rows(logits: Tensor, target: Tensor, n: int) -> None:
                 f" {tuple(tensor.shape)}. Pass `logits=` and `target=` that have one row per sample; a `collate_fn`"
                 " must not leave samples out, as ids cannot follow."
             )
+
+
+def logits_of(output: Any) -> Any:
+    """What a network returns, or its ``logits`` where it returns several things by name."""
+    inner = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return inner if isinstance(inner, Tensor) else output
+
+
+def without(target: Tensor, counted: Tensor | None) -> Tensor:
+    """A target with what does not count renamed, so that it is missing."""
+    if counted is None:
+        return target
+    return torch.where(counted, target if target.is_floating_point() else target.long(), IGNORED)
