@@ -26,6 +26,7 @@ __all__ = [
     "TaggedSample",
     "key_name",
     "map_samples",
+    "plain_key",
     "read",
     "repeated",
     "replace",
@@ -204,8 +205,14 @@ def tag_owners(batch: Any) -> dict[str, int | str]:
     return {name: at for at, part in parts if isinstance(part, TaggedBatch) for name in part.tags}
 
 
+def plain_key(key: Any) -> Any:
+    """A key, or a tuple of keys whose ids are crossed; a list of any kind, OmegaConf's too, is a tuple of keys."""
+    return tuple(key) if isinstance(key, Sequence) and not isinstance(key, str) else key
+
+
 def key_name(key: Any) -> str | None:
     """A readable name of a key or tuple of keys (``"place"``, ``"target_place"``); None for a callable."""
+    key = plain_key(key)
     if isinstance(key, tuple | list):
         names = [key_name(part) for part in key]
         return None if None in names else "_".join(str(name) for name in names)
