@@ -234,10 +234,10 @@ class RowTracker:
             return apply_move(func, args, kwargs, inner, record.part)
         if record.reduces:
             inner = index(args[0])
-            return None if inner is None else self._reduced(inner, axes_of(args, kwargs, inner.ndim), out)
+            return None if inner is None else self.without(inner, axes_of(args, kwargs, inner.ndim), out)
         if func in ALONG:
             inner = index(args[0])
-            still = inner is not None and self._reduced(inner, axes_of(args, kwargs, inner.ndim), None) is not None
+            still = inner is not None and self.without(inner, axes_of(args, kwargs, inner.ndim)) is not None
             return inner if still else None
         if func is F.one_hot:
             inner = index(args[0])
@@ -364,8 +364,8 @@ class RowTracker:
             return flat[:, 0] if index.numel() else None
         return None
 
-    def _reduced(self, index: Tensor, axes: list[int], out: Tensor | None) -> Tensor | None:
-        """Sample numbers when these axes are gone, along which the samples must not change."""
+    def without(self, index: Tensor, axes: list[int], out: Tensor | None = None) -> Tensor | None:
+        """Sample numbers when these axes are gone; None if samples change along them."""
         for axis in reversed(axes):
             first = index.select(axis, 0)
             still = index.shape[axis] == 1 or index.stride(axis) == 0

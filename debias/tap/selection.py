@@ -36,14 +36,18 @@ class Reaching:
 
     @property
     def has_other_terms(self) -> bool:
-        """Whether a term of it depends on what the network made of the batch, other than through these losses."""
+        """Whether a term of it depends on what the network made of the batch, other than through these losses.
+
+        It does if it shares a part of the graph with them, or if data enters it: where a layer multiplies something
+        that needs no gradient with its weights.
+        """
         ends = {call.record.edge.node for call in self.calls}
         above = {node for node in self._nodes - ends if type(node).__name__ != "AccumulateGrad"}
         below: set[Any] = set()
         for end in ends:
             for parent, _ in end.next_functions:
                 below |= _nodes_above(parent, set())
-        return not above.isdisjoint(below)
+        return not above.isdisjoint(below) or any(map(_takes_data, above))
 
     def multiply(self, calls: list[LossCall]) -> None:
         """Tell losses what the returned loss multiplies them by.
@@ -84,6 +88,24 @@ class Reaching:
                 received = call.record.value()
             value = value - (self._factors[call] * received).sum()
         return self.loss + value
+
+
+# Where layers of each kind have their data, among what they differentiate; None for anywhere.
+_DATA = {
+    "AddmmBackward0": 1, "ConvolutionBackward0": 0, "MmBackward0": None, "BmmBackward0": None, "MvBackward0": None,
+}  # fmt: skip
+
+
+def _takes_data(node: Any) -> bool:
+    """Whether a layer reads something that needs no gradient."""
+    name = node.name().rpartition("::")[2]
+    if name == "EmbeddingBackward0":
+        return True
+    if name not in _DATA:
+        return False
+    given = [parent for parent, _ in node.next_functions]
+    place = _DATA[name]
+    return None in given if place is None else given[place] is None
 
 
 def _nodes_above(start: Any, ends: set[Any]) -> set[Any]:

@@ -257,7 +257,10 @@ class LossTap(TorchFunctionMode):
         """Sample numbers in the shape of the losses, or one per row."""
         assert self.tracker is not None
         if index.ndim == len(shape) + 1:  # logits or soft targets: the class axis is gone in the loss
-            index = index.select(1, 0)
+            kept = self.tracker.without(index, [1])
+            if kept is None:
+                raise _rows_error(call, self.tracker.n, shape)
+            index = kept
         if index.shape == shape:
             return index
         rows = self.tracker.by_row(index)
