@@ -61,6 +61,10 @@ _EXPORTS = {
     "EdgeView": "debias.methods.edge_view",
     "EdgeViewLayer": "debias.methods.edge_view",
     "CraftedShifts": "debias.methods.crafted_shifts",
+    # -- last layer
+    "LastLayerFit": "debias.methods.last_layer_retraining",
+    "LastLayerRetraining": "debias.methods.last_layer_retraining",
+    "retrain_last_layer": "debias.methods.last_layer_retraining",
     # monitors
     "GroupMonitor": "debias.monitors.group_monitor",
     "MultilabelF1Monitor": "debias.monitors.multilabel_f1",
@@ -107,6 +111,7 @@ if TYPE_CHECKING:
         IdentityAdversarialMixin,
     )
     from debias.methods.irm import IRM, IRMMixin, IRMPenalty
+    from debias.methods.last_layer_retraining import LastLayerFit, LastLayerRetraining, retrain_last_layer
     from debias.methods.mixstyle import MixStyle, MixStyleLayer
     from debias.methods.mmd import MMD, MMDMixin, MMDPenalty
     from debias.methods.vrex import VREx, VRExMixin, VRExPenalty

@@ -35,10 +35,13 @@ from debias.ops.group_inference import (
     spare_groups,
     useful_groups,
 )
+from debias.ops.last_layer import afr_weights, balanced_subset, disagreement_scores
 from debias.ops.shifts import crafted_shift, held_out_mean, sample_keys, select_setting, two_fold_score
 
 __all__ = [
     "adversarial_style",
+    "afr_weights",
+    "balanced_subset",
     "bce_to_ce_strength",
     "canny_edges",
     "chi_square_weights",
@@ -49,6 +52,7 @@ __all__ = [
     "cutmix",
     "cvar_weights",
     "dann_ramp",
+    "disagreement_scores",
     "domain_penalisation_weights",
     "eiil_groups",
     "eiil_scores",
