@@ -69,6 +69,7 @@ _EXPORTS = {
     "GroupMonitor": "debias.monitors.group_monitor",
     "MultilabelF1Monitor": "debias.monitors.multilabel_f1",
     "AttributeProbe": "debias.monitors.attribute_probe",
+    "SampleRecorder": "debias.monitors.sample_recorder",
     "ShiftedValidation": "debias.monitors.shifted_validation",
     "DetectionMonitor": "debias.monitors.detection_monitor",
     "BoxStability": "debias.monitors.box_stability",
@@ -120,6 +121,7 @@ if TYPE_CHECKING:
     from debias.monitors.detection_monitor import DetectionMonitor
     from debias.monitors.group_monitor import GroupMonitor
     from debias.monitors.multilabel_f1 import MultilabelF1Monitor
+    from debias.monitors.sample_recorder import SampleRecorder
     from debias.monitors.shifted_validation import ShiftedValidation
     from debias.ops.gradient_reversal import GradientReversal
     from debias.step.adapters import register_loss

@@ -10,15 +10,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, HeadNotFoundError
+from debias.ops.samples import INDEX
 from debias.step.batch import BatchKey, read, split_tags
 from debias.step.context import Step
 from debias.step.distributed import gather
 from debias.step.grouped import plain_n_groups
 from debias.step.head import HeadFinder, submodule
 
-__all__ = ["INDEX", "Evaluating", "HeldOut", "Keys", "find_head", "held_out", "moved"]
-
-INDEX = "index"  # the tag that says which sample of its set a row is
+__all__ = ["Evaluating", "HeldOut", "Keys", "find_head", "held_out", "moved"]
 
 
 class Keys(NamedTuple):
