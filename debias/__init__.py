@@ -22,6 +22,17 @@ _EXPORTS = {
     "GroupReweighting": "debias.methods.group_reweighting",
     "GroupReweightingLoss": "debias.methods.group_reweighting",
     "GroupReweightingMixin": "debias.methods.group_reweighting",
+    # -- reweighing without group labels
+    "CVaRDRO": "debias.methods.worst_case",
+    "CVaRLoss": "debias.methods.worst_case",
+    "ChiSquareDRO": "debias.methods.worst_case",
+    "ChiSquareLoss": "debias.methods.worst_case",
+    "LearningFromFailure": "debias.methods.learning_from_failure",
+    "LogitAdjustment": "debias.methods.class_imbalance",
+    "ClassBalanced": "debias.methods.class_imbalance",
+    "LDAM": "debias.methods.class_imbalance",
+    "FocalLoss": "debias.methods.class_imbalance",
+    "CosineLinear": "debias.methods.class_imbalance",
     # -- penalties
     "HessianAlignment": "debias.methods.hessian_alignment",
     "HessianAlignmentPenalty": "debias.methods.hessian_alignment",
@@ -91,6 +102,7 @@ if TYPE_CHECKING:
     from debias.data.samplers import EvalSampler, GroupBalancedSampler
     from debias.data.tagging import tag
     from debias.methods.adv_style import AdvStyle, AdvStyleLayer
+    from debias.methods.class_imbalance import LDAM, ClassBalanced, CosineLinear, FocalLoss, LogitAdjustment
     from debias.methods.coral import CORAL, CORALMixin, CORALPenalty
     from debias.methods.crafted_shifts import CraftedShifts
     from debias.methods.domain_adversarial import DomainAdversarial, DomainAdversarialLoss, DomainAdversarialMixin
@@ -113,9 +125,11 @@ if TYPE_CHECKING:
     )
     from debias.methods.irm import IRM, IRMMixin, IRMPenalty
     from debias.methods.last_layer_retraining import LastLayerFit, LastLayerRetraining, retrain_last_layer
+    from debias.methods.learning_from_failure import LearningFromFailure
     from debias.methods.mixstyle import MixStyle, MixStyleLayer
     from debias.methods.mmd import MMD, MMDMixin, MMDPenalty
     from debias.methods.vrex import VREx, VRExMixin, VRExPenalty
+    from debias.methods.worst_case import ChiSquareDRO, ChiSquareLoss, CVaRDRO, CVaRLoss
     from debias.monitors.attribute_probe import AttributeProbe
     from debias.monitors.box_stability import BoxStability
     from debias.monitors.detection_monitor import DetectionMonitor

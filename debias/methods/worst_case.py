@@ -19,10 +19,22 @@ per-sample losses only; keeps no state.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
-__all__ = ["chi_square_weights", "cvar_weights"]
+from debias.errors import BadRowsError, DebiasError
+from debias.ops.arguments import check_number
+from debias.ops.groups import GroupState, readable
+from debias.step.context import Step
+from debias.step.distributed import gather
+from debias.step.tap import LossCall
+from debias.step.watcher import Debiaser
+
+__all__ = ["CVaRDRO", "CVaRLoss", "ChiSquareDRO", "ChiSquareLoss", "chi_square_weights", "cvar_weights"]
 
 
 def cvar_weights(losses: Tensor, *, alpha: float, temperature: float = 0.0, shares: Tensor | None = None) -> Tensor:
@@ -111,6 +123,191 @@ def chi_square_weights(
         top = b * (v == 0)
         p = torch.where(top.sum() * (1 + 2 * float(radius or 0)) >= 1, top, p)
     return torch.zeros_like(p).scatter(0, order, p / p.sum())
+
+
+class _WorstCaseLoss(GroupState):
+    """What both objectives share: the global batch, and rows that are not finite."""
+
+    kind: ClassVar[str] = "sample"
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def weights(self, losses: Tensor, shares: Tensor) -> Tensor:
+        """Weights of the global batch, ``(m,)``."""
+        raise NotImplementedError
+
+    def forward(self, losses: Tensor) -> Tensor:
+        """The objective for losses ``(N,)``."""
+        if losses.ndim != 1:
+            raise DebiasError(
+                f"Expected `losses` to have shape (N,), one loss per sample, but got {tuple(losses.shape)}. Compute"
+                " them with `reduction='none'`."
+            )
+        return self.reweigh([(losses, torch.ones_like(losses))])[0]
+
+    def reweigh(self, calls: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """The objective for losses of the same rows, which get the same weights, those of their sum.
+
+        Args:
+            calls: numerators and denominators of each loss, ``(rows,)``; a row with denominator 0 does not count.
+        """
+        dtype = torch.float32 if calls[0][0].device.type == "mps" else torch.float64
+        dens = [den.detach().to(dtype) for _, den in calls]
+        values = [num.to(dtype) / torch.where(den == 0, 1, den) for (num, _), den in zip(calls, dens, strict=True)]
+        bad = torch.stack([~value.detach().isfinite() for value in values]).any(0)
+        counts = (dens[0] != 0) & ~bad
+        values = [gather(torch.where(counts, value, 0)) for value in values]
+        facts = gather(torch.stack([torch.where(counts, dens[0], 0), bad.to(dtype)], 1))
+        self._count(facts[:, 1])
+        shares = facts[:, 0] / facts[:, 0].sum().clamp_min(torch.finfo(dtype).tiny)
+        weights = self.weights(torch.stack([value.detach() for value in values]).sum(0), shares)
+        weights = weights.nan_to_num(0.0)  # of a batch in which nothing counts
+        return [(weights * value).sum().to(num.dtype) for value, (num, _) in zip(values, calls, strict=True)]
+
+    def _count(self, bad: Tensor) -> None:
+        none, rows = bad.new_zeros(()), bad.sum()
+        self.count_bad(readable(torch.stack([none, len(bad) - rows, none, rows]).double()))
+
+
+class CVaRLoss(_WorstCaseLoss):
+    """The mean loss of the worst fraction of a batch, for any training loop.
+
+    Args:
+        alpha: the fraction, in (0, 1]; 1 is plain training.
+        temperature: smooths the weights by their relative entropy; 0 for none.
+
+    Shape:
+        losses ``(N,)``, unreduced; output: scalar. In a distributed run that of the global batch.
+
+    Raises:
+        BadRowsError: a loss is not finite.
+
+    Example:
+        >>> import torch
+        >>> from debias import CVaRLoss
+        >>> CVaRLoss(alpha=0.3)(torch.tensor([0.2, 1.0, 0.5, 2.0, 0.1]))
+        tensor(1.6667)
+    """
+
+    def __init__(self, alpha: float = 0.1, temperature: float = 0.0) -> None:
+        super().__init__()
+        self.alpha = check_number("alpha", alpha, "(0, 1]")
+        self.temperature = check_number("temperature", temperature)
+
+    def weights(self, losses: Tensor, shares: Tensor) -> Tensor:
+        """See :func:`debias.functional.cvar_weights`."""
+        return cvar_weights(losses, alpha=self.alpha, temperature=self.temperature, shares=shares)
+
+
+class ChiSquareLoss(_WorstCaseLoss):
+    """The worst-case mean loss in a chi-square ball around a batch, for any training loop.
+
+    Args:
+        radius: of the ball, 1 by default.
+        penalty: weight of the divergence instead of a ball; the loss is then ``<p, v>`` without the divergence, which
+            is a constant where p is.
+
+    Shape:
+        losses ``(N,)``, unreduced; output: scalar. In a distributed run that of the global batch.
+
+    Raises:
+        BadRowsError: a loss is not finite.
+    """
+
+    def __init__(self, radius: float | None = None, penalty: float | None = None) -> None:
+        super().__init__()
+        if radius is not None and penalty is not None:
+            raise DebiasError(
+                f"Expected either `radius` or `penalty`, but got {radius!r} and {penalty!r}. Leave one of them out."
+            )
+        self.penalty = None if penalty is None else check_number("penalty", penalty, "(0, inf)")
+        self.radius = check_number("radius", 1.0 if radius is None else radius, "(0, inf)")
+
+    def weights(self, losses: Tensor, shares: Tensor) -> Tensor:
+        """See :func:`debias.functional.chi_square_weights`."""
+        return chi_square_weights(losses, radius=self.radius, penalty=self.penalty, shares=shares)
+
+
+class _WorstCase(Debiaser):
+    """The callback of both: reads the losses, calls the module, logs."""
+
+    reference: ClassVar[str] = "Levy et al., NeurIPS 2020, arXiv 2010.05893"
+    module: Any
+
+    def reweigh(self, calls: list[LossCall], step: Step) -> list[Tensor]:
+        """The worst case over the rows of the global batch."""
+        if len({len(call.num) for call in calls}) > 1:
+            raise BadRowsError(
+                f"Expected losses of the same samples for {self.state_key} with `loss='sum'`, but got"
+                f" {[len(call.num) for call in calls]} rows. Choose one of them."
+            )
+        device = str(calls[0].num.device.type)
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            losses = self.module.reweigh([(call.num, call.den) for call in calls])
+        if step.logging:
+            self.module.raise_if_bad()
+            # What the step logs itself may be the reweighed loss.
+            self.log_value("average_loss", torch.stack([call.mean().detach() for call in calls]).sum(), step)
+        return losses
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """No epoch ends with bad rows unsaid."""
+        self.module.raise_if_bad()
+
+
+class CVaRDRO(_WorstCase):
+    """Train on the worst fraction of each batch; needs no group labels.
+
+    The method and its formula are described at the top of :mod:`debias.methods.worst_case`.
+
+    Args:
+        alpha: the fraction, in (0, 1]; ``alpha`` times the global batch must be much larger than one.
+        temperature: smooths the weights; 0 for none.
+        loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`. Rows of one sample count one by one.
+
+    Logs ``train/average_loss``, unweighted, on logging steps.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.1,
+        *,
+        temperature: float = 0.0,
+        loss: int | str | Callable[[LossCall], bool] | None = None,
+        rows: str | Callable[[LossCall, int], Tensor] | None = None,
+        name: str | None = None,
+        allow_untested_strategy: bool = False,
+    ) -> None:
+        super().__init__(loss=loss, rows=rows, name=name, allow_untested_strategy=allow_untested_strategy)
+        self.module = CVaRLoss(alpha, temperature)
+
+
+class ChiSquareDRO(_WorstCase):
+    """Train on the worst distribution in a chi-square ball around each batch; needs no group labels.
+
+    The method and its formula are described at the top of :mod:`debias.methods.worst_case`.
+
+    Args:
+        radius: of the ball, 1 by default.
+        penalty: weight of the divergence instead of a ball.
+        loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`. Rows of one sample count one by one.
+
+    Logs ``train/average_loss``, unweighted, on logging steps.
+    """
+
+    def __init__(
+        self,
+        radius: float | None = None,
+        *,
+        penalty: float | None = None,
+        loss: int | str | Callable[[LossCall], bool] | None = None,
+        rows: str | Callable[[LossCall, int], Tensor] | None = None,
+        name: str | None = None,
+        allow_untested_strategy: bool = False,
+    ) -> None:
+        super().__init__(loss=loss, rows=rows, name=name, allow_untested_strategy=allow_untested_strategy)
+        self.module = ChiSquareLoss(radius, penalty)
 
 
 def _batch(losses: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor]:

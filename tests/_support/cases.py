@@ -21,6 +21,7 @@ FILLED = {
     "identity": "person",
     "n_identities": N_PERSONS,
     "layers": "backbone.1",
+    "n_classes": 2,
 }
 
 # Weights at which a method changes a short run of the tiny problem visibly and does not let it diverge.
@@ -29,6 +30,8 @@ TUNED: dict[str, dict[str, Any]] = {
     "Fishr": {"penalty_weight": 5.0},
     "IRM": {"penalty_weight": 0.5},
     "VREx": {"penalty_weight": 1.0},
+    "CVaRDRO": {"alpha": 0.3},
+    "LDAM": {"check_logits": False, "scale": 3.0},
 }
 
 

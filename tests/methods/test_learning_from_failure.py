@@ -4,6 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from _support.fits import Classifier, deviation, parameters, problem, train
+from debias import LearningFromFailure
+from debias.errors import DebiasError
 from debias.functional import failure_weights, generalized_cross_entropy
 
 CLASSES = torch.tensor([0, 0, 1, 1])
@@ -47,3 +50,125 @@ def test_it_goes_to_cross_entropy():
     torch.testing.assert_close(
         generalized_cross_entropy(z, y, q=1e-9), F.cross_entropy(z, y, reduction="none"), rtol=1e-6, atol=1e-8
     )
+
+
+# -- the callback against the authors' algorithm in a loop -----------------------------------------
+
+
+def spelled_out(epochs, *, q=0.7, rate=0.7, running=True, n=39, lr=0.1):
+    """Two networks, their tables, and every weight by itself."""
+    main, biased, data = Classifier(), Classifier(), problem(n)
+    optimizers = [m.configure_optimizers() for m in (main, biased)]
+    tables = {"main": {}, "biased": {}}
+    labels = data[:][1].tolist()
+    for _ in range(epochs):
+        for start in range(0, n, 16):
+            rows = list(range(start, min(start + 16, n)))
+            x, y = data[rows]
+            losses = {"main": F.cross_entropy(main(x), y, reduction="none")}
+            losses["biased"] = F.cross_entropy(biased(x), y, reduction="none")
+            for name, table in tables.items():
+                for k, i in enumerate(rows):
+                    new = losses[name][k].item()
+                    table[i] = rate * table[i] + (1 - rate) * new if i in table else new
+            weights = []
+            for k, i in enumerate(rows):
+                a, b = losses["biased"][k].item(), losses["main"][k].item()
+                if running:
+                    a, b = (
+                        tables[name][i] / max(v for j, v in tables[name].items() if labels[j] == labels[i])
+                        for name in ("biased", "main")
+                    )
+                weights.append(a / (a + b + 1e-8))
+            p = biased(x).softmax(1).gather(1, y[:, None]).squeeze(1).detach()
+            total = (torch.tensor(weights, dtype=torch.float64) * losses["main"]).mean() + (
+                q * p**q * losses["biased"]
+            ).mean()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            total.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    return {"main": parameters(main), "biased": parameters(biased), "tables": tables}
+
+
+@pytest.mark.parametrize("options", [{}, {"running": False}, {"q": 0.3, "rate": 0.9}])
+def test_against_the_algorithm_in_a_loop(options):
+    expected = spelled_out(3, **options)
+    model, method = Classifier(), LearningFromFailure(**options)
+    train(model, [method], max_epochs=3)
+    assert deviation(expected["main"], parameters(model)) < 1e-12
+    assert deviation(expected["biased"], parameters(method.owned["twin"].module)) < 1e-12
+    if options.get("running", True):
+        for name, table in expected["tables"].items():
+            assert method.module[name].tolist() == pytest.approx([table[i] for i in range(39)], rel=1e-12)
+
+
+def test_the_twin_leaves_no_trace_and_logs_nothing():
+    class Logged(Classifier):
+        def training_step(self, batch, batch_idx):
+            assert self.trainer.current_epoch == 0
+            self.count = getattr(self, "count", 0) + 1
+            return super().training_step(batch, batch_idx)
+
+    model, method = Logged(), LearningFromFailure()
+    before = set(vars(model)) | {"count"}
+    trainer = train(model, [method])
+    assert model.count == 3
+    assert {k for k in set(vars(model)) - before if not k.startswith("_")} == set()
+    assert list(model.state_dict()) == list(Classifier().state_dict())
+    assert all(p is not q for p, q in zip(model.parameters(), method.owned["twin"].module.parameters(), strict=True))
+    assert "train/failure_weight" in trainer.callback_metrics
+    assert "train/biased_loss" in trainer.callback_metrics
+
+
+class Dropped(Classifier):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.backbone.append(torch.nn.Dropout(0.5))
+
+
+def test_the_twins_dropout_does_not_change_what_the_network_draws():
+    """Two runs that differ in the twin alone: its seed; the network's own mask of the first step is the same."""
+    seen = []
+
+    class Look(Dropped):
+        def forward(self, x):
+            out = super().forward(x)
+            seen.append(out.detach().clone())
+            return out
+
+    for seed in (0, 1):
+        torch.manual_seed(5)
+        train(Look(), [LearningFromFailure(seed=seed)], limit_train_batches=1, limit_val_batches=0)
+    twin_a, main_a, twin_b, main_b = seen[:4]
+    assert torch.equal(main_a, main_b)
+    assert not torch.equal(twin_a, twin_b)
+
+
+def test_scheduled_learning_rates_and_layers_with_their_own_reach_the_twin():
+    class Scheduled(Classifier):
+        def configure_optimizers(self):
+            groups = [{"params": self.head.parameters(), "lr": 0.3}, {"params": self.backbone.parameters()}]
+            optimizer = torch.optim.SGD(groups, lr=0.1)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+    method = LearningFromFailure()
+    train(Scheduled(), [method], max_epochs=3)
+    assert [g["lr"] for g in method.owned["twin"].optimizer.param_groups] == pytest.approx([0.075, 0.025])
+
+
+def test_bad_input():
+    with pytest.raises(DebiasError, match="its number in the dataset for LearningFromFailure"):
+        train(Classifier(), [LearningFromFailure()], bare=True)
+    with pytest.raises(DebiasError, match="`loss` to choose one loss"):
+        LearningFromFailure(loss="sum")
+    with pytest.raises(DebiasError, match="`q`"):
+        LearningFromFailure(q=0.0)
+
+    class Two(Classifier):
+        def configure_optimizers(self):
+            return [torch.optim.SGD(m.parameters(), lr=0.1) for m in (self.head, self.backbone)]
+
+    with pytest.raises((DebiasError, RuntimeError), match=r"one optimiser|multiple optimizers"):
+        train(Two(), [LearningFromFailure()])
