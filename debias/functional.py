@@ -19,6 +19,7 @@ from debias.methods.group_reweighting import inverse_frequency_weights
 from debias.methods.hessian_alignment import hessian_alignment_penalty
 from debias.methods.identity_adversarial import bce_to_ce_strength, identity_losses
 from debias.methods.irm import irm_penalty
+from debias.methods.just_train_twice import error_weights
 from debias.methods.learning_from_failure import failure_weights, generalized_cross_entropy
 from debias.methods.mixstyle import mix_style
 from debias.methods.mmd import mmd_penalty
@@ -57,6 +58,7 @@ __all__ = [
     "eiil_groups",
     "eiil_scores",
     "error_groups",
+    "error_weights",
     "failure_weights",
     "fishr_penalty",
     "focal_loss",

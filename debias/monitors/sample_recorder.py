@@ -150,7 +150,6 @@ class SampleRecorder(Debiaser):
                 )
             self._note(select_calls(calls, self.loss, self.state_key)[0], step, step.features)
 
-    @torch.no_grad()
     def _note(self, call: LossCall, step: Step, features: Any) -> None:
         table: Any = self.module
         numbers, due = self.sample_ids(step), self._due(step.epoch)

@@ -248,6 +248,7 @@ def sample_losses(call: LossCall, n: int) -> tuple[Tensor, Tensor]:
         raise DebiasError(
             "Expected losses of single samples, but an augmentation mixes them. Remove it, or what records samples."
         )
+    # `call.num` keeps its graph for others: it is made here, and must not be made without gradients.
     dtype = torch.float32 if call.num.device.type == "mps" else torch.float64
     num, den = call.num.detach().to(dtype), call.den.detach().to(dtype)
     if call.rows is not None:
