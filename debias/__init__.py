@@ -27,6 +27,7 @@ _EXPORTS = {
     "CVaRLoss": "debias.methods.worst_case",
     "ChiSquareDRO": "debias.methods.worst_case",
     "ChiSquareLoss": "debias.methods.worst_case",
+    "InferGroups": "debias.methods.infer_groups",
     "JustTrainTwice": "debias.methods.just_train_twice",
     "LearningFromFailure": "debias.methods.learning_from_failure",
     "LogitAdjustment": "debias.methods.class_imbalance",
@@ -124,6 +125,7 @@ if TYPE_CHECKING:
         IdentityAdversarialLoss,
         IdentityAdversarialMixin,
     )
+    from debias.methods.infer_groups import InferGroups
     from debias.methods.irm import IRM, IRMMixin, IRMPenalty
     from debias.methods.just_train_twice import JustTrainTwice
     from debias.methods.last_layer_retraining import LastLayerFit, LastLayerRetraining, retrain_last_layer

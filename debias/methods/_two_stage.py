@@ -231,7 +231,10 @@ class TwoStage(Debiaser):
                 self._stale[callback.state_key] = [str(p) for p in getattr(callback, "best_k_models", {})] or [
                     p for p in [getattr(callback, "best_model_path", "")] if p
                 ]
+                last = getattr(callback, "last_model_path", None)
                 callback.load_state_dict(copy.deepcopy(start["callbacks"][callback.state_key]))
+                if last is not None:  # so that the next one takes its place, and not a name beside it
+                    callback.last_model_path = last
         self._stale = {key: paths for key, paths in self._stale.items() if paths}
         self._start = None
         trainer.should_stop = False

@@ -218,7 +218,7 @@ class LearningFromFailure(Debiaser):
         device = module.device
         tap = LossTap(None, False, True, RowTracker(step.batch, step.n or 0, everything=True), self.rows)
         # Dropout in the twin must not change what the network itself draws.
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[device] if torch.cuda.is_initialized() else []):
             torch.manual_seed(self.random.generator(torch.device("cpu"), "twin").initial_seed())
             with tap:
                 output = twin.training_step(*_arguments(step))
@@ -304,6 +304,10 @@ class LearningFromFailure(Debiaser):
     def _copy(self, width: int) -> nn.Module:
         twin = copy.deepcopy(self._source)
         twin.log = twin.log_dict = ignore  # what it logs would count twice
+        if getattr(twin, "_compiler_ctx", None) is not None:
+            # What Lightning has put in place of these runs the compiled original, whoever it is called on.
+            for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+                vars(twin).pop(name, None)
         return twin
 
     def _make_optimizer(self, parameters: Any, lr: float) -> Optimizer:
