@@ -114,6 +114,10 @@ class Keeper(Checkpoint):
         if self._saved_step != trainer.global_step:
             self._save_last(trainer)
 
+    def forget_stage(self) -> None:
+        """Of a method in two stages: no network of stage one is a candidate."""
+        self.best, self.val, self.validated = {}, {}, -1
+
     def state_dict(self) -> dict[str, Any]:
         """Scores, last metrics and the states of the random streams: all ranks' in each, as one rank's is written."""
         return {

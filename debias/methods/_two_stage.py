@@ -1,7 +1,9 @@
 """Training in two stages in one fit: watch a plainly trained network, decide something by sample, and begin anew.
 
-In stage one the module trains as it would without debias. Then module, optimisers, schedulers and the state of all
-other callbacks go back to where they stood when training started, and stage two begins; epochs and steps count on.
+In stage one the module trains as it would without debias. Then module, optimisers and schedulers go back to where they
+stood when training started, and so do the callbacks of debias, ``ModelCheckpoint`` and ``EarlyStopping``; another
+callback that keeps something of the networks it saw says how to forget it in a method ``forget_stage()``. Stage two
+begins; epochs and steps count on.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ __all__ = ["TwoStage"]
 
 # They keep weights of stage one, or change the schedule by the length of the whole run.
 _AVERAGING = {"StochasticWeightAveraging", "WeightAveraging"}
+# By name: Lightning's come from either of its packages.
+_RESET = {"StepWatcher", "ModelCheckpoint", "EarlyStopping"}
 
 
 class TwoStage(Debiaser):
@@ -160,13 +164,13 @@ class TwoStage(Debiaser):
             "module": pl_module.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
             "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
-            "callbacks": {c.state_key: c.state_dict() for c in self._others(trainer)},
+            "callbacks": {c.state_key: c.state_dict() for c in self._going_back(trainer)},
             "scaler": None if scaler is None else scaler.state_dict(),
         }
         return _on_cpu(state)
 
-    def _others(self, trainer: Any) -> Iterator[Any]:
-        return (c for c in trainer.callbacks if c is not self and c.state_dict())
+    def _going_back(self, trainer: Any) -> list[Any]:
+        return [c for c in trainer.callbacks if c is not self and _RESET & {kind.__name__ for kind in type(c).__mro__}]
 
     # -- stage one ---------------------------------------------------------------------------------
 
@@ -224,7 +228,10 @@ class TwoStage(Debiaser):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             scaler.load_state_dict(start["scaler"])
-        for callback in self._others(trainer):
+        for callback in trainer.callbacks:
+            if callable(forget := getattr(callback, "forget_stage", None)):
+                forget()
+        for callback in self._going_back(trainer):
             if callback.state_key in start["callbacks"]:
                 # Files of stage-one networks go when there is one of stage two: a run that is killed before has to
                 # find something to resume from.

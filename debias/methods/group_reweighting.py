@@ -60,6 +60,7 @@ class GroupReweightingLoss(GroupState):
         n_groups: number of groups G, or the numbers of crossed ids.
         power: 1 for inverse frequency, 0.5 for its square root, 0 for none.
         group_counts: training samples per group, ``(G,)``.
+        weights: weights of your own instead, ``(G,)``, at least 0, taken as they are.
         group_names: one name per group.
 
     Shape:
@@ -72,7 +73,6 @@ class GroupReweightingLoss(GroupState):
 
     counts: Tensor
     weights: Tensor
-    needs_counts = True
 
     def __init__(
         self,
@@ -80,21 +80,37 @@ class GroupReweightingLoss(GroupState):
         power: float = 1.0,
         group_counts: Sequence[int] | None = None,
         *,
+        weights: Sequence[float] | None = None,
         group_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__(n_groups, group_names)
         self.power = check_number("power", power)
         self.has_counts = False
         self.given_counts = group_counts
+        self.given_weights = weights
         self.register_buffer("counts", torch.zeros(self.n_groups, dtype=torch.float64))
         self.register_buffer("weights", torch.zeros(self.n_groups, dtype=torch.float64), persistent=False)
         if group_counts is not None:
             self.set_counts(group_counts)
+        if weights is not None:
+            given = [check_number("weights", weight) for weight in weights]
+            if len(given) != self.n_groups or not any(given):
+                raise DebiasError(
+                    f"Expected `weights` to be {self.n_groups} numbers >= 0, one per group and not all 0, but got"
+                    f" {given}."
+                )
+            self.weights.copy_(torch.tensor(given, dtype=torch.float64))
+
+    @property
+    def needs_counts(self) -> bool:
+        """Whether the training samples per group have to be known."""
+        return self.given_weights is None
 
     def set_counts(self, group_counts: Any) -> None:
         """Set the training samples per group."""
         self.counts.copy_(check_counts(group_counts, self.group_names))
-        self.weights.copy_(inverse_frequency_weights(self.counts, power=self.power))
+        if self.needs_counts:
+            self.weights.copy_(inverse_frequency_weights(self.counts, power=self.power))
         self.has_counts = True
 
     def forward(self, losses: Tensor, groups: Tensor) -> Tensor:
@@ -104,7 +120,7 @@ class GroupReweightingLoss(GroupState):
 
     def reweigh(self, calls: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
         """The weighted mean of several losses of one batch, from numerators, denominators and groups of the rows."""
-        if not self.has_counts:
+        if self.needs_counts and not self.has_counts:
             raise DebiasError(
                 "Expected `group_counts`, but got none. Pass the number of training samples of each group (the callback"
                 " counts them itself)."
@@ -122,7 +138,7 @@ class GroupReweightingLoss(GroupState):
         if self.given_counts is not None:  # an argument, not state: a resumed run keeps its own
             self.set_counts(self.given_counts)
         self.has_counts = bool(self.counts.sum() > 0)
-        if self.has_counts:
+        if self.has_counts and self.needs_counts:
             self.weights.copy_(inverse_frequency_weights(self.counts, power=self.power))
 
 
@@ -134,6 +150,7 @@ class GroupReweighting(GroupDebiaser):
         n_groups: number of groups, one per key.
         power: 1 for inverse frequency, 0.5 for its square root.
         group_counts: training samples per group; counted from the training set if not given.
+        weights: weights of your own instead, one per group, taken as they are.
         group_names: one name per group, for logs.
         loss, rows, losses, name, allow_untested_strategy: see :class:`debias.Debiaser`.
 
@@ -150,6 +167,7 @@ class GroupReweighting(GroupDebiaser):
         *,
         power: float = 1.0,
         group_counts: list[int] | None = None,
+        weights: list[float] | None = None,
         group_names: list[str] | None = None,
         loss: int | str | Callable[[LossCall], bool] | None = None,
         rows: str | Callable[[LossCall, int], Tensor] | None = None,
@@ -166,7 +184,7 @@ class GroupReweighting(GroupDebiaser):
             losses=losses,
             allow_untested_strategy=allow_untested_strategy,
         )
-        self.module = GroupReweightingLoss(n_groups, power, group_counts, group_names=group_names)
+        self.module = GroupReweightingLoss(n_groups, power, group_counts, weights=weights, group_names=group_names)
 
 
 class GroupReweightingMixin:

@@ -5,13 +5,14 @@
     callbacks=[InferGroups("eiil", epochs=2), GroupDRO(group="inferred", n_groups=2)]
 
 The first ``epochs`` epochs train plainly: they are the network that groups are inferred from. Then every training
-sample gets a group; module, optimisers, schedulers and the state of the other callbacks go back to the start; and the
-rest of the run trains with the groups as the tag ``inferred``. Until then methods that read this tag do nothing, and
+sample gets a group; module, optimisers, schedulers and the callbacks of debias go back to the start; and the rest of
+the run trains with the groups as the tag ``inferred``. Until then methods that read this tag do nothing, and
 monitors that read it see -1. How groups are inferred is described at the top of :mod:`debias.ops.group_inference`.
 
 What else is in ``callbacks`` sees one run: epochs and steps count on, ``ModelCheckpoint`` forgets the networks of stage
 one (their files go when one of stage two is there; under ``save_top_k=-1`` all are kept), ``EarlyStopping`` cannot stop
-in stage one. Weight averaging is refused. Learning-rate schedules begin again: make them as long as stage two.
+in stage one; a callback of your own that keeps networks needs a method ``forget_stage()``. Weight averaging is refused.
+Learning-rate schedules begin again: make them as long as stage two.
 
 Costs: stage one, with ``observe="pass"`` a pass over the training set, and a clustering. In a checkpoint of stage one
 lies the start, as large again as the module. Two runs do the same: infer with a finished network by the functions of

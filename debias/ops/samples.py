@@ -87,7 +87,7 @@ class SampleTable(nn.Module):
                 self._make(name, value.shape[1:], value.dtype)
             column: Any = self._buffers[name]
             column.index_copy_(0, rows, value.to(column.dtype))
-        self.stamps[self.size] = 0
+        self.stamps[self.size :].zero_()
 
     def average(self, name: str, numbers: Tensor, values: Tensor, rate: float, keep: Tensor | None = None) -> Tensor:
         """Update running values of some samples, the first of a sample as it is; note them before :meth:`record`, which

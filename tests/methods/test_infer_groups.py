@@ -322,8 +322,8 @@ def test_a_set_that_changes_its_length_is_refused(tmp_path):
     make_trainer([InferGroups(), save], max_epochs=2, enable_checkpointing=True).fit(
         Classifier(), loader(), val_loader()
     )
+    again = ModelCheckpoint(tmp_path / "again", filename="x", every_n_train_steps=2)
     with pytest.raises(DebiasError, match=r"keep its length, 39 samples.*but got 45"):
-        again = ModelCheckpoint(tmp_path / "again", filename="x", every_n_train_steps=2)
         make_trainer([InferGroups(), again], max_epochs=3, enable_checkpointing=True).fit(
             Classifier(), loader(45), val_loader(), ckpt_path=save.best_model_path
         )
