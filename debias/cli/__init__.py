@@ -25,7 +25,16 @@ TRAINING = {
     "retrain": "refit the last layer of a checkpoint on held-out samples",
 }
 # Names of `debias.compare.selection.RULES`, which would import more than the parser may.
-RULES = ("val_average", "val_worst_group", "leave_one_domain_out", "val_shift", "oracle", "last")
+RULES = (
+    "val_average",
+    "val_worst_group",
+    "val_worst_class",
+    "val_worst_inferred",
+    "leave_one_domain_out",
+    "val_shift",
+    "oracle",
+    "last",
+)
 
 
 def main(args: Sequence[str] | None = None) -> None:

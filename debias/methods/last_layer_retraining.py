@@ -271,6 +271,9 @@ class LastLayerRetraining(StepWatcher):
         """Refit, on all ranks."""
         transfer = trainer.strategy.batch_to_device
         self.fit = retrain_last_layer(pl_module, self._loader(trainer), transfer=transfer, **self.options)
+        for callback in trainer.callbacks:  # what keeps checkpoints of `debias compare`
+            if callable(changed := getattr(callback, "module_changed", None)):
+                changed()
 
     def _loader(self, trainer: Any) -> Any:
         loaders = trainer.val_dataloaders if self.on == "val" else trainer.train_dataloader
