@@ -76,7 +76,7 @@ class ShortcutFolder(GroupDataModule):
                 f" {list(classes_0)} and {list(classes_1)}."
             )
         self.root = Path(root).expanduser()
-        self.styles = tuple(styles)
+        self.styles: tuple[str, ...] = tuple(styles)
         self.classes = tuple(classes_0), tuple(classes_1)
         self.agreement = agreement
         self.image_size = image_size
@@ -88,7 +88,7 @@ class ShortcutFolder(GroupDataModule):
         tree = _read_tree(self.root)
         classes = list(tree[next(iter(tree))])
         for argument, names, known in [
-            ("styles", self.styles, list(tree)),
+            ("styles", tuple(self.styles), list(tree)),
             *((f"classes_{label}", self.classes[label], classes) for label in (0, 1)),
         ]:
             for name in names:
@@ -118,8 +118,8 @@ class ShortcutFolder(GroupDataModule):
                 start += fifth[label, style]
         self.test_set, self.val_set = self._make(parts["test"], transform), self._make(parts["val"], transform)
         self.train_set = self._make(parts["train"], _train_transform(self.image_size) if self.augment else transform)
-        names = ["+".join(names) for names in self.classes]
-        self._describe_groups([f"{label} in {style}" for label in names for style in self.styles])
+        titles = ["+".join(names) for names in self.classes]
+        self._describe_groups([f"{label} in {style}" for label in titles for style in self.styles])
 
     def _shares(self, available: dict[tuple[int, int], int]) -> dict[tuple[int, int], int]:
         """Images of each label and style: as many as there can be."""
