@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 
 from debias.errors import DebiasError, UnsupportedStrategyError
 from debias.ops.arguments import check_number
+from debias.ops.groups import readable_at_once
 from debias.ops.samples import SampleTable, predictions, sample_losses, sample_numbers, train_set
 from debias.step.context import Step
 from debias.step.distributed import as_global, gather, global_sum, world_size
@@ -103,6 +104,7 @@ class FailureTable(SampleTable):
         super().__init__(size)
         self.rate = check_number("rate", rate, "[0, 1)")
         self.running = running
+        self._largest: dict[str, Tensor] = {}  # by network: the largest running loss of each class, ``(C,)``
 
     def weigh(
         self, numbers: Tensor, biased: Tensor, main: Tensor, classes: Tensor, n_classes: int, *, stamp: int
@@ -124,20 +126,43 @@ class FailureTable(SampleTable):
         biased, main = torch.where(counts, biased, 0), torch.where(counts, main, 0)
         if not self.running:
             return failure_weights(biased, main) * counts
-        own = [numbers, counts.long(), classes]
-        whole = [gather(x) for x in own]
-        keep = whole[1].bool()
+        rows, keep, labels = gather(numbers), gather(counts.long()).bool(), gather(classes)
+        place = torch.where((rows >= 0) & (rows < self.size), rows, self.size)
+        known = self.stamps[place] > 0
+        before = {name: self._buffers[name][place] for name in self.columns}  # type: ignore[index]
         for name, losses in (("biased", biased), ("main", main)):
-            self.average(name, whole[0], gather(losses), self.rate, keep)
-        self.record(whole[0], stamp, keep=keep, classes=whole[2])
+            self.average(name, rows, gather(losses), self.rate, keep)
+        self.record(rows, stamp, keep=keep, classes=labels)
         found, scales = [], []
-        place = torch.where((numbers >= 0) & (numbers < self.size), numbers, self.size)
         for name in ("biased", "main"):
             running: Any = self._buffers[name]
-            largest = running.new_zeros(n_classes).scatter_reduce(0, self["classes"], self[name], "amax")
-            found.append(running[place])
+            largest = self._maxima(name, n_classes, place, labels, known, before)
+            found.append(running[torch.where((numbers >= 0) & (numbers < self.size), numbers, self.size)])
             scales.append(largest[classes])
         return failure_weights(*found, biased_scale=scales[0], main_scale=scales[1]) * counts
+
+    def _maxima(
+        self, name: str, n_classes: int, place: Tensor, labels: Tensor, known: Tensor, before: dict[str, Tensor]
+    ) -> Tensor:
+        """The largest running loss of each class over the training set, ``(C,)``.
+
+        All samples are looked at where that is cheap, on a device; on the CPU only if a largest one has just been
+        replaced, or a sample has changed its class.
+        """
+        running: Any = self._buffers[name]
+        largest = self._largest.get(name)
+        if largest is not None and len(largest) == n_classes and name in before and readable_at_once(running):
+            replaced = (before[name] >= largest[labels]) | (before["classes"] != labels)
+            if not bool((replaced & known).any()):
+                largest.scatter_reduce_(0, labels, running[place] * (place < self.size), "amax")
+                return largest
+        whole = running.new_zeros(n_classes).scatter_reduce(0, self["classes"], self[name], "amax")
+        self._largest[name] = whole
+        return whole
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._largest.clear()
 
 
 class LearningFromFailure(Debiaser):

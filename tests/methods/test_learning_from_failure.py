@@ -8,6 +8,7 @@ from _support.fits import Classifier, deviation, parameters, problem, train
 from debias import LearningFromFailure
 from debias.errors import DebiasError
 from debias.functional import failure_weights, generalized_cross_entropy
+from debias.methods.learning_from_failure import FailureTable
 
 CLASSES = torch.tensor([0, 0, 1, 1])
 STEP_2 = torch.tensor([0.05, 2.4, 0.1, 1.4], dtype=torch.float64), torch.tensor([0.4, 0.7, 0.3, 0.6]).double()
@@ -172,3 +173,19 @@ def test_bad_input():
 
     with pytest.raises((DebiasError, RuntimeError), match=r"one optimiser|multiple optimizers"):
         train(Two(), [LearningFromFailure()])
+
+
+def test_maxima_that_are_kept_are_those_of_a_look_at_all_samples():
+    """Also where the largest loss of a class falls, rises, or belongs to a sample that changes its class."""
+    g = torch.Generator().manual_seed(0)
+    kept, looked, scans = FailureTable(200), FailureTable(200), 0
+    for step in range(60):
+        numbers = torch.randperm(200, generator=g)[:8]
+        losses = [3 * torch.rand(8, generator=g, dtype=torch.float64) for _ in range(2)]
+        classes = (numbers + (step > 40) * (numbers % 7 == 0)) % 3
+        looked._largest.clear()
+        scans += bool(kept._largest)
+        a, b = (t.weigh(numbers, *losses, classes, 3, stamp=step + 1) for t in (kept, looked))
+        assert torch.equal(a, b)
+        assert all(torch.equal(kept._largest[n], looked._largest[n]) for n in ("biased", "main"))
+    assert scans == 59
