@@ -1,13 +1,6 @@
 """The maths of methods and monitors as pure functions: tensors in, tensors out."""
 
 from debias.methods.adv_style import adversarial_style
-from debias.methods.class_imbalance import (
-    class_balanced_weights,
-    focal_loss,
-    ldam_loss,
-    ldam_margins,
-    logit_adjustment,
-)
 from debias.methods.coral import coral_penalty
 from debias.methods.domain_penalisation import domain_penalisation_weights
 from debias.methods.dsu import uncertain_style
@@ -26,6 +19,13 @@ from debias.methods.mmd import mmd_penalty
 from debias.methods.vrex import vrex_penalty
 from debias.methods.worst_case import chi_square_weights, cvar_weights
 from debias.monitors.attribute_probe import ledoit_wolf_shrinkage, probe_attribute
+from debias.ops.class_counts import (
+    class_balanced_weights,
+    focal_loss,
+    ldam_loss,
+    ldam_margins,
+    logit_adjustment,
+)
 from debias.ops.gradient_reversal import dann_ramp, gradient_reversal
 from debias.ops.group_inference import (
     cluster_weights,

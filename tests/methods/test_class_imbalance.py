@@ -6,6 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from _support.fits import Classifier, deviation, parameters, problem, train
+from debias import LDAM, ClassBalanced, CosineLinear, FocalLoss, LogitAdjustment
+from debias.errors import DebiasError
 from debias.functional import class_balanced_weights, focal_loss, ldam_loss, ldam_margins, logit_adjustment
 
 N = torch.tensor([5000.0, 500, 50], dtype=torch.float64)
@@ -63,3 +66,85 @@ def test_the_adjusted_loss_is_minimal_at_balanced_probabilities():
     F.cross_entropy(z + logit_adjustment(N), pi).backward()
     assert z.grad.abs().max() < 1e-12
     assert logit_adjustment(torch.tensor([3.0, 0.0])).isfinite().all()
+
+
+# -- the callbacks against modules whose own loss is the criterion -----------------------------------
+
+
+class Own(Classifier):
+    """Writes the criterion itself."""
+
+    def __init__(self, criterion, head=None, scale=1.0):
+        super().__init__()
+        self.criterion, self.scale = criterion, scale
+        if head is not None:
+            self.head = head
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return self.scale * self.criterion(self(x), y, self.current_epoch)
+
+
+def plain(z, y, epoch):
+    return F.cross_entropy(z, y)
+
+
+COUNTS = torch.bincount(problem()[:][1], minlength=2).double()
+PI = (COUNTS / COUNTS.sum()).log()
+BALANCED = class_balanced_weights(COUNTS, beta=0.9)
+CALLBACKS = {
+    "logit adjustment": (lambda: LogitAdjustment(2, tau=1.5), lambda z, y, e: F.cross_entropy(z + 1.5 * PI, y)),
+    "class balanced": (lambda: ClassBalanced(2, beta=0.9), lambda z, y, e: F.cross_entropy(z, y, weight=BALANCED)),
+    "deferred": (
+        lambda: ClassBalanced(2, beta=0.9, start_epoch=1),
+        lambda z, y, e: F.cross_entropy(z, y, weight=BALANCED if e else None),
+    ),
+    "focal": (lambda: FocalLoss(1.5), lambda z, y, e: focal_loss(z, y, gamma=1.5).mean()),
+    "counts given": (
+        lambda: LogitAdjustment(2, class_counts=[9, 1]),
+        lambda z, y, e: F.cross_entropy(z + torch.tensor([0.9, 0.1], dtype=torch.float64).log(), y),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_callback_is_the_criterion_in_the_step(name, scale):
+    callback, criterion = CALLBACKS[name]
+    own, watched = Own(criterion, scale=scale), Own(plain, scale=scale)
+    train(own, bare=True, max_epochs=3)
+    train(watched, [callback()], max_epochs=3)
+    assert deviation(parameters(own), parameters(watched)) < 1e-12
+
+
+def cosines():
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        return CosineLinear(6, 2).double()
+
+
+@pytest.mark.parametrize("start", [None, 1])
+def test_ldam_with_a_cosine_head(start):
+    def criterion(z, y, epoch):
+        losses = ldam_loss(z, y, ldam_margins(COUNTS, max_margin=0.3), scale=4.0)
+        weights = BALANCED[y] if start is not None and epoch >= start else torch.ones(len(y), dtype=torch.float64)
+        return (weights * losses).sum() / weights.sum()
+
+    own, watched = Own(criterion, cosines()), Own(plain, cosines())
+    train(own, bare=True, max_epochs=3)
+    train(watched, [LDAM(2, max_margin=0.3, scale=4.0, beta=0.9, reweight_epoch=start)], max_epochs=3)
+    assert deviation(parameters(own), parameters(watched)) < 1e-12
+    assert (cosines()(torch.randn(5, 6).double()).abs() <= 1).all()
+
+
+def test_bad_input():
+    with pytest.raises(DebiasError, match=r"logits that are cosines for LDAM.*CosineLinear"):
+        train(Own(lambda z, y, e: F.cross_entropy(9 + z, y)), [LDAM(2)])
+    with pytest.raises(DebiasError, match="`n_classes=3`"):
+        train(Own(plain), [LogitAdjustment(3, class_counts=[1, 1, 1])])
+    with pytest.raises(DebiasError, match="cross-entropy over"):
+        train(Own(lambda z, y, e: F.mse_loss(z[:, 0], y.double())), [ClassBalanced(2)])
+    with pytest.raises(DebiasError, match="training samples"):
+        train(Own(plain), [ClassBalanced(3)])
+    with pytest.raises(DebiasError, match="`beta`"):
+        ClassBalanced(2, beta=1.0)

@@ -4,9 +4,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from _support.fits import Classifier, deviation, parameters, problem, train
+from debias import ChiSquareDRO, CVaRDRO, CVaRLoss
+from debias.errors import BadRowsError, DebiasError
 from debias.functional import chi_square_weights, cvar_weights
 
 V = torch.tensor([0.2, 1.0, 0.5, 2.0, 0.1], dtype=torch.float64)
@@ -147,3 +151,62 @@ def test_what_has_no_share_has_no_weight_whatever_its_loss():
         p = weights(v, b)
         assert p[2] == 0
         torch.testing.assert_close(p[kept], weights(v[kept], b[kept]))
+
+
+# -- modules and callbacks -------------------------------------------------------------------------
+
+
+class Weighed(Classifier):
+    """Class weights and an ignored class: shares of the batch differ."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        y = torch.where(torch.arange(len(y)) == 1, -1, y)
+        weight = torch.tensor([1.0, 3.0], dtype=torch.float64)
+        return F.cross_entropy(self(x), y, weight=weight, ignore_index=-1)
+
+
+METHODS = {
+    "cvar": (lambda: CVaRDRO(0.3), lambda v, b: cvar_weights(v, alpha=0.3, shares=b)),
+    "smoothed": (
+        lambda: CVaRDRO(0.3, temperature=0.2),
+        lambda v, b: cvar_weights(v, alpha=0.3, temperature=0.2, shares=b),
+    ),
+    "ball": (lambda: ChiSquareDRO(0.5), lambda v, b: chi_square_weights(v, radius=0.5, shares=b)),
+    "penalty": (lambda: ChiSquareDRO(penalty=0.3), lambda v, b: chi_square_weights(v, penalty=0.3, shares=b)),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_callback_against_a_loop(name):
+    make, weights = METHODS[name]
+    own, watched, data = Classifier(), Weighed(), problem()
+    optimizer = own.configure_optimizers()
+    for _ in range(3):
+        for start in range(0, 39, 16):
+            x, y = data[list(range(start, min(start + 16, 39)))]
+            losses = F.cross_entropy(own(x), y, reduction="none")
+            b = torch.where(y == 1, 3.0, 1.0).double()
+            b[1] = 0
+            optimizer.zero_grad()
+            (weights(losses.detach(), b / b.sum()) * losses).sum().backward()
+            optimizer.step()
+    train(watched, [make()], max_epochs=3)
+    assert deviation(parameters(own), parameters(watched)) < 1e-12
+
+
+def test_losses_that_are_not_finite_raise_before_anything_has_changed():
+    with pytest.raises(BadRowsError, match="finite losses, but 1 rows"):
+        CVaRLoss(0.5)(torch.tensor([1.0, float("nan")]))
+
+
+def test_bad_arguments():
+    for make, match in (
+        (lambda: CVaRDRO(0.0), "`alpha`"),
+        (lambda: CVaRDRO(0.5, temperature=-1), "`temperature`"),
+        (lambda: ChiSquareDRO(1.0, penalty=1.0), "either `radius` or `penalty`"),
+        (lambda: ChiSquareDRO(0.0), "`radius`"),
+        (lambda: CVaRLoss(0.5)(torch.zeros(2, 2)), r"shape \(N,\)"),
+    ):
+        with pytest.raises(DebiasError, match=match):
+            make()
