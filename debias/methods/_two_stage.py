@@ -25,7 +25,7 @@ from debias.ops.samples import SampleTable, predictions, sample_losses, sample_n
 from debias.step.batch import split_tags
 from debias.step.context import Step
 from debias.step.distributed import global_rank, is_distributed, world_size
-from debias.step.head import HeadFinder
+from debias.step.head import HeadFinder, check_features, submodule
 from debias.step.proxy import attach, detach
 from debias.step.random import undisturbed
 from debias.step.rows import RowTracker
@@ -124,7 +124,8 @@ class TwoStage(Debiaser):
                 f"Expected the training set to keep its length, {saved} samples when {self.state_key} saw it first,"
                 f" but got {size}: numbers of samples would mean other ones. Use the same set, or a new instance."
             )
-        if self.module is None:
+        resumed, fresh = self._stash is not None, self.module is None or self.stage == 1
+        if resumed or fresh:  # a fit that was broken off in stage one, and is not resumed, begins anew
             self.module = SampleTable(size)
         if self._stash is not None:
             self.module.load_state_dict(self._stash["module"])
@@ -135,7 +136,7 @@ class TwoStage(Debiaser):
         if self.stage == 2:
             self.begin_stage_two(trainer, pl_module)
             return
-        if self._start is None:
+        if self._start is None or not resumed:
             self._start = self._look(trainer, pl_module)
         # A stage-one network that no longer improves must not end the run.
         self._min_epochs = trainer.fit_loop.min_epochs
@@ -185,7 +186,7 @@ class TwoStage(Debiaser):
         logits, targets = predictions(call, n, self.state_key)
         values = {"logits": logits, "targets": targets, "loss": losses}
         if self.records_features:
-            values["features"] = features.detach()
+            values["features"] = check_features(features).detach()
         self.module.record(numbers, stamp, keep=counts, **values)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -275,6 +276,11 @@ class TwoStage(Debiaser):
         batches = DataLoader(dataset, loader.batch_size or 1, sampler=mine, **options)
         step_of = getattr(pl_module, name)
         step_of = getattr(step_of, "__wrapped__", step_of)
+        given: list[Any] = []  # what a named head was given
+        handle = None
+        if self.records_features and self.head is not None:
+            named = submodule(pl_module, self.head, argument="head")
+            handle = named.register_forward_pre_hook(lambda module, args: given.append(args[0]))
         takes = step_of.__code__.co_argcount - 1 if hasattr(step_of, "__code__") else 2
         with _evaluating(pl_module), undisturbed(), torch.no_grad():
             for i, raw in enumerate(batches):
@@ -293,8 +299,11 @@ class TwoStage(Debiaser):
                     )
                 call = select_calls(tap.calls, self.loss, self.state_key)[0]
                 _ = call.rows  # found while the tracker is there
-                yield call, numbers, None if call.linear is None else call.linear[1]
+                found = None if call.linear is None else call.linear[1]
+                yield call, numbers, given.pop() if given else found
                 tap.close()
+        if handle is not None:
+            handle.remove()
 
     # -- state -------------------------------------------------------------------------------------
 

@@ -253,6 +253,11 @@ def _outputs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _crossed(ids: Tensor, targets: Tensor, per_class: bool) -> Tensor:
+    if per_class and targets.numel() != ids.numel():
+        raise DebiasError(
+            f"Expected one class of each sample with `per_class=True`, but got targets of shape {tuple(targets.shape)}."
+            " Leave it out."
+        )
     return 2 * targets.detach().long().cpu().reshape(ids.shape) + ids if per_class else ids
 
 

@@ -252,6 +252,41 @@ class Raise(L.Callback):
         raise ValueError("stop")
 
 
+def test_a_fit_that_was_broken_off_in_stage_one_begins_anew():
+    """With another module: what the first one started from must not come back."""
+    infer = InferGroups("errors", 2)
+    with pytest.raises(ValueError, match="stop"):
+        train(Classifier(lr=0.5), [infer, Raise()], max_epochs=4)
+    model, other = Classifier(), Classifier()
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            p += 0.1
+            q += 0.1
+    train(model, [infer], max_epochs=4)
+    train(other, [InferGroups("errors", 2)], max_epochs=4)
+    assert same(parameters(model), parameters(other))
+
+
+class Scaled(Classifier):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def test_a_head_that_is_not_found_is_named():
+    options = {"max_clusters": 2, "clusterer": "kmeans"}
+    with pytest.raises(DebiasError, match=r"features to have shape \(N, D\)"):
+        train(Scaled(), [InferGroups("george", 1, options=options)], max_epochs=2)
+    model = Scaled()
+    train(model, [InferGroups("george", 1, options=options, head="head")], max_epochs=2)
+    assert not model.head._forward_pre_hooks
+    named, found = (InferGroups("george", 1, options=options, head=head) for head in ("head", None))
+    for method in (named, found):
+        train(Classifier(), [method], max_epochs=2)
+    assert torch.equal(named.ids, found.ids)
+    with pytest.raises(DebiasError, match="one class of each sample"):
+        eiil_groups(torch.zeros(3, 2), torch.zeros(3, 2), per_class=True)
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(problem())
