@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -277,12 +277,12 @@ class TwoStage(Debiaser):
         step_of = getattr(pl_module, name)
         step_of = getattr(step_of, "__wrapped__", step_of)
         given: list[Any] = []  # what a named head was given
-        handle = None
-        if self.records_features and self.head is not None:
-            named = submodule(pl_module, self.head, argument="head")
-            handle = named.register_forward_pre_hook(lambda module, args: given.append(args[0]))
         takes = step_of.__code__.co_argcount - 1 if hasattr(step_of, "__code__") else 2
-        with _evaluating(pl_module), undisturbed(), torch.no_grad():
+        with _evaluating(pl_module), undisturbed(), torch.no_grad(), ExitStack() as stack:
+            if self.records_features and self.head is not None:
+                named = submodule(pl_module, self.head, argument="head")
+                handle = named.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+                stack.callback(handle.remove)
             for i, raw in enumerate(batches):
                 batch, tags = split_tags(raw)
                 batch = trainer.strategy.batch_to_device(batch)
@@ -302,8 +302,6 @@ class TwoStage(Debiaser):
                 found = None if call.linear is None else call.linear[1]
                 yield call, numbers, given.pop() if given else found
                 tap.close()
-        if handle is not None:
-            handle.remove()
 
     # -- state -------------------------------------------------------------------------------------
 
