@@ -324,7 +324,7 @@ def test_a_tagged_batch_that_user_code_opens_itself_says_what_to_do():
 
 def test_a_tagged_sample_that_user_code_opens_itself_says_what_to_do():
     tagged = tag([(1.0, 0), (2.0, 1)], place=[0, 1])
-    with pytest.raises(BatchKeyError, match=r"tags \['place'\]. Take `dataset\[i\].sample`"):
+    with pytest.raises(BatchKeyError, match=r"tags \['index', 'place'\]. Take `dataset\[i\].sample`"):
         _, _ = tagged[0]
     with pytest.raises(BatchKeyError, match=r"`dataset\[i\].sample`"):
         tagged[0]["image"]
