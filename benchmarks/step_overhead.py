@@ -82,7 +82,7 @@ def registered():
     given |= {"domain": "group", "n_domains": N_GROUPS, "identity": "group", "n_identities": N_GROUPS, "target": 1}
     given |= {"n_classes": 2, "class_counts": [10, 11]}
     made = {}
-    for name in debias._EXPORTS:
+    for name in debias.__all__:
         cls = getattr(debias, name)
         if not (inspect.isclass(cls) and issubclass(cls, debias.Debiaser) and cls is not debias.Debiaser):
             continue

@@ -14,9 +14,11 @@ __all__ = [
     "BatchKeyError",
     "DataError",
     "DebiasError",
+    "DebiasWarning",
     "HeadNotFoundError",
     "LossNotFoundError",
     "RowsError",
+    "UnknownArgumentError",
     "UnsupportedStrategyError",
     "missing_package",
     "UntappedLossError",
@@ -55,12 +57,20 @@ class BadRowsError(DebiasError):
     """Samples carried a group id outside the range or a loss that is not finite."""
 
 
+class UnknownArgumentError(DebiasError, TypeError):
+    """A class was called with an argument that it does not have."""
+
+
 class UnsupportedStrategyError(DebiasError):
     """The Trainer's strategy or optimisation mode is not supported by a method."""
 
 
 class DataError(DebiasError):
     """A dataset folder is missing, incomplete or malformed."""
+
+
+class DebiasWarning(UserWarning):
+    """A method or monitor says what would mislead; ``debias compare`` puts these of its runs under its table."""
 
 
 def missing_package(package: str, error: ImportError) -> DebiasError:

@@ -130,7 +130,7 @@ def _demo(options: argparse.Namespace) -> None:
     from debias.cli.errors import readable_errors
 
     with readable_errors():
-        from debias.demo import run
+        from debias.cli.demo import run
 
         run(seeds=options.seeds, out=options.out, max_epochs=options.epochs)
 
@@ -139,7 +139,7 @@ def _gallery(options: argparse.Namespace) -> None:
     from debias.cli.errors import readable_errors
 
     with readable_errors():
-        from debias.gallery import run
+        from debias.cli.gallery import run
 
         run(options.out, options.images, size=options.size, draws=options.draws, seed=options.seed)
 
@@ -148,7 +148,7 @@ def _selection(options: argparse.Namespace) -> None:
     from debias.cli.errors import readable_errors
 
     with readable_errors():
-        from debias.shift_selection import run
+        from debias.cli.shift_selection import run
 
         run(options.out, source=options.source, mnist=options.mnist, seeds=options.seeds, epochs=options.epochs)
 

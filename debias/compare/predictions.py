@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from debias.monitors.group_monitor import GroupMonitor
+from debias.ops.distributed import gather
 from debias.step.context import Step
-from debias.step.distributed import gather
-from debias.step.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["Predictions"]
 

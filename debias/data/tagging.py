@@ -12,10 +12,10 @@ from torch.utils.data import Dataset, IterableDataset
 
 from debias.errors import DataError
 from debias.step.batch import TaggedSample
+from debias.step.samples import INDEX
 
 __all__ = ["TaggedDataset", "TaggedIterableDataset", "tag"]
 
-INDEX = "index"  # the tag with the number of a sample in its dataset
 Ids = Sequence[int] | Tensor | Callable[[Any], Any]
 
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, HeadNotFoundError
-from debias.ops.samples import INDEX
+from debias.ops.distributed import gather
 from debias.step.batch import BatchKey, read, split_tags
 from debias.step.context import Step
-from debias.step.distributed import gather
-from debias.step.grouped import plain_n_groups
-from debias.step.head import HeadFinder, submodule
+from debias.step.ids import plain_n_groups
+from debias.step.samples import INDEX
+from debias.tap.head import HeadFinder, submodule
 
 __all__ = ["Evaluating", "HeldOut", "Keys", "find_head", "held_out", "moved"]
 

@@ -9,6 +9,7 @@ begins; epochs and steps count on.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,17 +22,19 @@ from torch.utils.data import DataLoader
 
 from debias.errors import DebiasError, UnsupportedStrategyError
 from debias.ops.arguments import check_count
-from debias.ops.samples import SampleTable, predictions, sample_losses, sample_numbers, train_set
+from debias.ops.distributed import global_rank, is_distributed, world_size
+from debias.ops.samples import SampleTable
 from debias.step.batch import split_tags
 from debias.step.context import Step
-from debias.step.distributed import global_rank, is_distributed, world_size
-from debias.step.head import HeadFinder, check_features, submodule
 from debias.step.proxy import attach, detach
 from debias.step.random import undisturbed
-from debias.step.rows import RowTracker
-from debias.step.selection import select_calls
-from debias.step.tap import LossCall, LossTap
+from debias.step.samples import predictions, sample_losses, sample_numbers, train_set
 from debias.step.watcher import Debiaser
+from debias.tap.calls import LossCall
+from debias.tap.head import HeadFinder, check_features, submodule
+from debias.tap.rows import RowTracker
+from debias.tap.selection import select_calls
+from debias.tap.tap import LossTap
 
 __all__ = ["TwoStage"]
 
@@ -105,6 +108,13 @@ class TwoStage(Debiaser):
                         " into those of stage two. Remove it, or infer groups in a run of its own."
                     )
         super().setup(trainer, pl_module, stage)
+
+    def _new_fit(self, pl_module: Any) -> None:
+        """Stage and ids are about one module: another one begins with stage one."""
+        if self._fitted is not None and self._fitted() is not pl_module:
+            self.stage, self.ids = 1, None
+            self.module = self._start = self._stash = self._epoch = None
+        self._fitted = weakref.ref(pl_module)
 
     def sample_ids(self, step: Step) -> Tensor:
         """Numbers of the samples."""
@@ -289,7 +299,7 @@ class TwoStage(Debiaser):
                 step = Step(trainer, pl_module, "train", batch, tags, i, epoch=trainer.current_epoch)
                 numbers = self.sample_ids(step)
                 finder = HeadFinder() if self.records_features else None
-                tap = LossTap(None, False, False, RowTracker(batch, len(numbers), everything=True), self.rows, finder)
+                tap = LossTap(training=False, tracker=RowTracker(batch, len(numbers)), rows=self.rows, finder=finder)
                 with tap, trainer.precision_plugin.train_step_context():
                     step_of(*(batch, i)[:takes])
                 if not tap.calls:
@@ -299,7 +309,7 @@ class TwoStage(Debiaser):
                     )
                 call = select_calls(tap.calls, self.loss, self.state_key)[0]
                 _ = call.rows  # found while the tracker is there
-                found = None if call.linear is None else call.linear[1]
+                found = None if call.record.linear is None else call.record.linear[1]
                 yield call, numbers, given.pop() if given else found
                 tap.close()
 
@@ -323,7 +333,7 @@ class TwoStage(Debiaser):
         self._epoch = state_dict["epoch"]
         self.stage, self.ids = state_dict["stage"], state_dict["ids"]
         self._start, self._stale = state_dict["start"], dict(state_dict["stale"])
-        self.module = None
+        self.module = self._fitted = None
         self._stash = state_dict if "module" in state_dict else None
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:

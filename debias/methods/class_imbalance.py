@@ -14,23 +14,23 @@ Its deferred reweighting (DRW) leaves all class weights at 1 until a given epoch
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from debias.data.counting import count_groups
 from debias.errors import DebiasError
 from debias.ops.arguments import check_count, check_number
 from debias.ops.class_counts import class_balanced_weights, ldam_margins, logit_adjustment, margin_at_target
+from debias.ops.distributed import as_global, global_sum, world_size
 from debias.ops.groups import GroupState, check_counts
+from debias.ops.precision import autocast_off
 from debias.step.batch import BatchKey
 from debias.step.context import Step
-from debias.step.distributed import as_global, global_sum, world_size
-from debias.step.grouped import count_groups
-from debias.step.tap import LossCall
 from debias.step.watcher import Debiaser
+from debias.tap.calls import LossCall
 
 __all__ = ["LDAM", "ClassBalanced", "CosineLinear", "FocalLoss", "LogitAdjustment"]
 
@@ -107,11 +107,15 @@ class _Criterion(Debiaser):
         if step.epoch < self.start_epoch:
             return [call.mean() for call in calls]
         device = str(calls[0].num.device.type)
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            found = [_global_mean(*self.elements(_whole(call, self.state_key), step)) for call in calls]
+        with autocast_off(device):
+            found = [self._mean(_whole(call, self.state_key), step) for call in calls]
         if step.logging:
             self.log_value("average_loss", torch.stack([call.mean().detach() for call in calls]).sum(), step)
         return found
+
+    def _mean(self, call: LossCall, step: Step) -> Tensor:
+        (num, den), factor = self.elements(call, step), call.record.factor
+        return _global_mean(num if factor is None else num * factor, den)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Count the classes, unless somebody gave or saved the counts."""
@@ -159,8 +163,7 @@ class LogitAdjustment(_Criterion):
         target: where the class ids are in the batch, to count them.
         tau: strength; 1 for the balanced softmax.
         class_counts: training samples of each class; counted from the training set if not given.
-        loss: position of the loss in the step, the first by default: it is computed anew, from other logits.
-        rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
+        loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
     """
 
     reference: ClassVar[str] = "Menon et al., ICLR 2021; Ren et al., NeurIPS 2020"
@@ -172,7 +175,7 @@ class LogitAdjustment(_Criterion):
         *,
         tau: float = 1.0,
         class_counts: list[int] | None = None,
-        loss: int = 0,
+        loss: int | Callable[[LossCall], bool] | None = None,
         rows: str | Callable[[LossCall, int], Tensor] | None = None,
         name: str | None = None,
         allow_untested_strategy: bool = False,
@@ -190,7 +193,7 @@ class LogitAdjustment(_Criterion):
         """Cross-entropy of the adjusted logits."""
         logits = self.logits_of(call)
         added = logit_adjustment(self.module.counts, tau=self.tau).to(logits.dtype)
-        return self.again(call, logits + added.view(-1, *[1] * (logits.ndim - 2))), call.elements[1]
+        return self.again(call, logits + added.view(-1, *[1] * (logits.ndim - 2))), call.record.elements[1]
 
 
 class ClassBalanced(_Criterion):
@@ -234,7 +237,7 @@ class ClassBalanced(_Criterion):
 
     def elements(self, call: LossCall, step: Step) -> tuple[Tensor, Tensor]:
         """The elements times the weights of their classes."""
-        num, den = call.elements
+        num, den = call.record.elements
         self.logits_of(call)
         weights = class_balanced_weights(self.module.counts, beta=self.beta).to(num.dtype)[self.ids(call)]
         return num * weights, den * weights
@@ -255,8 +258,7 @@ class LDAM(_Criterion):
         beta: of these weights, see :class:`debias.ClassBalanced`.
         check_logits: refuse logits beyond [-1, 1], of which margins would mean nothing; False for those who want it.
         class_counts: training samples of each class; counted from the training set if not given.
-        loss: position of the loss in the step, the first by default: it is computed anew, from other logits.
-        rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
+        loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
     """
 
     reference: ClassVar[str] = "Cao et al., NeurIPS 2019"
@@ -272,7 +274,7 @@ class LDAM(_Criterion):
         beta: float = 0.9999,
         check_logits: bool = True,
         class_counts: list[int] | None = None,
-        loss: int = 0,
+        loss: int | Callable[[LossCall], bool] | None = None,
         rows: str | Callable[[LossCall, int], Tensor] | None = None,
         name: str | None = None,
         allow_untested_strategy: bool = False,
@@ -292,7 +294,7 @@ class LDAM(_Criterion):
 
     def elements(self, call: LossCall, step: Step) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the scaled logits, less the margin at the true class."""
-        logits, den, ids = self.logits_of(call), call.elements[1], self.ids(call)
+        logits, den, ids = self.logits_of(call), call.record.elements[1], self.ids(call)
         # Reading it waits for the device: on logging steps only.
         if self.check_logits and step.logging and (largest := float(logits.detach().abs().max())) > 1 + 1e-3:
             raise DebiasError(
@@ -342,12 +344,12 @@ class FocalLoss(_Criterion):
 
     def elements(self, call: LossCall, step: Step) -> tuple[Tensor, Tensor]:
         """The elements times ``(1 - p)^gamma``."""
-        num, den = call.elements
+        num, den = call.record.elements
         return (-torch.expm1(-num / torch.where(den == 0, 1, den))).clamp_min(0) ** self.gamma * num, den
 
 
 def _whole(call: LossCall, who: str) -> LossCall:
-    if call.parts > 1 or call.followed:
+    if call.parts > 1 or call.record.function is not None:
         what = "an augmentation mixes the labels" if call.parts > 1 else "the step reduces the loss itself"
         raise DebiasError(
             f"Expected a loss whose criterion {who} can replace, but {what}. Let the loss reduce"

@@ -30,11 +30,11 @@ from torch import Tensor
 from debias.errors import BatchKeyError, DebiasError
 from debias.methods._two_stage import TwoStage
 from debias.ops.group_inference import eiil_groups, error_groups, george_groups, spare_groups, useful_groups
-from debias.ops.samples import INDEX, numbered_dataset, train_set
 from debias.step.context import Step
 from debias.step.proxy import attach, detach
-from debias.step.tap import LossCall
+from debias.step.samples import INDEX, numbered_dataset, train_set
 from debias.step.watcher import Debiaser
+from debias.tap.calls import LossCall
 
 __all__ = ["InferGroups"]
 

@@ -26,10 +26,10 @@ from torch import Tensor
 from debias.errors import DebiasError
 from debias.methods._two_stage import TwoStage
 from debias.ops.arguments import check_number
+from debias.ops.distributed import as_global, global_sum, world_size
 from debias.ops.group_inference import error_groups
 from debias.step.context import Step
-from debias.step.distributed import as_global, global_sum, world_size
-from debias.step.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["JustTrainTwice", "error_weights"]
 

@@ -36,9 +36,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from debias.data.counting import empty_groups, tag_counts
 from debias.errors import BadRowsError, DebiasError
 from debias.methods._held_out import Evaluating, Keys, find_head, held_out, moved
 from debias.ops.arguments import check_count, check_number
+from debias.ops.distributed import is_distributed
 from debias.ops.groups import check_n_groups, name_groups
 from debias.ops.last_layer import (
     LinearHead,
@@ -51,12 +53,11 @@ from debias.ops.last_layer import (
     fit_logistic,
 )
 from debias.step.batch import BatchKey, read
-from debias.step.distributed import is_distributed
-from debias.step.grouped import check_keys, empty_groups, tag_counts
+from debias.step.ids import check_keys
 from debias.step.random import undisturbed
 from debias.step.watcher import StepWatcher
 
-__all__ = ["LastLayerFit", "LastLayerRetraining", "RetrainMethod", "retrain_last_layer"]
+__all__ = ["LastLayerFit", "LastLayerRetraining"]
 
 RetrainMethod: TypeAlias = Literal["dfr", "afr", "self", "balanced", "plain"]
 """How the last layer is refitted."""

@@ -30,17 +30,19 @@ from torch.optim import Optimizer
 
 from debias.errors import DebiasError, UnsupportedStrategyError
 from debias.ops.arguments import check_number
+from debias.ops.distributed import as_global, gather, global_sum, world_size
 from debias.ops.groups import readable_at_once
-from debias.ops.samples import SampleTable, predictions, sample_losses, sample_numbers, train_set
+from debias.ops.samples import SampleTable
 from debias.step.context import Step
-from debias.step.distributed import as_global, gather, global_sum, world_size
 from debias.step.owned import OwnedModule
-from debias.step.rows import RowTracker
-from debias.step.selection import reaching, select_calls
-from debias.step.tap import LossCall, LossTap
+from debias.step.samples import predictions, sample_losses, sample_numbers, train_set
 from debias.step.watcher import Debiaser
+from debias.tap.calls import LossCall
+from debias.tap.rows import RowTracker
+from debias.tap.selection import reaching, select_calls
+from debias.tap.tap import LossTap
 
-__all__ = ["FailureTable", "LearningFromFailure", "failure_weights", "generalized_cross_entropy"]
+__all__ = ["LearningFromFailure", "failure_weights", "generalized_cross_entropy"]
 
 
 def generalized_cross_entropy(logits: Tensor, targets: Tensor, *, q: float = 0.7) -> Tensor:
@@ -209,6 +211,7 @@ class LearningFromFailure(Debiaser):
         self._stash: dict[str, Any] | None = None
         self._source: Any = None
         self._twins: LossCall | None = None
+        self._tap: Any = None
 
     def sample_ids(self, step: Step) -> Tensor:
         """Numbers of the samples."""
@@ -241,22 +244,22 @@ class LearningFromFailure(Debiaser):
         twin, module = self._twin(step.module), step.module
         twin.train(module.training)
         device = module.device
-        tap = LossTap(None, False, True, RowTracker(step.batch, step.n or 0, everything=True), self.rows)
+        tap = self._tap = LossTap(tracker=RowTracker(step.batch, step.n or 0), rows=self.rows)
         # Dropout in the twin must not change what the network itself draws.
         with torch.random.fork_rng(devices=[device] if torch.cuda.is_initialized() else []):
             torch.manual_seed(self.random.generator(torch.device("cpu"), "twin").initial_seed())
             with tap:
                 output = twin.training_step(*_arguments(step))
         loss = output.get("loss") if isinstance(output, Mapping) else output
-        calls = reaching(tap, loss)[0] if isinstance(loss, Tensor) else []
-        if not calls:
+        found = reaching(tap, loss) if isinstance(loss, Tensor) else None
+        if found is None or not found.calls:
             raise DebiasError(
                 f"Expected the training step to compute a torch loss that the twin of {self.state_key} can be trained"
                 " by, but got none that reaches the returned loss. Return the loss of one call."
             )
-        self._twins = select_calls(calls, self.loss, self.state_key)[0]
-        _ = self._twins.rows  # found while the tracker is there
-        tap.close()
+        chosen = select_calls(found.calls, self.loss, self.state_key)
+        found.multiply(chosen)
+        self._twins = chosen[0]
 
     def reweigh(self, calls: list[LossCall], step: Step) -> list[Tensor]:
         """The network's losses, weighted by relative difficulty."""
@@ -287,8 +290,11 @@ class LearningFromFailure(Debiaser):
         twins = self._twins
         assert twins is not None
         self._twins = None
-        certain = torch.exp(-self.q * twins.num.detach() / torch.where(twins.den == 0, 1, twins.den))
+        num, den, _ = twins.record.rows  # of the criterion itself, whatever the step multiplies it by
+        certain = torch.exp(-self.q * num.detach() / torch.where(den == 0, 1, den))
         loss = _global_mean(twins, self.q * certain)
+        tap, self._tap = self._tap, None
+        tap.close()
         return (loss - loss.detach()).to(call.num.dtype)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -312,13 +318,13 @@ class LearningFromFailure(Debiaser):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the module as it was, and let go of it."""
         super().teardown(trainer, pl_module, stage)
-        self._source = self._twins = None
+        self._source = self._twins = self._tap = None
         twin: Any = self.owned["twin"].module
         if twin is not None and hasattr(twin, "_trainer"):
             twin._trainer = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_source": None, "_twins": None}
+        return {**super().__getstate__(), "_source": None, "_twins": None, "_tap": None}
 
     def _twin(self, module: Any) -> Any:
         twin: Any = self.owned["twin"].create(0, module.device, None)  # type: ignore[arg-type]

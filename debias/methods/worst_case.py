@@ -20,7 +20,6 @@ per-sample losses only; keeps no state.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -28,11 +27,12 @@ from torch import Tensor
 
 from debias.errors import BadRowsError, DebiasError
 from debias.ops.arguments import check_number
+from debias.ops.distributed import gather
 from debias.ops.groups import GroupState, readable
+from debias.ops.precision import autocast_off
 from debias.step.context import Step
-from debias.step.distributed import gather
-from debias.step.tap import LossCall
 from debias.step.watcher import Debiaser
+from debias.tap.calls import LossCall
 
 __all__ = ["CVaRDRO", "CVaRLoss", "ChiSquareDRO", "ChiSquareLoss", "chi_square_weights", "cvar_weights"]
 
@@ -243,7 +243,7 @@ class _WorstCase(Debiaser):
                 f" {[len(call.num) for call in calls]} rows. Choose one of them."
             )
         device = str(calls[0].num.device.type)
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        with autocast_off(device):
             losses = self.module.reweigh([(call.num, call.den) for call in calls])
         if step.logging:
             self.module.raise_if_bad()

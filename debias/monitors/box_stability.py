@@ -25,14 +25,14 @@ from debias.errors import DebiasError, LossNotFoundError
 from debias.monitors._epoch import EpochMonitor, by_group
 from debias.monitors.detection_monitor import find_predictions
 from debias.ops.arguments import check_count, check_number
+from debias.ops.distributed import global_rank, global_sum
 from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey
 from debias.step.context import Step
-from debias.step.distributed import global_rank, global_sum
-from debias.step.grouped import check_keys, plain_n_groups
-from debias.step.head import submodule
-from debias.step.proxy import Hook
-from debias.step.tap import LossCall
+from debias.step.ids import check_keys, plain_n_groups
+from debias.tap.calls import LossCall
+from debias.tap.head import submodule
+from debias.tap.hooks import Hook
 
 __all__ = ["BoxStability", "box_stability"]
 

@@ -19,10 +19,10 @@ from debias.monitors._epoch import EpochMonitor, by_group
 from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, describe, key_name
 from debias.step.context import Step
-from debias.step.grouped import check_keys, plain_n_groups
-from debias.step.head import submodule
-from debias.step.proxy import Hook
-from debias.step.tap import LossCall
+from debias.step.ids import check_keys, plain_n_groups
+from debias.tap.calls import LossCall
+from debias.tap.head import submodule
+from debias.tap.hooks import Hook
 
 __all__ = ["DetectionMonitor", "draw_detections", "find_predictions"]
 

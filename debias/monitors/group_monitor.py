@@ -15,19 +15,20 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, LossNotFoundError, RowsError
+from debias.data.counting import empty_groups, tag_counts
+from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, DebiasWarning, LossNotFoundError, RowsError
 from debias.metrics import GroupAccuracy, GroupedMetric
 from debias.monitors._epoch import EpochMonitor, by_group
 from debias.monitors.metric_inputs import update_metric
 from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, describe, key_name
 from debias.step.context import Step
-from debias.step.grouped import check_keys, empty_groups, plain_n_groups, tag_counts
-from debias.step.head import submodule
-from debias.step.proxy import Hook
-from debias.step.selection import select_calls
-from debias.step.tap import LossCall
+from debias.step.ids import check_keys, plain_n_groups
 from debias.step.watcher import check_loss
+from debias.tap.calls import LossCall
+from debias.tap.head import submodule
+from debias.tap.hooks import Hook
+from debias.tap.selection import select_calls
 
 __all__ = ["GroupMonitor"]
 
@@ -267,8 +268,8 @@ class GroupMonitor(EpochMonitor):
         if isinstance(target, Tensor) and self.target is None and call is not None and self.metric is None:
             if call.name in ("cross_entropy", "SoftTargetCrossEntropy") and target.is_floating_point():
                 target = target.argmax(1)  # class probabilities
-            elif call.ignore_index is not None:
-                target = torch.where(target == call.ignore_index, IGNORED, target)
+            elif call.arguments.get("ignore_index") is not None:
+                target = torch.where(target == call.arguments.get("ignore_index"), IGNORED, target)
         if not isinstance(target, Tensor):
             raise BatchKeyError(
                 f"Expected `target` to be given where the evaluation step computes no loss, but the batch is"
@@ -295,6 +296,7 @@ class GroupMonitor(EpochMonitor):
             f" this epoch have exactly one positive: who always says no is right in {right:.1%}. If the classes exclude"
             " each other, pass `target=`, where the class ids are in the batch: the accuracy is then that of the"
             " largest logit.",
+            DebiasWarning,
             stacklevel=2,
         )
 
@@ -331,6 +333,7 @@ class GroupMonitor(EpochMonitor):
             warnings.warn(
                 f"{self.state_key} was given `n_groups={self.n_groups}`, but the tags of the training and validation"
                 f" set hold no sample of {empty}: their metrics are NaN. If `n_groups` counts too many, correct it.",
+                DebiasWarning,
                 stacklevel=2,
             )
 

@@ -19,10 +19,10 @@ from debias.ops.arguments import check_count
 from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
-from debias.step.grouped import check_keys, plain_n_groups
-from debias.step.selection import select_calls
-from debias.step.tap import LossCall
+from debias.step.ids import check_keys, plain_n_groups
 from debias.step.watcher import check_loss
+from debias.tap.calls import LossCall
+from debias.tap.selection import select_calls
 
 __all__ = ["MultilabelF1", "MultilabelF1Monitor"]
 

@@ -16,14 +16,15 @@ from torch import Tensor
 
 from debias.errors import DebiasError
 from debias.ops.arguments import check_number
+from debias.ops.distributed import gather
 from debias.ops.group_inference import wrong_predictions
-from debias.ops.samples import SampleTable, numbered_dataset, predictions, sample_losses, sample_numbers, train_set
+from debias.ops.samples import SampleTable
 from debias.step.context import Step
-from debias.step.distributed import gather
 from debias.step.indices import evaluation_loaders
-from debias.step.selection import select_calls
-from debias.step.tap import LossCall
+from debias.step.samples import numbered_dataset, predictions, sample_losses, sample_numbers, train_set
 from debias.step.watcher import Debiaser
+from debias.tap.calls import LossCall
+from debias.tap.selection import select_calls
 
 __all__ = ["SampleRecorder"]
 

@@ -6,7 +6,8 @@ from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDatas
 
 from debias import tag
 from debias.errors import DebiasError
-from debias.ops.samples import SampleTable, numbered_dataset
+from debias.ops.samples import SampleTable
+from debias.step.samples import numbered_dataset
 
 
 def oracle(size, steps):
