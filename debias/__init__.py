@@ -22,6 +22,8 @@ _EXPORTS = {
     "ShiftedValidation": "debias.monitors.shifted_validation",
     "DetectionMonitor": "debias.monitors.detection_monitor",
     "BoxStability": "debias.monitors.box_stability",
+    # the audit: a room that can be called
+    "audit": "debias.audit",
     # the step engine, for those who write a method
     "Debiaser": "debias.step.watcher",
     "LossCall": "debias.tap.calls",
@@ -39,6 +41,7 @@ _EXPORTS = {
 }
 
 if TYPE_CHECKING:
+    from debias.audit.model import audit
     from debias.data.samplers import EvalSampler, GroupBalancedSampler
     from debias.data.tagging import tag
     from debias.methods import *

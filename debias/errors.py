@@ -73,9 +73,9 @@ class DebiasWarning(UserWarning):
     """A method or monitor says what would mislead; ``debias compare`` puts these of its runs under its table."""
 
 
-def missing_package(package: str, error: ImportError) -> DebiasError:
-    """The error for a package of the extra ``recipes`` which is not there, or which is broken."""
+def missing_package(package: str, error: ImportError, *, extra: str = "recipes") -> DebiasError:
+    """The error for a package of an extra which is not there, or which is broken."""
     return DebiasError(
         f"Expected the package `{package}` to be installed, but importing it failed: {error}. Run"
-        " `pip install 'debias[recipes]'`."
+        f" `pip install 'debias[{extra}]'`."
     )

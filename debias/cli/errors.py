@@ -10,9 +10,12 @@ from contextlib import contextmanager
 __all__ = ["install_hint", "readable_errors"]
 
 EXTRAS = {
+    "jinja2": "audit",
     "kornia": "augment",
     "matplotlib": "recipes",
+    "pandas": "audit",
     "rich": "recipes",
+    "scipy": "audit",
     "sklearn": "recipes",
     "submitit": "cluster",
     "timm": "recipes",
