@@ -42,7 +42,7 @@ METHODS = ("errors", "eiil", "spare", "george", "useful")
 BY_SAMPLE = ("errors", "eiil")  # these say the group of any sample, of the validation set too
 # What waits with a method that reads the tag.
 _HOOKS = ("on_train_start", "on_train_epoch_end", "on_before_optimizer_step")
-_KEYS = {"group": "n_groups", "domain": "n_domains", "attribute": "n_values", "key": "module.n_groups"}
+_KEYS = {"group": "n_groups", "domain": "n_domains", "identity": "n_identities", "attribute": "n_values"}
 
 
 class InferGroups(TwoStage):
@@ -307,9 +307,7 @@ def _nothing(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 def _reads(callback: Any, tag: str) -> int:
     """The number of groups of the tag that a callback reads; 0 if it reads none."""
     for key, number in _KEYS.items():
-        keys, sizes = getattr(callback, key, None), callback
-        for part in number.split("."):
-            sizes = getattr(sizes, part, None)
+        keys, sizes = getattr(callback, key, None), getattr(callback, number, None)
         if keys is None:
             continue
         keys = list(keys) if isinstance(keys, tuple | list) else [keys]

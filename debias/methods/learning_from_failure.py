@@ -21,6 +21,7 @@ gather of five numbers a sample. Needs the numbers of samples (``tag(train)``), 
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -216,6 +217,13 @@ class LearningFromFailure(Debiaser):
     def sample_ids(self, step: Step) -> Tensor:
         """Numbers of the samples."""
         return sample_numbers(step, self.state_key)
+
+    def _new_fit(self, pl_module: Any) -> None:
+        """Twin and losses are about one module: another one begins with a copy of its own."""
+        if self._fitted is not None and self._fitted() is not pl_module:
+            self.module = self._epoch = None
+            self.owned["twin"].load_state_dict({})
+        self._fitted = weakref.ref(pl_module)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse several optimisers, whose steps the twin could not follow."""

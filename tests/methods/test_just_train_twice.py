@@ -221,6 +221,16 @@ def test_bad_data():
     with pytest.raises(DebiasError, match="leave errors that JustTrainTwice could up-weight, but all 39"):
         train(Perfect(), [JustTrainTwice(1)], max_epochs=2)
     method = JustTrainTwice(1)
-    train(Classifier(), [method], max_epochs=2)
+    train(model := Classifier(), [method], max_epochs=2)
     with pytest.raises(DebiasError, match=r"keep its length, 39 samples.*but got 20"):
-        make_trainer([method]).fit(Classifier(), DataLoader(tag(problem(20)), 4), val_loader())
+        make_trainer([method]).fit(model, DataLoader(tag(problem(20)), 4), val_loader())
+
+
+def test_another_module_begins_with_stage_one_and_the_same_one_goes_on():
+    method, alone = JustTrainTwice(1), JustTrainTwice(1)
+    train(Classifier(), [method], max_epochs=2)
+    model = train(Classifier(), [method], max_epochs=2)
+    assert same(parameters(model), parameters(train(Classifier(), [alone], max_epochs=2)))
+    assert torch.equal(method.ids, alone.ids)
+    train(model, [method], max_epochs=2)
+    assert method.stage == 2

@@ -189,3 +189,10 @@ def test_maxima_that_are_kept_are_those_of_a_look_at_all_samples():
         assert torch.equal(a, b)
         assert all(torch.equal(kept._largest[n], looked._largest[n]) for n in ("biased", "main"))
     assert scans == 59
+
+
+def test_another_module_begins_with_a_twin_of_its_own():
+    method, alone = LearningFromFailure(), LearningFromFailure()
+    train(Classifier(), [method], max_epochs=1)
+    model = train(Classifier(), [method], max_epochs=1)
+    assert same(parameters(model), parameters(train(Classifier(), [alone], max_epochs=1)))
