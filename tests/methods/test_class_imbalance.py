@@ -137,6 +137,20 @@ def test_ldam_with_a_cosine_head(start):
     assert (cosines()(torch.randn(5, 6).double()).abs() <= 1).all()
 
 
+@pytest.mark.parametrize("choice", [1, lambda call: call.name == "cross_entropy"])
+def test_one_of_several_losses_is_replaced_and_keeps_its_factor(choice):
+    def auxiliary(z):
+        return 0.3 * F.mse_loss(z, torch.ones_like(z))
+
+    own = Own(lambda z, y, e: auxiliary(z) + 0.5 * F.cross_entropy(z + PI, y))
+    watched = Own(lambda z, y, e: auxiliary(z) + 0.5 * F.cross_entropy(z, y))
+    train(own, bare=True, max_epochs=3)
+    train(watched, [LogitAdjustment(2, loss=choice)], max_epochs=3)
+    assert deviation(parameters(own), parameters(watched)) < 1e-12
+    with pytest.raises(DebiasError, match="compute one loss for LogitAdjustment, but got 2"):
+        train(watched, [LogitAdjustment(2)])
+
+
 def test_bad_input():
     with pytest.raises(DebiasError, match=r"logits that are cosines for LDAM.*CosineLinear"):
         train(Own(lambda z, y, e: F.cross_entropy(9 + z, y)), [LDAM(2)])

@@ -228,9 +228,10 @@ def test_bad_data():
 
 def test_another_module_begins_with_stage_one_and_the_same_one_goes_on():
     method, alone = JustTrainTwice(1), JustTrainTwice(1)
-    train(Classifier(), [method], max_epochs=2)
-    model = train(Classifier(), [method], max_epochs=2)
-    assert same(parameters(model), parameters(train(Classifier(), [alone], max_epochs=2)))
+    models = [Classifier(), Classifier(), Classifier()]
+    for model, callback in zip(models, (method, method, alone), strict=True):
+        train(model, [callback], max_epochs=2)
+    assert same(parameters(models[1]), parameters(models[2]))
     assert torch.equal(method.ids, alone.ids)
-    train(model, [method], max_epochs=2)
+    train(models[1], [method], max_epochs=1)
     assert method.stage == 2

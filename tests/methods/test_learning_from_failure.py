@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from _support.fits import Classifier, deviation, parameters, problem, train
+from _support.fits import Classifier, deviation, parameters, problem, same, train
 from debias import LearningFromFailure
 from debias.errors import DebiasError
 from debias.functional import failure_weights, generalized_cross_entropy
@@ -192,7 +192,8 @@ def test_maxima_that_are_kept_are_those_of_a_look_at_all_samples():
 
 
 def test_another_module_begins_with_a_twin_of_its_own():
-    method, alone = LearningFromFailure(), LearningFromFailure()
-    train(Classifier(), [method], max_epochs=1)
-    model = train(Classifier(), [method], max_epochs=1)
-    assert same(parameters(model), parameters(train(Classifier(), [alone], max_epochs=1)))
+    method = LearningFromFailure()
+    models = [Classifier(), Classifier(), Classifier()]
+    for model, callback in zip(models, (method, method, LearningFromFailure()), strict=True):
+        train(model, [callback], max_epochs=1)
+    assert same(parameters(models[1]), parameters(models[2]))
