@@ -18,6 +18,7 @@ from debias.errors import DebiasError
 from debias.metrics.detection import detection_accuracy
 from debias.monitors.detection_monitor import find_predictions
 from debias.monitors.group_monitor import GroupMonitor
+from debias.monitors.scored import Scored
 from debias.ops.distributed import gather_objects
 from debias.step.context import Step
 from debias.tap.calls import LossCall
@@ -123,9 +124,9 @@ class Collector(GroupMonitor):
             both = [{k: v.cpu() for k, v in each.items() if k in _BOXES} for each in (predicted, true)]
             self._kept.parts["boxes"].append(both)
 
-    def _prediction(self, *args: Any) -> Any:
-        found = super()._prediction(*args)
-        self._logits, self.loss_name = found[0], found[3]
+    def _scored(self, step: Step, calls: list[LossCall], forward_output: Any, output: Any) -> Scored:
+        found = super()._scored(step, calls, forward_output, output)
+        self._logits, self.loss_name = found.logits, found.loss
         return found
 
     def _features(self, n: int, in_batch_order: bool) -> None:
@@ -197,6 +198,10 @@ class _Rows:
         for name, value in (("index", index), ("logits", logits.float()), ("target", target)):
             self.add(name, value)
         self.last = index
+
+    def reset(self) -> None:
+        """Forget the rows."""
+        self.parts.clear()
 
     def to(self, device: Any) -> _Rows:
         """Stay where it is: rows are on the CPU."""

@@ -29,7 +29,7 @@ from debias.ops.distributed import global_rank, global_sum
 from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey
 from debias.step.context import Step
-from debias.step.ids import check_keys, plain_n_groups
+from debias.step.ids import check_keys, plain_key, plain_n_groups
 from debias.tap.calls import LossCall
 from debias.tap.head import submodule
 from debias.tap.hooks import Hook
@@ -117,7 +117,7 @@ class BoxStability(EpochMonitor):
         self.rate = check_number("rate", rate, "(0, 1)")
         self.score_threshold = score_threshold
         self.draws = check_count("draws", draws)
-        self.domain = domain
+        self.domain = plain_key(domain)
         self.n_domains = plain_n_groups(n_domains)
         self.total = check_n_groups(n_domains, "domain")
         self.domain_names = name_groups(n_domains, domain_names, "domain")

@@ -17,7 +17,7 @@ from torch.utils.data.dataloader import default_collate
 
 from debias.errors import BatchKeyError, RowsError
 from debias.step.sample_order import reorders
-from debias.tap.rows import one_per_sample
+from debias.tap.batches import one_per_sample
 
 __all__ = [
     "BatchKey",
@@ -26,6 +26,7 @@ __all__ = [
     "TaggedSample",
     "key_name",
     "map_samples",
+    "plain_key",
     "read",
     "repeated",
     "replace",
@@ -204,8 +205,14 @@ def tag_owners(batch: Any) -> dict[str, int | str]:
     return {name: at for at, part in parts if isinstance(part, TaggedBatch) for name in part.tags}
 
 
+def plain_key(key: Any) -> Any:
+    """A key, or a tuple of keys whose ids are crossed; a list of any kind, OmegaConf's too, is a tuple of keys."""
+    return tuple(key) if isinstance(key, Sequence) and not isinstance(key, str) else key
+
+
 def key_name(key: Any) -> str | None:
     """A readable name of a key or tuple of keys (``"place"``, ``"target_place"``); None for a callable."""
+    key = plain_key(key)
     if isinstance(key, tuple | list):
         names = [key_name(part) for part in key]
         return None if None in names else "_".join(str(name) for name in names)
@@ -235,10 +242,11 @@ def read(batch: Any, key: BatchKey, tags: Mapping[str, Any] | None = None, *, ar
             here = _child(here, part)
         except (KeyError, IndexError, AttributeError, TypeError):
             where = f" at {'.'.join(done)!r}" if done else ""
+            name = key if isinstance(key, str) and key.isidentifier() else "name"
             raise BatchKeyError(
                 f"Expected `{argument}={key!r}` to name a part of the batch or a tag, but the batch{where} is"
                 f" {describe(here)} and the tags are {sorted(tags) if tags else 'none'}. Correct the key, or wrap the"
-                f" dataset of this loader: `tag(dataset, {_tag_example(key)}=ids)`."
+                f" dataset of this loader: `tag(dataset, {name}=ids)`."
             ) from None
         done.append(str(part))
     return here
@@ -394,10 +402,6 @@ def describe(batch: Any) -> str:
     if isinstance(batch, Sequence) and not isinstance(batch, str):
         return f"a {type(batch).__name__} of {len(batch)}"
     return f"a {type(batch).__name__}"
-
-
-def _tag_example(key: Any) -> str:
-    return key if isinstance(key, str) and key.isidentifier() else "name"
 
 
 def _parts(key: int | str) -> list[int | str]:

@@ -87,7 +87,9 @@ class Step:
             cached = cached, tuple(count) if isinstance(count, Sequence) else (count,)
         if cached in self._ids:
             return self._ids[cached]
-        ids = read_ids(self.batch, self.tags, key, count, self.module.device, argument=argument)
+        ids = read_ids(
+            self.batch, self.tags, key, count, self.module.device, argument=argument, look=self.stage != "train"
+        )
         for name in key if isinstance(key, tuple | list) else [key]:
             self._take_owner(name, argument)
         self.count(len(ids), f"`{argument}={key!r}`")

@@ -29,10 +29,11 @@ from debias.step.settle import Learned, Settlement, with_loss
 from debias.step.split import split_losses
 from debias.tap import adapters
 from debias.tap.calls import LossCall, LossRecord
+from debias.tap.evaluated import Evaluated
 from debias.tap.head import FeatureTap, HeadTap
 from debias.tap.hooks import Hook
 from debias.tap.rows import RowTracker
-from debias.tap.selection import select_calls
+from debias.tap.selection import select_call, select_calls
 from debias.tap.tap import LossTap
 
 __all__ = ["StepEngine"]
@@ -61,6 +62,7 @@ class StepEngine:
         # How often the evaluation step has called the module's `forward`.
         self.forward_calls = 0
         self._learned = Learned()
+        self._rows_needed_in: dict[str, bool] = {}  # by stage, in evaluation
         self._counter: int | None = None
 
     # -- opening and closing -----------------------------------------------------------------------
@@ -75,6 +77,9 @@ class StepEngine:
         self._proxies.append(attach(self.trainer.strategy, "process_dataloader", self._process_dataloader))
         if any(getattr(callback, "monitors", False) for callback in self.trainer.callbacks):
             self._handles.append(self.module.register_forward_hook(Hook(self._keep_forward_output)))
+            for child in self.module.children():
+                if getattr(child, "_compiled_call_impl", None) is None:  # else the hook would be compiled, too
+                    self._handles.append(child.register_forward_hook(Hook(self._keep_prediction), with_kwargs=True))
         for model in detectors(self.module) if stage == "fit" else ():
             self._proxies.append(attach(model, "forward", functools.partial(self._detect, model)))
         for submodule in self.module.modules():
@@ -137,6 +142,11 @@ class StepEngine:
         if self.in_evaluation_step:
             self._forward_output, self.forward_inputs = output, [x for x in args if isinstance(x, Tensor)]
             self.forward_calls += 1
+            self._keep_prediction(module, args, {}, output)
+
+    def _keep_prediction(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self.in_evaluation_step and self._tap is not None and self._tap.evaluated is not None:
+            self._tap.evaluated.predictions.saw(args, kwargs, output)
 
     def _adapt(self, loss: nn.Module, per_sample: adapters.PerSample) -> None:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -279,11 +289,12 @@ class StepEngine:
         for monitor in monitors:
             monitor.begin(step)
         if step.n is not None:
-            self._tracker = RowTracker(step.batch, step.n, everything=False)
+            self._tracker = RowTracker(step.batch, step.n, everything=self._rows_needed_in.get(stage, True))
         # Apart from those of training, whose losses may have another head.
         heads = {(w.head, w.features): self._head(w.head, w.features, stage) for w in monitors if w.needs_features}
         finders = [finder for head in heads.values() if (finder := head.start()) is not None]
-        tap = LossTap(training=False, tracker=self._tracker, finder=finders[0] if finders else None)
+        finder = finders[0] if finders else None
+        tap = LossTap(training=False, tracker=self._tracker, finder=finder, evaluated=Evaluated())
         try:
             output = self._watched(tap, original, args, kwargs)
             for head in heads.values():
@@ -292,6 +303,7 @@ class StepEngine:
                 if monitor.needs_features:
                     step.features = self._features(monitor, heads[monitor.head, monitor.features], tap)
                 monitor.observe(step, tap.calls, self._forward_output, output)
+            self._rows_needed_in[stage] = self._tracker is not None and self._tracker.needed
         finally:
             self._forward_output, self.forward_inputs, self._tracker = None, [], None
             tap.close()
@@ -303,33 +315,47 @@ class StepEngine:
         """Sample of each row of what a monitor reads in an evaluation step; None where row i is sample i.
 
         Args:
-            tensor: the logits or features, with one row per sample.
+            tensor: the logits or features.
             call: the loss that was computed from them; None where none was.
             who: name of the monitor, for messages.
             inputs: what the network that made them was given.
 
         Returns:
-            int64 ``(N,)``.
+            int64 ``(rows,)``.
 
         Raises:
-            RowsError: the step puts samples in another order, in a way that cannot be followed.
+            RowsError: rows come from samples in a way that cannot be followed.
         """
         tracker = self._tracker
-        if tracker is None or tensor.shape[0] != tracker.n:
+        if tracker is None or not tensor.ndim:
             return None
+        count = tensor.shape[0]
         candidates = [tensor, *inputs] if call is None else [call.target, tensor]
-        rows = [x for x in candidates if isinstance(x, Tensor) and x.ndim and x.shape[0] == tracker.n]
-        index = tracker.resolve(rows, tracker.n)
+        rows = [x for x in candidates if isinstance(x, Tensor) and x.ndim and x.shape[0] == count]
+        index = tracker.resolve(rows, count)
         if isinstance(index, bool):
+            if count != tracker.n:
+                raise RowsError(
+                    f"Expected the rows of what {who} reads to be those of the {tracker.n} samples of the batch, or"
+                    f" views of them, but got shape {tuple(tensor.shape)}, and where its rows come from cannot be"
+                    " followed. Make them of tensors of the batch by reshapes and indexing; a `collate_fn` must not"
+                    " leave samples out, as ids cannot follow."
+                )
             if not tracker.reordered(read=True) and not any(map(tracker.is_sorted, rows)):
                 return None
             raise _out_of_order(who)
-        return index if index is None or index.ndim == 1 else index.flatten(1)[:, 0]
+        if index is None:
+            return None
+        tracker.needed = True
+        index = index.flatten(1) if index.ndim > 1 else index.unsqueeze(1)
+        if not torch.equal(index, index[:, :1].expand_as(index)):
+            raise _out_of_order(who)
+        return index[:, 0]
 
     def _features(self, monitor: Watcher, head: HeadTap | FeatureTap, tap: LossTap) -> Tensor | None:
         """Features of the loss that the monitor means, or of what the module's ``forward`` returned."""
         if tap.calls and isinstance(head, HeadTap):
-            call = select_calls(tap.calls, monitor.loss, type(monitor).__name__)[0]
+            call = select_call(tap.calls, monitor.loss, type(monitor).__name__)
             read, of_call = call.logits, call
         else:
             call = LossCall("forward", 0, self._forward_output, None, LossRecord(tuple))  # type: ignore[arg-type]

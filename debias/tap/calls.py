@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from debias.errors import RowsError
 from debias.ops.distributed import weighted_mean
+from debias.tap.counted import both
 
 __all__ = ["LossCall", "LossRecord", "LossSum"]
 
@@ -129,6 +131,10 @@ class LossCall:
         parts: how many labels every row of ``logits`` counts with, more than 1 where samples were mixed. ``num``,
             ``den`` and ``rows`` then hold the rows with their own labels first, then with those of their partners.
         record: the tap's own notes.
+        predicted: in evaluation, what the network predicted, shaped like ``logits``, where the step or its criterion
+            has changed that before the loss; None where ``logits`` are it. See :mod:`debias.tap.predictions`.
+        from_labels: in evaluation, whether ``logits`` come from a part of the network that was given the target.
+        counts: tell which elements count; see :attr:`counted`.
     """
 
     name: str
@@ -140,6 +146,18 @@ class LossCall:
     features: Any = None
     head: nn.Module | None = None
     parts: int = 1
+    predicted: Tensor | None = None
+    from_labels: bool = False
+    counts: list[Callable[[], Tensor | None]] = field(default_factory=list)
+
+    @cached_property
+    def counted(self) -> Tensor | None:
+        """In evaluation, after the step: which elements count, boolean, in the shape of ``reduction="none"``.
+
+        Neither do those that the loss ignores or weighs with 0, nor those that the step masks, selects or replaces
+        afterwards. None where all count.
+        """
+        return functools.reduce(both, (counts() for counts in self.counts), None)
 
     @classmethod
     def of(cls, name: str, num: Tensor, den: Tensor, rows: Tensor | None = None, position: int = 0) -> LossCall:

@@ -213,7 +213,7 @@ class Following:
     def _reduced(self, func: Any, found: Unreduced, axes: list[int], out: Tensor) -> Tensor:
         """The loss that a sum or mean over samples ends in."""
         num, first = found.tensor, found.function
-        if not num.requires_grad and self.tap.training:
+        if not num.requires_grad:
             return out
         others = [a for a in range(num.ndim) if a not in axes]
         size = 1
@@ -249,8 +249,6 @@ class Following:
             call.parts, record.targets, record.shares = first.parts, first.record.targets, first.record.shares
             record.own_rows = first.record.own_rows
         self._ended.append((call, found))
-        if not tap.training and first in tap.calls:
-            tap.calls.remove(first)  # it is the same loss, told of in more detail
         return tap.add(call, out)
 
     def _scalar(self, func: Any, args: tuple[Any, ...], out: Tensor) -> None:

@@ -427,9 +427,16 @@ def submodule(root: nn.Module, path: str, *, argument: str) -> nn.Module:
     try:
         return root.get_submodule(path)
     except AttributeError:
-        names = [name for name, _ in root.named_modules() if name]
+        metrics = [f"{name}." for name, module in root.named_modules() if name and _is_metric(module)]
+        names = [name for name, _ in root.named_modules() if name and not f"{name}.".startswith(tuple(metrics))]
         near = " or ".join(repr(name) for name in difflib.get_close_matches(path, names))
         raise HeadNotFoundError(
             f"Expected `{argument}` to be the dotted path of a submodule, but got"
             f" {path!r}.{f' Did you mean {near}?' if near else ''} There are: {', '.join(names[-20:])}."
         ) from None
+
+
+def _is_metric(module: nn.Module) -> bool:
+    return any(
+        c.__name__ in ("Metric", "MetricCollection") and "torchmetrics" in c.__module__ for c in type(module).__mro__
+    )

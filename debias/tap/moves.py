@@ -17,12 +17,14 @@ __all__ = [
     "MOVES",
     "RECORDED",
     "REDUCTIONS",
+    "REORDERING",
     "SORTING",
     "Move",
     "apply_move",
     "axes_of",
     "keeps_rows",
     "named",
+    "sorts_rows",
     "takes_rows",
 ]
 
@@ -80,6 +82,9 @@ _ROW_KEEPING = named("reshape flatten squeeze unsqueeze unflatten") | frozenset(
 _ROW_WISE = named("index_select cat concat concatenate")
 # Along axes in which every element is the same they change nothing.
 STILL = named("flip fliplr flipud roll")
+
+# Moves by which steps and networks put rows in another order, not merely axes.
+REORDERING = SORTING | named("__getitem__ flip flipud roll index_select gather take take_along_dim")
 
 RECORDED = MOVES | CASTS | ELEMENTWISE | INPLACE | REDUCTIONS | ALONG | SORTING | {F.one_hot}
 
@@ -146,3 +151,11 @@ def axes_of(args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int) -> list[in
     if dims is None or isinstance(dims, Tensor | float | str):
         return list(range(ndim))
     return sorted({d % max(ndim, 1) for d in ([dims] if isinstance(dims, int) else dims)})
+
+
+def sorts_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a sort runs over the first axis."""
+    name = func.__name__
+    place = 2 if name == "topk" else 1
+    dim = 0 if name == "msort" else args[place] if len(args) > place else kwargs.get("dim", -1)
+    return args[0].ndim > 0 and isinstance(dim, int) and dim % args[0].ndim == 0

@@ -10,73 +10,30 @@ batch, unless the step has put the batch in another order.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from debias.tap.batches import roots_of
 from debias.tap.moves import (
     ALONG,
-    CASTS,
     INPLACE,
     MOVES,
-    REDUCTIONS,
+    REORDERING,
     SORTING,
     Move,
     apply_move,
     axes_of,
     keeps_rows,
+    sorts_rows,
     takes_rows,
 )
+from debias.tap.notes import Note, same_rows, version
 
-__all__ = ["RowTracker", "arranged_rows", "one_per_sample"]
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
-@dataclass(eq=False)
-class _Note:
-    """A tensor, and where its rows come from: it is of the batch, an unreduced loss, or made of other tensors.
-
-    Attributes:
-        out: the tensor.
-        version: of it, while what was done to it in place is understood.
-        func: what made it; None for a root.
-        args: arguments of that.
-        kwargs: keyword arguments of that.
-        part: which of several results it is.
-        sample: the one sample that a root belongs to; None where it has a row for each.
-        index: gives the sample numbers of a root that is not of the batch.
-        known: whether these are more than a guess.
-    """
-
-    out: Tensor
-    version: int
-    func: Any = None
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    part: int | None = None
-    sample: int | None = None
-    index: Callable[[], Tensor | None] | None = None
-    known: bool = True
-
-    @property
-    def reduces(self) -> bool:
-        """Whether it was made by reducing axes; `torch.max` of two tensors does not."""
-        return self.func in REDUCTIONS and not (len(self.args) > 1 and isinstance(self.args[1], Tensor))
-
-    @property
-    def sources(self) -> list[Tensor]:
-        """The tensors whose elements it holds."""
-        if self.func in MOVES or self.func in CASTS or self.reduces or self.func is F.one_hot:
-            data = self.args[0]
-            return [x for x in data if isinstance(x, Tensor)] if isinstance(data, tuple | list) else [data]
-        return [x for x in self.args if isinstance(x, Tensor) and x.ndim and x.shape == self.out.shape]
+__all__ = ["RowTracker", "arranged_rows"]
 
 
 class RowTracker:
@@ -103,23 +60,23 @@ class RowTracker:
         self.everything = everything
         self.arranged = arranged
         self.needed = self.mixed = False
-        self._records: list[_Note] = [_Note(x, _version(x), sample=i) for x, i in _roots(batch, n)]
-        self._strangers: list[Tensor] = [x for x, _ in _roots(strangers, None)]
+        self._records: list[Note] = [Note(x, version(x), sample=i) for x, i in roots_of(batch, n)]
+        self._strangers: list[Tensor] = [x for x, _ in roots_of(strangers, None)]
         self._orders: list[Tensor] = []
 
     # -- recording ---------------------------------------------------------------------------------
 
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Remember one operation; called for every one in :data:`debias.tap.moves.RECORDED`."""
-        if not args or (func in SORTING and not _sorts_rows(func, args, kwargs)):
+        if not args or (func in SORTING and not sorts_rows(func, args, kwargs)):
             return
         if func in INPLACE or out is args[0]:  # y.long() may be y itself, as may x.flatten(): then it is no operation
             self._in_place(func, args, kwargs)
             return
         if isinstance(out, Tensor):
-            made = [_Note(out, _version(out), func, args, kwargs)]
+            made = [Note(out, version(out), func, args, kwargs)]
         elif isinstance(out, tuple | list):
-            made = [_Note(x, _version(x), func, args, kwargs, i) for i, x in enumerate(out) if isinstance(x, Tensor)]
+            made = [Note(x, version(x), func, args, kwargs, i) for i, x in enumerate(out) if isinstance(x, Tensor)]
         else:
             return
         if not made:
@@ -131,21 +88,21 @@ class RowTracker:
     def follow(self, tensor: Tensor, index: Callable[[], Tensor | None] | None = None) -> None:
         """From now on record what is made of this tensor too; ``index`` gives its sample numbers, if they are known."""
         if index is not None:
-            self._records.append(_Note(tensor, _version(tensor), index=index, known=False))
+            self._records.append(Note(tensor, version(tensor), index=index, known=False))
         elif self._find(tensor) is None:
             plain = functools.partial(self._plain, tensor)
-            self._records.append(_Note(tensor, _version(tensor), index=plain, known=False))
+            self._records.append(Note(tensor, version(tensor), index=plain, known=False))
 
     def _in_place(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A change in place is understood if it keeps every row with its sample."""
         target = args[0]
         note = self._find(target)
-        if note is None or note.version == _version(target):
+        if note is None or note.version == version(target):
             return
         others = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, Tensor) and x.ndim]
         if func is Tensor.__setitem__:
             others = [x for x in args[2:] if isinstance(x, Tensor) and x.ndim]
-        before, note.version = note.version, _version(target)
+        before, note.version = note.version, version(target)
         # Masks and weights of unknown origin are taken for rows of the batch, as other operands are.
         if not all(self._same_rows_as(x, target, assigned=func is Tensor.__setitem__) for x in others):
             note.version, self.mixed = before, True
@@ -172,7 +129,7 @@ class RowTracker:
             if record.func in MOVES:
                 if not isinstance(record.args[0], Tensor):
                     return None
-                made.append(Move(record.func, record.args, record.kwargs, record.part, _same_rows(record)))
+                made.append(Move(record.func, record.args, record.kwargs, record.part, same_rows(record)))
             tensor = record.sources[0]
         return made[::-1]
 
@@ -190,7 +147,7 @@ class RowTracker:
         for tensor in (output, *inputs):
             if self.is_sorted(tensor) or self.is_changed(tensor):
                 return False
-            while (record := self._find(tensor)) is not None and record.func is not None and _same_rows(record):
+            while (record := self._find(tensor)) is not None and record.func is not None and same_rows(record):
                 tensor = record.sources[0]
             if tensor.ndim == 0 or tensor.shape[0] != rows:
                 continue
@@ -250,7 +207,7 @@ class RowTracker:
         if record is None:
             of_samples = tensor.ndim > 0 and tensor.shape[0] == self.n and not self._ambiguous()
             return self.start(tensor.shape, tensor.device) if of_samples else None
-        if record.version != _version(tensor):
+        if record.version != version(tensor):
             self.mixed = True
             return None
         if record.func is not None and not tensor.ndim:
@@ -261,7 +218,7 @@ class RowTracker:
             return self.start(tensor.shape, tensor.device, record.sample)
         return self.replay(record, self.index)
 
-    def replay(self, record: _Note, index: Callable[[Tensor], Tensor | None]) -> Tensor | None:
+    def replay(self, record: Note, index: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """Numbers in the shape of what an operation made, from those of what it was made of."""
         func, args, kwargs, out = record.func, record.args, record.kwargs, record.out
         if func in SORTING:
@@ -325,7 +282,7 @@ class RowTracker:
         record = self._find(tensor)
         if record is None:
             return False
-        return record.version != _version(tensor) or any(map(self.is_changed, record.sources))
+        return record.version != version(tensor) or any(map(self.is_changed, record.sources))
 
     def is_strange(self, tensor: Tensor) -> bool:
         """Whether it is made of samples that the numbers are not of."""
@@ -352,7 +309,7 @@ class RowTracker:
 
     # -- the rest ----------------------------------------------------------------------------------
 
-    def _find(self, tensor: Any) -> _Note | None:
+    def _find(self, tensor: Any) -> Note | None:
         return next((record for record in reversed(self._records) if record.out is tensor), None)
 
     def _tracked(self, tensor: Any) -> bool:
@@ -372,9 +329,9 @@ class RowTracker:
             return False
         if record is None:
             return True  # of unknown origin, with one row per sample
-        if record.version != _version(tensor):
+        if record.version != version(tensor):
             return False
-        if record.func is not None and _same_rows(record):
+        if record.func is not None and same_rows(record):
             return self._keeps_rows(record.sources[0])
         if record.func is None or record.func in MOVES or record.reduces:
             return (index := self.index(tensor)) is not None and self._axis(index) == 0
@@ -383,8 +340,8 @@ class RowTracker:
     def _of_rows(self, tensor: Tensor) -> Tensor | None:
         """Sample numbers along the first axis, or None where its origin is unknown or a row is of several samples."""
         record = self._find(tensor)
-        if record is not None and record.func is not None and record.version == _version(tensor):
-            if _same_rows(record) and not record.reduces:
+        if record is not None and record.func is not None and record.version == version(tensor):
+            if same_rows(record) and not record.reduces:
                 return self._of_rows(record.sources[0])
             if record.func in MOVES and takes_rows(record.func, record.args, record.kwargs):
                 data = record.args[0]  # so that no index is made for every pixel
@@ -400,13 +357,12 @@ class RowTracker:
         """Sample of each row of sample numbers ``(rows, ...)``; None where a row is of several samples."""
         if index.ndim < 2:
             return index
-        rows = _by_row(index)
-        if rows is None and self._reads(index):
-            flat = index.flatten(1)
-            rows = flat[:, 0] if torch.equal(flat, flat[:, :1].expand_as(flat)) else None
-        elif rows is None:
-            rows = index.flatten(1)[:, 0]  # the step that recorded everything has looked
-        return rows
+        flat = index.flatten(1)
+        still = all(s == 0 or size == 1 for s, size in zip(index.stride()[1:], index.shape[1:], strict=True))
+        # Beyond the CPU the step that recorded everything has looked.
+        if still or not self._reads(index) or torch.equal(flat, flat[:, :1].expand_as(flat)):
+            return flat[:, 0] if index.numel() else None
+        return None
 
     def _reduced(self, index: Tensor, axes: list[int], out: Tensor | None) -> Tensor | None:
         """Sample numbers when these axes are gone, along which the samples must not change."""
@@ -418,7 +374,7 @@ class RowTracker:
             index = first
         return index if out is None else index.reshape(out.shape)
 
-    def _joins_strangers(self, record: _Note) -> bool:
+    def _joins_strangers(self, record: Note) -> bool:
         """Whether rows of the batch are joined with rows of unknown origin, such as those of a replay memory."""
         data, args, kwargs = record.args[0], record.args, record.kwargs
         if not isinstance(data, tuple | list):
@@ -430,7 +386,7 @@ class RowTracker:
     def _reorders(self, args: tuple[Any, ...], out: Tensor, move: Any) -> bool:
         """Whether an operation on a tensor of unknown origin may put samples elsewhere."""
         data = args[0]
-        if move not in _REORDERING or not isinstance(data, Tensor) or 0 in (data.ndim, out.ndim):
+        if move not in REORDERING or not isinstance(data, Tensor) or 0 in (data.ndim, out.ndim):
             return False
         return data.shape[0] == self.n == out.shape[0] and not keeps_rows(move, args, out)
 
@@ -476,44 +432,11 @@ class RowTracker:
         return (x.device.type == "cpu" or self.everything) if read is None else read
 
 
-# Moves by which steps and networks put rows in another order, not merely axes.
-_REORDERING = SORTING | frozenset(
-    getattr(space, name)
-    for space in (torch.Tensor, torch)
-    for name in ["__getitem__", "flip", "flipud", "roll", "index_select", "gather", "take", "take_along_dim"]
-    if hasattr(space, name)
-)
-
-
 def _views(line: Tensor, order: Tensor) -> bool:
     try:
         return line.data_ptr() == order.data_ptr()
     except RuntimeError:  # a stand-in of a tracer
         return False
-
-
-def _by_row(index: Tensor) -> Tensor | None:
-    """Sample of each row, where the strides alone say that it is the same along the other axes."""
-    if index.ndim < 2:
-        return index
-    still = all(s == 0 or size == 1 for s, size in zip(index.stride()[1:], index.shape[1:], strict=True))
-    return index.flatten(1)[:, 0] if still and index.numel() else None
-
-
-def _same_rows(record: _Note) -> bool:
-    """Whether row i is made of row i of one other tensor."""
-    moved = record.func in MOVES and not keeps_rows(record.func, record.args, record.out)
-    if record.reduces:
-        moved = record.out.ndim == 0 or 0 in axes_of(record.args, record.kwargs, record.args[0].ndim)
-    return len(record.sources) == 1 and not moved
-
-
-def _sorts_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a sort runs over the first axis."""
-    name = func.__name__
-    place = 2 if name == "topk" else 1
-    dim = 0 if name == "msort" else args[place] if len(args) > place else kwargs.get("dim", -1)
-    return args[0].ndim > 0 and isinstance(dim, int) and dim % args[0].ndim == 0
 
 
 def _or_false(index: Tensor | None) -> Tensor | bool:
@@ -524,34 +447,3 @@ def arranged_rows(how: str, n: int, times: int, device: torch.device) -> Tensor:
     """Sample numbers of rows that are all samples, again and again (``"tiled"``), or those of a sample together."""
     numbers = torch.arange(n, device=device)
     return numbers.repeat(times) if how == "tiled" else numbers.repeat_interleave(times)
-
-
-def _roots(batch: Any, n: int | None, sample: int | None = None, depth: int = 0) -> Iterator[tuple[Tensor, int | None]]:
-    """Tensors of a batch with a row for each of n samples, or of one sample; all of them where n is None."""
-    if depth > 4:
-        return
-    if isinstance(batch, Tensor):
-        if sample is not None or n is None or (batch.ndim and batch.shape[0] == n):
-            yield batch, sample
-        return
-    if isinstance(batch, dict):
-        children = list(batch.values())
-    elif isinstance(batch, tuple | list):
-        children = list(batch)
-        if n is not None and sample is None and depth and one_per_sample(children, n):
-            for i, child in enumerate(children):
-                yield from _roots(child, n, i, depth + 1)
-            return
-    elif hasattr(batch, "__dict__") and not isinstance(batch, torch.nn.Module):
-        children = list(vars(batch).values())
-    else:
-        return
-    for child in children:
-        yield from _roots(child, n, sample, depth + 1)
-
-
-def one_per_sample(children: list[Any], n: int) -> bool:
-    """Whether a list holds one element per sample, such as a detector's images: n alike, none with n rows itself."""
-    if len(children) != n or len({type(child) for child in children}) != 1:
-        return False
-    return not any(isinstance(x, Tensor) and x.ndim and x.shape[0] == n for x in children)

@@ -13,7 +13,7 @@ from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, Un
 from debias.tap.calls import LossCall
 from debias.tap.tap import LossTap
 
-__all__ = ["Reaching", "height", "means", "reaching", "select_calls", "untapped"]
+__all__ = ["Reaching", "height", "means", "reaching", "select_call", "select_calls", "untapped"]
 
 
 @dataclass(eq=False)
@@ -138,6 +138,26 @@ def select_calls(calls: list[LossCall], loss: Any, who: str) -> list[LossCall]:
             f" computed {[(call.position, call.name) for call in calls]}. Correct `loss=`."
         )
     return chosen
+
+
+def select_call(calls: list[LossCall], loss: Any, who: str) -> LossCall:
+    """The one loss of an evaluation step that a monitor means by ``loss=``.
+
+    Raises:
+        AmbiguousLossError: it chooses none of them, or several.
+    """
+    if isinstance(loss, int):
+        chosen = [call for call in calls if call.position == loss]
+    else:
+        chosen = [call for call in calls if loss is None or loss(call)]
+    if len(chosen) != 1:
+        raise AmbiguousLossError(
+            f"Expected the evaluation step to compute one loss for {who}, but got {len(calls)}:"
+            f" {', '.join(f'{call.name} at {call.position}' for call in calls)}"
+            f"{'' if loss is None else f', of which `loss={loss!r}` chooses {len(chosen)}'}. Say which:"
+            " `loss=<position>`, or `loss=callable(call) -> bool`."
+        )
+    return chosen[0]
 
 
 def height(call: LossCall) -> int:

@@ -19,10 +19,12 @@ from torch.overrides import TorchFunctionMode
 
 from debias.errors import LossNotFoundError, RowsError, UntappedLossError
 from debias.tap.calls import LossCall, LossRecord
+from debias.tap.evaluated import Evaluated, counted_by
 from debias.tap.following import FOLLOWED, Following, Unreduced
 from debias.tap.losses import COMPARING, FORM, LOSSES, NAMES, NOT_PER_SAMPLE, SECOND, SYMMETRIC, reduction_of, unreduced
 from debias.tap.mixing import Mixture, mix_parts, unmixable
 from debias.tap.moves import RECORDED, Move
+from debias.tap.predictions import CLASSIFYING
 from debias.tap.rows import RowTracker, arranged_rows
 
 __all__ = ["Finder", "LossTap", "no_loss_error"]
@@ -53,6 +55,7 @@ class LossTap(TorchFunctionMode):
         rows: the user's own answer to that question.
         finder: records what the classifier head needs to be found by; None where nobody asks.
         mixture: which labels the samples count with; None where augmentation has mixed none.
+        evaluated: in evaluation, follows what counts and what was predicted.
         strict: refuse losses that cannot be taken apart.
         at_once: makes what a loss is replaced by while the step runs, for steps that use their losses up themselves.
 
@@ -70,6 +73,7 @@ class LossTap(TorchFunctionMode):
     mixture: Mixture | None = None
     at_once: Callable[[LossCall], Tensor | None] | None = None
     strict: bool = True
+    evaluated: Evaluated | None = None
     calls: list[LossCall] = field(default_factory=list)
     untapped: list[tuple[str, Any]] = field(default_factory=list)
     suspended: int = 0
@@ -86,16 +90,21 @@ class LossTap(TorchFunctionMode):
         self.calls, self.untapped, self._normalised = [], [], []
         self._following.close()
         self.at_once = self.tracker = self.finder = None
+        if self.evaluated is not None:
+            self.evaluated.close()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.suspended or (func not in _WATCHED and self.finder is None):
+        if self.suspended:
             return func(*args, **kwargs)
+        run = _run if self.evaluated is None else self.evaluated.run
+        if func not in _WATCHED and self.finder is None:
+            return run(func, args, kwargs)
         if func in LOSSES:
             return self._loss(func, args, kwargs)
         if not args and func in _WATCHED:
             args, kwargs = _first_by_position(func, kwargs)
-        out = func(*args, **kwargs)
+        out = run(func, args, kwargs)
         if self.tracker is not None and func in RECORDED:
             self.tracker.record(func, args, kwargs, out)
         elif func in NOT_PER_SAMPLE and isinstance(out, Tensor) and out.requires_grad:
@@ -104,7 +113,7 @@ class LossTap(TorchFunctionMode):
             self._normalised.append((out, args[0]))
         if self.finder is not None:
             self.finder.record(func, args, kwargs, out)
-        return self._following.see(func, args, kwargs, out) if func in FOLLOWED else out
+        return self._following.see(func, args, kwargs, out) if self.training and func in FOLLOWED else out
 
     # -- losses ------------------------------------------------------------------------------------
 
@@ -124,7 +133,7 @@ class LossTap(TorchFunctionMode):
         if func in SYMMETRIC and self._is_prediction(arguments[labels], arguments[given]):
             given, labels = labels, given
         prediction = arguments[given]
-        if func is F.nll_loss:  # of the log-probabilities of some logits
+        if self.training and func is F.nll_loss:  # of the log-probabilities of some logits
             prediction = next((x for y, x in self._normalised if y is prediction), prediction)
         reduction = reduction_of(arguments)
 
@@ -134,6 +143,7 @@ class LossTap(TorchFunctionMode):
 
         call = self._call(func.__name__, prediction, arguments.get(labels), compute)
         call.arguments = {k: v for k, v in arguments.items() if k in FORM and v is not None}
+        call.counts.append(counted_by(func, arguments))
         call.record.is_sum = call.record.undivided = reduction == "sum"
         mixed = self.training and self.mixture is not None and self.mixture.meant(call)
         if mixed and (SECOND[func] != "target" or not isinstance(call.target, Tensor)):
@@ -154,6 +164,8 @@ class LossTap(TorchFunctionMode):
         if self.training:
             self.untapped.append((f"{call.name}(reduction='none')", out.grad_fn))
         else:
+            if self.evaluated is not None:
+                call.counts.append(self.evaluated.elements.start(out))
             self.calls.append(call)
         return out
 
@@ -187,6 +199,7 @@ class LossTap(TorchFunctionMode):
         logits, target = (args[0] if args else None), (args[1] if len(args) > 1 else None)
         losses, den = compute(*args)
         call = self._call(name, logits, target, lambda: (losses, den))
+        call.counts.append(lambda: None if bool((den != 0).all()) else den != 0)
         if self.training and self.mixture is not None and self.mixture.meant(call):
             if not isinstance(target, Tensor):
                 raise unmixable(name, "it has no target tensor as second argument")
@@ -202,6 +215,8 @@ class LossTap(TorchFunctionMode):
             call.record.changed = any(map(self.tracker.is_changed, _trusted(call)))
         if self.finder is not None and isinstance(logits, Tensor):
             call.record.linear = self.finder.match(logits)
+        if self.evaluated is not None and name in CLASSIFYING:
+            call.predicted, call.from_labels = self.evaluated.predictions.of(logits, target)
         return call
 
     def add(self, call: LossCall, out: Tensor) -> Tensor:
@@ -259,6 +274,10 @@ class LossTap(TorchFunctionMode):
         if index is None:
             return self.tracker.start(shape, device)
         return index if index.shape == shape else index.view(-1, *[1] * (len(shape) - 1)).expand(shape)
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
 
 
 def _with_label(
