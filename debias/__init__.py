@@ -18,6 +18,7 @@ _EXPORTS = {
     "GroupMonitor": "debias.monitors.group_monitor",
     "MultilabelF1Monitor": "debias.monitors.multilabel_f1",
     "AttributeProbe": "debias.monitors.attribute_probe",
+    "SampleRecorder": "debias.monitors.sample_recorder",
     "ShiftedValidation": "debias.monitors.shifted_validation",
     "DetectionMonitor": "debias.monitors.detection_monitor",
     "BoxStability": "debias.monitors.box_stability",
@@ -35,6 +36,8 @@ _EXPORTS = {
     "EvalSampler": "debias.data.samplers",
     "GroupBalancedSampler": "debias.data.samplers",
     "tag": "debias.data.tagging",
+    # for those who have trained already
+    "retrain_last_layer": "debias.methods.last_layer_retraining",
 }
 
 if TYPE_CHECKING:
@@ -42,11 +45,13 @@ if TYPE_CHECKING:
     from debias.data.samplers import EvalSampler, GroupBalancedSampler
     from debias.data.tagging import tag
     from debias.methods import *
+    from debias.methods.last_layer_retraining import retrain_last_layer
     from debias.monitors.attribute_probe import AttributeProbe
     from debias.monitors.box_stability import BoxStability
     from debias.monitors.detection_monitor import DetectionMonitor
     from debias.monitors.group_monitor import GroupMonitor
     from debias.monitors.multilabel_f1 import MultilabelF1Monitor
+    from debias.monitors.sample_recorder import SampleRecorder
     from debias.monitors.shifted_validation import ShiftedValidation
     from debias.ops.gradient_reversal import GradientReversal
     from debias.step.detection import detection_losses

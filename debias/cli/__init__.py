@@ -23,9 +23,19 @@ TRAINING = {
     "validate": "evaluate a checkpoint on the validation set",
     "test": "evaluate a checkpoint on the test set",
     "predict": "run a checkpoint on the prediction set",
+    "retrain": "refit the last layer of a checkpoint on held-out samples",
 }
 # Names of `debias.compare.selection.RULES`, which would import more than the parser may.
-RULES = ("val_average", "val_worst_group", "leave_one_domain_out", "val_shift", "oracle", "last")
+RULES = (
+    "val_average",
+    "val_worst_group",
+    "val_worst_class",
+    "val_worst_inferred",
+    "leave_one_domain_out",
+    "val_shift",
+    "oracle",
+    "last",
+)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -22,7 +22,7 @@ from debias.cli.errors import readable_errors
 from debias.cli.suggest import explain
 from debias.errors import DebiasError
 
-__all__ = ["DebiasCLI", "offline_without_login", "train"]
+__all__ = ["DebiasCLI", "offline_without_login", "refuse_missing_checkpoint", "train"]
 
 
 def train(stage: str, args: Sequence[str]) -> None:
@@ -32,6 +32,11 @@ def train(stage: str, args: Sequence[str]) -> None:
         stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
         args: the words after ``debias <stage>``.
     """
+    if stage == "retrain":
+        from debias.cli.retrain import retrain
+
+        retrain(args)
+        return
     with readable_errors():
         DebiasCLI(stage, args).run_stage()
 
@@ -101,8 +106,12 @@ class DebiasCLI(LightningCLI):
             default=None,
             help="Ranges of hyperparameters, for `debias compare`; without any effect here.",
         )
+        self.stage_arguments = self.add_stage_arguments(parser)
+
+    def add_stage_arguments(self, parser: LightningArgumentParser) -> list[str]:
+        """Add the arguments of the Trainer's method; their names."""
         skip: set[str | int] = set(LightningCLI.subcommands()[self.stage])
-        self.stage_arguments = parser.add_method_arguments(Trainer, self.stage, skip=skip)
+        return parser.add_method_arguments(Trainer, self.stage, skip=skip)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; unlike LightningCLI without a warning that arguments were handed over.
@@ -120,7 +129,7 @@ class DebiasCLI(LightningCLI):
     def run_stage(self) -> None:
         """Run the stage, then say where its results lie."""
         arguments = {name: self.config_init[name] for name in self.stage_arguments}
-        _refuse_missing_checkpoint(arguments.get("ckpt_path"))
+        refuse_missing_checkpoint(arguments.get("ckpt_path"))
         try:
             getattr(self.trainer, self.stage)(self.model, datamodule=self.datamodule, **arguments)
         finally:
@@ -129,8 +138,8 @@ class DebiasCLI(LightningCLI):
             _say_where_checkpoint_lies(self.trainer)
 
 
-def _refuse_missing_checkpoint(path: Any) -> None:
-    """Names that Lightning looks up itself, and addresses, are left to it."""
+def refuse_missing_checkpoint(path: Any) -> None:
+    """Refuse a path without a file. Names that Lightning looks up itself, and addresses, are left to it."""
     if not isinstance(path, str | Path) or str(path) in ("best", "last", "hpc") or re.match(r"\w+:", str(path)):
         return
     if not Path(path).exists():

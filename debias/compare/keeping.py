@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from debias.compare.records import PROGRESS, Candidate, measures, shift_score, write_json
+from debias.compare.records import PROGRESS, Candidate, measures, shift_score, worst_of, write_json
 from debias.ops.distributed import gather_objects, global_rank
 
 __all__ = ["Keeper", "validation_metrics"]
@@ -74,6 +74,8 @@ class Keeper(Checkpoint):
         self.val, self.validated = validation_metrics(trainer), trainer.global_step
         found = measures(self.val, "val", self.direction)
         scores = {"val_average": found.average, "val_worst_group": found.worst, "val_shift": shift_score(self.val)}
+        for rule, name in (("val_worst_class", "class"), ("val_worst_inferred", "inferred")):
+            scores[rule] = worst_of(self.val, name)
         for rule, score in scores.items():
             sign = 1 if self.direction == "max" or rule == "val_shift" else -1
             known = self.best.get(rule)
@@ -113,6 +115,15 @@ class Keeper(Checkpoint):
         """Write the last checkpoint."""
         if self._saved_step != trainer.global_step:
             self._save_last(trainer)
+
+    def forget_stage(self) -> None:
+        """Of a method in two stages: no network of stage one is a candidate."""
+        self.best, self.val, self.validated = {}, {}, -1
+
+    def module_changed(self) -> None:
+        """Of a method that changes the network when training has ended: the last checkpoint alone is of it."""
+        self.forget_stage()
+        self._saved_step = -1
 
     def state_dict(self) -> dict[str, Any]:
         """Scores, last metrics and the states of the random streams: all ranks' in each, as one rank's is written."""

@@ -22,6 +22,7 @@ __all__ = [
     "measures",
     "read_record",
     "shift_score",
+    "worst_of",
     "write_json",
 ]
 
@@ -193,6 +194,12 @@ def _mean(values: Sequence[float]) -> float:
 def shift_score(metrics: Mapping[str, float]) -> float:
     """The crafted-shift score: over the families that the run was not trained on, where that is logged apart."""
     return metrics.get("val_shift/held_out_mean", metrics.get("val_shift/mean", math.nan))
+
+
+def worst_of(metrics: Mapping[str, float], name: str) -> float:
+    """The worst group on the validation set, as the GroupMonitor of that name logged it; NaN where there is none."""
+    start = f"val/{name}/worst_group_"
+    return next((value for key, value in metrics.items() if key.startswith(start)), math.nan)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -12,6 +12,16 @@ from debias.methods.group_dro import *
 from debias.methods.domain_penalisation import *
 from debias.methods.group_reweighting import *
 
+# reweighing without group labels
+from debias.methods.infer_groups import *
+from debias.methods.just_train_twice import *
+from debias.methods.learning_from_failure import *
+from debias.methods.worst_case import *
+from debias.methods.class_imbalance import *
+
+# last layer
+from debias.methods.last_layer_retraining import *
+
 # penalties
 from debias.methods.hessian_alignment import *
 from debias.methods.fishr import *

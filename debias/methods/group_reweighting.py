@@ -59,12 +59,14 @@ class GroupReweightingOptions:
     Args:
         power: 1 for inverse frequency, 0.5 for its square root, 0 for none.
         group_counts: training samples per group, ``(G,)``; the callback counts them in the training set if not given.
+        group_weights: weights of your own instead, ``(G,)``, at least 0, taken as they are.
         group_names: one name per group, for logs and messages.
     """
 
     power: float = 1.0
     group_counts: Sequence[int] | None = None
     _: KW_ONLY
+    group_weights: Sequence[float] | None = None
     group_names: Sequence[str] | None = None
 
 
@@ -80,7 +82,6 @@ class GroupReweightingLoss(GroupReweightingOptions, GroupLoss):
         BadRowsError: an id is out of range or a loss is not finite.
     """
 
-    needs_counts = True
     weights: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -89,15 +90,29 @@ class GroupReweightingLoss(GroupReweightingOptions, GroupLoss):
         self.register_buffer("weights", torch.zeros(len(self.counts), dtype=torch.float64), persistent=False)
         if self.group_counts is not None:
             self.set_counts(self.group_counts)
+        if self.group_weights is not None:
+            given = [check_number("group_weights", weight) for weight in self.group_weights]
+            if len(given) != len(self.counts) or not any(given):
+                raise DebiasError(
+                    f"Expected `group_weights` to be {len(self.counts)} numbers >= 0, one per group and not all 0, but"
+                    f" got {given}."
+                )
+            self.weights.copy_(torch.tensor(given, dtype=torch.float64))
+
+    @property
+    def needs_counts(self) -> bool:
+        """Whether the training samples per group have to be known."""
+        return self.group_weights is None
 
     def set_counts(self, counts: Any) -> None:
         """Set the training samples per group, and with them the weights."""
         super().set_counts(counts)
-        self.weights.copy_(inverse_frequency_weights(self.counts, power=self.power))
+        if self.needs_counts:
+            self.weights.copy_(inverse_frequency_weights(self.counts, power=self.power))
 
     def reweigh(self, calls: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
         """The weighted mean of several losses of one batch, from numerators, denominators and groups of the rows."""
-        if not self.has_counts:
+        if self.needs_counts and not self.has_counts:
             raise DebiasError(
                 "Expected `group_counts`, but got none. Pass the number of training samples of each group (the callback"
                 " counts them itself)."

@@ -188,6 +188,16 @@ def _on_host(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+def readable_at_once(x: Tensor) -> bool:
+    """Whether looking at a tensor's values waits for nothing."""
+    return _on_host(x)
+
+
+def readable(counts: Tensor) -> Tensor | list[float]:
+    """Counts for :meth:`GroupState.count_bad`: plain numbers where reading them waits for nothing."""
+    return counts.tolist() if _on_host(counts) else counts
+
+
 def _table(data: Tensor, places: Tensor, n_groups: int) -> Tensor:
     """Sums of the columns of ``data`` ``(3, rows)`` by place."""
     if _on_host(data) and places.dtype != torch.bool:

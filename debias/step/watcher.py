@@ -309,7 +309,7 @@ class Debiaser(StepWatcher):
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the module as it was, and know the method's own state again."""
-        if self.engine is not None and self.module is not None:
+        if self.engine is not None and self.module is not None and self._initial is not None:
             self._left = _copied(self.module.state_dict())
         super().teardown(trainer, pl_module, stage)
 

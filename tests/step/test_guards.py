@@ -158,7 +158,7 @@ def test_missing_tag():
 
 
 def test_wrong_tag_names_those_that_are_there():
-    match = r"`group='colour'` .*the tags are \['person', 'place'\]"
+    match = r"`group='colour'` .*the tags are \['index', 'person', 'place'\]"
     refused(BatchKeyError, match, [GroupDRO("colour", 3, group_counts=[1, 1, 1])])
 
 

@@ -631,7 +631,8 @@ def test_crossed_ids():
 
 def test_a_key_that_is_not_there():
     with pytest.raises(
-        BatchKeyError, match=r"(?s)`group='site'`.*a list of 2 and the tags are \['place'\].*tag\(dataset, site=ids\)"
+        BatchKeyError,
+        match=r"(?s)`group='site'`.*a list of 2 and the tags are \['index', 'place'\].*tag\(dataset, site=ids\)",
     ):
         fit_one_step(CrossEntropy(), Samples(X, Y), GroupDRO("site", 3))
 
@@ -715,7 +716,7 @@ def test_a_second_loss_that_appears_later_is_not_left_out_in_silence():
 
 def test_a_tagged_batch_without_any_callback_says_what_to_do():
     trainer = L.Trainer(max_epochs=1, **QUIET)
-    with pytest.raises(BatchKeyError, match=r"tags \['place'\].*GroupMonitor"):
+    with pytest.raises(BatchKeyError, match=r"tags \['index', 'place'\].*GroupMonitor"):
         trainer.fit(CrossEntropy(), DataLoader(tag(Samples(X, Y), place=GROUPS), batch_size=N))
 
 
