@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from debias.compare.escape import plain
+
 __all__ = ["install_hint", "readable_errors"]
 
 EXTRAS = {
@@ -37,7 +39,7 @@ def readable_errors() -> Iterator[None]:
         message = next(filter(None, map(_readable, _causes(error))), None)
         if message is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {plain(message, lines=True)}", file=sys.stderr)
         raise SystemExit(1) from error
 
 

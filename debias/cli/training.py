@@ -17,12 +17,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import OmegaConf
 
 from debias.cli.errors import readable_errors
 from debias.cli.suggest import explain
 from debias.errors import DebiasError
 
-__all__ = ["DebiasCLI", "offline_without_login", "train"]
+__all__ = ["DebiasCLI", "config_words", "offline_without_login", "train"]
 
 
 def train(stage: str, args: Sequence[str]) -> None:
@@ -34,6 +35,15 @@ def train(stage: str, args: Sequence[str]) -> None:
     """
     with readable_errors():
         DebiasCLI(stage, args).run_stage()
+
+
+def config_words(contents: Sequence[dict[str, Any]]) -> list[str]:
+    """Contents of config files as words of a command line, without any file.
+
+    Args:
+        contents: as :func:`debias.compare.search.read_config` reads them, in the order in which they are merged.
+    """
+    return [word for content in contents for word in ("--config", OmegaConf.to_yaml(OmegaConf.create(content)))]
 
 
 class Parser(LightningArgumentParser):
@@ -103,6 +113,7 @@ class DebiasCLI(LightningCLI):
         )
         skip: set[str | int] = set(LightningCLI.subcommands()[self.stage])
         self.stage_arguments = parser.add_method_arguments(Trainer, self.stage, skip=skip)
+        parser.set_defaults(weights_only=True)  # a checkpoint is data, wherever it is from, unless the user says else
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; unlike LightningCLI without a warning that arguments were handed over.

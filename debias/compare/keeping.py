@@ -6,6 +6,7 @@ import json
 import math
 import random
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from debias.compare.records import PROGRESS, Candidate, measures, shift_score, write_json
+from debias.compare.schema import is_checkpoint
+from debias.errors import DebiasError
 from debias.step.distributed import gather_objects, global_rank
 
-__all__ = ["Keeper", "StepClock", "validation_metrics"]
+__all__ = ["Keeper", "StepClock", "check_checkpoint", "validation_metrics"]
 
 
 def validation_metrics(trainer: Any) -> dict[str, float]:
@@ -81,11 +84,13 @@ class Keeper(Checkpoint):
                 self._keep(trainer, rule, score)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """After a resume: take up the random streams where they were.
+        """After a resume: see that what it refers to is whole, and take up the random streams where they were.
 
         Not at the start of the epoch: the iterator of its batches, which draws, is made before that.
         """
         if self._generators is not None:
+            for name in sorted(self._needed - {"checkpoints/last.ckpt"}):
+                check_checkpoint(self.folder / name, self.last)
             _restore_generators(self._generators, global_rank())
             self._generators = None
 
@@ -122,8 +127,19 @@ class Keeper(Checkpoint):
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
-        self.best, self.val = json.loads(state_dict["best"]), json.loads(state_dict["val"])
+        """Go on from there.
+
+        Raises:
+            DebiasError: it names a checkpoint that is not one of this folder.
+        """
+        best, self.val = json.loads(state_dict["best"]), json.loads(state_dict["val"])
+        for rule, entry in best.items():
+            if not is_checkpoint(entry["checkpoint"]):
+                raise DebiasError(
+                    f"Expected {self.last} to name checkpoints in its own folder, but for `{rule}` it names"
+                    f" {entry['checkpoint']!r}. Nothing was changed. {_remedy(self.last)}"
+                )
+        self.best = best
         self._epochs, self._generators = state_dict["epochs"], state_dict["generators"]
         self.validated, self._stopped = state_dict["validated"], state_dict["stopped"]
         self._needed = self._named()
@@ -168,6 +184,37 @@ class Keeper(Checkpoint):
         total = trainer.estimated_stepping_batches
         if trainer.is_global_zero and total and math.isfinite(total):
             write_json(self.folder / PROGRESS, {"step": trainer.global_step, "steps": total})
+
+
+def check_checkpoint(path: Path, delete: Path) -> None:
+    """Refuse a checkpoint that is damaged or holds more than tensors and plain values, before it is loaded.
+
+    Args:
+        path: of the checkpoint; a folder, as sharded strategies write it, is left to what loads it.
+        delete: what to delete so that the run is made again.
+
+    Raises:
+        DebiasError: it is not there, damaged, or holds objects of other classes, which loading would run code of.
+    """
+    if path.is_dir():
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} in it is damaged")
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # of any kind, as the file may hold anything
+        reason = " ".join(str(error).split())[:300]
+        raise DebiasError(
+            f"Expected {path} to be a checkpoint of tensors and plain values, as runs write it, but it cannot be read"
+            f" ({type(error).__name__}: {reason}). Nothing was changed. {_remedy(delete)} A class that your own module"
+            " saves there is allowed by `torch.serialization.add_safe_globals` in that module."
+        ) from error
+
+
+def _remedy(delete: Path) -> str:
+    return f"Delete {delete}, and the run begins again."
 
 
 class StepClock(Callback):

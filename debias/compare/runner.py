@@ -16,8 +16,9 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from debias.compare.grid import LOCK, read_spec
-from debias.compare.records import PROGRESS, RECORD, RunRecord, read_record
+from debias.compare.escape import plain
+from debias.compare.grid import LOCK
+from debias.compare.records import PROGRESS, RECORD, RunRecord, read_record, read_spec
 from debias.errors import DebiasError
 
 __all__ = ["BUSY", "LOCK", "Interrupted", "run_all"]
@@ -223,11 +224,11 @@ class _Display:
         self.finished += 1
         if self.progress is None:
             return
-        console, plain = self.progress.console, {"highlight": False, "markup": False, "soft_wrap": True}
+        console, options = self.progress.console, {"highlight": False, "markup": False, "soft_wrap": True}
         if not record.finished:
-            console.print(f"{record.id} failed: {record.error}", **plain)
+            console.print(plain(f"{record.id} failed: {record.error}"), **options)
         elif not console.is_terminal:  # a bar is of no use there
-            console.print(f"{record.id} finished in {record.seconds:.0f} s", **plain)
+            console.print(plain(f"{record.id} finished in {record.seconds:.0f} s"), **options)
 
     def show(self, folders: Sequence[Path], elsewhere: int) -> None:
         if self.progress is None:
@@ -236,7 +237,7 @@ class _Display:
         words = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
         if elsewhere:
             words = ", ".join(filter(None, [words, f"{elsewhere} run elsewhere"]))
-        self.progress.update(self.task, completed=self.finished + sum(shares.values()), description=words)
+        self.progress.update(self.task, completed=self.finished + sum(shares.values()), description=plain(words))
 
     def close(self) -> None:
         if self.progress is not None:

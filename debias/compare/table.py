@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from debias.compare.escape import csv_cell, markdown, plain
 from debias.compare.records import Measures, RunRecord, measures
 from debias.compare.selection import Choice, Rule, find_rule, select
 from debias.errors import missing_package
@@ -422,8 +423,8 @@ def _rich_table(comparison: Comparison, detail: int) -> Table:
     rows, groups = comparison.rows, comparison.groups if detail > 1 and len(comparison.groups) <= SHOWN_GROUPS else ()
     marked = " (ORACLE: chosen by test data)" if comparison.rule.oracle else ""
     table = Table(
-        title=f"{comparison.recipe}: test {comparison.unit}{marked}",
-        caption=Text(caption(comparison)),
+        title=Text(plain(f"{comparison.recipe}: test {comparison.unit}{marked}")),
+        caption=Text(plain(caption(comparison))),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=0,
@@ -438,7 +439,7 @@ def _rich_table(comparison: Comparison, detail: int) -> Table:
     headers += [name.replace(" ", "\n") for name in groups]
     headers += ["worst group\nto ERM"] + (["ms a\nstep", "MiB"] if detail > 0 else []) + (["failed"] if failed else [])
     for header in headers:
-        table.add_column(Text(header), justify="right", no_wrap=True)
+        table.add_column(_shown(header), justify="right", no_wrap=True)
     for row in rows:
         cells = [label(row.method)]
         if tuned:
@@ -454,7 +455,7 @@ def _rich_table(comparison: Comparison, detail: int) -> Table:
             cells += [_plain(1000 * row.seconds_per_step.mean, 1), _plain(row.peak_memory.mean, 0)]
         if failed:
             cells.append(str(row.failed or ""))
-        table.add_row(*map(Text, cells))
+        table.add_row(*map(_shown, cells))
     return table
 
 
@@ -465,7 +466,7 @@ def make_markdown(comparison: Comparison) -> str:
         groups = ()
     header = ["method", "average", "worst group", "gap", *groups]
     header += ["worst group to ERM", "average to ERM", "ms a step", "MiB", "seeds", "failed"]
-    lines = ["| " + " | ".join(map(_escape, header)) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    lines = ["| " + " | ".join(map(markdown, header)) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     for row in comparison.rows:
         cells = [label(row.method)]
         cells += [_number(s, percent) for s in (row.average, row.worst, row.gap)]
@@ -473,7 +474,7 @@ def make_markdown(comparison: Comparison) -> str:
         cells += [_difference(d, percent) for d in (row.worst_vs_erm, row.average_vs_erm)]
         cells += [_number(_scaled(row.seconds_per_step, 1000), False, digits=1)]
         cells += [_number(row.peak_memory, False, digits=0), _seeds(row.seeds), str(row.failed)]
-        lines.append("| " + " | ".join(map(_escape, cells)) + " |")
+        lines.append("| " + " | ".join(map(markdown, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -575,12 +576,15 @@ def _run_row(
 
 
 def write_rows(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as CSV, with empty cells for None."""
+    """Rows as CSV, with empty cells for None, and no cell that a spreadsheet would compute."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([map(csv_cell, line) for line in [list(rows[0]), *(row.values() for row in rows)]])
     return text.getvalue()
+
+
+def _shown(cell: str) -> Text:
+    return Text(plain(cell, lines=True))
 
 
 def _known(value: float) -> float | None:
@@ -617,8 +621,3 @@ def _difference(value: Difference | None, percent: bool) -> str:
 
 def _seeds(seeds: Iterable[int]) -> str:
     return " ".join(map(str, seeds))
-
-
-def _escape(cell: str) -> str:
-    """Markdown reads ``|`` and ``*`` as its own."""
-    return cell.strip().replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;").replace(">", "&gt;")
