@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -88,6 +89,7 @@ def report(
             )  # fmt: skip
             return
         log_summary(comparison, paths, project=project, entity=entity, group=group, out=out)
+        mark.unlink(missing_ok=True)  # a link would lead elsewhere
         mark.write_text(state, encoding="utf-8")
 
 
@@ -171,7 +173,9 @@ def print_report(comparison: Comparison, paths: dict[str, Path], console: Consol
 
 def _draw(comparison: Comparison, name: str, folder: Path) -> bool:
     for paper in (LIGHT, DARK):
-        with rc_context({"text.parse_math": False}):  # a dollar in a name is a dollar
+        # A dollar in a name is a dollar, and a character that the font lacks a box.
+        with rc_context({"text.parse_math": False}), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")
             figure = FIGURES[name](comparison, paper)
             if figure is None:
                 return False
