@@ -33,7 +33,7 @@ from debias.errors import DebiasError, missing_package
 try:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from yaml import safe_dump
+    from yaml import YAMLError, safe_dump
 except ImportError as error:
     raise missing_package(error.name or "rich", error) from error
 
@@ -54,8 +54,8 @@ def compare(options: argparse.Namespace) -> None:
         SystemExit: with status 1 if a run failed, 130 after Ctrl-C.
     """
     console = Console(stderr=options.print_wandb_sweep)
-    if not options.seeds or min(options.seeds) < 0:
-        raise DebiasError(f"Expected `seeds` to be one or more integers >= 0, but got {options.seeds}.")
+    if not options.seeds or not 0 <= min(options.seeds) <= max(options.seeds) < 2**32:
+        raise DebiasError(f"Expected `seeds` to be one or more integers from 0 to 2**32 - 1, but got {options.seeds}.")
     seeds = list(dict.fromkeys(options.seeds))
     fixed = {key: values[0] for key, values in _pairs("set", options.set).items()}
     recipe = find_recipe(options.recipe, tuple(options.config), fixed)
@@ -199,7 +199,7 @@ def _pairs(option: str, words: Sequence[str]) -> dict[str, list[Any]]:
             raise DebiasError(f"Expected `--{option}` to be KEY=VALUE, but got `{word}`.")
         try:
             found = OmegaConf.to_container(OmegaConf.create(f"[{values}]"), resolve=False)
-        except (OmegaConfBaseException, ValueError) as error:
+        except (OmegaConfBaseException, YAMLError, ValueError) as error:
             raise DebiasError(f"Expected `--{option}` to have YAML values, but got `{word}`.") from error
         assert isinstance(found, list)
         if option != "vary" and len(found) != 1:

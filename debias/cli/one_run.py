@@ -108,7 +108,7 @@ def make_run(folder: Path, spec: dict[str, Any], logging: dict[str, Any]) -> dic
 
     from debias.cli.training import DebiasCLI
     from debias.compare.held_out import hold_out
-    from debias.compare.keeping import Keeper, StepClock, check_checkpoint, validation_metrics
+    from debias.compare.keeping import Keeper, StepClock, begin_again, check_checkpoint, validation_metrics
     from debias.compare.predictions import Predictions
     from debias.monitors.group_monitor import GroupMonitor
 
@@ -128,7 +128,7 @@ def make_run(folder: Path, spec: dict[str, Any], logging: dict[str, Any]) -> dic
         (folder / "config.yaml").write_text(cli.parser.dump(cli.config, skip_none=False), encoding="utf-8")
     resume = keeper.last if keeper.last.exists() else None
     if resume is not None:
-        check_checkpoint(resume, keeper.last)
+        check_checkpoint(resume, begin_again(keeper.last))
     trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
 
     candidates = keeper.candidates()
@@ -199,7 +199,7 @@ def _test(
     trainer: Any, model: Any, data: Any, candidates: dict[str, Candidate], predictions: Any, folder: Path
 ) -> dict[str, Candidate]:
     """Test each checkpoint; several rules that chose the same one share its test."""
-    from debias.compare.keeping import check_checkpoint
+    from debias.compare.keeping import begin_again, check_checkpoint
 
     loggers, trainer.loggers = trainer.loggers, []  # under names of their own, or the last rule's would overwrite all
     tested: dict[int, dict[str, float]] = {}
@@ -209,7 +209,7 @@ def _test(
             if predictions is not None:
                 predictions.path = folder / "predictions" / f"step{candidate.step}.npz"
             checkpoint = folder / candidate.checkpoint
-            check_checkpoint(checkpoint, folder / "checkpoints")
+            check_checkpoint(checkpoint, begin_again(folder / "checkpoints"))
             trainer.test(model, datamodule=data, ckpt_path=checkpoint, verbose=False, weights_only=True)
             # Not what `test` returns, which of several loaders repeats the last one's values.
             metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}

@@ -131,7 +131,7 @@ class DebiasCLI(LightningCLI):
     def run_stage(self) -> None:
         """Run the stage, then say where its results lie."""
         arguments = {name: self.config_init[name] for name in self.stage_arguments}
-        _refuse_missing_checkpoint(arguments.get("ckpt_path"))
+        _refuse_bad_checkpoint(arguments.get("ckpt_path"), arguments.get("weights_only", True))
         try:
             getattr(self.trainer, self.stage)(self.model, datamodule=self.datamodule, **arguments)
         finally:
@@ -140,8 +140,10 @@ class DebiasCLI(LightningCLI):
             _say_where_checkpoint_lies(self.trainer)
 
 
-def _refuse_missing_checkpoint(path: Any) -> None:
+def _refuse_bad_checkpoint(path: Any, weights_only: Any) -> None:
     """Names that Lightning looks up itself, and addresses, are left to it."""
+    from debias.compare.keeping import check_checkpoint
+
     if not isinstance(path, str | Path) or str(path) in ("best", "last", "hpc") or re.match(r"\w+:", str(path)):
         return
     if not Path(path).exists():
@@ -149,6 +151,8 @@ def _refuse_missing_checkpoint(path: Any) -> None:
             f"Expected `ckpt_path` to name a checkpoint, but there is none at {path}. `debias fit` says at its end"
             " where the best one lies."
         )
+    if weights_only is not False:
+        check_checkpoint(Path(path), "Name another one, or pass `--weights_only false` if you trust that file.")
 
 
 @rank_zero_only

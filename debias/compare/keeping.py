@@ -7,6 +7,7 @@ import math
 import random
 import time
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from debias.compare.records import PROGRESS, Candidate, measures, shift_score, write_json
 from debias.compare.schema import is_checkpoint
-from debias.errors import DebiasError
+from debias.errors import DebiasError, unwritable
 from debias.step.distributed import gather_objects, global_rank
 
-__all__ = ["Keeper", "StepClock", "check_checkpoint", "validation_metrics"]
+__all__ = ["Keeper", "StepClock", "begin_again", "check_checkpoint", "validation_metrics"]
 
 
 def validation_metrics(trainer: Any) -> dict[str, float]:
@@ -90,7 +91,7 @@ class Keeper(Checkpoint):
         """
         if self._generators is not None:
             for name in sorted(self._needed - {"checkpoints/last.ckpt"}):
-                check_checkpoint(self.folder / name, self.last)
+                check_checkpoint(self.folder / name, begin_again(self.last))
             _restore_generators(self._generators, global_rank())
             self._generators = None
 
@@ -137,7 +138,7 @@ class Keeper(Checkpoint):
             if not is_checkpoint(entry["checkpoint"]):
                 raise DebiasError(
                     f"Expected {self.last} to name checkpoints in its own folder, but for `{rule}` it names"
-                    f" {entry['checkpoint']!r}. Nothing was changed. {_remedy(self.last)}"
+                    f" {entry['checkpoint']!r}. Nothing was changed. {begin_again(self.last)}"
                 )
         self.best = best
         self._epochs, self._generators = state_dict["epochs"], state_dict["generators"]
@@ -156,9 +157,21 @@ class Keeper(Checkpoint):
         return self.folder / path
 
     def _keep(self, trainer: Any, rule: str, score: float) -> None:
-        path = self._note(trainer, rule, score, f"{rule}-step{trainer.global_step}")
-        trainer.save_checkpoint(path, weights_only=False)
+        self._save(trainer, self._note(trainer, rule, score, f"{rule}-step{trainer.global_step}"))
         self._remove_others(trainer)
+
+    def _save(self, trainer: Any, path: Path) -> None:
+        """Whole or not at all: a run killed while it writes keeps the checkpoint before."""
+        draft = path.with_name("draft")
+        try:
+            trainer.save_checkpoint(draft, weights_only=False)
+            if trainer.is_global_zero:
+                draft.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
+            raise unwritable(path, error) from error
+        trainer.strategy.barrier()
 
     def _remove_others(self, trainer: Any) -> None:
         wanted = self._needed | self._named()
@@ -169,11 +182,7 @@ class Keeper(Checkpoint):
     def _save_last(self, trainer: Any) -> None:
         self._note(trainer, "last", math.nan, "last")
         self._stopped = trainer.should_stop
-        draft = self.last.with_name("last.draft")  # a run killed while it writes keeps the checkpoint before
-        trainer.save_checkpoint(draft, weights_only=False)
-        if trainer.is_global_zero:
-            draft.replace(self.last)
-        trainer.strategy.barrier()
+        self._save(trainer, self.last)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
         self._needed = self._named()
         self._remove_others(trainer)
@@ -183,15 +192,16 @@ class Keeper(Checkpoint):
         self._reported = time.monotonic()
         total = trainer.estimated_stepping_batches
         if trainer.is_global_zero and total and math.isfinite(total):
-            write_json(self.folder / PROGRESS, {"step": trainer.global_step, "steps": total})
+            with suppress(DebiasError):  # only shown; what has to be written says so itself
+                write_json(self.folder / PROGRESS, {"step": trainer.global_step, "steps": total})
 
 
-def check_checkpoint(path: Path, delete: Path) -> None:
+def check_checkpoint(path: Path, remedy: str) -> None:
     """Refuse a checkpoint that is damaged or holds more than tensors and plain values, before it is loaded.
 
     Args:
         path: of the checkpoint; a folder, as sharded strategies write it, is left to what loads it.
-        delete: what to delete so that the run is made again.
+        remedy: what to do about it, a sentence.
 
     Raises:
         DebiasError: it is not there, damaged, or holds objects of other classes, which loading would run code of.
@@ -199,21 +209,23 @@ def check_checkpoint(path: Path, delete: Path) -> None:
     if path.is_dir():
         return
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"{damaged} in it is damaged")
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mapped = zipfile.is_zipfile(path)
+        if mapped:
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise ValueError(f"{damaged} in it is damaged")
+        torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # of any kind, as the file may hold anything
         reason = " ".join(str(error).split())[:300]
         raise DebiasError(
             f"Expected {path} to be a checkpoint of tensors and plain values, as runs write it, but it cannot be read"
-            f" ({type(error).__name__}: {reason}). Nothing was changed. {_remedy(delete)} A class that your own module"
+            f" ({type(error).__name__}: {reason}). Nothing was changed. {remedy} A class that your own module"
             " saves there is allowed by `torch.serialization.add_safe_globals` in that module."
         ) from error
 
 
-def _remedy(delete: Path) -> str:
+def begin_again(delete: Path) -> str:
+    """What to do about a run that cannot go on."""
     return f"Delete {delete}, and the run begins again."
 
 

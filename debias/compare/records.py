@@ -8,12 +8,13 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from debias.compare.schema import WHAT, check_record, check_spec, digest
-from debias.errors import DebiasError
+from debias.errors import DebiasError, unwritable
 
 __all__ = [
     "Candidate",
@@ -190,13 +191,20 @@ def shift_score(metrics: Mapping[str, float]) -> float:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file whole or not at all, whatever happens meanwhile: beside it first, then in its place."""
+    """Write a file whole or not at all, whatever happens meanwhile: beside it first, then in its place.
+
+    Raises:
+        DebiasError: it cannot be written, say because the disk is full.
+    """
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(draft, path)
+    except OSError as error:
+        raise unwritable(path, error) from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def read_record(path: Path) -> RunRecord:

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.utilities import rank_zero_warn
 
 from debias.errors import BadRowsError, DebiasError
 
@@ -141,6 +142,9 @@ class GroupAccuracy(Metric):
     ``worst_group_accuracy``, ``accuracy_by_group`` of shape ``(n_groups,)`` with NaN for a group without samples,
     ``accuracy_difference``, ``accuracy_ratio`` and, where ``train_counts`` is given, ``adjusted_accuracy``.
 
+    Predictions that are not finite are wrong: NaN, and a largest logit, or a score, that is infinite; a logit of -inf
+    masks a class. If there are any, a warning says so, and ``accuracy_not_finite`` is the number of their samples.
+
     Args:
         n_groups: number of groups.
         group_names: their names, for those who print or log; default "0", "1", ...
@@ -172,6 +176,7 @@ class GroupAccuracy(Metric):
     correct_all: Tensor
     total_all: Tensor
     bad_ids: Tensor
+    not_finite: Tensor
     train_counts: Tensor | None
 
     def __init__(
@@ -193,12 +198,14 @@ class GroupAccuracy(Metric):
         for name, shape in (("correct", n_groups), ("total", n_groups), ("correct_all", ()), ("total_all", ())):
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("bad_ids", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("not_finite", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor, groups: Tensor) -> None:
         """Count a batch; shapes and dtypes are in the docstring of the class."""
         _check_groups(groups, len(target), self.n_groups)
         bad_ids = _bad_ids(groups, self.n_groups)
-        hits, valid = _hits(preds, target, self.threshold, self.ignore_index)
+        hits, valid, bad = _hits(preds, target, self.threshold, self.ignore_index)
+        self.not_finite += bad.any(1).sum()
         n_valid = valid.sum(1)
         counted = n_valid > 0
         share = hits.sum(1, dtype=torch.float64) / n_valid.clamp(min=1)
@@ -213,7 +220,8 @@ class GroupAccuracy(Metric):
         """The dictionary that the docstring of the class describes."""
         _raise_bad_ids(self.bad_ids, self.n_groups)
         overall = self.correct_all / self.total_all
-        return _summary("accuracy", overall, self.correct / self.total, self.train_counts, higher_is_better=True)
+        summary = _summary("accuracy", overall, self.correct / self.total, self.train_counts, higher_is_better=True)
+        return summary | _say_not_finite("accuracy", self.not_finite, "They count as wrong.")
 
 
 class GroupedMetric(Metric):
@@ -225,6 +233,9 @@ class GroupedMetric(Metric):
 
     Some metrics of torchmetrics take a batch for logits if any value lies outside [0, 1]; whether one does may differ
     between groups, so give those metrics probabilities.
+
+    Where predictions are not finite (NaN, or the largest of a sample infinite), the metric is NaN for all groups, and
+    ``<name>_not_finite`` is the number of these samples.
 
     Rows are picked by boolean masks, which stops a GPU once per group and batch: meant for evaluation. For accuracy,
     :class:`GroupAccuracy` does the same in one pass.
@@ -261,6 +272,7 @@ class GroupedMetric(Metric):
 
     total: Tensor
     bad_ids: Tensor
+    not_finite: Tensor
     train_counts: Tensor | None
 
     def __init__(
@@ -297,6 +309,7 @@ class GroupedMetric(Metric):
         self.grouped = nn.ModuleList(_fresh(metric) for _ in range(n_groups))
         self.add_state("total", torch.zeros(n_groups + 1, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("bad_ids", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("not_finite", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     @property
     def higher_is_better(self) -> bool:  # type: ignore[override]
@@ -314,6 +327,10 @@ class GroupedMetric(Metric):
         if self._is_synced:
             clones = _merged(clones, self.process_group, self.device)
         counts = self.total.tolist()
+        if self.not_finite:  # what a metric makes of them is no measurement
+            return self._collected([None] * len(counts)) | _say_not_finite(
+                self.name, self.not_finite, "The metric is NaN."
+            )
         places = [*(f"group `{name}`" for name in self.group_names), "all samples"]
         return self._collected(
             [
@@ -366,6 +383,7 @@ class GroupedMetric(Metric):
                 run(clone, preds[mask], target[mask])
         if len(target):
             run(self.overall, preds, target)
+        self.not_finite += _not_finite_rows(preds)
         self.total += torch.cat([counts, counts.new_full((1,), len(target))])
         self.bad_ids += bad_ids
 
@@ -403,23 +421,45 @@ def _summary(
     return summary
 
 
-def _hits(preds: Tensor, target: Tensor, threshold: float, ignore_index: int | None) -> tuple[Tensor, Tensor]:
-    """Which elements are right and which count, both boolean ``(N, elements)``; no missing element is right."""
-    labels = _labels(preds, target, threshold)
+def _say_not_finite(name: str, number: Tensor, then: str) -> dict[str, Tensor]:
+    if not number:
+        return {}
+    rank_zero_warn(
+        f"The predictions of {int(number)} samples are not finite (NaN or infinite): training has diverged, or the step"
+        f" computes something else than predictions. {then} `{name}_not_finite` is their number.",
+        stacklevel=4,
+    )
+    return {f"{name}_not_finite": number.double()}
+
+
+def _not_finite_rows(preds: Tensor) -> Tensor | int:
+    if not preds.is_floating_point() or not preds.numel():
+        return 0
+    return (~preds.reshape(len(preds), -1).amax(1).isfinite()).sum()  # NaN where any is
+
+
+def _hits(preds: Tensor, target: Tensor, threshold: float, ignore_index: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Which elements are right, which count, and which of these are not finite; boolean ``(N, elements)``.
+
+    No missing element is right, and none that is not finite.
+    """
+    labels, finite = _labels(preds, target, threshold)
     valid = target >= 0  # False for NaN too
     if ignore_index is not None:
         valid = valid & (target != ignore_index)
     if labels.dtype == torch.bool and target.is_floating_point():
         target = target > 0.5  # smoothed labels are never equal to a prediction
-    hits = (labels == target) & valid
-    return (hits[:, None], valid[:, None]) if hits.ndim == 1 else (hits.flatten(1), valid.flatten(1))
+    hits = (labels == target) & valid & finite
+    found = hits, valid, valid & ~finite
+    hits, valid, bad = (x[:, None] if x.ndim == 1 else x.flatten(1) for x in found)
+    return hits, valid, bad
 
 
-def _labels(preds: Tensor, target: Tensor, threshold: float) -> Tensor:
-    """Predicted labels, of the shape of ``target``."""
+def _labels(preds: Tensor, target: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Predicted labels, and whether they come from finite numbers; both of the shape of ``target``."""
     if not preds.is_floating_point():
         if preds.shape == target.shape:
-            return preds
+            return preds, torch.ones_like(preds, dtype=torch.bool)
         raise DebiasError(
             f"Expected integer `preds` to have the shape of `target`, but got {tuple(preds.shape)} and"
             f" {tuple(target.shape)}. Pass labels, or logits as floats."
@@ -427,12 +467,12 @@ def _labels(preds: Tensor, target: Tensor, threshold: float) -> Tensor:
     if preds.ndim == target.ndim + 1 and preds.numel() == target.numel() and 1 in (preds.shape[1], preds.shape[-1]):
         preds = preds.reshape(target.shape)  # one logit: binary, for which argmax would always say 0
     if preds.shape == target.shape:
-        return preds > threshold
+        return preds > threshold, preds.isfinite()
     if preds.ndim == target.ndim + 1 and not target.is_floating_point():
-        if preds.shape[:1] + preds.shape[2:] == target.shape:
-            return preds.argmax(1)
-        if preds.shape[:-1] == target.shape:
-            return preds.argmax(-1)
+        for dim, shape in ((1, preds.shape[:1] + preds.shape[2:]), (-1, preds.shape[:-1])):
+            if shape == target.shape:
+                largest, labels = preds.max(dim)  # NaN where any is; -inf masks a class
+                return labels, largest.isfinite()
     raise DebiasError(
         "Expected `preds` to be labels or scores of the shape of `target`, or logits (N, C, ...) for integer targets"
         f" (N, ...), but got {tuple(preds.shape)} for a target {tuple(target.shape)} of {target.dtype}. Check that both"

@@ -48,10 +48,11 @@ class MultilabelF1(Metric):
         """Count true positives, false positives and false negatives."""
         n_thresholds, n_labels = self.counts.shape[1:3]
         places = n_thresholds + 1
-        # How many thresholds a probability reaches: it is a guess at exactly the first so many, NaN at none.
+        # How many thresholds a probability reaches: it is a guess at exactly the first so many.
         wide = probabilities.to(torch.promote_types(probabilities.dtype, self.thresholds.dtype)).contiguous()
         reached = torch.bucketize(wide, self.thresholds.to(wide.dtype), right=True)
-        reached = torch.where(probabilities.isnan(), 0, reached)
+        # One that is NaN is a wrong guess at each threshold.
+        reached = torch.where(probabilities.isnan(), torch.where(targets == 0, n_thresholds, 0), reached)
         inside = (groups >= 0) & (groups < self.n_groups)
         group = torch.where(inside, groups, self.n_groups).unsqueeze(1)
         label = torch.arange(n_labels, device=groups.device)

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from debias.errors import DebiasError
+from debias.ops.own_memory import own_memory
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
 from debias.step.engine import StepEngine
@@ -70,6 +71,7 @@ class StepWatcher(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Join the engine of this run; the first watcher makes it."""
+        own_memory({name: value for name, value in vars(self).items() if name != "engine"})
         leader = next(callback for callback in trainer.callbacks if isinstance(callback, StepWatcher))
         engine = leader.engine
         if engine is None or engine.trainer is not trainer or engine.module is not pl_module:

@@ -91,7 +91,7 @@ def test_no_kind_of_checkpoint_runs_code(tmp_path, write):
     mark, path = tmp_path / "mark", tmp_path / "last.ckpt"
     write(path, Payload(mark))
     with pytest.raises(DebiasError, match=r"Expected .*last\.ckpt to be a checkpoint of tensors.* Delete .*last\.ckpt"):
-        check_checkpoint(path, path)
+        check_checkpoint(path, f"Delete {path}.")
     assert not mark.exists()
     assert isinstance(Payload(mark).__reduce__()[0](mark), type(None))
     assert mark.exists()  # it would have been left
