@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from debias.errors import DataError, DebiasError
+from debias.ops.arguments import checked
 
 __all__ = ["EvalSampler", "GroupBalancedSampler"]
 
@@ -93,6 +94,7 @@ class GroupBalancedSampler(_LateRank):
         [2, 2]
     """
 
+    @checked()
     def __init__(
         self,
         groups: Sequence[int] | Tensor | np.ndarray,
@@ -176,6 +178,7 @@ class EvalSampler(_LateRank):
 
     pads = False  # monitors warn of samplers that do
 
+    @checked()
     def __init__(self, dataset: Sized) -> None:
         super().__init__(dataset, shuffle=False)
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from debias.errors import DebiasError
 from debias.methods.dsu import style_shape, uncertain_style
-from debias.ops.arguments import check_number
+from debias.ops.arguments import check_number, checked
 from debias.ops.styles import batch_std, restyle, style
 from debias.step.distributed import global_sum, is_distributed
 from debias.step.layers import LayerAugmenter
@@ -67,6 +67,7 @@ class _Touch(torch.autograd.Function):
         return grad, *(torch.zeros_like(p) for p in ctx.saved_tensors)
 
 
+@checked("x: float N C H W | float N L C, noise: float 2 N C, spreads: float N")
 def adversarial_style(
     x: Tensor, noise: Tensor, spreads: Tensor, *, strength: float = 1.0, length: float | None = None,
     eps: float = 1e-6, sync_stats: bool = False,
@@ -119,6 +120,7 @@ class AdvStyleLayer(nn.Module):
 
     initialized: Tensor
 
+    @checked()
     def __init__(
         self,
         num_channels: int,
@@ -224,6 +226,7 @@ class AdvStyle(LayerAugmenter):
     resnet_layers = ("conv1", "maxpool", "layer1", "layer2", "layer3", "layer4")
     vit_blocks = (0.25, 0.5, 0.75, 1.0)
 
+    @checked()
     def __init__(
         self,
         layers: str | list[str] | None = None,

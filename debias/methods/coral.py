@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from debias.methods._domain_penalty import DomainPenalty
+from debias.ops.arguments import checked
 from debias.ops.domain_pairs import deviations, mean_over_pairs
 from debias.ops.head_statistics import make_members
 from debias.ops.penalties import DomainPenaltyModule
@@ -37,6 +38,7 @@ from debias.step.tap import LossCall
 __all__ = ["CORAL", "CORALMixin", "CORALPenalty", "coral_penalty"]
 
 
+@checked("features: float N D, domains: int N | bool N n_domains")
 @in_full_precision
 def coral_penalty(features: Tensor, domains: Tensor, n_domains: int, *, by_pairs: bool | None = None) -> Tensor:
     """Distance of the domains' means and covariances.
@@ -102,6 +104,7 @@ class CORALPenalty(DomainPenaltyModule):
         BadRowsError: a domain id is out of range, or a row is not finite.
     """
 
+    @checked()
     def __init__(
         self,
         n_domains: int | Sequence[int],
@@ -152,6 +155,7 @@ class CORAL(DomainPenalty):
     needs_features: ClassVar[bool] = True
     key: ClassVar[str] = "coral"
 
+    @checked()
     def __init__(
         self,
         domain: tuple[BatchKey, ...] | BatchKey,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from debias.errors import BatchKeyError, DebiasError
+from debias.ops.arguments import checked
 from debias.ops.shifts import UnitImages, families_of, shifted_batch
 from debias.step.batch import BatchKey, describe, replace
 from debias.step.context import Step
@@ -63,6 +64,7 @@ class CraftedShifts(Debiaser):
     needs: ClassVar[tuple[str, ...]] = ("images",)
     reference: ClassVar[str] = "Efthymiadis et al., WACV 2025, arXiv 2409.19774"
 
+    @checked()
     def __init__(
         self,
         *,

@@ -36,7 +36,7 @@ from torch.optim import Optimizer
 
 from debias.errors import DebiasError, RowsError
 from debias.methods._adversary import AdversarialDebiaser, AdversaryLoss, make_mlp
-from debias.ops.arguments import check_count, check_number
+from debias.ops.arguments import check_count, check_number, checked
 from debias.step.batch import BatchKey, describe
 from debias.step.context import Step
 from debias.step.tap import LossCall
@@ -90,6 +90,7 @@ class DomainAdversarialLoss(AdversaryLoss):
         tensor(0.)
     """
 
+    @checked()
     def __init__(
         self,
         in_features: int | None,
@@ -203,6 +204,7 @@ class DomainAdversarial(AdversarialDebiaser):
     needs: ClassVar[tuple[str, ...]] = ("domain", "features")
     reference: ClassVar[str] = "Ganin et al., JMLR 2016, arXiv 1505.07818; Li et al., ECCV 2018"
 
+    @checked()
     def __init__(
         self,
         domain: BatchKey,

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
-from debias.ops.arguments import check_count, check_number
+from debias.ops.arguments import check_count, check_number, checked
 from debias.ops.groups import GroupState, GroupSums, check_counts, group_losses, summed
 from debias.step.batch import BatchKey
 from debias.step.grouped import GroupDebiaser, can_count
@@ -39,6 +39,7 @@ from debias.step.watcher import Losses
 __all__ = ["DomainPenalisation", "DomainPenalisationLoss", "DomainPenalisationMixin", "domain_penalisation_weights"]
 
 
+@checked("losses: float G, seen: bool G")
 def domain_penalisation_weights(
     losses: Tensor,
     *,
@@ -114,6 +115,7 @@ class DomainPenalisationLoss(GroupState):
     epoch: Tensor
     counts: Tensor
 
+    @checked()
     def __init__(
         self,
         n_domains: int | Sequence[int],
@@ -256,6 +258,7 @@ class DomainPenalisation(GroupDebiaser):
     needs: ClassVar[tuple[str, ...]] = ("domain",)
     reference: ClassVar[str] = "Jena et al., 2024, arXiv 2408.01746"
 
+    @checked()
     def __init__(
         self,
         domain: tuple[BatchKey, ...] | BatchKey,

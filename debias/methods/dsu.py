@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from debias.ops.arguments import check_number
+from debias.ops.arguments import check_number, checked
 from debias.ops.styles import batch_std, restyle, style
 from debias.step.distributed import is_distributed
 from debias.step.layers import LayerAugmenter
@@ -33,6 +33,7 @@ from debias.step.layers import LayerAugmenter
 __all__ = ["DSU", "DSULayer", "uncertain_style"]
 
 
+@checked("x: float N C H W | float N L C")
 def uncertain_style(
     x: Tensor, noise: Tensor, *, factor: float = 1.0, eps: float = 1e-6, sync_stats: bool = False
 ) -> Tensor:
@@ -66,6 +67,7 @@ class DSULayer(nn.Module):
         x and output ``(N, C, H, W)`` or ``(N, T, D)``.
     """
 
+    @checked()
     def __init__(self, p: float = 0.5, factor: float = 1.0, *, eps: float = 1e-6) -> None:
         super().__init__()
         self.p, self.factor, self.eps = check_number("p", p, "[0, 1]"), check_number("factor", factor), eps
@@ -106,6 +108,7 @@ class DSU(LayerAugmenter):
     resnet_layers = ("conv1", "maxpool", "layer1", "layer2", "layer3", "layer4")
     vit_blocks = (0.25, 0.5, 0.75, 1.0)
 
+    @checked()
     def __init__(
         self,
         layers: str | list[str] | None = None,

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debias.errors import BatchKeyError, DebiasError
-from debias.ops.arguments import check_count, check_number
+from debias.ops.arguments import check_count, check_number, checked
 from debias.step.batch import BatchKey, describe, repeated, replace
 from debias.step.context import Step
 from debias.step.tap import LossCall
@@ -45,6 +45,7 @@ Rule = Literal["otsu", "mean"]
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
+@checked("grey: float N 1 H W, sigma: float N, low: float N, high: float N")
 def canny_edges(
     grey: Tensor, *, sigma: Tensor, threshold: Callable[[Tensor], Tensor], low: Tensor, high: Tensor,
     hysteresis_steps: int = 16,
@@ -78,6 +79,7 @@ def canny_edges(
     return edges
 
 
+@checked("values: float N ...")
 def otsu_threshold(values: Tensor, bins: int = 256) -> Tensor:
     """Otsu's threshold of each image: the cut that leaves the least variance within the two sides.
 
@@ -155,6 +157,7 @@ class EdgeViewLayer(nn.Module):
     std: Tensor
     grey: Tensor
 
+    @checked()
     def __init__(
         self,
         mean: Sequence[float] | None = None,
@@ -255,6 +258,7 @@ class EdgeView(Debiaser):
     reference: ClassVar[str] = "Efthymiadis et al., WACV 2025, arXiv 2409.19774"
     module: Any
 
+    @checked()
     def __init__(
         self,
         input: BatchKey = 0,

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from debias.errors import DebiasError
 from debias.methods._domain_penalty import DomainPenalty
-from debias.ops.arguments import check_number
+from debias.ops.arguments import check_number, checked
 from debias.ops.head_statistics import HeadStatistics, domain_mean, make_members
 from debias.ops.penalties import LossPenaltyModule
 from debias.step.batch import BatchKey
@@ -46,6 +46,7 @@ from debias.step.tap import LossCall
 __all__ = ["Fishr", "FishrMixin", "FishrPenalty", "fishr_penalty"]
 
 
+@checked("variances: float E P, present: bool E")
 def fishr_penalty(variances: Tensor, present: Tensor, *, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
     """Distance of the domains' gradient variances from their mean.
 
@@ -99,6 +100,7 @@ class FishrPenalty(LossPenaltyModule):
     updates: Tensor
     always = True
 
+    @checked()
     def __init__(
         self,
         n_domains: int | Sequence[int],
@@ -218,6 +220,7 @@ class Fishr(DomainPenalty):
     stateful: ClassVar[bool] = True
     key: ClassVar[str] = "fishr"
 
+    @checked()
     def __init__(
         self,
         domain: tuple[BatchKey, ...] | BatchKey,

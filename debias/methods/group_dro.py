@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
-from debias.ops.arguments import check_number
+from debias.ops.arguments import check_number, checked
 from debias.ops.groups import GroupState, GroupSums, check_counts, group_losses, summed
 from debias.step.batch import BatchKey
 from debias.step.grouped import GroupDebiaser
@@ -38,6 +38,7 @@ from debias.step.watcher import Losses
 __all__ = ["GroupDRO", "GroupDROLoss", "GroupDROMixin", "group_dro_weights", "greedy_group_weights"]
 
 
+@checked("log_weights: float G, group_losses: float G, adjustment: float G, present: bool G")
 def group_dro_weights(
     log_weights: Tensor,
     group_losses: Tensor,
@@ -81,6 +82,7 @@ def _scores(losses: Tensor, adjustment: Tensor | None, normalize_loss: bool, pre
     return scores
 
 
+@checked("losses: float G, fractions: float G")
 def greedy_group_weights(losses: Tensor, fractions: Tensor, *, alpha: float, minimum_weight: float = 0.0) -> Tensor:
     """Weights of the worst groups that make up a fraction ``alpha`` of the data: CVaR over groups.
 
@@ -139,6 +141,7 @@ class GroupDROLoss(GroupState):
     seen: Tensor
     counts: Tensor
 
+    @checked()
     def __init__(
         self,
         n_groups: int | Sequence[int],
@@ -297,6 +300,7 @@ class GroupDRO(GroupDebiaser):
 
     reference: ClassVar[str] = "Sagawa et al., ICLR 2020, arXiv 1911.08731"
 
+    @checked()
     def __init__(
         self,
         group: tuple[BatchKey, ...] | BatchKey,

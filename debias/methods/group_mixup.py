@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from debias.errors import BatchKeyError, DebiasError
-from debias.ops.arguments import check_number
+from debias.ops.arguments import check_number, checked
 from debias.ops.pairs import random_partners
 from debias.step.batch import BatchKey, describe, replace
 from debias.step.context import Step
@@ -48,6 +48,7 @@ __all__ = ["GroupMixup", "GroupMixupLayer", "cutmix", "mixup", "selective_pairs"
 _RULES = ("any", "same_label", "same_domain", "selective")
 
 
+@checked("labels: int N, domains: int N")
 def selective_pairs(labels: Tensor, domains: Tensor, *, same_label: bool) -> Tensor:
     """Who may be mixed with whom under LISA's two rules.
 
@@ -72,6 +73,7 @@ def selective_pairs(labels: Tensor, domains: Tensor, *, same_label: bool) -> Ten
     return pairs & known & known.unsqueeze(1)
 
 
+@checked("x: float N ..., partners: int N, shares: float N")
 def mixup(x: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
     """``share x_i + (1 - share) x_partner``.
 
@@ -87,6 +89,7 @@ def mixup(x: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
     return torch.lerp(x[partners], x, kept)
 
 
+@checked("x: float N C H W, partners: int N")
 def cutmix(x: Tensor, partners: Tensor, box: tuple[int, int, int, int]) -> tuple[Tensor, float]:
     """Images with a box of their partners pasted.
 
@@ -128,6 +131,7 @@ class GroupMixupLayer(nn.Module):
         ``(shares * losses(labels) + (1 - shares) * losses(labels[partners])).mean()``.
     """
 
+    @checked()
     def __init__(
         self,
         pairs: Literal["any", "same_label", "same_domain", "selective"] = "selective",
@@ -213,6 +217,7 @@ class GroupMixup(Debiaser):
     reference: ClassVar[str] = "Yao et al., ICML 2022, arXiv 2201.00299; Mixup 1710.09412; CutMix 1905.04899"
     module: Any
 
+    @checked()
     def __init__(
         self,
         domain: tuple[BatchKey, ...] | BatchKey | None = None,

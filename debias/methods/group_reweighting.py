@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
-from debias.ops.arguments import check_number
+from debias.ops.arguments import check_number, checked
 from debias.ops.groups import GroupState, check_counts, group_losses
 from debias.step.batch import BatchKey
 from debias.step.grouped import GroupDebiaser
@@ -33,6 +33,7 @@ from debias.step.watcher import Losses
 __all__ = ["GroupReweighting", "GroupReweightingLoss", "GroupReweightingMixin", "inverse_frequency_weights"]
 
 
+@checked("group_counts: any G")
 def inverse_frequency_weights(group_counts: Tensor, *, power: float = 1.0) -> Tensor:
     """Weights by group whose mean over the training set is 1.
 
@@ -74,6 +75,7 @@ class GroupReweightingLoss(GroupState):
     weights: Tensor
     needs_counts = True
 
+    @checked()
     def __init__(
         self,
         n_groups: int | Sequence[int],
@@ -143,6 +145,7 @@ class GroupReweighting(GroupDebiaser):
 
     reference: ClassVar[str] = "inverse-frequency weighting; e.g. Yang et al., ICML 2023 (ReWeight, SqrtReWeight)"
 
+    @checked()
     def __init__(
         self,
         group: tuple[BatchKey, ...] | BatchKey,

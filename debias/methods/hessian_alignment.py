@@ -47,7 +47,7 @@ from torch import Tensor
 
 from debias.errors import DebiasError
 from debias.methods._domain_penalty import DomainPenalty
-from debias.ops.arguments import check_count, check_number
+from debias.ops.arguments import check_count, check_number, checked
 from debias.ops.head_statistics import HeadStatistics, distances_from, make_head_loss, make_members
 from debias.ops.penalties import LossPenaltyModule
 from debias.ops.precision import in_full_precision
@@ -62,6 +62,7 @@ Statistic = Literal["hgp", "diagonal", "hutchinson", "frobenius"]
 PUBLISHED_ALPHA: dict[str, float] = {"hgp": 1e-4, "diagonal": 1e-3, "hutchinson": 1e-3, "frobenius": 1e-3}
 
 
+@checked("features: float N D, logits: float N C | float N, domains: int N | bool N n_domains")
 @in_full_precision
 def hessian_alignment_penalty(
     features: Tensor,
@@ -202,6 +203,7 @@ class HessianAlignmentPenalty(LossPenaltyModule):
         BadRowsError: a domain id is out of range, or a row is not finite.
     """
 
+    @checked()
     def __init__(
         self,
         n_domains: int | Sequence[int],
@@ -307,6 +309,7 @@ class HessianAlignment(DomainPenalty):
     needs_features: ClassVar[bool] = True
     key: ClassVar[str] = "hessian_alignment"
 
+    @checked()
     def __init__(
         self,
         domain: tuple[BatchKey, ...] | BatchKey,

@@ -36,6 +36,7 @@ from torch.optim import Optimizer
 
 from debias.errors import DebiasError
 from debias.methods._adversary import AdversarialDebiaser, AdversaryLoss, make_mlp
+from debias.ops.arguments import checked
 from debias.step.batch import BatchKey
 from debias.step.tap import LossCall
 
@@ -48,6 +49,7 @@ __all__ = [
 ]
 
 
+@checked("logits: float N K, identities: int N")
 def identity_losses(logits: Tensor, identities: Tensor, *, identity_loss: Literal["bce", "ce"] = "bce") -> Tensor:
     """Loss of an identity head for each sample.
 
@@ -75,6 +77,7 @@ def identity_losses(logits: Tensor, identities: Tensor, *, identity_loss: Litera
     return F.binary_cross_entropy_with_logits(logits, one_hot.to(logits.dtype), reduction="none").mean(1)
 
 
+@checked()
 def bce_to_ce_strength(strength: float, n_identities: int) -> float:
     """The strength under ``identity_loss="ce"`` whose pull on the features is that of ``strength`` under ``"bce"``.
 
@@ -127,6 +130,7 @@ class IdentityAdversarialLoss(AdversaryLoss):
         tensor(0.)
     """
 
+    @checked()
     def __init__(
         self,
         in_features: int | None,
@@ -216,6 +220,7 @@ class IdentityAdversarial(AdversarialDebiaser):
     needs: ClassVar[tuple[str, ...]] = ("identity", "features")
     reference: ClassVar[str] = "Ning et al., FG 2025, arXiv 2407.11243"
 
+    @checked()
     def __init__(
         self,
         identity: BatchKey,

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from debias.errors import DebiasError
 from debias.methods._domain_penalty import DomainPenalty, head_loss, rows_of
+from debias.ops.arguments import checked
 from debias.ops.head_statistics import HeadLoss, domain_mean, make_head_loss, make_members
 from debias.ops.penalties import LossPenaltyModule
 from debias.ops.precision import in_full_precision
@@ -42,6 +43,7 @@ __all__ = ["IRM", "IRMMixin", "IRMPenalty", "irm_penalty"]
 Form = Literal["unbiased", "squared"]
 
 
+@checked("logits: float N C | float N, domains: int N | bool N n_domains")
 @in_full_precision
 def irm_penalty(
     logits: Tensor,
@@ -123,6 +125,7 @@ class IRMPenalty(LossPenaltyModule):
         BadRowsError: a domain id is out of range, or a row is not finite.
     """
 
+    @checked()
     def __init__(
         self,
         n_domains: int | Sequence[int],
@@ -181,6 +184,7 @@ class IRM(DomainPenalty):
     key: ClassVar[str] = "irm"
     of_one_domain: ClassVar[str] = ", of which alone the penalty will be"
 
+    @checked()
     def __init__(
         self,
         domain: tuple[BatchKey, ...] | BatchKey,

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from debias.errors import DebiasError
-from debias.ops.arguments import check_number
+from debias.ops.arguments import check_number, checked
 from debias.ops.pairs import beta_shares, random_partners
 from debias.ops.styles import restyle, style
 from debias.step.batch import BatchKey
@@ -37,6 +37,7 @@ from debias.step.layers import LayerAugmenter
 __all__ = ["MixStyle", "MixStyleLayer", "mix_style"]
 
 
+@checked("x: float N C H W | float N L C, partners: int N, shares: float N")
 def mix_style(x: Tensor, partners: Tensor, shares: Tensor, *, eps: float = 1e-6) -> Tensor:
     """Feature maps whose styles are mixed with those of their partners.
 
@@ -82,6 +83,7 @@ class MixStyleLayer(nn.Module):
         x ``(N, C, H, W)`` or ``(N, T, D)``, domains int64 ``(N,)`` or None for partners of any domain; output like x.
     """
 
+    @checked()
     def __init__(self, p: float = 0.5, alpha: float = 0.1, *, eps: float = 1e-6) -> None:
         super().__init__()
         self.p, self.alpha = check_number("p", p, "[0, 1]"), check_number("alpha", alpha, "(0, inf)")
@@ -129,6 +131,7 @@ class MixStyle(LayerAugmenter):
 
     reference: ClassVar[str] = "Zhou et al., ICLR 2021, arXiv 2104.02008"
 
+    @checked()
     def __init__(
         self,
         layers: str | list[str] | None = None,

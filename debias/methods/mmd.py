@@ -28,7 +28,7 @@ from torch import Tensor
 
 from debias.errors import DebiasError
 from debias.methods._domain_penalty import DomainPenalty
-from debias.ops.arguments import check_number
+from debias.ops.arguments import check_number, checked
 from debias.ops.domain_pairs import deviations, mean_over_pairs
 from debias.ops.head_statistics import make_members
 from debias.ops.penalties import DomainPenaltyModule
@@ -44,6 +44,7 @@ GAMMAS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
 Kernel = Literal["gaussian", "scaled_gaussian"]
 
 
+@checked("features: float N D, domains: int N | bool N n_domains")
 @in_full_precision
 def mmd_penalty(
     features: Tensor,
@@ -109,6 +110,7 @@ class MMDPenalty(DomainPenaltyModule):
         BadRowsError: a domain id is out of range, or a row is not finite.
     """
 
+    @checked()
     def __init__(
         self,
         n_domains: int | Sequence[int],
@@ -173,6 +175,7 @@ class MMD(DomainPenalty):
     needs_features: ClassVar[bool] = True
     key: ClassVar[str] = "mmd"
 
+    @checked()
     def __init__(
         self,
         domain: tuple[BatchKey, ...] | BatchKey,

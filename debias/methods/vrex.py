@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from debias.methods._domain_penalty import DomainPenalty
+from debias.ops.arguments import checked
 from debias.ops.groups import group_losses
 from debias.ops.head_statistics import domain_mean
 from debias.ops.penalties import DomainPenaltyModule
@@ -33,6 +34,7 @@ from debias.step.tap import LossCall
 __all__ = ["VREx", "VRExMixin", "VRExPenalty", "vrex_penalty"]
 
 
+@checked("losses: float N, domains: int N | bool N n_domains, den: float N")
 @in_full_precision
 def vrex_penalty(losses: Tensor, domains: Tensor, n_domains: int, *, den: Tensor | None = None) -> Tensor:
     """Variance of the domains' mean losses.
@@ -74,6 +76,7 @@ class VRExPenalty(DomainPenaltyModule):
         BadRowsError: a domain id is out of range, or a loss is not finite.
     """
 
+    @checked()
     def __init__(
         self,
         n_domains: int | Sequence[int],
@@ -121,6 +124,7 @@ class VREx(DomainPenalty):
     reference: ClassVar[str] = "Krueger et al., ICML 2021, arXiv 2003.00688"
     key: ClassVar[str] = "vrex"
 
+    @checked()
     def __init__(
         self,
         domain: tuple[BatchKey, ...] | BatchKey,

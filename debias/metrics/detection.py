@@ -12,10 +12,12 @@ from torchmetrics import Metric
 
 from debias.errors import BadRowsError, DebiasError
 from debias.metrics.group import group_difference, worst_group
+from debias.ops.arguments import checked
 
 __all__ = ["DetectionAccuracy", "GroupMeanAveragePrecision", "detection_accuracy"]
 
 
+@checked()
 def detection_accuracy(predicted: Tensor, true: Tensor, *, iou_threshold: float = 0.5) -> Tensor:
     """Accuracy of an image's boxes: hits over hits, false alarms and misses.
 
@@ -79,6 +81,7 @@ class DetectionAccuracy(Metric):
     sums: Tensor
     counts: Tensor
 
+    @checked()
     def __init__(
         self, n_groups: int, *, iou_threshold: float = 0.5, score_threshold: float = 0.5, **kwargs: Any
     ) -> None:
@@ -134,6 +137,7 @@ class GroupMeanAveragePrecision(Metric):
     higher_is_better = True
     full_state_update = False
 
+    @checked()
     def __init__(self, n_groups: int, **kwargs: Any) -> None:
         super().__init__(sync_on_compute=False)
         self.n_groups = n_groups

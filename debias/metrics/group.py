@@ -25,6 +25,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 
 from debias.errors import BadRowsError, DebiasError
+from debias.ops.arguments import checked
 
 __all__ = [
     "GroupAccuracy",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 
+@checked()
 def group_sums(values: Tensor, groups: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
     """Sum and number of the values of each group.
 
@@ -71,6 +73,7 @@ def group_sums(values: Tensor, groups: Tensor, n_groups: int) -> tuple[Tensor, T
     return totals[:, 0], totals[:, 1]
 
 
+@checked()
 def worst_group(by_group: Tensor, *, higher_is_better: bool = True) -> Tensor:
     """The worst value of any group: the smallest, or the largest where ``higher_is_better`` is False.
 
@@ -85,6 +88,7 @@ def worst_group(by_group: Tensor, *, higher_is_better: bool = True) -> Tensor:
     return sign * _smallest(sign * by_group)
 
 
+@checked()
 def group_difference(by_group: Tensor) -> Tensor:
     """The largest value of any group minus the smallest; a scalar tensor, NaN if all groups are NaN.
 
@@ -94,6 +98,7 @@ def group_difference(by_group: Tensor) -> Tensor:
     return -_smallest(-by_group) - _smallest(by_group)
 
 
+@checked()
 def group_ratio(by_group: Tensor) -> Tensor:
     """The smallest value of any group over the largest; a scalar tensor, NaN if all are NaN or the largest is 0.
 
@@ -103,6 +108,7 @@ def group_ratio(by_group: Tensor) -> Tensor:
     return _smallest(by_group) / -_smallest(-by_group)
 
 
+@checked()
 def adjusted_average(by_group: Tensor, train_counts: Tensor) -> Tensor:
     """The average that a set with the group proportions of the training set would have.
 
@@ -179,6 +185,7 @@ class GroupAccuracy(Metric):
     not_finite: Tensor
     train_counts: Tensor | None
 
+    @checked()
     def __init__(
         self,
         n_groups: int,
@@ -275,6 +282,7 @@ class GroupedMetric(Metric):
     not_finite: Tensor
     train_counts: Tensor | None
 
+    @checked()
     def __init__(
         self,
         metric: Metric,

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from debias.ops.arguments import checked
+
 __all__ = ["MultilabelF1"]
 
 
@@ -36,6 +38,7 @@ class MultilabelF1(Metric):
     counts: Tensor
     thresholds: Tensor
 
+    @checked()
     def __init__(self, n_labels: int, n_groups: int = 1, thresholds: int = 99) -> None:
         super().__init__()
         self.n_groups = n_groups

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, HeadNotFoundError, RowsError
 from debias.monitors._epoch import EpochMonitor
-from debias.ops.arguments import check_count, check_number
+from debias.ops.arguments import check_count, check_number, checked
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
 from debias.step.distributed import gather, global_rank, global_sum, world_size
@@ -41,6 +41,7 @@ from debias.step.watcher import check_loss
 __all__ = ["AttributeProbe", "ledoit_wolf_shrinkage", "probe_attribute"]
 
 
+@checked("scatter: float ... ")
 def ledoit_wolf_shrinkage(scatter: Tensor, fourth: Tensor, n: Tensor) -> Tensor:
     """Share of the spherical target in Ledoit and Wolf's covariance, from sums over centred samples.
 
@@ -60,6 +61,7 @@ def ledoit_wolf_shrinkage(scatter: Tensor, fourth: Tensor, n: Tensor) -> Tensor:
     return torch.where(noise > 0, noise / distance.clamp_min(torch.finfo(noise.dtype).tiny), 0)
 
 
+@checked()
 def probe_attribute(
     features: Tensor,
     attributes: Tensor,
@@ -237,6 +239,7 @@ class AttributeProbe(EpochMonitor):
     reference: ClassVar[str] = "probe: Alain and Bengio, ICLR 2017 workshop; shrinkage: Ledoit and Wolf, 2004"
     _value_names = ("accuracy", "balanced_accuracy", "chance")
 
+    @checked()
     def __init__(
         self,
         attribute: BatchKey,

@@ -19,6 +19,7 @@ from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, LossNo
 from debias.metrics import GroupAccuracy, GroupedMetric
 from debias.monitors._epoch import EpochMonitor, by_group
 from debias.monitors.metric_inputs import update_metric
+from debias.ops.arguments import checked
 from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, describe, key_name
 from debias.step.context import Step
@@ -96,6 +97,7 @@ class GroupMonitor(EpochMonitor):
     needs: ClassVar[tuple[str, ...]] = ("group",)
     reference: ClassVar[str] = "by group, difference, ratio: fairlearn; worst group, adjusted average: WILDS"
 
+    @checked()
     def __init__(
         self,
         group: tuple[BatchKey, ...] | BatchKey,

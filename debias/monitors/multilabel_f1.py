@@ -15,7 +15,7 @@ from torch import Tensor
 from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, RowsError
 from debias.metrics import MultilabelF1, worst_group
 from debias.monitors._epoch import EpochMonitor, by_group
-from debias.ops.arguments import check_count
+from debias.ops.arguments import check_count, checked
 from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
@@ -62,6 +62,7 @@ class MultilabelF1Monitor(EpochMonitor):
     reference: ClassVar[str] = "F1 by unit and mean, as on BP4D and DISFA, the threshold chosen in validation"
     _value_names = ("f1", "threshold")
 
+    @checked()
     def __init__(
         self,
         label_names: list[str],
