@@ -93,7 +93,7 @@ class FacialActionUnits(GroupDataModule):
 
     balances = ("group", "identity")
 
-    @checked()
+    @checked(threshold="[0, inf)")
     def __init__(
         self,
         root: str | Path,

@@ -67,7 +67,7 @@ class _Touch(torch.autograd.Function):
         return grad, *(torch.zeros_like(p) for p in ctx.saved_tensors)
 
 
-@checked("x: float N C H W | float N L C, noise: float 2 N C, spreads: float N")
+@checked("x: float N C H W | float N T C, noise: float 2 N C, spreads: float 2 C", length="[0, inf)", eps="[0, inf)")
 def adversarial_style(
     x: Tensor, noise: Tensor, spreads: Tensor, *, strength: float = 1.0, length: float | None = None,
     eps: float = 1e-6, sync_stats: bool = False,
@@ -120,7 +120,7 @@ class AdvStyleLayer(nn.Module):
 
     initialized: Tensor
 
-    @checked()
+    @checked(num_channels="[1, 1000000]", eps="[0, inf)")
     def __init__(
         self,
         num_channels: int,

@@ -39,7 +39,7 @@ from debias.step.watcher import Losses
 __all__ = ["DomainPenalisation", "DomainPenalisationLoss", "DomainPenalisationMixin", "domain_penalisation_weights"]
 
 
-@checked("losses: float G, seen: bool G")
+@checked("losses: float G, seen: bool G", temperature="(0, inf)")
 def domain_penalisation_weights(
     losses: Tensor,
     *,

@@ -33,7 +33,7 @@ from debias.step.layers import LayerAugmenter
 __all__ = ["DSU", "DSULayer", "uncertain_style"]
 
 
-@checked("x: float N C H W | float N L C")
+@checked("x: float N C H W | float N T C, noise: float 2 N C", factor="[0, inf)", eps="[0, inf)")
 def uncertain_style(
     x: Tensor, noise: Tensor, *, factor: float = 1.0, eps: float = 1e-6, sync_stats: bool = False
 ) -> Tensor:
@@ -67,7 +67,7 @@ class DSULayer(nn.Module):
         x and output ``(N, C, H, W)`` or ``(N, T, D)``.
     """
 
-    @checked()
+    @checked(eps="[0, inf)")
     def __init__(self, p: float = 0.5, factor: float = 1.0, *, eps: float = 1e-6) -> None:
         super().__init__()
         self.p, self.factor, self.eps = check_number("p", p, "[0, 1]"), check_number("factor", factor), eps

@@ -46,7 +46,7 @@ from debias.step.tap import LossCall
 __all__ = ["Fishr", "FishrMixin", "FishrPenalty", "fishr_penalty"]
 
 
-@checked("variances: float E P, present: bool E")
+@checked("variances: float E ..., present: bool E")
 def fishr_penalty(variances: Tensor, present: Tensor, *, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
     """Distance of the domains' gradient variances from their mean.
 

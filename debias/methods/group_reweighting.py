@@ -33,7 +33,7 @@ from debias.step.watcher import Losses
 __all__ = ["GroupReweighting", "GroupReweightingLoss", "GroupReweightingMixin", "inverse_frequency_weights"]
 
 
-@checked("group_counts: any G")
+@checked("group_counts: any G", power="[0, inf)")
 def inverse_frequency_weights(group_counts: Tensor, *, power: float = 1.0) -> Tensor:
     """Weights by group whose mean over the training set is 1.
 

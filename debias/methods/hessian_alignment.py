@@ -62,7 +62,11 @@ Statistic = Literal["hgp", "diagonal", "hutchinson", "frobenius"]
 PUBLISHED_ALPHA: dict[str, float] = {"hgp": 1e-4, "diagonal": 1e-3, "hutchinson": 1e-3, "frobenius": 1e-3}
 
 
-@checked("features: float N D, logits: float N C | float N, domains: int N | bool N n_domains")
+@checked(
+    "features: float N D, logits: float N C | float N, domains: int N | bool N n_domains",
+    alpha="[0, inf)",
+    beta="[0, inf)",
+)
 @in_full_precision
 def hessian_alignment_penalty(
     features: Tensor,

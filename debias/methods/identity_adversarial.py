@@ -77,7 +77,7 @@ def identity_losses(logits: Tensor, identities: Tensor, *, identity_loss: Litera
     return F.binary_cross_entropy_with_logits(logits, one_hot.to(logits.dtype), reduction="none").mean(1)
 
 
-@checked()
+@checked(strength="[0, inf)")
 def bce_to_ce_strength(strength: float, n_identities: int) -> float:
     """The strength under ``identity_loss="ce"`` whose pull on the features is that of ``strength`` under ``"bce"``.
 

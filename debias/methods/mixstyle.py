@@ -37,7 +37,7 @@ from debias.step.layers import LayerAugmenter
 __all__ = ["MixStyle", "MixStyleLayer", "mix_style"]
 
 
-@checked("x: float N C H W | float N L C, partners: int N, shares: float N")
+@checked("x: float N C H W | float N T C, partners: int N, shares: float N", eps="[0, inf)")
 def mix_style(x: Tensor, partners: Tensor, shares: Tensor, *, eps: float = 1e-6) -> Tensor:
     """Feature maps whose styles are mixed with those of their partners.
 
@@ -83,7 +83,7 @@ class MixStyleLayer(nn.Module):
         x ``(N, C, H, W)`` or ``(N, T, D)``, domains int64 ``(N,)`` or None for partners of any domain; output like x.
     """
 
-    @checked()
+    @checked(eps="[0, inf)")
     def __init__(self, p: float = 0.5, alpha: float = 0.1, *, eps: float = 1e-6) -> None:
         super().__init__()
         self.p, self.alpha = check_number("p", p, "[0, 1]"), check_number("alpha", alpha, "(0, inf)")

@@ -17,7 +17,7 @@ from debias.ops.arguments import checked
 __all__ = ["DetectionAccuracy", "GroupMeanAveragePrecision", "detection_accuracy"]
 
 
-@checked()
+@checked("predicted: any p 4, true: any t 4", iou_threshold="[0, 1]")
 def detection_accuracy(predicted: Tensor, true: Tensor, *, iou_threshold: float = 0.5) -> Tensor:
     """Accuracy of an image's boxes: hits over hits, false alarms and misses.
 
@@ -81,7 +81,7 @@ class DetectionAccuracy(Metric):
     sums: Tensor
     counts: Tensor
 
-    @checked()
+    @checked(iou_threshold="[0, 1]", score_threshold="[0, 1]")
     def __init__(
         self, n_groups: int, *, iou_threshold: float = 0.5, score_threshold: float = 0.5, **kwargs: Any
     ) -> None:

@@ -15,7 +15,6 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 
 from debias.errors import BadRowsError, DebiasError
-from debias.ops.arguments import checked
+from debias.ops.arguments import MOST, check_count, checked
 
 __all__ = [
     "GroupAccuracy",
@@ -38,7 +37,7 @@ __all__ = [
 ]
 
 
-@checked()
+@checked("values: float N, groups: any N | bool N n_groups")
 def group_sums(values: Tensor, groups: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
     """Sum and number of the values of each group.
 
@@ -73,7 +72,7 @@ def group_sums(values: Tensor, groups: Tensor, n_groups: int) -> tuple[Tensor, T
     return totals[:, 0], totals[:, 1]
 
 
-@checked()
+@checked("by_group: float G")
 def worst_group(by_group: Tensor, *, higher_is_better: bool = True) -> Tensor:
     """The worst value of any group: the smallest, or the largest where ``higher_is_better`` is False.
 
@@ -88,7 +87,7 @@ def worst_group(by_group: Tensor, *, higher_is_better: bool = True) -> Tensor:
     return sign * _smallest(sign * by_group)
 
 
-@checked()
+@checked("by_group: float G")
 def group_difference(by_group: Tensor) -> Tensor:
     """The largest value of any group minus the smallest; a scalar tensor, NaN if all groups are NaN.
 
@@ -98,7 +97,7 @@ def group_difference(by_group: Tensor) -> Tensor:
     return -_smallest(-by_group) - _smallest(by_group)
 
 
-@checked()
+@checked("by_group: float G")
 def group_ratio(by_group: Tensor) -> Tensor:
     """The smallest value of any group over the largest; a scalar tensor, NaN if all are NaN or the largest is 0.
 
@@ -108,7 +107,7 @@ def group_ratio(by_group: Tensor) -> Tensor:
     return _smallest(by_group) / -_smallest(-by_group)
 
 
-@checked()
+@checked("by_group: float G, train_counts: any G")
 def adjusted_average(by_group: Tensor, train_counts: Tensor) -> Tensor:
     """The average that a set with the group proportions of the training set would have.
 
@@ -608,9 +607,7 @@ def _snake_case(name: str) -> str:
 
 
 def _check_n_groups(n_groups: int) -> int:
-    if isinstance(n_groups, bool) or not isinstance(n_groups, Integral) or n_groups < 1:
-        raise DebiasError(f"Expected argument `n_groups` to be an integer of at least 1, but got {n_groups!r}.")
-    return int(n_groups)
+    return check_count("n_groups", n_groups, 1, MOST)
 
 
 def _names(group_names: Sequence[str] | None, n_groups: int) -> list[str]:
@@ -627,7 +624,7 @@ def _counts(train_counts: Sequence[int] | Tensor | None, n_groups: int) -> Tenso
     if train_counts is None:
         return None
     counts = torch.as_tensor(train_counts, dtype=torch.float64)
-    if counts.shape != (n_groups,) or (counts < 0).any() or not counts.sum() > 0:
+    if counts.shape != (n_groups,) or not (counts >= 0).all() or not 0 < counts.sum() < torch.inf:
         raise DebiasError(
             f"Expected argument `train_counts` to be {n_groups} counts, not negative and not all 0, but got"
             f" {counts.tolist()}. Count the training samples of each group."

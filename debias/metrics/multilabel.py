@@ -38,7 +38,7 @@ class MultilabelF1(Metric):
     counts: Tensor
     thresholds: Tensor
 
-    @checked()
+    @checked(thresholds="[1, 1000000]")
     def __init__(self, n_labels: int, n_groups: int = 1, thresholds: int = 99) -> None:
         super().__init__()
         self.n_groups = n_groups

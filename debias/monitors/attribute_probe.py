@@ -41,7 +41,7 @@ from debias.step.watcher import check_loss
 __all__ = ["AttributeProbe", "ledoit_wolf_shrinkage", "probe_attribute"]
 
 
-@checked("scatter: float ... ")
+@checked("scatter: float D D, fourth: float, n: any")
 def ledoit_wolf_shrinkage(scatter: Tensor, fourth: Tensor, n: Tensor) -> Tensor:
     """Share of the spherical target in Ledoit and Wolf's covariance, from sums over centred samples.
 
@@ -61,7 +61,7 @@ def ledoit_wolf_shrinkage(scatter: Tensor, fourth: Tensor, n: Tensor) -> Tensor:
     return torch.where(noise > 0, noise / distance.clamp_min(torch.finfo(noise.dtype).tiny), 0)
 
 
-@checked()
+@checked("features: float N D, attributes: int N, numbers: int N", fit_fraction="(0, 1)", shrinkage="[0, 1]")
 def probe_attribute(
     features: Tensor,
     attributes: Tensor,

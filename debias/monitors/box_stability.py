@@ -92,7 +92,7 @@ class BoxStability(EpochMonitor):
     reference: ClassVar[str] = "Yang et al., ICLR 2024"
     _value_names = ("box_stability",)
 
-    @checked()
+    @checked(score_threshold="[0, 1]")
     def __init__(
         self,
         layers: list[str],

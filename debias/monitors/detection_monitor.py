@@ -74,7 +74,7 @@ class DetectionMonitor(EpochMonitor):
     reference: ClassVar[str] = "mAP: COCO (torchmetrics); detection accuracy: WILDS, GWHD 2021"
     _value_names = ("map", "map_50", "detection_accuracy")
 
-    @checked()
+    @checked(iou_threshold="[0, 1]", score_threshold="[0, 1]", draw="[0, inf)")
     def __init__(
         self,
         domain: tuple[BatchKey, ...] | BatchKey,

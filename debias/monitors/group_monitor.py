@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from debias.data.samplers import check_batches
 from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, LossNotFoundError, RowsError
 from debias.metrics import GroupAccuracy, GroupedMetric
 from debias.monitors._epoch import EpochMonitor, by_group
@@ -322,7 +323,12 @@ class GroupMonitor(EpochMonitor):
         return [GroupedMetric(self.metric, self.total, **options)]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Say which groups have a sample neither in the training nor in the validation set, where tags tell."""
+        """Say which groups have a sample neither in the training nor in the validation set, where tags tell.
+
+        Raises:
+            DebiasError: a sampler balances batches of another size than the loader's.
+        """
+        check_batches(trainer.train_dataloader)
         if trainer.val_dataloaders is None or not trainer.is_global_zero:
             return
         loaders = trainer.train_dataloader, trainer.val_dataloaders

@@ -105,16 +105,18 @@ def shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
-def checked(shapes: str = "") -> Callable[[F], F]:
+def checked(shapes: str = "", **within: str) -> Callable[[F], F]:
     """Refuse calls whose arguments are not of the annotated kind, or whose tensors do not fit together.
 
     An argument that is annotated as a number has to be finite, as an integer within 64 bits, as a ``Literal`` one of
-    the choices; truth values are no numbers. What the function itself refuses it refuses first, as it says it better.
-    No value of a tensor is looked at, which would stop a device.
+    the choices; truth values are no numbers. Numbers ``n_...`` are counts from 1 to :data:`MOST`. What the function
+    itself refuses it refuses first, as it says it better. No value of a tensor is looked at, which would stop a device.
 
     Args:
         shapes: of tensor arguments: ``"losses: float N, domains: int N | bool N n_domains, x: float N C ..."``. Letters
             that come twice are the same number; names of integer arguments, and numbers, are what they say.
+        **within: intervals of numbers by name, ``alpha="(0, 1]"``; None, and what is no number, is left to the
+            annotation.
 
     Example:
         >>> import torch
@@ -129,19 +131,29 @@ def checked(shapes: str = "") -> Callable[[F], F]:
 
     def decorate(function: F) -> F:
         names, wanted = list(inspect.signature(function).parameters), _parse(shapes)
+        within.update({name: f"[1, {MOST}]" for name in names if name.startswith("n_") and name not in within})
+        ends = {name: float(interval[1:-1].split(",")[1]) for name, interval in within.items()}
+        limits = {name: int(end) for name, end in ends.items() if end < math.inf}
 
         @functools.wraps(function)
         def call(*args: Any, **options: Any) -> Any:
             if torch.compiler.is_compiling():
                 return function(*args, **options)
+            given = dict(zip(names, args, strict=False)) | options
+            for name, highest in limits.items():
+                if _is_integer(given.get(name)) and given[name] > highest:  # before memory or time is taken for it
+                    check_count(name, given[name], 0, highest)
+            for name in wanted:
+                if not isinstance(given.get(name), Tensor | None):
+                    _check(function, {}, {}, {name: given[name]})
             try:
                 result = function(*args, **options)
             except DebiasError:
                 raise
             except Exception:
-                _check(function, wanted, dict(zip(names, args, strict=False)) | options)
+                _check(function, wanted, within, given)
                 raise
-            _check(function, wanted, dict(zip(names, args, strict=False)) | options)
+            _check(function, wanted, within, given)
             return result
 
         return typing.cast(F, call)
@@ -149,12 +161,17 @@ def checked(shapes: str = "") -> Callable[[F], F]:
     return decorate
 
 
-def _check(function: Any, wanted: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def _check(function: Any, wanted: Mapping[str, Any], within: Mapping[str, str], given: Mapping[str, Any]) -> None:
     hints = _hints(function)
     for name, value in given.items():
         if name in hints and not _is(value, hints[name]):
             remedy = f" Pass an instance, `{value.__name__}(...)`." if _is_class_of(value, hints[name]) else ""
             raise DebiasError(f"Expected `{name}` to be {_words(hints[name])}, but got {shown(value)}.{remedy}")
+    for name, interval in within.items():
+        if _is_number(value := given.get(name)):
+            check_number(name, value, interval)
+        elif isinstance(value, Sequence) and not value:
+            raise DebiasError(f"Expected `{name}` to hold at least one number, but got {shown(value)}.")
     known: dict[str, tuple[int, str]] = {
         name: (int(value), f"`{name}`") for name, value in given.items() if _is_integer(value)
     }
@@ -189,6 +206,8 @@ def _is(value: Any, hint: Any) -> bool:
 
 def _is_one(value: Any, kind: Any) -> bool:
     origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin is typing.Any:  # a class, from Python 3.11 on
+        return True
     if origin is typing.Literal:
         return any(type(value) is type(choice) and value == choice for choice in inner)
     if origin is float:
@@ -202,8 +221,9 @@ def _is_one(value: Any, kind: Any) -> bool:
     if not isinstance(origin, type) or getattr(origin, "_is_protocol", False):
         return origin is not None or value is None  # Any, type variables
     if origin in (list, tuple, collections.abc.Sequence, collections.abc.Iterable):
-        if not isinstance(value, Sequence):  # arrays and tensors are sequences, too
-            return hasattr(value, "__len__") and hasattr(value, "shape") and len(value.shape) > 0
+        if not isinstance(value, Sequence):  # arrays and tensors are sequences of numbers, too
+            numbers = {float, int} & {part for of in inner for part in _parts(of)}
+            return bool(numbers or not inner) and len(getattr(value, "shape", ())) == 1
         if isinstance(value, str):
             return False
         if origin is tuple and inner and inner[-1] is not Ellipsis:

@@ -72,7 +72,7 @@ class GradientReversal(nn.Module):
         return f"strength={self.strength}"
 
 
-@checked()
+@checked(progress="[0, inf)", gamma="[0, inf)")
 def dann_ramp(progress: float, *, gamma: float = 10.0) -> float:
     """DANN's schedule of the strength, from 0 to 1: ``2 / (1 + exp(-gamma p)) - 1`` (Ganin et al., section 5.2.2).
 

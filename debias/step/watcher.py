@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from debias.errors import DebiasError
+from debias.ops.arguments import checked
 from debias.ops.own_memory import own_memory
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
@@ -51,6 +52,7 @@ class StepWatcher(Callback):
     needs: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[str] = ""
 
+    @checked()
     def __init__(self, *, name: str | None = None, allow_untested_strategy: bool = False) -> None:
         self.name = name
         self.allow_untested_strategy = allow_untested_strategy
@@ -168,6 +170,7 @@ class Debiaser(StepWatcher):
 
     trains: ClassVar[bool] = True
 
+    @checked()
     def __init__(
         self,
         *,

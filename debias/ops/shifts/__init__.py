@@ -65,7 +65,7 @@ def transforms_of(family: str, channels: int) -> tuple[Callable[[Tensor, Draws],
     return pixels.GREY_COLOUR if family == "colour" and channels == 1 else _TRANSFORMS[family]
 
 
-@checked()
+@checked("images: any N C H W, keys: int N")
 def crafted_shift(images: Tensor, family: str, keys: Tensor) -> Tensor:
     """Every image under one transform of the family, drawn by its key.
 

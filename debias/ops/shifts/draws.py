@@ -28,7 +28,7 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-@checked()
+@checked("indices: int N")
 def sample_keys(indices: Tensor, name: str, *, seed: int = 0) -> Tensor:
     """One key for each sample index.
 
