@@ -45,7 +45,7 @@ def check_number(name: str, value: Any, within: str = "[0, inf)") -> float:
         number = int(value) if isinstance(value, Integral) else float(value)
         above = number >= low if within[0] == "[" else number > low
         below = number <= high if within[-1] == "]" else number < high
-        if above and below and abs(number) < sys.float_info.max:
+        if above and below and _is_finite(number):
             return number
     rule = f"a number {'>=' if within[0] == '[' else '>'} {low:g}" if high == math.inf else f"a number in {within}"
     raise DebiasError(f"Expected `{name}` to be {rule}, but got {shown(value)}.")
@@ -190,6 +190,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
 def _is_integer(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
@@ -211,7 +218,7 @@ def _is_one(value: Any, kind: Any) -> bool:
     if origin is typing.Literal:
         return any(type(value) is type(choice) and value == choice for choice in inner)
     if origin is float:
-        return _is_number(value) and abs(value) <= sys.float_info.max
+        return _is_number(value) and _is_finite(value)
     if origin is int:
         return _is_integer(value) and abs(value) <= LARGEST
     if origin is bool:

@@ -354,7 +354,7 @@ def check_counts(group_counts: Any, names: Sequence[str], kind: str = "group") -
     counts = torch.as_tensor(group_counts, dtype=torch.float64).cpu()
     if counts.shape != (len(names),) or not bool(((counts >= 0) & counts.isfinite()).all()):
         raise DebiasError(
-            f"Expected `{kind}_counts` to be {len(names)} finite numbers >= 0, one per {kind}, but got"
+            f"Expected `{kind}_counts` to be {len(names)} numbers >= 0 and finite, one per {kind}, but got"
             f" {counts.tolist()}."
         )
     if bool((counts == 0).any()):

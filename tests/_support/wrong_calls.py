@@ -138,9 +138,8 @@ def public() -> dict[str, Any]:
     for module in (debias, debias.functional, debias.metrics, debias.data):
         for name in module.__all__:
             value = getattr(module, name)
-            if (
-                callable(value) and not name.endswith("Mixin") and name not in LEFT_OUT
-            ):  # mixins are inherited, and hold the same modules
+            # Mixins are inherited, and hold the same modules.
+            if callable(value) and not name.endswith("Mixin") and name not in LEFT_OUT:
                 found.setdefault(name, value)
     return found
 
