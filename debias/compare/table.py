@@ -115,6 +115,11 @@ class Used:
         """Average minus worst group."""
         return self.test.average - self.test.worst
 
+    @property
+    def not_finite(self) -> float:
+        """Test samples whose predictions are not finite."""
+        return not_finite(self.record, self.candidate)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -197,6 +202,12 @@ class Comparison:
         """``"accuracy in %"``, or the metric's name."""
         name = self.metric.replace("_", " ") or "metric"
         return f"{name} in %" if self.percent else name
+
+
+def not_finite(record: RunRecord, candidate: str) -> float:
+    """The largest number of test samples of a run whose predictions are not finite, as monitors count them."""
+    test = record.candidates[candidate].test if candidate in record.candidates else {}
+    return max((v for key, v in test.items() if "_not_finite" in key and not math.isnan(v)), default=0.0)
 
 
 def label(method: str) -> str:
@@ -349,6 +360,12 @@ def _notes(
     for name in dict.fromkeys(name for row in rows for name, s in row.by_group.items() if s.n < len(row.runs)):
         lacking = sum(len(row.runs) - row.by_group[name].n for row in rows)
         yield f"Group {name!r} has no test sample in {lacking} of {sum(len(r.runs) for r in rows)} runs."
+    runs = [run for row in rows for run in row.runs if run.not_finite]
+    if diverged := [f"{run.record.id} ({run.not_finite:.0f} samples)" for run in runs]:
+        yield (
+            f"DIVERGED: predictions on the test set that are not finite count as wrong, or make a metric NaN, in"
+            f" {', '.join(diverged)}. A difference to such a run says nothing about a method."
+        )
     if any(row.worst_vs_erm is not None and row.worst_vs_erm.n < 2 for row in rows):
         yield "With fewer than two seeds in common with ERM, seed noise cannot be told."
     seeds = {row.seeds for row in rows if row.runs}
@@ -516,8 +533,8 @@ def runs_rows(comparison: Comparison) -> list[dict[str, Any]]:
 
     Columns, in this order: ``id``, ``method``, ``seed``, ``params`` as JSON, ``held_out``, ``status``, ``error``;
     ``in_table``, whether its setting was chosen; ``rule``; ``candidate``, ``epoch``, ``step``; ``score``; of the test
-    ``metric``, ``average``, ``worst_group``, ``gap`` and ``group/<name>``; ``steps``, ``seconds``,
-    ``seconds_per_step``, ``peak_memory_mib``, ``device``, ``started``, ``recipe``, ``recipe_hash``,
+    ``metric``, ``average``, ``worst_group``, ``gap``, ``not_finite`` (samples) and ``group/<name>``; ``steps``,
+    ``seconds``, ``seconds_per_step``, ``peak_memory_mib``, ``device``, ``started``, ``recipe``, ``recipe_hash``,
     ``git_revision``, and ``version/<name>``.
     """
     used = {run.record.id: run for row in comparison.rows for run in row.runs}
@@ -561,6 +578,7 @@ def _run_row(
         "average": _known(test.average),
         "worst_group": _known(test.worst),
         "gap": _known(test.average - test.worst),
+        "not_finite": not_finite(record, comparison.rule.candidate),
         **{f"group/{name}": _known(test.by_group.get(name, math.nan)) for name in groups},
         "steps": record.steps,
         "seconds": _known(record.seconds),
