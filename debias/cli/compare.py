@@ -29,6 +29,7 @@ from debias.compare.records import RECORD, default_group, read_record, read_spec
 from debias.compare.report import report
 from debias.compare.runner import Interrupted, run_all
 from debias.errors import DebiasError, missing_package
+from debias.ops.arguments import check_count
 
 try:
     from rich.console import Console
@@ -56,6 +57,9 @@ def compare(options: argparse.Namespace) -> None:
     console = Console(stderr=options.print_wandb_sweep)
     if not options.seeds or not 0 <= min(options.seeds) <= max(options.seeds) < 2**32:
         raise DebiasError(f"Expected `seeds` to be one or more integers from 0 to 2**32 - 1, but got {options.seeds}.")
+    check_count("jobs", options.jobs, 1, 1000)
+    check_count("draws", options.draws, 1, 10_000)
+    check_count("draw_seed", options.draw_seed, 0, 2**32 - 1)
     seeds = list(dict.fromkeys(options.seeds))
     fixed = {key: values[0] for key, values in _pairs("set", options.set).items()}
     recipe = find_recipe(options.recipe, tuple(options.config), fixed)

@@ -326,8 +326,10 @@ class GroupMonitor(EpochMonitor):
         """Say which groups have a sample neither in the training nor in the validation set, where tags tell.
 
         Raises:
-            DebiasError: a sampler balances batches of another size than the loader's.
+            DebiasError: a sampler balances batches of another size than the loader's, or ranks have different numbers
+                of batches.
         """
+        super().on_train_start(trainer, pl_module)
         check_batches(trainer.train_dataloader)
         if trainer.val_dataloaders is None or not trainer.is_global_zero:
             return

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from _support.fits import make_trainer
 from debias.compare.keeping import Keeper
@@ -30,7 +30,6 @@ LOADERS = {
     "shuffled by the global generator": lambda: stateful.StatefulDataLoader(ROWS, 3, shuffle=True),
     "shuffled by its own": lambda: stateful.StatefulDataLoader(ROWS, 3, shuffle=True, generator=seven()),
     "torchdata's sampler": lambda: stateful.StatefulDataLoader(ROWS, 3, sampler=torchdata_sampler()),
-    "torch's sampler": lambda: stateful.StatefulDataLoader(ROWS, 3, sampler=RandomSampler(ROWS, generator=seven())),
     "workers": lambda: stateful.StatefulDataLoader(ROWS, 3, shuffle=True, num_workers=2),
     "a plain loader": lambda: DataLoader(ROWS, 3, shuffle=True),
 }

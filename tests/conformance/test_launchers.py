@@ -17,7 +17,7 @@ from debias.ops.own_memory import _tensors, own_memory
 
 
 def shared(callback):
-    return [t for t in _tensors(vars(callback), set()) if t.is_shared()]
+    return [t for t in _tensors(vars(callback), set()) if t.is_shared() and t.numel()]
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -26,7 +26,7 @@ def test_a_callback_takes_its_tensors_out_of_shared_memory(name):
     for callback in callbacks:
         before = [t.clone() for t in _tensors(vars(callback), set())]
         received = pickle.loads(bytes(ForkingPickler.dumps(callback)))  # as a process that "spawn" starts gets it
-        assert len(shared(received)) == len(before)
+        assert len(shared(received)) == sum(t.numel() > 0 for t in before)
         own_memory(vars(received))
         after = list(_tensors(vars(received), set()))
         assert not shared(received)
