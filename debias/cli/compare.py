@@ -28,6 +28,7 @@ from debias.compare.grid import BASELINES, Recipe, RunSpec, expand, prepare, set
 from debias.compare.records import RECORD, default_group, read_record, read_spec
 from debias.compare.report import report
 from debias.compare.runner import Interrupted, run_all
+from debias.compare.search import read_config
 from debias.errors import DebiasError, missing_package
 from debias.ops.arguments import check_count
 
@@ -133,6 +134,11 @@ def find_recipe(name: str, extra: tuple[Path, ...] = (), fixed: dict[str, Any] |
                 f"{nearest(folder.name, known)}"
             )
         folder = found
+    if not any(read_config(path).get("model") for path in (folder / "base.yaml", *extra)):
+        raise DebiasError(
+            f"Expected {folder / 'base.yaml'} to name a model, `model: {{class_path: ...}}`, but it has none. A recipe"
+            " names its data, model and trainer."
+        )
     shared = folder.resolve().parent / METHODS
     shared = shared if shared.is_dir() else recipes_folder() / METHODS
     return Recipe(folder.resolve().name, folder, shared, extra, fixed or {})

@@ -227,7 +227,7 @@ class GroupAccuracy(Metric):
         _raise_bad_ids(self.bad_ids, self.n_groups)
         overall = self.correct_all / self.total_all
         summary = _summary("accuracy", overall, self.correct / self.total, self.train_counts, higher_is_better=True)
-        return summary | _say_not_finite("accuracy", self.not_finite, "They count as wrong.")
+        return summary | say_not_finite("accuracy", self.not_finite, "They count as wrong.")
 
 
 class GroupedMetric(Metric):
@@ -335,7 +335,7 @@ class GroupedMetric(Metric):
             clones = _merged(clones, self.process_group, self.device)
         counts = self.total.tolist()
         if self.not_finite:  # what a metric makes of them is no measurement
-            return self._collected([None] * len(counts)) | _say_not_finite(
+            return self._collected([None] * len(counts)) | say_not_finite(
                 self.name, self.not_finite, "The metric is NaN."
             )
         places = [*(f"group `{name}`" for name in self.group_names), "all samples"]
@@ -428,7 +428,7 @@ def _summary(
     return summary
 
 
-def _say_not_finite(name: str, number: Tensor, then: str) -> dict[str, Tensor]:
+def say_not_finite(name: str, number: Tensor, then: str) -> dict[str, Tensor]:
     if not number:
         return {}
     rank_zero_warn(

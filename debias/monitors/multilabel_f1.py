@@ -144,7 +144,7 @@ class MultilabelF1Monitor(EpochMonitor):
 
     def _values(self, trainer: Any, pl_module: Any, stage: str) -> list[dict[str, Tensor]]:
         table = self._metric.compute()  # (G + 1, T, A), of all ranks and loaders
-        self._metric = None
+        not_finite, self._metric = self._metric.said, None
         if stage == "val":
             by_threshold = table[-1].nanmean(1).nan_to_num(-1)
             best = int(by_threshold.argmax())
@@ -155,4 +155,4 @@ class MultilabelF1Monitor(EpochMonitor):
         values |= {f"f1_by_label/{k}": v for k, v in zip(self.label_names, by_label.unbind(), strict=True)}
         if self.group is not None:
             values |= {"worst_group_f1": worst_group(f1_by_group), "f1_by_group": f1_by_group}
-        return [by_group(values, self.group_names)]
+        return [by_group(values | not_finite, self.group_names)]

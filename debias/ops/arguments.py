@@ -133,6 +133,7 @@ def checked(shapes: str = "", **within: str) -> Callable[[F], F]:
         names, wanted = list(inspect.signature(function).parameters), _parse(shapes)
         within.update({name: f"[1, {MOST}]" for name in names if name.startswith("n_") and name not in within})
         ends = {name: float(interval[1:-1].split(",")[1]) for name, interval in within.items()}
+        passed: set[Any] = set()
         limits = {name: int(end) for name, end in ends.items() if end < math.inf}
 
         @functools.wraps(function)
@@ -140,6 +141,9 @@ def checked(shapes: str = "", **within: str) -> Callable[[F], F]:
             if torch.compiler.is_compiling():
                 return function(*args, **options)
             given = dict(zip(names, args, strict=False)) | options
+            alike = _alike(given)
+            if alike in passed:  # steps call with the same shapes again and again
+                return function(*args, **options)
             for name, highest in limits.items():
                 if _is_integer(given.get(name)) and given[name] > highest:  # before memory or time is taken for it
                     check_count(name, given[name], 0, highest)
@@ -154,11 +158,26 @@ def checked(shapes: str = "", **within: str) -> Callable[[F], F]:
                 _check(function, wanted, within, given)
                 raise
             _check(function, wanted, within, given)
+            if alike is not None and len(passed) < 100:
+                passed.add(alike)
             return result
 
         return typing.cast(F, call)
 
     return decorate
+
+
+def _alike(given: Mapping[str, Any]) -> Any:
+    """What the checks look at, or None where that is more than plain values and tensors."""
+    parts: list[Any] = []
+    for name, value in given.items():
+        if isinstance(value, Tensor):
+            parts.append((name, value.shape, value.dtype))
+        elif type(value) in (int, float, bool, str, type(None)):
+            parts.append((name, type(value), value))
+        else:
+            return None
+    return tuple(parts)
 
 
 def _check(function: Any, wanted: Mapping[str, Any], within: Mapping[str, str], given: Mapping[str, Any]) -> None:

@@ -5,14 +5,15 @@ import json
 import os
 import random
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from _support.recipes import one
 from _support.records import log_weights, made_up, save
 from debias.cli import main, one_run
+from debias.cli.recipes import recipes_folder
 from debias.compare.figures import read_weights
 from debias.compare.keeping import Keeper, check_checkpoint
 from debias.compare.records import RunRecord, find_records, read_record, read_spec, write_json
@@ -197,9 +198,6 @@ def test_a_run_whose_disk_is_full_is_a_failure_and_goes_on_later(tmp_path, monke
     assert read_record(folder / "result.json").finished
 
 
-RECIPE = "trainer: {max_epochs: 1}\n"
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -216,21 +214,24 @@ RECIPE = "trainer: {max_epochs: 1}\n"
         ("compare colored_digits --methods erm --draw-seed -1 --draws 2", "`draw_seed` to be"),
         ("compare colored_digits --methods erm --draws 999999999", "`draws` to be"),
         ("compare colored_digits --methods erm --jobs 0", "`jobs` to be"),
-        ("compare {out}/empty --methods erm", "to be a configuration"),
+        ("compare {out}/empty --methods erm", "to name a model, `model: {class_path: ...}`, but it has none"),
         ("compare {out}/wide --methods erm --draws 2", "to be two integers"),
-        ("fit --config {fit} --ckpt_path {file}", "to be a checkpoint of tensors"),
-        ("fit --config {fit} --ckpt_path {out}/none.ckpt", "to name a checkpoint, but there is none"),
+        ("fit --config {fit} --trainer.logger false --ckpt_path {file}", "to be a checkpoint of tensors"),
+        (
+            "fit --config {fit} --trainer.logger false --ckpt_path {out}/none.ckpt",
+            "to name a checkpoint, but there is none",
+        ),
     ],
 )
 def test_a_command_line_that_cannot_be_is_one_message_before_anything_runs(tmp_path, capsys, words, message):
     out = save(made_up(("erm",), seeds=(0,)), tmp_path / "out")
     (tmp_path / "file").write_text("mine")
-    for name, text in (("empty", ""), ("wide", f"search: {{a.b: {{integers: [0, {10**30}]}}}}\n")):
+    fit, base = tmp_path / "fit.yaml", (recipes_folder() / "colored_digits" / "base.yaml").read_text()
+    fit.write_text(base)
+    wide = yaml.safe_load(base) | {"search": {"a.b": {"integers": [0, 10**30]}}}
+    for name, text in (("empty", ""), ("wide", yaml.safe_dump(wide))):
         (out / name).mkdir()
         (out / name / "base.yaml").write_text(text)
-    fit = tmp_path / "fit.yaml"
-    base = Path(one_run.__file__).parents[2] / "recipes" / "colored_digits" / "base.yaml"
-    fit.write_text(base.read_text())
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     with pytest.raises(SystemExit) as stop:
         main([word.format(file=tmp_path / "file", out=out, fit=fit) for word in words.split()])

@@ -5,7 +5,7 @@ import torch
 import torchmetrics
 from torchmetrics.classification import MulticlassAccuracy
 
-from debias.metrics import GroupAccuracy, GroupedMetric
+from debias.metrics import GroupAccuracy, GroupedMetric, MultilabelF1
 
 NAN, INF = torch.nan, torch.inf
 GROUPS = torch.tensor([0, 0, 1, 1])
@@ -71,3 +71,12 @@ def test_it_starts_afresh():
         values(metric, [[NAN, 0.0]] * 4, [0, 0, 1, 1])
     metric.reset()
     assert "accuracy_not_finite" not in values(metric, [[1.0, 0.0]] * 4, [0, 0, 0, 0])
+
+
+def test_a_probability_that_is_nan_is_a_wrong_guess_of_a_label():
+    metric = MultilabelF1(2, thresholds=1)
+    metric.update(torch.tensor([[0.9, NAN], [NAN, 0.1]]), torch.tensor([[1, 0], [1, -1]]), torch.zeros(2).long())
+    with pytest.warns(UserWarning, match="predictions of 2 samples are not finite"):
+        found = metric.compute()
+    assert found[-1, 0].tolist() == [pytest.approx(2 / 3), 0]  # one missed; one false alarm
+    assert metric.said["f1_not_finite"] == 2
