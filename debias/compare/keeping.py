@@ -61,7 +61,7 @@ class Keeper(Checkpoint):
         self._stopped = False
         self._loaders: list[Any] = []
         self._orders: list[Any] = []  # states of the generators that loaders have of their own
-        self._stateful = False  # whether a training loader keeps its position
+        self._stateful = False  # whether the training loaders keep their positions
         self._within = False  # whether the last checkpoint is of within an epoch
         self._reported = 0.0
         self._generators: list[dict[str, Any]] | None = None  # of each rank
@@ -107,7 +107,7 @@ class Keeper(Checkpoint):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """After a resume: a run that was stopped early before it was killed trains no further."""
         self._loaders = _loaders(trainer.train_dataloader)
-        self._stateful = any(hasattr(loader, "load_state_dict") for loader in self._loaders)
+        self._stateful = all(hasattr(loader, "load_state_dict") for loader in self._loaders)
         self._take_up()
         if self._stopped:
             trainer.should_stop = True
