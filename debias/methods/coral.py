@@ -38,7 +38,7 @@ from debias.step.tap import LossCall
 __all__ = ["CORAL", "CORALMixin", "CORALPenalty", "coral_penalty"]
 
 
-@checked("features: float N D, domains: int N | bool N n_domains")
+@checked("features: float N D, domains: int N < n_domains | bool N n_domains")
 @in_full_precision
 def coral_penalty(features: Tensor, domains: Tensor, n_domains: int, *, by_pairs: bool | None = None) -> Tensor:
     """Distance of the domains' means and covariances.

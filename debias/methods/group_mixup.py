@@ -73,7 +73,7 @@ def selective_pairs(labels: Tensor, domains: Tensor, *, same_label: bool) -> Ten
     return pairs & known & known.unsqueeze(1)
 
 
-@checked("x: float N ..., partners: int N, shares: float N")
+@checked("x: float N ..., partners: int N < N, shares: float N")
 def mixup(x: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
     """``share x_i + (1 - share) x_partner``.
 
@@ -89,7 +89,7 @@ def mixup(x: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
     return torch.lerp(x[partners], x, kept)
 
 
-@checked("x: float N C H W, partners: int N")
+@checked("x: float N C H W, partners: int N < N")
 def cutmix(x: Tensor, partners: Tensor, box: tuple[int, int, int, int]) -> tuple[Tensor, float]:
     """Images with a box of their partners pasted.
 

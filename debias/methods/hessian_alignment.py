@@ -63,7 +63,8 @@ PUBLISHED_ALPHA: dict[str, float] = {"hgp": 1e-4, "diagonal": 1e-3, "hutchinson"
 
 
 @checked(
-    "features: float N D, logits: float N C | float N, domains: int N | bool N n_domains",
+    "features: float N D, logits: float N C | float N, targets: int N < C | any ...,"
+    "domains: int N < n_domains | bool N n_domains",
     alpha="[0, inf)",
     beta="[0, inf)",
 )

@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 
-@checked("logits: float N K, identities: int N")
+@checked("logits: float N K, identities: int N < K")
 def identity_losses(logits: Tensor, identities: Tensor, *, identity_loss: Literal["bce", "ce"] = "bce") -> Tensor:
     """Loss of an identity head for each sample.
 

@@ -43,7 +43,7 @@ __all__ = ["IRM", "IRMMixin", "IRMPenalty", "irm_penalty"]
 Form = Literal["unbiased", "squared"]
 
 
-@checked("logits: float N C | float N, domains: int N | bool N n_domains")
+@checked("logits: float N C | float N, targets: int N < C | any ..., domains: int N < n_domains | bool N n_domains")
 @in_full_precision
 def irm_penalty(
     logits: Tensor,

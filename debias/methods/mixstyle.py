@@ -37,7 +37,7 @@ from debias.step.layers import LayerAugmenter
 __all__ = ["MixStyle", "MixStyleLayer", "mix_style"]
 
 
-@checked("x: float N C H W | float N T C, partners: int N, shares: float N", eps="[0, inf)")
+@checked("x: float N C H W | float N T C, partners: int N < N, shares: float N", eps="[0, inf)")
 def mix_style(x: Tensor, partners: Tensor, shares: Tensor, *, eps: float = 1e-6) -> Tensor:
     """Feature maps whose styles are mixed with those of their partners.
 

@@ -44,7 +44,7 @@ GAMMAS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
 Kernel = Literal["gaussian", "scaled_gaussian"]
 
 
-@checked("features: float N D, domains: int N | bool N n_domains", gammas="[0, inf)")
+@checked("features: float N D, domains: int N < n_domains | bool N n_domains", gammas="[0, inf)")
 @in_full_precision
 def mmd_penalty(
     features: Tensor,

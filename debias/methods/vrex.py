@@ -34,7 +34,7 @@ from debias.step.tap import LossCall
 __all__ = ["VREx", "VRExMixin", "VRExPenalty", "vrex_penalty"]
 
 
-@checked("losses: float N, domains: int N | bool N n_domains, den: float N")
+@checked("losses: float N, domains: int N < n_domains | bool N n_domains, den: float N")
 @in_full_precision
 def vrex_penalty(losses: Tensor, domains: Tensor, n_domains: int, *, den: Tensor | None = None) -> Tensor:
     """Variance of the domains' mean losses.

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from debias.errors import DebiasError
+from debias.errors import BadRowsError, DebiasError
 
 __all__ = ["MOST", "check_choice", "check_count", "check_instance", "check_number", "checked", "shown"]
 
@@ -110,11 +110,13 @@ def checked(shapes: str = "", **within: str) -> Callable[[F], F]:
 
     An argument that is annotated as a number has to be finite, as an integer within 64 bits, as a ``Literal`` one of
     the choices; truth values are no numbers. Numbers ``n_...`` are counts from 1 to :data:`MOST`. What the function
-    itself refuses it refuses first, as it says it better. No value of a tensor is looked at, which would stop a device.
+    itself refuses it refuses first, as it says it better. Values of tensors are looked at on CPUs alone, as it would
+    stop another device.
 
     Args:
         shapes: of tensor arguments: ``"losses: float N, domains: int N | bool N n_domains, x: float N C ..."``. Letters
-            that come twice are the same number; names of integer arguments, and numbers, are what they say.
+            that come twice are the same number; names of integer arguments, and numbers, are what they say. Ids are
+            below a number with ``"domains: int N < n_domains"``; negative ones are unlabelled.
         **within: intervals of numbers by name, ``alpha="(0, 1]"``; None, and what is no number, is left to the
             annotation.
 
@@ -143,6 +145,7 @@ def checked(shapes: str = "", **within: str) -> Callable[[F], F]:
             given = dict(zip(names, args, strict=False)) | options
             alike = _alike(given)
             if alike in passed:  # steps call with the same shapes again and again
+                _check_ids(wanted, given)
                 return function(*args, **options)
             for name, highest in limits.items():
                 if _is_integer(given.get(name)) and given[name] > highest:  # before memory or time is taken for it
@@ -156,8 +159,10 @@ def checked(shapes: str = "", **within: str) -> Callable[[F], F]:
                 raise
             except Exception:
                 _check(function, wanted, within, given)
+                _check_ids(wanted, given)
                 raise
             _check(function, wanted, within, given)
+            _check_ids(wanted, given)
             if alike is not None and len(passed) < 100:
                 passed.add(alike)
             return result
@@ -289,29 +294,63 @@ def _words(hint: Any) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-# Shapes
+# Shapes and ids
+
+
+def _check_ids(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    for name, alternatives in wanted.items():
+        for kind, dims, limit in alternatives:
+            ids = given.get(name)
+            if not limit or not isinstance(ids, Tensor) or ids.device.type != "cpu" or not _has_kind(ids, kind):
+                continue
+            size = _size(limit, wanted, given)
+            if size is None or ids.ndim != len(dims) or not ids.numel():
+                continue
+            try:
+                largest = int(ids.max())
+            except RuntimeError:  # a stand-in without values, of vmap or a tracer
+                continue
+            if largest >= size:
+                raise BadRowsError(
+                    f"Expected `{name}` to hold ids below {limit} = {size}, but got {largest} at position"
+                    f" {int(ids.argmax())}. Number them from 0; negative ones are unlabelled."
+                )
+
+
+def _size(limit: str, wanted: Mapping[str, Any], given: Mapping[str, Any]) -> int | None:
+    """What a letter stands for, or an argument."""
+    if _is_integer(given.get(limit)):
+        return int(given[limit])
+    for name, alternatives in wanted.items():
+        for kind, dims, _ in alternatives:
+            value = given.get(name)
+            if limit in dims and isinstance(value, Tensor) and _has_kind(value, kind) and value.ndim == len(dims):
+                return int(value.shape[dims.index(limit)])
+    return None
 
 
 @functools.cache
-def _parse(shapes: str) -> dict[str, list[tuple[str, list[str]]]]:
+def _parse(shapes: str) -> dict[str, list[tuple[str, list[str], str]]]:
+    """By argument the alternatives: kind, dimensions, and what ids are below, or nothing."""
     found = {}
     for entry in filter(None, map(str.strip, shapes.split(","))):
         name, _, alternatives = entry.partition(":")
-        kinds = [alternative.split() for alternative in alternatives.split("|")]
-        found[name] = [(kind, dims) for kind, *dims in kinds]
+        parts = [alternative.partition("<") for alternative in alternatives.split("|")]
+        kinds = [(shape.split(), limit.strip()) for shape, _, limit in parts]
+        found[name] = [(kind, dims, limit) for (kind, *dims), limit in kinds]
     return found
 
 
 def _check_shape(
-    name: str, tensor: Tensor, alternatives: list[tuple[str, list[str]]], known: dict[str, tuple[int, str]]
+    name: str, tensor: Tensor, alternatives: list[tuple[str, list[str], str]], known: dict[str, tuple[int, str]]
 ) -> None:
-    for kind, dims in alternatives:
+    for kind, dims, _ in alternatives:
         sizes = _fit(tensor, dims, known) if _has_kind(tensor, kind) else None
         if sizes is not None:
             known |= {dim: (size, f"`{name}`") for dim, size in sizes.items() if dim not in known}
             return
-    rule = " or ".join(f"{kind} of shape ({', '.join(dims)}{',' * (len(dims) == 1)})" for kind, dims in alternatives)
-    used = dict.fromkeys(dim for _, dims in alternatives for dim in dims if dim in known)
+    rule = " or ".join(f"{kind} of shape ({', '.join(dims)}{',' * (len(dims) == 1)})" for kind, dims, _ in alternatives)
+    used = dict.fromkeys(dim for _, dims, _ in alternatives for dim in dims if dim in known)
     where = "".join(f", with {dim} = {known[dim][0]} from {known[dim][1]}" for dim in used)
     raise DebiasError(f"Expected `{name}` to be {rule}, but got {shown(tensor)}{where}.")
 

@@ -14,7 +14,7 @@ import debias.functional as functional
 from _support.wrong_calls import IDS, LEFT_OUT, SPECIAL, G, N, calls, parameters, public, right
 from debias import GroupBalancedSampler, GroupDROLoss, VRExPenalty
 from debias.data.samplers import check_batches
-from debias.errors import DebiasError
+from debias.errors import BadRowsError, DebiasError
 from debias.metrics import GroupAccuracy, GroupedMetric
 from debias.ops.arguments import MOST, check_choice, check_count, check_instance, checked, shown
 
@@ -143,6 +143,40 @@ def test_batches_of_another_size_than_the_sampler_balances_are_refused():
     check_batches(torch.utils.data.DataLoader(range(40), batch_size=7))
     with pytest.raises(DebiasError, match=r"to have its `batch_size` 6, but got 7: its batches would not be balanced"):
         check_batches(torch.utils.data.DataLoader(range(40), batch_size=7, sampler=sampler))
+
+
+BAD = torch.tensor([0, 1, 7, 0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "limit"),
+    [
+        (lambda x: functional.irm_penalty(x, BAD, IDS, G), "targets", "C = 3"),
+        (lambda x: functional.irm_penalty(x, IDS, BAD, G), "domains", "n_domains = 3"),
+        (lambda x: functional.hessian_alignment_penalty(x, x, BAD, IDS, G), "targets", "C = 3"),
+        (lambda x: functional.vrex_penalty(x[:, 0], BAD, G), "domains", "n_domains = 3"),
+        (lambda x: functional.coral_penalty(x, BAD, G), "domains", "n_domains = 3"),
+        (lambda x: functional.mmd_penalty(x, BAD, G), "domains", "n_domains = 3"),
+        (lambda x: functional.identity_losses(x, BAD), "identities", "K = 3"),
+        (lambda x: functional.mixup(x, BAD, x[:, 0]), "partners", "N = 6"),
+    ],
+)
+def test_ids_beyond_their_number_are_refused_also_after_a_right_call(call, name, limit):
+    for _ in range(2):
+        with pytest.raises(BadRowsError, match=f"`{name}` to hold ids below {limit}, but got 7 at position 2"):
+            call(torch.rand(N, 3))
+        functional.vrex_penalty(torch.rand(N), IDS, G)
+
+
+def test_ids_are_not_looked_at_where_there_is_nothing_to_see():
+    @checked("x: float N, y: int N < n_groups")
+    def function(x: torch.Tensor, y: torch.Tensor, n_groups: int) -> torch.Tensor:
+        return (x * y).sum()
+
+    x = torch.ones(2, N)
+    assert torch.vmap(lambda row, ids: function(row, ids, G))(x, torch.stack([IDS, BAD])).tolist() == [6, 13]
+    with pytest.raises(BadRowsError, match="`y` to hold ids below n_groups = 3, but got 7"):
+        function(x[0], BAD, G)
 
 
 # The checks themselves
