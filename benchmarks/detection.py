@@ -25,7 +25,7 @@ import torch
 
 from debias import DetectionMonitor, DomainPenalisation, GroupDRO, GroupReweighting
 from debias.data import BCCD, ShapesDetection
-from debias.detector import Detector, tiny_detector
+from debias.models.detector import Detector, tiny_detector
 
 METHODS = {
     "ERM": lambda n: [],

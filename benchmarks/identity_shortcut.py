@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from debias import AttributeProbe, GroupMonitor, IdentityAdversarial
-from debias.classifier import Classifier
 from debias.data import IdentityShortcut
+from debias.models.classifier import Classifier
 
 ERM = "ERM"
 STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)

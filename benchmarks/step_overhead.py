@@ -80,7 +80,7 @@ def registered():
     given = {"n_groups": N_GROUPS, "group_counts": [10 + i for i in range(N_GROUPS)], "group": "group"}
     given |= {"domain": "group", "n_domains": N_GROUPS, "identity": "group", "n_identities": N_GROUPS, "target": 1}
     made = {}
-    for name in debias._EXPORTS:
+    for name in debias.__all__:
         cls = getattr(debias, name)
         if not (inspect.isclass(cls) and issubclass(cls, debias.Debiaser) and cls is not debias.Debiaser):
             continue

@@ -16,9 +16,11 @@ __all__ = [
     "BatchKeyError",
     "DataError",
     "DebiasError",
+    "DebiasWarning",
     "HeadNotFoundError",
     "LossNotFoundError",
     "RowsError",
+    "UnknownArgumentError",
     "UnsupportedStrategyError",
     "missing_package",
     "unwritable",
@@ -58,6 +60,10 @@ class BadRowsError(DebiasError):
     """Samples carried a group id outside the range or a loss that is not finite."""
 
 
+class UnknownArgumentError(DebiasError, TypeError):
+    """A class was called with an argument that it does not have."""
+
+
 class UnsupportedStrategyError(DebiasError):
     """The Trainer's strategy or optimisation mode is not supported by a method."""
 
@@ -74,9 +80,13 @@ def unwritable(path: Path | str, error: Exception) -> DebiasError:
     )
 
 
-def missing_package(package: str, error: ImportError) -> DebiasError:
-    """The error for a package of the extra ``recipes`` which is not there, or which is broken."""
+class DebiasWarning(UserWarning):
+    """A method or monitor says what would mislead; ``debias compare`` puts these of its runs under its table."""
+
+
+def missing_package(package: str, error: ImportError, *, extra: str = "recipes") -> DebiasError:
+    """The error for a package of an extra which is not there, or which is broken."""
     return DebiasError(
         f"Expected the package `{package}` to be installed, but importing it failed: {error}. Run"
-        " `pip install 'debias[recipes]'`."
+        f" `pip install 'debias[{extra}]'`."
     )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from debias import __version__
+from debias.cli.audit import add_audit_options
 from debias.cli.compare_options import add_compare_options
 from debias.cli.suggest import nearest
 
@@ -101,6 +102,10 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_argument("--group", default=None, help="W&B group; by default that of `debias compare`")
     report.set_defaults(run=_report)
 
+    audit = commands.add_parser("audit", help="does a model use a shortcut, which one, whom does it hurt, what to do")
+    add_audit_options(audit)
+    audit.set_defaults(run=_audit)
+
     methods = commands.add_parser("methods", help="what is there, what each needs from a batch, its reference")
     methods.set_defaults(run=_methods)
 
@@ -121,7 +126,7 @@ def _demo(options: argparse.Namespace) -> None:
 
     with readable_errors():
         check_writable(options.out)
-        from debias.demo import run
+        from debias.cli.demo import run
 
         run(seeds=options.seeds, out=options.out, max_epochs=options.epochs)
 
@@ -131,7 +136,7 @@ def _gallery(options: argparse.Namespace) -> None:
 
     with readable_errors():
         check_writable(options.out.parent)
-        from debias.gallery import run
+        from debias.cli.gallery import run
 
         run(options.out, options.images, size=options.size, draws=options.draws, seed=options.seed)
 
@@ -141,7 +146,7 @@ def _selection(options: argparse.Namespace) -> None:
 
     with readable_errors():
         check_writable(options.out)
-        from debias.shift_selection import run
+        from debias.cli.shift_selection import run
 
         run(options.out, source=options.source, mnist=options.mnist, seeds=options.seeds, epochs=options.epochs)
 
@@ -163,6 +168,15 @@ def _report(options: argparse.Namespace) -> None:
 
         where = {"project": options.project, "entity": options.entity, "group": options.group}
         report(options.folders, options.select, options.out, **where)
+
+
+def _audit(options: argparse.Namespace) -> None:
+    from debias.cli.errors import readable_errors
+
+    with readable_errors():
+        from debias.cli.audit import audit
+
+        audit(options)
 
 
 def _methods(_: argparse.Namespace) -> None:

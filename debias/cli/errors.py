@@ -15,9 +15,12 @@ from debias.compare.escape import plain
 __all__ = ["check_writable", "install_hint", "readable_errors"]
 
 EXTRAS = {
+    "jinja2": "audit",
     "kornia": "augment",
     "matplotlib": "recipes",
+    "pandas": "audit",
     "rich": "recipes",
+    "scipy": "audit",
     "sklearn": "recipes",
     "submitit": "cluster",
     "timm": "recipes",

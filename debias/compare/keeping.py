@@ -1,4 +1,4 @@
-"""Callbacks of a run: they keep a checkpoint for each selection rule, measure time, and let a killed run go on."""
+"""The callback that keeps a checkpoint for each selection rule, and lets a killed run go on."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 
 from debias.compare.records import PROGRESS, Candidate, measures, shift_score, write_json
 from debias.compare.schema import is_checkpoint
 from debias.errors import DebiasError, unwritable
-from debias.step.distributed import gather_objects, global_rank
+from debias.ops.distributed import gather_objects, global_rank
 
-__all__ = ["Keeper", "StepClock", "begin_again", "check_checkpoint", "validation_metrics"]
+__all__ = ["Keeper", "begin_again", "check_checkpoint", "validation_metrics"]
 
 
 def validation_metrics(trainer: Any) -> dict[str, float]:
@@ -264,64 +264,6 @@ def check_checkpoint(path: Path, remedy: str) -> None:
 def begin_again(delete: Path) -> str:
     """What to do about a run that cannot go on."""
     return f"Delete {delete}, and the run begins again."
-
-
-class StepClock(Callback):
-    """Wall-clock seconds of a training step, waiting for data included, validation and checkpoints not.
-
-    The first epoch, in which caches fill and kernels are chosen, counts only where there is no other. The device is
-    waited for once an epoch.
-    """
-
-    def __init__(self) -> None:
-        self.epochs: list[list[float]] = []  # seconds and steps
-        self._start = 0.0
-        self._paused: float | None = None
-        self._from = 0
-
-    @property
-    def seconds_per_step(self) -> float:
-        """Mean over the steps; NaN before the first."""
-        counted = self.epochs[1:] or self.epochs
-        steps = sum(n for _, n in counted)
-        return sum(s for s, _ in counted) / steps if steps else math.nan
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start."""
-        self._from, self._start, self._paused = trainer.global_step, time.perf_counter(), None
-
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Pause."""
-        _wait(trainer)
-        self._paused = time.perf_counter()
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        """Go on: not at the end of validation, where checkpoints are written."""
-        self._go_on()
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Stop."""
-        self._go_on()
-        _wait(trainer)
-        self.epochs.append([time.perf_counter() - self._start, trainer.global_step - self._from])
-
-    def state_dict(self) -> dict[str, Any]:
-        """What was measured."""
-        return {"epochs": [list(epoch) for epoch in self.epochs]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
-        self.epochs = state_dict["epochs"]
-
-    def _go_on(self) -> None:
-        if self._paused is not None:
-            self._start += time.perf_counter() - self._paused
-            self._paused = None
-
-
-def _wait(trainer: Any) -> None:
-    if trainer.strategy.root_device.type == "cuda":
-        torch.cuda.synchronize(trainer.strategy.root_device)
 
 
 def _loaders(loaders: Any) -> list[Any]:

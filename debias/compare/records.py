@@ -75,10 +75,12 @@ class RunRecord:
         direction: ``"max"`` where higher metrics are better, else ``"min"``.
         candidates: checkpoints by the rule that chose them; ``"last"`` is always there.
         error: of a failed run: its last line.
+        warnings: what debias said that would mislead a reader, each once.
         steps: optimiser steps of the whole training.
         seconds_per_step: wall-clock time of training, without validation, over steps.
-        seconds: wall-clock time of the whole run.
-        peak_memory: bytes; of the device, or of the process where that is the CPU.
+        seconds: wall-clock time of the whole run, from the start of its process on; of a run that was killed and went
+            on, without what was lost.
+        peak_memory: bytes, until training ended; of the device, or of the process where that is the CPU.
         device: what it ran on, in words.
         versions: of python, debias, torch, lightning and others, by name.
         git: revision of the working folder and whether it was changed, or empty.
@@ -98,6 +100,7 @@ class RunRecord:
     direction: str = "max"
     candidates: dict[str, Candidate] = field(default_factory=dict)
     error: str = ""
+    warnings: list[str] = field(default_factory=list)
     steps: int = 0
     seconds_per_step: float = math.nan
     seconds: float = math.nan
@@ -133,12 +136,15 @@ class Measures:
         average: over all samples; over the loaders where there are several.
         worst: of the worst group, domain or loader; NaN where nothing tells groups apart.
         by_group: of each group, NaN for one without samples.
+        adjusted: mean over groups, weighted by their shares of the training set, as published for Waterbirds; NaN where
+            the monitor was not told the training counts.
     """
 
     metric: str
     average: float
     worst: float
     by_group: dict[str, float]
+    adjusted: float = math.nan
 
 
 def default_group(recipe: str, recipe_hash: str) -> str:
@@ -150,8 +156,8 @@ def measures(metrics: Mapping[str, float], stage: str, direction: str = "max") -
     """Find the figures among what the monitors logged, by their names.
 
     ``<stage>/worst_group_<metric>`` or ``<stage>/worst_domain_<metric>`` gives the metric's name, and with it
-    ``<stage>/<metric>`` and ``<stage>/<metric>_by_group/<name>``; the first one logged counts. With several loaders,
-    each is a group: the average is their mean, the worst the worst of their averages.
+    ``<stage>/<metric>``, ``<stage>/adjusted_<metric>`` and ``<stage>/<metric>_by_group/<name>``; the first one logged
+    counts. With several loaders, each is a group: the averages are their means, the worst the worst of their averages.
 
     Args:
         metrics: by name, as logged.
@@ -178,11 +184,17 @@ def measures(metrics: Mapping[str, float], stage: str, direction: str = "max") -
     if loaders == [None]:
         place = f"{start}{metric}_by_{of}/"
         by_group = {key[len(place) :]: value for key, value in metrics.items() if key.startswith(place)}
-        return Measures(metric, metrics.get(f"{start}{metric}", math.nan), metrics[first.group()], by_group)
+        average, adjusted = (metrics.get(f"{start}{name}{metric}", math.nan) for name in ("", "adjusted_"))
+        return Measures(metric, average, metrics[first.group()], by_group, adjusted)
     by_loader = {loader.strip("/"): metrics.get(f"{start}{metric}{loader}", math.nan) for loader in loaders}
     known = [value for value in by_loader.values() if not math.isnan(value)]
     worst = (min if direction == "max" else max)(known, default=math.nan)
-    return Measures(metric, sum(known) / len(known) if known else math.nan, worst, by_loader)
+    adjusted = _mean([metrics.get(f"{start}adjusted_{metric}{loader}", math.nan) for loader in loaders])
+    return Measures(metric, _mean(known), worst, by_loader, adjusted)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
 
 
 def shift_score(metrics: Mapping[str, float]) -> float:

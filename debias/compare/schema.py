@@ -89,6 +89,7 @@ RECORD: dict[str, Check] = WHAT | {
     "direction": ("`max` or `min`", lambda v: v in ("max", "min")),
     "candidates": ("a mapping", _mapping),
     "error": ("text", _text),
+    "warnings": ("a list of texts", lambda v: isinstance(v, list) and all(map(_text, v))),
     "steps": ("an integer >= 0", _count),
     "seconds_per_step": ("a number >= 0, or NaN", _amount),
     "seconds": ("a number >= 0, or NaN", _amount),

@@ -132,6 +132,7 @@ class Row:
         runs: of this setting, by seed.
         score: of the rule, over seeds.
         average: test metric over all samples.
+        adjusted: mean over groups by their shares of the training set; of no run where the counts are not known.
         worst: of the worst group.
         gap: average minus worst group.
         by_group: of each group.
@@ -148,6 +149,7 @@ class Row:
     runs: tuple[Used, ...]
     score: Spread
     average: Spread
+    adjusted: Spread
     worst: Spread
     gap: Spread
     by_group: dict[str, Spread]
@@ -196,6 +198,11 @@ class Comparison:
         known = [v for v in shares if not math.isnan(v)]
         named = any(part in PERCENT for part in self.metric.lower().split("_"))
         return named and all(0 <= v <= 1 for v in known)
+
+    @property
+    def adjusted(self) -> bool:
+        """Whether an adjusted average is known of any method."""
+        return any(row.adjusted.n for row in self.rows)
 
     @property
     def unit(self) -> str:
@@ -323,6 +330,7 @@ def _row(choice: Choice, used: dict[str, tuple[Used, ...]], records: Sequence[Ru
         runs=runs,
         score=over(lambda r: r.score),
         average=over(lambda r: r.test.average),
+        adjusted=over(lambda r: r.test.adjusted),
         worst=over(lambda r: r.test.worst),
         gap=over(lambda r: r.gap),
         by_group={name: spread(r.test.by_group.get(name, math.nan) for r in runs) for name in groups},
@@ -337,6 +345,7 @@ def _row(choice: Choice, used: dict[str, tuple[Used, ...]], records: Sequence[Ru
 def _notes(
     rows: Sequence[Row], choices: Sequence[Choice], records: Sequence[RunRecord], metrics: Sequence[str]
 ) -> Iterable[str]:
+    yield from _warnings(rows)
     present = {row.method for row in rows if row.runs}
     finished = {record.method for record in records if record.finished and record.held_out is None}
     if BASELINE in finished - present:
@@ -366,12 +375,36 @@ def _notes(
             f"DIVERGED: predictions on the test set that are not finite count as wrong, or make a metric NaN, in"
             f" {', '.join(diverged)}. A difference to such a run says nothing about a method."
         )
+    yield from _blanks(rows)
     if any(row.worst_vs_erm is not None and row.worst_vs_erm.n < 2 for row in rows):
         yield "With fewer than two seeds in common with ERM, seed noise cannot be told."
     seeds = {row.seeds for row in rows if row.runs}
     if len(seeds) > 1:
         yield "Not all methods have the same seeds; differences to ERM are over those that both have."
     yield from _origin(records)
+
+
+def _warnings(rows: Sequence[Row]) -> Iterable[str]:
+    """What the runs in the table said themselves, with how many of them did."""
+    for row in rows:
+        told = [text for run in row.runs for text in run.record.warnings]
+        for text in dict.fromkeys(told):
+            yield f"Warning of {label(row.method)}, {told.count(text)} of {len(row.runs)} runs: {text}"
+
+
+def _blanks(rows: Sequence[Row]) -> Iterable[str]:
+    """Means over some of the runs only; what no run has is a blank in the table."""
+    for row in rows:
+        figures = {
+            "average": row.average, "adjusted average": row.adjusted, "worst group": row.worst, "gap": row.gap,
+            "score": row.score, "ms a step": row.seconds_per_step, "MiB": row.peak_memory,
+        }  # fmt: skip
+        partly: dict[int, list[str]] = {}
+        for name, value in figures.items():
+            if 0 < value.n < len(row.runs):
+                partly.setdefault(value.n, []).append(name)
+        for n, names in partly.items():
+            yield f"{label(row.method)}: {', '.join(names)} of {n} of {len(row.runs)} runs; the others have none."
 
 
 def _origin(records: Sequence[RunRecord]) -> Iterable[str]:
@@ -400,6 +433,8 @@ def caption(comparison: Comparison) -> str:
     rule, failed = comparison.rule, sum(row.failed for row in comparison.rows)
     oracle = "ORACLE, chosen by test data. " if rule.oracle else ""
     better = "" if comparison.direction == "max" else " Lower is better."
+    if comparison.adjusted:
+        better += " Adjusted: mean over groups by their shares of the training set."
     seeds = {row.seeds for row in comparison.rows if row.runs}
     over = f"seeds {', '.join(map(str, next(iter(seeds))))}" if len(seeds) == 1 else "the seeds of each method"
     if all(len(own) == 1 for own in seeds):
@@ -452,7 +487,8 @@ def _rich_table(comparison: Comparison, detail: int) -> Table:
     table.add_column("method", no_wrap=True)
     if tuned:
         table.add_column("setting", overflow="fold")
-    headers = [*(["seeds"] if seeds else []), "average", "worst\ngroup", "gap"]
+    adjusted = ["adjusted\naverage"] if comparison.adjusted else []
+    headers = [*(["seeds"] if seeds else []), "average", *adjusted, "worst\ngroup", "gap"]
     headers += [name.replace(" ", "\n") for name in groups]
     headers += ["worst group\nto ERM"] + (["ms a\nstep", "MiB"] if detail > 0 else []) + (["failed"] if failed else [])
     for header in headers:
@@ -463,7 +499,8 @@ def _rich_table(comparison: Comparison, detail: int) -> Table:
             cells.append(setting_text(row.params).replace(", ", "\n") if row.runs else "")
         if seeds:
             cells.append(_seeds(row.seeds))
-        cells += [_number(s, comparison.percent) for s in (row.average, row.worst)]
+        shown = (row.average, row.adjusted, row.worst) if adjusted else (row.average, row.worst)
+        cells += [_number(s, comparison.percent) for s in shown]
         cells.append(_number(row.gap, comparison.percent, deviation=detail > 2))
         whole = {"digits": 0} if detail == 3 and comparison.percent else {}
         cells += [_number(row.by_group[name], comparison.percent, deviation=detail > 2, **whole) for name in groups]
@@ -481,12 +518,14 @@ def make_markdown(comparison: Comparison) -> str:
     groups, percent = comparison.groups, comparison.percent
     if len(groups) > SHOWN_GROUPS:
         groups = ()
-    header = ["method", "average", "worst group", "gap", *groups]
+    adjusted = ["adjusted average"] if comparison.adjusted else []
+    header = ["method", "average", *adjusted, "worst group", "gap", *groups]
     header += ["worst group to ERM", "average to ERM", "ms a step", "MiB", "seeds", "failed"]
     lines = ["| " + " | ".join(map(markdown, header)) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     for row in comparison.rows:
         cells = [label(row.method)]
-        cells += [_number(s, percent) for s in (row.average, row.worst, row.gap)]
+        shown = (row.average, *([row.adjusted] if adjusted else []), row.worst, row.gap)
+        cells += [_number(s, percent) for s in shown]
         cells += [_number(row.by_group[name], percent) for name in groups]
         cells += [_difference(d, percent) for d in (row.worst_vs_erm, row.average_vs_erm)]
         cells += [_number(_scaled(row.seconds_per_step, 1000), False, digits=1)]
@@ -500,8 +539,8 @@ def table_rows(comparison: Comparison) -> list[dict[str, Any]]:
 
     Columns, in this order: ``method``; ``params`` as JSON; ``settings``, from how many it was chosen; ``seeds``,
     separated by spaces; ``rule``; ``metric``; mean and std (``_mean``, ``_std``) of ``score``, ``average``,
-    ``worst_group``, ``gap``, ``group/<name>``, ``seconds_per_step`` and ``peak_memory_mib``; for ``worst_group`` and
-    ``average`` the difference to ERM, ``<it>_to_erm_mean``, ``_low``, ``_high``, ``_seeds`` and
+    ``adjusted_average``, ``worst_group``, ``gap``, ``group/<name>``, ``seconds_per_step`` and ``peak_memory_mib``; for
+    ``worst_group`` and ``average`` the difference to ERM, ``<it>_to_erm_mean``, ``_low``, ``_high``, ``_seeds`` and
     ``_more_than_seed_noise``; ``failed_runs``.
     """
     return [_table_row(comparison, row) for row in comparison.rows]
@@ -516,7 +555,8 @@ def _table_row(comparison: Comparison, row: Row) -> dict[str, Any]:
         "rule": comparison.rule.name,
         "metric": comparison.metric,
     }
-    spreads = {"score": row.score, "average": row.average, "worst_group": row.worst, "gap": row.gap}
+    spreads = {"score": row.score, "average": row.average, "adjusted_average": row.adjusted}
+    spreads |= {"worst_group": row.worst, "gap": row.gap}
     spreads |= {f"group/{name}": row.by_group[name] for name in comparison.groups}
     spreads |= {"seconds_per_step": row.seconds_per_step, "peak_memory_mib": row.peak_memory}
     for name, value in spreads.items():
@@ -531,11 +571,11 @@ def _table_row(comparison: Comparison, row: Row) -> dict[str, Any]:
 def runs_rows(comparison: Comparison) -> list[dict[str, Any]]:
     """What ``runs.csv`` holds: one row a run and the candidate that the rule takes, None for what is not known.
 
-    Columns, in this order: ``id``, ``method``, ``seed``, ``params`` as JSON, ``held_out``, ``status``, ``error``;
-    ``in_table``, whether its setting was chosen; ``rule``; ``candidate``, ``epoch``, ``step``; ``score``; of the test
-    ``metric``, ``average``, ``worst_group``, ``gap``, ``not_finite`` (samples) and ``group/<name>``; ``steps``,
-    ``seconds``, ``seconds_per_step``, ``peak_memory_mib``, ``device``, ``started``, ``recipe``, ``recipe_hash``,
-    ``git_revision``, and ``version/<name>``.
+    Columns, in this order: ``id``, ``method``, ``seed``, ``params`` as JSON, ``held_out``, ``status``, ``error``,
+    ``warnings`` as JSON; ``in_table``, whether its setting was chosen; ``rule``; ``candidate``, ``epoch``, ``step``;
+    ``score``; of the test ``metric``, ``average``, ``adjusted_average``, ``worst_group``, ``gap``, ``not_finite``
+    (samples) and ``group/<name>``; ``steps``, ``seconds``, ``seconds_per_step``, ``peak_memory_mib``, ``device``,
+    ``started``, ``recipe``, ``recipe_hash``, ``git_revision``, and ``version/<name>``.
     """
     used = {run.record.id: run for row in comparison.rows for run in row.runs}
     scores = {name: s for choice in select(comparison.records, comparison.rule) for name, s in choice.scores.items()}
@@ -568,6 +608,7 @@ def _run_row(
         "held_out": record.held_out,
         "status": record.status,
         "error": record.error,
+        "warnings": json.dumps(record.warnings) if record.warnings else None,
         "in_table": used,
         "rule": comparison.rule.name,
         "candidate": comparison.rule.candidate if candidate else None,
@@ -576,6 +617,7 @@ def _run_row(
         "score": score,
         "metric": test.metric,
         "average": _known(test.average),
+        "adjusted_average": _known(test.adjusted),
         "worst_group": _known(test.worst),
         "gap": _known(test.average - test.worst),
         "not_finite": not_finite(record, comparison.rule.candidate),

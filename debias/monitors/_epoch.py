@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from debias.errors import DebiasError
-from debias.step.distributed import gather_objects
+from debias.ops.distributed import gather_objects
 from debias.step.indices import evaluation_loaders
 from debias.step.watcher import MAX_LOGGED_GROUPS, StepWatcher
 

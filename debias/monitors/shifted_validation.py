@@ -17,13 +17,13 @@ from debias.errors import BatchKeyError, LossNotFoundError
 from debias.metrics import GroupAccuracy
 from debias.monitors._epoch import EpochMonitor
 from debias.ops.arguments import checked
+from debias.ops.distributed import global_sum
 from debias.ops.shifts import UnitImages, crafted_shift, families_of, held_out_mean, sample_keys
 from debias.step.batch import BatchKey, describe, replace
 from debias.step.context import Step
-from debias.step.distributed import global_sum
-from debias.step.head import submodule
 from debias.step.indices import evaluation_loaders, evaluation_order
-from debias.step.tap import LossCall
+from debias.tap.calls import LossCall
+from debias.tap.head import submodule
 
 __all__ = ["ShiftedValidation"]
 

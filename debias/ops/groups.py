@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from debias.errors import BadRowsError, DebiasError
 from debias.ops.arguments import MOST, check_count
-from debias.step.distributed import global_sum, is_distributed, world_size
+from debias.ops.distributed import global_sum, is_distributed, world_size
 
 __all__ = ["GroupState", "GroupSums", "check_counts", "check_n_groups", "group_losses", "name_groups", "summed"]
 
@@ -245,7 +245,7 @@ class GroupState(nn.Module):
     def __init__(self, n_groups: int | Sequence[int], names: Sequence[str] | None = None) -> None:
         super().__init__()
         self.n_groups = check_n_groups(n_groups, self.kind)
-        self.group_names = name_groups(n_groups, names, self.kind)
+        self.group_names: Any = name_groups(n_groups, names, self.kind)
         # Rows by place, as group_losses counts them; what the host has read already is kept there.
         self.register_buffer("row_counts", torch.zeros(self.n_groups + _EXTRA, dtype=torch.float64), persistent=False)
         self._read_counts = [0.0, 0.0]
@@ -292,9 +292,13 @@ class GroupState(nn.Module):
             )
         raise BadRowsError(
             f"Expected finite losses, but {losses} rows had a NaN or infinite one. They took no part in the method's"
-            " state. Check the inputs of this batch and the learning rate; `Trainer(detect_anomaly=True)` finds the"
-            " operation."
+            f" state. Check the inputs of this batch, the learning rate and {self.weight_in_words()};"
+            " `Trainer(detect_anomaly=True)` finds the operation."
         )
+
+    def weight_in_words(self) -> str:
+        """The weight under which losses may have diverged, for messages."""
+        return "the weights of penalties, if there are any"
 
     def check_shapes(self, losses: Tensor, groups: Tensor) -> None:
         """Refuse losses and groups that do not belong together."""

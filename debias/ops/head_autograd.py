@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from debias.errors import DebiasError
+from debias.ops.distributed import global_sum
 from debias.ops.head_statistics import HeadLoss, HeadStatistics, distances_from, filled, numerators
-from debias.step.distributed import global_sum
 
 __all__ = ["AutogradHeadStatistics"]
 

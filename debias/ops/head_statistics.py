@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from debias.errors import DebiasError
-from debias.step.distributed import gather, global_sum, is_distributed
+from debias.ops.distributed import gather, global_sum, is_distributed
 
 __all__ = [
     "HeadLoss",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debias.step.distributed import global_sum
+from debias.ops.distributed import global_sum
 
 __all__ = ["batch_std", "restyle", "style"]
 

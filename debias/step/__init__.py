@@ -1,1 +1,1 @@
-"""How a step is watched and rewritten; the only code that knows Lightning's internals."""
+"""How steps of a LightningModule are wrapped and fed; the only code that knows Lightning's internals."""

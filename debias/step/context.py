@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from debias.errors import BatchKeyError, DebiasError
 from debias.step import batch as batches
 from debias.step.batch import BatchKey
-from debias.step.mixing import Mixture
+from debias.step.ids import plain_key, read_ids
+from debias.tap.mixing import Mixture
 
 __all__ = ["Step"]
 
@@ -38,6 +38,7 @@ class Step:
         logging: whether values logged in this step reach the logger.
         features: in evaluation, what a monitor that asks for features reads.
         mixture: what augmentation did to the labels, None if nothing.
+        owners: for tags of one of several loaders, where its part is in the batch: an index or a name.
     """
 
     trainer: Any
@@ -54,8 +55,10 @@ class Step:
     logging: bool = False
     features: Tensor | None = None
     mixture: Mixture | None = None
+    owners: dict[str, Any] = field(default_factory=dict)
     _ids: dict[Any, Tensor] = field(default_factory=dict)
     _made: dict[Any, Any] = field(default_factory=dict)
+    _owner: Any = None
 
     def read(self, key: BatchKey, *, argument: str = "key") -> Any:
         """What ``key`` names among the tags and in the batch."""
@@ -79,39 +82,57 @@ class Step:
                 membership is to be crossed.
         """
         # Of several keys the counts are part of the question: they decide how the ids are crossed.
-        cached = key
-        if isinstance(key, tuple | list):
-            cached = tuple(key), tuple(count) if isinstance(count, Sequence) else (count,)
+        cached = plain_key(key)
+        if isinstance(cached, tuple):
+            cached = cached, tuple(count) if isinstance(count, Sequence) else (count,)
         if cached in self._ids:
             return self._ids[cached]
-        if isinstance(key, tuple | list):
-            counts = list(count) if isinstance(count, Sequence) else [count]
-            parts = [self._one(k, argument) for k in key]
-            shapes = [tuple(part.shape) for part in parts]
-            if len(shapes[0]) != 1 or len(set(shapes)) > 1:
-                raise BatchKeyError(
-                    f"Expected the keys of the crossed `{argument}={key!r}` to hold ids of the same shape (N,), but got"
-                    f" shapes {', '.join(map(str, shapes))}. A membership cannot be crossed with other ids: cross it"
-                    " yourself, and give one membership (N, G) of all crossed groups."
-                )
-            ids = torch.zeros_like(parts[0])
-            unlabelled = bad = torch.zeros_like(ids, dtype=torch.bool)
-            total = 1
-            for part, size in zip(parts, counts, strict=True):
-                ids, total = ids * size + part, total * size
-                unlabelled, bad = unlabelled | (part < 0), bad | (part >= size)
-            ids = torch.where(bad, total, torch.where(unlabelled, -1, ids))
-        else:
-            ids = self._one(key, argument)
-        n = ids.shape[0]
-        if self.n is not None and self.n != n:
-            raise BatchKeyError(
-                f"Expected `{argument}={key!r}` to hold one id for each of the {self.n} samples, but got {n}."
-                " Check that all ids come from the same loader."
-            )
-        self.n = n
+        ids = read_ids(
+            self.batch, self.tags, key, count, self.module.device, argument=argument, look=self.stage != "train"
+        )
+        for name in key if isinstance(key, tuple | list) else [key]:
+            self._take_owner(name, argument)
+        self.count(len(ids), f"`{argument}={key!r}`")
         self._ids[cached] = ids
         return ids
+
+    def count(self, n: int, what: str = "the values of the samples") -> None:
+        """Say how many samples the batch has, so that their rows are followed.
+
+        Raises:
+            BatchKeyError: another number is known already.
+        """
+        if self.n is not None and self.n != n:
+            raise BatchKeyError(
+                f"Expected {what} to be one for each of the {self.n} samples, but got {n}. Check that all come from"
+                " the same loader."
+            )
+        self.n = n
+
+    @property
+    def samples(self) -> Any:
+        """The part of the batch that the ids belong to."""
+        return self.batch if self._owner is None else self.batch[self._owner]
+
+    @property
+    def strangers(self) -> list[Any]:
+        """The parts of the batch that come from other loaders than the ids."""
+        if self._owner is None:
+            return []
+        parts = self.batch.items() if isinstance(self.batch, dict) else enumerate(self.batch)
+        return [part for name, part in parts if name != self._owner]
+
+    def _take_owner(self, key: Any, argument: str) -> None:
+        owner = self.owners.get(key) if isinstance(key, str) else None
+        if owner is None:
+            return
+        if self._owner not in (None, owner):
+            raise BatchKeyError(
+                f"Expected all ids of a step to come from one of the combined loaders, but got `{argument}={key!r}`"
+                f" from {owner!r} and others from {self._owner!r}: a loss has the samples of one. Tag that loader with"
+                " all of them."
+            )
+        self._owner = owner
 
     def mixed(self, n: int, *, loss: Any = None, owner: str = "") -> Mixture:
         """What the samples stand for, to be changed by an augmenter that mixes or repeats them.
@@ -160,25 +181,3 @@ class Step:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
-
-    def _one(self, key: BatchKey, argument: str) -> Tensor:
-        value = self.read(key, argument=argument)
-        try:
-            device = self.module.device
-            here = isinstance(value, Tensor) and value.device == device
-            ids = value if here else torch.as_tensor(value).to(device, non_blocking=device.type != "cpu")
-        except (TypeError, ValueError, RuntimeError):
-            ids = None
-        if ids is None or ids.is_floating_point() or ids.is_complex():
-            raise BatchKeyError(
-                f"Expected `{argument}={key!r}` to hold integer ids of shape (N,), but got {batches.describe(value)}"
-                f"{'' if ids is None else f' of {ids.dtype}'}. Number the groups 0, 1, 2, ..., -1 for unlabelled."
-            )
-        if ids.dtype == torch.bool and ids.ndim == 2:
-            return ids
-        if ids.ndim != 1:
-            raise BatchKeyError(
-                f"Expected `{argument}={key!r}` to hold ids of shape (N,), or a boolean membership (N, G), but got"
-                f" shape {tuple(ids.shape)} of {ids.dtype}. Give one id per sample."
-            )
-        return ids.long()

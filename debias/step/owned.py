@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from debias.errors import DebiasError
-from debias.step.distributed import is_distributed, world_size
+from debias.ops.distributed import is_distributed, world_size
 
 __all__ = ["OwnedModule"]
 

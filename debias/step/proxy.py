@@ -1,4 +1,4 @@
-"""Stand-ins for a module's methods and hooks that survive pickling and deep copies, and can be taken back."""
+"""Stand-ins for a module's methods that survive pickling and deep copies, and can be taken back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Hook", "StepProxy", "attach", "detach"]
+__all__ = ["StepProxy", "attach", "detach"]
 
 
 class StepProxy:
@@ -41,20 +41,6 @@ class StepProxy:
         return _same, (self.original,)
 
 
-class Hook:
-    """A module hook whose copies and pickles do nothing, so that a copied module is free of us."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the hook."""
-        return self.function(*args, **kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _get_inert, ()
-
-
 def attach(owner: Any, name: str, around: Callable[..., Any]) -> StepProxy:
     """Put a proxy where ``owner.name`` stands, as an instance attribute."""
     proxy = StepProxy(owner, name, around)
@@ -70,14 +56,6 @@ def detach(proxy: StepProxy) -> None:
         setattr(proxy.owner, proxy.name, proxy.original)
     else:
         delattr(proxy.owner, proxy.name)
-
-
-def _inert(*args: Any, **kwargs: Any) -> None:
-    return None
-
-
-def _get_inert() -> Callable[..., None]:
-    return _inert
 
 
 def _same(x: Any) -> Any:

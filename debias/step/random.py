@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from debias.errors import DebiasError
-from debias.step.distributed import global_rank
+from debias.ops.distributed import global_rank
 
 __all__ = ["StepRandom", "undisturbed"]
 

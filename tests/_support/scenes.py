@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from _support.fits import Share
 from debias import tag
-from debias.detector import Detector
+from debias.models.detector import Detector
 
 KINDS = ("fcos", "retinanet", "ssd", "faster_rcnn", "mask_rcnn")
 SAMPLED = {"rpn_batch_size_per_image": 16, "box_batch_size_per_image": 8}  # fewer than there are: a draw decides

@@ -24,7 +24,7 @@ BYTES = 2**30
 # What is accepted by its nature: places in a batch, from behind; seeds; logits' thresholds; signs that mean something.
 NEGATIVE = {
     "adjustment", "attribute", "domain", "group", "identity", "ignore_index", "images", "index", "input", "seed",
-    "strength", "target", "targets", "threshold",
+    "strength", "target", "targets", "threshold", "unit",
 }  # fmt: skip
 ACCEPTED = {
     ("EvalSampler", "dataset"): "anything with a length",

@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from _support.runs import ddp
 from debias import GroupDRO, GroupMonitor
-from debias.classifier import Classifier
 from debias.cli import main
 from debias.cli.recipes import recipes_folder
 from debias.data import ColoredMNIST, EvalSampler, GroupBalancedSampler
 from debias.errors import DataError, DebiasError
+from debias.models.classifier import Classifier
 
 N, N_TEST = 6012, 60  # 5010 to train on, 1002 held out
 REAL = os.environ.get("MNIST_NPZ", "")

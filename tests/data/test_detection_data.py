@@ -14,8 +14,8 @@ from PIL import Image
 from _support.fits import make_trainer
 from debias import DomainPenalisation
 from debias.data import BCCD, GWHD, COCOFolder, ShapesDetection, VOCFolder
-from debias.detector import Detector
 from debias.errors import DataError, DebiasError
+from debias.models.detector import Detector
 
 # -- generated shapes
 # ------------------------------------------------------------------------------------------

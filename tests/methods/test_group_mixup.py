@@ -15,8 +15,8 @@ from debias import Debiaser, GroupDRO, GroupMixup, GroupMixupLayer, MixStyle
 from debias.errors import BatchKeyError, DebiasError
 from debias.functional import cutmix, mixup, selective_pairs
 from debias.methods.group_mixup import cutmix_box
+from debias.ops.distributed import global_sum
 from debias.ops.pairs import random_partners
-from debias.step.distributed import global_sum
 
 ids = st.lists(st.tuples(st.integers(-1, 2), st.integers(-1, 2)), min_size=1, max_size=12)
 
@@ -232,7 +232,7 @@ def test_evaluation_is_untouched():
     ("options", "match"),
     [
         ({}, "`domain` with `pairs='selective'`, but got None"),
-        ({"domain": "place", "pairs": "all"}, "`pairs` to be one of 'any', 'same_label'"),
+        ({"domain": "place", "pairs": "all"}, "`pairs` to be 'any', 'same_label', 'same_domain' or 'selective'"),
         ({"domain": "place", "mix": "manifold"}, "`mix` to be 'mixup' or 'cutmix'"),
         ({"domain": "place", "alpha": 0}, "`alpha` to be a number > 0"),
         ({"domain": "place", "alpha": float("inf")}, "`alpha` to be a number > 0, but got inf"),

@@ -60,6 +60,7 @@ def test_any_other_metric_is_refused_as_nan(metric, preds, target):
     with pytest.warns(UserWarning, match=r"of 1 samples are not finite .* The metric is NaN"):
         found = values(GroupedMetric(metric, 2, name="m"), preds, target)
     assert found.pop("m_not_finite") == 1
+    assert found.pop("m_count") == [2, 2]
     flat = [v for value in found.values() for v in (value if isinstance(value, list) else [value])]
     assert flat
     assert all(v != v for v in flat)

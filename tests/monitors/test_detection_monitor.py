@@ -20,9 +20,9 @@ from _support.fits import make_trainer, parameters, same
 from _support.runs import ddp
 from _support.scenes import DOMAINS, Scenes, pairs, scene
 from debias import BoxStability, DetectionMonitor, EvalSampler, GroupDRO, tag
-from debias.detector import Detector
 from debias.errors import BatchKeyError, DebiasError, HeadNotFoundError, LossNotFoundError
 from debias.metrics import DetectionAccuracy, GroupMeanAveragePrecision
+from debias.models.detector import Detector
 from debias.monitors.box_stability import box_stability
 from debias.step.watcher import MAX_LOGGED_GROUPS
 

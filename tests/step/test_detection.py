@@ -19,8 +19,8 @@ from _support.fits import flat, make_trainer, parameters, same
 from _support.runs import ddp
 from _support.scenes import DOMAINS, KINDS, SAMPLED, Scenes, Trained, pairs, scene, scene_loader, scenes
 from debias import DomainPenalisation, GroupDRO, GroupReweighting, detection_losses, tag
-from debias.detector import tiny_detector
 from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, RowsError, UnsupportedStrategyError
+from debias.models.detector import tiny_detector
 from debias.step.detection import detectors, one_pass
 
 

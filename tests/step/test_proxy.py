@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from debias.step.proxy import Hook, StepProxy, attach, detach
+from debias.step.proxy import StepProxy, attach, detach
+from debias.tap.hooks import Hook
 
 
 class Module(L.LightningModule):

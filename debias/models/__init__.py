@@ -1,0 +1,1 @@
+"""The plain modules that the recipes train; they know nothing of debias."""

@@ -1,0 +1,117 @@
+"""Reading the ids of samples (groups, domains, identities) from a batch and its tags, in one place for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from debias.errors import BatchKeyError, DebiasError
+from debias.step import batch as batches
+from debias.step.batch import BatchKey, plain_key
+
+__all__ = ["check_keys", "plain_key", "plain_n_groups", "read_ids"]
+
+
+def plain_n_groups(n_groups: Any) -> Any:
+    """A number of groups, or one per key, in Python's own integers; anything else as it is."""
+    if isinstance(n_groups, Sequence) and not isinstance(n_groups, str):
+        sizes = [plain_n_groups(size) for size in n_groups]
+        return tuple(sizes) if isinstance(n_groups, tuple) else sizes
+    return int(n_groups) if isinstance(n_groups, Integral) and not isinstance(n_groups, bool) else n_groups
+
+
+def check_keys(key: Any, n_groups: Any, argument: str = "group") -> None:
+    """Refuse keys that are to be crossed without a number of groups for each of them.
+
+    Raises:
+        DebiasError: there are not as many numbers as keys.
+    """
+    key, n_groups = plain_key(key), plain_n_groups(n_groups)
+    keys = len(key) if isinstance(key, tuple) else 1
+    sizes = len(n_groups) if isinstance(n_groups, tuple | list) else 1
+    if keys != sizes:
+        raise DebiasError(
+            f"Expected `n_{argument}s` to hold one number for each key of `{argument}={key!r}`, but got {n_groups!r}."
+            f" Write e.g. `{argument}=('target', 'place'), n_{argument}s=(2, 2)`."
+        )
+
+
+def read_ids(
+    batch: Any,
+    tags: Mapping[str, Any],
+    key: Any,
+    count: int | Sequence[int],
+    device: torch.device,
+    *,
+    argument: str = "group",
+    look: bool = False,
+) -> Tensor:
+    """Ids of the samples of a batch.
+
+    Args:
+        batch: the batch.
+        tags: tags carried beside it.
+        key: a BatchKey, or several whose ids are crossed: ``("target", "place")`` gives ``target * n_places + place``.
+        count: number of groups, one per key.
+        device: where they are needed.
+        argument: the user's argument, for error messages.
+        look: whether values may be read, so that integers of 0 and 1 are known for a membership.
+
+    Returns:
+        int64 ``(N,)``; negative where unlabelled, and the number of groups or more where an id is out of range. A
+        boolean membership ``(N, G)`` is returned as it is.
+
+    Raises:
+        BatchKeyError: nothing is there, it is no integer ids ``(N,)`` and no boolean membership ``(N, G)``, or a
+            membership is to be crossed.
+    """
+    key = plain_key(key)
+    if not isinstance(key, tuple):
+        return _ids(batch, tags, key, device, argument, look)
+    parts = [_ids(batch, tags, k, device, argument, look) for k in key]
+    shapes = [tuple(part.shape) for part in parts]
+    if len(shapes[0]) != 1 or len(set(shapes)) > 1:
+        raise BatchKeyError(
+            f"Expected the keys of the crossed `{argument}={key!r}` to hold ids of the same shape (N,), but got"
+            f" shapes {', '.join(map(str, shapes))}. A membership cannot be crossed with other ids: cross it"
+            " yourself, and give one membership (N, G) of all crossed groups."
+        )
+    ids = torch.zeros_like(parts[0])
+    unlabelled = bad = torch.zeros_like(ids, dtype=torch.bool)
+    total = 1
+    for part, size in zip(parts, count if isinstance(count, Sequence) else [count], strict=True):
+        ids, total = ids * size + part, total * size
+        unlabelled, bad = unlabelled | (part < 0), bad | (part >= size)
+    return torch.where(bad, total, torch.where(unlabelled, -1, ids))
+
+
+def _is_membership(ids: Tensor) -> bool:
+    """Whether integers are 0 and 1; reading them waits for the device."""
+    return ids.shape[1] > 1 and bool(((ids == 0) | (ids == 1)).all())
+
+
+def _ids(batch: Any, tags: Mapping[str, Any], key: BatchKey, device: torch.device, argument: str, look: bool) -> Tensor:
+    value = batches.read(batch, key, tags, argument=argument)
+    try:
+        here = isinstance(value, Tensor) and value.device == device
+        ids = value if here else torch.as_tensor(value).to(device, non_blocking=device.type != "cpu")
+    except (TypeError, ValueError, RuntimeError):
+        ids = None
+    if ids is None or ids.is_floating_point() or ids.is_complex():
+        raise BatchKeyError(
+            f"Expected `{argument}={key!r}` to hold integer ids of shape (N,), but got {batches.describe(value)}"
+            f"{'' if ids is None else f' of {ids.dtype}'}. Number the groups 0, 1, 2, ..., -1 for unlabelled."
+        )
+    if ids.ndim == 2 and (ids.dtype == torch.bool or (look and _is_membership(ids))):
+        return ids.bool()
+    if ids.ndim != 1:
+        hint = " Turn a membership of 0 and 1 into booleans: `membership.bool()`." if ids.ndim == 2 else ""
+        raise BatchKeyError(
+            f"Expected `{argument}={key!r}` to hold ids of shape (N,), or a boolean membership (N, G), but got"
+            f" shape {tuple(ids.shape)} of {ids.dtype}. Give one id per sample.{hint}"
+        )
+    return ids.long()

@@ -1,0 +1,1 @@
+"""What watches the losses, rows and heads of a step; knows torch only."""

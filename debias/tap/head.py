@@ -1,0 +1,442 @@
+"""Finding the classifier head and the features it reads, without being told. No Lightning here.
+
+In the first step every ``F.linear`` is noted; the one whose output became the logits of the loss is the head. In the
+second, a hook on that module has to deliver the same input; from then on it does so alone, so that nothing else is kept
+alive. Where it cannot (two heads, a head that runs twice, a weight that is used without its module) the noting goes on.
+Other features are the output of a module that is named.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from debias.errors import HeadNotFoundError, RowsError
+from debias.tap.calls import LossCall
+from debias.tap.hooks import Hook
+from debias.tap.moves import CASTS, Move, apply_move, keeps_rows
+from debias.tap.rows import RowTracker
+
+__all__ = ["FeatureTap", "HeadFinder", "HeadTap", "check_features", "rows_of_features", "submodule"]
+
+_T = torch.Tensor
+# Operations between head and loss that leave every logit what it is.
+_PASS = frozenset(
+    {_T.float, _T.double, _T.to, _T.contiguous, _T.squeeze, _T.unsqueeze, _T.view, _T.reshape, _T.flatten, _T.type_as}
+    | {_T.clone, _T.transpose, _T.permute}
+    | {torch.squeeze, torch.unsqueeze, torch.reshape, torch.flatten, torch.transpose, torch.permute, torch.clone}
+)
+
+
+class HeadFinder:
+    """Notes linear layers (and 1x1 convolutions) of one step and matches their outputs with the logits of a loss."""
+
+    def __init__(self) -> None:
+        self._linears: list[tuple[Tensor, Tensor, Tensor]] = []  # output, input, weight
+        self._passed: list[tuple[Tensor, Any, tuple[Any, ...], dict[str, Any]]] = []  # output, operation, arguments
+
+    def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Note one operation."""
+        if func is F.linear or func is F.conv2d or func is torch.conv2d:
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            if isinstance(weight, Tensor) and (weight.ndim == 2 or weight.shape[2:] == (1, 1)):
+                source = args[0] if args else kwargs["input"]
+                self._linears.append((out, source, weight))
+        elif isinstance(out, Tensor) and (func in _PASS or (func is _T.__getitem__ and _keeps_all(args, out))):
+            self._passed.append((out, func, args, kwargs))
+
+    def match(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Move]] | None:
+        """Output, input and weight of the linear layer whose output the logits are, and the moves between them."""
+        end = len(self._passed)
+        moves: list[Move] = []
+        while True:
+            for out, source, weight in self._linears:
+                if out is logits:
+                    return out, source, weight, moves[::-1]
+            # By position, not identity alone: `.float()` may return its argument.
+            for i in range(end - 1, -1, -1):
+                if self._passed[i][0] is logits:
+                    out, func, args, kwargs = self._passed[i]
+                    if func not in CASTS:
+                        moves.append(Move(func, args, kwargs, None, keeps_rows(func, args, out)))
+                    logits, end = args[0], i
+                    break
+            else:
+                return None
+
+
+def _keeps_all(args: tuple[Any, ...], out: Tensor) -> bool:
+    """Whether an index takes all of a tensor, or columns only, as `logits[:, 0]` does."""
+    index = args[1]
+    parts = index if isinstance(index, tuple) else (index,)
+    if out.shape == args[0].shape and all(isinstance(i, slice) or i is Ellipsis for i in parts):
+        return all(i is Ellipsis or i.step in (None, 1) for i in parts)
+    if not isinstance(index, tuple) or not index or not isinstance(index[0], slice):
+        return False
+    return index[0] == slice(None) and all(isinstance(i, int | None) for i in index[1:])
+
+
+@dataclass(eq=False)
+class _Run:
+    """One run of a layer.
+
+    Attributes:
+        recorded: whether gradients were recorded.
+        given: its input.
+        around: the first tensors that it, and the modules that it lies in, were given, the innermost first.
+        output: what it made.
+    """
+
+    recorded: bool
+    given: Any
+    around: list[Tensor]
+    output: Any = None
+
+
+class _Layer:
+    """Keeps what a layer is given, and what it makes of it, while a step runs.
+
+    Args:
+        layer: the layer.
+        around: the modules that it lies in, the outermost first.
+    """
+
+    def __init__(self, layer: nn.Module, around: Sequence[nn.Module] = ()) -> None:
+        self._runs: list[_Run] = []
+        self._entered: list[Tensor | None] = []
+        self._tracker: RowTracker | None = None
+        self._armed = False
+        self._handles: list[Any] = []
+        for module in around:
+            self._handles.append(module.register_forward_pre_hook(Hook(self._enter), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(Hook(self._leave)))
+        self._handles.append(layer.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
+        self._handles.append(layer.register_forward_hook(Hook(self._end)))
+
+    def start(self, tracker: RowTracker | None) -> None:
+        self.forget()
+        self._tracker, self._armed = tracker, True
+
+    def stop(self) -> None:
+        self._armed = False
+
+    def forget(self) -> None:
+        """Let go of every tensor."""
+        self._runs, self._entered, self._tracker = [], [], None
+
+    def close(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    @property
+    def runs(self) -> list[_Run]:
+        """Two at most, and not those without gradients, made to log an accuracy: a loss is not trained with them."""
+        return [run for run in self._runs if run.recorded] or self._runs
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._armed:
+            self._entered.append(next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None))
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._armed and self._entered:
+            self._entered.pop()
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        recorded = torch.is_grad_enabled()
+        if self._armed and sum(run.recorded == recorded for run in self._runs) < 2:  # enough to tell one from many
+            given = args[0] if args else next(iter(kwargs.values()), None)
+            around = [x for x in (given, *reversed(self._entered)) if isinstance(x, Tensor)]
+            self._runs.append(_Run(recorded, given, around))
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._armed and self._runs and self._runs[-1].output is None:
+            self._runs[-1].output = output
+            if self._tracker is not None and isinstance(output, Tensor):
+                self._tracker.follow(output)
+
+
+class HeadTap:
+    """Delivers features and head of the selected loss: found in the first step, hooked from the second.
+
+    Args:
+        root: the user's module.
+        path: dotted path of the head, or None to find it.
+        compiled: something in the module is compiled. A hook added now would silently never run, so the noting goes on.
+    """
+
+    def __init__(self, root: nn.Module, path: str | None, *, compiled: bool = False) -> None:
+        self.root = root
+        self.head: nn.Module | None = None
+        self._layer: _Layer | None = None
+        self._tracker: RowTracker | None = None
+        self._noting = path is None
+        self._hookable = not compiled
+        self._agreed = False
+        self._hooked = False
+        if path is not None:
+            self.head, around = _along(root, path, argument="head")
+            self._layer = _Layer(self.head, around)
+
+    def start(self, tracker: RowTracker | None = None) -> HeadFinder | None:
+        """Begin a step: nothing of an earlier one may be used."""
+        self._tracker = tracker
+        self._hooked = self._layer is not None  # in this step, and not only since a method has asked in it
+        if self._layer is not None:
+            self._layer.start(tracker)
+        self._noting = self._noting and not (self._hookable and self._agreed)
+        return HeadFinder() if self._noting else None
+
+    def stop(self) -> None:
+        """End the user's step: penalties and monitors may run the network again."""
+        if self._layer is not None:
+            self._layer.stop()
+
+    def forget(self) -> None:
+        """Let go of every tensor of the step."""
+        self._tracker = None
+        if self._layer is not None:
+            self._layer.forget()
+
+    def resolve(self, call: LossCall) -> None:
+        """Give a call its features and its head.
+
+        Raises:
+            HeadNotFoundError: the logits are no linear layer's output, or the head ran not exactly once in this step.
+        """
+        self.stop()
+        runs = [] if self._layer is None else self._layer.runs
+        if not self._noting:
+            if len(runs) != 1:
+                raise HeadNotFoundError(
+                    f"Expected the head to run once in a step, but it ran {_times(runs)}. Name the layer that"
+                    " makes the logits of the loss: `head='dotted.path'`."
+                )
+            call.features, call.head = runs[0].given, self.head
+            call.record.feature_rows = functools.partial(_feature_rows, self._tracker, runs[0])
+            return
+        output, call.features, weight, moves = call.record.linear or (None, None, None, [])
+        # Not by `m.weight`, which some parametrizations compute anew, and change their state.
+        found = [m for m in self.root.modules() if _own_weight(m) is weight] if weight is not None else []
+        if not found:
+            raise HeadNotFoundError(
+                f"Expected the logits of `{call.name}` to be the output of a linear layer of the module, but no layer"
+                " was found (averaged heads, `logits / temperature` and cosine heads are not). Name it:"
+                " `head='dotted.path'`."
+            )
+        call.head = found[0]
+        run = _Run(True, call.features, [], output)
+        call.record.feature_rows = functools.partial(_feature_rows, self._tracker, run, moves=moves)
+        if not self._hookable:
+            return
+        if self._layer is None:
+            self.head = call.head
+            self._layer = _Layer(self.head)
+        elif call.head is not self.head or (self._hooked and (len(runs) != 1 or runs[0].given is not call.features)):
+            self._hookable = False
+            self.close()
+        else:
+            self._agreed = self._hooked
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        if self._layer is not None:
+            self._layer.close()
+            self._layer = None
+
+
+class FeatureTap:
+    """Delivers the output of a named module as the features of a loss.
+
+    Args:
+        root: the user's module.
+        path: dotted path of the module whose output the features are.
+    """
+
+    def __init__(self, root: nn.Module, path: str) -> None:
+        self.path = path
+        self._tracker: RowTracker | None = None
+        self._layer = _Layer(*_along(root, path, argument="features"))
+
+    def start(self, tracker: RowTracker | None = None) -> None:
+        """Begin a step: nothing of an earlier one may be used."""
+        self._tracker = tracker
+        self._layer.start(tracker)
+
+    def stop(self) -> None:
+        """End the user's step: penalties and monitors may run the network again."""
+        self._layer.stop()
+
+    def forget(self) -> None:
+        """Let go of every tensor of the step."""
+        self._tracker = None
+        self._layer.forget()
+
+    def resolve(self, call: LossCall) -> None:
+        """Give a call its features.
+
+        Raises:
+            HeadNotFoundError: the module ran not exactly once in this step.
+        """
+        runs = self._layer.runs
+        if len(runs) != 1:
+            raise HeadNotFoundError(
+                f"Expected the module `features={self.path!r}` to run once in a step, but it ran"
+                f" {_times(runs)}. Name one that runs once."
+            )
+        call.features, call.head = runs[0].output, None
+        call.record.feature_rows = functools.partial(_feature_rows, self._tracker, runs[0])
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        self._layer.close()
+
+
+def check_features(features: Any) -> Tensor:
+    """Features of samples, ``(N, D)``.
+
+    Raises:
+        HeadNotFoundError: they have another shape, or are no tensor.
+    """
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        found = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+        raise HeadNotFoundError(
+            f"Expected the features to have shape (N, D), one row per sample, but got {found}. Name a module whose"
+            " output is pooled and flat, such as the one before the head: `features='dotted.path'`."
+        )
+    return features
+
+
+def rows_of_features(features: Tensor, head: nn.Module | None) -> Tensor:
+    """Features as ``(rows, d)``: of maps ``(N, d, H, W)`` that a convolution reads, every position is a row."""
+    if _by_channel(features, head):
+        features = features.movedim(1, -1)
+    return features.reshape(-1, features.shape[-1])
+
+
+def _by_channel(x: Tensor, head: nn.Module | None) -> bool:
+    weight = _own_weight(head) if head is not None else None
+    linear = isinstance(head, nn.Linear) or (isinstance(weight, Tensor) and weight.ndim == 2)
+    return x.ndim == 4 and not linear
+
+
+def _feature_rows(
+    tracker: RowTracker | None, run: _Run, call: LossCall, *, moves: list[Move] | None = None
+) -> Tensor | None:
+    """Sample of each row of the features, int64 ``(rows,)``; the number of samples where the loss leaves the row out.
+
+    They are those of the loss where the layer's output can be followed to the logits, else those of what the layer, or
+    a network that it is in, was given.
+
+    Args:
+        tracker: of this step.
+        run: the run of the layer.
+        call: the loss, with its features.
+        moves: what was done to the layer's output to make the logits, if that is known.
+
+    Returns:
+        None where row i is sample i.
+
+    Raises:
+        RowsError: they are not known.
+    """
+    features, head, loss = call.features, call.head, call.record.function or call
+    if tracker is None or not isinstance(features, Tensor):
+        return None
+    if moves is None and isinstance(loss.logits, Tensor) and isinstance(run.output, Tensor):
+        moves = tracker.moves(loss.logits, run.output)
+    count = len(rows_of_features(features, head))
+    found: Tensor | bool | None = False
+    if moves is not None:
+        found = _rows_of_loss(loss, tracker.n, count, run.output, 1 if _by_channel(run.output, head) else -1, moves)
+    if found is False:
+        found = tracker.of_layer(features, run.around)
+        times = count // max(len(features), 1)
+        if times > 1 and not isinstance(found, bool):
+            samples = torch.arange(tracker.n, device=features.device) if found is None else found
+            found = samples.repeat_interleave(times)
+    if isinstance(found, bool):
+        raise RowsError(
+            f"Expected features whose rows can be followed to the {tracker.n} samples, but got shape"
+            f" {tuple(features.shape)} in a step that puts samples in another order, or makes several rows of each,"
+            " where that cannot be seen. Name a module of a network that is given the batch itself, and keeps its rows:"
+            " `features='dotted.path'`. If every sample has several rows, say how they are arranged: `rows='tiled'` or"
+            " `rows='interleaved'`."
+        )
+    return found
+
+
+def _rows_of_loss(
+    loss: LossCall, n: int, count: int, output: Tensor, classes: int, moves: list[Move]
+) -> Tensor | bool | None:
+    """Samples of the ``count`` rows of a layer's output, the axis of classes aside, from those of the loss's rows.
+
+    Returns:
+        As :func:`_feature_rows`, or False if the shapes do not fit.
+    """
+    if output.numel() != count * output.shape[classes]:
+        return False
+    rows = loss.logits_rows
+    if count == len(output) == (n if rows is None else len(rows)) and all(move.keeps_rows for move in moves):
+        return rows
+    numbers = torch.arange(count, device=output.device).view(output.select(classes, 0).shape)
+    numbers = numbers.unsqueeze(classes).expand(output.shape)
+    for move in moves:
+        numbers = apply_move(move.func, move.args, move.kwargs, numbers, move.part)
+    if numbers.ndim == loss.record.computed[0].ndim + 1:  # the loss has no axis of classes
+        numbers = numbers.select(1, 0)
+    samples = torch.arange(n, device=output.device) if rows is None else rows
+    if len(samples) == len(numbers):
+        samples = samples.view(-1, *[1] * (numbers.ndim - 1)).expand(numbers.shape)
+    if samples.numel() != numbers.numel():
+        return False
+    return samples.new_full((count,), n).scatter_(0, numbers.flatten(), samples.flatten())
+
+
+def _own_weight(module: nn.Module) -> Any:
+    return module._parameters.get("weight", vars(module).get("weight"))
+
+
+def _times(runs: list[_Run]) -> str:
+    return "several times" if runs else "0 times"
+
+
+def _along(root: nn.Module, path: str, *, argument: str) -> tuple[nn.Module, list[nn.Module]]:
+    """The module at a dotted path, and those that it lies in; not the root, whose forward pass under DDP is the step.
+
+    Raises:
+        HeadNotFoundError: there is none.
+    """
+    found = submodule(root, path, argument=argument)
+    names = path.split(".")
+    return found, [root.get_submodule(".".join(names[:end])) for end in range(1, len(names))]
+
+
+def submodule(root: nn.Module, path: str, *, argument: str) -> nn.Module:
+    """The submodule at a dotted path.
+
+    Raises:
+        HeadNotFoundError: there is none; the error names what is near, and lists what is there.
+    """
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        metrics = [f"{name}." for name, module in root.named_modules() if name and _is_metric(module)]
+        names = [name for name, _ in root.named_modules() if name and not f"{name}.".startswith(tuple(metrics))]
+        near = " or ".join(repr(name) for name in difflib.get_close_matches(path, names))
+        raise HeadNotFoundError(
+            f"Expected `{argument}` to be the dotted path of a submodule, but got"
+            f" {path!r}.{f' Did you mean {near}?' if near else ''} There are: {', '.join(names[-20:])}."
+        ) from None
+
+
+def _is_metric(module: nn.Module) -> bool:
+    return any(
+        c.__name__ in ("Metric", "MetricCollection") and "torchmetrics" in c.__module__ for c in type(module).__mro__
+    )

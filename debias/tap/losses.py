@@ -1,0 +1,137 @@
+"""The losses of torch: their arguments, their values without the reduction, and what each element counts with.
+
+Per element a loss is a numerator ``num_i`` and a denominator ``den_i``, with ``mean = sum num / sum den``: with class
+weights, ``ignore_index``, spatial targets or label smoothing a mean of means per sample would be wrong.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn._reduction import legacy_get_string
+
+__all__ = [
+    "COMPARING",
+    "FORM",
+    "LOSSES",
+    "NAMES",
+    "NOT_PER_SAMPLE",
+    "SECOND",
+    "SYMMETRIC",
+    "class_weights",
+    "reduction_of",
+    "unreduced",
+]
+
+
+def reduction_of(arguments: dict[str, Any]) -> str:
+    """The reduction that a loss was called with, also by the names of before ``reduction``."""
+    size_average, reduce = arguments.get("size_average"), arguments.get("reduce")
+    if size_average is not None or reduce is not None:
+        return legacy_get_string(size_average, reduce, emit_warning=False)
+    return str(arguments.get("reduction", "mean"))
+
+
+def _ones(elements: Tensor, arguments: dict[str, Any]) -> Tensor:
+    return elements.new_ones(())
+
+
+def class_weights(elements: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """CE and NLL with class indices divide by the weights of the targets that count."""
+    target, weight = arguments["target"], arguments.get("weight")
+    if target.is_floating_point():
+        return elements.new_ones(())
+    counts = target != arguments.get("ignore_index", -100)
+    if weight is None:
+        return counts.to(elements.dtype)
+    # An ignored target may be no class at all, so it must not be looked up.
+    return torch.where(counts, weight.detach()[torch.where(counts, target, 0)].to(elements.dtype), 0)
+
+
+def _weights(elements: Tensor, arguments: dict[str, Any]) -> Tensor:
+    weight = arguments.get("weight")
+    return elements.new_ones(()) if weight is None else weight.detach().to(elements.dtype).expand(elements.shape)
+
+
+def _kl_count(elements: Tensor, arguments: dict[str, Any]) -> Tensor:
+    if reduction_of(arguments) != "batchmean":
+        return elements.new_ones(())
+    return elements.new_full((), elements.shape[0] / max(elements.numel(), 1))
+
+
+# Denominator of each torch loss, per element of its reduction="none".
+LOSSES: dict[Any, Callable[[Tensor, dict[str, Any]], Tensor]] = {
+    F.cross_entropy: class_weights,
+    F.nll_loss: class_weights,
+    F.mse_loss: _weights,
+    F.l1_loss: _weights,
+    F.smooth_l1_loss: _ones,
+    F.huber_loss: _ones,
+    F.kl_div: _kl_count,
+    **dict.fromkeys(
+        (
+            F.binary_cross_entropy,
+            F.binary_cross_entropy_with_logits,
+            F.gaussian_nll_loss,
+            F.poisson_nll_loss,
+            F.soft_margin_loss,
+            F.hinge_embedding_loss,
+            F.margin_ranking_loss,
+            F.cosine_embedding_loss,
+            F.multi_margin_loss,
+            F.multilabel_margin_loss,
+            F.multilabel_soft_margin_loss,
+            F.triplet_margin_loss,
+        ),
+        _ones,
+    ),
+}
+# Losses without a per-sample form here; reaching the returned loss they are refused, never left out in silence.
+NOT_PER_SAMPLE = frozenset(
+    getattr(space, name)
+    for space in (F, torch)
+    for name in [
+        "ctc_loss",
+        "linear_cross_entropy",
+        "triplet_margin_with_distance_loss",
+        "kl_div",
+        "hinge_embedding_loss",
+        "poisson_nll_loss",
+        "margin_ranking_loss",
+        "cosine_embedding_loss",
+        "triplet_margin_loss",
+        "binary_cross_entropy_with_logits",
+    ]
+    if hasattr(space, name) and getattr(space, name) not in LOSSES
+)
+# Names of the arguments of each loss, and the second of them: the target, except of the ranking losses.
+NAMES = {loss: tuple(inspect.signature(loss).parameters) for loss in LOSSES}
+SECOND = {loss: names[1] for loss, names in NAMES.items()}
+# Losses in which prediction and target may trade places.
+SYMMETRIC = frozenset({F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss})
+
+# Losses that compare inputs with each other.
+COMPARING = frozenset({"triplet_margin_loss", "margin_ranking_loss", "cosine_embedding_loss"})
+
+# Arguments that are part of a loss's formula, beside logits and target.
+FORM = frozenset({"weight", "pos_weight", "label_smoothing", "ignore_index"})
+
+
+def unreduced(func: Any, arguments: dict[str, Any]) -> Tensor:
+    """The loss per element, computed in at least float32 and outside autocast."""
+    upcast, device = {}, ""
+    for name, x in arguments.items():
+        if isinstance(x, Tensor):
+            device = device or x.device.type
+            upcast[name] = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        elif name not in ("reduction", "size_average", "reduce"):
+            upcast[name] = x
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return func(**upcast, reduction="none")
+    return func(**upcast, reduction="none")

@@ -1,0 +1,185 @@
+"""What augmentation did to the labels, for those who compute the loss: which samples stand for which, and how much.
+
+Augmenters leave hard labels in the batch, so that the user's own metrics keep working. What a mixed sample is worth
+is told to the tap instead. Every sample has one or more parts; part k of sample i counts with the label, and in the
+groups, of sample ``source_k(i)``::
+
+    num = sum_k sum_i num_share_k(i) loss(logits_i, label of source_k(i))        den likewise with den_share_k
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from debias.errors import DebiasError, RowsError
+
+__all__ = ["Mixture", "Part", "mix_parts", "row_sources", "unmixable"]
+
+
+@dataclass(eq=False)
+class Part:
+    """One label that the samples of a batch count with.
+
+    Attributes:
+        source: sample whose label and groups it is, int64 ``(N,)``; None for the sample's own.
+        num: share of the loss, ``(N,)``.
+        den: share of what losses are divided by, ``(N,)``.
+    """
+
+    source: Tensor | None
+    num: Tensor
+    den: Tensor
+
+
+@dataclass(eq=False)
+class Mixture:
+    """What the samples of a batch stand for.
+
+    Attributes:
+        n: number of samples.
+        device: where the samples are.
+        loss: which of the step's losses is meant, as ``loss=`` of the method that mixes.
+        owner: name of that method, for messages.
+        parts: the parts of the samples; the first holds the samples' own labels.
+    """
+
+    n: int
+    device: torch.device
+    loss: int | str | Callable[[Any], bool] | None = None
+    owner: str = ""
+    parts: list[Part] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            ones = torch.ones(self.n, device=self.device)
+            self.parts = [Part(None, ones, ones)]
+
+    @property
+    def mixes(self) -> bool:
+        """Whether any sample counts with a label other than its own."""
+        return len(self.parts) > 1
+
+    def mix(self, partners: Tensor, shares: Tensor) -> None:
+        """Every sample becomes ``share`` of itself and ``1 - share`` of its partner."""
+        rest = 1 - shares
+        kept = [Part(part.source, part.num * shares, part.den * shares) for part in self.parts]
+        added = [
+            Part(
+                partners if part.source is None else part.source[partners],
+                part.num[partners] * rest,
+                part.den[partners] * rest,
+            )
+            for part in self.parts
+        ]
+        self.parts = kept + added
+
+    def repeat(self, index: Tensor, weights: Tensor) -> None:
+        """Samples ``index`` take the place of the batch; ``weights`` scale their losses, not what these are divided
+        by.
+        """
+        self.n = len(index)
+        self.parts = [
+            Part(None if part.source is None else part.source[index], part.num[index] * weights, part.den[index])
+            for part in self.parts
+        ]
+
+    def meant(self, call: Any) -> bool:
+        """Whether a loss is one that the mixture is about."""
+        if self.loss is None or self.loss == "sum":
+            return True
+        return bool(self.loss(call)) if callable(self.loss) else call.position == self.loss
+
+
+def row_sources(source: Tensor, index: Tensor | None, n: int, *, check: bool) -> Tensor:
+    """From the sample that each sample takes its label from, the row that each row takes it from.
+
+    Args:
+        source: sample of each sample, int64 ``(n,)``.
+        index: sample of each row, int64 ``(rows,)``; None where row i is sample i.
+        n: number of samples.
+        check: look whether all samples have as many rows, which waits for the device.
+
+    Raises:
+        RowsError: they have not.
+    """
+    if index is None:
+        return source
+    rows = len(index)
+    order = index.argsort(stable=True)
+    wrong = rows % n != 0
+    if not wrong and check:
+        wrong = not torch.equal(
+            index[order].view(n, -1), torch.arange(n, device=index.device).view(n, 1).expand(n, rows // n)
+        )
+    if wrong:
+        raise RowsError(
+            f"Expected every sample to have as many rows in the loss as the others, so that labels of two samples can"
+            f" be mixed, but got {rows} rows for {n} samples. Mask losses instead of leaving rows out."
+        )
+    table = order.view(n, -1)
+    numbers = torch.arange(rows // n, device=index.device).repeat(n)
+    position = torch.empty_like(order).scatter_(0, order, numbers)
+    return table[source[index], position]
+
+
+def mix_parts(
+    tap: Any, call: Any, compute: Callable[[Callable[[Tensor], Tensor]], tuple[Tensor, Tensor]]
+) -> list[Tensor]:
+    """Give a loss the rows of all parts of the mixture; its losses with each label, before their shares.
+
+    Args:
+        tap: of the step.
+        call: the loss.
+        compute: losses and denominators with the targets that its argument makes of the step's own.
+    """
+    mixture, record, tracker = tap.mixture, call.record, tap.tracker
+    losses, den = compute(lambda target: target)
+    if losses.ndim == 0:
+        raise unmixable(call.name, "it is a single number")
+    record.compute = lambda: (losses, den)
+    index = record.samples(losses.shape)
+    if index is not None and index.ndim > 1:  # one sample a row, unless the elements are those of the target
+        index = index.flatten() if call.target.shape == losses.shape else index.flatten(1)[:, 0]
+    check = index is not None and (index.device.type == "cpu" or tracker is None or tracker.everything)
+    elementwise = index is not None and len(index) != len(losses)
+    losses_of, nums, dens, shares, targets, sources = [], [], [], [], [], []
+    for part in mixture.parts:
+        rows = None if part.source is None else row_sources(part.source, index, mixture.n, check=check)
+
+        def moved(target: Tensor, rows: Tensor | None = rows) -> Tensor:
+            if rows is None:
+                return target
+            return target.flatten()[rows].view(target.shape) if elementwise else target[rows]
+
+        if rows is not None:
+            losses, den = compute(moved)
+        shape = losses.shape if elementwise else (-1, *[1] * (losses.ndim - 1))
+        of_rows = [x if index is None else x[index] for x in (part.num, part.den)]
+        num_share, den_share = (x.to(losses.dtype).view(shape).expand(losses.shape) for x in of_rows)
+        source = torch.arange(mixture.n, device=mixture.device) if part.source is None else part.source
+        sources.append(source if index is None else source[index])
+        losses_of.append(losses)
+        nums.append(losses * num_share)
+        dens.append(den.to(losses.dtype) * den_share)
+        shares.append(num_share)
+        targets.append(moved(call.target))
+    call.parts, record.targets, record.own_rows = len(nums), torch.cat(targets), index
+    num, den, samples = torch.cat(nums), torch.cat(dens), torch.cat(sources)
+    record.compute, record.shares = lambda: (num, den), torch.cat(shares)
+    for cached in ("computed", "elements"):
+        vars(record).pop(cached, None)
+    record.samples = lambda shape: samples.view(shape) if elementwise else samples
+    return losses_of
+
+
+def unmixable(name: str, why: str) -> DebiasError:
+    """The error for a loss whose labels cannot be mixed."""
+    return DebiasError(
+        f"Expected the labels of `{name}` to be mixable, but {why}. Use a loss of logits and targets, such as"
+        " cross_entropy, binary_cross_entropy_with_logits or mse_loss, or choose the loss that is mixed: `loss=`."
+    )

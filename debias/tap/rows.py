@@ -1,0 +1,557 @@
+"""Which sample does a row belong to? Answered by replaying what was done to the batch on sample numbers.
+
+A loss often has more rows than the batch has samples: tokens, pixels, anchors, two views, interleaved or tiled. Inside
+a watched step the operations on tensors of the batch are recorded; to learn the order of a loss's rows they are
+replayed on sample numbers. A row is known or it is refused. Two things are taken for granted, and nothing else: a
+network keeps the rows of its input, and a target of unknown origin with one row per sample is in the order of the
+batch, unless the step has put the batch in another order.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from debias.tap.moves import (
+    ALONG,
+    CASTS,
+    INPLACE,
+    MOVES,
+    REDUCTIONS,
+    SORTING,
+    Move,
+    apply_move,
+    axes_of,
+    keeps_rows,
+    takes_rows,
+)
+
+__all__ = ["RowTracker", "arranged_rows", "one_per_sample"]
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+@dataclass(eq=False)
+class _Note:
+    """A tensor, and where its rows come from: it is of the batch, an unreduced loss, or made of other tensors.
+
+    Attributes:
+        out: the tensor.
+        version: of it, while what was done to it in place is understood.
+        func: what made it; None for a root.
+        args: arguments of that.
+        kwargs: keyword arguments of that.
+        part: which of several results it is.
+        sample: the one sample that a root belongs to; None where it has a row for each.
+        index: gives the sample numbers of a root that is not of the batch.
+        known: whether these are more than a guess.
+    """
+
+    out: Tensor
+    version: int
+    func: Any = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    part: int | None = None
+    sample: int | None = None
+    index: Callable[[], Tensor | None] | None = None
+    known: bool = True
+
+    @property
+    def reduces(self) -> bool:
+        """Whether it was made by reducing axes; `torch.max` of two tensors does not."""
+        return self.func in REDUCTIONS and not (len(self.args) > 1 and isinstance(self.args[1], Tensor))
+
+    @property
+    def sources(self) -> list[Tensor]:
+        """The tensors whose elements it holds."""
+        if self.func in MOVES or self.func in CASTS or self.reduces or self.func is F.one_hot:
+            data = self.args[0]
+            return [x for x in data if isinstance(x, Tensor)] if isinstance(data, tuple | list) else [data]
+        return [x for x in self.args if isinstance(x, Tensor) and x.ndim and x.shape == self.out.shape]
+
+
+class RowTracker:
+    """Records the operations of one step and answers which sample each row of a tensor comes from.
+
+    Args:
+        batch: what the step receives; tensors of ``n`` rows in it, and tensors inside a list of ``n`` elements, are
+            where sample numbers start.
+        n: number of samples.
+        everything: record operations on all tensors, not only on those that come from the batch. The first step needs
+            this; later ones would keep a network's intermediate results alive for nothing.
+        arranged: what the user says of rows that cannot be followed, ``"tiled"`` or ``"interleaved"``.
+        strangers: parts of the batch that hold other samples, such as those of another loader.
+
+    Attributes:
+        needed: whether an answer has been other than "row i is sample i".
+        mixed: whether samples were found mixed with each other.
+    """
+
+    def __init__(
+        self, batch: Any, n: int, *, everything: bool = True, arranged: str | None = None, strangers: Any = ()
+    ) -> None:
+        self.n = n
+        self.everything = everything
+        self.arranged = arranged
+        self.needed = self.mixed = False
+        self._records: list[_Note] = [_Note(x, _version(x), sample=i) for x, i in _roots(batch, n)]
+        self._strangers: list[Tensor] = [x for x, _ in _roots(strangers, None)]
+        self._orders: list[Tensor] = []
+
+    # -- recording ---------------------------------------------------------------------------------
+
+    def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Remember one operation; called for every one in :data:`debias.tap.moves.RECORDED`."""
+        if not args or (func in SORTING and not _sorts_rows(func, args, kwargs)):
+            return
+        if func in INPLACE or out is args[0]:  # y.long() may be y itself, as may x.flatten(): then it is no operation
+            self._in_place(func, args, kwargs)
+            return
+        if isinstance(out, Tensor):
+            made = [_Note(out, _version(out), func, args, kwargs)]
+        elif isinstance(out, tuple | list):
+            made = [_Note(x, _version(x), func, args, kwargs, i) for i, x in enumerate(out) if isinstance(x, Tensor)]
+        else:
+            return
+        if not made:
+            return
+        # What is made of something unknown matters where samples may trade places: few networks do that.
+        if self.everything or any(map(self._tracked, made[0].sources)) or self._reorders(args, made[0].out, func):
+            self._records.extend(made)
+
+    def follow(self, tensor: Tensor, index: Callable[[], Tensor | None] | None = None) -> None:
+        """From now on record what is made of this tensor too; ``index`` gives its sample numbers, if they are known."""
+        if index is not None:
+            self._records.append(_Note(tensor, _version(tensor), index=index, known=False))
+        elif self._find(tensor) is None:
+            plain = functools.partial(self._plain, tensor)
+            self._records.append(_Note(tensor, _version(tensor), index=plain, known=False))
+
+    def _in_place(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A change in place is understood if it keeps every row with its sample."""
+        target = args[0]
+        note = self._find(target)
+        if note is None or note.version == _version(target):
+            return
+        others = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, Tensor) and x.ndim]
+        if func is Tensor.__setitem__:
+            others = [x for x in args[2:] if isinstance(x, Tensor) and x.ndim]
+        before, note.version = note.version, _version(target)
+        # Masks and weights of unknown origin are taken for rows of the batch, as other operands are.
+        if not all(self._same_rows_as(x, target, assigned=func is Tensor.__setitem__) for x in others):
+            note.version, self.mixed = before, True
+
+    def _same_rows_as(self, other: Tensor, target: Tensor, *, assigned: bool) -> bool:
+        if other.shape[:1] != target.shape[:1]:
+            return not assigned
+        if self._find(other) is None:
+            return True
+        rows, others = self._of_rows(target), self._of_rows(other)
+        return rows is not None and others is not None and self._equal(rows, others)
+
+    # -- answers -----------------------------------------------------------------------------------
+
+    def moves(self, tensor: Tensor, source: Tensor) -> list[Move] | None:
+        """The moves that made ``tensor`` of ``source``, first to last; None where it was made in another way."""
+        made: list[Move] = []
+        while tensor is not source:
+            record = self._find(tensor)
+            if record is None or record.func is None or len(record.sources) != 1:
+                return None
+            if record.func in SORTING or record.reduces:
+                return None
+            if record.func in MOVES:
+                if not isinstance(record.args[0], Tensor):
+                    return None
+                made.append(Move(record.func, record.args, record.kwargs, record.part, _same_rows(record)))
+            tensor = record.sources[0]
+        return made[::-1]
+
+    def of_layer(self, output: Tensor, inputs: list[Tensor]) -> Tensor | bool | None:
+        """Sample numbers for the rows of what a layer reads or makes, ``(rows, ...)``.
+
+        Args:
+            output: what it reads or makes.
+            inputs: what it, and the networks that it is in, were given, the innermost first.
+
+        Returns:
+            None if row i is sample i, int64 ``(rows,)``, or False if unknown.
+        """
+        rows = output.shape[0]
+        for tensor in (output, *inputs):
+            if self.is_sorted(tensor) or self.is_changed(tensor):
+                return False
+            while (record := self._find(tensor)) is not None and record.func is not None and _same_rows(record):
+                tensor = record.sources[0]
+            if tensor.ndim == 0 or tensor.shape[0] != rows:
+                continue
+            known = self._known(tensor)
+            if known and self._keeps_rows(tensor):
+                return None
+            index = self._of_rows(tensor) if known or (record is not None and record.func is not None) else None
+            if known or index is not None:  # moved; where nobody knows of what, of rows in the order of the batch
+                self.needed = True
+                return _or_false(index if known or not self.reordered() else None)
+        if rows == self.n:
+            return False if self.reordered() else None
+        if self.arranged is None or rows % self.n:
+            return False
+        return arranged_rows(self.arranged, self.n, rows // self.n, output.device)
+
+    def resolve(self, candidates: list[Tensor], rows: int) -> Tensor | bool | None:
+        """Sample numbers for the rows of a loss.
+
+        Args:
+            candidates: the target and the logits of the loss, in the order in which they are trusted.
+            rows: number of rows of the loss.
+
+        Returns:
+            None if row i is sample i, an int64 tensor shaped like the candidate it was found from, or False if unknown.
+        """
+        found_sorted = [self.is_sorted(tensor) for tensor in candidates]
+        if any(map(self.is_changed, candidates)):
+            self.mixed = True
+            return False
+        candidates = [x for x, is_sorted in zip(candidates, found_sorted, strict=True) if not is_sorted]
+        for tensor in candidates:  # derived from the batch itself
+            if self._known(tensor):
+                return None if self._keeps_rows(tensor) else _or_false(self.index(tensor))
+        if any(map(self.is_strange, candidates)):
+            return False
+        for tensor in candidates:  # moved from some tensor with one row per sample, e.g. logits (N, T, C)
+            record = self._find(tensor)
+            if record is not None and record.func is not None and (index := self.index(tensor)) is not None:
+                return None if self._keeps_rows(tensor) else index
+        if any(found_sorted):
+            return False
+        if rows == self.n and not self.reordered() and not self._ambiguous():
+            return None
+        found: list[Tensor] = []
+        for record in self._records:  # the network kept the rows of its input, e.g. two concatenated views
+            out = record.out
+            if out.ndim and out.shape[0] == rows and self._known(out) and (index := self._of_rows(out)) is not None:
+                found.append(index)
+        if found and rows != self.n and all(self._equal(found[0], other) for other in found[1:]):
+            return found[0]
+        return False
+
+    def index(self, tensor: Tensor) -> Tensor | None:
+        """Sample numbers in the shape of ``tensor``, or None where its origin is unknown."""
+        record = self._find(tensor)
+        if record is None:
+            of_samples = tensor.ndim > 0 and tensor.shape[0] == self.n and not self._ambiguous()
+            return self.start(tensor.shape, tensor.device) if of_samples else None
+        if record.version != _version(tensor):
+            self.mixed = True
+            return None
+        if record.func is not None and not tensor.ndim:
+            return None
+        if record.func is None:
+            if record.index is not None:
+                return record.index()
+            return self.start(tensor.shape, tensor.device, record.sample)
+        return self.replay(record, self.index)
+
+    def replay(self, record: _Note, index: Callable[[Tensor], Tensor | None]) -> Tensor | None:
+        """Numbers in the shape of what an operation made, from those of what it was made of."""
+        func, args, kwargs, out = record.func, record.args, record.kwargs, record.out
+        if func in SORTING:
+            return None
+        if func in MOVES:
+            data = args[0]
+            if isinstance(data, tuple | list):
+                inner: Any = [index(x) for x in data]
+                if any(x is None for x in inner) or self._joins_strangers(record):
+                    return None
+            elif (inner := index(data)) is None:
+                return None
+            return apply_move(func, args, kwargs, inner, record.part)
+        if record.reduces:
+            inner = index(args[0])
+            return None if inner is None else self._reduced(inner, axes_of(args, kwargs, inner.ndim), out)
+        if func in ALONG:
+            inner = index(args[0])
+            still = inner is not None and self._reduced(inner, axes_of(args, kwargs, inner.ndim), None) is not None
+            return inner if still else None
+        if func is F.one_hot:
+            inner = index(args[0])
+            return None if inner is None else inner.unsqueeze(-1).expand(out.shape)
+        sources = record.sources
+        if not sources:
+            # A mask or weights of the rows, spread over the others: (N, 1) times (1, C).
+            wide = [x for x in args if isinstance(x, Tensor) and x.ndim == out.ndim and x.shape[0] == out.shape[0]]
+            sources = [x for x in wide if self._tracked(x)]
+        found = [x for x in (index(source) for source in sources) if x is not None]
+        if len(found) != len(sources) or not found:
+            return None
+        try:
+            first, *others = [x.expand(out.shape) for x in found]
+        except RuntimeError:
+            return None
+        moved = [x for x in sources if not self._keeps_rows(x)]
+        if moved and others and not all(x is first or self._equal(first, x) for x in others):
+            self.mixed = True  # each element is made of several samples
+            return None
+        return first
+
+    def start(self, shape: torch.Size, device: torch.device, sample: int | None = None) -> Tensor:
+        """Sample numbers of a tensor with one row per sample, or of one that belongs to a single sample."""
+        if sample is not None:
+            return torch.full((), sample, device=device).expand(shape)
+        return self._order(device).view(-1, *[1] * (len(shape) - 1)).expand(shape)
+
+    def is_of_batch(self, tensor: Tensor) -> bool:
+        """Whether it is a tensor of the batch, or was made of such alone."""
+        return self._known(tensor)
+
+    def is_sorted(self, tensor: Tensor) -> bool:
+        """Whether its rows are in an order of values."""
+        record = self._find(tensor)
+        if record is None or record.func is None:
+            return False
+        return record.func in SORTING or any(map(self.is_sorted, record.sources))
+
+    def is_changed(self, tensor: Tensor) -> bool:
+        """Whether something was done to it in place that may have put its rows, or their samples, elsewhere."""
+        record = self._find(tensor)
+        if record is None:
+            return False
+        return record.version != _version(tensor) or any(map(self.is_changed, record.sources))
+
+    def is_strange(self, tensor: Tensor) -> bool:
+        """Whether it is made of samples that the numbers are not of."""
+        if any(x is tensor for x in self._strangers):
+            return True
+        record = self._find(tensor)
+        return record is not None and any(map(self.is_strange, record.sources))
+
+    def reordered(self, *, read: bool | None = None) -> bool:
+        """Whether the step has put samples of the batch in another order.
+
+        Args:
+            read: look into the numbers where operations alone do not tell, which waits for the device; by default on
+                the CPU, and in the step that records everything.
+        """
+        for record in self._records:
+            out = record.out
+            if record.func not in MOVES or not out.ndim or self.n not in out.shape or not self._known(out):
+                continue
+            index = self.index(out)
+            if index is None or (len(out) == self.n and self._axis(index, read) is None):
+                return True
+        return False
+
+    # -- the rest ----------------------------------------------------------------------------------
+
+    def _find(self, tensor: Any) -> _Note | None:
+        return next((record for record in reversed(self._records) if record.out is tensor), None)
+
+    def _tracked(self, tensor: Any) -> bool:
+        return any(record.out is tensor for record in self._records) or any(x is tensor for x in self._strangers)
+
+    def _known(self, tensor: Tensor) -> bool:
+        record = self._find(tensor)
+        if record is None or record.func is None:
+            return record is not None and record.known
+        return bool(record.sources) and all(map(self._known, record.sources))
+
+    def _keeps_rows(self, tensor: Tensor) -> bool:
+        record = self._find(tensor)
+        if record is not None and record.func is None and record.index is None:
+            return record.sample is None
+        if tensor.ndim == 0 or tensor.shape[0] != self.n:
+            return False
+        if record is None:
+            return True  # of unknown origin, with one row per sample
+        if record.version != _version(tensor):
+            return False
+        if record.func is not None and _same_rows(record):
+            return self._keeps_rows(record.sources[0])
+        if record.func is None or record.func in MOVES or record.reduces:
+            return (index := self.index(tensor)) is not None and self._axis(index) == 0
+        return all(map(self._keeps_rows, record.sources))
+
+    def _of_rows(self, tensor: Tensor) -> Tensor | None:
+        """Sample numbers along the first axis, or None where its origin is unknown or a row is of several samples."""
+        record = self._find(tensor)
+        if record is not None and record.func is not None and record.version == _version(tensor):
+            if _same_rows(record) and not record.reduces:
+                return self._of_rows(record.sources[0])
+            if record.func in MOVES and takes_rows(record.func, record.args, record.kwargs):
+                data = record.args[0]  # so that no index is made for every pixel
+                inner = [self._of_rows(x) for x in (data if isinstance(data, tuple | list) else [data])]
+                if any(x is None for x in inner) or self._joins_strangers(record):
+                    return None
+                moved = inner if isinstance(data, tuple | list) else inner[0]
+                return apply_move(record.func, record.args, record.kwargs, moved, record.part)
+        index = self.index(tensor)
+        return None if index is None else self.by_row(index)
+
+    def by_row(self, index: Tensor) -> Tensor | None:
+        """Sample of each row of sample numbers ``(rows, ...)``; None where a row is of several samples."""
+        if index.ndim < 2:
+            return index
+        rows = _by_row(index)
+        if rows is None and self._reads(index):
+            flat = index.flatten(1)
+            rows = flat[:, 0] if torch.equal(flat, flat[:, :1].expand_as(flat)) else None
+        elif rows is None:
+            rows = index.flatten(1)[:, 0]  # the step that recorded everything has looked
+        return rows
+
+    def _reduced(self, index: Tensor, axes: list[int], out: Tensor | None) -> Tensor | None:
+        """Sample numbers when these axes are gone, along which the samples must not change."""
+        for axis in reversed(axes):
+            first = index.select(axis, 0)
+            still = index.shape[axis] == 1 or index.stride(axis) == 0
+            if not still and not (self._reads(index) and torch.equal(index, first.unsqueeze(axis).expand_as(index))):
+                return None
+            index = first
+        return index if out is None else index.reshape(out.shape)
+
+    def _joins_strangers(self, record: _Note) -> bool:
+        """Whether rows of the batch are joined with rows of unknown origin, such as those of a replay memory."""
+        data, args, kwargs = record.args[0], record.args, record.kwargs
+        if not isinstance(data, tuple | list):
+            return False
+        dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+        known = [self._known(x) for x in data]
+        return dim == 0 and any(known) and not all(known)
+
+    def _reorders(self, args: tuple[Any, ...], out: Tensor, move: Any) -> bool:
+        """Whether an operation on a tensor of unknown origin may put samples elsewhere."""
+        data = args[0]
+        if move not in _REORDERING or not isinstance(data, Tensor) or 0 in (data.ndim, out.ndim):
+            return False
+        return data.shape[0] == self.n == out.shape[0] and not keeps_rows(move, args, out)
+
+    def _ambiguous(self) -> bool:
+        """Whether as many other samples are in the step, so that a number of rows tells nothing."""
+        return any(x.ndim and len(x) == self.n for x in self._strangers)
+
+    def _order(self, device: torch.device) -> Tensor:
+        for order in self._orders:
+            if order.device == device:
+                return order
+        self._orders.append(torch.arange(self.n, device=device))
+        return self._orders[-1]
+
+    def _plain(self, tensor: Tensor) -> Tensor | None:
+        of_samples = tensor.ndim > 0 and tensor.shape[0] == self.n
+        return self.start(tensor.shape, tensor.device) if of_samples else None
+
+    def _axis(self, index: Tensor, read: bool | None = None) -> int | None:
+        """The axis along which the samples lie in the order of the batch, each the same along all other axes."""
+        order = self._order(index.device)
+        moving = [a for a, (s, size) in enumerate(zip(index.stride(), index.shape, strict=True)) if s and size > 1]
+        if self.n == 1:
+            return None if moving or 1 not in index.shape else index.shape.index(1)
+        if len(moving) == 1 and index.shape[moving[0]] == self.n:
+            line = index[tuple(slice(None) if a == moving[0] else 0 for a in range(index.ndim))]
+            if line._base is not None and line.stride() == (1,) and line.storage_offset() == 0 and _views(line, order):
+                return moving[0]  # a view of the order itself
+            return moving[0] if self._reads(index, read) and torch.equal(line, order) else None
+        if not self._reads(index, read):
+            return None
+        for axis, size in enumerate(index.shape):
+            lines = order.view(-1, *[1] * (index.ndim - axis - 1))
+            if size == self.n and torch.equal(index, lines.expand(index.shape)):
+                return axis
+        return None
+
+    def _equal(self, a: Tensor, b: Tensor) -> bool:
+        return a is b or (a.shape == b.shape and torch.equal(a, b))
+
+    def _reads(self, x: Tensor, read: bool | None = None) -> bool:
+        """Whether numbers may be read: that waits for the device, so beyond the CPU only in the first step."""
+        return (x.device.type == "cpu" or self.everything) if read is None else read
+
+
+# Moves by which steps and networks put rows in another order, not merely axes.
+_REORDERING = SORTING | frozenset(
+    getattr(space, name)
+    for space in (torch.Tensor, torch)
+    for name in ["__getitem__", "flip", "flipud", "roll", "index_select", "gather", "take", "take_along_dim"]
+    if hasattr(space, name)
+)
+
+
+def _views(line: Tensor, order: Tensor) -> bool:
+    try:
+        return line.data_ptr() == order.data_ptr()
+    except RuntimeError:  # a stand-in of a tracer
+        return False
+
+
+def _by_row(index: Tensor) -> Tensor | None:
+    """Sample of each row, where the strides alone say that it is the same along the other axes."""
+    if index.ndim < 2:
+        return index
+    still = all(s == 0 or size == 1 for s, size in zip(index.stride()[1:], index.shape[1:], strict=True))
+    return index.flatten(1)[:, 0] if still and index.numel() else None
+
+
+def _same_rows(record: _Note) -> bool:
+    """Whether row i is made of row i of one other tensor."""
+    moved = record.func in MOVES and not keeps_rows(record.func, record.args, record.out)
+    if record.reduces:
+        moved = record.out.ndim == 0 or 0 in axes_of(record.args, record.kwargs, record.args[0].ndim)
+    return len(record.sources) == 1 and not moved
+
+
+def _sorts_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a sort runs over the first axis."""
+    name = func.__name__
+    place = 2 if name == "topk" else 1
+    dim = 0 if name == "msort" else args[place] if len(args) > place else kwargs.get("dim", -1)
+    return args[0].ndim > 0 and isinstance(dim, int) and dim % args[0].ndim == 0
+
+
+def _or_false(index: Tensor | None) -> Tensor | bool:
+    return False if index is None else index
+
+
+def arranged_rows(how: str, n: int, times: int, device: torch.device) -> Tensor:
+    """Sample numbers of rows that are all samples, again and again (``"tiled"``), or those of a sample together."""
+    numbers = torch.arange(n, device=device)
+    return numbers.repeat(times) if how == "tiled" else numbers.repeat_interleave(times)
+
+
+def _roots(batch: Any, n: int | None, sample: int | None = None, depth: int = 0) -> Iterator[tuple[Tensor, int | None]]:
+    """Tensors of a batch with a row for each of n samples, or of one sample; all of them where n is None."""
+    if depth > 4:
+        return
+    if isinstance(batch, Tensor):
+        if sample is not None or n is None or (batch.ndim and batch.shape[0] == n):
+            yield batch, sample
+        return
+    if isinstance(batch, dict):
+        children = list(batch.values())
+    elif isinstance(batch, tuple | list):
+        children = list(batch)
+        if n is not None and sample is None and depth and one_per_sample(children, n):
+            for i, child in enumerate(children):
+                yield from _roots(child, n, i, depth + 1)
+            return
+    elif hasattr(batch, "__dict__") and not isinstance(batch, torch.nn.Module):
+        children = list(vars(batch).values())
+    else:
+        return
+    for child in children:
+        yield from _roots(child, n, sample, depth + 1)
+
+
+def one_per_sample(children: list[Any], n: int) -> bool:
+    """Whether a list holds one element per sample, such as a detector's images: n alike, none with n rows itself."""
+    if len(children) != n or len({type(child) for child in children}) != 1:
+        return False
+    return not any(isinstance(x, Tensor) and x.ndim and x.shape[0] == n for x in children)

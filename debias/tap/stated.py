@@ -1,0 +1,99 @@
+"""Losses that no function of torch shows and the step states itself: ``{"loss", "losses"}`` or ``{"loss", "logits",
+"targets"}``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from debias.errors import LossNotFoundError, RowsError
+from debias.ops.distributed import global_sum
+from debias.tap.calls import LossCall
+from debias.tap.losses import unreduced
+from debias.tap.mixing import unmixable
+from debias.tap.tap import LossTap
+
+__all__ = ["check_stated", "check_stated_losses", "stated_losses"]
+
+
+def stated_losses(output: Any, tap: LossTap) -> tuple[LossCall, Tensor] | None:
+    """The loss of a step that returns its per-sample losses, or its logits and targets; and its mean as it stands."""
+    if not isinstance(output, Mapping):
+        return None
+    logits, target = output.get("logits"), output.get("targets")
+    if isinstance(losses := output.get("losses"), Tensor):
+        elements, name = losses, "losses"
+        if tap.mixture is not None and tap.mixture.mixes:
+            raise unmixable("losses", "the step returns them computed, with the labels of the samples themselves")
+    elif isinstance(logits, Tensor) and isinstance(target, Tensor):
+        elements, name = _loss_of(logits, target), "logits"
+    else:
+        return None
+    n = tap.tracker.n if tap.tracker is not None else elements.shape[0]
+    if elements.ndim == 0 or elements.shape[0] != n:
+        raise RowsError(
+            f"Expected the returned `{name}` to have one row for each of the {n} samples, but got shape"
+            f" {tuple(elements.shape)}. Return per-sample values, unreduced."
+        )
+    if not elements.requires_grad:
+        raise LossNotFoundError(
+            f"Expected the returned `{name}` to require a gradient, but they are detached. Return them as computed."
+        )
+    args = (logits, target)
+    call, _ = tap.stated(name, args, _loss_of if name == "logits" else lambda *_: elements)
+    if tap.mixture is None or not tap.mixture.meant(call):
+        call.record.samples, call.record.untracked = (lambda shape: None), False
+    return call, elements.mean()
+
+
+def _differs(a: Tensor, b: Tensor) -> Tensor:
+    rounding = 1e-5 if a.dtype in (torch.float32, torch.float64) else 2e-2
+    return ((a - b).abs() > rounding * (1 + b.abs())).any()  # NaN is a bad row, said elsewhere
+
+
+def check_stated(loss: Tensor, call: LossCall, plain: Tensor) -> None:
+    """Refuse logits and targets of which the returned loss is not the mean cross-entropy; waits for the device."""
+    loss, plain = loss.detach(), plain.detach()
+    if global_sum(_differs(loss, plain).float()):  # all ranks raise, or none
+        raise LossNotFoundError(
+            "Expected the returned `loss` to be the mean cross-entropy (binary where the targets are floats of the"
+            " shape of the logits) of the returned `logits` and `targets`, since nothing else says what it is per"
+            f" sample, but got {float(loss.mean()):.6g} where that is {float(plain):.6g}. Return {{'loss': loss,"
+            " 'losses': per_sample} with losses of shape (N,), or compute the loss with a torch loss function."
+        )
+
+
+def check_stated_losses(loss: Tensor, call: LossCall, plain: Tensor) -> None:
+    """Refuse losses whose mean is not a part of the returned loss; waits for the device.
+
+    What is put in its place is the debiased mean, so each loss must count as much as in the mean. Where the returned
+    loss was computed some other way, only being equal to the mean tells.
+    """
+    losses = call.record.elements[0]
+    share = None
+    if loss.requires_grad:
+        (share,) = torch.autograd.grad(loss.sum(), losses, retain_graph=True, allow_unused=True)
+    if share is None:
+        differs, what = _differs(loss.detach(), plain.detach()), "was not computed from them"
+    else:
+        # Relative to the mean's own shares, so that rounding is that of numbers near one.
+        differs, what = _differs(share * losses.numel(), torch.ones_like(share)), "counts them otherwise"
+    if global_sum(differs.float()):
+        raise LossNotFoundError(
+            "Expected the returned `loss` to be the mean of the returned `losses`, plus what else there is, as the mean"
+            f" is what a method replaces, but got one that {what}. Put factors into the losses"
+            " (`losses = 0.1 * losses; loss = losses.mean() + other`); where a mask or weights reduce them, use a torch"
+            " loss function with `reduction='none'`, or `debias.register_loss`, so that the reduction is seen."
+        )
+
+
+def _loss_of(logits: Tensor, target: Tensor) -> Tensor:
+    loss: Any = F.cross_entropy
+    if target.is_floating_point() and target.shape == logits.shape:
+        loss = F.binary_cross_entropy_with_logits
+    return unreduced(loss, {"input": logits, "target": target})

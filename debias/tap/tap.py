@@ -1,0 +1,381 @@
+"""The loss tap: records every torch loss of a step, and hands back what plain training would have given.
+
+A ``TorchFunctionMode`` sees ``F.cross_entropy`` and its like in any call style. A loss computed with
+``reduction="none"`` is followed (:mod:`debias.tap.following`) to the ``.mean()`` or ``.sum()`` that ends it. What
+becomes of the losses is settled once the step has returned.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from debias.errors import LossNotFoundError, RowsError, UntappedLossError
+from debias.tap.calls import LossCall, LossRecord
+from debias.tap.evaluated import Evaluated, counted_by
+from debias.tap.following import FOLLOWED, Following, Unreduced
+from debias.tap.losses import COMPARING, FORM, LOSSES, NAMES, NOT_PER_SAMPLE, SECOND, SYMMETRIC, reduction_of, unreduced
+from debias.tap.mixing import Mixture, mix_parts, unmixable
+from debias.tap.moves import RECORDED, Move
+from debias.tap.predictions import CLASSIFYING
+from debias.tap.rows import RowTracker, arranged_rows
+
+__all__ = ["Finder", "LossTap", "no_loss_error"]
+
+_LOG_SOFTMAX = frozenset({F.log_softmax, torch.log_softmax, Tensor.log_softmax})
+_WATCHED = frozenset(LOSSES) | FOLLOWED | RECORDED | NOT_PER_SAMPLE | _LOG_SOFTMAX
+
+
+class Finder(Protocol):
+    """Notes operations and tells which linear layer made the logits; see :mod:`debias.tap.head`."""
+
+    def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Note one operation."""
+        ...
+
+    def match(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Move]] | None:
+        """Output, input and weight of the layer, and the moves from its output to the logits."""
+        ...
+
+
+@dataclass(eq=False)
+class LossTap(TorchFunctionMode):
+    """Watches the losses of one step; make a fresh one for every step.
+
+    Args:
+        training: only losses that require a gradient count.
+        tracker: tells which sample a row belongs to; None where nobody asks.
+        rows: the user's own answer to that question.
+        finder: records what the classifier head needs to be found by; None where nobody asks.
+        mixture: which labels the samples count with; None where augmentation has mixed none.
+        evaluated: in evaluation, follows what counts and what was predicted.
+        strict: refuse losses that cannot be taken apart.
+        at_once: makes what a loss is replaced by while the step runs, for steps that use their losses up themselves.
+
+    Attributes:
+        calls: the losses, reduced by torch or by the step.
+        untapped: losses that reach the returned loss unseen if nothing reduces them in a way that can be followed: name
+            and node.
+        suspended: above 0 while nothing is to be recorded.
+    """
+
+    training: bool = True
+    tracker: RowTracker | None = None
+    rows: Callable[[LossCall, int], Tensor] | str | None = None
+    finder: Finder | None = None
+    mixture: Mixture | None = None
+    at_once: Callable[[LossCall], Tensor | None] | None = None
+    strict: bool = True
+    evaluated: Evaluated | None = None
+    calls: list[LossCall] = field(default_factory=list)
+    untapped: list[tuple[str, Any]] = field(default_factory=list)
+    suspended: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._following = Following(self)
+        self._normalised: list[tuple[Tensor, Tensor]] = []  # log-probabilities and their logits
+
+    def close(self) -> None:
+        """Let go of every tensor; calls and tap refer to each other, and only the garbage collector would notice."""
+        for call in self.calls:
+            call.forget()
+        self.calls, self.untapped, self._normalised = [], [], []
+        self._following.close()
+        self.at_once = self.tracker = self.finder = None
+        if self.evaluated is not None:
+            self.evaluated.close()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.suspended:
+            return func(*args, **kwargs)
+        run = _run if self.evaluated is None else self.evaluated.run
+        if func not in _WATCHED and self.finder is None:
+            return run(func, args, kwargs)
+        if func in LOSSES:
+            return self._loss(func, args, kwargs)
+        if not args and func in _WATCHED:
+            args, kwargs = _first_by_position(func, kwargs)
+        out = run(func, args, kwargs)
+        if self.tracker is not None and func in RECORDED:
+            self.tracker.record(func, args, kwargs, out)
+        elif func in NOT_PER_SAMPLE and isinstance(out, Tensor) and out.requires_grad:
+            self.untapped.append((func.__name__, out.grad_fn))
+        if func in _LOG_SOFTMAX:
+            self._normalised.append((out, args[0]))
+        if self.finder is not None:
+            self.finder.record(func, args, kwargs, out)
+        return self._following.see(func, args, kwargs, out) if self.training and func in FOLLOWED else out
+
+    # -- losses ------------------------------------------------------------------------------------
+
+    def _loss(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        # Without `strict=`, which Dynamo cannot follow in torch 2.9 where the whole module is compiled.
+        arguments = dict(zip(NAMES[func], args)) | kwargs  # noqa: B905
+        if self.training and not (torch.is_grad_enabled() and _requires_grad(*arguments.values())):
+            return func(*args, **kwargs)
+        if self.training and _requires_grad(arguments.get("weight"), arguments.get("pos_weight")):
+            if not self.strict:
+                return func(*args, **kwargs)
+            raise UntappedLossError(
+                f"Expected `weight` of `{func.__name__}` to be constant, but got one that is learned: it would enter"
+                " what the loss is divided by. Multiply the unreduced losses by it instead (`reduction='none'`)."
+            )
+        given, labels = NAMES[func][0], SECOND[func]
+        if func in SYMMETRIC and self._is_prediction(arguments[labels], arguments[given]):
+            given, labels = labels, given
+        prediction = arguments[given]
+        if self.training and func is F.nll_loss:  # of the log-probabilities of some logits
+            prediction = next((x for y, x in self._normalised if y is prediction), prediction)
+        reduction = reduction_of(arguments)
+
+        def compute() -> tuple[Tensor, Tensor]:
+            losses = unreduced(func, arguments)
+            return losses, losses.new_ones(()) if reduction == "sum" else LOSSES[func](losses, arguments)
+
+        call = self._call(func.__name__, prediction, arguments.get(labels), compute)
+        call.arguments = {k: v for k, v in arguments.items() if k in FORM and v is not None}
+        call.counts.append(counted_by(func, arguments))
+        call.record.is_sum = call.record.undivided = reduction == "sum"
+        mixed = self.training and self.mixture is not None and self.mixture.meant(call)
+        if mixed and (SECOND[func] != "target" or not isinstance(call.target, Tensor)):
+            raise unmixable(call.name, "it compares inputs with each other")
+        if mixed:
+            parts = mix_parts(self, call, functools.partial(_with_label, func, arguments, labels))
+        if reduction != "none":
+            return self.add(call, call.record.value() if mixed else func(*args, **kwargs))
+        if mixed:
+            out = call.record.elements[0].view(len(parts), *parts[0].shape).sum(0)
+            self._following.add(Unreduced(out, call, parts=parts))
+        else:
+            out = func(*args, **kwargs)
+            call.record.compute = lambda: (out, out.new_ones(()))
+            self._following.add(Unreduced(out, call))
+        if self.tracker is not None:
+            self.tracker.follow(out, functools.partial(self.element_samples, call, out.shape, out.device))
+        if self.training:
+            self.untapped.append((f"{call.name}(reduction='none')", out.grad_fn))
+        else:
+            if self.evaluated is not None:
+                call.counts.append(self.evaluated.elements.start(out))
+            self.calls.append(call)
+        return out
+
+    def _is_prediction(self, second: Any, first: Any) -> bool:
+        """Whether it is the second argument of a symmetric loss that is the prediction."""
+        if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+            return False
+        if first.requires_grad or second.requires_grad:
+            return not first.requires_grad
+        return self.tracker is not None and self.tracker.is_of_batch(first) and not self.tracker.is_of_batch(second)
+
+    def adapted(self, name: str, args: tuple[Any, ...], per_sample: Callable[..., Any], original: Tensor) -> Tensor:
+        """Take a loss that torch's functions do not show from an adapter: per-sample losses ``(rows, ...)``."""
+        call, requires_grad = self.stated(name, args, per_sample)
+        if self.training and not (torch.is_grad_enabled() and requires_grad):
+            return original
+        return self.add(call, call.record.value() if call.record.shares is not None else original)
+
+    def stated(self, name: str, args: tuple[Any, ...], per_sample: Callable[..., Any]) -> tuple[LossCall, bool]:
+        """A loss given by a function of ``args``, logits and target first, and whether it requires a gradient."""
+
+        def compute(*args: Any) -> tuple[Tensor, Tensor]:
+            self.suspended += 1  # the losses inside are not losses of the step
+            try:
+                losses = per_sample(*args)
+            finally:
+                self.suspended -= 1
+            losses, den = losses if isinstance(losses, tuple) else (losses, losses.new_ones(()))
+            return losses, den.expand(losses.shape)
+
+        logits, target = (args[0] if args else None), (args[1] if len(args) > 1 else None)
+        losses, den = compute(*args)
+        call = self._call(name, logits, target, lambda: (losses, den))
+        call.counts.append(lambda: None if bool((den != 0).all()) else den != 0)
+        if self.training and self.mixture is not None and self.mixture.meant(call):
+            if not isinstance(target, Tensor):
+                raise unmixable(name, "it has no target tensor as second argument")
+            mix_parts(self, call, lambda moved: compute(args[0], moved(target), *args[2:]))
+        return call, losses.requires_grad
+
+    def _call(self, name: str, logits: Any, target: Any, compute: Callable[[], tuple[Tensor, Tensor]]) -> LossCall:
+        call = LossCall(name, len(self.calls), logits, target, LossRecord(compute))
+        call.record.samples = functools.partial(self._samples, call)
+        call.record.untracked = self.tracker is None
+        if self.tracker is not None:
+            # Before the step may change them in place for something else.
+            call.record.changed = any(map(self.tracker.is_changed, _trusted(call)))
+        if self.finder is not None and isinstance(logits, Tensor):
+            call.record.linear = self.finder.match(logits)
+        if self.evaluated is not None and name in CLASSIFYING:
+            call.predicted, call.from_labels = self.evaluated.predictions.of(logits, target)
+        return call
+
+    def add(self, call: LossCall, out: Tensor) -> Tensor:
+        """Record a loss that the step receives as ``out``; what it receives."""
+        call.position = len(self.calls)
+        self.calls.append(call)
+        if self.training and self.at_once is not None and (changed := self.at_once(call)) is not None:
+            out = changed
+        if self.training and out.grad_fn is not None:
+            # What get_gradient_edge(out) returns, without its checks.
+            call.record.edge = torch.autograd.graph.GradientEdge(out.grad_fn, out.output_nr)
+            call.record.received = out, out._version
+        self._following.divide_later(out, call)
+        return out
+
+    # -- samples of rows ---------------------------------------------------------------------------
+
+    def _samples(self, call: LossCall, shape: torch.Size) -> Tensor | None:
+        """Sample numbers of losses (of their shape, or one per row); None if row i is sample i or nobody asks."""
+        if self.tracker is None:
+            return None
+        n, device = self.tracker.n, call.record.elements[0].device
+        if self.rows is not None:
+            return _given_rows(self.rows, call, n, shape, device)
+        index: Tensor | bool | None = False
+        if not call.record.changed:
+            # A single number is no row that could be found among others of the step.
+            single = n > 1 and shape.numel() == 1 and call.record.elements[0].ndim == 0
+            index = self.tracker.resolve(_trusted(call), 0 if single else shape[0] if shape else 1)
+        if isinstance(index, bool):
+            raise _rows_error(call, n, shape, mixed=call.record.changed or self.tracker.mixed)
+        if index is None:
+            return None
+        self.tracker.needed = True
+        return self._aligned(index, shape, call)
+
+    def _aligned(self, index: Tensor, shape: torch.Size, call: LossCall) -> Tensor:
+        """Sample numbers in the shape of the losses, or one per row."""
+        assert self.tracker is not None
+        if index.ndim == len(shape) + 1:  # logits or soft targets: the class axis is gone in the loss
+            index = index.select(1, 0)
+        if index.shape == shape:
+            return index
+        rows = self.tracker.by_row(index)
+        if rows is None or rows.shape[:1] != (shape[:1] or (1,)):
+            raise _rows_error(call, self.tracker.n, shape)
+        return rows
+
+    def element_samples(self, call: LossCall, shape: torch.Size, device: torch.device) -> Tensor | None:
+        """Sample numbers in the shape of unreduced losses."""
+        assert self.tracker is not None
+        index = self._samples(call, shape)
+        if not shape:
+            return torch.zeros((), dtype=torch.long, device=device)
+        if index is None:
+            return self.tracker.start(shape, device)
+        return index if index.shape == shape else index.view(-1, *[1] * (len(shape) - 1)).expand(shape)
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
+
+
+def _with_label(
+    func: Any, arguments: dict[str, Any], labels: str, moved: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Losses and denominators with the labels of other samples."""
+    target, weight = arguments[labels], arguments.get("weight")
+    changed = {labels: moved(target)}
+    # Weights of the elements, unlike those of the classes, belong to the labels.
+    if isinstance(weight, Tensor) and weight.ndim and weight.shape == target.shape and target.is_floating_point():
+        changed["weight"] = moved(weight)
+    losses = unreduced(func, arguments | changed)
+    return losses, losses.new_ones(()) if reduction_of(arguments) != "mean" else LOSSES[func](
+        losses, arguments | changed
+    )
+
+
+def _trusted(call: LossCall) -> list[Tensor]:
+    """The tensors that tell the rows of a loss, in the order in which they are trusted."""
+    # A loss that compares inputs is that of the first one's sample, the anchor's.
+    trusted = (call.logits,) if call.name in COMPARING else (call.target, call.logits)
+    return [x for x in trusted if isinstance(x, Tensor)]
+
+
+def _first_by_position(func: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of ``torch.squeeze(input=x, dim=1)`` and its like with what the operation is done to in front."""
+    names = ("condition", "input", "other") if func is torch.where else ("input", "tensors", "tensor")
+    first = [name for name in names if name in kwargs]
+    if len(first) != (3 if func is torch.where else 1):
+        return (), kwargs
+    return tuple(kwargs[name] for name in first), {k: v for k, v in kwargs.items() if k not in first}
+
+
+def _requires_grad(*tensors: Any) -> bool:
+    return any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+
+
+def _given_rows(rows: Any, call: LossCall, n: int, shape: torch.Size, device: torch.device) -> Tensor | None:
+    count = shape[0] if shape else 1
+    if callable(rows):
+        index = torch.as_tensor(rows(call, n), device=device)
+        if index.is_floating_point() or index.shape not in (shape, shape[:1]):
+            raise RowsError(
+                f"Expected `rows` to return int64 sample numbers of shape {tuple(shape[:1])} or {tuple(shape)}, but got"
+                f" {index.dtype} of shape {tuple(index.shape)}. Return for each row of the loss the sample it"
+                f" belongs to."
+            )
+        return index
+    if count % n:
+        raise RowsError(
+            f"Expected the rows of the loss to be a multiple of the {n} samples with `rows={rows!r}`, but got {count}."
+            " Pass `rows=callable(call, n)` that returns the sample of each row."
+        )
+    return arranged_rows(rows, n, count // n, device)
+
+
+def _rows_error(call: LossCall, n: int, shape: torch.Size, *, mixed: bool = False) -> RowsError:
+    expected = (
+        f"Expected the rows of `{call.name}` to be those of the batch, but the loss has shape {tuple(shape)} and the"
+        f" batch {n} ids"
+    )
+    if mixed:
+        return RowsError(
+            f"{expected}, and the step mixes samples with each other (mixup? a change in place?), so that a row is of"
+            " several. Mix with `GroupMixup`, which tells whose labels count, or compute a loss with each label:"
+            " `share * cross_entropy(logits, labels) + (1 - share) * cross_entropy(logits, labels[partners])`, with"
+            " `loss='sum'`."
+        )
+    if shape and shape[0] < n:
+        return RowsError(
+            f"{expected}. If a `collate_fn` leaves samples out, leave them out of the dataset instead, as ids"
+            " cannot follow; if the step does, index the batch inside it; else say which sample each row belongs to:"
+            " `rows=callable(call, n)`."
+        )
+    return RowsError(
+        f"{expected}, and it cannot be followed which sample each row is of. If the rows are built from the samples,"
+        " say how: `rows='tiled'` (all samples, then all again), `rows='interleaved'` (all rows of a sample together),"
+        " or `rows=callable(call, n)` that returns the sample of each row."
+    )
+
+
+def no_loss_error(seen: list[str], *, reweighs: bool = True) -> LossNotFoundError:
+    """What to say where a training step shows no loss that can be taken apart."""
+    hint = (
+        f" It computes {', '.join(sorted(set(seen)))}, which has no per-sample form (it compares whole sets)."
+        if seen
+        else ""
+    )
+    per_batch = (
+        "pass `losses='heads'` (torchvision's detectors) or `losses='split'`"
+        if reweighs
+        else "as torchvision's detectors, only methods that reweigh have a way (`losses='heads'`, `losses='split'`)"
+    )
+    return LossNotFoundError(
+        "Expected the training step to compute its loss with a torch loss function (cross_entropy, mse_loss, ...), but"
+        f" none that requires a gradient reaches the returned loss.{hint} Ways out: return {{'loss': loss, 'losses':"
+        " per_sample} with losses of shape (N,); or return {'loss', 'logits', 'targets'}; or register the loss once"
+        " with `debias.register_loss(LossClass, per_sample)`, and hold the instance in the module"
+        " (`self.loss = LossClass()` in `__init__`), where it is looked for; for models that only give a"
+        f" loss per batch, {per_batch}."
+    )

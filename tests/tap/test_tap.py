@@ -1,0 +1,333 @@
+"""The tap changes nothing by itself: every loss variant, in any call style, keeps its value and its gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from debias.errors import RowsError, UntappedLossError
+from debias.tap.rows import RowTracker
+from debias.tap.selection import reaching
+from debias.tap.tap import LossTap
+
+# Torch says so whenever its legacy arguments are used, and they are part of what is tested.
+pytestmark = pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated:UserWarning")
+
+N, C, D = 7, 4, 3
+generator = torch.Generator().manual_seed(0)
+
+
+def rand(*shape, **kwargs):
+    return torch.rand(*shape, generator=generator, dtype=torch.float64, **kwargs)
+
+
+X = rand(N, C) - 0.5
+Y = torch.tensor([0, 1, 2, 3, 0, -100, 2])
+YC = torch.tensor([0, 1, 2, 3, 0, 1, 2])
+W = rand(C) + 0.1
+SOFT = torch.softmax(rand(N, C), 1)
+PIXELS, PIXEL_TARGET = rand(N, C, D, D), torch.randint(0, C, (N, D, D), generator=generator)
+PIXEL_IGNORED = torch.where(rand(N, D, D) < 0.3, 255, PIXEL_TARGET)
+MASK = (rand(N) > 0.4).double()
+MULTI = (rand(N, C) > 0.5).double()
+SAMPLE_WEIGHT = rand(N) + 0.5
+
+VARIANTS = {
+    "ce": (X, lambda x: F.cross_entropy(x, YC)),
+    "ce module": (X, lambda x: nn.CrossEntropyLoss()(x, YC)),
+    "ce keywords": (X, lambda x: F.cross_entropy(input=x, target=YC)),
+    "ce weight": (X, lambda x: F.cross_entropy(x, YC, weight=W)),
+    "ce ignore": (X, lambda x: F.cross_entropy(x, Y)),
+    "ce weight ignore smooth": (X, lambda x: F.cross_entropy(x, Y, weight=W, label_smoothing=0.1)),
+    "ce smooth": (X, lambda x: F.cross_entropy(x, YC, label_smoothing=0.2)),
+    "ce soft": (X, lambda x: F.cross_entropy(x, SOFT)),
+    "ce soft weight smooth": (X, lambda x: F.cross_entropy(x, SOFT, weight=W, label_smoothing=0.1)),
+    "ce sum": (X, lambda x: F.cross_entropy(x, Y, weight=W, reduction="sum")),
+    "ce unbatched": (X[0], lambda x: F.cross_entropy(x, YC[0])),
+    "ce pixels": (PIXELS, lambda x: F.cross_entropy(x, PIXEL_TARGET, weight=W)),
+    "ce pixels ignore": (PIXELS, lambda x: F.cross_entropy(x, PIXEL_IGNORED, ignore_index=255, label_smoothing=0.1)),
+    "ce legacy sum": (X, lambda x: F.cross_entropy(x, YC, size_average=False)),
+    "ce legacy none mean": (X, lambda x: F.cross_entropy(x, YC, reduce=False).mean()),
+    "nll": (X, lambda x: F.nll_loss(x.log_softmax(1), Y, weight=W)),
+    "nll module": (PIXELS, lambda x: nn.NLLLoss(ignore_index=255)(x.log_softmax(1), PIXEL_IGNORED)),
+    "bce": (X, lambda x: F.binary_cross_entropy(x.sigmoid(), MULTI, weight=W)),
+    "bce logits": (X, lambda x: F.binary_cross_entropy_with_logits(x, MULTI, pos_weight=W)),
+    "bce logits weight sum": (X, lambda x: F.binary_cross_entropy_with_logits(x, MULTI, weight=W, reduction="sum")),
+    "mse": (X, lambda x: F.mse_loss(x, SOFT)),
+    "mse weight": (X, lambda x: F.mse_loss(x, SOFT, weight=MULTI + 0.5)),
+    "mse module none": (X, lambda x: nn.MSELoss(reduction="none")(x, SOFT).mean()),
+    "l1": (X, lambda x: F.l1_loss(x, SOFT)),
+    "smooth l1": (X, lambda x: F.smooth_l1_loss(x, SOFT, beta=0.3)),
+    "huber weight": (X, lambda x: F.huber_loss(x, SOFT, delta=0.2, weight=MULTI + 0.5)),
+    "huber": (X, lambda x: F.huber_loss(x, SOFT, delta=0.2)),
+    "kl batchmean": (X, lambda x: F.kl_div(x.log_softmax(1), SOFT, reduction="batchmean")),
+    "kl sum": (X, lambda x: F.kl_div(x.log_softmax(1), SOFT, reduction="sum")),
+    "soft margin": (X, lambda x: F.soft_margin_loss(x, 2 * MULTI - 1)),
+    "multi margin": (X, lambda x: F.multi_margin_loss(x, YC)),
+    "multilabel soft margin": (X, lambda x: F.multilabel_soft_margin_loss(x, MULTI)),
+    "gaussian nll": (X, lambda x: F.gaussian_nll_loss(x, SOFT, torch.ones_like(x))),
+    "poisson nll": (X, lambda x: F.poisson_nll_loss(x, SOFT)),
+    "none mean": (X, lambda x: F.cross_entropy(x, Y, weight=W, reduction="none").mean()),
+    "none torch.mean": (X, lambda x: torch.mean(F.cross_entropy(x, YC, reduction="none"))),
+    "none sum": (X, lambda x: F.cross_entropy(x, YC, reduction="none").sum()),
+    "none mask own sum": (X, lambda x: (F.cross_entropy(x, YC, reduction="none") * MASK).sum() / MASK.sum()),
+    "none mask mean": (X, lambda x: (MASK * F.cross_entropy(x, YC, reduction="none")).mean()),
+    "none index": (X, lambda x: F.cross_entropy(x, YC, reduction="none")[MASK > 0].mean()),
+    "none where": (X, lambda x: torch.where(MASK > 0, F.cross_entropy(x, YC, reduction="none"), 0.0).sum() / 3),
+    "none fill": (X, lambda x: F.cross_entropy(x, YC, reduction="none").masked_fill(MASK < 1, 0).sum() / MASK.sum()),
+    "none weights": (X, lambda x: 0.5 * (F.cross_entropy(x, YC, reduction="none") * SAMPLE_WEIGHT).mean()),
+    "none rows then mean": (X, lambda x: F.mse_loss(x, SOFT, reduction="none").mean(1).mean()),
+    "none flatten sum mean": (PIXELS, lambda x: F.mse_loss(x, x.detach() + 1,
+    reduction="none").flatten(1).sum(1).mean()), "focal": (X, lambda x: _focal(x)),
+    "scaled plus": (X, lambda x: 0.3 * F.cross_entropy(x, YC) + 0.01 * x.pow(2).sum()),
+    "in place": (X, lambda x: F.cross_entropy(x, YC).mul_(0.5).add_(1.0)),
+}  # fmt: skip
+
+
+def _focal(x):
+    loss = F.cross_entropy(x, YC, reduction="none")
+    return ((1 - torch.exp(-loss)) ** 2 * loss).mean()
+
+
+def _value_and_grad(x, run):
+    x = x.clone().requires_grad_()
+    loss = run(x)
+    (grad,) = torch.autograd.grad(loss, x)
+    return loss.detach(), grad
+
+
+# Sums whose divisor is no number of rows and no sum of weights or of a mask.
+UNDIVIDED = {"ce sum", "ce legacy sum", "bce logits weight sum", "kl sum", "none sum", "none where"}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("tracked", [False, True])
+def test_a_loss_put_together_again_is_the_original(name, tracked):
+    x, run = VARIANTS[name]
+    expected = _value_and_grad(x, run)
+    x = x.clone().requires_grad_()
+    tap = LossTap(tracker=RowTracker((x, YC), N) if tracked and x.ndim > 1 else None)
+    with tap:
+        loss = run(x)
+    torch.testing.assert_close(loss.detach(), expected[0], rtol=0, atol=0)
+    found = reaching(tap, loss)
+    (call,) = found.calls
+    assert not found.lost
+    if name in UNDIVIDED:
+        with pytest.raises(UntappedLossError, match="divide the sum"):
+            found.multiply([call])
+        return
+    found.multiply([call])
+    again = found.replaced([call], call.mean())
+    grad = torch.autograd.grad(again, x)
+    torch.testing.assert_close((again.detach(), *grad), expected, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_nothing_is_recomputed_without_a_method_that_needs_it(name):
+    x, run = VARIANTS[name]
+    expected = _value_and_grad(x, run)
+
+    def watched(x):
+        with LossTap():
+            return run(x)
+
+    for a, b in zip(_value_and_grad(x, watched), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_per_sample_parts_against_a_loop():
+    """num and den of every sample equal those of the sample alone, weights, ignored pixels and all."""
+    tap = LossTap(tracker=RowTracker((PIXELS, PIXEL_IGNORED), N))
+    x = PIXELS.clone().requires_grad_()
+    with tap:
+        F.cross_entropy(x, PIXEL_IGNORED, weight=W, ignore_index=255)
+    (call,) = tap.calls
+    for i in range(N):
+        kept = PIXEL_IGNORED[i] != 255
+        num = sum(
+            -W[PIXEL_TARGET[i, a, b]] * PIXELS[i, :, a, b].log_softmax(0)[PIXEL_TARGET[i, a, b]]
+            for a, b in kept.nonzero()
+        )
+        torch.testing.assert_close(call.num[i].detach(), num + torch.zeros((), dtype=torch.float64))
+        torch.testing.assert_close(call.den[i], W[PIXEL_TARGET[i][kept]].sum())
+
+
+def test_losses_without_gradient_do_not_count():
+    tap = LossTap()
+    with tap:
+        F.cross_entropy(X, YC)
+        with torch.no_grad():
+            F.cross_entropy(X.clone().requires_grad_(), YC)
+    assert tap.calls == []
+
+
+def test_evaluation_sees_every_loss_without_computing_anything_more():
+    tap = LossTap(training=False)
+    with tap, torch.no_grad():
+        F.cross_entropy(X, YC)
+        F.mse_loss(X, SOFT, reduction="none")
+    assert [(call.name, call.logits is X) for call in tap.calls] == [("cross_entropy", True), ("mse_loss", True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_per_sample_losses_are_at_least_float32(dtype):
+    tap = LossTap()
+    with tap:
+        F.cross_entropy(X.to(dtype).requires_grad_(), YC)
+    assert tap.calls[0].num.dtype == torch.float32
+    expected = F.cross_entropy(X.to(dtype).float(), YC, reduction="none")
+    torch.testing.assert_close(tap.calls[0].num, expected)
+
+
+def test_autocast_is_off_while_losses_are_taken_apart():
+    tap = LossTap()
+    x = X.float().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16), tap:
+        F.mse_loss(x, SOFT.float())
+        num = tap.calls[0].num
+    torch.testing.assert_close(num, F.mse_loss(x, SOFT.float(), reduction="none").sum(1))
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+def _rows(batch, n, step, rows=None):
+    tap = LossTap(tracker=RowTracker(batch, n), rows=rows)
+    with tap:
+        step()
+    call = tap.calls[-1]
+    num = call.num  # resolves the rows
+    return None if call.rows is None else call.rows.tolist(), num
+
+
+def test_rows_of_tokens_are_interleaved():
+    y = torch.arange(12).view(4, 3) % C
+    logits = rand(4, 3, C).requires_grad_()
+    rows, _ = _rows((y,), 4, lambda: F.cross_entropy(logits.view(-1, C), y.view(-1)))
+    assert rows == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+def test_rows_of_time_first_tokens_are_tiled():
+    y = torch.arange(12).view(4, 3) % C
+    logits = rand(3, 4, C).requires_grad_()
+    rows, _ = _rows((y,), 4, lambda: F.cross_entropy(logits.reshape(-1, C), y.t().reshape(-1)))
+    assert rows == [0, 1, 2, 3] * 3
+
+
+def test_rows_of_time_first_losses_that_are_not_flattened():
+    y = torch.arange(8).view(4, 2) % C
+    logits = rand(2, C, 4).requires_grad_()
+    rows, num = _rows((y,), 4, lambda: F.cross_entropy(logits, y.T))
+    assert rows == [0, 1, 2, 3] * 2
+    assert num.shape == (8,)
+
+
+def test_rows_of_two_views_are_tiled():
+    y = torch.tensor([0, 1, 2])
+    logits = rand(6, C).requires_grad_()
+    rows, _ = _rows((y,), 3, lambda: F.cross_entropy(logits, torch.cat([y, y])))
+    assert rows == [0, 1, 2, 0, 1, 2]
+
+
+def test_rows_of_a_shuffled_batch_follow_the_shuffle():
+    y = torch.tensor([0, 1, 2])
+    order = torch.tensor([2, 0, 1])
+    logits = rand(3, C).requires_grad_()
+    rows, _ = _rows((y,), 3, lambda: F.cross_entropy(logits, y[order]))
+    assert rows == [2, 0, 1]
+
+
+def test_rows_of_masked_tokens():
+    y = torch.tensor([[0, 1], [2, 3], [1, 1]])
+    keep = torch.tensor([[True, False], [True, True], [False, False]])
+    logits = rand(3, 2, C).requires_grad_()
+    rows, _ = _rows((y,), 3, lambda: F.cross_entropy(logits[keep], y[keep]))
+    assert rows == [0, 1, 1]
+
+
+def test_rows_of_contrastive_pairs_come_from_the_concatenated_views():
+    first, second = rand(3, 5), rand(3, 5)
+    net = nn.Linear(5, 5).double()
+
+    def step():
+        z = net(torch.cat([first, second]))
+        F.cross_entropy(z @ z.mT, torch.arange(6).roll(3))
+
+    rows, _ = _rows((first, second), 3, step)
+    assert rows == [0, 1, 2, 0, 1, 2]
+
+
+def test_rows_of_lists_with_one_element_per_image():
+    labels = [torch.tensor([0, 1, 2]), torch.tensor([3])]
+    logits = rand(4, C).requires_grad_()
+    rows, _ = _rows(([rand(3, 2, 2), rand(3, 2, 2)], labels), 2, lambda: F.cross_entropy(logits, torch.cat(labels)))
+    assert rows == [0, 0, 0, 1]
+
+
+def test_rows_through_an_unreduced_loss():
+    y = torch.tensor([[0, 1, 1], [2, 3, 0]])
+    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]], dtype=torch.float64)
+    logits = rand(2, 3, C).requires_grad_()
+
+    def step():
+        losses = F.cross_entropy(logits.view(-1, C), y.view(-1), reduction="none").view(2, 3)
+        return (losses * mask).sum() / mask.sum()
+
+    tap = LossTap(tracker=RowTracker((y,), 2))
+    with tap:
+        step()
+    (call,) = tap.calls
+    assert call.num.shape == (6,)
+    assert call.rows.tolist() == [0, 0, 0, 1, 1, 1]
+    assert call.den.tolist() == mask.flatten().tolist()
+
+
+def test_unchanged_rows_need_no_index():
+    y = torch.tensor([[0], [1], [2]])
+    logits = rand(3, C).requires_grad_()
+    for target in (lambda: y.squeeze(1), lambda: y[:, 0], lambda: y.view(3), lambda: y.long().flatten()):
+        rows, _ = _rows((y,), 3, lambda target=target: F.cross_entropy(logits, target()))
+        assert rows is None
+
+
+def test_a_move_that_moves_nothing():
+    """Flattening a tensor with one axis returns the tensor itself."""
+    y, net = torch.tensor([0.0, 1.0, 1.0]).double(), nn.Linear(5, 1).double()
+    logits = net(rand(3, 5))[:, 0].sigmoid()
+    assert logits.flatten() is logits
+    rows, _ = _rows((y,), 3, lambda: F.binary_cross_entropy_with_logits(logits.flatten(), y.sqrt().flatten()))
+    assert rows is None
+
+
+def test_unknown_rows_are_an_error_with_both_shapes():
+    logits = rand(6, C).requires_grad_()
+    with pytest.raises(RowsError, match=r"loss has shape \(6,\) and the batch 3 ids.*rows='tiled'"):
+        _rows((torch.zeros(3),), 3, lambda: F.cross_entropy(logits, torch.zeros(6).long()))
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ("tiled", [0, 1, 2, 0, 1, 2]),
+        ("interleaved", [0, 0, 1, 1, 2, 2]),
+        (lambda call, n: torch.tensor([2, 2, 1, 1, 0, 0]), [2, 2, 1, 1, 0, 0]),
+    ],
+)
+def test_rows_can_be_told(rows, expected):
+    logits = rand(6, C).requires_grad_()
+    found, _ = _rows((torch.zeros(3),), 3, lambda: F.cross_entropy(logits, torch.zeros(6).long()), rows)
+    assert found == expected
+
+
+def test_rows_that_are_told_wrongly():
+    logits = rand(7, C).requires_grad_()
+    with pytest.raises(RowsError, match="multiple of the 3 samples"):
+        _rows((torch.zeros(3),), 3, lambda: F.cross_entropy(logits, torch.zeros(7).long()), "tiled")
+    with pytest.raises(RowsError, match=r"int64 sample numbers of shape \(7,\)"):
+        _rows(
+            (torch.zeros(3),),
+            3,
+            lambda: F.cross_entropy(logits, torch.zeros(7).long()),
+            lambda call, n: torch.zeros(3).long(),
+        )
