@@ -6,6 +6,8 @@ Each message names the argument, the rule, what was received and what to do. All
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "UnknownArgumentError",
     "UnsupportedStrategyError",
     "missing_package",
+    "unwritable",
     "UntappedLossError",
 ]
 
@@ -67,6 +70,14 @@ class UnsupportedStrategyError(DebiasError):
 
 class DataError(DebiasError):
     """A dataset folder is missing, incomplete or malformed."""
+
+
+def unwritable(path: Path | str, error: Exception) -> DebiasError:
+    """The error for a file or folder that cannot be written."""
+    return DebiasError(
+        f"Expected {path} to be a place that can be written, but it is not ({error}). Free space there or name another"
+        " place, then run the same command again: what has finished stays."
+    )
 
 
 class DebiasWarning(UserWarning):

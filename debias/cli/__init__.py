@@ -132,27 +132,30 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from debias.cli.errors import readable_errors
+    from debias.cli.errors import check_writable, readable_errors
 
     with readable_errors():
+        check_writable(options.out)
         from debias.cli.demo import run
 
         run(seeds=options.seeds, out=options.out, max_epochs=options.epochs)
 
 
 def _gallery(options: argparse.Namespace) -> None:
-    from debias.cli.errors import readable_errors
+    from debias.cli.errors import check_writable, readable_errors
 
     with readable_errors():
+        check_writable(options.out.parent)
         from debias.cli.gallery import run
 
         run(options.out, options.images, size=options.size, draws=options.draws, seed=options.seed)
 
 
 def _selection(options: argparse.Namespace) -> None:
-    from debias.cli.errors import readable_errors
+    from debias.cli.errors import check_writable, readable_errors
 
     with readable_errors():
+        check_writable(options.out)
         from debias.cli.shift_selection import run
 
         run(options.out, source=options.source, mnist=options.mnist, seeds=options.seeds, epochs=options.epochs)

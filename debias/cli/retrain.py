@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
 from debias.cli.errors import readable_errors
-from debias.cli.training import DebiasCLI, refuse_missing_checkpoint
+from debias.cli.training import DebiasCLI, refuse_bad_checkpoint
 from debias.errors import DebiasError
 from debias.methods.last_layer_retraining import retrain_last_layer
 
@@ -44,9 +44,9 @@ class RetrainCLI(DebiasCLI):
     def run_stage(self) -> None:
         """Refit, write the checkpoint and say where it lies."""
         path = Path(self.config_init["ckpt_path"])
-        refuse_missing_checkpoint(path)
-        options = dict(self.config_init["retrain"])
         safe = self.config_init["weights_only"] is not False
+        refuse_bad_checkpoint(path, safe)
+        options = dict(self.config_init["retrain"])
         checkpoint = torch.load(path, map_location="cpu", weights_only=safe)
         self.model.load_state_dict(checkpoint["state_dict"])
         data: Any = self.datamodule

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from debias.errors import DebiasError
+from debias.compare.schema import WHAT, check_record, check_spec, digest
+from debias.errors import DebiasError, unwritable
 
 __all__ = [
     "Candidate",
     "Measures",
     "RunRecord",
+    "configs_hash",
     "default_group",
     "find_records",
     "measures",
     "read_record",
+    "read_spec",
     "shift_score",
     "worst_of",
     "write_json",
@@ -28,6 +33,7 @@ __all__ = [
 
 FORMAT = 1
 RECORD = "result.json"
+SPEC = "spec.json"  # beside it: what the run is to do
 PROGRESS = "progress.json"  # of a run that is being made: steps taken and to take
 _WORST = re.compile(
     r"^(?P<stage>\w+)/(?P<prefix>(?:[^/]+/)?)worst_(?P<of>group|domain)_(?P<metric>[^/]+)(?P<loader>/.+)?$"
@@ -118,7 +124,8 @@ class RunRecord:
             folder: of the run.
         """
         content = {key: value for key, value in asdict(self).items() if key != "folder"}
-        write_json(folder / RECORD, {"format": FORMAT} | content)
+        content = json.loads(json.dumps({"format": FORMAT} | content, default=str))
+        write_json(folder / RECORD, content | {"checksum": digest(content)})
 
 
 @dataclass(frozen=True)
@@ -203,20 +210,30 @@ def worst_of(metrics: Mapping[str, float], name: str) -> float:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file whole or not at all, whatever happens meanwhile: beside it first, then in its place."""
+    """Write a file whole or not at all, whatever happens meanwhile: beside it first, then in its place.
+
+    Raises:
+        DebiasError: it cannot be written, say because the disk is full.
+    """
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    try:
+        draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(draft, path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def read_record(path: Path) -> RunRecord:
-    """Read a run's ``result.json``.
+    """Read a run's ``result.json``, and check that it is what was written, and of the run that its folder is of.
 
     Args:
         path: the file.
 
     Raises:
-        DebiasError: it is damaged, or of another format.
+        DebiasError: it is damaged, of another format, or of another run.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -225,20 +242,58 @@ def read_record(path: Path) -> RunRecord:
             raise DebiasError(
                 f"Expected {path} to be of format {FORMAT}, but got {number}: use the debias that wrote it."
             )
-        content["candidates"] = {name: Candidate(**c) for name, c in content["candidates"].items()}
-        known = {f.name for f in fields(RunRecord)}
-        record = RunRecord(**{k: v for k, v in content.items() if k in known}, folder=path.parent)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        checksum = content.pop("checksum", None)
+        check_record(content)
+        if checksum is not None and checksum != digest({"format": FORMAT} | content):
+            raise ValueError("it is not what was written: its checksum is another")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DebiasError(
             f"Expected {path} to be a run's result as `debias compare` writes it, but it cannot be read"
             f" ({type(error).__name__}: {error}). Nothing was changed. Delete that file, and the run is made again."
         ) from error
-    if record.status not in ("finished", "failed") or (record.finished and "last" not in record.candidates):
+    if (path.parent / SPEC).exists():
+        _refuse_another_run(path, content)
+    candidates = {name: Candidate(**candidate) for name, candidate in content["candidates"].items()}
+    return RunRecord(**content | {"candidates": candidates}, folder=path.parent)
+
+
+def read_spec(folder: Path) -> dict[str, Any]:
+    """Read what a run is to do.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        DebiasError: there is nothing of the kind.
+    """
+    try:
+        spec = json.loads((folder / SPEC).read_text(encoding="utf-8"))
+        check_spec(spec)
+    except (OSError, ValueError, RecursionError) as error:
         raise DebiasError(
-            f"Expected {path} to hold a finished run with its metrics, or a failed one, but it does not. Nothing was"
-            " changed. Delete that file, and the run is made again."
-        )
-    return record
+            f"Expected {folder / SPEC} to say what the run does, but it cannot be read ({error}). Nothing was changed."
+            f" Delete {folder}, and the run is made again."
+        ) from error
+    return dict(spec)
+
+
+def configs_hash(spec: Mapping[str, Any]) -> str:
+    """Of what a run is configured to do, but for its seed and the domain that it leaves out."""
+    return hashlib.sha256(json.dumps(spec["configs"], sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _refuse_another_run(path: Path, content: Mapping[str, Any]) -> None:
+    spec = read_spec(path.parent)
+    wanted = {key: spec[key] for key in WHAT if key in content}
+    if content.get("config_hash"):
+        wanted["config_hash"] = configs_hash(spec)
+    for key, value in wanted.items():
+        if content[key] != value:
+            raise DebiasError(
+                f"Expected {path} to be the result of the run that {path.parent / SPEC} describes, but its `{key}` is"
+                f" {content[key]!r} instead of {value!r}. Nothing was changed. Delete that file, and the run is made"
+                " again."
+            )
 
 
 def find_records(folders: Sequence[Path]) -> list[RunRecord]:

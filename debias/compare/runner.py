@@ -16,8 +16,9 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from debias.compare.grid import LOCK, read_spec
-from debias.compare.records import PROGRESS, RECORD, RunRecord, read_record
+from debias.compare.escape import plain
+from debias.compare.grid import LOCK
+from debias.compare.records import PROGRESS, RECORD, RunRecord, read_record, read_spec
 from debias.errors import DebiasError
 
 __all__ = ["BUSY", "LOCK", "Interrupted", "run_all"]
@@ -238,7 +239,7 @@ class _Display:
 
     def _print(self, text: str) -> None:
         self.said = time.monotonic()
-        self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.progress.console.print(plain(text), highlight=False, markup=False, soft_wrap=True)
 
     def show(self, folders: Sequence[Path], elsewhere: int) -> None:
         if self.progress is None:
@@ -247,7 +248,7 @@ class _Display:
         words = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
         if elsewhere:
             words = ", ".join(filter(None, [words, f"{elsewhere} run elsewhere"]))
-        self.progress.update(self.task, completed=self.finished + sum(shares.values()), description=words)
+        self.progress.update(self.task, completed=self.finished + sum(shares.values()), description=plain(words))
         if self.plain and words and time.monotonic() - self.said > EVERY:
             self._print(words)
 

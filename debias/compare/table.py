@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from debias.compare.escape import csv_cell, markdown, plain
 from debias.compare.records import Measures, RunRecord, measures
 from debias.compare.selection import Choice, Rule, find_rule, select
 from debias.errors import missing_package
@@ -114,6 +115,11 @@ class Used:
         """Average minus worst group."""
         return self.test.average - self.test.worst
 
+    @property
+    def not_finite(self) -> float:
+        """Test samples whose predictions are not finite."""
+        return not_finite(self.record, self.candidate)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -203,6 +209,12 @@ class Comparison:
         """``"accuracy in %"``, or the metric's name."""
         name = self.metric.replace("_", " ") or "metric"
         return f"{name} in %" if self.percent else name
+
+
+def not_finite(record: RunRecord, candidate: str) -> float:
+    """The largest number of test samples of a run whose predictions are not finite, as monitors count them."""
+    test = record.candidates[candidate].test if candidate in record.candidates else {}
+    return max((v for key, v in test.items() if "_not_finite" in key and not math.isnan(v)), default=0.0)
 
 
 def label(method: str) -> str:
@@ -357,6 +369,12 @@ def _notes(
     for name in dict.fromkeys(name for row in rows for name, s in row.by_group.items() if s.n < len(row.runs)):
         lacking = sum(len(row.runs) - row.by_group[name].n for row in rows)
         yield f"Group {name!r} has no test sample in {lacking} of {sum(len(r.runs) for r in rows)} runs."
+    runs = [run for row in rows for run in row.runs if run.not_finite]
+    if diverged := [f"{run.record.id} ({run.not_finite:.0f} samples)" for run in runs]:
+        yield (
+            f"DIVERGED: predictions on the test set that are not finite count as wrong, or make a metric NaN, in"
+            f" {', '.join(diverged)}. A difference to such a run says nothing about a method."
+        )
     yield from _blanks(rows)
     if any(row.worst_vs_erm is not None and row.worst_vs_erm.n < 2 for row in rows):
         yield "With fewer than two seeds in common with ERM, seed noise cannot be told."
@@ -457,8 +475,8 @@ def _rich_table(comparison: Comparison, detail: int) -> Table:
     rows, groups = comparison.rows, comparison.groups if detail > 1 and len(comparison.groups) <= SHOWN_GROUPS else ()
     marked = " (ORACLE: chosen by test data)" if comparison.rule.oracle else ""
     table = Table(
-        title=f"{comparison.recipe}: test {comparison.unit}{marked}",
-        caption=Text(caption(comparison)),
+        title=Text(plain(f"{comparison.recipe}: test {comparison.unit}{marked}")),
+        caption=Text(plain(caption(comparison))),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=0,
@@ -474,7 +492,7 @@ def _rich_table(comparison: Comparison, detail: int) -> Table:
     headers += [name.replace(" ", "\n") for name in groups]
     headers += ["worst group\nto ERM"] + (["ms a\nstep", "MiB"] if detail > 0 else []) + (["failed"] if failed else [])
     for header in headers:
-        table.add_column(Text(header), justify="right", no_wrap=True)
+        table.add_column(_shown(header), justify="right", no_wrap=True)
     for row in rows:
         cells = [label(row.method)]
         if tuned:
@@ -491,7 +509,7 @@ def _rich_table(comparison: Comparison, detail: int) -> Table:
             cells += [_plain(1000 * row.seconds_per_step.mean, 1), _plain(row.peak_memory.mean, 0)]
         if failed:
             cells.append(str(row.failed or ""))
-        table.add_row(*map(Text, cells))
+        table.add_row(*map(_shown, cells))
     return table
 
 
@@ -503,7 +521,7 @@ def make_markdown(comparison: Comparison) -> str:
     adjusted = ["adjusted average"] if comparison.adjusted else []
     header = ["method", "average", *adjusted, "worst group", "gap", *groups]
     header += ["worst group to ERM", "average to ERM", "ms a step", "MiB", "seeds", "failed"]
-    lines = ["| " + " | ".join(map(_escape, header)) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    lines = ["| " + " | ".join(map(markdown, header)) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     for row in comparison.rows:
         cells = [label(row.method)]
         shown = (row.average, *([row.adjusted] if adjusted else []), row.worst, row.gap)
@@ -512,7 +530,7 @@ def make_markdown(comparison: Comparison) -> str:
         cells += [_difference(d, percent) for d in (row.worst_vs_erm, row.average_vs_erm)]
         cells += [_number(_scaled(row.seconds_per_step, 1000), False, digits=1)]
         cells += [_number(row.peak_memory, False, digits=0), _seeds(row.seeds), str(row.failed)]
-        lines.append("| " + " | ".join(map(_escape, cells)) + " |")
+        lines.append("| " + " | ".join(map(markdown, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -555,9 +573,9 @@ def runs_rows(comparison: Comparison) -> list[dict[str, Any]]:
 
     Columns, in this order: ``id``, ``method``, ``seed``, ``params`` as JSON, ``held_out``, ``status``, ``error``,
     ``warnings`` as JSON; ``in_table``, whether its setting was chosen; ``rule``; ``candidate``, ``epoch``, ``step``;
-    ``score``; of the test ``metric``, ``average``, ``adjusted_average``, ``worst_group``, ``gap`` and
-    ``group/<name>``; ``steps``, ``seconds``, ``seconds_per_step``, ``peak_memory_mib``, ``device``, ``started``,
-    ``recipe``, ``recipe_hash``, ``git_revision``, and ``version/<name>``.
+    ``score``; of the test ``metric``, ``average``, ``adjusted_average``, ``worst_group``, ``gap``, ``not_finite``
+    (samples) and ``group/<name>``; ``steps``, ``seconds``, ``seconds_per_step``, ``peak_memory_mib``, ``device``,
+    ``started``, ``recipe``, ``recipe_hash``, ``git_revision``, and ``version/<name>``.
     """
     used = {run.record.id: run for row in comparison.rows for run in row.runs}
     scores = {name: s for choice in select(comparison.records, comparison.rule) for name, s in choice.scores.items()}
@@ -602,6 +620,7 @@ def _run_row(
         "adjusted_average": _known(test.adjusted),
         "worst_group": _known(test.worst),
         "gap": _known(test.average - test.worst),
+        "not_finite": not_finite(record, comparison.rule.candidate),
         **{f"group/{name}": _known(test.by_group.get(name, math.nan)) for name in groups},
         "steps": record.steps,
         "seconds": _known(record.seconds),
@@ -617,12 +636,15 @@ def _run_row(
 
 
 def write_rows(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as CSV, with empty cells for None."""
+    """Rows as CSV, with empty cells for None, and no cell that a spreadsheet would compute."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([map(csv_cell, line) for line in [list(rows[0]), *(row.values() for row in rows)]])
     return text.getvalue()
+
+
+def _shown(cell: str) -> Text:
+    return Text(plain(cell, lines=True))
 
 
 def _known(value: float) -> float | None:
@@ -659,8 +681,3 @@ def _difference(value: Difference | None, percent: bool) -> str:
 
 def _seeds(seeds: Iterable[int]) -> str:
     return " ".join(map(str, seeds))
-
-
-def _escape(cell: str) -> str:
-    """Markdown reads ``|`` and ``*`` as its own."""
-    return cell.strip().replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;").replace(">", "&gt;")

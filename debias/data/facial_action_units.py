@@ -32,6 +32,7 @@ from debias.data._common import (
 )
 from debias.data.tagging import TaggedDataset, tag
 from debias.errors import DataError, DebiasError
+from debias.ops.arguments import checked
 
 __all__ = ["PARTITIONS", "FacialActionUnits"]
 
@@ -97,6 +98,7 @@ class FacialActionUnits(GroupDataModule):
 
     balances = ("group", "identity")
 
+    @checked(threshold="[0, inf)")
     def __init__(
         self,
         root: str | Path,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from debias.errors import DataError
+from debias.ops.arguments import checked
 from debias.step.batch import TaggedSample
 from debias.step.samples import INDEX
 
@@ -19,6 +20,7 @@ __all__ = ["TaggedDataset", "TaggedIterableDataset", "tag"]
 Ids = Sequence[int] | Tensor | Callable[[Any], Any]
 
 
+@checked()
 def tag(dataset: Any, **tags: Any) -> TaggedDataset | TaggedIterableDataset:
     """Wrap ``dataset`` so that its loader carries one tag per sample beside each batch.
 
@@ -59,6 +61,7 @@ def tag(dataset: Any, **tags: Any) -> TaggedDataset | TaggedIterableDataset:
 class TaggedDataset(Dataset):
     """A map-style dataset and the tags of its samples; made by :func:`tag`."""
 
+    @checked()
     def __init__(self, dataset: Any, tags: dict[str, Any]) -> None:
         self.dataset = dataset
         self.tags = {name: _as_ids(name, ids, len(dataset)) for name, ids in tags.items()}
@@ -83,6 +86,7 @@ class TaggedDataset(Dataset):
 class TaggedIterableDataset(IterableDataset):
     """An iterable dataset whose tags are computed from each sample; made by :func:`tag`."""
 
+    @checked()
     def __init__(self, dataset: Any, tags: dict[str, Any]) -> None:
         for name, ids in tags.items():
             if not callable(ids):

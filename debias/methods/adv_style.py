@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from debias.errors import DebiasError
 from debias.methods.base import LayerAugmenter
 from debias.methods.dsu import style_shape, uncertain_style
-from debias.ops.arguments import check_number
+from debias.ops.arguments import MOST, check_count, check_number, checked
 from debias.ops.distributed import global_sum, is_distributed
 from debias.ops.fields import arguments, field_values
 from debias.ops.styles import batch_std, restyle, style
@@ -68,6 +68,7 @@ class _Touch(torch.autograd.Function):
         return grad, *(torch.zeros_like(p) for p in ctx.saved_tensors)
 
 
+@checked("x: float N C H W | float N T C, noise: float 2 N C, spreads: float 2 C", length="[0, inf)", eps="[0, inf)")
 def adversarial_style(
     x: Tensor, noise: Tensor, spreads: Tensor, *, strength: float = 1.0, length: float | None = None,
     eps: float = 1e-6, sync_stats: bool = False,
@@ -147,6 +148,8 @@ class AdvStyleLayer(AdvStyleOptions, _Channels):
 
     def __post_init__(self) -> None:
         nn.Module.__init__(self)
+        self.num_channels = check_count("num_channels", self.num_channels, 1, MOST)
+        self.eps = check_number("eps", self.eps)
         learned = self.intensity == "learned"
         p_adversarial = (1 / 3 if learned else 1 / 2) if self.p_adversarial is None else self.p_adversarial
         p_dsu = (1 / 3 if learned else 0.0) if self.p_dsu is None else self.p_dsu

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from debias.methods.base import FeaturePenalty, configures
+from debias.ops.arguments import checked
 from debias.ops.distributed import global_sum, is_distributed
 from debias.ops.domain_pairs import deviations, mean_over_pairs
 from debias.ops.fields import arguments
@@ -34,6 +35,7 @@ from debias.ops.precision import in_full_precision
 __all__ = ["CORAL", "CORALMixin", "CORALPenalty", "coral_penalty"]
 
 
+@checked("features: float N D, domains: int N < n_domains | bool N n_domains")
 @in_full_precision
 def coral_penalty(features: Tensor, domains: Tensor, n_domains: int, *, by_pairs: bool | None = None) -> Tensor:
     """Distance of the domains' means and covariances.

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from debias.data.counting import can_count
 from debias.methods.base import DomainDebiaser, configures
-from debias.ops.arguments import check_count, check_number
+from debias.ops.arguments import check_count, check_number, checked
 from debias.ops.fields import arguments
 from debias.ops.groups import GroupSums, summed
 from debias.ops.reweighing import DomainLoss
@@ -39,6 +39,7 @@ from debias.ops.reweighing import DomainLoss
 __all__ = ["DomainPenalisation", "DomainPenalisationLoss", "DomainPenalisationMixin", "domain_penalisation_weights"]
 
 
+@checked("losses: float G, seen: bool G", temperature="(0, inf)")
 def domain_penalisation_weights(
     losses: Tensor,
     *,

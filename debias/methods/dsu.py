@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from debias.methods.base import LayerAugmenter
-from debias.ops.arguments import check_number
+from debias.ops.arguments import check_number, checked
 from debias.ops.distributed import is_distributed
 from debias.ops.fields import arguments
 from debias.ops.styles import batch_std, restyle, style
@@ -35,6 +35,7 @@ from debias.ops.styles import batch_std, restyle, style
 __all__ = ["DSU", "DSULayer", "uncertain_style"]
 
 
+@checked("x: float N C H W | float N T C, noise: float 2 N C", factor="[0, inf)", eps="[0, inf)")
 def uncertain_style(
     x: Tensor, noise: Tensor, *, factor: float = 1.0, eps: float = 1e-6, sync_stats: bool = False
 ) -> Tensor:
@@ -73,6 +74,7 @@ class DSUOptions:
 
     def check(self) -> None:
         """Refuse numbers that are out of range."""
+        self.eps = check_number("eps", self.eps)
         self.p, self.factor = check_number("p", self.p, "[0, 1]"), check_number("factor", self.factor)
 
 

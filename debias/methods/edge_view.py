@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from debias.errors import BatchKeyError, DebiasError
 from debias.methods.base import LossOptions, Method
-from debias.ops.arguments import check_count, check_number
+from debias.ops.arguments import check_count, check_number, checked
 from debias.ops.fields import arguments
 from debias.step.batch import BatchKey, describe, repeated, replace
 from debias.step.context import Step
@@ -46,6 +46,7 @@ Rule = Literal["otsu", "mean"]
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
+@checked("grey: float N H W, sigma: float N, low: float N, high: float N", hysteresis_steps="[0, 10000]")
 def canny_edges(
     grey: Tensor, *, sigma: Tensor, threshold: Callable[[Tensor], Tensor], low: Tensor, high: Tensor,
     hysteresis_steps: int = 16,
@@ -79,6 +80,7 @@ def canny_edges(
     return edges
 
 
+@checked("values: float N D | float N H W", bins="[1, 65536]")
 def otsu_threshold(values: Tensor, bins: int = 256) -> Tensor:
     """Otsu's threshold of each image: the cut that leaves the least variance within the two sides.
 

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from debias.errors import DebiasError
 from debias.methods.base import HeadPenalty, configures
-from debias.ops.arguments import check_number
+from debias.ops.arguments import check_number, checked
 from debias.ops.fields import arguments
 from debias.ops.head_statistics import HeadStatistics, domain_mean
 from debias.ops.penalties import HeadPenaltyModule, PenaltyOptions
@@ -44,6 +44,7 @@ from debias.ops.penalties import HeadPenaltyModule, PenaltyOptions
 __all__ = ["Fishr", "FishrMixin", "FishrPenalty", "fishr_penalty"]
 
 
+@checked("variances: float E ..., present: bool E")
 def fishr_penalty(variances: Tensor, present: Tensor, *, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
     """Distance of the domains' gradient variances from their mean.
 

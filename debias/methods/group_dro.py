@@ -30,7 +30,7 @@ from torch import Tensor
 
 from debias.errors import DebiasError
 from debias.methods.base import GroupDebiaser, configures
-from debias.ops.arguments import check_number
+from debias.ops.arguments import check_number, checked
 from debias.ops.fields import arguments
 from debias.ops.groups import GroupSums, summed
 from debias.ops.reweighing import GroupLoss
@@ -38,6 +38,7 @@ from debias.ops.reweighing import GroupLoss
 __all__ = ["GroupDRO", "GroupDROLoss", "GroupDROMixin", "group_dro_weights", "greedy_group_weights"]
 
 
+@checked("log_weights: float G, group_losses: float G, adjustment: float G, present: bool G", step_size="[0, inf)")
 def group_dro_weights(
     log_weights: Tensor,
     group_losses: Tensor,
@@ -67,7 +68,13 @@ def group_dro_weights(
         tensor([0.2689, 0.7311])
     """
     scores = _scores(group_losses, adjustment, normalize_loss, present)
-    return torch.log_softmax(torch.add(log_weights, scores, alpha=step_size), dim=0)
+    return torch.log_softmax(_bounded(torch.add(log_weights, scores, alpha=step_size)), dim=0)
+
+
+def _bounded(log_weights: Tensor) -> Tensor:
+    """In place: infinite ones would be NaN once they are compared."""
+    largest = torch.finfo(log_weights.dtype).max / 4
+    return log_weights.clamp_(-largest, largest)
 
 
 def _scores(losses: Tensor, adjustment: Tensor | None, normalize_loss: bool, present: Tensor | None) -> Tensor:
@@ -81,6 +88,7 @@ def _scores(losses: Tensor, adjustment: Tensor | None, normalize_loss: bool, pre
     return scores
 
 
+@checked("losses: float G, fractions: float G", alpha="(0, 1]", minimum_weight="[0, 1]")
 def greedy_group_weights(losses: Tensor, fractions: Tensor, *, alpha: float, minimum_weight: float = 0.0) -> Tensor:
     """Weights of the worst groups that make up a fraction ``alpha`` of the data: CVaR over groups.
 
@@ -220,7 +228,7 @@ class GroupDROLoss(GroupDROOptions, GroupLoss):
         # As in group_dro_weights, but in place; what the weights are divided by is left to be read off.
         adjustment = self._adjustment() if self.adjusts else None
         scores = _scores(losses, adjustment, self.normalize_loss, present if self.absent == "skip" else None)
-        self.log_weights.add_(scores, alpha=self.step_size)
+        _bounded(self.log_weights.add_(scores, alpha=self.step_size))
 
     def _average(self, losses: Tensor, present: Tensor) -> None:
         """Running losses; a group's first loss is taken as it is."""

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from debias.errors import BatchKeyError, DebiasError
 from debias.methods.base import LossOptions, Method
-from debias.ops.arguments import check_number
+from debias.ops.arguments import check_number, checked
 from debias.ops.fields import arguments
 from debias.ops.pairs import random_partners
 from debias.step.batch import BatchKey, describe, replace
@@ -48,6 +48,7 @@ __all__ = ["GroupMixup", "GroupMixupLayer", "cutmix", "mixup", "selective_pairs"
 _RULES = ("any", "same_label", "same_domain", "selective")
 
 
+@checked("labels: int N, domains: int N")
 def selective_pairs(labels: Tensor, domains: Tensor, *, same_label: bool) -> Tensor:
     """Who may be mixed with whom under LISA's two rules.
 
@@ -72,6 +73,7 @@ def selective_pairs(labels: Tensor, domains: Tensor, *, same_label: bool) -> Ten
     return pairs & known & known.unsqueeze(1)
 
 
+@checked("x: float N ..., partners: int N < N, shares: float N")
 def mixup(x: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
     """``share x_i + (1 - share) x_partner``.
 
@@ -87,6 +89,7 @@ def mixup(x: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
     return torch.lerp(x[partners], x, kept)
 
 
+@checked("x: float N C H W, partners: int N < N")
 def cutmix(x: Tensor, partners: Tensor, box: tuple[int, int, int, int]) -> tuple[Tensor, float]:
     """Images with a box of their partners pasted.
 

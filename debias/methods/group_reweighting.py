@@ -25,13 +25,14 @@ from torch import Tensor
 
 from debias.errors import DebiasError
 from debias.methods.base import GroupDebiaser, configures
-from debias.ops.arguments import check_number
+from debias.ops.arguments import check_number, checked
 from debias.ops.fields import arguments
 from debias.ops.reweighing import GroupLoss
 
 __all__ = ["GroupReweighting", "GroupReweightingLoss", "GroupReweightingMixin", "inverse_frequency_weights"]
 
 
+@checked("group_counts: any G", power="[0, inf)")
 def inverse_frequency_weights(group_counts: Tensor, *, power: float = 1.0) -> Tensor:
     """Weights by group whose mean over the training set is 1.
 

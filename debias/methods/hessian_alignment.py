@@ -47,7 +47,7 @@ from torch import Tensor
 
 from debias.errors import DebiasError
 from debias.methods.base import HeadPenalty, configures
-from debias.ops.arguments import check_count, check_number
+from debias.ops.arguments import check_count, check_number, checked
 from debias.ops.distributed import global_rank, global_sum
 from debias.ops.fields import arguments
 from debias.ops.head_statistics import HeadStatistics, distances_from, make_head_loss, make_members
@@ -62,6 +62,12 @@ Statistic = Literal["hgp", "diagonal", "hutchinson", "frobenius"]
 PUBLISHED_ALPHA: dict[str, float] = {"hgp": 1e-4, "diagonal": 1e-3, "hutchinson": 1e-3, "frobenius": 1e-3}
 
 
+@checked(
+    "features: float N D, logits: float N C | float N, targets: int N < C | any ...,"
+    "domains: int N < n_domains | bool N n_domains",
+    alpha="[0, inf)",
+    beta="[0, inf)",
+)
 @in_full_precision
 def hessian_alignment_penalty(
     features: Tensor,

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from debias.errors import DebiasError
 from debias.methods.base import AdversarialDebiaser, AdversaryLoss, AdversaryOptions, configures, make_mlp
+from debias.ops.arguments import checked
 from debias.ops.fields import arguments
 from debias.step.batch import BatchKey
 
@@ -48,6 +49,7 @@ __all__ = [
 ]
 
 
+@checked("logits: float N K, identities: int N < K")
 def identity_losses(logits: Tensor, identities: Tensor, *, identity_loss: Literal["bce", "ce"] = "bce") -> Tensor:
     """Loss of an identity head for each sample.
 
@@ -75,6 +77,7 @@ def identity_losses(logits: Tensor, identities: Tensor, *, identity_loss: Litera
     return F.binary_cross_entropy_with_logits(logits, one_hot.to(logits.dtype), reduction="none").mean(1)
 
 
+@checked(strength="[0, inf)")
 def bce_to_ce_strength(strength: float, n_identities: int) -> float:
     """The strength under ``identity_loss="ce"`` whose pull on the features is that of ``strength`` under ``"bce"``.
 

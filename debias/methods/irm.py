@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from debias.methods.base import LossPenalty, configures
+from debias.ops.arguments import checked
 from debias.ops.distributed import global_rank, global_sum, world_size
 from debias.ops.fields import arguments
 from debias.ops.head_statistics import HeadLoss, domain_mean, make_head_loss, make_members
@@ -38,6 +39,7 @@ __all__ = ["IRM", "IRMMixin", "IRMPenalty", "irm_penalty"]
 Form = Literal["unbiased", "squared"]
 
 
+@checked("logits: float N C | float N, targets: int N < C | any ..., domains: int N < n_domains | bool N n_domains")
 @in_full_precision
 def irm_penalty(
     logits: Tensor,

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from debias.errors import DebiasError
 from debias.methods.base import LayerAugmenter
-from debias.ops.arguments import check_number
+from debias.ops.arguments import check_number, checked
 from debias.ops.distributed import gather, global_rank, is_distributed
 from debias.ops.fields import arguments
 from debias.ops.pairs import beta_shares, random_partners
@@ -39,6 +39,7 @@ from debias.step.batch import BatchKey
 __all__ = ["MixStyle", "MixStyleLayer", "mix_style"]
 
 
+@checked("x: float N C H W | float N T C, partners: int N < N, shares: float N", eps="[0, inf)")
 def mix_style(x: Tensor, partners: Tensor, shares: Tensor, *, eps: float = 1e-6) -> Tensor:
     """Feature maps whose styles are mixed with those of their partners.
 
@@ -89,6 +90,7 @@ class MixStyleOptions:
 
     def check(self) -> None:
         """Refuse numbers that are out of range."""
+        self.eps = check_number("eps", self.eps)
         self.p, self.alpha = check_number("p", self.p, "[0, 1]"), check_number("alpha", self.alpha, "(0, inf)")
 
 

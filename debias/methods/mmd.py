@@ -28,7 +28,7 @@ from torch import Tensor
 
 from debias.errors import DebiasError
 from debias.methods.base import FeaturePenalty, configures
-from debias.ops.arguments import check_number
+from debias.ops.arguments import check_number, checked
 from debias.ops.distributed import gather
 from debias.ops.domain_pairs import deviations, mean_over_pairs
 from debias.ops.fields import arguments
@@ -42,6 +42,7 @@ GAMMAS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
 Kernel = Literal["gaussian", "scaled_gaussian"]
 
 
+@checked("features: float N D, domains: int N < n_domains | bool N n_domains", gammas="[0, inf)")
 @in_full_precision
 def mmd_penalty(
     features: Tensor,

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from debias.methods.base import DomainPenalty, configures
+from debias.ops.arguments import checked
 from debias.ops.distributed import global_sum
 from debias.ops.fields import arguments
 from debias.ops.groups import group_losses
@@ -30,6 +31,7 @@ from debias.ops.precision import in_full_precision
 __all__ = ["VREx", "VRExMixin", "VRExPenalty", "vrex_penalty"]
 
 
+@checked("losses: float N, domains: int N < n_domains | bool N n_domains, den: float N")
 @in_full_precision
 def vrex_penalty(losses: Tensor, domains: Tensor, n_domains: int, *, den: Tensor | None = None) -> Tensor:
     """Variance of the domains' mean losses.

@@ -13,11 +13,12 @@ from torchmetrics.utilities import rank_zero_warn
 
 from debias.errors import BadRowsError, DebiasError
 from debias.metrics.group import group_difference, worst_group
-from debias.ops.arguments import check_count
+from debias.ops.arguments import check_count, checked
 
 __all__ = ["DetectionAccuracy", "GroupMeanAveragePrecision", "detection_accuracy"]
 
 
+@checked("predicted: any p 4, true: any t 4", iou_threshold="[0, 1]")
 def detection_accuracy(predicted: Tensor, true: Tensor, *, iou_threshold: float = 0.5) -> Tensor:
     """Accuracy of an image's boxes: hits over hits, false alarms and misses.
 
@@ -81,6 +82,7 @@ class DetectionAccuracy(Metric):
     sums: Tensor
     counts: Tensor
 
+    @checked(iou_threshold="[0, 1]", score_threshold="[0, 1]")
     def __init__(
         self, n_groups: int, *, iou_threshold: float = 0.5, score_threshold: float = 0.5, **kwargs: Any
     ) -> None:
@@ -140,6 +142,7 @@ class GroupMeanAveragePrecision(Metric):
     higher_is_better = True
     full_state_update = False
 
+    @checked()
     def __init__(self, n_groups: int, *, max_detections: int = 100, **kwargs: Any) -> None:
         super().__init__(sync_on_compute=False)
         self.n_groups = n_groups

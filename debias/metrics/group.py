@@ -15,7 +15,6 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from torchmetrics.utilities import rank_zero_warn
 
 from debias.errors import BadRowsError, DebiasError
 from debias.metrics.undefined import DefinedMetric, fresh, is_better_high
+from debias.ops.arguments import MOST, check_count, checked
 
 __all__ = [
     "GroupAccuracy",
@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 
+@checked("values: float N, groups: any N | bool N n_groups")
 def group_sums(values: Tensor, groups: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
     """Sum and number of the values of each group.
 
@@ -72,6 +73,7 @@ def group_sums(values: Tensor, groups: Tensor, n_groups: int) -> tuple[Tensor, T
     return totals[:, 0], totals[:, 1]
 
 
+@checked("by_group: float G")
 def worst_group(by_group: Tensor, *, higher_is_better: bool = True) -> Tensor:
     """The worst value of any group: the smallest, or the largest where ``higher_is_better`` is False.
 
@@ -86,6 +88,7 @@ def worst_group(by_group: Tensor, *, higher_is_better: bool = True) -> Tensor:
     return sign * _smallest(sign * by_group)
 
 
+@checked("by_group: float G")
 def group_difference(by_group: Tensor) -> Tensor:
     """The largest value of any group minus the smallest; a scalar tensor, NaN if all groups are NaN.
 
@@ -95,6 +98,7 @@ def group_difference(by_group: Tensor) -> Tensor:
     return -_smallest(-by_group) - _smallest(by_group)
 
 
+@checked("by_group: float G")
 def group_ratio(by_group: Tensor) -> Tensor:
     """The smallest value of any group over the largest; a scalar tensor, NaN if all are NaN or the largest is 0.
 
@@ -104,6 +108,7 @@ def group_ratio(by_group: Tensor) -> Tensor:
     return _smallest(by_group) / -_smallest(-by_group)
 
 
+@checked("by_group: float G, train_counts: any G")
 def adjusted_average(by_group: Tensor, train_counts: Tensor) -> Tensor:
     """The average that a set with the group proportions of the training set would have.
 
@@ -146,6 +151,9 @@ class GroupAccuracy(Metric):
     ``accuracy_count``, the number of samples of each group that were scored, ``accuracy_difference``,
     ``accuracy_ratio`` and, where ``train_counts`` is given, ``adjusted_accuracy``.
 
+    Predictions that are not finite are wrong: NaN, and a largest logit, or a score, that is infinite; a logit of -inf
+    masks a class. If there are any, a warning says so, and ``accuracy_not_finite`` is the number of their samples.
+
     Args:
         n_groups: number of groups.
         group_names: their names, for those who print or log; default "0", "1", ...
@@ -177,8 +185,10 @@ class GroupAccuracy(Metric):
     correct_all: Tensor
     total_all: Tensor
     bad_ids: Tensor
+    not_finite: Tensor
     train_counts: Tensor | None
 
+    @checked()
     def __init__(
         self,
         n_groups: int,
@@ -198,15 +208,17 @@ class GroupAccuracy(Metric):
         for name, shape in (("correct", n_groups), ("total", n_groups), ("correct_all", ()), ("total_all", ())):
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("bad_ids", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("not_finite", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor, groups: Tensor, rows: Tensor | None = None) -> None:
         """Count a batch; shapes and dtypes are in the docstring of the class."""
         groups = _checked_groups(groups, len(target) if rows is None else len(groups), self.n_groups)
         bad_ids = _bad_ids(groups, self.n_groups)
-        hits, valid = _hits(preds, target, self.threshold, self.ignore_index)
-        right, n_valid = hits.sum(1, dtype=torch.float64), valid.sum(1, dtype=torch.float64)
+        found = _hits(preds, target, self.threshold, self.ignore_index)
+        right, n_valid, bad = (x.sum(1, dtype=torch.float64) for x in found)
         if rows is not None:
-            right, n_valid = (x.new_zeros(len(groups)).index_add_(0, rows, x) for x in (right, n_valid))
+            right, n_valid, bad = (x.new_zeros(len(groups)).index_add_(0, rows, x) for x in (right, n_valid, bad))
+        self.not_finite += (bad > 0).sum()
         counted = n_valid > 0
         share = right / n_valid.clamp(min=1)
         correct, total = group_sums(share, _only(groups, counted), self.n_groups)
@@ -221,7 +233,8 @@ class GroupAccuracy(Metric):
         _raise_bad_ids(self.bad_ids, self.n_groups)
         overall = self.correct_all / self.total_all
         by_group = self.correct / self.total
-        return _summary("accuracy", overall, by_group, self.total, self.train_counts, higher_is_better=True)
+        summary = _summary("accuracy", overall, by_group, self.total, self.train_counts, higher_is_better=True)
+        return summary | say_not_finite("accuracy", self.not_finite, "They count as wrong.")
 
 
 class GroupedMetric(Metric):
@@ -239,6 +252,9 @@ class GroupedMetric(Metric):
 
     Some metrics of torchmetrics take a batch for logits if any value lies outside [0, 1]; whether one does may differ
     between groups, so give those metrics probabilities.
+
+    Where predictions are not finite (NaN, or the largest of a sample infinite), the metric is NaN for all groups, and
+    ``<name>_not_finite`` is the number of these samples.
 
     Rows are picked by boolean masks, which stops a GPU once per group and batch: meant for evaluation. For accuracy,
     :class:`GroupAccuracy` does the same in one pass.
@@ -276,8 +292,10 @@ class GroupedMetric(Metric):
 
     total: Tensor
     bad_ids: Tensor
+    not_finite: Tensor
     train_counts: Tensor | None
 
+    @checked()
     def __init__(
         self,
         metric: Metric,
@@ -313,6 +331,7 @@ class GroupedMetric(Metric):
         self._said: set[str] = set()
         self.add_state("total", torch.zeros(n_groups + 1, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("bad_ids", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("not_finite", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     @property
     def higher_is_better(self) -> bool:  # type: ignore[override]
@@ -330,6 +349,10 @@ class GroupedMetric(Metric):
         if self._is_synced:
             clones = _merged(clones, self.process_group, self.device)
         counts = self.total.tolist()
+        if self.not_finite:  # what a metric makes of them is no measurement
+            return self._collected([None] * len(counts)) | say_not_finite(
+                self.name, self.not_finite, "The metric is NaN."
+            )
         values = [self._value(clone) if count else None for clone, count in zip(clones, counts, strict=True)]
         self._say(clones, counts)
         return self._collected(values)
@@ -404,6 +427,7 @@ class GroupedMetric(Metric):
                 run(clone, preds[mask], target[mask])
         if len(target):
             run(self.overall, preds, target)
+        self.not_finite += _not_finite_rows(preds)
         self.total += torch.cat([counts, counts.new_full((1,), len(target))])
         self.bad_ids += bad_ids
 
@@ -452,23 +476,45 @@ def _summary(
     return summary
 
 
-def _hits(preds: Tensor, target: Tensor, threshold: float, ignore_index: int | None) -> tuple[Tensor, Tensor]:
-    """Which elements are right and which count, both boolean ``(N, elements)``; no missing element is right."""
-    labels = _labels(preds, target, threshold)
+def say_not_finite(name: str, number: Tensor, then: str) -> dict[str, Tensor]:
+    if not number:
+        return {}
+    rank_zero_warn(
+        f"The predictions of {int(number)} samples are not finite (NaN or infinite): training has diverged, or the step"
+        f" computes something else than predictions. {then} `{name}_not_finite` is their number.",
+        stacklevel=4,
+    )
+    return {f"{name}_not_finite": number.double()}
+
+
+def _not_finite_rows(preds: Tensor) -> Tensor | int:
+    if not preds.is_floating_point() or not preds.numel():
+        return 0
+    return (~preds.reshape(len(preds), -1).amax(1).isfinite()).sum()  # NaN where any is
+
+
+def _hits(preds: Tensor, target: Tensor, threshold: float, ignore_index: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Which elements are right, which count, and which of these are not finite; boolean ``(N, elements)``.
+
+    No missing element is right, and none that is not finite.
+    """
+    labels, finite = _labels(preds, target, threshold)
     valid = target >= 0  # False for NaN too
     if ignore_index is not None:
         valid = valid & (target != ignore_index)
     if labels.dtype == torch.bool and target.is_floating_point():
         target = target > 0.5  # smoothed labels are never equal to a prediction
-    hits = (labels == target) & valid
-    return (hits[:, None], valid[:, None]) if hits.ndim == 1 else (hits.flatten(1), valid.flatten(1))
+    hits = (labels == target) & valid & finite
+    found = hits, valid, valid & ~finite
+    hits, valid, bad = (x[:, None] if x.ndim == 1 else x.flatten(1) for x in found)
+    return hits, valid, bad
 
 
-def _labels(preds: Tensor, target: Tensor, threshold: float) -> Tensor:
-    """Predicted labels, of the shape of ``target``."""
+def _labels(preds: Tensor, target: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Predicted labels, and whether they come from finite numbers; both of the shape of ``target``."""
     if not preds.is_floating_point():
         if preds.shape == target.shape:
-            return preds
+            return preds, torch.ones_like(preds, dtype=torch.bool)
         raise DebiasError(
             f"Expected integer `preds` to have the shape of `target`, but got {tuple(preds.shape)} and"
             f" {tuple(target.shape)}. Pass labels, or logits as floats."
@@ -476,12 +522,12 @@ def _labels(preds: Tensor, target: Tensor, threshold: float) -> Tensor:
     if preds.ndim == target.ndim + 1 and preds.numel() == target.numel() and 1 in (preds.shape[1], preds.shape[-1]):
         preds = preds.reshape(target.shape)  # one logit: binary, for which argmax would always say 0
     if preds.shape == target.shape:
-        return preds > threshold
+        return preds > threshold, preds.isfinite()
     if preds.ndim == target.ndim + 1 and not target.is_floating_point():
-        if preds.shape[:1] + preds.shape[2:] == target.shape:
-            return preds.argmax(1)
-        if preds.shape[:-1] == target.shape:
-            return preds.argmax(-1)
+        for dim, shape in ((1, preds.shape[:1] + preds.shape[2:]), (-1, preds.shape[:-1])):
+            if shape == target.shape:
+                largest, labels = preds.max(dim)  # NaN where any is; -inf masks a class
+                return labels, largest.isfinite()
     raise DebiasError(
         "Expected `preds` to be labels or scores of the shape of `target`, or logits (N, C, ...) for integer targets"
         f" (N, ...), but got {tuple(preds.shape)} for a target {tuple(target.shape)} of {target.dtype}. Check that both"
@@ -600,9 +646,7 @@ def _snake_case(name: str) -> str:
 
 
 def _check_n_groups(n_groups: int) -> int:
-    if isinstance(n_groups, bool) or not isinstance(n_groups, Integral) or n_groups < 1:
-        raise DebiasError(f"Expected argument `n_groups` to be an integer of at least 1, but got {n_groups!r}.")
-    return int(n_groups)
+    return check_count("n_groups", n_groups, 1, MOST)
 
 
 def _names(group_names: Sequence[str] | None, n_groups: int) -> list[str]:
@@ -619,7 +663,7 @@ def _counts(train_counts: Sequence[int] | Tensor | None, n_groups: int) -> Tenso
     if train_counts is None:
         return None
     counts = torch.as_tensor(train_counts, dtype=torch.float64)
-    if counts.shape != (n_groups,) or (counts < 0).any() or not counts.sum() > 0:
+    if counts.shape != (n_groups,) or not (counts >= 0).all() or not 0 < counts.sum() < torch.inf:
         raise DebiasError(
             f"Expected argument `train_counts` to be {n_groups} counts, not negative and not all 0, but got"
             f" {counts.tolist()}. Count the training samples of each group."

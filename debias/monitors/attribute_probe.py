@@ -35,7 +35,7 @@ from torch import Tensor
 
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, DebiasWarning, HeadNotFoundError, RowsError
 from debias.monitors._epoch import EpochMonitor
-from debias.ops.arguments import check_count, check_number
+from debias.ops.arguments import check_count, check_number, checked
 from debias.ops.distributed import gather, global_rank, global_sum, world_size
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
@@ -46,6 +46,7 @@ from debias.tap.calls import LossCall
 __all__ = ["AttributeProbe", "ledoit_wolf_shrinkage", "probe_attribute"]
 
 
+@checked("scatter: float D D, fourth: float, n: any")
 def ledoit_wolf_shrinkage(scatter: Tensor, fourth: Tensor, n: Tensor) -> Tensor:
     """Share of the spherical target in Ledoit and Wolf's covariance, from sums over centred samples.
 
@@ -65,6 +66,11 @@ def ledoit_wolf_shrinkage(scatter: Tensor, fourth: Tensor, n: Tensor) -> Tensor:
     return torch.where(noise > 0, noise / distance.clamp_min(torch.finfo(noise.dtype).tiny), 0)
 
 
+@checked(
+    "features: float N D, attributes: int N | bool N, numbers: int N, units: int N",
+    fit_fraction="(0, 1)",
+    shrinkage="[0, 1]",
+)
 def probe_attribute(
     features: Tensor,
     attributes: Tensor,
@@ -268,6 +274,7 @@ class AttributeProbe(EpochMonitor):
     reference: ClassVar[str] = "probe: Alain and Bengio, ICLR 2017 workshop; shrinkage: Ledoit and Wolf, 2004"
     _value_names = ("accuracy", "balanced_accuracy", "chance")
 
+    @checked()
     def __init__(
         self,
         attribute: BatchKey,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from debias.errors import DebiasError, LossNotFoundError
 from debias.monitors._epoch import EpochMonitor, by_group
 from debias.monitors.detection_monitor import find_predictions
-from debias.ops.arguments import check_count, check_number
+from debias.ops.arguments import check_count, check_number, checked
 from debias.ops.distributed import global_rank, global_sum
 from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey
@@ -92,6 +92,7 @@ class BoxStability(EpochMonitor):
     reference: ClassVar[str] = "Yang et al., ICLR 2024"
     _value_names = ("box_stability",)
 
+    @checked(score_threshold="[0, 1]")
     def __init__(
         self,
         layers: list[str],

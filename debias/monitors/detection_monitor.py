@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from debias.errors import BatchKeyError, LossNotFoundError
 from debias.metrics.detection import DetectionAccuracy, GroupMeanAveragePrecision
 from debias.monitors._epoch import EpochMonitor, by_group
+from debias.ops.arguments import checked
 from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, describe, key_name
 from debias.step.context import Step
@@ -76,6 +77,7 @@ class DetectionMonitor(EpochMonitor):
     reference: ClassVar[str] = "mAP: COCO (torchmetrics); detection accuracy: WILDS, GWHD 2021"
     _value_names = ("map", "map_50", "detection_accuracy")
 
+    @checked(iou_threshold="[0, 1]", score_threshold="[0, 1]", draw="[0, inf)")
     def __init__(
         self,
         domain: tuple[BatchKey, ...] | BatchKey,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from debias.data.counting import empty_groups, tag_counts
+from debias.data.samplers import check_batches
 from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, DebiasWarning, LossNotFoundError
 from debias.metrics import GroupAccuracy, GroupedMetric
 from debias.monitors._epoch import EpochMonitor, by_group
@@ -31,6 +32,7 @@ from debias.monitors.scored import (
     shifted_like,
     without,
 )
+from debias.ops.arguments import checked
 from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, describe, key_name
 from debias.step.context import Step
@@ -103,6 +105,7 @@ class GroupMonitor(EpochMonitor):
     needs: ClassVar[tuple[str, ...]] = ("group",)
     reference: ClassVar[str] = "by group, difference, ratio: fairlearn; worst group, adjusted average: WILDS"
 
+    @checked()
     def __init__(
         self,
         group: tuple[BatchKey, ...] | BatchKey,
@@ -328,7 +331,14 @@ class GroupMonitor(EpochMonitor):
         return [GroupedMetric(metric, self.total, **options)]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Say which groups have a sample neither in the training nor in the validation set, where tags tell."""
+        """Say which groups have a sample neither in the training nor in the validation set, where tags tell.
+
+        Raises:
+            DebiasError: a sampler balances batches of another size than the loader's, or ranks have different numbers
+                of batches.
+        """
+        super().on_train_start(trainer, pl_module)
+        check_batches(trainer.train_dataloader)
         if trainer.val_dataloaders is None or not trainer.is_global_zero:
             return
         loaders = trainer.train_dataloader, trainer.val_dataloaders

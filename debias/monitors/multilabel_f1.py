@@ -16,7 +16,7 @@ from debias.errors import DebiasError, LossNotFoundError, RowsError
 from debias.metrics import MultilabelF1, worst_group
 from debias.monitors._epoch import EpochMonitor, by_group
 from debias.monitors.scored import counted_like, loss_of, predicted_by
-from debias.ops.arguments import check_count
+from debias.ops.arguments import check_count, checked
 from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
@@ -63,6 +63,7 @@ class MultilabelF1Monitor(EpochMonitor):
     reference: ClassVar[str] = "F1 by unit and mean, as on BP4D and DISFA, the threshold chosen in validation"
     _value_names = ("f1", "threshold")
 
+    @checked()
     def __init__(
         self,
         label_names: list[str],
@@ -145,7 +146,7 @@ class MultilabelF1Monitor(EpochMonitor):
 
     def _values(self, trainer: Any, pl_module: Any, stage: str) -> list[dict[str, Tensor]]:
         table = self._metric.compute()  # (G + 1, T, A), of all ranks and loaders
-        self._metric = None
+        not_finite, self._metric = self._metric.said, None
         if stage == "val":
             by_threshold = table[-1].nanmean(1).nan_to_num(-1)
             best = int(by_threshold.argmax())
@@ -156,4 +157,4 @@ class MultilabelF1Monitor(EpochMonitor):
         values |= {f"f1_by_label/{k}": v for k, v in zip(self.label_names, by_label.unbind(), strict=True)}
         if self.group is not None:
             values |= {"worst_group_f1": worst_group(f1_by_group), "f1_by_group": f1_by_group}
-        return [by_group(values, self.group_names)]
+        return [by_group(values | not_finite, self.group_names)]

@@ -16,6 +16,7 @@ from inspect import Parameter, Signature, cleandoc
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints, overload
 
 from debias.errors import DebiasError, UnknownArgumentError
+from debias.ops.arguments import checked
 
 if sys.version_info >= (3, 11):
     from typing import dataclass_transform
@@ -140,7 +141,8 @@ def _constructor(cls: type) -> Callable[..., None]:
     construct.__signature__ = signature  # type: ignore[attr-defined]
     construct.__name__, construct.__qualname__ = "__init__", f"{cls.__qualname__}.__init__"
     construct.__module__ = cls.__module__
-    return construct
+    construct.__annotations__ = {name: hint for name, hint in types.items() if name in signature.parameters}
+    return checked()(construct)
 
 
 def _documented(cls: type) -> str | None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debias.errors import BadRowsError, DebiasError
+from debias.ops.arguments import MOST, check_count
 from debias.ops.distributed import global_sum, is_distributed, world_size
 
 __all__ = ["GroupState", "GroupSums", "check_counts", "check_n_groups", "group_losses", "name_groups", "summed"]
@@ -323,6 +324,16 @@ class GroupState(nn.Module):
                 f" shape {(len(losses), self.n_groups)}, but got {groups.dtype} of shape {tuple(groups.shape)}."
             )
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name in self._buffers:
+            saved = state_dict.get(prefix + name)
+            if isinstance(saved, Tensor) and not bool(saved.isfinite().all()):
+                raise DebiasError(
+                    f"Expected the saved `{name}` of {type(self).__name__} to be finite, but got {saved.tolist()[:10]}."
+                    " That training had diverged, or the checkpoint is damaged: resume from an earlier one."
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         device = fn(torch.empty(0)).device
         dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -344,7 +355,8 @@ def check_n_groups(n_groups: int | Sequence[int], kind: str = "group") -> int:
             f"Expected `n_{kind}s` to be a positive integer, or one per key of a crossed `{kind}`, but got"
             f" {n_groups!r}."
         )
-    return prod(int(size) for size in sizes)  # NumPy's integers count too, as `ids.max() + 1` gives them
+    total = prod(int(size) for size in sizes)  # NumPy's integers count too, as `ids.max() + 1` gives them
+    return check_count(f"n_{kind}s", total, 1, MOST)
 
 
 def check_counts(group_counts: Any, names: Sequence[str], kind: str = "group") -> Tensor:
@@ -354,9 +366,10 @@ def check_counts(group_counts: Any, names: Sequence[str], kind: str = "group") -
         DebiasError: the number of counts is wrong, one is negative, or a group has no sample.
     """
     counts = torch.as_tensor(group_counts, dtype=torch.float64).cpu()
-    if counts.shape != (len(names),) or bool((counts < 0).any()):
+    if counts.shape != (len(names),) or not bool(((counts >= 0) & counts.isfinite()).all()):
         raise DebiasError(
-            f"Expected `{kind}_counts` to be {len(names)} numbers >= 0, one per {kind}, but got {counts.tolist()}."
+            f"Expected `{kind}_counts` to be {len(names)} numbers >= 0 and finite, one per {kind}, but got"
+            f" {counts.tolist()}."
         )
     if bool((counts == 0).any()):
         empty = [name for name, count in zip(names, counts.tolist(), strict=True) if count == 0]

@@ -301,7 +301,12 @@ def _weights(name: str, value: Any, *, classes: bool) -> Tensor:
         weights = torch.as_tensor(value, dtype=torch.float64).clone()
     except (TypeError, ValueError, RuntimeError):
         weights = torch.zeros(())
-    if weights.ndim == 0 or (classes and weights.ndim > 1) or not bool((weights.isfinite() & (weights >= 0)).all()):
+    if (
+        not weights.ndim
+        or not weights.numel()
+        or (classes and weights.ndim > 1)
+        or not bool((weights.isfinite() & (weights >= 0)).all())
+    ):
         raise DebiasError(
             f"Expected `{name}` to be weights of the loss{', one for each class' if classes else ''}, a tensor or a"
             f" list of numbers >= 0, but got {value!r}. The weight of the penalty is `penalty_weight`."

@@ -16,6 +16,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from debias.errors import DebiasError, DebiasWarning
+from debias.ops.arguments import checked
+from debias.ops.own_memory import own_memory
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
 from debias.step.engine import StepEngine
@@ -51,6 +53,7 @@ class StepWatcher(Callback):
     needs: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[str] = ""
 
+    @checked()
     def __init__(self, *, name: str | None = None, allow_untested_strategy: bool = False) -> None:
         self.name = name
         self.allow_untested_strategy = allow_untested_strategy
@@ -71,6 +74,7 @@ class StepWatcher(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Join the engine of this run; the first watcher makes it."""
+        own_memory({name: value for name, value in vars(self).items() if name != "engine"})
         leader = next(callback for callback in trainer.callbacks if isinstance(callback, StepWatcher))
         engine = leader.engine
         if engine is None or engine.trainer is not trainer or engine.module is not pl_module:
@@ -170,6 +174,7 @@ class Debiaser(StepWatcher):
     trains: ClassVar[bool] = True
     only_features: ClassVar[bool] = False  # reads features, and a loss only to find the head that reads them
 
+    @checked()
     def __init__(
         self,
         *,

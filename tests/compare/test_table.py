@@ -329,7 +329,7 @@ def test_columns_are_the_documented_ones():
     assert list(runs_rows(comparison)[0]) == [
         *("id", "method", "seed", "params", "held_out", "status", "error", "warnings", "in_table", "rule"),
         *("candidate", "epoch", "step", "score", "metric", "average", "adjusted_average", "worst_group", "gap"),
-        *("group/a", "steps", "seconds"),
+        *("not_finite", "group/a", "steps", "seconds"),
         *("seconds_per_step", "peak_memory_mib", "device", "started", "recipe", "recipe_hash", "git_revision"),
         *("version/python", "version/debias", "version/torch"),
     ]
@@ -352,3 +352,11 @@ def test_several_loaders_are_groups():
     assert comparison.groups == ("dataloader_idx_0", "dataloader_idx_1")
     assert comparison.rows[0].worst.mean == 0.5
     assert comparison.rows[0].average.mean == pytest.approx(0.7)
+
+
+def test_a_run_that_diverged_is_marked():
+    bad = logged("test", (0.0, 0.0, 0.0, 0.0)) | {"test/accuracy_not_finite": 40.0}
+    comparison = make_comparison([record("erm", 0, test=bad), record("irm", 0)], "last")
+    (note,) = [note for note in comparison.notes if note.startswith("DIVERGED")]
+    assert "in erm-0 (40 samples)" in note
+    assert [row["not_finite"] for row in runs_rows(comparison)] == [40, 0]

@@ -275,7 +275,7 @@ def test_predictions_that_do_not_fit(preds, target, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_groups": 0}, "`n_groups` to be an integer of at least 1, but got 0"),
+        ({"n_groups": 0}, "`n_groups` to be an integer >= 1 and <= 1000000, but got 0"),
         ({"n_groups": 2, "group_names": ["a"]}, r"`group_names` to be 2 different names, but got \['a'\]"),
         ({"n_groups": 2, "group_names": ["a", "a"]}, "different names"),
         ({"n_groups": 2, "train_counts": [1, -1]}, r"`train_counts` to be 2 counts.*\[1.0, -1.0\]"),
