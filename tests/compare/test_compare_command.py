@@ -262,7 +262,10 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
     ("words", "message"),
     [
         (["colored_digit"], "got `colored_digit`; the nearest is `colored_digits`."),
-        (["colored_digits", "--seeds", "-1"], "Expected `seeds` to be one or more integers >= 0, but got [-1]."),
+        (
+            ["colored_digits", "--seeds", "-1"],
+            "Expected `seeds` to be one or more integers from 0 to 2**32 - 1, but got [-1].",
+        ),
         (["colored_digits", "--set", "trainer.max_epochs"], "Expected `--set` to be KEY=VALUE"),
         (["colored_digits", "--set", "trainer.max_epochs=1", "trainer.max_epochs=2"], "each key once"),
         (["colored_digits", "--vary", "GroupDOR.step_size=1,2"], "has `GroupDOR`"),
