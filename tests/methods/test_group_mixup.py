@@ -332,7 +332,21 @@ def test_with_styles_and_group_dro():
         assert same(reference, changed) == (len(fewer) == 3)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "GroupMixup"])
+# They put a criterion of their own in the place of the loss, or keep a record of each sample.
+OF_WHOLE_SAMPLES = {"ClassBalanced", "FocalLoss", "LDAM", "LearningFromFailure", "LogitAdjustment"}
+
+
+@pytest.mark.parametrize("name", sorted(OF_WHOLE_SAMPLES & set(METHODS)))
+def test_methods_that_need_whole_samples_refuse_mixed_ones(name):
+    from _support.cases import build
+    from _support.fits import Classifier
+    from _support.fits import train as train_rows
+
+    with pytest.raises(DebiasError, match="an augmentation mixes"):
+        train_rows(Classifier(), [GroupMixup("place"), *build(name)])
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in {"GroupMixup", *OF_WHOLE_SAMPLES}])
 def test_beside_every_other_method(name):
     """Every pair trains to finite numbers, and differently from the method alone."""
     from _support.cases import build
