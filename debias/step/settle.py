@@ -178,10 +178,14 @@ class Settlement:
         """Add the penalties, then the factors their protocols put on the whole loss."""
         for watcher in self.penalisers:
             calls = self.selected[watcher] if watcher.needs_loss else _followed(found.calls, watcher.loss)
-            call = _of_features() if not calls else calls[0] if len(calls) == 1 else LossSum(calls)
-            if watcher.needs_features:
-                self.heads[watcher.head, watcher.features].resolve(call)
-            loss = loss + watcher.penalise(call, self.step)
+            if not calls:
+                calls = [_of_features()]
+            elif len(calls) > 1 and not watcher.needs_features:  # else each loss has a head of its own
+                calls = [LossSum(calls)]
+            for call in calls:
+                if watcher.needs_features:
+                    self.heads[watcher.head, watcher.features].resolve(call)
+                loss = loss + watcher.penalise(call, self.step)
         for watcher in self.penalisers:
             if (factor := watcher.loss_factor(self.step)) != 1:
                 loss = loss * factor

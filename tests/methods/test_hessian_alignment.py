@@ -516,7 +516,7 @@ class Turned(Classifier):
 
 @pytest.mark.parametrize("method", [HessianAlignment, Fishr, IRM])
 def test_unreduced_losses_in_another_order_than_the_logits_are_refused(method: type) -> None:
-    with pytest.raises(RowsError, match=r"rows? of the logits \(16, 2\), in their order.*rows in another order"):
+    with pytest.raises(RowsError, match=r"of the logits \(16, 2\), row by row.*rows in another order"):
         fit(Turned(), method("place", 3))
 
 
@@ -587,7 +587,7 @@ def test_mixed_samples_of_one_domain_are_samples_with_soft_labels() -> None:
         def penalty(self, call, domains, step):
             value = super().penalty(call, domains, step)
             n = len(domains)
-            soft = (call.shares[:, None] * F.one_hot(call.targets, 2)).view(call.parts, n, 2).sum(0)
+            soft = (call.record.shares[:, None] * F.one_hot(call.record.targets, 2)).view(call.parts, n, 2).sum(0)
             assert call.parts == 2
             assert ((soft > 0) & (soft < 1)).any()  # labels were mixed
             head = call.head
