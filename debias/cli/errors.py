@@ -41,19 +41,24 @@ UNWRITABLE = {errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be written, before hours of work for it; one that is not there is made.
+    """Refuse a folder that cannot be written, before hours of work for it; one that is not there is not left behind.
 
     Raises:
         DebiasError: it cannot be written.
     """
     from debias.errors import unwritable
 
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise unwritable(folder, error) from error
+    finally:
+        for path in missing:
+            if path.is_dir():
+                path.rmdir()
 
 
 @contextmanager

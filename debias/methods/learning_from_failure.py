@@ -179,7 +179,7 @@ class LearningFromFailure(Debiaser):
         running: the authors' weights; False for SubpopBench's.
         optimizer: makes the twin's optimiser from parameters and ``lr=``; by default one of the user's class and
             options, whose learning rates follow the user's.
-        loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
+        loss, rows, seed, name, allow_untested_strategy: see :class:`debias.Debiaser`.
 
     Logs ``train/failure_weight``, the mean weight, ``train/biased_loss`` and ``train/average_loss`` on logging steps.
     """
