@@ -413,7 +413,7 @@ class RowTracker:
             return None if moving or 1 not in index.shape else index.shape.index(1)
         if len(moving) == 1 and index.shape[moving[0]] == self.n:
             line = index[tuple(slice(None) if a == moving[0] else 0 for a in range(index.ndim))]
-            if line._base is not None and line.stride() == (1,) and line.storage_offset() == 0 and _views(line, order):
+            if line._base is order and line.stride() == (1,) and line.storage_offset() == 0:
                 return moving[0]  # a view of the order itself
             return moving[0] if self._reads(index, read) and torch.equal(line, order) else None
         if not self._reads(index, read):
@@ -430,13 +430,6 @@ class RowTracker:
     def _reads(self, x: Tensor, read: bool | None = None) -> bool:
         """Whether numbers may be read: that waits for the device, so beyond the CPU only in the first step."""
         return (x.device.type == "cpu" or self.everything) if read is None else read
-
-
-def _views(line: Tensor, order: Tensor) -> bool:
-    try:
-        return line.data_ptr() == order.data_ptr()
-    except RuntimeError:  # a stand-in of a tracer
-        return False
 
 
 def _or_false(index: Tensor | None) -> Tensor | bool:

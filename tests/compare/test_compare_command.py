@@ -401,7 +401,7 @@ def test_submitit_gets_every_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(
         "debias.cli.compare._command",
-        lambda folder, _: [sys.executable, "-c", f"open({str(folder / 'called')!r}, 'w').close()"],
+        lambda folder, *_: [sys.executable, "-c", f"open({str(folder / 'called')!r}, 'w').close()"],
     )
     words = ["colored_digits", "--methods", "erm", "--seeds", "0", "--out", "out"]
     main(["compare", *words, "--launcher", "submitit", "--launcher-args", "cluster=local", "timeout_min=2"])
