@@ -37,7 +37,9 @@ from debias.functional import (
     vrex_penalty,
 )
 from debias.methods.fishr import FishrPenalty
-from debias.ops.head_statistics import HeadStatistics, make_head_loss, make_members
+from debias.ops.domains import make_members
+from debias.ops.head_losses import make_head_loss
+from debias.ops.head_statistics import HeadStatistics
 
 SIZES = [(7, 3), (65, 3), (345, 5)]
 PER_DOMAIN, WIDTH = 32, 2048

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from debias.data.counting import tag_counts
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, HeadNotFoundError, RowsError
+from debias.ops.domains import make_members
+from debias.ops.groups import GroupSums, group_losses
 from debias.ops.head_autograd import AutogradHeadStatistics
-from debias.ops.head_statistics import HeadLoss, HeadStatistics, make_head_loss, make_members
-from debias.ops.penalties import LOSS_OPTIONS, row_counts
+from debias.ops.head_losses import HeadLoss, make_head_loss
+from debias.ops.head_statistics import HeadStatistics
+from debias.ops.penalties import LOSS_OPTIONS
 from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.ids import plain_n_groups
@@ -161,11 +164,17 @@ class DomainPenalty(Debiaser):
                     stacklevel=2,
                 )
 
-    def _count_rows(self, call: LossCall, ids: Tensor, step: Step) -> None:
+    def loss_sums(self, call: LossCall, ids: Tensor, step: Step) -> GroupSums:
+        """Sums of this loss by domain, made once for all penalties on the same domains; ``ids`` are the samples'."""
+        return self._sums(call, ids, step)[0][0]
+
+    def _sums(self, call: LossCall, ids: Tensor, step: Step) -> tuple[list[GroupSums], Tensor | list[float]]:
         n = self.module.n_domains
-        counts = step.once((call, ids, n), lambda: row_counts(call.of_rows(ids), call.num, n))
+        return step.once((call, ids, n), lambda: group_losses([(call.num, call.den, call.of_rows(ids))], n))
+
+    def _count_rows(self, call: LossCall, ids: Tensor, step: Step) -> None:
         try:
-            self.module.count_bad(counts)
+            self.module.count_bad(self._sums(call, ids, step)[1])
         except BadRowsError as error:
             raise self._at(error, step.global_step) from None
         if step.logging:

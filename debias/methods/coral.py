@@ -26,8 +26,7 @@ from torch import Tensor
 
 from debias.methods._domain_penalty import DomainPenalty
 from debias.ops.distributed import global_sum, is_distributed
-from debias.ops.domain_pairs import deviations, mean_over_pairs
-from debias.ops.head_statistics import make_members
+from debias.ops.domains import deviations, make_members, mean_over_pairs
 from debias.ops.penalties import DomainPenaltyModule
 from debias.ops.precision import in_full_precision
 from debias.step.batch import BatchKey
@@ -75,7 +74,7 @@ def coral_penalty(features: Tensor, domains: Tensor, n_domains: int, *, by_pairs
             centre = features.detach().sum(0) / max(len(features), 1)
             centred = torch.cat((features, means)) - centre
             shares = torch.cat((shares, torch.diag(-counts / (counts - 1).clamp_min(1))))
-        weights = deviations(shares, usable, 1)
+        weights = deviations(shares.T, usable).T
         spread = ((centred @ centred.T).square() * (weights @ weights.T)).sum()
     else:
         centred = shares.sqrt().T.unsqueeze(2) * (features - means.unsqueeze(1))  # (E, N, d)

@@ -37,7 +37,8 @@ from torch import Tensor
 from debias.errors import DebiasError
 from debias.methods._domain_penalty import DomainPenalty
 from debias.ops.arguments import check_number
-from debias.ops.head_statistics import HeadStatistics, domain_mean, make_members
+from debias.ops.domains import domain_mean, make_members
+from debias.ops.head_statistics import HeadStatistics
 from debias.ops.penalties import LossPenaltyModule
 from debias.step.batch import BatchKey
 from debias.step.context import Step

@@ -30,8 +30,7 @@ from debias.errors import DebiasError
 from debias.methods._domain_penalty import DomainPenalty
 from debias.ops.arguments import check_number
 from debias.ops.distributed import gather
-from debias.ops.domain_pairs import deviations, mean_over_pairs
-from debias.ops.head_statistics import make_members
+from debias.ops.domains import deviations, make_members, mean_over_pairs
 from debias.ops.penalties import DomainPenaltyModule
 from debias.ops.precision import in_full_precision
 from debias.step.batch import BatchKey
@@ -74,7 +73,7 @@ def mmd_penalty(
     members = gather(make_members(domains, n_domains, len(features)).to(features.dtype))
     features = gather(features)
     counts = members.sum(0)
-    weights = deviations(members / counts.clamp_min(1), counts > 0, 1)
+    weights = deviations((members / counts.clamp_min(1)).T, counts > 0).T
     # By inner products of centred features, which rounds least. What is left of the rounding error, times a gamma of
     # 1000, would have a sample differ from itself and from its copies: distances that small are 0.
     features = features - features.detach().mean(0)

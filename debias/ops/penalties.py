@@ -12,12 +12,12 @@ from torch import Tensor
 
 from debias.errors import DebiasError
 from debias.ops.arguments import check_number
-from debias.ops.groups import GroupState, group_losses
-from debias.ops.head_statistics import HeadLoss, make_head_loss
+from debias.ops.groups import GroupState, GroupSums, group_losses
+from debias.ops.head_losses import HeadLoss, make_head_loss
 from debias.ops.precision import in_full_precision
 from debias.ops.schedule import PenaltySchedule
 
-__all__ = ["LOSS_OPTIONS", "DomainPenaltyModule", "LossPenaltyModule", "row_counts"]
+__all__ = ["LOSS_OPTIONS", "DomainPenaltyModule", "LossPenaltyModule"]
 
 # What the losses that are taken apart can be called with, beside logits and targets; by their names here and torch's.
 LOSS_OPTIONS: dict[str, tuple[str, ...]] = {
@@ -95,22 +95,21 @@ class DomainPenaltyModule(GroupState):
             return inputs[0].new_zeros(())
         return weight * penalty(*inputs)
 
+    def sums_of(self, rows: Tensor, den: Tensor, domains: Tensor) -> GroupSums:
+        """Sums of ``rows`` by domain, see :func:`debias.ops.groups.group_losses`; bad rows are counted, and raise on
+        CPU.
+        """
+        (sums,), counts = in_full_precision(lambda *call: group_losses([call], self.n_groups))(rows, den, domains)
+        self.count_bad(counts)
+        return sums
+
     def count_rows(self, domains: Tensor, rows: Tensor) -> None:
-        """Count rows by domain, with ids out of range and rows that are not finite, over all ranks; raises on CPU."""
-        self.count_bad(row_counts(domains, rows, self.n_groups))
-
-
-def row_counts(domains: Tensor, rows: Tensor, n_domains: int) -> Tensor | list[float]:
-    """Numbers of rows of the global batch by place, for :meth:`GroupState.count_bad`, with one all-reduce.
-
-    Args:
-        domains: ids or membership, see :func:`debias.ops.groups.group_losses`.
-        rows: floating-point, ``(rows, ...)``; those that are not finite are bad.
-        n_domains: number of domains E.
-    """
-    rows = rows.detach()
-    of_rows = rows if rows.ndim == 1 else rows.flatten(1).float().sum(1)
-    return group_losses([(of_rows, torch.ones_like(of_rows), domains)], n_domains)[1]
+        """Count rows by domain, with ids out of range and rows ``(rows, ...)`` that are not finite, over all ranks;
+        raises on CPU.
+        """
+        rows = rows.detach()
+        of_rows = rows if rows.ndim == 1 else rows.flatten(1).float().sum(1)
+        self.sums_of(of_rows, of_rows, domains)
 
 
 class LossPenaltyModule(DomainPenaltyModule):
@@ -187,7 +186,7 @@ class LossPenaltyModule(DomainPenaltyModule):
 
         def rows(logits: Tensor) -> Tensor:
             loss = self.head_loss(logits, targets)
-            return loss.num(loss.logits) + torch.where(loss.logits == -torch.inf, 0, loss.logits).sum(1)
+            return loss.num(loss.logits) + loss.logits.amax(1).clamp_min(0)
 
         self.count_rows(domains, in_full_precision(rows)(logits.detach()))
 

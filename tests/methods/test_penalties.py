@@ -53,7 +53,9 @@ from debias import (
 )
 from debias.errors import BadRowsError, DebiasError, HeadNotFoundError, RowsError
 from debias.functional import coral_penalty, hessian_alignment_penalty, irm_penalty, mmd_penalty, vrex_penalty
-from debias.ops.head_statistics import HeadStatistics, make_head_loss, make_members
+from debias.ops.domains import make_members
+from debias.ops.head_losses import make_head_loss
+from debias.ops.head_statistics import HeadStatistics
 
 EXACT = 1e-10
 KINDS = pytest.mark.parametrize("kind", oracle.LOSSES)
