@@ -32,9 +32,10 @@ the larger wherever Q is the mean of the Q_e; not so ``|Q|^2`` alone, which may 
 gradients vanishes in training long before those of the domains do.
 
 A domain absent from the batch has no part in it, nor in E. One sample in a domain is a mean like another. Zero
-gradients are no special case: no root is taken. Costs an all-reduce of ``E C (d + 1)`` floats for the gradients and as
-much for the statistic, of ``(E + 1) C (d + 1)`` for ``"hgp"``; ``"frobenius"`` gathers the rows of all ranks instead.
-Needs features, a linear head (or ``derivatives="autograd"`` for any), domain ids.
+gradients are no special case: no root is taken. Costs one all-reduce of ``2 E C (d + 1)`` floats for ``"diagonal"``, of
+gradients and Hessians for ``"frobenius"``, or, where these are more than four million numbers, a gather of the rows of
+all ranks; ``"hgp"`` and ``"hutchinson"`` take one for the gradients and one of ``(E + 1) C (d + 1)`` floats, and
+``"hgp"`` one more in backward. Needs features, a linear head (or ``derivatives="autograd"`` for any), domain ids.
 """
 
 from __future__ import annotations
@@ -250,13 +251,12 @@ class HessianAlignmentPenalty(LossPenaltyModule):
     ) -> Tensor:
         """The weighted penalty of one batch; ``step`` is the number of optimiser steps taken so far."""
         members = make_members(domains, self.n_domains, len(logits))
-        self.count_losses(domains, logits, targets)
+        loss = self.counted_loss(logits, targets, domains)
 
-        def penalty(logits: Tensor, features: Tensor) -> Tensor:
-            loss = self.head_loss(logits, targets)
+        def penalty(features: Tensor) -> Tensor:
             return self.of(HeadStatistics(features, loss, members, self.head_bias), generator)
 
-        return self.weighted(step, penalty, logits, features)
+        return self.weighted(step, penalty, features)
 
     def of(self, statistics: HeadStatistics, generator: torch.Generator | None = None) -> Tensor:
         """The penalty, not yet weighted, from statistics of any head."""

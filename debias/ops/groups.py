@@ -82,8 +82,8 @@ class GroupSums:
 
     @property
     def means(self) -> Tensor:
-        """:attr:`losses`, differentiable: what every rank computes alike from them has the gradient of the global batch,
-        for which nothing more is sent. Over several ranks it is differentiable once.
+        """:attr:`losses`, differentiable; once, over several ranks. What every rank computes alike from them has the
+        gradient of the global batch, for which nothing more is sent.
         """
         means: Tensor = _Means.apply(self.rows, self.num, self.divisors, self.places)
         return means

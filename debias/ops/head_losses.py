@@ -68,6 +68,14 @@ class HeadLoss:
         """Numerators ``(rows,)`` for other logits of the same rows."""
         return numerators(self.kind, logits, self.target, self.weight, self.positive)
 
+    @property
+    def checks(self) -> Tensor:
+        """Finite where the loss of a row and its logits are, but for -inf of a class that is masked, ``(rows,)``."""
+        if self.kind == "cross_entropy":
+            shares = self.logits.log_softmax(-1)  # NaN, all of them, where a logit is NaN or inf
+            return torch.where(self.target != 0, shares, 0).sum(-1) + shares.amax(-1)
+        return self.num(self.logits) + self.logits.amax(1).clamp_min(0)
+
     @cached_property
     def mass(self) -> Tensor:
         """Sum of a row's class targets, ``(rows, 1)``; the weight of an element, for the other losses."""

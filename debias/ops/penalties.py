@@ -179,16 +179,14 @@ class LossPenaltyModule(DomainPenaltyModule):
         options |= {"weight": weight, "pos_weight": self.loss_pos_weight}
         return make_head_loss(self.loss, logits, targets, **{name: options[name] for name in LOSS_OPTIONS[self.loss]})
 
-    def count_losses(self, domains: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """Count rows as :meth:`count_rows` does; bad are those with a loss or a logit that is not finite, but for
-        logits of -inf where a class is masked.
+    def counted_loss(self, logits: Tensor, targets: Tensor, domains: Tensor) -> HeadLoss:
+        """The loss in at least float32; its rows are counted as :meth:`count_rows` does. Bad are those with a loss or a
+        logit that is not finite, but for logits of -inf where a class is masked.
         """
-
-        def rows(logits: Tensor) -> Tensor:
-            loss = self.head_loss(logits, targets)
-            return loss.num(loss.logits) + loss.logits.amax(1).clamp_min(0)
-
-        self.count_rows(domains, in_full_precision(rows)(logits.detach()))
+        loss = in_full_precision(self.head_loss)(logits, targets)
+        with torch.no_grad():
+            self.count_rows(domains, loss.checks)
+        return loss
 
 
 def _weights(name: str, value: Any, *, classes: bool) -> Tensor:
