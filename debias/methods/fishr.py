@@ -22,8 +22,8 @@ Published: DomainBed weight 1000 (searched 10 to 1e4), ``ema=0.95`` (0.9 to 0.99
 (searched 0 to 5000), Adam reset at the switch; Colored MNIST weight 91257 after 190 steps.
 
 A domain absent from the batch keeps its average and has no part in the penalty of this batch. One sample in a domain
-has variance 0. Costs one all-reduce of ``2 E (P + 1)`` floats and none in backward. Needs features, a linear head (or ``derivatives="autograd"``
-for any), domain ids.
+has variance 0. Costs one all-reduce of ``2 E (P + 1)`` floats and none in backward. Needs features, a linear head (or
+``derivatives="autograd"`` for any), domain ids.
 """
 
 from __future__ import annotations

@@ -56,7 +56,8 @@ def distances_by_pairs(
         return squared
     with torch.no_grad():
         norms = (coefficients * times(gram[0], coefficients)).sum((0, 2))
-        return squared / _norm(norms[:-1], norms[-1], scale)
+        norm = _norm(norms[:-1], norms[-1], scale)
+    return squared / norm
 
 
 def hessian_distances_by_pairs(

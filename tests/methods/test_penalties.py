@@ -481,7 +481,7 @@ def test_through_a_trainer_a_membership_is_the_same_as_ids(method: type) -> None
         batches = loader(16, place=tags)
         make_trainer([method("place", 3, penalty_weight=0.5)], max_epochs=2).fit(model, batches, val_loader())
         ends.append(parameters(model))
-    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    assert deviation(*ends) < 1e-14  # rows are added up in another order
 
 
 @pytest.mark.parametrize(
