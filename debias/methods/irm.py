@@ -132,10 +132,8 @@ def halves(domains: Tensor, n_domains: int, counts: Tensor) -> Tensor:
     return torch.add(position % 2, domains, alpha=2)
 
 
-def _before(counts: Tensor) -> Tensor | int:
+def _before(counts: Tensor) -> Tensor:
     """How many samples of each domain are on the ranks before this one, from this rank's numbers ``(E,)``."""
-    if not is_distributed():
-        return 0
     of_ranks = counts.new_zeros(world_size(), len(counts))
     of_ranks[global_rank()] = counts
     return global_sum(of_ranks)[: global_rank()].sum(0)

@@ -271,7 +271,12 @@ class HeadStatistics:
             return distances_from(self.hessians, self.mean(self.hessians), detach_target, self.scale(relative))
         self.ahead("gradients")
         columns = [self.features, self.shares]
-        self.loss.map(lambda x: columns.append(x) or x)
+
+        def note(x: Tensor) -> Tensor:
+            columns.append(x)
+            return x
+
+        self.loss.map(note)
         gathered = iter(gathers(columns))
         features, shares = next(gathered), next(gathered)
         loss = self.loss.map(lambda _: next(gathered))
