@@ -1,4 +1,4 @@
-"""Which row is in which domain, means over domains, and comparing all pairs of domains without a table of pairs.
+"""Which row is in which domain, and means over domains; no table of pairs of domains is made.
 
 A mean over pairs is one of deviations: for k domains ``sum over a < b of |x_a - x_b|^2 = k sum_a |x_a - mean x|^2``.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from debias.errors import DebiasError
 
-__all__ = ["check_domains", "deviations", "domain_mean", "domain_shares", "make_members", "mean_over_pairs"]
+__all__ = ["check_domains", "deviations", "domain_mean", "domain_shares", "make_members"]
 
 
 def check_domains(domains: Tensor, n_domains: int, rows: int) -> None:
@@ -64,18 +64,6 @@ def deviations(values: Tensor, present: Tensor) -> Tensor:
         present: boolean ``(E,)``.
     """
     return (values - domain_mean(values, present)).masked_fill(_along(~present, values), 0)
-
-
-def mean_over_pairs(squared: Tensor, among: Tensor, present: Tensor) -> Tensor:
-    """Mean of ``|x_a - x_b|^2`` over pairs of two domains that are present; 0 if there is no such pair.
-
-    Args:
-        squared: squared norms of the deviations, summed over domains; scalar.
-        among: which domains the deviations are of, boolean ``(E,)``; a pair with another one counts as no distance.
-        present: boolean ``(E,)``.
-    """
-    k = present.sum()
-    return squared * (2 * among.sum()) / (k * (k - 1)).clamp_min(1)
 
 
 def _along(of_domains: Tensor, values: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ from debias import (
 )
 from debias.errors import BadRowsError, DebiasError, HeadNotFoundError, RowsError
 from debias.functional import coral_penalty, hessian_alignment_penalty, irm_penalty, mmd_penalty, vrex_penalty
+from debias.methods.irm import halves
 from debias.ops.domains import make_members
 from debias.ops.head_losses import make_head_loss
 from debias.ops.head_statistics import HeadStatistics
@@ -95,6 +96,21 @@ def test_irm(kind: str, form: str) -> None:
         elif len(rows) > 1:
             terms.append(oracle.scale_derivative(p, rows[::2]) * oracle.scale_derivative(p, rows[1::2]))
     check(p, mine, torch.stack(terms).mean())
+
+
+def test_halves_of_ids_are_those_of_a_membership() -> None:
+    """By sorting, against a count along the rows; unlabelled rows and rows that do not count have no position."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(-1, 5, (200,), generator=generator)
+    counts = torch.rand(200, generator=generator) > 0.2
+    members = ids.unsqueeze(1) == torch.arange(5)
+    by_id, by_member = halves(ids, 5, counts), halves(members, 5, counts)
+    kept = counts & (ids >= 0)
+    assert torch.equal(by_member[kept], by_id[kept].unsqueeze(1) == torch.arange(10))
+    seen = [0] * 5
+    for domain, half in zip(ids[kept].tolist(), by_id[kept].tolist(), strict=True):
+        assert half == 2 * domain + seen[domain] % 2
+        seen[domain] += 1
 
 
 @pytest.mark.parametrize("form", ["squared", "unbiased"])
