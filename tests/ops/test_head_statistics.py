@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from _support import head_oracle as oracle
+from _support.ranks import Ranks
 from debias.errors import DebiasError
 from debias.ops import head_distances
+from debias.ops.distributed import is_distributed
 from debias.ops.domains import make_members
 from debias.ops.head_autograd import AutogradHeadStatistics
 from debias.ops.head_losses import make_head_loss
@@ -251,3 +255,25 @@ def test_no_tensor_of_samples_by_parameters() -> None:
 def test_wrong_arguments(call, match: str) -> None:
     with pytest.raises(DebiasError, match=match):
         call()
+
+
+def _frobenius(rank: int, fit: bool, kind: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Five rows on the first of two ranks, the others on the second; all of them in one process."""
+    p = oracle.problem(kind)
+    rows = slice(None) if not is_distributed() else slice(5) if rank == 0 else slice(5, None)
+    loss = make_head_loss(p.loss, p.logits[rows], p.targets[rows], **p.options)
+    with mock.patch.object(HeadStatistics, "hessians_fit", lambda self: fit):
+        s = HeadStatistics(p.features[rows], loss, make_members(p.domains[rows], p.n_domains, len(loss.den)))
+        found = s.hessian_distances(detach_target=True, relative=True)
+    return found.detach(), oracle.gradients((found * torch.arange(p.n_domains)).sum(), p.leaves)
+
+
+@pytest.mark.parametrize("fit", [True, False], ids=["Hessians", "pairs"])
+@pytest.mark.parametrize("kind", ["ce weighted", "bce weighted"])
+def test_frobenius_distances_on_two_ranks_are_those_of_one(ranks: Ranks, fit: bool, kind: str) -> None:
+    value, gradients = _frobenius(0, fit, kind)
+    outcomes = ranks.run(_frobenius, fit, kind)
+    for found, _ in outcomes:
+        assert oracle.distance([found], [value]) < EXACT
+    averaged = [(a + b) / 2 for a, b in zip(*(of_rank for _, of_rank in outcomes), strict=True)]
+    assert oracle.distance(averaged, gradients) < EXACT
