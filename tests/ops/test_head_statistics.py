@@ -262,7 +262,7 @@ def _frobenius(rank: int, fit: bool, kind: str) -> tuple[torch.Tensor, list[torc
     p = oracle.problem(kind)
     rows = slice(None) if not is_distributed() else slice(5) if rank == 0 else slice(5, None)
     loss = make_head_loss(p.loss, p.logits[rows], p.targets[rows], **p.options)
-    with mock.patch.object(HeadStatistics, "hessians_fit", lambda self: fit):
+    with mock.patch.object(HeadStatistics, "hessians_fit", return_value=fit):
         s = HeadStatistics(p.features[rows], loss, make_members(p.domains[rows], p.n_domains, len(loss.den)))
         found = s.hessian_distances(detach_target=True, relative=True)
     return found.detach(), oracle.gradients((found * torch.arange(p.n_domains)).sum(), p.leaves)
