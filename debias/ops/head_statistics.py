@@ -68,6 +68,7 @@ class HeadStatistics:
         den = self.loss.den.detach()
         self.membership = (self.members & (den != 0).unsqueeze(1)).to(den.dtype)
         self._made: dict[str, Tensor] = {}
+        self._shared: set[str] = set()  # those that may enter only what every rank computes alike
 
     # -- sums over the rows of all ranks, by domain ------------------------------------------------
 
@@ -78,8 +79,15 @@ class HeadStatistics:
             *names: of sums: a method ``_local_<name>`` makes this rank's.
             shared: see :func:`debias.ops.distributed.global_sum`.
         """
+        if not is_distributed():
+            return
+        if not shared:  # what was made for another purpose is of no use
+            for name in self._shared.intersection(names):
+                del self._made[name]
+                vars(self).pop(name, None)
         missing = [name for name in (*names, "den", "counts") if name not in self._made]
-        if missing and is_distributed():
+        if missing:
+            self._shared = self._shared.union(names) if shared else self._shared.difference(names)
             sums = global_sums([getattr(self, f"_local_{name}")() for name in missing], shared=shared)
             self._made.update(zip(missing, sums, strict=True))
 

@@ -277,3 +277,21 @@ def test_frobenius_distances_on_two_ranks_are_those_of_one(ranks: Ranks, fit: bo
         assert oracle.distance([found], [value]) < EXACT
     averaged = [(a + b) / 2 for a, b in zip(*(of_rank for _, of_rank in outcomes), strict=True)]
     assert oracle.distance(averaged, gradients) < EXACT
+
+
+def _products(rank: int, before: bool) -> list[torch.Tensor]:
+    p = oracle.problem("ce")
+    rows = slice(None) if not is_distributed() else slice(5) if rank == 0 else slice(5, None)
+    loss = make_head_loss(p.loss, p.logits[rows], p.targets[rows])
+    s = HeadStatistics(p.features[rows], loss, make_members(p.domains[rows], p.n_domains, len(loss.den)))
+    found = s.gradient_distances() if before else torch.zeros(())
+    with mock.patch.object(HeadStatistics, "by_pairs", return_value=False):
+        return oracle.gradients((s.product_distances() + found).sum(), p.leaves)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_gradients_are_those_of_one_process_whatever_is_asked_first(ranks: Ranks, before: bool) -> None:
+    """Products take the mean gradients back to the rows, distances between them do not."""
+    outcomes = ranks.run(_products, before)
+    averaged = [(a + b) / 2 for a, b in zip(*outcomes, strict=True)]
+    assert oracle.distance(averaged, _products(0, before)) < EXACT
