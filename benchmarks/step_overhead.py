@@ -76,13 +76,17 @@ DETAILS = {
 
 
 def registered():
-    """Every exported method, with the arguments that any of them may ask for."""
+    """Every exported method, with the arguments that any of them may ask for; not those that need a dataset, whose
+    samples are numbered."""
     given = {"n_groups": N_GROUPS, "group_counts": [10 + i for i in range(N_GROUPS)], "group": "group"}
     given |= {"domain": "group", "n_domains": N_GROUPS, "identity": "group", "n_identities": N_GROUPS, "target": 1}
+    given |= {"n_classes": 2, "class_counts": [10, 11]}
     made = {}
-    for name in debias._EXPORTS:
+    for name in debias.__all__:
         cls = getattr(debias, name)
         if not (inspect.isclass(cls) and issubclass(cls, debias.Debiaser) and cls is not debias.Debiaser):
+            continue
+        if "index" in cls.needs:
             continue
         parameters = inspect.signature(cls).parameters
         arguments = {key: value for key, value in given.items() if key in parameters and key != "target"}

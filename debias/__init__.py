@@ -1,133 +1,82 @@
 """debias: debiasing methods as PyTorch Lightning callbacks, on an unmodified LightningModule.
 
-Public names are loaded on first use (PEP 562), so ``import debias`` costs no more than ``import torch``.
+Public names are loaded on first use (PEP 562), so ``import debias`` costs no more than ``import torch``. Those of the
+methods stand in ``debias/methods/__init__.py``, the others here.
 """
 
 from __future__ import annotations
 
+import inspect
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    # methods
-    # -- reweighing
-    "GroupDRO": "debias.methods.group_dro",
-    "GroupDROLoss": "debias.methods.group_dro",
-    "GroupDROMixin": "debias.methods.group_dro",
-    "DomainPenalisation": "debias.methods.domain_penalisation",
-    "DomainPenalisationLoss": "debias.methods.domain_penalisation",
-    "DomainPenalisationMixin": "debias.methods.domain_penalisation",
-    "GroupReweighting": "debias.methods.group_reweighting",
-    "GroupReweightingLoss": "debias.methods.group_reweighting",
-    "GroupReweightingMixin": "debias.methods.group_reweighting",
-    # -- penalties
-    "HessianAlignment": "debias.methods.hessian_alignment",
-    "HessianAlignmentPenalty": "debias.methods.hessian_alignment",
-    "HessianAlignmentMixin": "debias.methods.hessian_alignment",
-    "Fishr": "debias.methods.fishr",
-    "FishrPenalty": "debias.methods.fishr",
-    "FishrMixin": "debias.methods.fishr",
-    "IRM": "debias.methods.irm",
-    "IRMPenalty": "debias.methods.irm",
-    "IRMMixin": "debias.methods.irm",
-    "VREx": "debias.methods.vrex",
-    "VRExPenalty": "debias.methods.vrex",
-    "VRExMixin": "debias.methods.vrex",
-    "CORAL": "debias.methods.coral",
-    "CORALPenalty": "debias.methods.coral",
-    "CORALMixin": "debias.methods.coral",
-    "MMD": "debias.methods.mmd",
-    "MMDPenalty": "debias.methods.mmd",
-    "MMDMixin": "debias.methods.mmd",
-    # -- adversaries
-    "IdentityAdversarial": "debias.methods.identity_adversarial",
-    "IdentityAdversarialLoss": "debias.methods.identity_adversarial",
-    "IdentityAdversarialMixin": "debias.methods.identity_adversarial",
-    "DomainAdversarial": "debias.methods.domain_adversarial",
-    "DomainAdversarialLoss": "debias.methods.domain_adversarial",
-    "DomainAdversarialMixin": "debias.methods.domain_adversarial",
-    "GradientReversal": "debias.ops.gradient_reversal",
-    # -- augmentation
-    "MixStyle": "debias.methods.mixstyle",
-    "MixStyleLayer": "debias.methods.mixstyle",
-    "DSU": "debias.methods.dsu",
-    "DSULayer": "debias.methods.dsu",
-    "AdvStyle": "debias.methods.adv_style",
-    "AdvStyleLayer": "debias.methods.adv_style",
-    "GroupMixup": "debias.methods.group_mixup",
-    "GroupMixupLayer": "debias.methods.group_mixup",
-    "EdgeView": "debias.methods.edge_view",
-    "EdgeViewLayer": "debias.methods.edge_view",
-    "CraftedShifts": "debias.methods.crafted_shifts",
     # monitors
     "GroupMonitor": "debias.monitors.group_monitor",
     "MultilabelF1Monitor": "debias.monitors.multilabel_f1",
     "AttributeProbe": "debias.monitors.attribute_probe",
+    "SampleRecorder": "debias.monitors.sample_recorder",
     "ShiftedValidation": "debias.monitors.shifted_validation",
     "DetectionMonitor": "debias.monitors.detection_monitor",
     "BoxStability": "debias.monitors.box_stability",
+    # the audit: a room that can be called
+    "audit": "debias.audit",
     # the step engine, for those who write a method
     "Debiaser": "debias.step.watcher",
-    "LossCall": "debias.tap.tap",
+    "LossCall": "debias.tap.calls",
     "StepWatcher": "debias.step.watcher",
     "detection_losses": "debias.step.detection",
     "register_loss": "debias.tap.adapters",
+    # what adversaries are made of
+    "GradientReversal": "debias.ops.gradient_reversal",
     # data, and what belongs to it
     "EvalSampler": "debias.data.samplers",
     "GroupBalancedSampler": "debias.data.samplers",
     "tag": "debias.data.tagging",
+    # for those who have trained already
+    "retrain_last_layer": "debias.methods.last_layer_retraining",
 }
 
-__all__ = ["__version__", *_EXPORTS]
-
 if TYPE_CHECKING:
+    from debias.audit.model import audit
     from debias.data.samplers import EvalSampler, GroupBalancedSampler
     from debias.data.tagging import tag
-    from debias.methods.adv_style import AdvStyle, AdvStyleLayer
-    from debias.methods.coral import CORAL, CORALMixin, CORALPenalty
-    from debias.methods.crafted_shifts import CraftedShifts
-    from debias.methods.domain_adversarial import DomainAdversarial, DomainAdversarialLoss, DomainAdversarialMixin
-    from debias.methods.domain_penalisation import (
-        DomainPenalisation,
-        DomainPenalisationLoss,
-        DomainPenalisationMixin,
-    )
-    from debias.methods.dsu import DSU, DSULayer
-    from debias.methods.edge_view import EdgeView, EdgeViewLayer
-    from debias.methods.fishr import Fishr, FishrMixin, FishrPenalty
-    from debias.methods.group_dro import GroupDRO, GroupDROLoss, GroupDROMixin
-    from debias.methods.group_mixup import GroupMixup, GroupMixupLayer
-    from debias.methods.group_reweighting import GroupReweighting, GroupReweightingLoss, GroupReweightingMixin
-    from debias.methods.hessian_alignment import HessianAlignment, HessianAlignmentMixin, HessianAlignmentPenalty
-    from debias.methods.identity_adversarial import (
-        IdentityAdversarial,
-        IdentityAdversarialLoss,
-        IdentityAdversarialMixin,
-    )
-    from debias.methods.irm import IRM, IRMMixin, IRMPenalty
-    from debias.methods.mixstyle import MixStyle, MixStyleLayer
-    from debias.methods.mmd import MMD, MMDMixin, MMDPenalty
-    from debias.methods.vrex import VREx, VRExMixin, VRExPenalty
+    from debias.methods import *
+    from debias.methods.last_layer_retraining import retrain_last_layer
     from debias.monitors.attribute_probe import AttributeProbe
     from debias.monitors.box_stability import BoxStability
     from debias.monitors.detection_monitor import DetectionMonitor
     from debias.monitors.group_monitor import GroupMonitor
     from debias.monitors.multilabel_f1 import MultilabelF1Monitor
+    from debias.monitors.sample_recorder import SampleRecorder
     from debias.monitors.shifted_validation import ShiftedValidation
     from debias.ops.gradient_reversal import GradientReversal
     from debias.step.detection import detection_losses
     from debias.step.watcher import Debiaser, StepWatcher
     from debias.tap.adapters import register_loss
-    from debias.tap.tap import LossCall
+    from debias.tap.calls import LossCall
+
+
+def _public() -> dict[str, str]:
+    """Every public name and the module that it comes from."""
+    methods = vars(import_module("debias.methods"))
+    classes = {name: value.__module__ for name, value in methods.items() if inspect.isclass(value)}
+    return classes | _EXPORTS
 
 
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         return getattr(import_module(_EXPORTS[name]), name)
+    if name == "__all__":
+        return ["__version__", *_public()]
+    # `from debias import data` asks here before it looks for the folder.
+    if not name.startswith("_") and find_spec(f"debias.{name}") is None and name in (public := _public()):
+        return getattr(import_module(public[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted(["__version__", *_public()])

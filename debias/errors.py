@@ -6,6 +6,8 @@ Each message names the argument, the rule, what was received and what to do. All
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 __all__ = [
@@ -14,11 +16,14 @@ __all__ = [
     "BatchKeyError",
     "DataError",
     "DebiasError",
+    "DebiasWarning",
     "HeadNotFoundError",
     "LossNotFoundError",
     "RowsError",
+    "UnknownArgumentError",
     "UnsupportedStrategyError",
     "missing_package",
+    "unwritable",
     "UntappedLossError",
 ]
 
@@ -55,6 +60,10 @@ class BadRowsError(DebiasError):
     """Samples carried a group id outside the range or a loss that is not finite."""
 
 
+class UnknownArgumentError(DebiasError, TypeError):
+    """A class was called with an argument that it does not have."""
+
+
 class UnsupportedStrategyError(DebiasError):
     """The Trainer's strategy or optimisation mode is not supported by a method."""
 
@@ -63,9 +72,21 @@ class DataError(DebiasError):
     """A dataset folder is missing, incomplete or malformed."""
 
 
-def missing_package(package: str, error: ImportError) -> DebiasError:
-    """The error for a package of the extra ``recipes`` which is not there, or which is broken."""
+def unwritable(path: Path | str, error: Exception) -> DebiasError:
+    """The error for a file or folder that cannot be written."""
+    return DebiasError(
+        f"Expected {path} to be a place that can be written, but it is not ({error}). Free space there or name another"
+        " place, then run the same command again: what has finished stays."
+    )
+
+
+class DebiasWarning(UserWarning):
+    """A method or monitor says what would mislead; ``debias compare`` puts these of its runs under its table."""
+
+
+def missing_package(package: str, error: ImportError, *, extra: str = "recipes") -> DebiasError:
+    """The error for a package of an extra which is not there, or which is broken."""
     return DebiasError(
         f"Expected the package `{package}` to be installed, but importing it failed: {error}. Run"
-        " `pip install 'debias[recipes]'`."
+        f" `pip install 'debias[{extra}]'`."
     )

@@ -1,10 +1,14 @@
 """Sphinx settings: warnings are errors, and the build needs no network."""
 
+import sys
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
 from debias import __version__
+
+sys.path.insert(0, str(Path(__file__).parent))
+from methods_listing import fill
 
 project = "debias"
 author = "The debias authors"
@@ -50,3 +54,8 @@ intersphinx_mapping = inventories(
     lightning="https://lightning.ai/docs/pytorch/stable/",
     torchmetrics="https://lightning.ai/docs/torchmetrics/stable/",
 )
+
+
+def setup(app):
+    """List the registered methods on the API page."""
+    app.connect("source-read", fill)

@@ -90,9 +90,10 @@ def test_code_of_a_page_that_fails_names_its_line(tmp_path):
     assert commands(page) == ["debias fit    --config a.yaml", "debias methods"]
 
 
-def test_api_page_lists_every_public_name():
-    text = (ROOT / "docs" / "api.md").read_text()
-    assert [name for name in debias._EXPORTS if f":: debias.{name}\n" not in text] == []
+def test_api_page_lists_every_public_name(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    text = importlib.import_module("methods_listing").filled((ROOT / "docs" / "api.md").read_text())
+    assert [name for name in debias.__all__[1:] if text.count(f":: debias.{name}\n") != 1] == []
     for path in re.findall(r"^\.\. auto(?:class|function):: ([\w.]+)$", text, re.M):
         module, _, name = path.rpartition(".")
         assert hasattr(importlib.import_module(module), name), path

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from debias import __version__
+from debias.cli.audit import add_audit_options
 from debias.cli.compare_options import add_compare_options
 from debias.cli.suggest import nearest
 
@@ -22,9 +23,19 @@ TRAINING = {
     "validate": "evaluate a checkpoint on the validation set",
     "test": "evaluate a checkpoint on the test set",
     "predict": "run a checkpoint on the prediction set",
+    "retrain": "refit the last layer of a checkpoint on held-out samples",
 }
 # Names of `debias.compare.selection.RULES`, which would import more than the parser may.
-RULES = ("val_average", "val_worst_group", "leave_one_domain_out", "val_shift", "oracle", "last")
+RULES = (
+    "val_average",
+    "val_worst_group",
+    "val_worst_class",
+    "val_worst_inferred",
+    "leave_one_domain_out",
+    "val_shift",
+    "oracle",
+    "last",
+)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -101,6 +112,10 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_argument("--group", default=None, help="W&B group; by default that of `debias compare`")
     report.set_defaults(run=_report)
 
+    audit = commands.add_parser("audit", help="does a model use a shortcut, which one, whom does it hurt, what to do")
+    add_audit_options(audit)
+    audit.set_defaults(run=_audit)
+
     methods = commands.add_parser("methods", help="what is there, what each needs from a batch, its reference")
     methods.set_defaults(run=_methods)
 
@@ -117,27 +132,30 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from debias.cli.errors import readable_errors
+    from debias.cli.errors import check_writable, readable_errors
 
     with readable_errors():
+        check_writable(options.out)
         from debias.cli.demo import run
 
         run(seeds=options.seeds, out=options.out, max_epochs=options.epochs)
 
 
 def _gallery(options: argparse.Namespace) -> None:
-    from debias.cli.errors import readable_errors
+    from debias.cli.errors import check_writable, readable_errors
 
     with readable_errors():
+        check_writable(options.out.parent)
         from debias.cli.gallery import run
 
         run(options.out, options.images, size=options.size, draws=options.draws, seed=options.seed)
 
 
 def _selection(options: argparse.Namespace) -> None:
-    from debias.cli.errors import readable_errors
+    from debias.cli.errors import check_writable, readable_errors
 
     with readable_errors():
+        check_writable(options.out)
         from debias.cli.shift_selection import run
 
         run(options.out, source=options.source, mnist=options.mnist, seeds=options.seeds, epochs=options.epochs)
@@ -160,6 +178,15 @@ def _report(options: argparse.Namespace) -> None:
 
         where = {"project": options.project, "entity": options.entity, "group": options.group}
         report(options.folders, options.select, options.out, **where)
+
+
+def _audit(options: argparse.Namespace) -> None:
+    from debias.cli.errors import readable_errors
+
+    with readable_errors():
+        from debias.cli.audit import audit
+
+        audit(options)
 
 
 def _methods(_: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -21,17 +22,20 @@ from omegaconf.errors import OmegaConfBaseException
 from debias.cli.errors import readable_errors
 from debias.cli.recipes import METHODS, recipes, recipes_folder
 from debias.cli.suggest import nearest
-from debias.cli.training import DebiasCLI, offline_without_login
-from debias.compare.grid import BASELINES, Recipe, RunSpec, expand, prepare, settings_of
-from debias.compare.records import RECORD, default_group, read_record
+from debias.cli.training import DebiasCLI, config_words, offline_without_login
+from debias.compare.escape import plain
+from debias.compare.grid import BASELINES, Recipe, RunSpec, expand, prepare, settings_of, spec_hash
+from debias.compare.records import RECORD, default_group, read_record, read_spec
 from debias.compare.report import report
 from debias.compare.runner import Interrupted, run_all
+from debias.compare.search import read_config
 from debias.errors import DebiasError, missing_package
+from debias.ops.arguments import check_count
 
 try:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from yaml import safe_dump
+    from yaml import YAMLError, safe_dump
 except ImportError as error:
     raise missing_package(error.name or "rich", error) from error
 
@@ -52,8 +56,11 @@ def compare(options: argparse.Namespace) -> None:
         SystemExit: with status 1 if a run failed, 130 after Ctrl-C.
     """
     console = Console(stderr=options.print_wandb_sweep)
-    if not options.seeds or min(options.seeds) < 0:
-        raise DebiasError(f"Expected `seeds` to be one or more integers >= 0, but got {options.seeds}.")
+    if not options.seeds or not 0 <= min(options.seeds) <= max(options.seeds) < 2**32:
+        raise DebiasError(f"Expected `seeds` to be one or more integers from 0 to 2**32 - 1, but got {options.seeds}.")
+    check_count("jobs", options.jobs, 1, 1000)
+    check_count("draws", options.draws, 1, 10_000)
+    check_count("draw_seed", options.draw_seed, 0, 2**32 - 1)
     seeds = list(dict.fromkeys(options.seeds))
     fixed = {key: values[0] for key, values in _pairs("set", options.set).items()}
     recipe = find_recipe(options.recipe, tuple(options.config), fixed)
@@ -80,17 +87,19 @@ def compare(options: argparse.Namespace) -> None:
             os.environ.pop(name, None)
     out = options.out or Path("debias_compare") / recipe.name
     folders = prepare(recipe, runs, out)
+    checked = {folder: spec_hash(read_spec(folder)) for folder in folders}
     logging = _logging(options, recipe, out, console)
     if options.launcher == "submitit":
-        _submit(folders, logging, _pairs("launcher-args", options.launcher_args), out, console)
+        _submit(checked, logging, _pairs("launcher-args", options.launcher_args), out, console)
         return
     there = sum((folder / RECORD).exists() and read_record(folder / RECORD).finished for folder in folders)
     if there:
         console.print(f"{there} of {len(folders)} runs have finished before.", highlight=False)
-    columns = (BarColumn(20), MofNCompleteColumn(), "runs", TimeElapsedColumn(), TextColumn("{task.description}"))
+    doing = TextColumn("{task.description}", markup=False)
+    columns = (BarColumn(20), MofNCompleteColumn(), "runs", TimeElapsedColumn(), doing)
     try:
         with Progress(*columns, console=console, transient=True) as progress:
-            records = run_all(folders, lambda f: _command(f, logging), jobs=options.jobs, progress=progress)
+            records = run_all(folders, lambda f: _command(f, checked[f], logging), jobs=options.jobs, progress=progress)
     except Interrupted:
         done = sum((folder / RECORD).exists() and read_record(folder / RECORD).finished for folder in folders)
         console.print(f"Interrupted: {done} of {len(folders)} runs are done. The same command goes on from there.")
@@ -125,6 +134,11 @@ def find_recipe(name: str, extra: tuple[Path, ...] = (), fixed: dict[str, Any] |
                 f"{nearest(folder.name, known)}"
             )
         folder = found
+    if not any(read_config(path).get("model") for path in (folder / "base.yaml", *extra)):
+        raise DebiasError(
+            f"Expected {folder / 'base.yaml'} to name a model, `model: {{class_path: ...}}`, but it has none. A recipe"
+            " names its data, model and trainer."
+        )
     shared = folder.resolve().parent / METHODS
     shared = shared if shared.is_dir() else recipes_folder() / METHODS
     return Recipe(folder.resolve().name, folder, shared, extra, fixed or {})
@@ -152,7 +166,7 @@ def _methods(recipe: Recipe, asked: Sequence[str] | None, console: Console) -> l
                 f" run. Leave `{name}` out, or choose another recipe."
             )
         else:
-            console.print(f"Left out {name}: {why}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"Left out {plain(name)}: {plain(why)}", highlight=False, markup=False, soft_wrap=True)
     return methods
 
 
@@ -169,21 +183,15 @@ def _check_settings(recipe: Recipe, settings: dict[str, list[dict[str, Any]]]) -
 
 def _refusal(recipe: Recipe, method: str, params: dict[str, Any] | None = None) -> str | None:
     """Parse the configuration as a run does; say why it cannot be."""
-    import tempfile
-
     out, err = io.StringIO(), io.StringIO()
-    with tempfile.TemporaryDirectory() as folder:
-        words = []
-        for i, content in enumerate(recipe.configs(method, params)):
-            OmegaConf.save(OmegaConf.create(content), Path(folder) / f"{i}.yaml")
-            words += ["--config", str(Path(folder) / f"{i}.yaml")]
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                with readable_errors():
-                    DebiasCLI("fit", [*words, "--print_config"])
-            except SystemExit as stop:
-                if not stop.code:
-                    return None
+    words = config_words(recipe.configs(method, params))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            with readable_errors():
+                DebiasCLI("fit", [*words, "--print_config"])
+        except SystemExit as stop:
+            if not stop.code:
+                return None
     message = err.getvalue()
     missing = re.search(r"Expected the config to set `([\w.]+)`", message)
     if missing:
@@ -201,7 +209,7 @@ def _pairs(option: str, words: Sequence[str]) -> dict[str, list[Any]]:
             raise DebiasError(f"Expected `--{option}` to be KEY=VALUE, but got `{word}`.")
         try:
             found = OmegaConf.to_container(OmegaConf.create(f"[{values}]"), resolve=False)
-        except (OmegaConfBaseException, ValueError) as error:
+        except (OmegaConfBaseException, YAMLError, ValueError) as error:
             raise DebiasError(f"Expected `--{option}` to have YAML values, but got `{word}`.") from error
         assert isinstance(found, list)
         if option != "vary" and len(found) != 1:
@@ -241,10 +249,10 @@ def _logging(options: argparse.Namespace, recipe: Recipe, out: Path, console: Co
     group = options.group or default_group(recipe.name, recipe.hash)
     if offline_without_login():
         console.print(
-            f"Nobody is logged in to W&B, so its runs stay in {out}. Later: wandb login, then wandb sync with the"
-            " folders that the end of this command names.",
-            highlight=False,
-        )
+            plain(f"Nobody is logged in to W&B, so its runs stay in {out}. Later: wandb login, then wandb sync with the"
+            " folders that the end of this command names."),
+            highlight=False, markup=False,
+        )  # fmt: skip
     # The same run has the same id wherever and however often it is made, and another comparison's has another.
     unique = hashlib.sha256(f"{options.project}/{group}".encode()).hexdigest()[:8]
     return {
@@ -253,8 +261,8 @@ def _logging(options: argparse.Namespace, recipe: Recipe, out: Path, console: Co
     }  # fmt: skip
 
 
-def _command(folder: Path, logging: dict[str, Any]) -> list[str]:
-    return [sys.executable, "-m", "debias.cli.one_run", str(folder), json.dumps(logging)]
+def _command(folder: Path, checked: str, logging: dict[str, Any]) -> list[str]:
+    return [sys.executable, "-m", "debias.cli.one_run", str(folder), checked, json.dumps(logging)]
 
 
 def _sweep(recipe: Recipe, runs: Sequence[RunSpec], options: argparse.Namespace) -> str:
@@ -271,7 +279,7 @@ def _sweep(recipe: Recipe, runs: Sequence[RunSpec], options: argparse.Namespace)
 
 
 def _submit(
-    folders: Sequence[Path], logging: dict[str, Any], parameters: dict[str, list[Any]], out: Path, console: Console
+    checked: dict[Path, str], logging: dict[str, Any], parameters: dict[str, list[Any]], out: Path, console: Console
 ) -> None:
     """Hand the runs to submitit, which knows SLURM; a run that is finished ends at once."""
     import subprocess
@@ -288,7 +296,7 @@ def _submit(
         executor = submitit.AutoExecutor(folder=out / "submitit", cluster=given.pop("cluster", None))
         executor.update_parameters(**given)
         with executor.batch():
-            jobs = [executor.submit(subprocess.call, _command(folder.resolve(), logging)) for folder in folders]
+            jobs = [executor.submit(subprocess.call, _command(f.resolve(), h, logging)) for f, h in checked.items()]
     except Exception as error:  # of any kind: a wrong name is a NameError there
         raise DebiasError(
             f"Expected submitit to take the jobs with `--launcher-args` {parameters}, but it refused"
@@ -296,12 +304,13 @@ def _submit(
             " without SLURM."
         ) from error
     console.print(f"{len(jobs)} jobs were submitted: {jobs[0].job_id} to {jobs[-1].job_id}. When they are done:")
-    console.print(f"debias report {out}", highlight=False, soft_wrap=True)
+    console.print(plain(shlex.join(["debias", "report", str(out)])), highlight=False, markup=False, soft_wrap=True)
 
 
 def _say_where_offline_runs_lie(out: Path, console: Console) -> None:
     runs = [*out.glob("runs/*/wandb/offline-run-*"), *out.glob("wandb/offline-run-*")]
     if runs:
         console.print("W&B ran offline. Send its runs with:", highlight=False)
-        places = f"{out}/runs/*/wandb/offline-run-* {out}/wandb/offline-run-*"
-        console.print(f"wandb sync {places}", highlight=False, markup=False, soft_wrap=True)
+        place = shlex.quote(str(out))
+        places = f"{place}/runs/*/wandb/offline-run-* {place}/wandb/offline-run-*"
+        console.print(plain(f"wandb sync {places}"), highlight=False, markup=False, soft_wrap=True)

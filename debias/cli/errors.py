@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-__all__ = ["install_hint", "readable_errors"]
+from debias.compare.escape import plain
+
+__all__ = ["check_writable", "install_hint", "readable_errors"]
 
 EXTRAS = {
+    "jinja2": "audit",
     "kornia": "augment",
     "matplotlib": "recipes",
+    "pandas": "audit",
     "rich": "recipes",
+    "scipy": "audit",
     "sklearn": "recipes",
     "submitit": "cluster",
     "timm": "recipes",
@@ -28,6 +36,26 @@ def install_hint(module: str) -> str | None:
     return f"`{module}` is not installed; `pip install 'debias[{extra}]'` brings it." if extra else None
 
 
+# What the system says of a place that cannot be written.
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENOTDIR}
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written, before hours of work for it; one that is not there is made.
+
+    Raises:
+        DebiasError: it cannot be written.
+    """
+    from debias.errors import unwritable
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise unwritable(folder, error) from error
+
+
 @contextmanager
 def readable_errors() -> Iterator[None]:
     """Turn errors of debias and missing extras into a message and exit status 1; let anything else through."""
@@ -37,7 +65,7 @@ def readable_errors() -> Iterator[None]:
         message = next(filter(None, map(_readable, _causes(error))), None)
         if message is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {plain(message, lines=True)}", file=sys.stderr)
         raise SystemExit(1) from error
 
 
@@ -46,8 +74,10 @@ def _readable(error: BaseException) -> str | None:
         return install_hint(error.name or "")
     if any(base.__name__ == "InterpolationResolutionError" for base in type(error).__mro__):  # omegaconf's
         return _unresolved(str(error))
-    from debias.errors import DebiasError
+    from debias.errors import DebiasError, unwritable
 
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        error = unwritable(error.filename or "a file", error)
     return str(error) if isinstance(error, DebiasError) else None
 
 

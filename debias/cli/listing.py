@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from importlib import import_module
 from importlib.util import find_spec
-
-from debias import _EXPORTS
 
 __all__ = ["methods", "print_methods", "print_table"]
 
 
 def methods() -> dict[str, type]:
-    """Collect the public callbacks that live in ``debias.methods``, by name.
+    """Collect the public callbacks of ``debias.methods``, by name.
 
     Example:
         >>> "GroupDRO" in methods()
         True
     """
+    import debias.methods
     from debias.step.watcher import StepWatcher
 
-    found = {}
-    for name, module in _EXPORTS.items():
-        if module.startswith("debias.methods."):
-            value = getattr(import_module(module), name)
-            if inspect.isclass(value) and issubclass(value, StepWatcher):
-                found[name] = value
-    return found
+    found = vars(debias.methods).items()
+    return {name: value for name, value in found if inspect.isclass(value) and issubclass(value, StepWatcher)}
 
 
 def print_methods() -> None:

@@ -125,9 +125,10 @@ def _unknown_argument(path: str, key: str) -> str:
 
 
 def _unknown_class(path: str) -> str:
-    from debias import _EXPORTS
+    from debias import _public
 
-    public = [f"debias.{name}" for name in _EXPORTS]
+    modules = _public()
+    public = [f"debias.{name}" for name in modules]
     module, _, name = path.rpartition(".")
     if not module:
         close = nearest(f"debias.{name}", public)
@@ -135,6 +136,6 @@ def _unknown_class(path: str) -> str:
     try:
         names = [f"{module}.{n}" for n in dir(import_module(module)) if not n.startswith("_")]
     except ImportError as error:
-        end = nearest(path, [*public, *(f"{m}.{n}" for n, m in _EXPORTS.items())])
+        end = nearest(path, [*public, *(f"{m}.{n}" for n, m in modules.items())])
         return f"`{path}` cannot be imported" + (end if "nearest" in end else f": {error}.")
     return f"`{path}` cannot be imported{nearest(path, names)}"

@@ -17,12 +17,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import OmegaConf
 
 from debias.cli.errors import readable_errors
 from debias.cli.suggest import explain
 from debias.errors import DebiasError
 
-__all__ = ["DebiasCLI", "offline_without_login", "train"]
+__all__ = ["DebiasCLI", "config_words", "offline_without_login", "refuse_bad_checkpoint", "train"]
 
 
 def train(stage: str, args: Sequence[str]) -> None:
@@ -32,8 +33,22 @@ def train(stage: str, args: Sequence[str]) -> None:
         stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
         args: the words after ``debias <stage>``.
     """
+    if stage == "retrain":
+        from debias.cli.retrain import retrain
+
+        retrain(args)
+        return
     with readable_errors():
         DebiasCLI(stage, args).run_stage()
+
+
+def config_words(contents: Sequence[dict[str, Any]]) -> list[str]:
+    """Contents of config files as words of a command line, without any file.
+
+    Args:
+        contents: as :func:`debias.compare.search.read_config` reads them, in the order in which they are merged.
+    """
+    return [word for content in contents for word in ("--config", OmegaConf.to_yaml(OmegaConf.create(content)))]
 
 
 class Parser(LightningArgumentParser):
@@ -101,8 +116,14 @@ class DebiasCLI(LightningCLI):
             default=None,
             help="Ranges of hyperparameters, for `debias compare`; without any effect here.",
         )
+        self.stage_arguments = self.add_stage_arguments(parser)
+
+    def add_stage_arguments(self, parser: LightningArgumentParser) -> list[str]:
+        """Add the arguments of the Trainer's method; their names."""
         skip: set[str | int] = set(LightningCLI.subcommands()[self.stage])
-        self.stage_arguments = parser.add_method_arguments(Trainer, self.stage, skip=skip)
+        names = parser.add_method_arguments(Trainer, self.stage, skip=skip)
+        parser.set_defaults(weights_only=True)  # a checkpoint is data, wherever it is from, unless the user says else
+        return names
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; unlike LightningCLI without a warning that arguments were handed over.
@@ -120,7 +141,7 @@ class DebiasCLI(LightningCLI):
     def run_stage(self) -> None:
         """Run the stage, then say where its results lie."""
         arguments = {name: self.config_init[name] for name in self.stage_arguments}
-        _refuse_missing_checkpoint(arguments.get("ckpt_path"))
+        refuse_bad_checkpoint(arguments.get("ckpt_path"), arguments.get("weights_only", True))
         try:
             getattr(self.trainer, self.stage)(self.model, datamodule=self.datamodule, **arguments)
         finally:
@@ -129,8 +150,10 @@ class DebiasCLI(LightningCLI):
             _say_where_checkpoint_lies(self.trainer)
 
 
-def _refuse_missing_checkpoint(path: Any) -> None:
-    """Names that Lightning looks up itself, and addresses, are left to it."""
+def refuse_bad_checkpoint(path: Any, weights_only: Any = True) -> None:
+    """Refuse a path without a checkpoint. Names that Lightning looks up itself, and addresses, are left to it."""
+    from debias.compare.keeping import check_checkpoint
+
     if not isinstance(path, str | Path) or str(path) in ("best", "last", "hpc") or re.match(r"\w+:", str(path)):
         return
     if not Path(path).exists():
@@ -138,6 +161,8 @@ def _refuse_missing_checkpoint(path: Any) -> None:
             f"Expected `ckpt_path` to name a checkpoint, but there is none at {path}. `debias fit` says at its end"
             " where the best one lies."
         )
+    if weights_only is not False:
+        check_checkpoint(Path(path), "Name another one, or pass `--weights_only false` if you trust that file.")
 
 
 @rank_zero_only

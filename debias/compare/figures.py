@@ -10,6 +10,7 @@ import csv
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -283,16 +284,20 @@ def read_weights(folder: Path) -> dict[str, dict[int, float]]:
         folder: of a run, with a CSVLogger's ``metrics.csv`` at any depth.
 
     Returns:
-        Empty where none is there, or none holds weights.
+        Empty where none is there, or none holds weights. A file that cannot be read is left out with a warning.
     """
     found: dict[str, dict[int, float]] = {}
     for path in sorted(folder.rglob("metrics.csv"), key=lambda path: (path.stat().st_mtime, path)):
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                for column, value in row.items():
-                    name = _WEIGHT.match(column or "")
-                    if name and value and row.get("step"):
-                        found.setdefault(name["group"], {})[int(float(row["step"]))] = float(value)
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    for column, value in row.items():
+                        name = _WEIGHT.match(column or "")
+                        if name and value and row.get("step"):
+                            step, weight = int(float(row["step"])), float(value)
+                            found.setdefault(name["group"], {})[step] = weight
+        except (OSError, ValueError, ArithmeticError, csv.Error) as error:
+            warnings.warn(f"{path} cannot be read ({error}): the figure of weights leaves it out.", stacklevel=2)
     return found
 
 

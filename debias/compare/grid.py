@@ -15,17 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from omegaconf import OmegaConf
 
-from debias.compare.records import RECORD, write_json
+from debias.compare.records import RECORD, SPEC, read_spec, write_json
+from debias.compare.schema import digest, refuse_links
 from debias.compare.search import applies, draw_settings, override, read_config, read_spaces
 from debias.errors import DebiasError
 
-__all__ = ["BASELINES", "LOCK", "Recipe", "RunSpec", "configs_hash", "expand", "prepare", "read_spec", "settings_of"]
+__all__ = ["BASELINES", "LOCK", "Recipe", "RunSpec", "expand", "prepare", "settings_of", "spec_hash"]
 
 # Always compared: without plain training on balanced batches nobody can tell a method from resampling.
 BASELINES = ("erm", "balanced")
-SPEC = "spec.json"
 LOCK = ".lock"
 
 
@@ -176,7 +175,7 @@ def expand(
 
 
 def prepare(recipe: Recipe, runs: Sequence[RunSpec], out: Path) -> list[Path]:
-    """Make the folder of each run, with its configuration; what is there already must be the same.
+    """Make the folder of each run, with what it is to do; what is there already must be the same.
 
     Args:
         recipe: what is trained.
@@ -187,8 +186,8 @@ def prepare(recipe: Recipe, runs: Sequence[RunSpec], out: Path) -> list[Path]:
         The folders, ``out/runs/<id>``.
 
     Raises:
-        DebiasError: ``out`` cannot be written, or holds runs of another recipe or configuration. Nothing is
-            overwritten.
+        DebiasError: ``out`` cannot be written, leads somewhere else, or holds runs of another recipe or
+            configuration. Nothing is overwritten.
     """
     shared = recipe.hash
     wanted: dict[str, dict[str, Any]] = {}
@@ -201,6 +200,7 @@ def prepare(recipe: Recipe, runs: Sequence[RunSpec], out: Path) -> list[Path]:
     folders = [out / "runs" / run.id for run in runs]
     try:
         out.mkdir(parents=True, exist_ok=True)
+        refuse_links(out)
         # Two commands that begin at once: the second one sees all that the first one wrote.
         with FileLock(out / LOCK):
             _refuse_other_runs(out, recipe, {run.method for run in runs})
@@ -211,9 +211,7 @@ def prepare(recipe: Recipe, runs: Sequence[RunSpec], out: Path) -> list[Path]:
                 if (folder / SPEC).exists():
                     continue
                 folder.mkdir(parents=True, exist_ok=True)
-                for i, content in enumerate(spec["configs"]):
-                    OmegaConf.save(OmegaConf.create(content), folder / f"config{i}.yaml")
-                write_json(folder / SPEC, spec)  # last: a folder with it is whole
+                write_json(folder / SPEC, spec)
     except OSError as error:
         raise DebiasError(
             f"Expected `out` to be a folder that can be written, but got {out} ({error}). Name another with `--out`."
@@ -221,30 +219,9 @@ def prepare(recipe: Recipe, runs: Sequence[RunSpec], out: Path) -> list[Path]:
     return folders
 
 
-def read_spec(folder: Path) -> dict[str, Any]:
-    """Read what a run is to do.
-
-    Args:
-        folder: of the run.
-
-    Raises:
-        DebiasError: there is nothing of the kind.
-    """
-    try:
-        spec = json.loads((folder / SPEC).read_text(encoding="utf-8"))
-        if not isinstance(spec, dict) or not {"recipe", "recipe_hash", "id", "method", "seed", "configs"} <= set(spec):
-            raise ValueError("keys are missing")
-    except (OSError, ValueError) as error:
-        raise DebiasError(
-            f"Expected {folder / SPEC} to say what the run does, but it cannot be read ({error}). Nothing was changed."
-            f" Delete {folder}, and the run is made again."
-        ) from error
-    return spec
-
-
-def configs_hash(spec: Mapping[str, Any]) -> str:
-    """Of what a run is configured to do, but for its seed and the domain that it leaves out."""
-    return _hash(spec["configs"])
+def spec_hash(spec: Mapping[str, Any]) -> str:
+    """Of all that a run is to do. Who has checked a spec hands this to the process that makes the run."""
+    return digest(dict(spec))
 
 
 def _refuse_other_runs(out: Path, recipe: Recipe, methods: Collection[str]) -> None:
@@ -284,7 +261,7 @@ def _named(recipe: Recipe, method: str, configs: Sequence[Any]) -> dict[str, Any
 
 
 def _refuse_difference(recipe: Recipe, folder: Path, there: Mapping[str, Any], spec: Mapping[str, Any]) -> None:
-    keys = ("method", "seed", "params", "held_out", "configs")
+    keys = ("id", "recipe", "method", "seed", "params", "held_out", "configs")
     plain = json.loads(json.dumps({key: spec.get(key) for key in keys}))
     old: dict[str, Any] = {key: there.get(key) for key in keys}
     if old != plain:

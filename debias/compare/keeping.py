@@ -1,4 +1,4 @@
-"""Callbacks of a run: they keep a checkpoint for each selection rule, measure time, and let a killed run go on."""
+"""The callback that keeps a checkpoint for each selection rule, and lets a killed run go on."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ import json
 import math
 import random
 import time
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import Tensor
 
-from debias.compare.records import PROGRESS, Candidate, measures, shift_score, write_json
+from debias.compare.records import PROGRESS, Candidate, measures, shift_score, worst_of, write_json
+from debias.compare.schema import is_checkpoint
+from debias.errors import DebiasError, unwritable
 from debias.ops.distributed import gather_objects, global_rank
 
-__all__ = ["Keeper", "StepClock", "validation_metrics"]
+__all__ = ["Keeper", "begin_again", "check_checkpoint", "validation_metrics"]
 
 
 def validation_metrics(trainer: Any) -> dict[str, float]:
@@ -28,7 +34,9 @@ class Keeper(Checkpoint):
     """Keep the best checkpoint by each rule that reads the validation set, and the last one.
 
     Files are ``checkpoints/<rule>-step<N>.ckpt`` and ``checkpoints/last.ckpt`` in the run's folder. The last one is
-    written at the end of an epoch when ``every`` seconds have passed since; with it, a run that was killed goes on as
+    written at the end of an epoch when ``every`` seconds have passed since (where a training loader keeps its own
+    position, at the last step before its last batch: at the end Lightning and torchdata would repeat the epoch's
+    order, and within it they do not); with it, a run that was killed goes on as
     if nothing had been, on CPUs to the last bit: the states of the generators of every rank are in it, and each gets
     its own back. With more ranks than before, the further ones begin new streams, all different. What it refers to as
     best stays until it is written again, so that a run which goes on otherwise than before still tests what it names.
@@ -51,6 +59,10 @@ class Keeper(Checkpoint):
         self._saved_step = -1
         self._needed: set[str] = set()  # checkpoints that the last one refers to
         self._stopped = False
+        self._loaders: list[Any] = []
+        self._orders: list[Any] = []  # states of the generators that loaders have of their own
+        self._stateful = False  # whether the training loaders keep their positions
+        self._within = False  # whether the last checkpoint is of within an epoch
         self._reported = 0.0
         self._generators: list[dict[str, Any]] | None = None  # of each rank
 
@@ -74,6 +86,8 @@ class Keeper(Checkpoint):
         self.val, self.validated = validation_metrics(trainer), trainer.global_step
         found = measures(self.val, "val", self.direction)
         scores = {"val_average": found.average, "val_worst_group": found.worst, "val_shift": shift_score(self.val)}
+        for rule, name in (("val_worst_class", "class"), ("val_worst_inferred", "inferred")):
+            scores[rule] = worst_of(self.val, name)
         for rule, score in scores.items():
             sign = 1 if self.direction == "max" or rule == "val_shift" else -1
             known = self.best.get(rule)
@@ -81,23 +95,31 @@ class Keeper(Checkpoint):
                 self._keep(trainer, rule, score)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """After a resume: take up the random streams where they were.
+        """After a resume: see that what it refers to is whole, and take up the random streams where they were.
 
-        Not at the start of the epoch: the iterator of its batches, which draws, is made before that.
+        Not at the start of the epoch: the iterator of its batches, which draws, is made before that. Within an epoch
+        it had been made before the run was saved, so its draws now are too many.
         """
         if self._generators is not None:
-            _restore_generators(self._generators, global_rank())
-            self._generators = None
+            for name in sorted(self._needed - {"checkpoints/last.ckpt"}):
+                check_checkpoint(self.folder / name, begin_again(self.last))
+            if not self._within:
+                self._take_up()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """After a resume: a run that was stopped early before it was killed trains no further."""
+        self._loaders = _loaders(trainer.train_dataloader)
+        self._stateful = all(hasattr(loader, "load_state_dict") for loader in self._loaders)
+        self._take_up()
         if self._stopped:
             trainer.should_stop = True
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        """Say how far the run is, about once a second."""
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Say how far the run is, about once a second; write the last checkpoint where the loader asks for it here."""
         if time.monotonic() - self._reported > 1:
             self._report(trainer)
+        if batch_idx + 1 == self._last_step_within(trainer):
+            self._save_if_due(trainer, within=True)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Count."""
@@ -105,27 +127,70 @@ class Keeper(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the last checkpoint, unless that was just done."""
-        due = time.monotonic() - self._saved_at >= self.every
-        if trainer.strategy.reduce_boolean_decision(due, all=False):  # ranks' clocks differ; saving takes all of them
-            self._save_last(trainer)
+        if not self._last_step_within(trainer):
+            self._save_if_due(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the last checkpoint."""
         if self._saved_step != trainer.global_step:
             self._save_last(trainer)
 
+    def forget_stage(self) -> None:
+        """Of a method in two stages: no network of stage one is a candidate."""
+        self.best, self.val, self.validated = {}, {}, -1
+
+    def module_changed(self) -> None:
+        """Of a method that changes the network when training has ended: the last checkpoint alone is of it."""
+        self.forget_stage()
+        self._saved_step = -1
+
+    def _last_step_within(self, trainer: Any) -> int:
+        """Batches of an epoch until the last optimiser step that is not of its last batch, for loaders with a state; 0
+        where there is none.
+        """
+        batches = trainer.num_training_batches
+        if not self._stateful or math.isinf(batches):
+            return 0
+        return (int(batches) - 1) // trainer.accumulate_grad_batches * trainer.accumulate_grad_batches
+
+    def _save_if_due(self, trainer: Any, within: bool = False) -> None:
+        due = time.monotonic() - self._saved_at >= self.every
+        if trainer.strategy.reduce_boolean_decision(due, all=False):  # ranks' clocks differ; saving takes all of them
+            self._save_last(trainer, within)
+
+    def _take_up(self) -> None:
+        if self._generators is not None:
+            _restore_generators(self._generators, global_rank())
+            for loader, state in zip(self._loaders, self._orders, strict=False):
+                if state is not None:  # torchdata restores the order of the epoch, and not what the next one's is from
+                    loader.generator.set_state(state)
+            self._generators = None
+
     def state_dict(self) -> dict[str, Any]:
         """Scores, last metrics and the states of the random streams: all ranks' in each, as one rank's is written."""
         return {
             "epochs": self._epochs, "best": json.dumps(self.best), "val": json.dumps(self.val),
-            "validated": self.validated, "stopped": self._stopped, "generators": gather_objects(_generators()),
+            "validated": self.validated, "stopped": self._stopped, "within": self._within,
+            "generators": gather_objects(_generators()), "orders": [_order(x) for x in self._loaders],
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
-        self.best, self.val = json.loads(state_dict["best"]), json.loads(state_dict["val"])
+        """Go on from there.
+
+        Raises:
+            DebiasError: it names a checkpoint that is not one of this folder.
+        """
+        best, self.val = json.loads(state_dict["best"]), json.loads(state_dict["val"])
+        for rule, entry in best.items():
+            if not is_checkpoint(entry["checkpoint"]):
+                raise DebiasError(
+                    f"Expected {self.last} to name checkpoints in its own folder, but for `{rule}` it names"
+                    f" {entry['checkpoint']!r}. Nothing was changed. {begin_again(self.last)}"
+                )
+        self.best = best
         self._epochs, self._generators = state_dict["epochs"], state_dict["generators"]
         self.validated, self._stopped = state_dict["validated"], state_dict["stopped"]
+        self._within, self._orders = state_dict.get("within", False), state_dict.get("orders", [])
         self._needed = self._named()
 
     def _named(self) -> set[str]:
@@ -140,9 +205,21 @@ class Keeper(Checkpoint):
         return self.folder / path
 
     def _keep(self, trainer: Any, rule: str, score: float) -> None:
-        path = self._note(trainer, rule, score, f"{rule}-step{trainer.global_step}")
-        trainer.save_checkpoint(path, weights_only=False)
+        self._save(trainer, self._note(trainer, rule, score, f"{rule}-step{trainer.global_step}"))
         self._remove_others(trainer)
+
+    def _save(self, trainer: Any, path: Path) -> None:
+        """Whole or not at all: a run killed while it writes keeps the checkpoint before."""
+        draft = path.with_name("draft")
+        try:
+            trainer.save_checkpoint(draft, weights_only=False)
+            if trainer.is_global_zero:
+                draft.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
+            raise unwritable(path, error) from error
+        trainer.strategy.barrier()
 
     def _remove_others(self, trainer: Any) -> None:
         wanted = self._needed | self._named()
@@ -150,14 +227,10 @@ class Keeper(Checkpoint):
             if f"checkpoints/{path.name}" not in wanted:
                 trainer.strategy.remove_checkpoint(path)
 
-    def _save_last(self, trainer: Any) -> None:
+    def _save_last(self, trainer: Any, within: bool = False) -> None:
         self._note(trainer, "last", math.nan, "last")
-        self._stopped = trainer.should_stop
-        draft = self.last.with_name("last.draft")  # a run killed while it writes keeps the checkpoint before
-        trainer.save_checkpoint(draft, weights_only=False)
-        if trainer.is_global_zero:
-            draft.replace(self.last)
-        trainer.strategy.barrier()
+        self._stopped, self._within = trainer.should_stop, within
+        self._save(trainer, self.last)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
         self._needed = self._named()
         self._remove_others(trainer)
@@ -167,65 +240,50 @@ class Keeper(Checkpoint):
         self._reported = time.monotonic()
         total = trainer.estimated_stepping_batches
         if trainer.is_global_zero and total and math.isfinite(total):
-            write_json(self.folder / PROGRESS, {"step": trainer.global_step, "steps": total})
+            with suppress(DebiasError):  # only shown; what has to be written says so itself
+                write_json(self.folder / PROGRESS, {"step": trainer.global_step, "steps": total})
 
 
-class StepClock(Callback):
-    """Wall-clock seconds of a training step, waiting for data included, validation and checkpoints not.
+def check_checkpoint(path: Path, remedy: str) -> None:
+    """Refuse a checkpoint that is damaged or holds more than tensors and plain values, before it is loaded.
 
-    The first epoch, in which caches fill and kernels are chosen, counts only where there is no other. The device is
-    waited for once an epoch.
+    Args:
+        path: of the checkpoint; a folder, as sharded strategies write it, is left to what loads it.
+        remedy: what to do about it, a sentence.
+
+    Raises:
+        DebiasError: it is not there, damaged, or holds objects of other classes, which loading would run code of.
     """
-
-    def __init__(self) -> None:
-        self.epochs: list[list[float]] = []  # seconds and steps
-        self._start = 0.0
-        self._paused: float | None = None
-        self._from = 0
-
-    @property
-    def seconds_per_step(self) -> float:
-        """Mean over the steps; NaN before the first."""
-        counted = self.epochs[1:] or self.epochs
-        steps = sum(n for _, n in counted)
-        return sum(s for s, _ in counted) / steps if steps else math.nan
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start."""
-        self._from, self._start, self._paused = trainer.global_step, time.perf_counter(), None
-
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Pause."""
-        _wait(trainer)
-        self._paused = time.perf_counter()
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        """Go on: not at the end of validation, where checkpoints are written."""
-        self._go_on()
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Stop."""
-        self._go_on()
-        _wait(trainer)
-        self.epochs.append([time.perf_counter() - self._start, trainer.global_step - self._from])
-
-    def state_dict(self) -> dict[str, Any]:
-        """What was measured."""
-        return {"epochs": [list(epoch) for epoch in self.epochs]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
-        self.epochs = state_dict["epochs"]
-
-    def _go_on(self) -> None:
-        if self._paused is not None:
-            self._start += time.perf_counter() - self._paused
-            self._paused = None
+    if path.is_dir():
+        return
+    try:
+        mapped = zipfile.is_zipfile(path)
+        if mapped:
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise ValueError(f"{damaged} in it is damaged")
+        torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # of any kind, as the file may hold anything
+        reason = " ".join(str(error).split())[:300]
+        raise DebiasError(
+            f"Expected {path} to be a checkpoint of tensors and plain values, as runs write it, but it cannot be read"
+            f" ({type(error).__name__}: {reason}). Nothing was changed. {remedy} A class that your own module"
+            " saves there is allowed by `torch.serialization.add_safe_globals` in that module."
+        ) from error
 
 
-def _wait(trainer: Any) -> None:
-    if trainer.strategy.root_device.type == "cuda":
-        torch.cuda.synchronize(trainer.strategy.root_device)
+def begin_again(delete: Path) -> str:
+    """What to do about a run that cannot go on."""
+    return f"Delete {delete}, and the run begins again."
+
+
+def _loaders(loaders: Any) -> list[Any]:
+    return (loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)).flattened
+
+
+def _order(loader: Any) -> Tensor | None:
+    generator = getattr(loader, "generator", None)
+    return generator.get_state() if isinstance(generator, torch.Generator) else None
 
 
 def _generators() -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from debias.monitors.group_monitor import GroupMonitor
 from debias.ops.distributed import gather
 from debias.step.context import Step
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["Predictions"]
 
@@ -34,6 +34,7 @@ class Predictions(GroupMonitor):
             metric=monitor.metric,
             logits=monitor.logits,
             target=monitor.target,
+            ignore_index=monitor.ignore_index,
             loss=monitor.loss,  # type: ignore[arg-type]
             threshold=monitor.threshold,
             name="predictions",
@@ -74,6 +75,9 @@ class _Rows:
 
     def to(self, device: Any) -> _Rows:
         return self
+
+    def reset(self) -> None:
+        self.parts = {name: [] for name in self.parts}
 
     def update(self, logits: Tensor, target: Tensor, group: Tensor) -> None:
         for name, part in (("logits", logits), ("target", target), ("group", group)):

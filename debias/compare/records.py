@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from debias.errors import DebiasError
+from debias.compare.schema import WHAT, check_record, check_spec, digest
+from debias.errors import DebiasError, unwritable
 
 __all__ = [
     "Candidate",
     "Measures",
     "RunRecord",
+    "configs_hash",
     "default_group",
     "find_records",
     "measures",
     "read_record",
+    "read_spec",
     "shift_score",
+    "worst_of",
     "write_json",
 ]
 
 FORMAT = 1
 RECORD = "result.json"
+SPEC = "spec.json"  # beside it: what the run is to do
 PROGRESS = "progress.json"  # of a run that is being made: steps taken and to take
 _WORST = re.compile(
     r"^(?P<stage>\w+)/(?P<prefix>(?:[^/]+/)?)worst_(?P<of>group|domain)_(?P<metric>[^/]+)(?P<loader>/.+)?$"
@@ -69,10 +76,12 @@ class RunRecord:
         direction: ``"max"`` where higher metrics are better, else ``"min"``.
         candidates: checkpoints by the rule that chose them; ``"last"`` is always there.
         error: of a failed run: its last line.
+        warnings: what debias said that would mislead a reader, each once.
         steps: optimiser steps of the whole training.
         seconds_per_step: wall-clock time of training, without validation, over steps.
-        seconds: wall-clock time of the whole run.
-        peak_memory: bytes; of the device, or of the process where that is the CPU.
+        seconds: wall-clock time of the whole run, from the start of its process on; of a run that was killed and went
+            on, without what was lost.
+        peak_memory: bytes, until training ended; of the device, or of the process where that is the CPU.
         device: what it ran on, in words.
         versions: of python, debias, torch, lightning and others, by name.
         git: revision of the working folder and whether it was changed, or empty.
@@ -92,6 +101,7 @@ class RunRecord:
     direction: str = "max"
     candidates: dict[str, Candidate] = field(default_factory=dict)
     error: str = ""
+    warnings: list[str] = field(default_factory=list)
     steps: int = 0
     seconds_per_step: float = math.nan
     seconds: float = math.nan
@@ -114,7 +124,8 @@ class RunRecord:
             folder: of the run.
         """
         content = {key: value for key, value in asdict(self).items() if key != "folder"}
-        write_json(folder / RECORD, {"format": FORMAT} | content)
+        content = json.loads(json.dumps({"format": FORMAT} | content, default=str))
+        write_json(folder / RECORD, content | {"checksum": digest(content)})
 
 
 @dataclass(frozen=True)
@@ -126,12 +137,15 @@ class Measures:
         average: over all samples; over the loaders where there are several.
         worst: of the worst group, domain or loader; NaN where nothing tells groups apart.
         by_group: of each group, NaN for one without samples.
+        adjusted: mean over groups, weighted by their shares of the training set, as published for Waterbirds; NaN where
+            the monitor was not told the training counts.
     """
 
     metric: str
     average: float
     worst: float
     by_group: dict[str, float]
+    adjusted: float = math.nan
 
 
 def default_group(recipe: str, recipe_hash: str) -> str:
@@ -143,8 +157,8 @@ def measures(metrics: Mapping[str, float], stage: str, direction: str = "max") -
     """Find the figures among what the monitors logged, by their names.
 
     ``<stage>/worst_group_<metric>`` or ``<stage>/worst_domain_<metric>`` gives the metric's name, and with it
-    ``<stage>/<metric>`` and ``<stage>/<metric>_by_group/<name>``; the first one logged counts. With several loaders,
-    each is a group: the average is their mean, the worst the worst of their averages.
+    ``<stage>/<metric>``, ``<stage>/adjusted_<metric>`` and ``<stage>/<metric>_by_group/<name>``; the first one logged
+    counts. With several loaders, each is a group: the averages are their means, the worst the worst of their averages.
 
     Args:
         metrics: by name, as logged.
@@ -171,11 +185,17 @@ def measures(metrics: Mapping[str, float], stage: str, direction: str = "max") -
     if loaders == [None]:
         place = f"{start}{metric}_by_{of}/"
         by_group = {key[len(place) :]: value for key, value in metrics.items() if key.startswith(place)}
-        return Measures(metric, metrics.get(f"{start}{metric}", math.nan), metrics[first.group()], by_group)
+        average, adjusted = (metrics.get(f"{start}{name}{metric}", math.nan) for name in ("", "adjusted_"))
+        return Measures(metric, average, metrics[first.group()], by_group, adjusted)
     by_loader = {loader.strip("/"): metrics.get(f"{start}{metric}{loader}", math.nan) for loader in loaders}
     known = [value for value in by_loader.values() if not math.isnan(value)]
     worst = (min if direction == "max" else max)(known, default=math.nan)
-    return Measures(metric, sum(known) / len(known) if known else math.nan, worst, by_loader)
+    adjusted = _mean([metrics.get(f"{start}adjusted_{metric}{loader}", math.nan) for loader in loaders])
+    return Measures(metric, _mean(known), worst, by_loader, adjusted)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
 
 
 def shift_score(metrics: Mapping[str, float]) -> float:
@@ -183,21 +203,37 @@ def shift_score(metrics: Mapping[str, float]) -> float:
     return metrics.get("val_shift/held_out_mean", metrics.get("val_shift/mean", math.nan))
 
 
+def worst_of(metrics: Mapping[str, float], name: str) -> float:
+    """The worst group on the validation set, as the GroupMonitor of that name logged it; NaN where there is none."""
+    start = f"val/{name}/worst_group_"
+    return next((value for key, value in metrics.items() if key.startswith(start)), math.nan)
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write a file whole or not at all, whatever happens meanwhile: beside it first, then in its place."""
+    """Write a file whole or not at all, whatever happens meanwhile: beside it first, then in its place.
+
+    Raises:
+        DebiasError: it cannot be written, say because the disk is full.
+    """
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    try:
+        draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(draft, path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def read_record(path: Path) -> RunRecord:
-    """Read a run's ``result.json``.
+    """Read a run's ``result.json``, and check that it is what was written, and of the run that its folder is of.
 
     Args:
         path: the file.
 
     Raises:
-        DebiasError: it is damaged, or of another format.
+        DebiasError: it is damaged, of another format, or of another run.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -206,20 +242,58 @@ def read_record(path: Path) -> RunRecord:
             raise DebiasError(
                 f"Expected {path} to be of format {FORMAT}, but got {number}: use the debias that wrote it."
             )
-        content["candidates"] = {name: Candidate(**c) for name, c in content["candidates"].items()}
-        known = {f.name for f in fields(RunRecord)}
-        record = RunRecord(**{k: v for k, v in content.items() if k in known}, folder=path.parent)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        checksum = content.pop("checksum", None)
+        check_record(content)
+        if checksum is not None and checksum != digest({"format": FORMAT} | content):
+            raise ValueError("it is not what was written: its checksum is another")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DebiasError(
             f"Expected {path} to be a run's result as `debias compare` writes it, but it cannot be read"
             f" ({type(error).__name__}: {error}). Nothing was changed. Delete that file, and the run is made again."
         ) from error
-    if record.status not in ("finished", "failed") or (record.finished and "last" not in record.candidates):
+    if (path.parent / SPEC).exists():
+        _refuse_another_run(path, content)
+    candidates = {name: Candidate(**candidate) for name, candidate in content["candidates"].items()}
+    return RunRecord(**content | {"candidates": candidates}, folder=path.parent)
+
+
+def read_spec(folder: Path) -> dict[str, Any]:
+    """Read what a run is to do.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        DebiasError: there is nothing of the kind.
+    """
+    try:
+        spec = json.loads((folder / SPEC).read_text(encoding="utf-8"))
+        check_spec(spec)
+    except (OSError, ValueError, RecursionError) as error:
         raise DebiasError(
-            f"Expected {path} to hold a finished run with its metrics, or a failed one, but it does not. Nothing was"
-            " changed. Delete that file, and the run is made again."
-        )
-    return record
+            f"Expected {folder / SPEC} to say what the run does, but it cannot be read ({error}). Nothing was changed."
+            f" Delete {folder}, and the run is made again."
+        ) from error
+    return dict(spec)
+
+
+def configs_hash(spec: Mapping[str, Any]) -> str:
+    """Of what a run is configured to do, but for its seed and the domain that it leaves out."""
+    return hashlib.sha256(json.dumps(spec["configs"], sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _refuse_another_run(path: Path, content: Mapping[str, Any]) -> None:
+    spec = read_spec(path.parent)
+    wanted = {key: spec[key] for key in WHAT if key in content}
+    if content.get("config_hash"):
+        wanted["config_hash"] = configs_hash(spec)
+    for key, value in wanted.items():
+        if content[key] != value:
+            raise DebiasError(
+                f"Expected {path} to be the result of the run that {path.parent / SPEC} describes, but its `{key}` is"
+                f" {content[key]!r} instead of {value!r}. Nothing was changed. Delete that file, and the run is made"
+                " again."
+            )
 
 
 def find_records(folders: Sequence[Path]) -> list[RunRecord]:

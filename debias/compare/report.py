@@ -7,9 +7,11 @@ import os
 import shlex
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from debias.compare.escape import fenced, markdown, markdown_code, plain
 from debias.compare.figures import DARK, FIGURES, LIGHT
 from debias.compare.records import RunRecord, default_group, find_records
 from debias.compare.selection import Rule, default_rule
@@ -29,6 +31,7 @@ from debias.compare.table import (
 from debias.errors import DebiasError, missing_package
 
 try:
+    from matplotlib import rc_context
     from rich.console import Console
 except ImportError as error:
     raise missing_package(error.name or "rich", error) from error
@@ -86,6 +89,7 @@ def report(
             )  # fmt: skip
             return
         log_summary(comparison, paths, project=project, entity=entity, group=group, out=out)
+        mark.unlink(missing_ok=True)  # a link would lead elsewhere
         mark.write_text(state, encoding="utf-8")
 
 
@@ -160,20 +164,23 @@ def print_report(comparison: Comparison, paths: dict[str, Path], console: Consol
     if len(comparison.groups) > SHOWN_GROUPS:
         console.print(f"- {len(comparison.groups)} groups: each is in table.csv and by_group.png.", markup=False)
     for note in comparison.notes:
-        console.print(f"- {note}", highlight=False, markup=False)
+        console.print(f"- {plain(note)}", highlight=False, markup=False)
     console.print()
     for name, path in paths.items():
         if not name.endswith(f"{DARK.end}.png"):
-            console.print(str(path), highlight=False, markup=False, soft_wrap=True)
+            console.print(plain(str(path)), highlight=False, markup=False, soft_wrap=True)
 
 
 def _draw(comparison: Comparison, name: str, folder: Path) -> bool:
     for paper in (LIGHT, DARK):
-        figure = FIGURES[name](comparison, paper)
-        if figure is None:
-            return False
-        # No time and no version in the file: the same runs give the same bytes.
-        figure.savefig(folder / f"{name}{paper.end}.png", dpi=DPI, metadata={"Software": None})
+        # A dollar in a name is a dollar, and a character that the font lacks a box.
+        with rc_context({"text.parse_math": False}), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")
+            figure = FIGURES[name](comparison, paper)
+            if figure is None:
+                return False
+            # No time and no version in the file: the same runs give the same bytes.
+            figure.savefig(folder / f"{name}{paper.end}.png", dpi=DPI, metadata={"Software": None})
     return True
 
 
@@ -183,14 +190,15 @@ def _page(comparison: Comparison, drawn: Sequence[str], title: str, folders: Seq
     used = list(folders) or list(dict.fromkeys(r.folder.parent for r in comparison.records if r.folder is not None))
     words = ["debias", "report", *map(str, used), "--select", comparison.rule.name, "--out", str(out)]
     lines = [
-        f"# {title}",
+        f"# {markdown(title)}",
         "",
-        f"{len(rows)} methods on the recipe `{comparison.recipe}`: {', '.join(label(row.method) for row in rows)}."
+        f"{len(rows)} methods on the recipe {markdown_code(comparison.recipe)}:"
+        f" {', '.join(markdown(label(row.method)) for row in rows)}."
         f" {len(comparison.records)} runs were made, and {runs} of them are in the table.",
         "",
         *(["**ORACLE: checkpoints and settings were chosen by test data.**", ""] if comparison.rule.oracle else []),
         make_markdown(comparison),
-        caption(comparison).replace("*", "\\*"),
+        markdown(caption(comparison)),
         "",
         "Every number is in `table.csv`, one row a method, and in `runs.csv`, one row a run.",
         "",
@@ -206,11 +214,8 @@ def _page(comparison: Comparison, drawn: Sequence[str], title: str, folders: Seq
     lines += ["## Settings", "", "| method | setting | chosen from | score |", "|---|---|---:|---:|"]
     for row in rows:
         score = f"{row.score.mean:.4g}" if row.score.n else "-"
-        lines.append(f"| {label(row.method)} | {setting_text(row.params)} | {row.settings} | {score} |")
-    lines += ["", "## Notes", "", *(f"- {_one_line(note)}" for note in comparison.notes), ""]
-    lines += ["## Rebuild", "", "```bash", shlex.join(words), "```", ""]
+        method, setting = markdown(label(row.method)), markdown(setting_text(row.params))
+        lines.append(f"| {method} | {setting} | {row.settings} | {score} |")
+    lines += ["", "## Notes", "", *(f"- {markdown(note)}" for note in comparison.notes), ""]
+    lines += ["## Rebuild", "", fenced(shlex.join(words)), ""]
     return "\n".join(lines)
-
-
-def _one_line(note: str) -> str:
-    return " ".join(note.split()).replace("<", "&lt;").replace("*", "\\*")

@@ -16,14 +16,16 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from debias.compare.grid import LOCK, read_spec
-from debias.compare.records import PROGRESS, RECORD, RunRecord, read_record
+from debias.compare.escape import plain
+from debias.compare.grid import LOCK
+from debias.compare.records import PROGRESS, RECORD, RunRecord, read_record, read_spec
 from debias.errors import DebiasError
 
 __all__ = ["BUSY", "LOCK", "Interrupted", "run_all"]
 
 BUSY = 75  # EX_TEMPFAIL: another process makes this run
 PAUSE = 0.2
+EVERY = 60.0  # seconds between two lines that say how far runs are, where no bar can
 GRACE = 10.0  # seconds that a process has to end
 
 
@@ -89,6 +91,7 @@ def run_all(
                 while waiting and len(running) < jobs:
                     slot = min(set(range(jobs)) - {p.slot for p in running})
                     running.append(_start(waiting.popleft(), command, slot, jobs))
+                    display.started(running[-1].folder)
                 for one in list(running):
                     status = one.process.poll()
                     if status is None:
@@ -213,21 +216,30 @@ def _ends_on_sigterm() -> Iterator[None]:
 
 
 class _Display:
-    """One bar for the whole, and what runs right now."""
+    """One bar for the whole, and what runs right now; where that is no terminal, a line when something happens."""
 
     def __init__(self, progress: Any, total: int, finished: int) -> None:
-        self.progress, self.finished = progress, finished
+        self.progress, self.finished, self.total = progress, finished, total
+        self.plain = progress is not None and not progress.console.is_terminal
+        self.said = time.monotonic()
         self.task = None if progress is None else progress.add_task("", total=total, completed=finished)
 
     def done(self, record: RunRecord) -> None:
         self.finished += 1
         if self.progress is None:
             return
-        console, plain = self.progress.console, {"highlight": False, "markup": False, "soft_wrap": True}
         if not record.finished:
-            console.print(f"{record.id} failed: {record.error}", **plain)
-        elif not console.is_terminal:  # a bar is of no use there
-            console.print(f"{record.id} finished in {record.seconds:.0f} s", **plain)
+            self._print(f"{record.id} failed: {record.error}")
+        elif self.plain:
+            self._print(f"{record.id} finished in {record.seconds:.0f} s")
+
+    def started(self, folder: Path) -> None:
+        if self.plain:
+            self._print(f"{folder.name} started; {self.finished} of {self.total} runs are done")
+
+    def _print(self, text: str) -> None:
+        self.said = time.monotonic()
+        self.progress.console.print(plain(text), highlight=False, markup=False, soft_wrap=True)
 
     def show(self, folders: Sequence[Path], elsewhere: int) -> None:
         if self.progress is None:
@@ -236,7 +248,9 @@ class _Display:
         words = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
         if elsewhere:
             words = ", ".join(filter(None, [words, f"{elsewhere} run elsewhere"]))
-        self.progress.update(self.task, completed=self.finished + sum(shares.values()), description=words)
+        self.progress.update(self.task, completed=self.finished + sum(shares.values()), description=plain(words))
+        if self.plain and words and time.monotonic() - self.said > EVERY:
+            self._print(words)
 
     def close(self) -> None:
         if self.progress is not None:

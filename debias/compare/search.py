@@ -208,8 +208,8 @@ def _is_range(kind: str, values: Any) -> bool:
     if not isinstance(values, list | tuple) or len(values) != 2:
         return False
     numbers = int if kind == "integers" else (int, float)
-    if any(isinstance(v, bool) or not isinstance(v, numbers) or not math.isfinite(v) for v in values):
-        return False
+    if any(isinstance(v, bool) or not isinstance(v, numbers) or not -(2**63) <= v < 2**63 - 1 for v in values):
+        return False  # NumPy draws no others
     return bool(values[0] < values[1]) and (kind != "log_uniform" or values[0] > 0)
 
 

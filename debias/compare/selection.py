@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from debias.compare.records import Candidate, RunRecord, measures, shift_score
+from debias.compare.records import Candidate, RunRecord, measures, shift_score, worst_of
 from debias.errors import DebiasError
 
 __all__ = ["RULES", "Choice", "Rule", "available_rules", "default_rule", "find_rule", "select", "setting_key"]
@@ -71,6 +71,14 @@ def _shift(metrics: Mapping[str, float], direction: str) -> float:
     return shift_score(metrics)
 
 
+def _worst_class(metrics: Mapping[str, float], direction: str) -> float:
+    return worst_of(metrics, "class")
+
+
+def _worst_inferred(metrics: Mapping[str, float], direction: str) -> float:
+    return worst_of(metrics, "inferred")
+
+
 def _nothing(metrics: Mapping[str, float], direction: str) -> float:
     return 0.0
 
@@ -92,6 +100,22 @@ RULES: dict[str, Rule] = {
             "val_worst_group",
             _worst,
             needs=f"{_MONITOR}, and groups or domains with samples in it",
+        ),
+        Rule(
+            "val_worst_class",
+            "the checkpoint, and of several settings the one, with the best worst class on the validation set: no group"
+            " labels",
+            "val_worst_class",
+            _worst_class,
+            needs="a validation with a GroupMonitor of the classes, `name='class'`",
+        ),
+        Rule(
+            "val_worst_inferred",
+            "the checkpoint, and of several settings the one, with the best worst group on the validation set, of"
+            " inferred groups (EVaLS): no group labels",
+            "val_worst_inferred",
+            _worst_inferred,
+            needs="a validation with a GroupMonitor of inferred groups, `name='inferred'`",
         ),
         Rule(
             "leave_one_domain_out",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from debias.compare.escape import csv_cell, markdown, plain
 from debias.compare.records import Measures, RunRecord, measures
 from debias.compare.selection import Choice, Rule, find_rule, select
 from debias.errors import missing_package
@@ -114,6 +115,11 @@ class Used:
         """Average minus worst group."""
         return self.test.average - self.test.worst
 
+    @property
+    def not_finite(self) -> float:
+        """Test samples whose predictions are not finite."""
+        return not_finite(self.record, self.candidate)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -126,6 +132,7 @@ class Row:
         runs: of this setting, by seed.
         score: of the rule, over seeds.
         average: test metric over all samples.
+        adjusted: mean over groups by their shares of the training set; of no run where the counts are not known.
         worst: of the worst group.
         gap: average minus worst group.
         by_group: of each group.
@@ -142,6 +149,7 @@ class Row:
     runs: tuple[Used, ...]
     score: Spread
     average: Spread
+    adjusted: Spread
     worst: Spread
     gap: Spread
     by_group: dict[str, Spread]
@@ -192,10 +200,21 @@ class Comparison:
         return named and all(0 <= v <= 1 for v in known)
 
     @property
+    def adjusted(self) -> bool:
+        """Whether an adjusted average is known of any method."""
+        return any(row.adjusted.n for row in self.rows)
+
+    @property
     def unit(self) -> str:
         """``"accuracy in %"``, or the metric's name."""
         name = self.metric.replace("_", " ") or "metric"
         return f"{name} in %" if self.percent else name
+
+
+def not_finite(record: RunRecord, candidate: str) -> float:
+    """The largest number of test samples of a run whose predictions are not finite, as monitors count them."""
+    test = record.candidates[candidate].test if candidate in record.candidates else {}
+    return max((v for key, v in test.items() if "_not_finite" in key and not math.isnan(v)), default=0.0)
 
 
 def label(method: str) -> str:
@@ -311,6 +330,7 @@ def _row(choice: Choice, used: dict[str, tuple[Used, ...]], records: Sequence[Ru
         runs=runs,
         score=over(lambda r: r.score),
         average=over(lambda r: r.test.average),
+        adjusted=over(lambda r: r.test.adjusted),
         worst=over(lambda r: r.test.worst),
         gap=over(lambda r: r.gap),
         by_group={name: spread(r.test.by_group.get(name, math.nan) for r in runs) for name in groups},
@@ -325,6 +345,7 @@ def _row(choice: Choice, used: dict[str, tuple[Used, ...]], records: Sequence[Ru
 def _notes(
     rows: Sequence[Row], choices: Sequence[Choice], records: Sequence[RunRecord], metrics: Sequence[str]
 ) -> Iterable[str]:
+    yield from _warnings(rows)
     present = {row.method for row in rows if row.runs}
     finished = {record.method for record in records if record.finished and record.held_out is None}
     if BASELINE in finished - present:
@@ -348,12 +369,42 @@ def _notes(
     for name in dict.fromkeys(name for row in rows for name, s in row.by_group.items() if s.n < len(row.runs)):
         lacking = sum(len(row.runs) - row.by_group[name].n for row in rows)
         yield f"Group {name!r} has no test sample in {lacking} of {sum(len(r.runs) for r in rows)} runs."
+    runs = [run for row in rows for run in row.runs if run.not_finite]
+    if diverged := [f"{run.record.id} ({run.not_finite:.0f} samples)" for run in runs]:
+        yield (
+            f"DIVERGED: predictions on the test set that are not finite count as wrong, or make a metric NaN, in"
+            f" {', '.join(diverged)}. A difference to such a run says nothing about a method."
+        )
+    yield from _blanks(rows)
     if any(row.worst_vs_erm is not None and row.worst_vs_erm.n < 2 for row in rows):
         yield "With fewer than two seeds in common with ERM, seed noise cannot be told."
     seeds = {row.seeds for row in rows if row.runs}
     if len(seeds) > 1:
         yield "Not all methods have the same seeds; differences to ERM are over those that both have."
     yield from _origin(records)
+
+
+def _warnings(rows: Sequence[Row]) -> Iterable[str]:
+    """What the runs in the table said themselves, with how many of them did."""
+    for row in rows:
+        told = [text for run in row.runs for text in run.record.warnings]
+        for text in dict.fromkeys(told):
+            yield f"Warning of {label(row.method)}, {told.count(text)} of {len(row.runs)} runs: {text}"
+
+
+def _blanks(rows: Sequence[Row]) -> Iterable[str]:
+    """Means over some of the runs only; what no run has is a blank in the table."""
+    for row in rows:
+        figures = {
+            "average": row.average, "adjusted average": row.adjusted, "worst group": row.worst, "gap": row.gap,
+            "score": row.score, "ms a step": row.seconds_per_step, "MiB": row.peak_memory,
+        }  # fmt: skip
+        partly: dict[int, list[str]] = {}
+        for name, value in figures.items():
+            if 0 < value.n < len(row.runs):
+                partly.setdefault(value.n, []).append(name)
+        for n, names in partly.items():
+            yield f"{label(row.method)}: {', '.join(names)} of {n} of {len(row.runs)} runs; the others have none."
 
 
 def _origin(records: Sequence[RunRecord]) -> Iterable[str]:
@@ -382,6 +433,8 @@ def caption(comparison: Comparison) -> str:
     rule, failed = comparison.rule, sum(row.failed for row in comparison.rows)
     oracle = "ORACLE, chosen by test data. " if rule.oracle else ""
     better = "" if comparison.direction == "max" else " Lower is better."
+    if comparison.adjusted:
+        better += " Adjusted: mean over groups by their shares of the training set."
     seeds = {row.seeds for row in comparison.rows if row.runs}
     over = f"seeds {', '.join(map(str, next(iter(seeds))))}" if len(seeds) == 1 else "the seeds of each method"
     if all(len(own) == 1 for own in seeds):
@@ -422,8 +475,8 @@ def _rich_table(comparison: Comparison, detail: int) -> Table:
     rows, groups = comparison.rows, comparison.groups if detail > 1 and len(comparison.groups) <= SHOWN_GROUPS else ()
     marked = " (ORACLE: chosen by test data)" if comparison.rule.oracle else ""
     table = Table(
-        title=f"{comparison.recipe}: test {comparison.unit}{marked}",
-        caption=Text(caption(comparison)),
+        title=Text(plain(f"{comparison.recipe}: test {comparison.unit}{marked}")),
+        caption=Text(plain(caption(comparison))),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=0,
@@ -434,18 +487,20 @@ def _rich_table(comparison: Comparison, detail: int) -> Table:
     table.add_column("method", no_wrap=True)
     if tuned:
         table.add_column("setting", overflow="fold")
-    headers = [*(["seeds"] if seeds else []), "average", "worst\ngroup", "gap"]
+    adjusted = ["adjusted\naverage"] if comparison.adjusted else []
+    headers = [*(["seeds"] if seeds else []), "average", *adjusted, "worst\ngroup", "gap"]
     headers += [name.replace(" ", "\n") for name in groups]
     headers += ["worst group\nto ERM"] + (["ms a\nstep", "MiB"] if detail > 0 else []) + (["failed"] if failed else [])
     for header in headers:
-        table.add_column(Text(header), justify="right", no_wrap=True)
+        table.add_column(_shown(header), justify="right", no_wrap=True)
     for row in rows:
         cells = [label(row.method)]
         if tuned:
             cells.append(setting_text(row.params).replace(", ", "\n") if row.runs else "")
         if seeds:
             cells.append(_seeds(row.seeds))
-        cells += [_number(s, comparison.percent) for s in (row.average, row.worst)]
+        shown = (row.average, row.adjusted, row.worst) if adjusted else (row.average, row.worst)
+        cells += [_number(s, comparison.percent) for s in shown]
         cells.append(_number(row.gap, comparison.percent, deviation=detail > 2))
         whole = {"digits": 0} if detail == 3 and comparison.percent else {}
         cells += [_number(row.by_group[name], comparison.percent, deviation=detail > 2, **whole) for name in groups]
@@ -454,7 +509,7 @@ def _rich_table(comparison: Comparison, detail: int) -> Table:
             cells += [_plain(1000 * row.seconds_per_step.mean, 1), _plain(row.peak_memory.mean, 0)]
         if failed:
             cells.append(str(row.failed or ""))
-        table.add_row(*map(Text, cells))
+        table.add_row(*map(_shown, cells))
     return table
 
 
@@ -463,17 +518,19 @@ def make_markdown(comparison: Comparison) -> str:
     groups, percent = comparison.groups, comparison.percent
     if len(groups) > SHOWN_GROUPS:
         groups = ()
-    header = ["method", "average", "worst group", "gap", *groups]
+    adjusted = ["adjusted average"] if comparison.adjusted else []
+    header = ["method", "average", *adjusted, "worst group", "gap", *groups]
     header += ["worst group to ERM", "average to ERM", "ms a step", "MiB", "seeds", "failed"]
-    lines = ["| " + " | ".join(map(_escape, header)) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    lines = ["| " + " | ".join(map(markdown, header)) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     for row in comparison.rows:
         cells = [label(row.method)]
-        cells += [_number(s, percent) for s in (row.average, row.worst, row.gap)]
+        shown = (row.average, *([row.adjusted] if adjusted else []), row.worst, row.gap)
+        cells += [_number(s, percent) for s in shown]
         cells += [_number(row.by_group[name], percent) for name in groups]
         cells += [_difference(d, percent) for d in (row.worst_vs_erm, row.average_vs_erm)]
         cells += [_number(_scaled(row.seconds_per_step, 1000), False, digits=1)]
         cells += [_number(row.peak_memory, False, digits=0), _seeds(row.seeds), str(row.failed)]
-        lines.append("| " + " | ".join(map(_escape, cells)) + " |")
+        lines.append("| " + " | ".join(map(markdown, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -482,8 +539,8 @@ def table_rows(comparison: Comparison) -> list[dict[str, Any]]:
 
     Columns, in this order: ``method``; ``params`` as JSON; ``settings``, from how many it was chosen; ``seeds``,
     separated by spaces; ``rule``; ``metric``; mean and std (``_mean``, ``_std``) of ``score``, ``average``,
-    ``worst_group``, ``gap``, ``group/<name>``, ``seconds_per_step`` and ``peak_memory_mib``; for ``worst_group`` and
-    ``average`` the difference to ERM, ``<it>_to_erm_mean``, ``_low``, ``_high``, ``_seeds`` and
+    ``adjusted_average``, ``worst_group``, ``gap``, ``group/<name>``, ``seconds_per_step`` and ``peak_memory_mib``; for
+    ``worst_group`` and ``average`` the difference to ERM, ``<it>_to_erm_mean``, ``_low``, ``_high``, ``_seeds`` and
     ``_more_than_seed_noise``; ``failed_runs``.
     """
     return [_table_row(comparison, row) for row in comparison.rows]
@@ -498,7 +555,8 @@ def _table_row(comparison: Comparison, row: Row) -> dict[str, Any]:
         "rule": comparison.rule.name,
         "metric": comparison.metric,
     }
-    spreads = {"score": row.score, "average": row.average, "worst_group": row.worst, "gap": row.gap}
+    spreads = {"score": row.score, "average": row.average, "adjusted_average": row.adjusted}
+    spreads |= {"worst_group": row.worst, "gap": row.gap}
     spreads |= {f"group/{name}": row.by_group[name] for name in comparison.groups}
     spreads |= {"seconds_per_step": row.seconds_per_step, "peak_memory_mib": row.peak_memory}
     for name, value in spreads.items():
@@ -513,11 +571,11 @@ def _table_row(comparison: Comparison, row: Row) -> dict[str, Any]:
 def runs_rows(comparison: Comparison) -> list[dict[str, Any]]:
     """What ``runs.csv`` holds: one row a run and the candidate that the rule takes, None for what is not known.
 
-    Columns, in this order: ``id``, ``method``, ``seed``, ``params`` as JSON, ``held_out``, ``status``, ``error``;
-    ``in_table``, whether its setting was chosen; ``rule``; ``candidate``, ``epoch``, ``step``; ``score``; of the test
-    ``metric``, ``average``, ``worst_group``, ``gap`` and ``group/<name>``; ``steps``, ``seconds``,
-    ``seconds_per_step``, ``peak_memory_mib``, ``device``, ``started``, ``recipe``, ``recipe_hash``,
-    ``git_revision``, and ``version/<name>``.
+    Columns, in this order: ``id``, ``method``, ``seed``, ``params`` as JSON, ``held_out``, ``status``, ``error``,
+    ``warnings`` as JSON; ``in_table``, whether its setting was chosen; ``rule``; ``candidate``, ``epoch``, ``step``;
+    ``score``; of the test ``metric``, ``average``, ``adjusted_average``, ``worst_group``, ``gap``, ``not_finite``
+    (samples) and ``group/<name>``; ``steps``, ``seconds``, ``seconds_per_step``, ``peak_memory_mib``, ``device``,
+    ``started``, ``recipe``, ``recipe_hash``, ``git_revision``, and ``version/<name>``.
     """
     used = {run.record.id: run for row in comparison.rows for run in row.runs}
     scores = {name: s for choice in select(comparison.records, comparison.rule) for name, s in choice.scores.items()}
@@ -550,6 +608,7 @@ def _run_row(
         "held_out": record.held_out,
         "status": record.status,
         "error": record.error,
+        "warnings": json.dumps(record.warnings) if record.warnings else None,
         "in_table": used,
         "rule": comparison.rule.name,
         "candidate": comparison.rule.candidate if candidate else None,
@@ -558,8 +617,10 @@ def _run_row(
         "score": score,
         "metric": test.metric,
         "average": _known(test.average),
+        "adjusted_average": _known(test.adjusted),
         "worst_group": _known(test.worst),
         "gap": _known(test.average - test.worst),
+        "not_finite": not_finite(record, comparison.rule.candidate),
         **{f"group/{name}": _known(test.by_group.get(name, math.nan)) for name in groups},
         "steps": record.steps,
         "seconds": _known(record.seconds),
@@ -575,12 +636,15 @@ def _run_row(
 
 
 def write_rows(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as CSV, with empty cells for None."""
+    """Rows as CSV, with empty cells for None, and no cell that a spreadsheet would compute."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([map(csv_cell, line) for line in [list(rows[0]), *(row.values() for row in rows)]])
     return text.getvalue()
+
+
+def _shown(cell: str) -> Text:
+    return Text(plain(cell, lines=True))
 
 
 def _known(value: float) -> float | None:
@@ -617,8 +681,3 @@ def _difference(value: Difference | None, percent: bool) -> str:
 
 def _seeds(seeds: Iterable[int]) -> str:
     return " ".join(map(str, seeds))
-
-
-def _escape(cell: str) -> str:
-    """Markdown reads ``|`` and ``*`` as its own."""
-    return cell.strip().replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;").replace(">", "&gt;")

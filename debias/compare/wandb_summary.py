@@ -41,7 +41,8 @@ def log_summary(
 
     Logged are ``table`` and ``runs`` with the content of ``table.csv`` and ``runs.csv``; charts of W&B's own,
     ``worst_group``, ``worst_vs_average`` and ``by_group/<name>``; the PNG files as ``figure/<name>``; and the summary
-    values ``<method>/worst_group``, ``<method>/average`` and ``<method>/gap``, means over seeds, ``rule`` and
+    values ``<method>/worst_group``, ``<method>/average``, ``<method>/gap`` and, where training counts are known,
+    ``<method>/adjusted_average``, means over seeds, ``rule`` and
     ``notes``. ``WANDB_MODE=offline`` writes the same to ``out``, for ``wandb sync``.
 
     Args:
@@ -123,7 +124,8 @@ def _content(comparison: Comparison, figures: Mapping[str, Path]) -> dict[str, A
 def _summary(comparison: Comparison) -> dict[str, Any]:
     values: dict[str, Any] = {"rule": comparison.rule.label, "notes": "\n".join(comparison.notes)}
     for row in comparison.rows:
-        for name, spread in (("worst_group", row.worst), ("average", row.average), ("gap", row.gap)):
+        figures = {"worst_group": row.worst, "average": row.average, "adjusted_average": row.adjusted, "gap": row.gap}
+        for name, spread in figures.items():
             if spread.n:
                 values[f"{row.method}/{name}"] = spread.mean
     return values

@@ -18,6 +18,7 @@ _EXPORTS = {
     "IdentityShortcut": "debias.data.identity_shortcut",
     "GWHD": "debias.data.gwhd",
     "ShapesDetection": "debias.data.shapes_detection",
+    "ShortcutFolder": "debias.data.shortcut_folder",
     "TaggedDataset": "debias.data.tagging",
     "TaggedIterableDataset": "debias.data.tagging",
     "VOCFolder": "debias.data.voc_folder",
@@ -38,6 +39,7 @@ __all__ = [
     "IdentityShortcut",
     "GWHD",
     "ShapesDetection",
+    "ShortcutFolder",
     "TaggedDataset",
     "TaggedIterableDataset",
     "VOCFolder",
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from debias.data.identity_shortcut import IdentityShortcut
     from debias.data.samplers import EvalSampler, GroupBalancedSampler
     from debias.data.shapes_detection import ShapesDetection
+    from debias.data.shortcut_folder import ShortcutFolder
     from debias.data.tagging import TaggedDataset, TaggedIterableDataset, tag
     from debias.data.voc_folder import VOCFolder
     from debias.data.waterbirds import Waterbirds

@@ -8,6 +8,7 @@ from typing import Any
 from debias.data._common import check_folder
 from debias.data._detection import Boxed, DetectionDataModule
 from debias.data.voc_folder import read_voc
+from debias.ops.arguments import checked
 
 __all__ = ["BCCD"]
 
@@ -41,6 +42,7 @@ class BCCD(DetectionDataModule):
         DataError: in ``setup``: a file, a class, a box or an image is missing or wrong; the message names it.
     """
 
+    @checked()
     def __init__(
         self,
         root: str | Path,

@@ -9,6 +9,7 @@ from typing import Any
 from debias.data._common import check_folder
 from debias.data._detection import Boxed, DetectionDataModule, read_text
 from debias.errors import DataError
+from debias.ops.arguments import checked
 
 __all__ = ["COCOFolder"]
 
@@ -39,6 +40,7 @@ class COCOFolder(DetectionDataModule):
             the file and the id.
     """
 
+    @checked()
     def __init__(
         self,
         root: str | Path,

@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 from debias.data._common import GroupDataModule, check_fraction, check_stated
 from debias.data.tagging import TaggedDataset, tag
 from debias.errors import DebiasError, missing_package
+from debias.ops.arguments import checked
 
 __all__ = ["ColoredDigits"]
 
@@ -61,6 +62,7 @@ class ColoredDigits(GroupDataModule):
         ('digit<5 red', 719)
     """
 
+    @checked()
     def __init__(
         self,
         batch_size: int = 64,

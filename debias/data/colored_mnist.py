@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorData
 from debias.data._common import GroupDataModule, check_fraction, check_stated, nearest
 from debias.data.tagging import TaggedDataset, tag
 from debias.errors import DataError, DebiasError, missing_package
+from debias.ops.arguments import checked
 from debias.step.batch import TaggedBatch
 
 __all__ = ["ColoredMNIST"]
@@ -97,6 +98,7 @@ class ColoredMNIST(GroupDataModule):
     val_set: TaggedDataset
     grey_set: TaggedDataset
 
+    @checked()
     def __init__(
         self,
         root: str | Path,

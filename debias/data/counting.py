@@ -18,7 +18,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
-from debias.errors import BatchKeyError, DebiasError
+from debias.errors import BatchKeyError, DebiasError, DebiasWarning
 from debias.step.batch import split_tags
 from debias.step.ids import read_ids
 from debias.step.random import undisturbed
@@ -138,6 +138,7 @@ def _warn_of_sampler(loader: Any, trainer: Any, argument: str) -> None:
     warnings.warn(
         f"The {argument}s of the whole training set were counted, since nothing tells whether {type(sampler).__name__}"
         f" draws from all of it. If it leaves samples out, pass `{argument}_counts=[...]`, or a `Subset` as dataset.",
+        DebiasWarning,
         stacklevel=2,
     )
 

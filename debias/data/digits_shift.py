@@ -20,6 +20,7 @@ from debias.data._common import GroupDataModule, check_fraction, check_stated
 from debias.data.colored_digits import load_digits
 from debias.data.tagging import TaggedDataset, tag
 from debias.errors import DataError, DebiasError
+from debias.ops.arguments import checked
 
 __all__ = ["DigitsShift"]
 
@@ -66,6 +67,7 @@ class DigitsShift(GroupDataModule):
         (862, 216, 719)
     """
 
+    @checked()
     def __init__(
         self,
         batch_size: int = 64,

@@ -24,6 +24,7 @@ from debias.data._common import (
     transforms,
 )
 from debias.errors import DataError, DebiasError
+from debias.ops.arguments import checked
 
 __all__ = ["DomainFolder"]
 
@@ -69,6 +70,7 @@ class DomainFolder(GroupDataModule):
 
     balances = ("group", "domain")
 
+    @checked()
     def __init__(
         self,
         root: str | Path,

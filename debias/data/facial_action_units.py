@@ -32,6 +32,7 @@ from debias.data._common import (
 )
 from debias.data.tagging import TaggedDataset, tag
 from debias.errors import DataError, DebiasError
+from debias.ops.arguments import checked
 
 __all__ = ["PARTITIONS", "FacialActionUnits"]
 
@@ -56,13 +57,16 @@ class FacialActionUnits(GroupDataModule):
 
     ``table`` is CSV with a header, or JSON: a list of records. ``image`` is a path below ``root``, ``subject`` any
     name, and a unit (``AU1``, ``AU12``, ...) is a number: at least ``threshold`` means active. An empty cell, -1, or 9
-    (the code of BP4D for "cannot be seen") means not annotated.
+    (the code of BP4D for "cannot be seen") means not annotated. ``clip``, a column that may be missing, names the
+    recording of that subject; by default it is the image's folder.
 
     Batches are ``(x, y)``: ``x`` float32 ``(N, 3, image_size, image_size)``, normalised by ImageNet's mean and standard
     deviation; ``y`` float32 ``(N, A)`` in {0, 1}, and -1 where not annotated. Tags, int64 ``(N,)``: ``identity``
     (training subjects are 0 .. ``n_identities`` - 1; the subjects of validation and of test are each numbered from 0
-    too) and ``group``, the same. After ``setup``: ``unit_names``, ``subjects`` (of ``"train"``, ``"val"`` and
-    ``"test"``), ``n_identities``, ``group_names``, ``train_groups`` ``(N,)``, ``group_counts`` of the training set.
+    too), ``group``, the same, and ``clip``, the recordings numbered from 0: their frames are nearly the same image, and
+    :class:`debias.AttributeProbe` keeps them together with ``unit="clip"``. After ``setup``: ``unit_names``,
+    ``subjects`` (of ``"train"``, ``"val"`` and ``"test"``), ``n_identities``, ``group_names``, ``train_groups``
+    ``(N,)``, ``group_counts`` of the training set.
 
     Training flips at random and takes a random crop (scale 0.8 to 1), unless ``augment`` is False; evaluation resizes.
 
@@ -80,6 +84,8 @@ class FacialActionUnits(GroupDataModule):
         augment: whether to augment training images.
         n_identities: number of training subjects; checked if given, so that other parts of a configuration can refer to
             it.
+        clip_frames: cut each clip into stretches of that many frames, in the order of the table, each a clip of its
+            own; for data with one long recording of a subject. Frames on both sides of a cut are still alike.
         balance: None, or "identity" to draw training batches with a ``GroupBalancedSampler``.
         seed: seed of validation subjects, folds and the order of training samples.
         num_workers: worker processes of each loader.
@@ -92,6 +98,7 @@ class FacialActionUnits(GroupDataModule):
 
     balances = ("group", "identity")
 
+    @checked(threshold="[0, inf)")
     def __init__(
         self,
         root: str | Path,
@@ -105,6 +112,7 @@ class FacialActionUnits(GroupDataModule):
         image_size: int = 224,
         augment: bool = True,
         n_identities: int | None = None,
+        clip_frames: int | None = None,
         balance: str | None = None,
         seed: int = 0,
         num_workers: int = 4,
@@ -113,6 +121,8 @@ class FacialActionUnits(GroupDataModule):
         check_fraction("val_fraction", val_fraction, open_ends=True)
         if image_size < 1:
             raise DebiasError(f"Expected argument `image_size` to be at least 1 pixel, but got {image_size}.")
+        if clip_frames is not None and (isinstance(clip_frames, bool) or clip_frames < 1):
+            raise DebiasError(f"Expected argument `clip_frames` to be an integer >= 1, but got {clip_frames!r}.")
         if isinstance(partition, str) and partition not in PARTITIONS:
             raise DebiasError(
                 f"Expected argument `partition` to be a number of folds, a list of folds or one of"
@@ -135,6 +145,7 @@ class FacialActionUnits(GroupDataModule):
         self.image_size = image_size
         self.augment = augment
         self.n_identities = n_identities
+        self.clip_frames = clip_frames
 
     def setup(self, stage: str | None = None) -> None:
         """Read and check the table and the files; the same whatever the stage."""
@@ -184,7 +195,18 @@ class FacialActionUnits(GroupDataModule):
         labels = torch.tensor([row.units for row in rows], dtype=torch.float32)
         ids = torch.tensor([numbers[row.subject] for row in rows])
         images = _Frames([row.path for row in rows], labels, transform)
-        return cast(TaggedDataset, tag(images, identity=ids, group=ids))
+        return cast(TaggedDataset, tag(images, identity=ids, group=ids, clip=self._clips(rows)))
+
+    def _clips(self, rows: list[_Row]) -> Tensor:
+        """The number of each frame's clip, or of its stretch."""
+        frames: dict[tuple[str, str], int] = {}  # seen so far
+        numbers: dict[tuple[str, str, int], int] = {}
+        clips = []
+        for row in rows:
+            frame = frames[row.subject, row.clip] = frames.get((row.subject, row.clip), -1) + 1
+            stretch = frame // self.clip_frames if self.clip_frames else 0
+            clips.append(numbers.setdefault((row.subject, row.clip, stretch), len(numbers)))
+        return torch.tensor(clips)
 
 
 class _Frames(ImageFiles):
@@ -199,6 +221,7 @@ class _Frames(ImageFiles):
 class _Row:
     path: Path
     subject: str
+    clip: str
     units: list[float]
 
 
@@ -275,7 +298,8 @@ def _row(root: Path, table: Path, number: int, record: dict[str, Any], names: li
                 f" got {text!r} in record {number}."
             )
         units.append(-1.0 if value in (-1, 9) else float(value >= threshold))
-    return _Row(root / image, subject, units)
+    clip = str(record.get("clip") or "").strip() or str(Path(image).parent)
+    return _Row(root / image, subject, clip, units)
 
 
 def _eval_transform(size: int) -> Callable[[Any], Any]:

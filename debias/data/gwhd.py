@@ -12,6 +12,7 @@ from pathlib import Path
 from debias.data._common import check_folder
 from debias.data._detection import Boxed, DetectionDataModule, read_text
 from debias.errors import DataError
+from debias.ops.arguments import checked
 
 __all__ = ["GWHD"]
 
@@ -46,6 +47,7 @@ class GWHD(DetectionDataModule):
             image when it is read. The message names the file and the row.
     """
 
+    @checked()
     def __init__(
         self,
         root: str | Path,

@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 from debias.data._common import GroupDataModule, check_fraction, check_stated
 from debias.data.tagging import TaggedDataset, tag
 from debias.errors import DebiasError
+from debias.ops.arguments import checked
 
 __all__ = ["IdentityShortcut"]
 
@@ -59,6 +60,7 @@ class IdentityShortcut(GroupDataModule):
 
     balances = ("group", "identity", "habit")
 
+    @checked()
     def __init__(
         self,
         batch_size: int = 64,

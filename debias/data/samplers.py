@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from debias.errors import DataError, DebiasError
+from debias.ops.arguments import MOST, check_count, checked
 
-__all__ = ["EvalSampler", "GroupBalancedSampler"]
+__all__ = ["EvalSampler", "GroupBalancedSampler", "check_batches"]
 
 _ORDER_STREAM = 2**63  # random streams are numbered: groups from 0, the order within the batches of a rank from here
 
@@ -74,7 +75,8 @@ class GroupBalancedSampler(_LateRank):
     Args:
         groups: group id of each training sample, integers of shape ``(N,)``. Negative ids mean unlabelled and are never
             drawn.
-        batch_size: samples per batch and rank; give the ``DataLoader`` the same.
+        batch_size: samples per batch and rank; give the ``DataLoader`` the same, else its batches are not balanced. A
+            ``GroupMonitor`` in the run refuses other ones; nobody else looks.
         n_groups: number of groups. If given, each of them must have samples; otherwise the groups are those present.
         num_samples: samples per epoch over all ranks together, rounded up to whole batches. Default: ``N``.
         seed: seed of the drawing, the same on all ranks; not negative.
@@ -93,6 +95,7 @@ class GroupBalancedSampler(_LateRank):
         [2, 2]
     """
 
+    @checked()
     def __init__(
         self,
         groups: Sequence[int] | Tensor | np.ndarray,
@@ -103,11 +106,12 @@ class GroupBalancedSampler(_LateRank):
         seed: int = 0,
     ) -> None:
         ids = _as_ids(groups)
-        _check_positive("batch_size", batch_size)
-        _check_positive("n_groups", n_groups, optional=True)
-        _check_positive("num_samples", num_samples, optional=True)
-        if not _is_int(seed) or not 0 <= seed < 2**63:
-            raise DebiasError(f"Expected argument `seed` to be an integer from 0 to 2**63 - 1, but got {seed!r}.")
+        check_count("batch_size", batch_size)
+        if n_groups is not None:
+            check_count("n_groups", n_groups, 1, MOST)
+        if num_samples is not None:
+            check_count("num_samples", num_samples)
+        check_count("seed", seed, 0)
         super().__init__(ids, shuffle=True, seed=seed)
         self.batch_size = batch_size
         self.samples_per_epoch = len(ids) if num_samples is None else num_samples
@@ -176,6 +180,7 @@ class EvalSampler(_LateRank):
 
     pads = False  # monitors warn of samplers that do
 
+    @checked()
     def __init__(self, dataset: Sized) -> None:
         super().__init__(dataset, shuffle=False)
 
@@ -265,12 +270,18 @@ def _present(ids: np.ndarray, n_groups: int | None) -> np.ndarray:
     return present
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+def check_batches(loader: Any) -> None:
+    """Refuse a loader whose batches are not those that its :class:`GroupBalancedSampler` balances.
 
+    Args:
+        loader: a ``DataLoader``, or anything else, which is left alone.
 
-def _check_positive(name: str, value: Any, *, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if not _is_int(value) or value < 1:
-        raise DebiasError(f"Expected argument `{name}` to be an integer of at least 1, but got {value!r}.")
+    Raises:
+        DebiasError: their sizes differ.
+    """
+    sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
+    if isinstance(sampler, GroupBalancedSampler) and size is not None and size != sampler.batch_size:
+        raise DebiasError(
+            f"Expected the loader of a GroupBalancedSampler to have its `batch_size` {sampler.batch_size}, but got"
+            f" {size}: its batches would not be balanced. Give both the same."
+        )

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from debias.data._common import check_stated
 from debias.data._detection import DetectionDataModule, tag_domains
 from debias.errors import DebiasError
+from debias.ops.arguments import checked
 
 __all__ = ["ShapesDetection"]
 
@@ -67,6 +68,7 @@ class ShapesDetection(DetectionDataModule):
         {'studio': 16, 'texture': 12, 'dusk': 8, 'fog': 4}
     """
 
+    @checked()
     def __init__(
         self,
         batch_size: int = 8,

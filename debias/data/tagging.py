@@ -11,18 +11,23 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from debias.errors import DataError
+from debias.ops.arguments import checked
 from debias.step.batch import TaggedSample
+from debias.step.samples import INDEX
 
 __all__ = ["TaggedDataset", "TaggedIterableDataset", "tag"]
 
 Ids = Sequence[int] | Tensor | Callable[[Any], Any]
 
 
+@checked()
 def tag(dataset: Any, **tags: Any) -> TaggedDataset | TaggedIterableDataset:
     """Wrap ``dataset`` so that its loader carries one tag per sample beside each batch.
 
     The training step, the transfer hooks and the other callbacks still receive the bare batch; callbacks of debias
-    find the tag by its name: ``GroupDRO(group="place", n_groups=4)``.
+    find the tag by its name: ``GroupDRO(group="place", n_groups=4)``. Every sample of a map-style dataset also carries
+    its number in the dataset, as the tag ``index``: methods that need no group labels know samples by it, for which
+    ``tag(dataset)`` is enough.
 
     Args:
         dataset: a map-style or iterable dataset; it is wrapped, not edited.
@@ -35,7 +40,7 @@ def tag(dataset: Any, **tags: Any) -> TaggedDataset | TaggedIterableDataset:
         A dataset of the same length; other attributes are those of ``dataset``.
 
     Raises:
-        DataError: no tag is given, the lengths differ, or ids are not numbers.
+        DataError: an iterable dataset gets no tag, the lengths differ, or ids are not numbers.
 
     Example:
         >>> from debias import tag
@@ -43,9 +48,12 @@ def tag(dataset: Any, **tags: Any) -> TaggedDataset | TaggedIterableDataset:
         >>> tagged[1].tags["place"].item()
         1
     """
-    if not tags:
-        raise DataError("Expected at least one tag, but got none. Write `tag(dataset, place=ids)`.")
     if isinstance(dataset, IterableDataset):
+        if not tags:
+            raise DataError(
+                "Expected at least one tag of an iterable dataset, whose samples have no number, but got none. Write"
+                " `tag(dataset, place=function_of_a_sample)`."
+            )
         return TaggedIterableDataset(dataset, tags)
     return TaggedDataset(dataset, tags)
 
@@ -53,9 +61,11 @@ def tag(dataset: Any, **tags: Any) -> TaggedDataset | TaggedIterableDataset:
 class TaggedDataset(Dataset):
     """A map-style dataset and the tags of its samples; made by :func:`tag`."""
 
+    @checked()
     def __init__(self, dataset: Any, tags: dict[str, Any]) -> None:
         self.dataset = dataset
         self.tags = {name: _as_ids(name, ids, len(dataset)) for name, ids in tags.items()}
+        self.tags.setdefault(INDEX, torch.arange(len(dataset)))
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -76,6 +86,7 @@ class TaggedDataset(Dataset):
 class TaggedIterableDataset(IterableDataset):
     """An iterable dataset whose tags are computed from each sample; made by :func:`tag`."""
 
+    @checked()
     def __init__(self, dataset: Any, tags: dict[str, Any]) -> None:
         for name, ids in tags.items():
             if not callable(ids):

@@ -10,6 +10,7 @@ from pathlib import Path
 from debias.data._common import check_folder
 from debias.data._detection import Boxed, DetectionDataModule, known, read_text
 from debias.errors import DataError, DebiasError
+from debias.ops.arguments import checked
 
 __all__ = ["VOCFolder", "read_voc"]
 
@@ -41,6 +42,7 @@ class VOCFolder(DetectionDataModule):
             file and the object.
     """
 
+    @checked()
     def __init__(
         self,
         root: str | Path,

@@ -19,6 +19,7 @@ from debias.data._common import (
 )
 from debias.data.tagging import TaggedDataset
 from debias.errors import DataError, DebiasError
+from debias.ops.arguments import checked
 
 __all__ = ["Waterbirds"]
 
@@ -62,6 +63,7 @@ class Waterbirds(GroupDataModule):
         DebiasError: an argument is out of range, or torchvision is not installed (extra ``recipes``).
     """
 
+    @checked()
     def __init__(
         self,
         root: str | Path,

@@ -22,17 +22,18 @@ DSU costs, ``2 C`` numbers a layer and one all-reduce of them a layer and optimi
 
 from __future__ import annotations
 
-import functools
+from dataclasses import KW_ONLY, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from debias.errors import DebiasError
-from debias.methods._layers import LayerAugmenter
+from debias.methods.base import LayerAugmenter
 from debias.methods.dsu import style_shape, uncertain_style
-from debias.ops.arguments import check_number
+from debias.ops.arguments import MOST, check_count, check_number, checked
 from debias.ops.distributed import global_sum, is_distributed
+from debias.ops.fields import arguments, field_values
 from debias.ops.styles import batch_std, restyle, style
 from debias.step.owned import OwnedModule
 
@@ -67,6 +68,7 @@ class _Touch(torch.autograd.Function):
         return grad, *(torch.zeros_like(p) for p in ctx.saved_tensors)
 
 
+@checked("x: float N C H W | float N T C, noise: float 2 N C, spreads: float 2 C", length="[0, inf)", eps="[0, inf)")
 def adversarial_style(
     x: Tensor, noise: Tensor, spreads: Tensor, *, strength: float = 1.0, length: float | None = None,
     eps: float = 1e-6, sync_stats: bool = False,
@@ -98,44 +100,59 @@ def adversarial_style(
     return restyle(x, mean, std, mean + moves[0], std + moves[1])
 
 
-class AdvStyleLayer(nn.Module):
+@arguments(kw_only=False)
+class AdvStyleOptions:
+    """Options of AdvStyle.
+
+    Args:
+        intensity: ``"learned"``, or ``"direction"`` to learn the direction and take the length from the batch.
+        p_adversarial: probability of an adversarial pass; by default 1/3, with ``"direction"`` 1/2, as published.
+        p_dsu: probability of a pass with the spreads of the batch; by default 1/3, with ``"direction"`` 0.
+        adv_weight: scales the reversed gradient.
+        mix_weight: scales the length, with ``"direction"``.
+        eps: added to variances.
+    """
+
+    intensity: Literal["learned", "direction"] = "learned"
+    p_adversarial: float | None = None
+    p_dsu: float | None = None
+    adv_weight: float = 1.0
+    mix_weight: float = 1.0
+    _: KW_ONLY
+    eps: float = 1e-6
+
+
+@arguments
+class _Channels(nn.Module):
+    """The size of the spreads.
+
+    Args:
+        num_channels: channels of the feature maps, or width of the tokens.
+    """
+
+    num_channels: int = field(kw_only=False)
+
+
+@arguments
+class AdvStyleLayer(AdvStyleOptions, _Channels):
     """AdvStyle as an ordinary layer with two parameters, which ascend under the network's own optimiser.
 
     It draws from torch's global random numbers and is the identity in eval mode. Give its parameters no weight decay.
     Under DDP all processes have to draw the same branch: seed torch alike on all of them.
 
-    Args:
-        num_channels: channels of the feature maps, or width of the tokens.
-        intensity: ``"learned"`` or ``"direction"``.
-        p_adversarial: probability of an adversarial pass; by default 1/3, with ``"direction"`` 1/2.
-        p_dsu: probability of a pass with the spreads of the batch; by default 1/3, with ``"direction"`` 0.
-        adv_weight: scales the reversed gradient.
-        mix_weight: scales the length, with ``"direction"``.
-        eps: added to variances.
-
     Shape:
         x and output ``(N, C, H, W)`` or ``(N, T, D)``.
     """
 
-    initialized: Tensor
+    initialized: Tensor = field(init=False)
 
-    def __init__(
-        self,
-        num_channels: int,
-        intensity: Literal["learned", "direction"] = "learned",
-        p_adversarial: float | None = None,
-        p_dsu: float | None = None,
-        adv_weight: float = 1.0,
-        mix_weight: float = 1.0,
-        *,
-        eps: float = 1e-6,
-    ) -> None:
-        super().__init__()
-        if intensity not in ("learned", "direction"):
-            raise DebiasError(f"Expected `intensity` to be 'learned' or 'direction', but got {intensity!r}.")
-        learned = intensity == "learned"
-        p_adversarial = (1 / 3 if learned else 1 / 2) if p_adversarial is None else p_adversarial
-        p_dsu = (1 / 3 if learned else 0.0) if p_dsu is None else p_dsu
+    def __post_init__(self) -> None:
+        nn.Module.__init__(self)
+        self.num_channels = check_count("num_channels", self.num_channels, 1, MOST)
+        self.eps = check_number("eps", self.eps)
+        learned = self.intensity == "learned"
+        p_adversarial = (1 / 3 if learned else 1 / 2) if self.p_adversarial is None else self.p_adversarial
+        p_dsu = (1 / 3 if learned else 0.0) if self.p_dsu is None else self.p_dsu
         self.p_adversarial = check_number("p_adversarial", p_adversarial, "[0, 1]")
         self.p_dsu = check_number("p_dsu", p_dsu, "[0, 1]")
         if self.p_adversarial + self.p_dsu > 1 + 1e-9:
@@ -143,10 +160,10 @@ class AdvStyleLayer(nn.Module):
                 f"Expected `p_adversarial` and `p_dsu` to sum to at most 1, but got {self.p_adversarial!r} and"
                 f" {self.p_dsu!r}. What is left is the share of unchanged passes."
             )
-        mix_weight = check_number("mix_weight", mix_weight)
-        self.adv_weight, self.eps = check_number("adv_weight", adv_weight), eps
-        self.length = None if learned else mix_weight
-        self.spreads = nn.Parameter(torch.full((2, num_channels), 0.1))
+        self.mix_weight = check_number("mix_weight", self.mix_weight)
+        self.adv_weight = check_number("adv_weight", self.adv_weight)
+        self.length = None if learned else self.mix_weight
+        self.spreads = nn.Parameter(torch.full((2, self.num_channels), 0.1))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
         self._ready = False  # the same on the host, where asking does not wait
 
@@ -161,9 +178,10 @@ class AdvStyleLayer(nn.Module):
 
     def branch(self, chance: float) -> Branch:
         """What happens to a pass, from a number in [0, 1)."""
-        if chance < self.p_adversarial:
+        adversarial, dsu = self.p_adversarial or 0.0, self.p_dsu or 0.0
+        if chance < adversarial:
             return "adversarial"
-        return "dsu" if chance < self.p_adversarial + self.p_dsu else "identity"
+        return "dsu" if chance < adversarial + dsu else "identity"
 
     @torch.no_grad()
     def prepare(self, x: Tensor) -> None:
@@ -190,28 +208,18 @@ class AdvStyleLayer(nn.Module):
         self._ready = bool(self.initialized)
 
 
-class AdvStyle(LayerAugmenter):
+@arguments
+class AdvStyle(AdvStyleOptions, LayerAugmenter):
     """Perturb channel statistics adversarially at chosen layers, during training only.
 
-    The method and its formula are described at the top of :mod:`debias.methods.adv_style`.
+    The method and its formula are described at the top of :mod:`debias.methods.adv_style`. By default the layers are
+    those of :class:`debias.DSU`; each draws its own branch in a step. The spreads ascend in steps of their own SGD when
+    the network's optimiser steps; under manual optimisation it is refused.
 
     Args:
-        layers: dotted paths of layers whose output is ``(N, C, H, W)`` or ``(N, T, D)``; ``*`` stands for anything but
-            a dot. By default those of :class:`debias.DSU`.
-        intensity: ``"learned"``, or ``"direction"`` to learn the direction and take the length from the batch.
-        p_adversarial: probability that a layer is changed adversarially in a step; by default as published.
-        p_dsu: probability that it is changed as by DSU; by default as published.
-        adv_weight: scales the reversed gradient.
-        mix_weight: scales the length, with ``"direction"``.
         lr: learning rate of the spreads, or None for the network's times ``lr_ratio``.
         lr_ratio: see ``lr``.
         sync_stats: under DDP, take spreads over the batches of all ranks.
-        prefix_tokens: tokens before those of the patches, which stay as they are; found in timm and torchvision.
-        seed: seed of its own random numbers.
-        name, allow_untested_strategy: see :class:`debias.Debiaser`.
-
-    The spreads ascend in steps of their own SGD when the network's optimiser steps; under manual optimisation it is
-    refused.
 
     Example:
         >>> from debias import AdvStyle
@@ -221,46 +229,22 @@ class AdvStyle(LayerAugmenter):
 
     stateful: ClassVar[bool] = True
     reference: ClassVar[str] = "Zhang et al., arXiv 2301.12643"
-    resnet_layers = ("conv1", "maxpool", "layer1", "layer2", "layer3", "layer4")
-    vit_blocks = (0.25, 0.5, 0.75, 1.0)
+    resnet_layers: ClassVar[tuple[str, ...]] = ("conv1", "maxpool", "layer1", "layer2", "layer3", "layer4")
+    vit_blocks: ClassVar[tuple[float, ...]] = (0.25, 0.5, 0.75, 1.0)
 
-    def __init__(
-        self,
-        layers: str | list[str] | None = None,
-        *,
-        intensity: Literal["learned", "direction"] = "learned",
-        p_adversarial: float | None = None,
-        p_dsu: float | None = None,
-        adv_weight: float = 1.0,
-        mix_weight: float = 1.0,
-        lr: float | None = None,
-        lr_ratio: float = 1.0,
-        sync_stats: bool = False,
-        prefix_tokens: int | None = None,
-        seed: int = 0,
-        name: str | None = None,
-        allow_untested_strategy: bool = False,
-    ) -> None:
-        super().__init__(
-            layers,
-            prefix_tokens=prefix_tokens,
-            seed=seed,
-            name=name,
-            allow_untested_strategy=allow_untested_strategy,
-        )
-        self._make = functools.partial(
-            AdvStyleLayer,
-            intensity=intensity,
-            p_adversarial=p_adversarial,
-            p_dsu=p_dsu,
-            adv_weight=adv_weight,
-            mix_weight=mix_weight,
-        )
+    lr: float | None = None
+    lr_ratio: float = 1.0
+    sync_stats: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._make(1)  # refuses wrong arguments now
-        self.lr = None if lr is None else check_number("lr", lr)
-        self.lr_ratio = check_number("lr_ratio", lr_ratio)
-        self.sync_stats = sync_stats
+        self.lr = None if self.lr is None else check_number("lr", self.lr)
+        self.lr_ratio = check_number("lr_ratio", self.lr_ratio)
         self._saved: dict[str, Any] = {}
+
+    def _make(self, num_channels: int) -> AdvStyleLayer:
+        return AdvStyleLayer(num_channels, **field_values(self, AdvStyleLayer))
 
     @property
     def adds_to_loss(self) -> bool:

@@ -18,25 +18,24 @@ the head or the output of a named module, and domain ids; no targets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from debias.methods._domain_penalty import DomainPenalty
+from debias.methods.base import FeaturePenalty, configures
+from debias.ops.arguments import checked
 from debias.ops.distributed import global_sum, global_sums, is_distributed, world_size
 from debias.ops.domains import deviations, make_members
+from debias.ops.fields import arguments
 from debias.ops.known_gradient import known_gradient
-from debias.ops.penalties import DomainPenaltyModule
+from debias.ops.penalties import FeaturePenaltyModule
 from debias.ops.precision import in_full_precision
-from debias.step.batch import BatchKey
-from debias.step.context import Step
-from debias.tap.tap import LossCall
 
 __all__ = ["CORAL", "CORALMixin", "CORALPenalty", "coral_penalty"]
 
 
+@checked("features: float N D, domains: int N < n_domains | bool N n_domains")
 @in_full_precision
 def coral_penalty(features: Tensor, domains: Tensor, n_domains: int, *, by_pairs: bool | None = None) -> Tensor:
     """Distance of the domains' means and covariances.
@@ -111,60 +110,21 @@ def _coral(x: Tensor, members: Tensor, disjoint: bool, by_pairs: bool) -> tuple[
     return value, gradient * world_size()  # by which DDP divides
 
 
-class CORALPenalty(DomainPenaltyModule):
-    """The penalty for any training loop.
+@arguments
+class CORALPenalty(FeaturePenaltyModule):
+    """The penalty for any training loop."""
 
-    Args:
-        n_domains: number of domains E, at least 2.
-        penalty_weight: weight in the end; published default 1.
-        weight_before, start_step, ramp_steps: see :class:`debias.ops.schedule.PenaltySchedule`.
-
-    Shape:
-        features ``(N, d)``; domains ``(N,)`` int64 or boolean ``(N, E)``; output: scalar.
-
-    Raises:
-        DebiasError: an argument is out of range.
-        BadRowsError: a domain id is out of range, or a row is not finite.
-    """
-
-    def __init__(
-        self,
-        n_domains: int | Sequence[int],
-        *,
-        penalty_weight: float = 1.0,
-        weight_before: float = 0.0,
-        start_step: int = 0,
-        ramp_steps: int = 0,
-    ) -> None:
-        super().__init__(
-            n_domains, penalty_weight, weight_before=weight_before, start_step=start_step, ramp_steps=ramp_steps
-        )
-
-    def forward(self, features: Tensor, domains: Tensor, *, step: int | None = None) -> Tensor:
-        """The weighted penalty of one batch; ``step`` is the number of optimiser steps taken so far."""
-        make_members(domains, self.n_domains, len(features))
-        self.count_rows(domains, features)
-        return self.weighted(step, lambda f: coral_penalty(f, domains, self.n_domains), features)
+    def of(self, features: Tensor, domains: Tensor) -> Tensor:
+        """The penalty, not yet weighted."""
+        return coral_penalty(features, domains, self.n_groups)
 
 
-class CORAL(DomainPenalty):
+@arguments
+class CORAL(FeaturePenalty):
     """Make features have the same mean and covariance in every domain.
 
-    The method and its formula are described at the top of :mod:`debias.methods.coral`.
-
-    Args:
-        domain: where the domain ids are; see :class:`debias.HessianAlignment`.
-        n_domains: number of domains, one per key; at least 2 in all.
-        penalty_weight: weight of the penalty.
-        weight_before, start_step, ramp_steps: the weight before optimiser step ``start_step``, and the steps within
-            which it then grows to ``penalty_weight``.
-        features: dotted path of the module whose output ``(N, d)`` is meant; by default the input of the classifier
-            head, which is found.
-        head: dotted path of the layer whose input the features are, where it is not found.
-        loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
-
-    Logs ``train/coral_penalty``, before its weight, on logging steps, and the weight where it changes;
-    with ``/name`` behind where there are several of them.
+    The formula stands at the top of :mod:`debias.methods.coral`. Logs ``train/coral_penalty`` on logging steps, before
+    its weight, and the weight where it changes; with ``/name`` behind where there are several of them.
 
     Example:
         >>> from debias import CORAL
@@ -173,58 +133,16 @@ class CORAL(DomainPenalty):
     """
 
     reference: ClassVar[str] = "Sun & Saenko 2016, arXiv 1607.01719; DomainBed's form"
-    needs: ClassVar[tuple[str, ...]] = ("domain", "features")
-    needs_features: ClassVar[bool] = True
+    only_features: ClassVar[bool] = True
     key: ClassVar[str] = "coral"
-
-    def __init__(
-        self,
-        domain: tuple[BatchKey, ...] | BatchKey,
-        n_domains: int | tuple[int, ...],
-        *,
-        penalty_weight: float = 1.0,
-        weight_before: float = 0.0,
-        start_step: int = 0,
-        ramp_steps: int = 0,
-        features: str | None = None,
-        head: str | None = None,
-        loss: int | str | Callable[[LossCall], bool] | None = None,
-        rows: str | Callable[[LossCall, int], Tensor] | None = None,
-        name: str | None = None,
-        allow_untested_strategy: bool = False,
-    ) -> None:
-        super().__init__(
-            domain,
-            n_domains,
-            CORALPenalty(
-                n_domains,
-                penalty_weight=penalty_weight,
-                weight_before=weight_before,
-                start_step=start_step,
-                ramp_steps=ramp_steps,
-            ),
-            features=features,
-            head=head,
-            loss=loss,
-            rows=rows,
-            name=name,
-            allow_untested_strategy=allow_untested_strategy,
-        )
-
-    def penalty(self, call: LossCall, domains: Tensor, step: Step) -> Tensor:
-        """The penalty for the features this loss is computed from, or those that are named."""
-        features, domains = self.feature_rows(call, domains)
-        return coral_penalty(features, domains, self.module.n_domains)
+    module_class = CORALPenalty
 
 
 class CORALMixin:
     """CORAL inside a LightningModule, for those who prefer explicit code."""
 
     coral: CORALPenalty
-
-    def configure_coral(self, n_domains: int | Sequence[int], **options: Any) -> None:
-        """Make the penalty; takes the arguments of :class:`CORALPenalty`. Call it in ``__init__``."""
-        self.coral = CORALPenalty(n_domains, **options)
+    configure_coral = configures("coral", CORALPenalty)
 
     def coral_penalty(self, features: Tensor, domains: Tensor) -> Tensor:
         """The weighted penalty for features ``(N, d)`` and domains ``(N,)`` at this optimiser step."""

@@ -16,18 +16,20 @@ import torch
 from torch import Tensor
 
 from debias.errors import BatchKeyError, DebiasError
+from debias.methods.base import Method
 from debias.ops.distributed import global_sum, is_distributed
+from debias.ops.fields import arguments
 from debias.ops.shifts import UnitImages, families_of, shifted_batch
 from debias.step.batch import BatchKey, describe, replace
 from debias.step.context import Step
-from debias.step.watcher import Debiaser
 
 __all__ = ["CraftedShifts"]
 
 _HOST = torch.device("cpu")
 
 
-class CraftedShifts(Debiaser):
+@arguments
+class CraftedShifts(Method):
     """Train on images as they are and under crafted distribution shifts.
 
     With a :class:`ShiftedValidation` in the same list, ``val_shift/held_out_mean`` leaves out the families that this
@@ -46,8 +48,6 @@ class CraftedShifts(Debiaser):
         mean: mean of the images' normalisation, a number or one a channel; it is undone, and done again.
         std: its standard deviation; without both, images must lie in [0, 1].
         seed: seed of the draws, which differ by rank and resume exactly.
-        name: tells several instances apart.
-        allow_untested_strategy: run under a strategy other than single-device and DDP.
 
     Raises:
         DebiasError: a family is unknown, ``original`` is no share, images leave [0, 1] or have another shape, or
@@ -63,25 +63,21 @@ class CraftedShifts(Debiaser):
     needs: ClassVar[tuple[str, ...]] = ("images",)
     reference: ClassVar[str] = "Efthymiadis et al., WACV 2025, arXiv 2409.19774"
 
-    def __init__(
-        self,
-        *,
-        families: str | list[str] = "all",
-        original: float | None = None,
-        input: BatchKey = 0,
-        mean: float | list[float] | None = None,
-        std: float | list[float] | None = None,
-        seed: int = 0,
-        name: str | None = None,
-        allow_untested_strategy: bool = False,
-    ) -> None:
-        super().__init__(seed=seed, name=name, allow_untested_strategy=allow_untested_strategy)
-        self.shift_families = families_of(families)
-        self.original = 1 / (1 + len(self.shift_families)) if original is None else original
-        if not 0 <= self.original <= 1:
-            raise DebiasError(f"Expected `original` to be a share from 0 to 1, but got {original}.")
-        self.input = input
-        self._unit = UnitImages(mean, std)
+    families: str | list[str] = "all"
+    original: float | None = None
+    input: BatchKey = 0
+    mean: float | list[float] | None = None
+    std: float | list[float] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.shift_families = families_of(self.families)
+        original = 1 / (1 + len(self.shift_families)) if self.original is None else self.original
+        if not 0 <= original <= 1:
+            raise DebiasError(f"Expected `original` to be a share from 0 to 1, but got {self.original}.")
+        self.original = original
+        self._unit = UnitImages(self.mean, self.std)
         self._checked = False
 
     def setup(self, trainer: object, pl_module: object, stage: str) -> None:
@@ -106,7 +102,7 @@ class CraftedShifts(Debiaser):
         step.batch = replace(step.batch, self.input, torch.where(kept, images, self._unit.close(shifted, images)))
 
     def _draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        kept = torch.rand(n, generator=generator, dtype=torch.float32) < self.original
+        kept = torch.rand(n, generator=generator, dtype=torch.float32) < (self.original or 0)
         sources = torch.randint(1, 1 + len(self.shift_families), (n,), generator=generator)
         return torch.where(kept, 0, sources), torch.randint(0, 2**32, (n,), generator=generator)
 

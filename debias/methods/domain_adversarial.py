@@ -26,20 +26,21 @@ loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import field
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from debias.errors import DebiasError, RowsError
-from debias.methods._adversary import AdversarialDebiaser, AdversaryLoss, make_mlp
+from debias.methods.base import AdversarialDebiaser, AdversaryLoss, AdversaryOptions, configures, make_mlp
 from debias.ops.arguments import check_count, check_number
+from debias.ops.fields import arguments
 from debias.step.batch import BatchKey, describe
 from debias.step.context import Step
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["DomainAdversarial", "DomainAdversarialLoss", "DomainAdversarialMixin"]
 
@@ -57,19 +58,45 @@ class ClassConditional(nn.Module):
         return self.discriminator(features + self.embedding(targets))
 
 
-class DomainAdversarialLoss(AdversaryLoss):
-    """The discriminator, gradient reversal and loss, for any training loop: add its output to the task's loss.
+@arguments
+class DomainAdversarialOptions(AdversaryOptions):
+    """Options of domain-adversarial training.
+
+    Args:
+        n_classes: number of classes, for CDANN. The module is DANN without it; the callback reads it from the logits
+            of a fit's first step.
+        discriminator: ``"mlp"`` (D, 256, 256, E with ReLU, as in DomainBed), ``"linear"``, a module from ``(N, D)`` to
+            ``(N, E)``, of which a copy is trained, or a function that makes one from D.
+        gradient_penalty: weight of the squared gradient of each sample's loss with respect to the features; nothing is
+            computed at 0, nor where gradients are disabled.
+    """
+
+    n_classes: int | None = None
+    discriminator: str | nn.Module | Callable[[int], nn.Module] = "mlp"
+    gradient_penalty: float = 0.0
+
+
+@arguments
+class DomainLoss(AdversaryLoss):
+    """The loss of a domain discriminator.
 
     Args:
         in_features: width D of the features; None leaves out the network, for those who pass their own to
             :meth:`objective`.
         n_domains: number of domains E, numbered 0 .. E - 1.
+    """
+
+    ids: ClassVar[tuple[str, str]] = ("domain", "n_domains")
+    in_features: int | None = field(kw_only=False)
+    n_domains: int = field(kw_only=False)
+
+
+@arguments
+class DomainAdversarialLoss(DomainAdversarialOptions, DomainLoss):
+    """The discriminator, gradient reversal and loss, for any training loop: add its output to the task's loss.
+
+    Args:
         strength: lambda of the reversal; set :attr:`strength` anew to follow a schedule.
-        n_classes: CDANN with that many classes; None for DANN.
-        discriminator: ``"mlp"`` (D, 256, 256, E with ReLU, as in DomainBed), ``"linear"``, a module from ``(N, D)`` to
-            ``(N, E)``, of which a copy is taken, or a function that makes one from D.
-        gradient_penalty: weight of the squared gradient of each sample's loss with respect to the features; left out
-            where gradients are disabled.
 
     Shape:
         features ``(N, D)`` floating point; domains ``(N,)`` integer, negative = unknown, left out; targets ``(N,)``
@@ -90,27 +117,18 @@ class DomainAdversarialLoss(AdversaryLoss):
         tensor(0.)
     """
 
-    def __init__(
-        self,
-        in_features: int | None,
-        n_domains: int,
-        strength: float = 1.0,
-        *,
-        n_classes: int | None = None,
-        discriminator: str | nn.Module | Callable[[int], nn.Module] = "mlp",
-        gradient_penalty: float = 0.0,
-    ) -> None:
-        super().__init__(in_features, n_domains, what="domain", argument="n_domains", strength=strength)
-        if isinstance(discriminator, str) and discriminator not in ("linear", "mlp"):
+    strength: float = field(default=1.0, kw_only=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.discriminator, str) and self.discriminator not in ("linear", "mlp"):
             raise DebiasError(
                 "Expected `discriminator` to be 'mlp', 'linear', a module or a function of the features' width, but got"
-                f" {discriminator!r}."
+                f" {self.discriminator!r}."
             )
-        self.n_classes = None if n_classes is None else check_count("n_classes", n_classes)
-        self.gradient_penalty = float(check_number("gradient_penalty", gradient_penalty))
-        # In a tuple: a module of the user's own is a template here, and no part of this one.
-        self._discriminator = (discriminator,)
-        self.network = None if in_features is None else self.build(in_features)
+        self.n_classes = None if self.n_classes is None else check_count("n_classes", self.n_classes)
+        self.gradient_penalty = float(check_number("gradient_penalty", self.gradient_penalty))
+        self.network = None if self.in_features is None else self.build(self.in_features)
 
     @property
     def n_strata(self) -> int:
@@ -123,7 +141,7 @@ class DomainAdversarialLoss(AdversaryLoss):
             "linear": lambda width: nn.Linear(width, self.n_groups),
             "mlp": lambda width: make_mlp([width, 256, 256, self.n_groups], nn.ReLU),
         }
-        network = self.network_of(self._discriminator[0], width, made)
+        network = self.network_of(self.discriminator, width, made)
         return network if self.n_classes is None else ClassConditional(self.n_classes, width, network)
 
     def losses(
@@ -149,14 +167,9 @@ class DomainAdversarialLoss(AdversaryLoss):
             raise DebiasError("Expected `targets` with `n_classes`, but got None. Pass the classes of the samples.")
         return torch.where((targets >= 0) & (targets < self.n_classes), targets, -1)
 
-    def forward(self, features: Tensor, domains: Tensor, targets: Tensor | None = None) -> Tensor:
-        """The loss to add for one batch."""
-        if self.network is None:
-            raise DebiasError("Expected `in_features` to be given, but got None: there is no network to call.")
-        return self.objective(self.network, features, domains, targets=targets)
 
-
-class DomainAdversarial(AdversarialDebiaser):
+@arguments
+class DomainAdversarial(DomainAdversarialOptions, AdversarialDebiaser):
     """Keep the domain out of the features, by a discriminator that tries to tell it (DANN, CDANN).
 
     The methods and their formulas are described at the top of :mod:`debias.methods.domain_adversarial`.
@@ -166,25 +179,10 @@ class DomainAdversarial(AdversarialDebiaser):
             negative = unknown, left out.
         n_domains: number of domains E, numbered 0 .. E - 1.
         conditional: CDANN: look for the domain within each class.
-        n_classes: number of classes, for CDANN; read from the logits of a fit's first step by default.
         target: where the classes are, for CDANN; by default the target of the loss.
         strength: lambda of the reversal at full height.
         schedule: ``"dann"``: from 0 to ``strength`` by :func:`debias.functional.dann_ramp` (Ganin et al.), or
             ``"constant"``.
-        warmup_steps: optimiser steps during which the discriminator learns and the network trains as without it.
-        ramp_steps: length of the ramp in optimiser steps; by default what is left of training.
-        discriminator: ``"mlp"`` (D, 256, 256, E), ``"linear"``, a module from ``(N, D)`` to ``(N, E)``, of which a copy
-            is trained, or a function that makes one from D.
-        gradient_penalty: weight of the squared gradient of the discriminator's loss; nothing is computed at 0.
-        features: dotted path of the module whose output ``(N, D)`` is meant; by default the input of the classifier
-            head, which is found.
-        lr: learning rate of the discriminator; by default the user's current one (of several groups the highest) times
-            ``lr_ratio``.
-        lr_ratio: see ``lr``.
-        optimizer: makes the discriminator's optimiser from parameters and ``lr=``; by default one of the user's class,
-            with its options.
-        loss: which of several losses is meant, by position or a callable of :class:`LossCall`; its features are read.
-        rows, head, seed, name, allow_untested_strategy: see :class:`debias.Debiaser`.
 
     Logs ``train/domain_adversary/loss``, ``.../accuracy`` (of the discriminator, on the global batch) and
     ``.../strength`` on logging steps; the first part is the instance's name, ``domain`` if that is the key; with the
@@ -200,68 +198,32 @@ class DomainAdversarial(AdversarialDebiaser):
         'DomainAdversarial(hospital)'
     """
 
+    ids: ClassVar[tuple[str, str]] = ("domain", "n_domains")
     needs: ClassVar[tuple[str, ...]] = ("domain", "features")
     reference: ClassVar[str] = "Ganin et al., JMLR 2016, arXiv 1505.07818; Li et al., ECCV 2018"
+    module_class = DomainAdversarialLoss
 
-    def __init__(
-        self,
-        domain: BatchKey,
-        n_domains: int,
-        *,
-        conditional: bool = False,
-        n_classes: int | None = None,
-        target: BatchKey | None = None,
-        strength: float = 1.0,
-        schedule: Literal["constant", "dann"] = "dann",
-        warmup_steps: int = 0,
-        ramp_steps: int | None = None,
-        discriminator: str | nn.Module | Callable[[int], nn.Module] = "mlp",
-        gradient_penalty: float = 0.0,
-        features: str | None = None,
-        lr: float | None = None,
-        lr_ratio: float = 1.0,
-        optimizer: Callable[[Iterable], Optimizer] | None = None,
-        loss: int | Callable[[LossCall], bool] | None = None,
-        rows: str | Callable[[LossCall, int], Tensor] | None = None,
-        head: str | None = None,
-        seed: int = 0,
-        name: str | None = None,
-        allow_untested_strategy: bool = False,
-    ) -> None:
-        module = DomainAdversarialLoss(
-            None,
-            n_domains,
-            strength,
-            n_classes=n_classes if conditional else None,
-            discriminator=discriminator,
-            gradient_penalty=gradient_penalty,
-        )
-        super().__init__(
-            domain,
-            module,
-            schedule=schedule,
-            warmup_steps=warmup_steps,
-            ramp_steps=ramp_steps,
-            features=features,
-            lr=lr,
-            lr_ratio=lr_ratio,
-            optimizer=optimizer,
-            loss=loss,
-            rows=rows,
-            head=head,
-            seed=seed,
-            name=name,
-            allow_untested_strategy=allow_untested_strategy,
-        )
-        self.conditional = conditional
-        self.n_classes = self.module.n_classes
-        self.target = target
+    domain: BatchKey = field(kw_only=False)
+    n_domains: int = field(kw_only=False)
+    conditional: bool = False
+    target: BatchKey | None = None
+    schedule: Literal["constant", "dann"] = "dann"
+
+    def __post_init__(self) -> None:
+        self.n_classes = self.n_classes if self.conditional else None
+        super().__post_init__()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Join the engine; the number of classes, where it is not given, is that of this fit."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.module.n_classes = self.n_classes
+
+    @property
+    def needs_loss(self) -> bool:
+        """CDANN reads the classes off the loss, unless it is told where they are."""
+        told = self.target is not None and self.module.n_classes is not None
+        return super().needs_loss or (self.conditional and not told)
 
     def targets(self, call: LossCall, step: Step, n_rows: int) -> Tensor | None:
         """Classes of the rows, for CDANN."""
@@ -322,10 +284,7 @@ class DomainAdversarialMixin:
     """
 
     domain_adversarial: DomainAdversarialLoss
-
-    def configure_domain_adversarial(self, in_features: int, n_domains: int, **options: Any) -> None:
-        """Make discriminator and loss; takes the arguments of :class:`DomainAdversarialLoss`."""
-        self.domain_adversarial = DomainAdversarialLoss(in_features, n_domains, **options)
+    configure_domain_adversarial = configures("domain_adversarial", DomainAdversarialLoss)
 
     def domain_adversarial_loss(self, features: Tensor, domains: Tensor, targets: Tensor | None = None) -> Tensor:
         """What to add to the loss, for features ``(N, D)``, domains ``(N,)`` and, for CDANN, classes ``(N,)``."""

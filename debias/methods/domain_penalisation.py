@@ -22,24 +22,24 @@ loss. Costs: one all-reduce of 3D + 9 doubles and a few small kernels a step. Ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from debias.data.counting import can_count
-from debias.errors import DebiasError
-from debias.methods._group_method import GroupDebiaser
-from debias.ops.arguments import check_count, check_number
-from debias.ops.groups import GroupState, GroupSums, check_counts, group_losses, summed
-from debias.step.batch import BatchKey
-from debias.step.watcher import Losses
-from debias.tap.tap import LossCall
+from debias.methods.base import DomainDebiaser, configures
+from debias.ops.arguments import check_count, check_number, checked
+from debias.ops.fields import arguments
+from debias.ops.groups import GroupSums, summed
+from debias.ops.reweighing import DomainLoss
 
 __all__ = ["DomainPenalisation", "DomainPenalisationLoss", "DomainPenalisationMixin", "domain_penalisation_weights"]
 
 
+@checked("losses: float G, seen: bool G", temperature="(0, inf)")
 def domain_penalisation_weights(
     losses: Tensor,
     *,
@@ -72,17 +72,32 @@ def domain_penalisation_weights(
     return weights * len(losses) if normalize == "mean" else weights
 
 
-class DomainPenalisationLoss(GroupState):
-    """The domain-penalisation objective with its state, for any training loop.
+@arguments(kw_only=False)
+class DomainPenalisationOptions:
+    """Options of domain penalisation.
 
     Args:
-        n_domains: number of domains D, or the numbers of crossed ids.
         update: when the weights follow the losses: ``"epoch"`` (the paper) or after every so many batches.
         temperature: T > 0 of the softmax; the paper has 1.
         normalize: ``"mean"``: weights average 1; ``"sum"``: they sum to 1 after the first update (the paper).
         ema: share of the earlier loss that stays at an update, in [0, 1); the paper has 0. The first is taken whole.
-        domain_counts: training samples per domain, ``(D,)``; only checked: a domain without one is an error.
+        domain_counts: training samples per domain, ``(D,)``; only checked: a domain without one is an error. The
+            callback counts them if not given (tags without reading a sample), but not in a stream.
         domain_names: one name per domain, for logs and messages.
+    """
+
+    update: int | str = "epoch"
+    temperature: float = 1.0
+    normalize: Literal["mean", "sum"] = "mean"
+    ema: float = 0.0
+    _: KW_ONLY
+    domain_counts: Sequence[int] | None = None
+    domain_names: Sequence[str] | None = None
+
+
+@arguments
+class DomainPenalisationLoss(DomainPenalisationOptions, DomainLoss):
+    """The domain-penalisation objective with its state, for any training loop.
 
     Shape:
         losses ``(N,)`` floating point, unreduced; domains ``(N,)`` int64 (negative = left out) or boolean ``(N, D)``;
@@ -105,56 +120,28 @@ class DomainPenalisationLoss(GroupState):
         tensor([0.6201, 1.3799], dtype=torch.float64)
     """
 
-    kind: ClassVar[str] = "domain"
     needs_counts = True
-    weights: Tensor
-    losses: Tensor
-    seen: Tensor
-    running: Tensor
-    steps: Tensor
-    epoch: Tensor
-    counts: Tensor
+    weights: Tensor = field(init=False)
+    losses: Tensor = field(init=False)
+    seen: Tensor = field(init=False)
+    running: Tensor = field(init=False)
+    steps: Tensor = field(init=False)
+    epoch: Tensor = field(init=False)
 
-    def __init__(
-        self,
-        n_domains: int | Sequence[int],
-        update: int | str = "epoch",
-        temperature: float = 1.0,
-        normalize: Literal["mean", "sum"] = "mean",
-        ema: float = 0.0,
-        *,
-        domain_counts: Sequence[int] | None = None,
-        domain_names: Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(n_domains, domain_names)
-        if normalize not in ("mean", "sum"):
-            raise DebiasError(f"Expected `normalize` to be 'mean' or 'sum', but got {normalize!r}.")
-        D = self.n_groups
-        batches = "'epoch' or a number of batches"
-        self.update = update if update == "epoch" else check_count("update", update, what=batches)
-        self.temperature = check_number("temperature", temperature, "(0, inf)")
-        self.normalize = normalize
-        self.ema = check_number("ema", ema, "[0, 1)")
-        self.has_counts = False
-        self.given_counts = domain_counts
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        D, batches = len(self.counts), "'epoch' or a number of batches"
+        self.update = self.update if self.update == "epoch" else check_count("update", self.update, what=batches)
+        self.temperature = check_number("temperature", self.temperature, "(0, inf)")
+        self.ema = check_number("ema", self.ema, "[0, 1)")
         self.register_buffer("weights", torch.ones(D, dtype=torch.float64))
         self.register_buffer("losses", torch.zeros(D, dtype=torch.float64))  # of the last epoch, or averaged
         self.register_buffer("seen", torch.zeros(D, dtype=torch.bool))
         self.register_buffer("running", torch.zeros(2, D, dtype=torch.float64))  # sums and counts since the last update
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # since the last update
         self.register_buffer("epoch", torch.full((), -1, dtype=torch.int64))  # of `start_epoch`
-        self.register_buffer("counts", torch.zeros(D, dtype=torch.float64))
-        if domain_counts is not None:
-            self.set_counts(domain_counts)
-
-    def set_counts(self, domain_counts: Any) -> None:
-        """Check the training samples per domain.
-
-        Raises:
-            DebiasError: the number of counts is wrong, one is negative, or a domain has no sample.
-        """
-        self.counts.copy_(check_counts(domain_counts, self.group_names, self.kind))
-        self.has_counts = True
+        if self.domain_counts is not None:
+            self.set_counts(self.domain_counts)
 
     def start_epoch(self, epoch: int) -> None:
         """Update the weights if ``epoch`` is another one than at the last call; does not wait for the device.
@@ -169,20 +156,12 @@ class DomainPenalisationLoss(GroupState):
         """Make the weights from the losses since the last update; without any they stay."""
         self._settle(self.weights.new_ones((), dtype=torch.bool))
 
-    def forward(self, losses: Tensor, domains: Tensor) -> Tensor:
-        """The objective for one batch; in training mode its losses are added to those of the epoch."""
-        self.check_shapes(losses, domains)
-        return self.reweigh([(losses, torch.ones_like(losses), domains)])[0]
-
     def reweigh(self, calls: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
         """The objective for several losses of one batch, whose sum is a sample's loss.
 
-        Args:
-            calls: for each loss numerators ``(rows,)``, denominators ``(rows,)`` and domains of the rows. Over an epoch
-                a domain's loss is ``sum num / sum den``; of several losses the sum, with their mean denominators.
+        Over an epoch a domain's loss is ``sum num / sum den``; of several losses the sum, with their mean denominators.
         """
-        sums, counts = group_losses(calls, self.n_groups)
-        self.count_bad(counts)  # on CPU raises here, before anything has changed
+        sums = self.sums(calls)
         weights = self.weights.clone()
         if self.training:
             self._accumulate(sums)
@@ -218,30 +197,12 @@ class DomainPenalisationLoss(GroupState):
         self.running *= ~due
         self.steps *= ~due
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        if self.given_counts is not None:  # an argument, not state: a resumed run keeps its own
-            self.set_counts(self.given_counts)
-        self.has_counts = bool(self.counts.sum() > 0)
 
-
-class DomainPenalisation(GroupDebiaser):
+@arguments
+class DomainPenalisation(DomainPenalisationOptions, DomainDebiaser):
     """Weigh each domain by its training loss of the last epoch.
 
     The method and its formula are described at the top of :mod:`debias.methods.domain_penalisation`.
-
-    Args:
-        domain: where the domain ids are: a tag, an index, a name, a dotted path, a callable, or a tuple of these whose
-            ids are crossed.
-        n_domains: number of domains, one per key.
-        update: ``"epoch"`` (the paper), or update after every so many batches.
-        temperature: T of the softmax.
-        normalize: ``"mean"``: weights average 1; ``"sum"``: they sum to 1, the paper's formula.
-        ema: share of the earlier loss that stays at an update.
-        domain_counts: training samples per domain, only checked; counted from the training set if not given (tags
-            without reading a sample), and not at all where that is a stream.
-        domain_names: one name per domain, for logs.
-        loss, rows, losses, name, allow_untested_strategy: see :class:`debias.Debiaser`.
 
     Logs ``train/domain_weight/<name>`` and ``train/loss_by_domain/<name>`` on logging steps, and
     ``train/average_loss``, unweighted: the loss that the step logs itself is the reweighted one. Of more than 100
@@ -254,38 +215,8 @@ class DomainPenalisation(GroupDebiaser):
         'DomainPenalisation(session)'
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("domain",)
     reference: ClassVar[str] = "Jena et al., 2024, arXiv 2408.01746"
-
-    def __init__(
-        self,
-        domain: tuple[BatchKey, ...] | BatchKey,
-        n_domains: int | tuple[int, ...],
-        *,
-        update: int | str = "epoch",
-        temperature: float = 1.0,
-        normalize: Literal["mean", "sum"] = "mean",
-        ema: float = 0.0,
-        domain_counts: list[int] | None = None,
-        domain_names: list[str] | None = None,
-        loss: int | str | Callable[[LossCall], bool] | None = None,
-        rows: str | Callable[[LossCall, int], Tensor] | None = None,
-        losses: Losses = "whole",
-        name: str | None = None,
-        allow_untested_strategy: bool = False,
-    ) -> None:
-        super().__init__(
-            domain,
-            n_domains,
-            name=name,
-            loss=loss,
-            rows=rows,
-            losses=losses,
-            allow_untested_strategy=allow_untested_strategy,
-        )
-        self.module = DomainPenalisationLoss(
-            n_domains, update, temperature, normalize, ema, domain_counts=domain_counts, domain_names=domain_names
-        )
+    module_class = DomainPenalisationLoss
 
     def new_epoch(self, epoch: int) -> None:
         """Update the weights."""
@@ -316,13 +247,8 @@ class DomainPenalisationMixin:
     """
 
     domain_penalisation: DomainPenalisationLoss
+    configure_domain_penalisation = configures("domain_penalisation", DomainPenalisationLoss)
     current_epoch: int
-
-    def configure_domain_penalisation(self, n_domains: int | Sequence[int], **options: Any) -> None:
-        """Make the objective; takes the arguments of :class:`DomainPenalisationLoss`. Call it at the end of
-        ``__init__``.
-        """
-        self.domain_penalisation = DomainPenalisationLoss(n_domains, **options)
 
     def domain_penalisation_loss(self, losses: Tensor, domains: Tensor) -> Tensor:
         """The objective for losses ``(N,)`` and domains ``(N,)`` or ``(N, D)``."""

@@ -20,19 +20,22 @@ the statistics and their gradient, which are three passes over the output of eac
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from debias.methods._layers import LayerAugmenter
-from debias.ops.arguments import check_number
+from debias.methods.base import LayerAugmenter
+from debias.ops.arguments import check_number, checked
 from debias.ops.distributed import is_distributed
+from debias.ops.fields import arguments
 from debias.ops.styles import batch_std, restyle, style
 
 __all__ = ["DSU", "DSULayer", "uncertain_style"]
 
 
+@checked("x: float N C H W | float N T C, noise: float 2 N C", factor="[0, inf)", eps="[0, inf)")
 def uncertain_style(
     x: Tensor, noise: Tensor, *, factor: float = 1.0, eps: float = 1e-6, sync_stats: bool = False
 ) -> Tensor:
@@ -54,21 +57,38 @@ def uncertain_style(
     return restyle(x, mean, std, mean + for_mean * spread[0], std + for_std * spread[1])
 
 
-class DSULayer(nn.Module):
-    """DSU as an ordinary layer, which draws from torch's global random numbers; the identity in eval mode.
+@arguments(kw_only=False)
+class DSUOptions:
+    """Options of DSU, at the published values.
 
     Args:
-        p: probability that a forward pass is changed.
+        p: probability that a pass is changed.
         factor: scales the noise.
         eps: added to variances.
+    """
+
+    p: float = 0.5
+    factor: float = 1.0
+    _: KW_ONLY
+    eps: float = 1e-6
+
+    def check(self) -> None:
+        """Refuse numbers that are out of range."""
+        self.eps = check_number("eps", self.eps)
+        self.p, self.factor = check_number("p", self.p, "[0, 1]"), check_number("factor", self.factor)
+
+
+@arguments
+class DSULayer(DSUOptions, nn.Module):
+    """DSU as an ordinary layer, which draws from torch's global random numbers; the identity in eval mode.
 
     Shape:
         x and output ``(N, C, H, W)`` or ``(N, T, D)``.
     """
 
-    def __init__(self, p: float = 0.5, factor: float = 1.0, *, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.p, self.factor, self.eps = check_number("p", p, "[0, 1]"), check_number("factor", factor), eps
+    def __post_init__(self) -> None:
+        nn.Module.__init__(self)
+        self.check()
 
     def forward(self, x: Tensor) -> Tensor:
         """Draw the styles anew, with probability ``p``."""
@@ -78,23 +98,16 @@ class DSULayer(nn.Module):
         return uncertain_style(x, noise, factor=self.factor, eps=self.eps)
 
 
-class DSU(LayerAugmenter):
+@arguments
+class DSU(DSUOptions, LayerAugmenter):
     """Draw the channel statistics of samples anew at chosen layers, during training only.
 
-    The method and its formula are described at the top of :mod:`debias.methods.dsu`.
+    The method and its formula are described at the top of :mod:`debias.methods.dsu`. By default the layers are
+    ``conv1``, ``maxpool`` and the four stages of a ResNet, the blocks at each quarter of the depth of a vision
+    transformer. A layer of a frozen part of the network that is in eval mode stays as it is.
 
     Args:
-        layers: dotted paths of layers whose output is ``(N, C, H, W)`` or ``(N, T, D)``; ``*`` stands for anything but
-            a dot. By default ``conv1``, ``maxpool`` and the four stages of a ResNet, the blocks at each quarter of the
-            depth of a vision transformer.
-        p: probability that a layer changes a step.
-        factor: scales the noise.
         sync_stats: under DDP, take the spread over the batches of all ranks.
-        prefix_tokens: tokens before those of the patches, which stay as they are; found in timm and torchvision.
-        seed: seed of its own random numbers.
-        name, allow_untested_strategy: see :class:`debias.Debiaser`.
-
-    A layer of a frozen part of the network that is in eval mode stays as it is.
 
     Example:
         >>> from debias import DSU
@@ -103,30 +116,14 @@ class DSU(LayerAugmenter):
     """
 
     reference: ClassVar[str] = "Li et al., ICLR 2022, arXiv 2202.03958"
-    resnet_layers = ("conv1", "maxpool", "layer1", "layer2", "layer3", "layer4")
-    vit_blocks = (0.25, 0.5, 0.75, 1.0)
+    resnet_layers: ClassVar[tuple[str, ...]] = ("conv1", "maxpool", "layer1", "layer2", "layer3", "layer4")
+    vit_blocks: ClassVar[tuple[float, ...]] = (0.25, 0.5, 0.75, 1.0)
 
-    def __init__(
-        self,
-        layers: str | list[str] | None = None,
-        *,
-        p: float = 0.5,
-        factor: float = 1.0,
-        sync_stats: bool = False,
-        prefix_tokens: int | None = None,
-        seed: int = 0,
-        name: str | None = None,
-        allow_untested_strategy: bool = False,
-    ) -> None:
-        super().__init__(
-            layers,
-            prefix_tokens=prefix_tokens,
-            seed=seed,
-            name=name,
-            allow_untested_strategy=allow_untested_strategy,
-        )
-        self.p, self.factor = check_number("p", p, "[0, 1]"), check_number("factor", factor)
-        self.sync_stats = sync_stats
+    sync_stats: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check()
 
     def change(self, x: Tensor, path: str) -> Tensor:
         """Draw the styles of the rows of a layer anew."""
@@ -137,7 +134,8 @@ class DSU(LayerAugmenter):
             x.device,
             lambda g: torch.randn(2, *style_shape(x), generator=g, device=g.device, dtype=torch.float32),
         )
-        return uncertain_style(x, noise, factor=self.factor, sync_stats=self.sync_stats and is_distributed())
+        sync = self.sync_stats and is_distributed()
+        return uncertain_style(x, noise, factor=self.factor, eps=self.eps, sync_stats=sync)
 
 
 def style_shape(x: Tensor) -> tuple[int, int]:

@@ -25,7 +25,8 @@ pass: the batch is twice as large; filters and thinning are a few dozen passes o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from dataclasses import field
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -33,11 +34,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debias.errors import BatchKeyError, DebiasError
-from debias.ops.arguments import check_count, check_number
+from debias.methods.base import LossOptions, Method
+from debias.ops.arguments import check_count, check_number, checked
+from debias.ops.fields import arguments
 from debias.step.batch import BatchKey, describe, repeated, replace
 from debias.step.context import Step
-from debias.step.watcher import Debiaser
-from debias.tap.tap import LossCall
 
 __all__ = ["EdgeView", "EdgeViewLayer", "canny_edges", "otsu_threshold"]
 
@@ -45,6 +46,7 @@ Rule = Literal["otsu", "mean"]
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
+@checked("grey: float N H W, sigma: float N, low: float N, high: float N", hysteresis_steps="[0, 10000]")
 def canny_edges(
     grey: Tensor, *, sigma: Tensor, threshold: Callable[[Tensor], Tensor], low: Tensor, high: Tensor,
     hysteresis_steps: int = 16,
@@ -78,6 +80,7 @@ def canny_edges(
     return edges
 
 
+@checked("values: float N D | float N H W", bins="[1, 65536]")
 def otsu_threshold(values: Tensor, bins: int = 256) -> Tensor:
     """Otsu's threshold of each image: the cut that leaves the least variance within the two sides.
 
@@ -135,36 +138,43 @@ def _is_maximum(magnitude: Tensor, across: Tensor, down: Tensor) -> Tensor:
     return found
 
 
-class EdgeViewLayer(nn.Module):
-    """From images to edge maps in the same values, for any loop.
+@arguments(kw_only=False)
+class EdgeViewOptions:
+    """How edge maps are made.
 
     Args:
-        mean: what was subtracted from each channel of the images; None where they lie in [0, 1].
-        std: what each channel was divided by.
-        sigmas: smoothing is drawn from these, in pixels.
-        rules: the threshold is drawn from these: ``"otsu"``, ``"mean"``.
+        mean: what the data pipeline subtracted from each channel; None where images lie in [0, 1].
+        std: what it divided by.
+        sigmas: smoothing before the edges, drawn for each image, in pixels, at most 2.
+        rules: rules of the threshold, drawn for each image: ``"otsu"``, ``"mean"``.
         jitter: standard deviation of the noise on the factors of the threshold.
-        hysteresis_steps: see :func:`canny_edges`.
+        hysteresis_steps: how many pixels a weak edge may be away from a strong one.
+    """
+
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    sigmas: Sequence[float] = (0.0, 1.0, 2.0)
+    rules: Sequence[Rule] = ("otsu", "mean")
+    jitter: float = 0.2
+    hysteresis_steps: int = 16
+
+
+@arguments
+class EdgeViewLayer(EdgeViewOptions, nn.Module):
+    """From images to edge maps in the same values, for any loop.
 
     Shape:
         images ``(N, C, H, W)`` with 1 or 3 channels; output the same: 0 on edges and 1 elsewhere, less ``mean`` and
         divided by ``std``. Without a gradient.
     """
 
-    mean: Tensor
-    std: Tensor
-    grey: Tensor
+    shift: Tensor = field(init=False)
+    scale: Tensor = field(init=False)
+    grey: Tensor = field(init=False)
 
-    def __init__(
-        self,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        sigmas: Sequence[float] = (0.0, 1.0, 2.0),
-        rules: Sequence[Rule] = ("otsu", "mean"),
-        jitter: float = 0.2,
-        hysteresis_steps: int = 16,
-    ) -> None:
-        super().__init__()
+    def __post_init__(self) -> None:
+        nn.Module.__init__(self)
+        mean, std, sigmas, rules = self.mean, self.std, self.sigmas, self.rules
         if (mean is None) != (std is None) or (mean is not None and len(mean) != len(std or ())):
             raise DebiasError(
                 f"Expected `mean` and `std` to be given together, one number a channel, but got {mean!r} and {std!r}."
@@ -177,12 +187,12 @@ class EdgeViewLayer(nn.Module):
             raise DebiasError(f"Expected `rules` to be of 'otsu' and 'mean', but got {rules!r}.")
         self.channels = None if mean is None else len(mean)
         # Buffers, since a constant made in a step would wait for the device.
-        self.register_buffer("mean", torch.tensor(mean or [0.0]).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std or [1.0]).view(-1, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.tensor(mean or [0.0]).view(-1, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(std or [1.0]).view(-1, 1, 1), persistent=False)
         self.register_buffer("grey", torch.tensor(_GREY).view(-1, 1, 1), persistent=False)
         self.sigmas, self.rules = list(sigmas), list(rules)
-        self.jitter = check_number("jitter", jitter)
-        self.hysteresis_steps = check_count("hysteresis_steps", hysteresis_steps, 0)
+        self.jitter = check_number("jitter", self.jitter)
+        self.hysteresis_steps = check_count("hysteresis_steps", self.hysteresis_steps, 0)
 
     def forward(self, images: Tensor) -> Tensor:
         """Edge maps, drawn with torch's global random numbers."""
@@ -208,7 +218,7 @@ class EdgeViewLayer(nn.Module):
         if not len(images):
             return images.clone()
         x = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
-        mean, std, weights = (buffer.to(x) for buffer in (self.mean, self.std, self.grey))
+        mean, std, weights = (buffer.to(x) for buffer in (self.shift, self.scale, self.grey))
         raw = x * std + mean
         grey = (raw * weights).sum(1) if channels == 3 else raw.mean(1)
         sigma, rule, low, high = drawn.to(x.dtype).unbind()
@@ -225,25 +235,28 @@ class EdgeViewLayer(nn.Module):
         return ((white - mean) / std).to(images.dtype)
 
 
-class EdgeView(Debiaser):
-    """Add the edge map of every image to the batch, with the same label.
-
-    The method and its formula are described at the top of :mod:`debias.methods.edge_view`.
+@arguments
+class ImageInput(LossOptions, Method):
+    """A method that reads images.
 
     Args:
         input: where the images are in the batch: floating point ``(N, C, H, W)``, 1 or 3 channels.
+    """
+
+    input: BatchKey = field(default=0, kw_only=False)
+
+
+@arguments
+class EdgeView(EdgeViewOptions, ImageInput):
+    """Add the edge map of every image to the batch, with the same label.
+
+    The method and its formula are described at the top of :mod:`debias.methods.edge_view`. Every tensor of the batch
+    with N rows, every list of N and every tag is repeated.
+
+    Args:
         weight: of an edge map's loss against an image's.
-        mean: what the data pipeline subtracted from each channel; None where images lie in [0, 1].
-        std: what it divided by.
-        sigmas: smoothing before the edges, drawn for each image, in pixels, at most 2.
-        rules: rules of the threshold, drawn for each image: ``"otsu"``, ``"mean"``.
-        jitter: standard deviation of the noise on the factors of the threshold.
-        hysteresis_steps: how many pixels a weak edge may be away from a strong one.
         loss: which loss is meant, if the step computes several; see :class:`debias.Debiaser`.
         seed: seed of its own random numbers.
-        rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
-
-    Every tensor of the batch with N rows, every list of N and every tag is repeated.
 
     Example:
         >>> from debias import EdgeView
@@ -253,31 +266,14 @@ class EdgeView(Debiaser):
 
     needs: ClassVar[tuple[str, ...]] = ("images",)
     reference: ClassVar[str] = "Efthymiadis et al., WACV 2025, arXiv 2409.19774"
-    module: Any
+    module_class = EdgeViewLayer
 
-    def __init__(
-        self,
-        input: BatchKey = 0,
-        *,
-        weight: float = 1.0,
-        mean: list[float] | None = None,
-        std: list[float] | None = None,
-        sigmas: list[float] | None = None,
-        rules: list[Rule] | None = None,
-        jitter: float = 0.2,
-        hysteresis_steps: int = 16,
-        loss: int | str | Callable[[LossCall], bool] | None = None,
-        rows: str | Callable[[LossCall, int], Tensor] | None = None,
-        seed: int = 0,
-        name: str | None = None,
-        allow_untested_strategy: bool = False,
-    ) -> None:
-        super().__init__(loss=loss, rows=rows, seed=seed, name=name, allow_untested_strategy=allow_untested_strategy)
-        self.module = EdgeViewLayer(
-            mean, std, (0.0, 1.0, 2.0) if sigmas is None else sigmas, ("otsu", "mean") if rules is None else rules,
-            jitter, hysteresis_steps,
-        )  # fmt: skip
-        self.input, self.weight = input, check_number("weight", weight)
+    weight: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.weight = check_number("weight", self.weight)
 
     def augment(self, step: Step) -> None:
         """Put the images and their edge maps into the batch."""

@@ -28,25 +28,24 @@ has variance 0. Costs one all-reduce of ``2 E (P + 1)`` floats and none in backw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from dataclasses import field
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
-from debias.methods._domain_penalty import DomainPenalty
-from debias.ops.arguments import check_number
-from debias.ops.domains import domain_mean, make_members
+from debias.methods.base import HeadPenalty, configures
+from debias.ops.arguments import check_number, checked
+from debias.ops.domains import domain_mean
+from debias.ops.fields import arguments
 from debias.ops.head_statistics import HeadStatistics
-from debias.ops.penalties import LossPenaltyModule
-from debias.step.batch import BatchKey
-from debias.step.context import Step
-from debias.tap.tap import LossCall
+from debias.ops.penalties import HeadPenaltyModule, PenaltyOptions
 
 __all__ = ["Fishr", "FishrMixin", "FishrPenalty", "fishr_penalty"]
 
 
+@checked("variances: float E ..., present: bool E")
 def fishr_penalty(variances: Tensor, present: Tensor, *, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
     """Distance of the domains' gradient variances from their mean.
 
@@ -71,73 +70,37 @@ def fishr_penalty(variances: Tensor, present: Tensor, *, reduction: Literal["mea
     return domain_mean(squared, present) / flat.shape[1]
 
 
-class FishrPenalty(LossPenaltyModule):
-    """The penalty for any training loop, with its running averages.
+@arguments
+class FishrOptions(PenaltyOptions):
+    """Options of Fishr, at DomainBed's values; the averages are kept from the first step on, whatever the weight.
 
     Args:
-        n_domains: number of domains E, at least 2.
-        penalty_weight: weight in the end; published default 1000.
-        ema: share of the past in the running average, in [0, 1).
-        ema_bias: ``"reference"`` or ``"corrected"``, what the average is divided by, see :mod:`debias.methods.fishr`.
+        ema: share of the past in the running average of the variances, in [0, 1).
+        ema_bias: ``"reference"`` or ``"corrected"``, what the average is divided by, see :mod:`debias.methods.fishr`;
+            published weights are of the first.
         reduction: mean or sum, over domains and parameters.
-        weight_before, start_step, ramp_steps: see :class:`debias.ops.schedule.PenaltySchedule`; the averages are kept
-            from the first step on.
-        loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` or ``"squared_error"``.
-        head_bias: whether the head adds a bias.
-        **loss_options: what the loss is called with: ``weight``, ``label_smoothing``, ``ignore_index``, ``pos_weight``,
-            see :class:`debias.ops.penalties.LossPenaltyModule`.
-
-    Shape:
-        features ``(N, d)``; logits ``(N, C)``; targets of the loss; domains ``(N,)`` int64 or boolean ``(N, E)``;
-        output: scalar.
-
-    Raises:
-        DebiasError: an argument is out of range.
-        BadRowsError: a domain id is out of range, or a row is not finite.
     """
 
-    averages: Tensor
-    updates: Tensor
-    always = True
+    penalty_weight: float = 1000.0
+    ema: float = 0.95
+    ema_bias: Literal["corrected", "reference"] = "reference"
+    reduction: Literal["mean", "sum"] = "mean"
 
-    def __init__(
-        self,
-        n_domains: int | Sequence[int],
-        *,
-        penalty_weight: float = 1000.0,
-        ema: float = 0.95,
-        ema_bias: Literal["corrected", "reference"] = "reference",
-        reduction: Literal["mean", "sum"] = "mean",
-        weight_before: float = 0.0,
-        start_step: int = 0,
-        ramp_steps: int = 0,
-        loss: str = "cross_entropy",
-        head_bias: bool = True,
-        **loss_options: Any,
-    ) -> None:
-        super().__init__(
-            n_domains, penalty_weight, loss=loss, loss_options=loss_options, weight_before=weight_before,
-            start_step=start_step, ramp_steps=ramp_steps,
-        )  # fmt: skip
-        if ema_bias not in ("corrected", "reference"):
-            raise DebiasError(f"Expected `ema_bias` to be 'corrected' or 'reference', but got {ema_bias!r}.")
-        if reduction not in ("mean", "sum"):
-            raise DebiasError(f"Expected `reduction` to be 'mean' or 'sum', but got {reduction!r}.")
-        self.ema = check_number("ema", ema, "[0, 1)")
-        self.ema_bias = ema_bias
-        self.reduction = reduction
-        self.head_bias = head_bias
+
+@arguments
+class FishrPenalty(FishrOptions, HeadPenaltyModule):
+    """The penalty for any training loop, with its running averages."""
+
+    always: ClassVar[bool] = True
+    averages: Tensor = field(init=False)
+    updates: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.ema = check_number("ema", self.ema, "[0, 1)")
         # Its size is the head's, which is not known yet.
-        self.register_buffer("averages", torch.zeros(self.n_domains, 0, dtype=torch.float64))
-        self.register_buffer("updates", torch.zeros(self.n_domains, dtype=torch.float64))
-
-    def forward(
-        self, features: Tensor, logits: Tensor, targets: Tensor, domains: Tensor, *, step: int | None = None
-    ) -> Tensor:
-        """The weighted penalty of one batch; ``step`` is the number of optimiser steps taken so far."""
-        members = make_members(domains, self.n_domains, len(logits))
-        loss = self.counted_loss(logits, targets, domains)
-        return self.weighted(step, lambda f: self.of(HeadStatistics(f, loss, members, self.head_bias)), features)
+        self.register_buffer("averages", torch.zeros(self.n_groups, 0, dtype=torch.float64))
+        self.register_buffer("updates", torch.zeros(self.n_groups, dtype=torch.float64))
 
     def of(self, statistics: HeadStatistics) -> Tensor:
         """The penalty, not yet weighted, from statistics of any head; in training mode the averages are updated."""
@@ -172,35 +135,18 @@ class FishrPenalty(LossPenaltyModule):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         saved = state_dict.get(prefix + "averages")
-        if saved is not None and saved.ndim == 2 and len(saved) == self.n_domains:
+        if saved is not None and saved.ndim == 2 and len(saved) == self.n_groups:
             self.averages = self.averages.new_zeros(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class Fishr(DomainPenalty):
+@arguments
+class Fishr(FishrOptions, HeadPenalty):
     """Make the variance of the samples' head gradients equal across domains.
 
-    The method and its formula are described at the top of :mod:`debias.methods.fishr`.
-
-    Args:
-        domain: where the domain ids are; see :class:`debias.HessianAlignment`.
-        n_domains: number of domains, one per key; at least 2 in all.
-        penalty_weight: weight of the penalty.
-        ema: share of the past in the running average of the variances, in [0, 1).
-        ema_bias: ``"reference"`` or ``"corrected"``, what the average is divided by; published weights are of the
-            first.
-        reduction: mean or sum, over domains and parameters.
-        weight_before, start_step, ramp_steps: the weight before optimiser step ``start_step``, and the steps within
-            which it then grows to ``penalty_weight``.
-        divide_loss: while the weight is above 1, divide the whole loss by it, as the IRM protocol does.
-        reset_optimizer: forget the optimiser's running averages at ``start_step``, as DomainBed does.
-        derivatives: ``"closed_form"`` for a linear head, ``"autograd"`` for any head.
-        head: dotted path of the head; found by default.
-        loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`; ``loss="sum"`` with ``ema=0`` only, as
-            the averages are those of one loss.
-
-    Logs ``train/fishr_penalty``, before its weight, on logging steps, and the weight where it changes;
-    with ``/name`` behind where there are several of them.
+    The formula stands at the top of :mod:`debias.methods.fishr`. ``loss="sum"`` goes with ``ema=0`` only, as the
+    averages are those of one loss. Logs ``train/fishr_penalty`` on logging steps, before its weight, and the weight
+    where it changes; with ``/name`` behind where there are several of them.
 
     Example:
         >>> from debias import Fishr
@@ -209,67 +155,24 @@ class Fishr(DomainPenalty):
     """
 
     reference: ClassVar[str] = "Rame et al., ICML 2022, arXiv 2109.02934"
-    needs: ClassVar[tuple[str, ...]] = ("domain", "features")
-    needs_features: ClassVar[bool] = True
     stateful: ClassVar[bool] = True
     key: ClassVar[str] = "fishr"
+    module_class = FishrPenalty
 
-    def __init__(
-        self,
-        domain: tuple[BatchKey, ...] | BatchKey,
-        n_domains: int | tuple[int, ...],
-        *,
-        penalty_weight: float = 1000.0,
-        ema: float = 0.95,
-        ema_bias: Literal["corrected", "reference"] = "reference",
-        reduction: Literal["mean", "sum"] = "mean",
-        weight_before: float = 0.0,
-        start_step: int = 0,
-        ramp_steps: int = 0,
-        divide_loss: bool = False,
-        reset_optimizer: bool = False,
-        derivatives: Literal["closed_form", "autograd"] = "closed_form",
-        head: str | None = None,
-        loss: int | str | Callable[[LossCall], bool] | None = None,
-        rows: str | Callable[[LossCall, int], Tensor] | None = None,
-        name: str | None = None,
-        allow_untested_strategy: bool = False,
-    ) -> None:
-        super().__init__(
-            domain,
-            n_domains,
-            FishrPenalty(
-                n_domains, penalty_weight=penalty_weight, ema=ema, ema_bias=ema_bias, reduction=reduction,
-                weight_before=weight_before, start_step=start_step, ramp_steps=ramp_steps,
-            ),
-            divide_loss=divide_loss,
-            reset_optimizer=reset_optimizer,
-            derivatives=derivatives,
-            head=head,
-            loss=loss,
-            rows=rows,
-            name=name,
-            allow_untested_strategy=allow_untested_strategy,
-        )  # fmt: skip
-        if loss == "sum" and ema:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss == "sum" and self.ema:
             raise DebiasError(
                 "Expected `loss` of Fishr to choose one loss, but got 'sum': the running averages are those of one."
                 " Pass `loss=<index>`, in an instance with a `name` of its own for each loss, or `ema=0`."
             )
-
-    def penalty(self, call: LossCall, domains: Tensor, step: Step) -> Tensor:
-        """The module's penalty for this loss."""
-        return self.module.of(self.head_statistics(call, domains, step))
 
 
 class FishrMixin:
     """Fishr inside a LightningModule, for those who prefer explicit code."""
 
     fishr: FishrPenalty
-
-    def configure_fishr(self, n_domains: int | Sequence[int], **options: Any) -> None:
-        """Make the penalty; takes the arguments of :class:`FishrPenalty`. Call it in ``__init__``."""
-        self.fishr = FishrPenalty(n_domains, **options)
+    configure_fishr = configures("fishr", FishrPenalty)
 
     def fishr_penalty(self, features: Tensor, logits: Tensor, targets: Tensor, domains: Tensor) -> Tensor:
         """The weighted penalty of one batch at this optimiser step."""

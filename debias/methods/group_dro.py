@@ -20,24 +20,25 @@ pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, field
 from numbers import Real
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
-from debias.methods._group_method import GroupDebiaser
-from debias.ops.arguments import check_number
-from debias.ops.groups import GroupState, GroupSums, check_counts, group_losses, summed
-from debias.step.batch import BatchKey
-from debias.step.watcher import Losses
-from debias.tap.tap import LossCall
+from debias.methods.base import GroupDebiaser, configures
+from debias.ops.arguments import check_number, checked
+from debias.ops.fields import arguments
+from debias.ops.groups import GroupSums, summed
+from debias.ops.reweighing import GroupLoss
 
 __all__ = ["GroupDRO", "GroupDROLoss", "GroupDROMixin", "group_dro_weights", "greedy_group_weights"]
 
 
+@checked("log_weights: float G, group_losses: float G, adjustment: float G, present: bool G", step_size="[0, inf)")
 def group_dro_weights(
     log_weights: Tensor,
     group_losses: Tensor,
@@ -67,7 +68,13 @@ def group_dro_weights(
         tensor([0.2689, 0.7311])
     """
     scores = _scores(group_losses, adjustment, normalize_loss, present)
-    return torch.log_softmax(torch.add(log_weights, scores, alpha=step_size), dim=0)
+    return torch.log_softmax(_bounded(torch.add(log_weights, scores, alpha=step_size)), dim=0)
+
+
+def _bounded(log_weights: Tensor) -> Tensor:
+    """In place: infinite ones would be NaN once they are compared."""
+    largest = torch.finfo(log_weights.dtype).max / 4
+    return log_weights.clamp_(-largest, largest)
 
 
 def _scores(losses: Tensor, adjustment: Tensor | None, normalize_loss: bool, present: Tensor | None) -> Tensor:
@@ -81,6 +88,7 @@ def _scores(losses: Tensor, adjustment: Tensor | None, normalize_loss: bool, pre
     return scores
 
 
+@checked("losses: float G, fractions: float G", alpha="(0, 1]", minimum_weight="[0, 1]")
 def greedy_group_weights(losses: Tensor, fractions: Tensor, *, alpha: float, minimum_weight: float = 0.0) -> Tensor:
     """Weights of the worst groups that make up a fraction ``alpha`` of the data: CVaR over groups.
 
@@ -101,14 +109,16 @@ def greedy_group_weights(losses: Tensor, fractions: Tensor, *, alpha: float, min
     return minimum_weight * fractions + (1 - minimum_weight) * weights
 
 
-class GroupDROLoss(GroupState):
-    """The Group DRO objective with its state, for any training loop.
+@arguments(kw_only=False)
+class GroupDROOptions:
+    """Options of Group DRO.
 
     Args:
-        n_groups: number of groups G, or the numbers of crossed ids.
         step_size: eta, how fast the weights follow the losses; 10^U(-3, -1) is searched in the literature.
-        adjustment: C, one number or one per group; larger for small groups through ``1 / sqrt(N_g)``.
-        group_counts: training samples per group N_g, ``(G,)``; needed by ``adjustment`` and ``alpha``.
+        adjustment: generalisation adjustment C, one number or one per group; it counts more for small groups, through
+            ``1 / sqrt(N_g)``.
+        group_counts: training samples per group N_g, ``(G,)``; needed by ``adjustment`` and ``alpha``. The callback
+            counts them in the training set where they are needed and not given.
         normalize_loss: divide the losses by their sum before the update.
         alpha: use the greedy form instead: only the worst groups that make up this fraction of the data.
         absent: what a group absent from a batch counts as in the update: ``"zero"`` (the authors' code), ``"skip"``
@@ -116,6 +126,23 @@ class GroupDROLoss(GroupState):
         ema_rate: gamma of the running loss, used by ``alpha`` and ``absent="ema"``.
         minimum_weight: share of the plain average mixed into the greedy form.
         group_names: one name per group, for logs and messages.
+    """
+
+    step_size: float = 0.01
+    adjustment: float | Sequence[float] = 0.0
+    group_counts: Sequence[int] | None = None
+    normalize_loss: bool = False
+    alpha: float | None = None
+    _: KW_ONLY
+    absent: Literal["zero", "skip", "ema"] = "zero"
+    ema_rate: float = 0.1
+    minimum_weight: float = 0.0
+    group_names: Sequence[str] | None = None
+
+
+@arguments
+class GroupDROLoss(GroupDROOptions, GroupLoss):
+    """The Group DRO objective with its state, for any training loop.
 
     Shape:
         losses ``(N,)`` floating point, unreduced; groups ``(N,)`` int64 (negative = left out) or boolean ``(N, G)``;
@@ -133,54 +160,30 @@ class GroupDROLoss(GroupState):
         tensor(2.0997)
     """
 
-    constants: Tensor
-    log_weights: Tensor
-    losses: Tensor
-    seen: Tensor
-    counts: Tensor
+    constants: Tensor = field(init=False)
+    log_weights: Tensor = field(init=False)
+    losses: Tensor = field(init=False)
+    seen: Tensor = field(init=False)
 
-    def __init__(
-        self,
-        n_groups: int | Sequence[int],
-        step_size: float = 0.01,
-        adjustment: float | Sequence[float] = 0.0,
-        group_counts: Sequence[int] | None = None,
-        normalize_loss: bool = False,
-        alpha: float | None = None,
-        *,
-        absent: Literal["zero", "skip", "ema"] = "zero",
-        ema_rate: float = 0.1,
-        minimum_weight: float = 0.0,
-        group_names: Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(n_groups, group_names)
-        if absent not in ("zero", "skip", "ema"):
-            raise DebiasError(f"Expected `absent` to be 'zero', 'skip' or 'ema', but got {absent!r}.")
-        total = self.n_groups
-        constants = (
-            [float(adjustment)] * total
-            if isinstance(adjustment, int | float | Real)
-            else [float(c) for c in adjustment]
-        )
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given, total = self.adjustment, len(self.counts)
+        self.adjustment = float(given) if isinstance(given, int | float | Real) else [float(c) for c in given]
+        constants = [self.adjustment] * total if isinstance(self.adjustment, float) else self.adjustment
         if len(constants) != total:
             raise DebiasError(f"Expected `adjustment` to be one number or {total}, but got {len(constants)}.")
-        self.step_size = check_number("step_size", step_size)
-        self.normalize_loss = normalize_loss
-        self.alpha = None if alpha is None else check_number("alpha", alpha, "(0, 1]")
-        self.absent = absent
-        self.ema_rate = check_number("ema_rate", ema_rate, "(0, 1]")
-        self.minimum_weight = check_number("minimum_weight", minimum_weight, "[0, 1]")
+        self.step_size = check_number("step_size", self.step_size)
+        self.alpha = None if self.alpha is None else check_number("alpha", self.alpha, "(0, 1]")
+        self.ema_rate = check_number("ema_rate", self.ema_rate, "(0, 1]")
+        self.minimum_weight = check_number("minimum_weight", self.minimum_weight, "[0, 1]")
         self.adjusts = any(constants)
-        self.has_counts = False
-        self.given_counts = group_counts
         self.register_buffer("constants", torch.tensor(constants, dtype=torch.float64), persistent=False)
         self.register_buffer("log_weights", torch.full((total,), 1 / total, dtype=torch.float64).log())
         self.register_buffer("losses", torch.zeros(total, dtype=torch.float64))  # running, for alpha and absent="ema"
         self.register_buffer("seen", torch.zeros(total, dtype=torch.bool))
-        self.register_buffer("counts", torch.zeros(total, dtype=torch.float64))
         self._last: tuple[Tensor, list[Tensor]] = torch.zeros(total), [torch.zeros(total)]
-        if group_counts is not None:
-            self.set_counts(group_counts)
+        if self.group_counts is not None:
+            self.set_counts(self.group_counts)
 
     @property
     def needs_counts(self) -> bool:
@@ -192,33 +195,14 @@ class GroupDROLoss(GroupState):
         """The group weights q, ``(G,)``, sum 1; in the greedy form those of the last step's running losses."""
         return self._greedy() if self.alpha is not None and self.has_counts else self.log_weights.softmax(0)
 
-    def set_counts(self, group_counts: Any) -> None:
-        """Set the training samples per group.
-
-        Raises:
-            DebiasError: the number of counts is wrong, one is negative, or a group has no sample.
-        """
-        self.counts.copy_(check_counts(group_counts, self.group_names))
-        self.has_counts = True
-
-    def forward(self, losses: Tensor, groups: Tensor) -> Tensor:
-        """The objective for one batch; in training mode the weights are updated first."""
-        self.check_shapes(losses, groups)
-        return self.reweigh([(losses, torch.ones_like(losses), groups)])[0]
-
     def reweigh(self, calls: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
-        """The objective for several losses of one batch, with one update from their sum.
-
-        Args:
-            calls: for each loss numerators ``(rows,)``, denominators ``(rows,)`` and groups of the rows.
-        """
+        """The objective for several losses of one batch, with one update from their sum."""
         if self.needs_counts and not self.has_counts:
             raise DebiasError(
                 "Expected `group_counts` with `adjustment` or `alpha`, but got none. Pass the number of training"
                 " samples of each group (the callback counts them itself)."
             )
-        sums, bad = group_losses(calls, self.n_groups)
-        self.count_bad(bad)  # on CPU raises here, before anything has changed
+        sums = self.sums(calls)
         if self.training:
             self._update(summed([s.losses for s in sums]).to(self.log_weights.dtype), sums)
         weights = self.weights
@@ -244,7 +228,7 @@ class GroupDROLoss(GroupState):
         # As in group_dro_weights, but in place; what the weights are divided by is left to be read off.
         adjustment = self._adjustment() if self.adjusts else None
         scores = _scores(losses, adjustment, self.normalize_loss, present if self.absent == "skip" else None)
-        self.log_weights.add_(scores, alpha=self.step_size)
+        _bounded(self.log_weights.add_(scores, alpha=self.step_size))
 
     def _average(self, losses: Tensor, present: Tensor) -> None:
         """Running losses; a group's first loss is taken as it is."""
@@ -260,30 +244,12 @@ class GroupDROLoss(GroupState):
         fractions = self.counts / self.counts.sum()
         return greedy_group_weights(losses, fractions, alpha=float(self.alpha or 1), minimum_weight=self.minimum_weight)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        if self.given_counts is not None:  # an argument, not state: a resumed run keeps its own
-            self.set_counts(self.given_counts)
-        self.has_counts = bool(self.counts.sum() > 0)
 
-
-class GroupDRO(GroupDebiaser):
+@arguments
+class GroupDRO(GroupDROOptions, GroupDebiaser):
     """Reweigh groups online towards the worst one.
 
     The method and its formula are described at the top of :mod:`debias.methods.group_dro`.
-
-    Args:
-        group: where the group ids are: a tag, an index, a name, a dotted path, a callable, or a tuple of these whose
-            ids are crossed.
-        n_groups: number of groups, one per key.
-        step_size: eta of the weights.
-        adjustment: generalisation adjustment C, one number or one per group.
-        group_counts: training samples per group; counted from the training set where needed and not given.
-        normalize_loss: divide the losses by their sum before the update.
-        alpha: use the greedy form: only the worst groups that make up this fraction of the data.
-        absent: what a group absent from a batch counts as: ``"zero"``, ``"skip"`` or ``"ema"``.
-        group_names: one name per group, for logs.
-        loss, rows, losses, name, allow_untested_strategy: see :class:`debias.Debiaser`.
 
     Logs ``train/group_weight/<name>`` and ``train/loss_by_group/<name>`` on logging steps, and ``train/average_loss``,
     unweighted: the loss that the step logs itself is the reweighted one. Of more than 100 groups only
@@ -296,37 +262,7 @@ class GroupDRO(GroupDebiaser):
     """
 
     reference: ClassVar[str] = "Sagawa et al., ICLR 2020, arXiv 1911.08731"
-
-    def __init__(
-        self,
-        group: tuple[BatchKey, ...] | BatchKey,
-        n_groups: int | tuple[int, ...],
-        *,
-        step_size: float = 0.01,
-        adjustment: float | list[float] = 0.0,
-        group_counts: list[int] | None = None,
-        normalize_loss: bool = False,
-        alpha: float | None = None,
-        absent: Literal["zero", "skip", "ema"] = "zero",
-        group_names: list[str] | None = None,
-        loss: int | str | Callable[[LossCall], bool] | None = None,
-        rows: str | Callable[[LossCall, int], Tensor] | None = None,
-        losses: Losses = "whole",
-        name: str | None = None,
-        allow_untested_strategy: bool = False,
-    ) -> None:
-        super().__init__(
-            group,
-            n_groups,
-            name=name,
-            loss=loss,
-            rows=rows,
-            losses=losses,
-            allow_untested_strategy=allow_untested_strategy,
-        )
-        self.module = GroupDROLoss(
-            n_groups, step_size, adjustment, group_counts, normalize_loss, alpha, absent=absent, group_names=group_names
-        )
+    module_class = GroupDROLoss
 
 
 class GroupDROMixin:
@@ -347,10 +283,7 @@ class GroupDROMixin:
     """
 
     group_dro: GroupDROLoss
-
-    def configure_group_dro(self, n_groups: int | Sequence[int], **options: Any) -> None:
-        """Make the objective; takes the arguments of :class:`GroupDROLoss`. Call it at the end of ``__init__``."""
-        self.group_dro = GroupDROLoss(n_groups, **options)
+    configure_group_dro = configures("group_dro", GroupDROLoss)
 
     def group_dro_loss(self, losses: Tensor, groups: Tensor) -> Tensor:
         """The objective for losses ``(N,)`` and groups ``(N,)`` or ``(N, G)``."""

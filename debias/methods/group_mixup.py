@@ -28,26 +28,27 @@ table for selective pairs, and the loss twice (not the network).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from dataclasses import field
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from debias.errors import BatchKeyError, DebiasError
-from debias.ops.arguments import check_number
+from debias.methods.base import LossOptions, Method
+from debias.ops.arguments import check_number, checked
+from debias.ops.fields import arguments
 from debias.ops.pairs import random_partners
 from debias.step.batch import BatchKey, describe, replace
 from debias.step.context import Step
-from debias.step.watcher import Debiaser
-from debias.tap.tap import LossCall
 
 __all__ = ["GroupMixup", "GroupMixupLayer", "cutmix", "mixup", "selective_pairs"]
 
 _RULES = ("any", "same_label", "same_domain", "selective")
 
 
+@checked("labels: int N, domains: int N")
 def selective_pairs(labels: Tensor, domains: Tensor, *, same_label: bool) -> Tensor:
     """Who may be mixed with whom under LISA's two rules.
 
@@ -72,6 +73,7 @@ def selective_pairs(labels: Tensor, domains: Tensor, *, same_label: bool) -> Ten
     return pairs & known & known.unsqueeze(1)
 
 
+@checked("x: float N ..., partners: int N < N, shares: float N")
 def mixup(x: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
     """``share x_i + (1 - share) x_partner``.
 
@@ -87,6 +89,7 @@ def mixup(x: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
     return torch.lerp(x[partners], x, kept)
 
 
+@checked("x: float N C H W, partners: int N < N")
 def cutmix(x: Tensor, partners: Tensor, box: tuple[int, int, int, int]) -> tuple[Tensor, float]:
     """Images with a box of their partners pasted.
 
@@ -113,14 +116,28 @@ def cutmix_box(share: float, center: tuple[float, float], size: tuple[int, int])
     return ends[0], ends[1], ends[2], ends[3]
 
 
-class GroupMixupLayer(nn.Module):
-    """Mixes a batch in any loop, with torch's global random numbers; the identity in eval mode.
+@arguments(kw_only=False)
+class GroupMixupOptions:
+    """Who is mixed with whom, and how.
 
     Args:
-        pairs: ``"any"``, ``"same_label"``, ``"same_domain"`` or ``"selective"``.
-        mix: ``"mixup"`` or ``"cutmix"``.
-        alpha: parameter of the Beta distribution.
-        p_same_label: probability of pairs with the same label, for ``"selective"``.
+        pairs: who is mixed: ``"any"`` (plain Mixup), ``"same_label"`` across domains, ``"same_domain"`` across labels,
+            or ``"selective"``, one of the two rules by chance.
+        mix: ``"mixup"`` or, for images ``(N, C, H, W)``, ``"cutmix"``.
+        alpha: parameter of the Beta distribution of the share.
+        p_same_label: probability of pairs with the same label, for ``pairs="selective"``.
+    """
+
+    pairs: Literal["any", "same_label", "same_domain", "selective"] = "selective"
+    mix: Literal["mixup", "cutmix"] = "mixup"
+    alpha: float = 2.0
+    p_same_label: float = 0.5
+
+
+@arguments
+class GroupMixupLayer(GroupMixupOptions, nn.Module):
+    """Mixup, CutMix and LISA's selective pairs as an ordinary layer, which draws from torch's global random numbers;
+    the identity in eval mode.
 
     Shape:
         x ``(N, ...)``, for CutMix ``(N, C, H, W)``; labels and domains int64 ``(N,)``, needed unless ``pairs="any"``.
@@ -128,21 +145,10 @@ class GroupMixupLayer(nn.Module):
         ``(shares * losses(labels) + (1 - shares) * losses(labels[partners])).mean()``.
     """
 
-    def __init__(
-        self,
-        pairs: Literal["any", "same_label", "same_domain", "selective"] = "selective",
-        mix: Literal["mixup", "cutmix"] = "mixup",
-        alpha: float = 2.0,
-        p_same_label: float = 0.5,
-    ) -> None:
-        super().__init__()
-        if pairs not in _RULES:
-            raise DebiasError(f"Expected `pairs` to be one of {', '.join(map(repr, _RULES))}, but got {pairs!r}.")
-        if mix not in ("mixup", "cutmix"):
-            raise DebiasError(f"Expected `mix` to be 'mixup' or 'cutmix', but got {mix!r}.")
-        self.pairs, self.mix = pairs, mix
-        self.alpha = check_number("alpha", alpha, "(0, inf)")
-        self.p_same_label = check_number("p_same_label", p_same_label, "[0, 1]")
+    def __post_init__(self) -> None:
+        nn.Module.__init__(self)
+        self.alpha = check_number("alpha", self.alpha, "(0, inf)")
+        self.p_same_label = check_number("p_same_label", self.p_same_label, "[0, 1]")
 
     def forward(
         self, x: Tensor, labels: Tensor | None = None, domains: Tensor | None = None
@@ -183,26 +189,32 @@ class GroupMixupLayer(nn.Module):
         return (mixup(x, partners, shares) if mixed is None else mixed), partners, shares
 
 
-class GroupMixup(Debiaser):
-    """Train on mixtures of two samples, chosen by label and domain, with hard labels left in the batch.
-
-    The method and its formula are described at the top of :mod:`debias.methods.group_mixup`.
+@arguments
+class DomainsIfNeeded(LossOptions, Method):
+    """A method that asks who is of one domain, if at all.
 
     Args:
         domain: where the domain ids are: a tag, an index, a name, a dotted path, a callable, or a tuple of these whose
             ids are crossed; not needed for ``pairs="any"``.
         n_domains: number of domains, one per key; only needed where several keys are crossed.
-        pairs: who is mixed: ``"any"`` (plain Mixup), ``"same_label"`` across domains, ``"same_domain"`` across labels,
-            or ``"selective"``, one of the two rules by chance.
-        mix: ``"mixup"`` or, for images ``(N, C, H, W)``, ``"cutmix"``.
-        alpha: parameter of the Beta distribution of the share.
+    """
+
+    domain: tuple[BatchKey, ...] | BatchKey | None = field(default=None, kw_only=False)
+    n_domains: int | tuple[int, ...] | None = field(default=None, kw_only=False)
+
+
+@arguments
+class GroupMixup(GroupMixupOptions, DomainsIfNeeded):
+    """Train on mixtures of two samples, chosen by label and domain, with hard labels left in the batch.
+
+    The method and its formula are described at the top of :mod:`debias.methods.group_mixup`.
+
+    Args:
         p: probability that a batch is mixed.
-        p_same_label: probability of pairs with the same label, for ``pairs="selective"``.
         input: where the input is in the batch, a floating-point tensor ``(N, ...)``.
         target: where the labels are, int64 ``(N,)``; not needed for ``pairs="any"``.
         loss: which loss the labels belong to, if the step computes several; see :class:`debias.Debiaser`.
         seed: seed of its own random numbers.
-        rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
 
     Example:
         >>> from debias import GroupDRO, GroupMixup
@@ -211,31 +223,19 @@ class GroupMixup(Debiaser):
 
     needs: ClassVar[tuple[str, ...]] = ("domain", "target")
     reference: ClassVar[str] = "Yao et al., ICML 2022, arXiv 2201.00299; Mixup 1710.09412; CutMix 1905.04899"
-    module: Any
+    module_class = GroupMixupLayer
 
-    def __init__(
-        self,
-        domain: tuple[BatchKey, ...] | BatchKey | None = None,
-        n_domains: int | tuple[int, ...] | None = None,
-        *,
-        pairs: Literal["any", "same_label", "same_domain", "selective"] = "selective",
-        mix: Literal["mixup", "cutmix"] = "mixup",
-        alpha: float = 2.0,
-        p: float = 1.0,
-        p_same_label: float = 0.5,
-        input: BatchKey = 0,
-        target: BatchKey = 1,
-        loss: int | str | Callable[[LossCall], bool] | None = None,
-        rows: str | Callable[[LossCall, int], Tensor] | None = None,
-        seed: int = 0,
-        name: str | None = None,
-        allow_untested_strategy: bool = False,
-    ) -> None:
-        super().__init__(loss=loss, rows=rows, seed=seed, name=name, allow_untested_strategy=allow_untested_strategy)
-        self.module = GroupMixupLayer(pairs, mix, alpha, p_same_label)
-        if pairs != "any" and domain is None:
+    p: float = 1.0
+    input: BatchKey = 0
+    target: BatchKey = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        domain, n_domains = self.domain, self.n_domains
+        if self.pairs != "any" and domain is None:
             raise DebiasError(
-                f"Expected `domain` with `pairs={pairs!r}`, but got None. Say where the domain ids are, or use"
+                f"Expected `domain` with `pairs={self.pairs!r}`, but got None. Say where the domain ids are, or use"
                 " `pairs='any'`, plain Mixup."
             )
         keys = len(domain) if isinstance(domain, tuple | list) else 1
@@ -243,8 +243,7 @@ class GroupMixup(Debiaser):
             raise DebiasError(
                 f"Expected `n_domains` to hold one number for each key of `domain={domain!r}`, but got {n_domains!r}."
             )
-        self.p = check_number("p", p, "[0, 1]")
-        self.domain, self.n_domains, self.input, self.target = domain, n_domains, input, target
+        self.p = check_number("p", self.p, "[0, 1]")
 
     def augment(self, step: Step) -> None:
         """Mix the input, and say whose labels it now stands for."""

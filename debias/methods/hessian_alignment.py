@@ -40,25 +40,25 @@ all ranks; ``"hgp"`` and ``"hutchinson"`` take one for the gradients and one of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
-from debias.methods._domain_penalty import DomainPenalty
-from debias.ops.arguments import check_count, check_number
+from debias.methods.base import HeadPenalty, configures
+from debias.ops.arguments import check_count, check_number, checked
 from debias.ops.distributed import global_rank, global_sum
 from debias.ops.domains import make_members
+from debias.ops.fields import arguments
 from debias.ops.head_distances import distances_from
 from debias.ops.head_losses import make_head_loss
 from debias.ops.head_statistics import HeadStatistics
-from debias.ops.penalties import LossPenaltyModule
+from debias.ops.penalties import HeadPenaltyModule, PenaltyOptions
 from debias.ops.precision import in_full_precision
-from debias.step.batch import BatchKey
 from debias.step.context import Step
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["HessianAlignment", "HessianAlignmentMixin", "HessianAlignmentPenalty", "hessian_alignment_penalty"]
 
@@ -66,6 +66,12 @@ Statistic = Literal["hgp", "diagonal", "hutchinson", "frobenius"]
 PUBLISHED_ALPHA: dict[str, float] = {"hgp": 1e-4, "diagonal": 1e-3, "hutchinson": 1e-3, "frobenius": 1e-3}
 
 
+@checked(
+    "features: float N D, logits: float N C | float N, targets: int N < C | any ...,"
+    "domains: int N < n_domains | bool N n_domains",
+    alpha="[0, inf)",
+    beta="[0, inf)",
+)
 @in_full_precision
 def hessian_alignment_penalty(
     features: Tensor,
@@ -175,126 +181,61 @@ def _hutchinson(
     return distances_from(estimates[:-1], estimates[-1], detach_target, statistics.scale(relative))
 
 
-class HessianAlignmentPenalty(LossPenaltyModule):
-    """The penalty for any training loop.
+@arguments
+class HessianAlignmentOptions(PenaltyOptions):
+    """Options of Hessian alignment.
 
     Args:
-        n_domains: number of domains E, at least 2.
-        statistic: what of the Hessians is compared, see :mod:`debias.methods.hessian_alignment`.
+        statistic: what of the Hessians is compared: ``"hgp"``, ``"diagonal"``, ``"hutchinson"`` or ``"frobenius"``.
         alpha: weight of the Hessians' distance, >= 0; by default the published value of the statistic.
         beta: weight of the gradients' distance, >= 0.
         detach_target: take no gradient through the means over domains.
         scale_free: divide each distance by the mean squared norm of what is compared.
         reduction: mean or sum over domains.
         n_samples: Rademacher vectors of ``"hutchinson"``.
-        penalty_weight: weight of the whole penalty.
-        weight_before, start_step, ramp_steps: see :class:`debias.ops.schedule.PenaltySchedule`.
-        loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` or ``"squared_error"``.
-        head_bias: whether the head adds a bias.
-        **loss_options: what the loss is called with: ``weight``, ``label_smoothing``, ``ignore_index``, ``pos_weight``,
-            see :class:`debias.ops.penalties.LossPenaltyModule`.
-
-    Shape:
-        features ``(N, d)``; logits ``(N, C)``; targets of the loss; domains ``(N,)`` int64 or boolean ``(N, E)``;
-        output: scalar.
-
-    Raises:
-        DebiasError: an argument is out of range.
-        BadRowsError: a domain id is out of range, or a row is not finite.
     """
 
-    def __init__(
-        self,
-        n_domains: int | Sequence[int],
-        *,
-        statistic: Statistic = "hgp",
-        alpha: float | None = None,
-        beta: float = 5e-3,
-        detach_target: bool = True,
-        scale_free: bool = False,
-        reduction: Literal["mean", "sum"] = "mean",
-        n_samples: int = 300,
-        penalty_weight: float = 1.0,
-        weight_before: float = 0.0,
-        start_step: int = 0,
-        ramp_steps: int = 0,
-        loss: str = "cross_entropy",
-        head_bias: bool = True,
-        **loss_options: Any,
-    ) -> None:
-        super().__init__(
-            n_domains, penalty_weight, loss=loss, loss_options=loss_options, weight_before=weight_before,
-            start_step=start_step, ramp_steps=ramp_steps,
-        )  # fmt: skip
-        if statistic not in PUBLISHED_ALPHA:
-            raise DebiasError(f"Expected `statistic` to be one of {', '.join(PUBLISHED_ALPHA)}, but got {statistic!r}.")
-        if reduction not in ("mean", "sum"):
-            raise DebiasError(f"Expected `reduction` to be 'mean' or 'sum', but got {reduction!r}.")
-        self.statistic = statistic
-        self.alpha = check_number("alpha", PUBLISHED_ALPHA[statistic] if alpha is None else alpha)
-        self.beta = check_number("beta", beta)
-        self.detach_target = detach_target
-        self.scale_free = scale_free
-        self.reduction = reduction
-        self.n_samples = check_count("n_samples", n_samples)
-        self.head_bias = head_bias
+    statistic: Statistic = "hgp"
+    alpha: float | None = None
+    beta: float = 5e-3
+    detach_target: bool = True
+    scale_free: bool = False
+    reduction: Literal["mean", "sum"] = "mean"
+    n_samples: int = 300
 
-    def forward(
-        self,
-        features: Tensor,
-        logits: Tensor,
-        targets: Tensor,
-        domains: Tensor,
-        *,
-        step: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """The weighted penalty of one batch; ``step`` is the number of optimiser steps taken so far."""
-        members = make_members(domains, self.n_domains, len(logits))
-        loss = self.counted_loss(logits, targets, domains)
 
-        def penalty(features: Tensor) -> Tensor:
-            return self.of(HeadStatistics(features, loss, members, self.head_bias), generator)
+@arguments
+class HessianAlignmentPenalty(HessianAlignmentOptions, HeadPenaltyModule):
+    """The penalty for any training loop."""
 
-        return self.weighted(step, penalty, features)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.alpha = check_number("alpha", PUBLISHED_ALPHA[self.statistic] if self.alpha is None else self.alpha)
+        self.beta = check_number("beta", self.beta)
+        self.n_samples = check_count("n_samples", self.n_samples)
+
+    def weight_in_words(self) -> str:
+        """The weights under which losses may have diverged, for messages."""
+        return f"{super().weight_in_words()} with `alpha={self.alpha:g}`, `beta={self.beta:g}`"
 
     def of(self, statistics: HeadStatistics, generator: torch.Generator | None = None) -> Tensor:
         """The penalty, not yet weighted, from statistics of any head."""
         return alignment(
-            statistics, self.statistic, self.alpha, self.beta, self.detach_target, self.scale_free, self.reduction,
-            n_samples=self.n_samples, generator=generator,
+            statistics, self.statistic, float(self.alpha or 0), self.beta, self.detach_target, self.scale_free,
+            self.reduction, n_samples=self.n_samples, generator=generator,
         )  # fmt: skip
 
 
-class HessianAlignment(DomainPenalty):
+@arguments
+class HessianAlignment(HessianAlignmentOptions, HeadPenalty):
     """Align the classifier head's gradients and Hessians across domains.
 
-    The method and its formula are described at the top of :mod:`debias.methods.hessian_alignment`.
+    The formula stands at the top of :mod:`debias.methods.hessian_alignment`. ``derivatives="autograd"`` goes with
+    ``"hgp"`` and ``"hutchinson"``. Logs ``train/hessian_alignment_penalty`` on logging steps, before its weight, and
+    the weight where it changes; with ``/name`` behind where there are several of them.
 
     Args:
-        domain: where the domain ids are: a tag, an index, a name, a dotted path, a callable, or a tuple of these whose
-            ids are crossed.
-        n_domains: number of domains, one per key; at least 2 in all.
-        statistic: ``"hgp"``, ``"diagonal"``, ``"hutchinson"`` or ``"frobenius"``.
-        alpha: weight of the Hessians' distance; by default the published value of the statistic.
-        beta: weight of the gradients' distance.
-        detach_target: take no gradient through the means over domains.
-        scale_free: divide each distance by the mean squared norm of what is compared.
-        reduction: mean or sum over domains.
-        n_samples: Rademacher vectors of ``"hutchinson"``.
-        penalty_weight: weight of the whole penalty.
-        weight_before, start_step, ramp_steps: the weight before optimiser step ``start_step``, and the steps within
-            which it then grows to ``penalty_weight``.
-        divide_loss: while the weight is above 1, divide the whole loss by it, as the IRM protocol does.
-        reset_optimizer: forget the optimiser's running averages at ``start_step``.
-        derivatives: ``"closed_form"`` for a linear head, ``"autograd"`` for any head, with ``"hgp"`` and
-            ``"hutchinson"``.
-        head: dotted path of the head; found by default.
         seed: seed of the Rademacher vectors.
-        loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
-
-    Logs ``train/hessian_alignment_penalty``, before its weight, on logging steps, and the weight where it changes;
-    with ``/name`` behind where there are several of them.
 
     Example:
         >>> from debias import HessianAlignment
@@ -303,58 +244,17 @@ class HessianAlignment(DomainPenalty):
     """
 
     reference: ClassVar[str] = "Hemati et al., ICCV 2023, arXiv 2308.11778"
-    needs: ClassVar[tuple[str, ...]] = ("domain", "features")
-    needs_features: ClassVar[bool] = True
     key: ClassVar[str] = "hessian_alignment"
+    module_class = HessianAlignmentPenalty
 
-    def __init__(
-        self,
-        domain: tuple[BatchKey, ...] | BatchKey,
-        n_domains: int | tuple[int, ...],
-        *,
-        statistic: Statistic = "hgp",
-        alpha: float | None = None,
-        beta: float = 5e-3,
-        detach_target: bool = True,
-        scale_free: bool = False,
-        reduction: Literal["mean", "sum"] = "mean",
-        n_samples: int = 300,
-        penalty_weight: float = 1.0,
-        weight_before: float = 0.0,
-        start_step: int = 0,
-        ramp_steps: int = 0,
-        divide_loss: bool = False,
-        reset_optimizer: bool = False,
-        derivatives: Literal["closed_form", "autograd"] = "closed_form",
-        head: str | None = None,
-        seed: int = 0,
-        loss: int | str | Callable[[LossCall], bool] | None = None,
-        rows: str | Callable[[LossCall, int], Tensor] | None = None,
-        name: str | None = None,
-        allow_untested_strategy: bool = False,
-    ) -> None:
-        super().__init__(
-            domain,
-            n_domains,
-            HessianAlignmentPenalty(
-                n_domains, statistic=statistic, alpha=alpha, beta=beta, detach_target=detach_target,
-                scale_free=scale_free, reduction=reduction, n_samples=n_samples, penalty_weight=penalty_weight,
-                weight_before=weight_before, start_step=start_step, ramp_steps=ramp_steps,
-            ),
-            divide_loss=divide_loss,
-            reset_optimizer=reset_optimizer,
-            derivatives=derivatives,
-            head=head,
-            seed=seed,
-            loss=loss,
-            rows=rows,
-            name=name,
-            allow_untested_strategy=allow_untested_strategy,
-        )  # fmt: skip
-        if derivatives == "autograd" and statistic not in ("hgp", "hutchinson"):
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.derivatives == "autograd" and self.statistic not in ("hgp", "hutchinson"):
             raise DebiasError(
                 f"Expected `statistic` to be 'hgp' or 'hutchinson' with `derivatives='autograd'`, but got"
-                f" {statistic!r}, which has a closed form for a linear head only."
+                f" {self.statistic!r}, which has a closed form for a linear head only."
             )
 
     def penalty(self, call: LossCall, domains: Tensor, step: Step) -> Tensor:
@@ -386,10 +286,7 @@ class HessianAlignmentMixin:
     """
 
     hessian_alignment: HessianAlignmentPenalty
-
-    def configure_hessian_alignment(self, n_domains: int | Sequence[int], **options: Any) -> None:
-        """Make the penalty; takes the arguments of :class:`HessianAlignmentPenalty`. Call it in ``__init__``."""
-        self.hessian_alignment = HessianAlignmentPenalty(n_domains, **options)
+    configure_hessian_alignment = configures("hessian_alignment", HessianAlignmentPenalty)
 
     def hessian_alignment_penalty(
         self, features: Tensor, logits: Tensor, targets: Tensor, domains: Tensor, **options: Any

@@ -26,18 +26,19 @@ known identity adds a loss of 0. Costs: the identity head forward and backward o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from dataclasses import field
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from debias.errors import DebiasError
-from debias.methods._adversary import AdversarialDebiaser, AdversaryLoss, make_mlp
+from debias.methods.base import AdversarialDebiaser, AdversaryLoss, AdversaryOptions, configures, make_mlp
+from debias.ops.arguments import checked
+from debias.ops.fields import arguments
 from debias.step.batch import BatchKey
-from debias.tap.tap import LossCall
 
 __all__ = [
     "IdentityAdversarial",
@@ -48,6 +49,7 @@ __all__ = [
 ]
 
 
+@checked("logits: float N K, identities: int N < K")
 def identity_losses(logits: Tensor, identities: Tensor, *, identity_loss: Literal["bce", "ce"] = "bce") -> Tensor:
     """Loss of an identity head for each sample.
 
@@ -75,6 +77,7 @@ def identity_losses(logits: Tensor, identities: Tensor, *, identity_loss: Litera
     return F.binary_cross_entropy_with_logits(logits, one_hot.to(logits.dtype), reduction="none").mean(1)
 
 
+@checked(strength="[0, inf)")
 def bce_to_ce_strength(strength: float, n_identities: int) -> float:
     """The strength under ``identity_loss="ce"`` whose pull on the features is that of ``strength`` under ``"bce"``.
 
@@ -96,17 +99,40 @@ def bce_to_ce_strength(strength: float, n_identities: int) -> float:
     return strength / n_identities
 
 
-class IdentityAdversarialLoss(AdversaryLoss):
-    """The identity head, gradient reversal and loss, for any training loop: add its output to the task's loss.
+@arguments
+class IdentityAdversarialOptions(AdversaryOptions):
+    """Options of identity-adversarial training.
+
+    Args:
+        strength: lambda of the reversal; published 2 on BP4D, 1 on BP4D+, 0.5 on DISFA, with "bce". At 0 the network
+            trains as without the method, and the head is an online probe.
+        identity_loss: ``"bce"`` (paper), whose pull shrinks as 1/S, or ``"ce"``.
+        adversary: ``"linear"`` (paper), ``"mlp"`` (the paper's ablation: D, D/2, D/4, S with GELU), a module from
+            ``(N, D)`` to ``(N, S)``, of which a copy is trained, or a function that makes one from D.
+    """
+
+    identity_loss: Literal["bce", "ce"] = "bce"
+    adversary: str | nn.Module | Callable[[int], nn.Module] = "linear"
+
+
+@arguments
+class IdentityLoss(AdversaryLoss):
+    """The loss of an identity head.
 
     Args:
         in_features: width D of the features; None leaves out the network, for those who pass their own to
             :meth:`objective`.
         n_identities: number of identities S, numbered 0 .. S - 1.
-        strength: lambda of the reversal; published 0.5 to 2, under "bce".
-        identity_loss: ``"bce"`` (paper) or ``"ce"``.
-        adversary: ``"linear"`` (paper), ``"mlp"`` (the paper's ablation: D, D/2, D/4, S with GELU), a module from
-            ``(N, D)`` to ``(N, S)``, of which a copy is taken, or a function that makes one from D.
+    """
+
+    ids: ClassVar[tuple[str, str]] = ("identity", "n_identities")
+    in_features: int | None = field(kw_only=False)
+    n_identities: int = field(kw_only=False)
+
+
+@arguments
+class IdentityAdversarialLoss(IdentityAdversarialOptions, IdentityLoss):
+    """The identity head, gradient reversal and loss, for any training loop: add its output to the task's loss.
 
     Shape:
         features ``(N, D)`` floating point; identities ``(N,)`` integer, negative = unknown, left out; output: scalar.
@@ -127,27 +153,16 @@ class IdentityAdversarialLoss(AdversaryLoss):
         tensor(0.)
     """
 
-    def __init__(
-        self,
-        in_features: int | None,
-        n_identities: int,
-        strength: float = 1.0,
-        *,
-        identity_loss: Literal["bce", "ce"] = "bce",
-        adversary: str | nn.Module | Callable[[int], nn.Module] = "linear",
-    ) -> None:
-        super().__init__(in_features, n_identities, what="identity", argument="n_identities", strength=strength)
-        if identity_loss not in ("bce", "ce"):
-            raise DebiasError(f"Expected `identity_loss` to be 'bce' or 'ce', but got {identity_loss!r}.")
-        if isinstance(adversary, str) and adversary not in ("linear", "mlp"):
+    strength: float = field(default=1.0, kw_only=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.adversary, str) and self.adversary not in ("linear", "mlp"):
             raise DebiasError(
                 f"Expected `adversary` to be 'linear', 'mlp', a module or a function of the features' width, but got"
-                f" {adversary!r}."
+                f" {self.adversary!r}."
             )
-        self.identity_loss = identity_loss
-        # In a tuple: a module of the user's own is a template here, and no part of this one.
-        self._adversary = (adversary,)
-        self.network = None if in_features is None else self.build(in_features)
+        self.network = None if self.in_features is None else self.build(self.in_features)
 
     def build(self, width: int) -> nn.Module:
         """The identity head for features of this width."""
@@ -156,7 +171,7 @@ class IdentityAdversarialLoss(AdversaryLoss):
             "linear": lambda width: nn.Linear(width, self.n_groups),
             "mlp": lambda width: make_mlp(widths, nn.GELU),
         }
-        return self.network_of(self._adversary[0], width, made)
+        return self.network_of(self.adversary, width, made)
 
     def losses(
         self, network: nn.Module, features: Tensor, ids: Tensor, strata: Tensor | None
@@ -165,14 +180,9 @@ class IdentityAdversarialLoss(AdversaryLoss):
         logits = self.guess(network, features)
         return logits, [(identity_losses(logits, ids, identity_loss=self.identity_loss), False)]
 
-    def forward(self, features: Tensor, identities: Tensor) -> Tensor:
-        """The loss to add for one batch."""
-        if self.network is None:
-            raise DebiasError("Expected `in_features` to be given, but got None: there is no network to call.")
-        return self.objective(self.network, features, identities)
 
-
-class IdentityAdversarial(AdversarialDebiaser):
+@arguments
+class IdentityAdversarial(IdentityAdversarialOptions, AdversarialDebiaser):
     """Keep identity out of the features, by an adversary that tries to recognise people.
 
     The method and its formula are described at the top of :mod:`debias.methods.identity_adversarial`.
@@ -181,23 +191,7 @@ class IdentityAdversarial(AdversarialDebiaser):
         identity: where the identities are: a tag, an index, a name, a dotted path or a callable; ids int64 ``(N,)``,
             negative = unknown, left out.
         n_identities: number of identities S, numbered 0 .. S - 1 over the whole training set.
-        strength: lambda of the reversal; published 2 on BP4D, 1 on BP4D+, 0.5 on DISFA, with "bce". At 0 the network
-            trains as without the method, and the head is an online probe.
-        identity_loss: ``"bce"`` (paper), whose pull shrinks as 1/S, or ``"ce"``.
-        adversary: ``"linear"`` (paper), ``"mlp"`` (its ablation), a module from ``(N, D)`` to ``(N, S)``, of which a
-            copy is trained, or a function that makes one from D.
         schedule: ``"constant"`` (paper), or ``"dann"``: from 0 to ``strength`` by :func:`debias.functional.dann_ramp`.
-        warmup_steps: optimiser steps during which the head learns and the network trains as without it.
-        ramp_steps: length of the "dann" ramp in optimiser steps; by default what is left of training.
-        features: dotted path of the module whose output ``(N, D)`` is meant; by default the input of the classifier
-            head, which is found.
-        lr: learning rate of the head; by default the user's current one (of several groups the highest) times
-            ``lr_ratio``.
-        lr_ratio: see ``lr``.
-        optimizer: makes the head's optimiser from parameters and ``lr=``, e.g. ``torch.optim.SGD``; by default one of
-            the user's class, with its options.
-        loss: which of several losses is meant, by position or a callable of :class:`LossCall`; its features are read.
-        rows, head, seed, name, allow_untested_strategy: see :class:`debias.Debiaser`.
 
     Logs ``train/identity_adversary/loss``, ``.../accuracy`` (of the head, on the global batch) and ``.../strength`` on
     logging steps; the first part is the instance's name, ``identity`` if that is the key; with the class behind
@@ -213,48 +207,14 @@ class IdentityAdversarial(AdversarialDebiaser):
         'IdentityAdversarial(subject)'
     """
 
+    ids: ClassVar[tuple[str, str]] = ("identity", "n_identities")
     needs: ClassVar[tuple[str, ...]] = ("identity", "features")
     reference: ClassVar[str] = "Ning et al., FG 2025, arXiv 2407.11243"
+    module_class = IdentityAdversarialLoss
 
-    def __init__(
-        self,
-        identity: BatchKey,
-        n_identities: int,
-        *,
-        strength: float = 1.0,
-        identity_loss: Literal["bce", "ce"] = "bce",
-        adversary: str | nn.Module | Callable[[int], nn.Module] = "linear",
-        schedule: Literal["constant", "dann"] = "constant",
-        warmup_steps: int = 0,
-        ramp_steps: int | None = None,
-        features: str | None = None,
-        lr: float | None = None,
-        lr_ratio: float = 1.0,
-        optimizer: Callable[[Iterable], Optimizer] | None = None,
-        loss: int | Callable[[LossCall], bool] | None = None,
-        rows: str | Callable[[LossCall, int], Tensor] | None = None,
-        head: str | None = None,
-        seed: int = 0,
-        name: str | None = None,
-        allow_untested_strategy: bool = False,
-    ) -> None:
-        super().__init__(
-            identity,
-            IdentityAdversarialLoss(None, n_identities, strength, identity_loss=identity_loss, adversary=adversary),
-            schedule=schedule,
-            warmup_steps=warmup_steps,
-            ramp_steps=ramp_steps,
-            features=features,
-            lr=lr,
-            lr_ratio=lr_ratio,
-            optimizer=optimizer,
-            loss=loss,
-            rows=rows,
-            head=head,
-            seed=seed,
-            name=name,
-            allow_untested_strategy=allow_untested_strategy,
-        )
+    identity: BatchKey = field(kw_only=False)
+    n_identities: int = field(kw_only=False)
+    schedule: Literal["constant", "dann"] = "constant"
 
 
 class IdentityAdversarialMixin:
@@ -276,10 +236,7 @@ class IdentityAdversarialMixin:
     """
 
     identity_adversarial: IdentityAdversarialLoss
-
-    def configure_identity_adversarial(self, in_features: int, n_identities: int, **options: Any) -> None:
-        """Make head and loss; takes the arguments of :class:`IdentityAdversarialLoss`. Call it in ``__init__``."""
-        self.identity_adversarial = IdentityAdversarialLoss(in_features, n_identities, **options)
+    configure_identity_adversarial = configures("identity_adversarial", IdentityAdversarialLoss)
 
     def identity_adversarial_loss(self, features: Tensor, identities: Tensor) -> Tensor:
         """What to add to the loss, for features ``(N, D)`` and identities ``(N,)``."""

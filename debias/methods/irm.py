@@ -21,29 +21,27 @@ or squared error, and domain ids; no features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from debias.errors import DebiasError
-from debias.methods._domain_penalty import DomainPenalty, head_loss, rows_of
+from debias.methods.base import LossPenalty, configures
+from debias.ops.arguments import checked
 from debias.ops.distributed import global_rank, global_sum, is_distributed, world_size
 from debias.ops.domains import check_domains, domain_shares
+from debias.ops.fields import arguments
 from debias.ops.groups import GroupSums, group_losses
 from debias.ops.head_losses import HeadLoss, make_head_loss
-from debias.ops.penalties import LossPenaltyModule
+from debias.ops.penalties import LossPenaltyModule, PenaltyOptions
 from debias.ops.precision import in_full_precision
-from debias.step.batch import BatchKey
-from debias.step.context import Step
-from debias.tap.tap import LossCall
 
 __all__ = ["IRM", "IRMMixin", "IRMPenalty", "irm_penalty"]
 
 Form = Literal["unbiased", "squared"]
 
 
+@checked("logits: float N C | float N, targets: int N < C | any ..., domains: int N < n_domains | bool N n_domains")
 @in_full_precision
 def irm_penalty(
     logits: Tensor,
@@ -139,75 +137,34 @@ def _before(counts: Tensor) -> Tensor:
     return global_sum(of_ranks)[: global_rank()].sum(0)
 
 
-class IRMPenalty(LossPenaltyModule):
-    """The penalty for any training loop.
+@arguments
+class IRMOptions(PenaltyOptions):
+    """Options of IRM, at DomainBed's values.
 
     Args:
-        n_domains: number of domains E, at least 2.
-        penalty_weight: weight in the end; published default 100.
         form: ``"unbiased"`` or ``"squared"``.
-        weight_before, start_step, ramp_steps: see :class:`debias.ops.schedule.PenaltySchedule`.
-        loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` or ``"squared_error"``.
-        **loss_options: what the loss is called with: ``weight``, ``label_smoothing``, ``ignore_index``, ``pos_weight``,
-            see :class:`debias.ops.penalties.LossPenaltyModule`.
-
-    Shape:
-        logits ``(N, C)``; targets of the loss; domains ``(N,)`` int64 or boolean ``(N, E)``; output: scalar.
-
-    Raises:
-        DebiasError: an argument is out of range.
-        BadRowsError: a domain id is out of range, or a row is not finite.
     """
 
-    def __init__(
-        self,
-        n_domains: int | Sequence[int],
-        *,
-        penalty_weight: float = 100.0,
-        form: Form = "unbiased",
-        weight_before: float = 1.0,
-        start_step: int = 0,
-        ramp_steps: int = 0,
-        loss: str = "cross_entropy",
-        **loss_options: Any,
-    ) -> None:
-        super().__init__(
-            n_domains, penalty_weight, loss=loss, loss_options=loss_options, weight_before=weight_before,
-            start_step=start_step, ramp_steps=ramp_steps,
-        )  # fmt: skip
-        if form not in ("unbiased", "squared"):
-            raise DebiasError(f"Expected `form` to be 'unbiased' or 'squared', but got {form!r}.")
-        self.form = form
-
-    def forward(self, logits: Tensor, targets: Tensor, domains: Tensor, *, step: int | None = None) -> Tensor:
-        """The weighted penalty of one batch; ``step`` is the number of optimiser steps taken so far."""
-        check_domains(domains, self.n_domains, len(logits))
-        derivatives = in_full_precision(
-            lambda z: scale_derivatives(self.head_loss(z, targets), domains, self.n_domains, self.form)
-        )
-        sums, counts = derivatives(logits)  # not finite where a logit or a loss is not
-        self.count_bad(counts)
-        return self.weighted(step, lambda _: derivative_product(sums, self.form), sums.rows)
+    penalty_weight: float = 100.0
+    weight_before: float = 1.0
+    form: Form = "unbiased"
 
 
-class IRM(DomainPenalty):
+@arguments
+class IRMPenalty(IRMOptions, LossPenaltyModule):
+    """The penalty for any training loop."""
+
+    def of(self, loss: HeadLoss, domains: Tensor) -> Tensor:  # type: ignore[override]
+        """The penalty, not yet weighted."""
+        return derivative_product(scale_derivatives(loss, domains, self.n_groups, self.form)[0], self.form)
+
+
+@arguments
+class IRM(IRMOptions, LossPenalty):
     """Ask that no domain alone wants to rescale the logits.
 
-    The method and its formula are described at the top of :mod:`debias.methods.irm`.
-
-    Args:
-        domain: where the domain ids are; see :class:`debias.HessianAlignment`.
-        n_domains: number of domains, one per key; at least 2 in all.
-        penalty_weight: weight of the penalty.
-        form: ``"unbiased"`` or ``"squared"``.
-        weight_before, start_step, ramp_steps: the weight before optimiser step ``start_step``, and the steps within
-            which it then grows to ``penalty_weight``.
-        divide_loss: while the weight is above 1, divide the whole loss by it, as the Colored MNIST protocol does.
-        reset_optimizer: forget the optimiser's running averages at ``start_step``, as DomainBed does.
-        loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
-
-    Logs ``train/irm_penalty``, before its weight, on logging steps, and the weight where it changes;
-    with ``/name`` behind where there are several of them.
+    The formula stands at the top of :mod:`debias.methods.irm`. Logs ``train/irm_penalty`` on logging steps, before its
+    weight, and the weight where it changes; with ``/name`` behind where there are several of them.
 
     Example:
         >>> from debias import IRM
@@ -218,55 +175,14 @@ class IRM(DomainPenalty):
     reference: ClassVar[str] = "Arjovsky et al. 2019, arXiv 1907.02893"
     key: ClassVar[str] = "irm"
     of_one_domain: ClassVar[str] = ", of which alone the penalty will be"
-
-    def __init__(
-        self,
-        domain: tuple[BatchKey, ...] | BatchKey,
-        n_domains: int | tuple[int, ...],
-        *,
-        penalty_weight: float = 100.0,
-        form: Form = "unbiased",
-        weight_before: float = 1.0,
-        start_step: int = 0,
-        ramp_steps: int = 0,
-        divide_loss: bool = False,
-        reset_optimizer: bool = False,
-        loss: int | str | Callable[[LossCall], bool] | None = None,
-        rows: str | Callable[[LossCall, int], Tensor] | None = None,
-        name: str | None = None,
-        allow_untested_strategy: bool = False,
-    ) -> None:
-        super().__init__(
-            domain,
-            n_domains,
-            IRMPenalty(
-                n_domains, penalty_weight=penalty_weight, form=form, weight_before=weight_before,
-                start_step=start_step, ramp_steps=ramp_steps,
-            ),
-            divide_loss=divide_loss,
-            reset_optimizer=reset_optimizer,
-            loss=loss,
-            rows=rows,
-            name=name,
-            allow_untested_strategy=allow_untested_strategy,
-        )  # fmt: skip
-
-    def penalty(self, call: LossCall, domains: Tensor, step: Step) -> Tensor:
-        """The module's penalty for this loss."""
-        loss = head_loss(call, check=self._checks(step))
-        rows = len(loss.logits)
-        sums, _ = scale_derivatives(loss, rows_of(call, domains, rows), self.module.n_domains, self.module.form)
-        return derivative_product(sums, self.module.form)
+    module_class = IRMPenalty
 
 
 class IRMMixin:
     """IRM inside a LightningModule, for those who prefer explicit code."""
 
     irm: IRMPenalty
-
-    def configure_irm(self, n_domains: int | Sequence[int], **options: Any) -> None:
-        """Make the penalty; takes the arguments of :class:`IRMPenalty`. Call it in ``__init__``."""
-        self.irm = IRMPenalty(n_domains, **options)
+    configure_irm = configures("irm", IRMPenalty)
 
     def irm_penalty(self, logits: Tensor, targets: Tensor, domains: Tensor) -> Tensor:
         """The weighted penalty for logits ``(N, C)``, their targets and domains ``(N,)`` at this optimiser step."""

@@ -21,15 +21,17 @@ the batch, keeps its style; so does a batch of one. Costs two passes over the ou
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from debias.errors import DebiasError
-from debias.methods._layers import LayerAugmenter
-from debias.ops.arguments import check_number
+from debias.methods.base import LayerAugmenter
+from debias.ops.arguments import check_number, checked
 from debias.ops.distributed import gather, global_rank, is_distributed
+from debias.ops.fields import arguments
 from debias.ops.pairs import beta_shares, random_partners
 from debias.ops.styles import restyle, style
 from debias.step.batch import BatchKey
@@ -37,6 +39,7 @@ from debias.step.batch import BatchKey
 __all__ = ["MixStyle", "MixStyleLayer", "mix_style"]
 
 
+@checked("x: float N C H W | float N T C, partners: int N < N, shares: float N", eps="[0, inf)")
 def mix_style(x: Tensor, partners: Tensor, shares: Tensor, *, eps: float = 1e-6) -> Tensor:
     """Feature maps whose styles are mixed with those of their partners.
 
@@ -70,22 +73,38 @@ def other_domains(domains: Tensor) -> Tensor:
     return (domains.unsqueeze(1) != domains) & known & known.unsqueeze(1)
 
 
-class MixStyleLayer(nn.Module):
-    """MixStyle as an ordinary layer, which draws from torch's global random numbers; the identity in eval mode.
+@arguments(kw_only=False)
+class MixStyleOptions:
+    """Options of MixStyle, at the published values.
 
     Args:
-        p: probability that a forward pass is changed.
-        alpha: parameter of the Beta distribution.
+        p: probability that a pass is changed.
+        alpha: parameter of the Beta distribution; small values rarely mix, but then strongly.
         eps: added to variances.
+    """
+
+    p: float = 0.5
+    alpha: float = 0.1
+    _: KW_ONLY
+    eps: float = 1e-6
+
+    def check(self) -> None:
+        """Refuse numbers that are out of range."""
+        self.eps = check_number("eps", self.eps)
+        self.p, self.alpha = check_number("p", self.p, "[0, 1]"), check_number("alpha", self.alpha, "(0, inf)")
+
+
+@arguments
+class MixStyleLayer(MixStyleOptions, nn.Module):
+    """MixStyle as an ordinary layer, which draws from torch's global random numbers; the identity in eval mode.
 
     Shape:
         x ``(N, C, H, W)`` or ``(N, T, D)``, domains int64 ``(N,)`` or None for partners of any domain; output like x.
     """
 
-    def __init__(self, p: float = 0.5, alpha: float = 0.1, *, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.p, self.alpha = check_number("p", p, "[0, 1]"), check_number("alpha", alpha, "(0, inf)")
-        self.eps = eps
+    def __post_init__(self) -> None:
+        nn.Module.__init__(self)
+        self.check()
 
     def forward(self, x: Tensor, domains: Tensor | None = None) -> Tensor:
         """Mix styles, with probability ``p``."""
@@ -101,25 +120,18 @@ class MixStyleLayer(nn.Module):
         return mix_style(x, partners, shares, eps=self.eps)
 
 
-class MixStyle(LayerAugmenter):
+@arguments
+class MixStyle(MixStyleOptions, LayerAugmenter):
     """Mix the channel statistics of samples at chosen layers, during training only.
 
-    The method and its formula are described at the top of :mod:`debias.methods.mixstyle`.
+    The method and its formula are described at the top of :mod:`debias.methods.mixstyle`. By default the layers are
+    ``layer1`` and ``layer2`` of a ResNet, the blocks at a quarter and half the depth of a vision transformer. A layer
+    of a frozen part of the network that is in eval mode stays as it is.
 
     Args:
-        layers: dotted paths of layers whose output is ``(N, C, H, W)`` or ``(N, T, D)``; ``*`` stands for anything but
-            a dot. By default ``layer1`` and ``layer2`` of a ResNet, the blocks at a quarter and half the depth of a
-            vision transformer.
-        p: probability that a layer changes a step.
-        alpha: parameter of the Beta distribution; small values rarely mix, but then strongly.
         domain: where the domain ids are, for partners from another domain; None for partners of any domain.
         sync_stats: under DDP, partners from the batches of all ranks.
-        prefix_tokens: tokens before those of the patches, which stay as they are; found in timm and torchvision.
         rows: with ``domain``, how the rows of a layer come from the samples where there are several each.
-        seed: seed of its own random numbers.
-        name, allow_untested_strategy: see :class:`debias.Debiaser`.
-
-    A layer of a frozen part of the network that is in eval mode stays as it is.
 
     Example:
         >>> from debias import MixStyle
@@ -129,35 +141,18 @@ class MixStyle(LayerAugmenter):
 
     reference: ClassVar[str] = "Zhou et al., ICLR 2021, arXiv 2104.02008"
 
-    def __init__(
-        self,
-        layers: str | list[str] | None = None,
-        *,
-        p: float = 0.5,
-        alpha: float = 0.1,
-        domain: BatchKey | None = None,
-        sync_stats: bool = False,
-        prefix_tokens: int | None = None,
-        rows: str | None = None,
-        seed: int = 0,
-        name: str | None = None,
-        allow_untested_strategy: bool = False,
-    ) -> None:
-        super().__init__(
-            layers,
-            prefix_tokens=prefix_tokens,
-            rows=rows,
-            seed=seed,
-            name=name,
-            allow_untested_strategy=allow_untested_strategy,
-        )
-        if isinstance(domain, tuple | list):
+    domain: BatchKey | None = None
+    sync_stats: bool = False
+    rows: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check()
+        if isinstance(self.domain, tuple | list):
             raise DebiasError(
-                f"Expected `domain` of MixStyle to be one key, but got {domain!r}. Tag the crossed ids: which are alike"
-                " is all that counts."
+                f"Expected `domain` of MixStyle to be one key, but got {self.domain!r}. Tag the crossed ids: which are"
+                " alike is all that counts."
             )
-        self.p, self.alpha = check_number("p", p, "[0, 1]"), check_number("alpha", alpha, "(0, inf)")
-        self.domain, self.sync_stats = domain, sync_stats
 
     def begin(self, step: Any) -> None:
         """Read the domains, so that an error comes before the step."""
@@ -175,7 +170,7 @@ class MixStyle(LayerAugmenter):
         sync = self.sync_stats and is_distributed()
         if not sync:
             partners, shares = self._draw(path, x.device, x.shape[0], domains, shared=False)
-            return mix_style(x, partners, shares)
+            return mix_style(x, partners, shares, eps=self.eps)
         return self._among_all(x, path, domains)
 
     def _draw(
@@ -193,7 +188,7 @@ class MixStyle(LayerAugmenter):
     def _among_all(self, x: Tensor, path: str, domains: Tensor | None) -> Tensor:
         """Partners among the rows of all ranks: their statistics are exchanged, and every rank makes the same draws."""
         with torch.no_grad():
-            mean, std = style(x)
+            mean, std = style(x, eps=self.eps)
             known = x.new_zeros(x.shape[0]) if domains is None else domains
             marks = torch.stack((torch.full_like(known, global_rank()), known), dim=1).to(mean.dtype)
             pool = gather(torch.cat([mean.flatten(1), std.flatten(1), marks], dim=1))

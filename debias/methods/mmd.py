@@ -20,23 +20,21 @@ features in front of the head or the output of a named module, and domain ids; n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
-from debias.methods._domain_penalty import DomainPenalty
-from debias.ops.arguments import check_number
+from debias.methods.base import FeaturePenalty, configures
+from debias.ops.arguments import check_number, checked
 from debias.ops.distributed import gathers
 from debias.ops.domains import make_members
+from debias.ops.fields import arguments
 from debias.ops.known_gradient import known_gradient
-from debias.ops.penalties import DomainPenaltyModule
+from debias.ops.penalties import FeaturePenaltyModule, PenaltyOptions
 from debias.ops.precision import in_full_precision
-from debias.step.batch import BatchKey
-from debias.step.context import Step
-from debias.tap.tap import LossCall
 
 __all__ = ["MMD", "MMDMixin", "MMDPenalty", "mmd_penalty"]
 
@@ -44,6 +42,7 @@ GAMMAS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
 Kernel = Literal["gaussian", "scaled_gaussian"]
 
 
+@checked("features: float N D, domains: int N < n_domains | bool N n_domains", gammas="[0, inf)")
 @in_full_precision
 def mmd_penalty(
     features: Tensor,
@@ -118,76 +117,41 @@ def _kernels(distances: Tensor, gammas: Sequence[float]) -> tuple[Tensor, Tensor
     return values, slopes
 
 
-class MMDPenalty(DomainPenaltyModule):
-    """The penalty for any training loop.
+@arguments
+class MMDOptions(PenaltyOptions):
+    """Options of MMD.
 
     Args:
-        n_domains: number of domains E, at least 2.
-        penalty_weight: weight in the end; published default 1.
         kernel: ``"gaussian"``, or ``"scaled_gaussian"`` on distances divided by their mean.
-        gammas: inverse widths of the kernels, which are added; positive.
-        weight_before, start_step, ramp_steps: see :class:`debias.ops.schedule.PenaltySchedule`.
-
-    Shape:
-        features ``(N, d)``; domains ``(N,)`` int64 or boolean ``(N, E)``; output: scalar.
-
-    Raises:
-        DebiasError: an argument is out of range.
-        BadRowsError: a domain id is out of range, or a row is not finite.
+        gammas: inverse widths of the kernels, which are added; positive, by default DomainBed's seven.
     """
 
-    def __init__(
-        self,
-        n_domains: int | Sequence[int],
-        *,
-        penalty_weight: float = 1.0,
-        kernel: Kernel = "gaussian",
-        gammas: Sequence[float] = GAMMAS,
-        weight_before: float = 0.0,
-        start_step: int = 0,
-        ramp_steps: int = 0,
-    ) -> None:
-        super().__init__(
-            n_domains, penalty_weight, weight_before=weight_before, start_step=start_step, ramp_steps=ramp_steps
-        )
-        if kernel not in ("gaussian", "scaled_gaussian"):
-            raise DebiasError(f"Expected `kernel` to be 'gaussian' or 'scaled_gaussian', but got {kernel!r}.")
+    kernel: Kernel = "gaussian"
+    gammas: Sequence[float] | None = None
+
+
+@arguments
+class MMDPenalty(MMDOptions, FeaturePenaltyModule):
+    """The penalty for any training loop."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        gammas = GAMMAS if self.gammas is None else self.gammas
         if not gammas:
             raise DebiasError("Expected `gammas` to hold one inverse width or more, but got none.")
-        self.kernel: Kernel = kernel
         self.gammas = [check_number("gammas", gamma) for gamma in gammas]
-
-    def forward(self, features: Tensor, domains: Tensor, *, step: int | None = None) -> Tensor:
-        """The weighted penalty of one batch; ``step`` is the number of optimiser steps taken so far."""
-        make_members(domains, self.n_domains, len(features))
-        self.count_rows(domains, features)
-        return self.weighted(step, lambda f: self.of(f, domains), features)
 
     def of(self, features: Tensor, domains: Tensor) -> Tensor:
         """The penalty, not yet weighted."""
-        return mmd_penalty(features, domains, self.n_domains, kernel=self.kernel, gammas=self.gammas)
+        return mmd_penalty(features, domains, self.n_groups, kernel=self.kernel, gammas=self.gammas or GAMMAS)
 
 
-class MMD(DomainPenalty):
+@arguments
+class MMD(MMDOptions, FeaturePenalty):
     """Make features have the same distribution in every domain.
 
-    The method and its formula are described at the top of :mod:`debias.methods.mmd`.
-
-    Args:
-        domain: where the domain ids are; see :class:`debias.HessianAlignment`.
-        n_domains: number of domains, one per key; at least 2 in all.
-        penalty_weight: weight of the penalty.
-        kernel: ``"gaussian"``, or ``"scaled_gaussian"`` on distances divided by their mean.
-        gammas: inverse widths of the kernels; by default DomainBed's seven.
-        weight_before, start_step, ramp_steps: the weight before optimiser step ``start_step``, and the steps within
-            which it then grows to ``penalty_weight``.
-        features: dotted path of the module whose output ``(N, d)`` is meant; by default the input of the classifier
-            head, which is found.
-        head: dotted path of the layer whose input the features are, where it is not found.
-        loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
-
-    Logs ``train/mmd_penalty``, before its weight, on logging steps, and the weight where it changes;
-    with ``/name`` behind where there are several of them.
+    The formula stands at the top of :mod:`debias.methods.mmd`. Logs ``train/mmd_penalty`` on logging steps, before its
+    weight, and the weight where it changes; with ``/name`` behind where there are several of them.
 
     Example:
         >>> from debias import MMD
@@ -196,56 +160,16 @@ class MMD(DomainPenalty):
     """
 
     reference: ClassVar[str] = "Gretton et al., JMLR 2012; Li et al., CVPR 2018; DomainBed's form"
-    needs: ClassVar[tuple[str, ...]] = ("domain", "features")
-    needs_features: ClassVar[bool] = True
+    only_features: ClassVar[bool] = True
     key: ClassVar[str] = "mmd"
-
-    def __init__(
-        self,
-        domain: tuple[BatchKey, ...] | BatchKey,
-        n_domains: int | tuple[int, ...],
-        *,
-        penalty_weight: float = 1.0,
-        kernel: Kernel = "gaussian",
-        gammas: list[float] | None = None,
-        weight_before: float = 0.0,
-        start_step: int = 0,
-        ramp_steps: int = 0,
-        features: str | None = None,
-        head: str | None = None,
-        loss: int | str | Callable[[LossCall], bool] | None = None,
-        rows: str | Callable[[LossCall, int], Tensor] | None = None,
-        name: str | None = None,
-        allow_untested_strategy: bool = False,
-    ) -> None:
-        super().__init__(
-            domain,
-            n_domains,
-            MMDPenalty(
-                n_domains, penalty_weight=penalty_weight, kernel=kernel, gammas=GAMMAS if gammas is None else gammas,
-                weight_before=weight_before, start_step=start_step, ramp_steps=ramp_steps,
-            ),
-            features=features,
-            head=head,
-            loss=loss,
-            rows=rows,
-            name=name,
-            allow_untested_strategy=allow_untested_strategy,
-        )  # fmt: skip
-
-    def penalty(self, call: LossCall, domains: Tensor, step: Step) -> Tensor:
-        """The penalty for the features this loss is computed from, or those that are named."""
-        return self.module.of(*self.feature_rows(call, domains))
+    module_class = MMDPenalty
 
 
 class MMDMixin:
     """MMD inside a LightningModule, for those who prefer explicit code."""
 
     mmd: MMDPenalty
-
-    def configure_mmd(self, n_domains: int | Sequence[int], **options: Any) -> None:
-        """Make the penalty; takes the arguments of :class:`MMDPenalty`. Call it in ``__init__``."""
-        self.mmd = MMDPenalty(n_domains, **options)
+    configure_mmd = configures("mmd", MMDPenalty)
 
     def mmd_penalty(self, features: Tensor, domains: Tensor) -> Tensor:
         """The weighted penalty for features ``(N, d)`` and domains ``(N,)`` at this optimiser step."""

@@ -14,24 +14,23 @@ backward. Needs per-sample losses of any kind, and domain ids; no features, no h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from debias.methods._domain_penalty import DomainPenalty
+from debias.methods.base import DomainPenalty, configures
+from debias.ops.arguments import checked
 from debias.ops.domains import domain_shares
+from debias.ops.fields import arguments
 from debias.ops.groups import GroupSums, group_losses
-from debias.ops.penalties import DomainPenaltyModule
+from debias.ops.penalties import DomainPenaltyModule, PenaltyOptions
 from debias.ops.precision import in_full_precision
-from debias.step.batch import BatchKey
-from debias.step.context import Step
-from debias.tap.tap import LossCall
 
 __all__ = ["VREx", "VRExMixin", "VRExPenalty", "vrex_penalty"]
 
 
+@checked("losses: float N, domains: int N < n_domains | bool N n_domains, den: float N")
 @in_full_precision
 def vrex_penalty(losses: Tensor, domains: Tensor, n_domains: int, *, den: Tensor | None = None) -> Tensor:
     """Variance of the domains' mean losses; rows whose loss is not finite have no part in it.
@@ -62,59 +61,29 @@ def loss_variance(sums: GroupSums) -> Tensor:
     return (means - means.dot(shares)).square().dot(shares).to(sums.rows.dtype)
 
 
-class VRExPenalty(DomainPenaltyModule):
-    """The penalty for any training loop.
+@arguments
+class VRExOptions(PenaltyOptions):
+    """Options of V-REx, at DomainBed's values."""
 
-    Args:
-        n_domains: number of domains E, at least 2.
-        penalty_weight: weight in the end; published default 10.
-        weight_before, start_step, ramp_steps: see :class:`debias.ops.schedule.PenaltySchedule`.
-
-    Shape:
-        losses ``(N,)``; domains ``(N,)`` int64 or boolean ``(N, E)``; output: scalar.
-
-    Raises:
-        DebiasError: an argument is out of range.
-        BadRowsError: a domain id is out of range, or a loss is not finite.
-    """
-
-    def __init__(
-        self,
-        n_domains: int | Sequence[int],
-        *,
-        penalty_weight: float = 10.0,
-        weight_before: float = 1.0,
-        start_step: int = 0,
-        ramp_steps: int = 0,
-    ) -> None:
-        super().__init__(
-            n_domains, penalty_weight, weight_before=weight_before, start_step=start_step, ramp_steps=ramp_steps
-        )
-
-    def forward(self, losses: Tensor, domains: Tensor, *, step: int | None = None) -> Tensor:
-        """The weighted penalty of one batch; ``step`` is the number of optimiser steps taken so far."""
-        self.check_shapes(losses, domains)
-        sums = self.sums_of(losses, torch.ones_like(losses), domains)
-        return self.weighted(step, lambda _: loss_variance(sums), sums.rows)
+    penalty_weight: float = 10.0
+    weight_before: float = 1.0
 
 
-class VREx(DomainPenalty):
+@arguments
+class VRExPenalty(VRExOptions, DomainPenaltyModule):
+    """The penalty for any training loop."""
+
+    def of(self, sums: GroupSums) -> Tensor:  # type: ignore[override]
+        """The penalty, not yet weighted, from the sums of the losses by domain."""
+        return loss_variance(sums)
+
+
+@arguments
+class VREx(VRExOptions, DomainPenalty):
     """Make the domains' losses equal.
 
-    The method and its formula are described at the top of :mod:`debias.methods.vrex`.
-
-    Args:
-        domain: where the domain ids are; see :class:`debias.HessianAlignment`.
-        n_domains: number of domains, one per key; at least 2 in all.
-        penalty_weight: weight of the variance.
-        weight_before, start_step, ramp_steps: the weight before optimiser step ``start_step``, and the steps within
-            which it then grows to ``penalty_weight``.
-        divide_loss: while the weight is above 1, divide the whole loss by it, as the IRM protocol does.
-        reset_optimizer: forget the optimiser's running averages at ``start_step``, as DomainBed does.
-        loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
-
-    Logs ``train/vrex_penalty``, before its weight, on logging steps, and the weight where it changes;
-    with ``/name`` behind where there are several of them.
+    The formula stands at the top of :mod:`debias.methods.vrex`. Logs ``train/vrex_penalty`` on logging steps, before
+    its weight, and the weight where it changes; with ``/name`` behind where there are several of them.
 
     Example:
         >>> from debias import VREx
@@ -124,54 +93,14 @@ class VREx(DomainPenalty):
 
     reference: ClassVar[str] = "Krueger et al., ICML 2021, arXiv 2003.00688"
     key: ClassVar[str] = "vrex"
-
-    def __init__(
-        self,
-        domain: tuple[BatchKey, ...] | BatchKey,
-        n_domains: int | tuple[int, ...],
-        *,
-        penalty_weight: float = 10.0,
-        weight_before: float = 1.0,
-        start_step: int = 0,
-        ramp_steps: int = 0,
-        divide_loss: bool = False,
-        reset_optimizer: bool = False,
-        loss: int | str | Callable[[LossCall], bool] | None = None,
-        rows: str | Callable[[LossCall, int], Tensor] | None = None,
-        name: str | None = None,
-        allow_untested_strategy: bool = False,
-    ) -> None:
-        super().__init__(
-            domain,
-            n_domains,
-            VRExPenalty(
-                n_domains,
-                penalty_weight=penalty_weight,
-                weight_before=weight_before,
-                start_step=start_step,
-                ramp_steps=ramp_steps,
-            ),
-            divide_loss=divide_loss,
-            reset_optimizer=reset_optimizer,
-            loss=loss,
-            rows=rows,
-            name=name,
-            allow_untested_strategy=allow_untested_strategy,
-        )
-
-    def penalty(self, call: LossCall, domains: Tensor, step: Step) -> Tensor:
-        """The variance for this loss."""
-        return loss_variance(self.loss_sums(call, domains, step))
+    module_class = VRExPenalty
 
 
 class VRExMixin:
     """V-REx inside a LightningModule, for those who prefer explicit code."""
 
     vrex: VRExPenalty
-
-    def configure_vrex(self, n_domains: int | Sequence[int], **options: Any) -> None:
-        """Make the penalty; takes the arguments of :class:`VRExPenalty`. Call it in ``__init__``."""
-        self.vrex = VRExPenalty(n_domains, **options)
+    configure_vrex = configures("vrex", VRExPenalty)
 
     def vrex_penalty(self, losses: Tensor, domains: Tensor) -> Tensor:
         """The weighted penalty for losses ``(N,)`` and domains ``(N,)`` at this optimiser step."""

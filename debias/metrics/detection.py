@@ -9,13 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import rank_zero_warn
 
 from debias.errors import BadRowsError, DebiasError
 from debias.metrics.group import group_difference, worst_group
+from debias.ops.arguments import check_count, checked
 
 __all__ = ["DetectionAccuracy", "GroupMeanAveragePrecision", "detection_accuracy"]
 
 
+@checked("predicted: any p 4, true: any t 4", iou_threshold="[0, 1]")
 def detection_accuracy(predicted: Tensor, true: Tensor, *, iou_threshold: float = 0.5) -> Tensor:
     """Accuracy of an image's boxes: hits over hits, false alarms and misses.
 
@@ -79,6 +82,7 @@ class DetectionAccuracy(Metric):
     sums: Tensor
     counts: Tensor
 
+    @checked(iou_threshold="[0, 1]", score_threshold="[0, 1]")
     def __init__(
         self, n_groups: int, *, iou_threshold: float = 0.5, score_threshold: float = 0.5, **kwargs: Any
     ) -> None:
@@ -121,8 +125,12 @@ class GroupMeanAveragePrecision(Metric):
     Average precision is no sum over images: all boxes are kept, and gathered from all ranks. Where several predictions
     have exactly the same score, it depends on the order of the images, as torchmetrics' does.
 
+    Of an image the ``max_detections`` boxes of each label with the highest scores count, as in COCO. A warning says,
+    once, in how many images there are more.
+
     Args:
         n_groups: number of domains.
+        max_detections: how many boxes of a label count in an image; COCO: 100.
         **kwargs: of ``torchmetrics.detection.MeanAveragePrecision``, such as ``iou_thresholds`` or ``backend``.
 
     Raises:
@@ -134,10 +142,13 @@ class GroupMeanAveragePrecision(Metric):
     higher_is_better = True
     full_state_update = False
 
-    def __init__(self, n_groups: int, **kwargs: Any) -> None:
+    @checked()
+    def __init__(self, n_groups: int, *, max_detections: int = 100, **kwargs: Any) -> None:
         super().__init__(sync_on_compute=False)
         self.n_groups = n_groups
+        self.max_detections = check_count("max_detections", max_detections)
         self.options = kwargs
+        self._said_more = False
         self._images: list[tuple[dict[str, Tensor], dict[str, Tensor], int]] = []
         self._alone([])  # what is not installed is said now
 
@@ -156,6 +167,7 @@ class GroupMeanAveragePrecision(Metric):
             parts: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(parts, images)
             images = [image for part in parts for image in part]
+        self._say_more(images)
         found = [self._alone([i for i in images if i[2] == group]) for group in range(self.n_groups)]
         found.append(self._alone(images))
         values: dict[str, Tensor] = {}
@@ -182,7 +194,9 @@ class GroupMeanAveragePrecision(Metric):
         try:
             from torchmetrics.detection import MeanAveragePrecision
 
-            metric = MeanAveragePrecision(sync_on_compute=False, **self.options)
+            limits = [min(1, self.max_detections), min(10, self.max_detections), self.max_detections]
+            options = {"max_detection_thresholds": limits, "extended_summary": True, **self.options}
+            metric = MeanAveragePrecision(sync_on_compute=False, **options)
         except ImportError as error:
             raise DebiasError(
                 f"Expected the package `pycocotools` to be installed, but importing it failed: {error}. Run"
@@ -190,9 +204,32 @@ class GroupMeanAveragePrecision(Metric):
             ) from error
         if not images:
             return {"map": -1.0, "map_50": -1.0}
-        metric.warn_on_many_detections = False  # how many boxes a detector returns is the user's choice
+        metric.warn_on_many_detections = False  # we say it, with the argument that changes it
         metric.update([image[0] for image in images], [image[1] for image in images])
-        return {name: float(value) for name, value in metric.compute().items() if name in ("map", "map_50")}
+        # Not its "map", which is -1 where the limit is not 100. By threshold, recall, label, size and limit:
+        precision = metric.compute()["precision"][..., 0, -1].double()
+        thresholds = torch.tensor(metric.iou_thresholds, dtype=torch.float64)
+        return {"map": _mean(precision), "map_50": _mean(precision[(thresholds - 0.5).abs() < 1e-6])}
+
+    def _say_more(self, images: Sequence[tuple[dict[str, Tensor], dict[str, Tensor], int]]) -> None:
+        one_label = self.options.get("average") == "micro"
+        labels = [torch.zeros_like(found["labels"]) if one_label else found["labels"] for found, _, _ in images]
+        more = sum(len(x) > self.max_detections and int(x.bincount().max()) > self.max_detections for x in labels)
+        if more and not self._said_more:
+            self._said_more = True
+            rank_zero_warn(
+                f"{more} of {len(images)} images have more than `max_detections={self.max_detections}` boxes of one"
+                " label: those with the lowest scores do not count in the average precision. Raise `max_detections` to"
+                " count them; COCO's is 100.",
+                UserWarning,
+                stacklevel=4,
+            )
+
+
+def _mean(precision: Tensor) -> float:
+    """Mean of what is known; -1 where there is nothing to find, or nothing was asked for."""
+    known = precision[precision > -1]
+    return float(known.mean()) if len(known) else -1.0
 
 
 def _to_cpu(item: dict[str, Tensor], keys: Sequence[str]) -> dict[str, Tensor]:

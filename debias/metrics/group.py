@@ -1,8 +1,8 @@
 """Accuracy, or any torchmetrics metric, by group.
 
 Names follow fairlearn's ``MetricFrame`` (by group, difference, ratio) and WILDS (worst group, adjusted average).
-Everything is NaN-aware: a group without samples is NaN and left out of the worst, the difference, the ratio and the
-adjusted average.
+Everything is NaN-aware: a group without samples, or where the metric is undefined (:mod:`debias.metrics.undefined`), is
+NaN and left out of the worst, the difference, the ratio and the adjusted average.
 
 torchmetrics' own group metrics count only the groups present in a batch and number those from 0, so a batch that lacks
 a group puts counts into the wrong rows. Here every state has one row per group, whatever the batch holds.
@@ -15,15 +15,17 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.utilities import rank_zero_warn
 
 from debias.errors import BadRowsError, DebiasError
+from debias.metrics.undefined import DefinedMetric, fresh, is_better_high
+from debias.ops.arguments import MOST, check_count, checked
 
 __all__ = [
     "GroupAccuracy",
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 
+@checked("values: float N, groups: any N | bool N n_groups")
 def group_sums(values: Tensor, groups: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
     """Sum and number of the values of each group.
 
@@ -44,8 +47,8 @@ def group_sums(values: Tensor, groups: Tensor, n_groups: int) -> tuple[Tensor, T
 
     Args:
         values: floating point, shape ``(N,)``.
-        groups: int ids ``(N,)``, or boolean membership ``(N, n_groups)``. Rows with ids outside ``[0, n_groups)`` are
-            left out; negative ids mean unlabelled.
+        groups: int ids ``(N,)``, or membership ``(N, n_groups)``, boolean or of integers 0 and 1. Rows with ids
+            outside ``[0, n_groups)`` are left out; negative ids mean unlabelled.
         n_groups: number of groups ``G``.
 
     Returns:
@@ -60,7 +63,7 @@ def group_sums(values: Tensor, groups: Tensor, n_groups: int) -> tuple[Tensor, T
         >>> group_sums(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([2, 0, 2, -1]), n_groups=3)
         (tensor([2., 0., 4.]), tensor([1., 0., 2.]))
     """
-    _check_groups(groups, len(values), n_groups)
+    groups = _checked_groups(groups, len(values), n_groups)
     if groups.ndim == 2:
         # where, not a product: a NaN must not reach the groups that its sample does not belong to
         return torch.where(groups, values[:, None], 0).sum(0), groups.sum(0).to(values.dtype)
@@ -70,6 +73,7 @@ def group_sums(values: Tensor, groups: Tensor, n_groups: int) -> tuple[Tensor, T
     return totals[:, 0], totals[:, 1]
 
 
+@checked("by_group: float G")
 def worst_group(by_group: Tensor, *, higher_is_better: bool = True) -> Tensor:
     """The worst value of any group: the smallest, or the largest where ``higher_is_better`` is False.
 
@@ -84,6 +88,7 @@ def worst_group(by_group: Tensor, *, higher_is_better: bool = True) -> Tensor:
     return sign * _smallest(sign * by_group)
 
 
+@checked("by_group: float G")
 def group_difference(by_group: Tensor) -> Tensor:
     """The largest value of any group minus the smallest; a scalar tensor, NaN if all groups are NaN.
 
@@ -93,6 +98,7 @@ def group_difference(by_group: Tensor) -> Tensor:
     return -_smallest(-by_group) - _smallest(by_group)
 
 
+@checked("by_group: float G")
 def group_ratio(by_group: Tensor) -> Tensor:
     """The smallest value of any group over the largest; a scalar tensor, NaN if all are NaN or the largest is 0.
 
@@ -102,6 +108,7 @@ def group_ratio(by_group: Tensor) -> Tensor:
     return _smallest(by_group) / -_smallest(-by_group)
 
 
+@checked("by_group: float G, train_counts: any G")
 def adjusted_average(by_group: Tensor, train_counts: Tensor) -> Tensor:
     """The average that a set with the group proportions of the training set would have.
 
@@ -135,11 +142,17 @@ class GroupAccuracy(Metric):
       (the class dimension may also come last), decided by argmax; or floats of the shape of ``target``, right where
       ``(preds > threshold) == target`` (binary and multi-label). ``(N, 1)`` with a target ``(N,)`` is binary.
     - ``target``: integers, or 0/1 floats for binary and multi-label.
-    - ``groups``: int ids ``(N,)``, negative = in no group; or boolean membership ``(N, n_groups)``.
+    - ``groups``: int ids ``(N,)``, negative = in no group; or membership ``(N, n_groups)``, boolean or of 0 and 1.
+    - ``rows``: where tokens, pixels or views of a sample are rows of their own, the sample of each row of ``preds`` and
+      ``target``, int64; ``groups`` are still those of the samples.
 
     ``compute()`` returns a dictionary of float64 tensors: ``accuracy`` (over all samples, with a group or without),
     ``worst_group_accuracy``, ``accuracy_by_group`` of shape ``(n_groups,)`` with NaN for a group without samples,
-    ``accuracy_difference``, ``accuracy_ratio`` and, where ``train_counts`` is given, ``adjusted_accuracy``.
+    ``accuracy_count``, the number of samples of each group that were scored, ``accuracy_difference``,
+    ``accuracy_ratio`` and, where ``train_counts`` is given, ``adjusted_accuracy``.
+
+    Predictions that are not finite are wrong: NaN, and a largest logit, or a score, that is infinite; a logit of -inf
+    masks a class. If there are any, a warning says so, and ``accuracy_not_finite`` is the number of their samples.
 
     Args:
         n_groups: number of groups.
@@ -172,8 +185,10 @@ class GroupAccuracy(Metric):
     correct_all: Tensor
     total_all: Tensor
     bad_ids: Tensor
+    not_finite: Tensor
     train_counts: Tensor | None
 
+    @checked()
     def __init__(
         self,
         n_groups: int,
@@ -193,15 +208,19 @@ class GroupAccuracy(Metric):
         for name, shape in (("correct", n_groups), ("total", n_groups), ("correct_all", ()), ("total_all", ())):
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("bad_ids", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("not_finite", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, preds: Tensor, target: Tensor, groups: Tensor) -> None:
+    def update(self, preds: Tensor, target: Tensor, groups: Tensor, rows: Tensor | None = None) -> None:
         """Count a batch; shapes and dtypes are in the docstring of the class."""
-        _check_groups(groups, len(target), self.n_groups)
+        groups = _checked_groups(groups, len(target) if rows is None else len(groups), self.n_groups)
         bad_ids = _bad_ids(groups, self.n_groups)
-        hits, valid = _hits(preds, target, self.threshold, self.ignore_index)
-        n_valid = valid.sum(1)
+        found = _hits(preds, target, self.threshold, self.ignore_index)
+        right, n_valid, bad = (x.sum(1, dtype=torch.float64) for x in found)
+        if rows is not None:
+            right, n_valid, bad = (x.new_zeros(len(groups)).index_add_(0, rows, x) for x in (right, n_valid, bad))
+        self.not_finite += (bad > 0).sum()
         counted = n_valid > 0
-        share = hits.sum(1, dtype=torch.float64) / n_valid.clamp(min=1)
+        share = right / n_valid.clamp(min=1)
         correct, total = group_sums(share, _only(groups, counted), self.n_groups)
         self.correct += correct
         self.total += total
@@ -213,7 +232,9 @@ class GroupAccuracy(Metric):
         """The dictionary that the docstring of the class describes."""
         _raise_bad_ids(self.bad_ids, self.n_groups)
         overall = self.correct_all / self.total_all
-        return _summary("accuracy", overall, self.correct / self.total, self.train_counts, higher_is_better=True)
+        by_group = self.correct / self.total
+        summary = _summary("accuracy", overall, by_group, self.total, self.train_counts, higher_is_better=True)
+        return summary | say_not_finite("accuracy", self.not_finite, "They count as wrong.")
 
 
 class GroupedMetric(Metric):
@@ -221,16 +242,25 @@ class GroupedMetric(Metric):
 
     Each group has a clone of the metric, which sees the rows of its group; another one sees all rows. ``compute()``
     returns the dictionary of :class:`GroupAccuracy` under the metric's name: ``<name>``, ``worst_group_<name>``,
-    ``<name>_by_group``, ``<name>_difference``, ``<name>_ratio`` and, with ``train_counts``, ``adjusted_<name>``.
+    ``<name>_by_group``, ``<name>_count``, ``<name>_difference``, ``<name>_ratio`` and, with ``train_counts``,
+    ``adjusted_<name>``.
+
+    A group is NaN where the metric is undefined: where it raises or is not finite, and where the group's targets leave
+    it no value, such as the AUROC of one class, the recall without a positive, R2 and correlations of equal targets.
+    :mod:`debias.metrics.undefined` says how that is decided, and what an average over classes is made of. A warning
+    names the group, once.
 
     Some metrics of torchmetrics take a batch for logits if any value lies outside [0, 1]; whether one does may differ
     between groups, so give those metrics probabilities.
+
+    Where predictions are not finite (NaN, or the largest of a sample infinite), the metric is NaN for all groups, and
+    ``<name>_not_finite`` is the number of these samples.
 
     Rows are picked by boolean masks, which stops a GPU once per group and batch: meant for evaluation. For accuracy,
     :class:`GroupAccuracy` does the same in one pass.
 
     ``update(preds, target, groups)`` takes what the metric takes, first dimension ``N``, and int ids ``(N,)`` (negative
-    = in no group) or boolean membership ``(N, n_groups)``.
+    = in no group) or membership ``(N, n_groups)``, boolean or of integers 0 and 1.
 
     Args:
         metric: the metric; it is cloned and left alone.
@@ -239,12 +269,13 @@ class GroupedMetric(Metric):
         name: name of the value; default: the class name in snake case. What precedes a slash stays in front:
             ``clean/auroc`` gives ``clean/worst_group_auroc``.
         train_counts: number of training samples of each group, for the adjusted average.
-        higher_is_better: which end is the bad one; default: the metric's own attribute.
+        higher_is_better: which end is the bad one; default: the metric's own attribute, or where one of torchmetrics'
+            metrics does not say it, the end that right predictions reach.
         **kwargs: see ``torchmetrics.Metric``.
 
     Raises:
         DebiasError: an argument is out of range; the metric does not say which end is the bad one, is not updated
-            with ``(preds, target)``, its value is not a scalar, or it cannot be computed for a group.
+            with ``(preds, target)``, or its value is not a scalar.
         BadRowsError: an id is not below ``n_groups``; on CPU in ``update``, on other devices in ``compute``.
 
     Example:
@@ -261,8 +292,10 @@ class GroupedMetric(Metric):
 
     total: Tensor
     bad_ids: Tensor
+    not_finite: Tensor
     train_counts: Tensor | None
 
+    @checked()
     def __init__(
         self,
         metric: Metric,
@@ -282,7 +315,7 @@ class GroupedMetric(Metric):
             )
         kind = type(metric).__name__
         self.name = _snake_case(kind) if name is None else name
-        higher = metric.higher_is_better if higher_is_better is None else higher_is_better
+        higher = is_better_high(metric) if higher_is_better is None else higher_is_better
         if higher is None:
             raise DebiasError(
                 f"Expected the metric `{self.name}` to say which group is the worst, but `{kind}.higher_is_better` is"
@@ -293,10 +326,12 @@ class GroupedMetric(Metric):
         self.n_groups = _check_n_groups(n_groups)
         self.group_names = _names(group_names, n_groups)
         self.register_buffer("train_counts", _counts(train_counts, n_groups), persistent=False)
-        self.overall = _fresh(metric)
-        self.grouped = nn.ModuleList(_fresh(metric) for _ in range(n_groups))
+        self.overall = DefinedMetric(metric)
+        self.grouped = nn.ModuleList(fresh(self.overall) for _ in range(n_groups))
+        self._said: set[str] = set()
         self.add_state("total", torch.zeros(n_groups + 1, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("bad_ids", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("not_finite", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     @property
     def higher_is_better(self) -> bool:  # type: ignore[override]
@@ -314,19 +349,19 @@ class GroupedMetric(Metric):
         if self._is_synced:
             clones = _merged(clones, self.process_group, self.device)
         counts = self.total.tolist()
-        places = [*(f"group `{name}`" for name in self.group_names), "all samples"]
-        return self._collected(
-            [
-                self._value(clone, count, place) if count else None
-                for clone, count, place in zip(clones, counts, places, strict=True)
-            ]
-        )
+        if self.not_finite:  # what a metric makes of them is no measurement
+            return self._collected([None] * len(counts)) | say_not_finite(
+                self.name, self.not_finite, "The metric is NaN."
+            )
+        values = [self._value(clone) if count else None for clone, count in zip(clones, counts, strict=True)]
+        self._say(clones, counts)
+        return self._collected(values)
 
     def forward(self, preds: Tensor, target: Tensor, groups: Tensor) -> dict[str, Tensor]:
         """Update, and return the dictionary of this batch alone."""
         values: list[Any] = [None] * (self.n_groups + 1)
 
-        def run(clone: Metric, *rows: Tensor) -> None:
+        def run(clone: DefinedMetric, *rows: Tensor) -> None:
             values[next(i for i, other in enumerate(self._clones()) if other is clone)] = clone(*rows)
 
         self._update_count += 1
@@ -340,24 +375,50 @@ class GroupedMetric(Metric):
         for clone in self._clones():
             clone.reset()
 
-    def _value(self, clone: Metric, count: int, place: str) -> Any:
+    def _value(self, clone: DefinedMetric) -> Any:
         with warnings.catch_warnings():
             # On a rank without samples of a group the clone has the other ranks' state, but was never updated itself.
             warnings.filterwarnings("ignore", message="The ``compute`` method of metric", category=UserWarning)
-            try:
-                return clone.compute()
-            except (ValueError, IndexError) as error:
-                raise DebiasError(
-                    f"Expected the metric `{self.name}` to have a value for {place} (samples: {count}), but"
-                    f" {type(clone).__name__} says: {str(error).rstrip('.')}. Choose a metric that is defined for them,"
-                    " or join small groups."
-                ) from error
+            return clone.compute()
 
-    def _clones(self) -> list[Metric]:
-        return [*self.grouped, self.overall]
+    def _say(self, clones: list[DefinedMetric], counts: list[int]) -> None:
+        """Name, once, the groups where the metric is undefined, and those that lack classes."""
+        places = [*(f"group `{name}`" for name in self.group_names), "all samples"]
+        of_places = [(place, count, clone) for place, count, clone in zip(places, counts, clones, strict=True) if count]
+        undefined = {
+            p: f"{p} ({count} sample{'s' if count > 1 else ''}): {clone.reason}"
+            for p, count, clone in of_places
+            if clone.reason
+        }
+        fewer = {
+            p: f"{p} lacks {_few([str(c) for c in clone.left_out])}"
+            for p, _, clone in of_places
+            if clone.left_out and not clone.reason
+        }
+        new = [text for texts in (undefined, fewer) for place, text in texts.items() if place not in self._said]
+        self._said |= {*undefined, *fewer}
+        if undefined and new:
+            rank_zero_warn(
+                f"`{self.name}` is undefined, and NaN, for {_few([*undefined.values()], '; ')}. A group that is NaN is"
+                " left out of the worst group, the difference, the ratio and the adjusted average. Join small groups,"
+                " or choose a metric that is defined for them.",
+                UserWarning,
+                stacklevel=4,
+            )
+        if fewer and new:
+            what = "labels" if self.overall.task == "Multilabel" else "classes"
+            rank_zero_warn(
+                f"`{self.name}` is averaged over the {what} for which the targets define it:"
+                f" {_few([*fewer.values()], '; ')}.",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _clones(self) -> list[DefinedMetric]:
+        return [*self.grouped, self.overall]  # type: ignore[list-item]
 
     def _each(self, preds: Tensor, target: Tensor, groups: Tensor, run: Callable[..., None]) -> None:
-        _check_groups(groups, len(target), self.n_groups)
+        groups = _checked_groups(groups, len(target), self.n_groups)
         bad_ids = _bad_ids(groups, self.n_groups)
         members = _membership(groups, self.n_groups)
         counts = members.sum(0)
@@ -366,6 +427,7 @@ class GroupedMetric(Metric):
                 run(clone, preds[mask], target[mask])
         if len(target):
             run(self.overall, preds, target)
+        self.not_finite += _not_finite_rows(preds)
         self.total += torch.cat([counts, counts.new_full((1,), len(target))])
         self.bad_ids += bad_ids
 
@@ -381,13 +443,23 @@ class GroupedMetric(Metric):
         dtype = given[0].dtype if given and given[0].is_floating_point() else torch.get_default_dtype()
         nan = torch.full((), torch.nan, dtype=dtype, device=self.total.device)
         *by_group, overall = [nan if value is None else value.reshape(()).to(nan) for value in values]
-        return _summary(
-            self.name, overall, torch.stack(by_group), self.train_counts, higher_is_better=self.higher_is_better
-        )
+        counts, higher = self.total[:-1], self.higher_is_better
+        return _summary(self.name, overall, torch.stack(by_group), counts, self.train_counts, higher_is_better=higher)
+
+
+def _few(names: Sequence[str], separator: str = ", ") -> str:
+    more = f"{separator}and {len(names) - 10} more" if len(names) > 10 else ""
+    return separator.join(names[:10]) + more
 
 
 def _summary(
-    name: str, overall: Tensor, by_group: Tensor, train_counts: Tensor | None, *, higher_is_better: bool
+    name: str,
+    overall: Tensor,
+    by_group: Tensor,
+    counts: Tensor,
+    train_counts: Tensor | None,
+    *,
+    higher_is_better: bool,
 ) -> dict[str, Tensor]:
     folder, slash, last = name.rpartition("/")
     front = folder + slash
@@ -395,6 +467,7 @@ def _summary(
         name: overall,
         f"{front}worst_group_{last}": worst_group(by_group, higher_is_better=higher_is_better),
         f"{name}_by_group": by_group,
+        f"{name}_count": counts.to(by_group),
         f"{name}_difference": group_difference(by_group),
         f"{name}_ratio": group_ratio(by_group),
     }
@@ -403,23 +476,45 @@ def _summary(
     return summary
 
 
-def _hits(preds: Tensor, target: Tensor, threshold: float, ignore_index: int | None) -> tuple[Tensor, Tensor]:
-    """Which elements are right and which count, both boolean ``(N, elements)``; no missing element is right."""
-    labels = _labels(preds, target, threshold)
+def say_not_finite(name: str, number: Tensor, then: str) -> dict[str, Tensor]:
+    if not number:
+        return {}
+    rank_zero_warn(
+        f"The predictions of {int(number)} samples are not finite (NaN or infinite): training has diverged, or the step"
+        f" computes something else than predictions. {then} `{name}_not_finite` is their number.",
+        stacklevel=4,
+    )
+    return {f"{name}_not_finite": number.double()}
+
+
+def _not_finite_rows(preds: Tensor) -> Tensor | int:
+    if not preds.is_floating_point() or not preds.numel():
+        return 0
+    return (~preds.reshape(len(preds), -1).amax(1).isfinite()).sum()  # NaN where any is
+
+
+def _hits(preds: Tensor, target: Tensor, threshold: float, ignore_index: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Which elements are right, which count, and which of these are not finite; boolean ``(N, elements)``.
+
+    No missing element is right, and none that is not finite.
+    """
+    labels, finite = _labels(preds, target, threshold)
     valid = target >= 0  # False for NaN too
     if ignore_index is not None:
         valid = valid & (target != ignore_index)
     if labels.dtype == torch.bool and target.is_floating_point():
         target = target > 0.5  # smoothed labels are never equal to a prediction
-    hits = (labels == target) & valid
-    return (hits[:, None], valid[:, None]) if hits.ndim == 1 else (hits.flatten(1), valid.flatten(1))
+    hits = (labels == target) & valid & finite
+    found = hits, valid, valid & ~finite
+    hits, valid, bad = (x[:, None] if x.ndim == 1 else x.flatten(1) for x in found)
+    return hits, valid, bad
 
 
-def _labels(preds: Tensor, target: Tensor, threshold: float) -> Tensor:
-    """Predicted labels, of the shape of ``target``."""
+def _labels(preds: Tensor, target: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Predicted labels, and whether they come from finite numbers; both of the shape of ``target``."""
     if not preds.is_floating_point():
         if preds.shape == target.shape:
-            return preds
+            return preds, torch.ones_like(preds, dtype=torch.bool)
         raise DebiasError(
             f"Expected integer `preds` to have the shape of `target`, but got {tuple(preds.shape)} and"
             f" {tuple(target.shape)}. Pass labels, or logits as floats."
@@ -427,12 +522,12 @@ def _labels(preds: Tensor, target: Tensor, threshold: float) -> Tensor:
     if preds.ndim == target.ndim + 1 and preds.numel() == target.numel() and 1 in (preds.shape[1], preds.shape[-1]):
         preds = preds.reshape(target.shape)  # one logit: binary, for which argmax would always say 0
     if preds.shape == target.shape:
-        return preds > threshold
+        return preds > threshold, preds.isfinite()
     if preds.ndim == target.ndim + 1 and not target.is_floating_point():
-        if preds.shape[:1] + preds.shape[2:] == target.shape:
-            return preds.argmax(1)
-        if preds.shape[:-1] == target.shape:
-            return preds.argmax(-1)
+        for dim, shape in ((1, preds.shape[:1] + preds.shape[2:]), (-1, preds.shape[:-1])):
+            if shape == target.shape:
+                largest, labels = preds.max(dim)  # NaN where any is; -inf masks a class
+                return labels, largest.isfinite()
     raise DebiasError(
         "Expected `preds` to be labels or scores of the shape of `target`, or logits (N, C, ...) for integer targets"
         f" (N, ...), but got {tuple(preds.shape)} for a target {tuple(target.shape)} of {target.dtype}. Check that both"
@@ -440,16 +535,19 @@ def _labels(preds: Tensor, target: Tensor, threshold: float) -> Tensor:
     )
 
 
-def _check_groups(groups: Tensor, n_rows: int, n_groups: int) -> None:
-    """Shapes and dtype only: looking at values would stop the device."""
+def _checked_groups(groups: Tensor, n_rows: int, n_groups: int) -> Tensor:
+    """Integer ids or a boolean membership; the values of ids are not looked at, which would stop the device."""
     ids = groups.ndim == 1 and not groups.is_floating_point()
-    members = groups.ndim == 2 and groups.shape[1] == n_groups and groups.dtype == torch.bool
+    members = groups.ndim == 2 and groups.shape[1] == n_groups and not groups.is_floating_point()
+    if members and groups.dtype != torch.bool:
+        members = bool(((groups == 0) | (groups == 1)).all())
     if not (ids or members) or len(groups) != n_rows:
         raise DebiasError(
             f"Expected argument `groups` to be integer ids ({n_rows},) or boolean membership ({n_rows}, {n_groups}),"
             f" but got shape {tuple(groups.shape)} of {groups.dtype}. Pass one row per sample; `.bool()` turns 0/1"
             " columns into a membership."
         )
+    return groups.bool() if members else groups
 
 
 def _bad_ids(groups: Tensor, n_groups: int) -> Tensor:
@@ -512,24 +610,12 @@ def _check_takes_two_and_makes_one(metric: Metric, name: str) -> None:
         )
 
 
-def _fresh(metric: Metric) -> Metric:
-    clone = copy.deepcopy(metric)
-    clone.reset()
-    for part in _parts(clone):
-        part.distributed_available_fn = _never  # _merged gathers instead
-    return clone
-
-
-def _never() -> bool:
-    return False
-
-
 def _parts(metric: Metric) -> list[Metric]:
     """The metric and those inside it (wrappers, compositions)."""
     return [part for part in metric.modules() if isinstance(part, Metric)]
 
 
-def _merged(clones: list[Metric], process_group: Any, device: torch.device) -> list[Metric]:
+def _merged(clones: list[DefinedMetric], process_group: Any, device: torch.device) -> list[DefinedMetric]:
     """Copies of the clones with the states of all ranks, reduced as torchmetrics reduces them.
 
     torchmetrics' own gathering aborts where a rank has no samples of a group and the states are lists: it gathers an
@@ -560,9 +646,7 @@ def _snake_case(name: str) -> str:
 
 
 def _check_n_groups(n_groups: int) -> int:
-    if isinstance(n_groups, bool) or not isinstance(n_groups, Integral) or n_groups < 1:
-        raise DebiasError(f"Expected argument `n_groups` to be an integer of at least 1, but got {n_groups!r}.")
-    return int(n_groups)
+    return check_count("n_groups", n_groups, 1, MOST)
 
 
 def _names(group_names: Sequence[str] | None, n_groups: int) -> list[str]:
@@ -579,7 +663,7 @@ def _counts(train_counts: Sequence[int] | Tensor | None, n_groups: int) -> Tenso
     if train_counts is None:
         return None
     counts = torch.as_tensor(train_counts, dtype=torch.float64)
-    if counts.shape != (n_groups,) or (counts < 0).any() or not counts.sum() > 0:
+    if counts.shape != (n_groups,) or not (counts >= 0).all() or not 0 < counts.sum() < torch.inf:
         raise DebiasError(
             f"Expected argument `train_counts` to be {n_groups} counts, not negative and not all 0, but got"
             f" {counts.tolist()}. Count the training samples of each group."

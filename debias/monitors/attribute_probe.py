@@ -4,6 +4,10 @@ While validating or testing, features and attributes of all samples are kept. At
 each value are divided at random into two parts; a linear classifier is fitted on the first and scored on the second,
 once with the true values and once with shuffled ones, which says what a probe reaches by accident.
 
+Frames of one clip, slices of one scan or visits of one patient are nearly the same: with some in either part the probe
+recognises the clip, not the attribute. With units (``unit=``) all samples of one stay in one part, and values are
+shuffled by whole units.
+
 The classifier is a linear discriminant with a pooled covariance::
 
     W_k = C^-1 m_k,   b_k = log(n_k / n) - m_k C^-1 m_k / 2,   C = (1 - a) S + a diag(S)
@@ -22,25 +26,27 @@ operations and one decomposition of a D x D matrix, twice.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from debias.errors import BadRowsError, BatchKeyError, DebiasError, HeadNotFoundError, RowsError
+from debias.errors import BadRowsError, BatchKeyError, DebiasError, DebiasWarning, HeadNotFoundError, RowsError
 from debias.monitors._epoch import EpochMonitor
-from debias.ops.arguments import check_count, check_number
+from debias.ops.arguments import check_count, check_number, checked
 from debias.ops.distributed import gather, global_rank, global_sum, world_size
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
 from debias.step.indices import evaluation_loaders, evaluation_order
 from debias.step.watcher import check_loss
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["AttributeProbe", "ledoit_wolf_shrinkage", "probe_attribute"]
 
 
+@checked("scatter: float D D, fourth: float, n: any")
 def ledoit_wolf_shrinkage(scatter: Tensor, fourth: Tensor, n: Tensor) -> Tensor:
     """Share of the spherical target in Ledoit and Wolf's covariance, from sums over centred samples.
 
@@ -60,12 +66,18 @@ def ledoit_wolf_shrinkage(scatter: Tensor, fourth: Tensor, n: Tensor) -> Tensor:
     return torch.where(noise > 0, noise / distance.clamp_min(torch.finfo(noise.dtype).tiny), 0)
 
 
+@checked(
+    "features: float N D, attributes: int N | bool N, numbers: int N, units: int N",
+    fit_fraction="(0, 1)",
+    shrinkage="[0, 1]",
+)
 def probe_attribute(
     features: Tensor,
     attributes: Tensor,
     n_values: int,
     *,
     numbers: Tensor | None = None,
+    units: Tensor | None = None,
     fit_fraction: float = 0.5,
     shrinkage: float | None = None,
     seed: int = 0,
@@ -78,8 +90,10 @@ def probe_attribute(
         n_values: number of values of the attribute.
         numbers: number of each sample in its set, int64 ``(N,)``: the parts are drawn by it, so that they do not depend
             on ranks and batches; of samples with the same number one counts. By default every row is another sample.
-        fit_fraction: share of the samples of each value to fit on; at least one sample is, a value with one is not
-            scored.
+        units: the clip, scan or patient of each sample, int64 ``(N,)``, any numbers, negative = unknown, left out; all
+            samples of one are fitted on, or all are scored. By default every sample is a unit.
+        fit_fraction: share of the units of each value to fit on; at least one is, and a value with one is not scored. A
+            unit with several values counts as one of its most frequent value.
         shrinkage: share of the diagonal target in the covariance; Ledoit and Wolf's by default.
         seed: seed of the parts and of the shuffling.
 
@@ -103,19 +117,21 @@ def probe_attribute(
     dtype = torch.float32 if device.type == "mps" else torch.float64
     numbers = torch.arange(len(features), device=device) * world_size() + rank if numbers is None else numbers
     bad_rows = global_sum((~features.isfinite().all(1)).sum().to(dtype))
-    table = gather(torch.stack([numbers, attributes, torch.full_like(numbers, rank)], 1)).cpu()
+    of = torch.zeros_like(numbers) if units is None else units
+    table = gather(torch.stack([numbers, attributes, torch.full_like(numbers, rank), of], 1)).cpu()
     _refuse_bad(table[:, 1], n_values, bad_rows)
     table = torch.cat([table, (torch.arange(len(table)) - (table[:, 2] < rank).sum()).unsqueeze(1)], 1)
     table = table[table[:, 0].argsort(stable=True)]
     again = torch.cat([torch.zeros(min(1, len(table)), dtype=torch.bool), table[1:, 0] == table[:-1, 0]])
-    table = table[~again & (table[:, 1] >= 0)]
+    table = table[~again & (table[:, 1] >= 0) & (table[:, 3] >= 0)]
 
     generator = torch.Generator().manual_seed(seed)
     values = table[:, 1]
-    fits = _stratified(values, n_values, fit_fraction, generator)
-    shuffled = values[torch.randperm(len(values), generator=generator)]
+    of_unit = torch.arange(len(table)) if units is None else table[:, 3].unique(return_inverse=True)[1]
+    fits = _stratified(_most_frequent(values, of_unit, n_values), n_values, fit_fraction, generator)[of_unit]
+    shuffled = _shuffled(values, of_unit, generator)
     own = table[:, 2] == rank
-    x = features[table[own, 3].to(device)].to(dtype)
+    x = features[table[own, 4].to(device)].to(dtype)
     scores: dict[str, Tensor] = {}
     for prefix, labels in (("", values), ("shuffled_", shuffled)):
         hits, totals = _fit_and_score(x, labels[own].to(device), fits[own].to(device), n_values, shrinkage)
@@ -139,8 +155,26 @@ def _refuse_bad(attributes: Tensor, n_values: int, bad_rows: Tensor) -> None:
         )
 
 
+def _most_frequent(values: Tensor, of_unit: Tensor, n_values: int) -> Tensor:
+    """The most frequent value of each unit, the lowest of several."""
+    pairs, counts = (of_unit * n_values + values).unique(return_counts=True)
+    pairs = pairs[counts.argsort(descending=True, stable=True)]
+    pairs = pairs[(pairs // n_values).argsort(stable=True)]
+    first = pairs.new_ones(len(pairs), dtype=torch.bool)
+    first[1:] = pairs[1:] // n_values != pairs[:-1] // n_values
+    return pairs[first] % n_values
+
+
+def _shuffled(values: Tensor, of_unit: Tensor, generator: torch.Generator) -> Tensor:
+    """Values of the units in another order, so that samples of a unit mostly share theirs, as the true ones do."""
+    place = torch.randperm(int(of_unit.max()) + 1 if len(of_unit) else 0, generator=generator).argsort()
+    shuffled = torch.empty_like(values)
+    shuffled[of_unit.argsort(stable=True)] = values[place[of_unit].argsort(stable=True)]
+    return shuffled
+
+
 def _stratified(values: Tensor, n_values: int, fraction: float, generator: torch.Generator) -> Tensor:
-    """Which samples to fit on: of each value that share, at least one, at random."""
+    """Which units to fit on: of each value that share, at least one, at random."""
     order = torch.randperm(len(values), generator=generator)
     order = order[values[order].argsort(stable=True)]
     counts = torch.bincount(values, minlength=n_values)
@@ -210,11 +244,14 @@ class AttributeProbe(EpochMonitor):
             negative = unknown, left out. The two parts need the same values: give it the identities of the validation
             set, not those of the training set.
         n_values: number of values.
+        unit: where the clip, scan or patient of a sample is, like ``attribute``, whose samples are alike and stay in
+            one part; any numbers, negative = unknown, left out. A value needs two units to be scored. By default
+            every sample is a unit, which is right only where samples are taken independently.
         features: dotted path of the module whose output ``(N, D)`` is probed; by default the input of the classifier
             head, found by the loss of the step or the output of the module's ``forward``.
         head: dotted path of the head, where it is not found.
         every_n_epochs: probe in every n-th training epoch; testing and validating alone always do.
-        fit_fraction: share of the samples of each value to fit on.
+        fit_fraction: share of the units of each value to fit on.
         shrinkage: share of the diagonal target in the covariance; Ledoit and Wolf's by default.
         loss: which of several losses of a step is meant: its position, or a callable of :class:`LossCall`.
         seed: seed of the parts and of the shuffling.
@@ -237,11 +274,13 @@ class AttributeProbe(EpochMonitor):
     reference: ClassVar[str] = "probe: Alain and Bengio, ICLR 2017 workshop; shrinkage: Ledoit and Wolf, 2004"
     _value_names = ("accuracy", "balanced_accuracy", "chance")
 
+    @checked()
     def __init__(
         self,
         attribute: BatchKey,
         n_values: int,
         *,
+        unit: BatchKey | None = None,
         features: str | None = None,
         head: str | None = None,
         every_n_epochs: int = 1,
@@ -258,6 +297,7 @@ class AttributeProbe(EpochMonitor):
             raise DebiasError("Expected `name` to be given where `attribute` is a callable, but got none.")
         self.attribute = attribute
         self.n_values = check_count("n_values", n_values)
+        self.unit = unit
         self.features = features
         self.head = head
         self.every_n_epochs = check_count("every_n_epochs", every_n_epochs)
@@ -265,7 +305,8 @@ class AttributeProbe(EpochMonitor):
         self.shrinkage = None if shrinkage is None else check_number("shrinkage", shrinkage, "[0, 1]")
         self.loss = loss
         self.seed = seed
-        self._kept: list[list[tuple[Tensor, Tensor]]] = []
+        self._kept: list[list[tuple[Tensor, ...]]] = []
+        self._said_alone = False
         self._active = False
 
     def _prefix(self, stage: str) -> str:
@@ -279,18 +320,13 @@ class AttributeProbe(EpochMonitor):
     def begin(self, step: Step) -> None:
         """Read the attributes, in the epochs that are probed."""
         if self._active:
-            step.ids(self.attribute, self.n_values, argument="attribute")
+            self._ids(step)
 
     def observe(self, step: Step, calls: list[LossCall], forward_output: Any, output: Any) -> None:
         """Keep features and attributes of one batch."""
         if not self._active:
             return
-        ids = step.ids(self.attribute, self.n_values, argument="attribute")
-        if ids.ndim != 1:
-            raise BatchKeyError(
-                f"Expected `attribute={self.attribute!r}` to hold one id per sample, shape (N,), but got a membership"
-                f" of shape {tuple(ids.shape)}."
-            )
+        ids = self._ids(step)
         features = step.features
         if not isinstance(features, Tensor) or features.ndim != 2:
             found = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
@@ -298,9 +334,23 @@ class AttributeProbe(EpochMonitor):
                 f"Expected the features to have shape (N, D), one row per sample, but got {found}. Name a module whose"
                 " output is pooled and flat: `features='dotted.path'`."
             )
-        if len(features) != len(ids):
-            raise RowsError(f"Expected one row of features for each of {len(ids)} samples, but got {len(features)}.")
-        self._kept[step.dataloader_idx].append((features.detach().float(), ids))
+        if len(features) != len(ids[0]):
+            raise RowsError(f"Expected one row of features for each of {len(ids[0])} samples, but got {len(features)}.")
+        self._kept[step.dataloader_idx].append((features.detach().float(), *ids))
+
+    def _ids(self, step: Step) -> list[Tensor]:
+        """The attribute of each sample, and its unit where there are units."""
+        keys = {"attribute": self.attribute} | ({} if self.unit is None else {"unit": self.unit})
+        found = []
+        for name, key in keys.items():
+            ids = step.ids(key, self.n_values, argument=name)
+            if ids.ndim != 1:
+                raise BatchKeyError(
+                    f"Expected `{name}={key!r}` to hold one id per sample, shape (N,), but got a membership of shape"
+                    f" {tuple(ids.shape)}."
+                )
+            found.append(ids)
+        return found
 
     def _start(self, trainer: Any, pl_module: Any, loaders: list[Any]) -> None:
         self._kept = [[] for _ in loaders]
@@ -311,19 +361,32 @@ class AttributeProbe(EpochMonitor):
         if not self._active:
             return []
         sets, self._kept = zip(evaluation_loaders(trainer), self._kept, strict=True), []
-        return [self._scores(loader, kept, pl_module.device) for loader, kept in sets]
+        scores = [self._scores(loader, kept, pl_module.device) for loader, kept in sets]
+        alone = self.unit is not None and any(bool(each["accuracy"].isnan()) for each in scores)
+        if alone and not self._said_alone and trainer.is_global_zero:
+            self._said_alone = True
+            warnings.warn(
+                f"{self.state_key} could score nothing: no value of `attribute={self.attribute!r}` has samples of two"
+                f" units, by `unit={self.unit!r}`. One unit of a value is fitted on, another is scored: give smaller"
+                " units, or more data.",
+                DebiasWarning,
+                stacklevel=2,
+            )
+        return scores
 
-    def _scores(self, loader: Any, kept: list[tuple[Tensor, Tensor]], device: torch.device) -> dict[str, Tensor]:
+    def _scores(self, loader: Any, kept: list[tuple[Tensor, ...]], device: torch.device) -> dict[str, Tensor]:
         # A rank may have had no batch, and then does not know how wide features are.
         known = torch.tensor([kept[0][0].shape[1] if kept else 0, len(kept) > 0], dtype=torch.float32, device=device)
         width, ranks = (int(x) for x in global_sum(known))
-        empty = (known.new_zeros(0, width // max(ranks, 1)), torch.zeros(0, dtype=torch.long, device=device))
-        features, ids = (torch.cat(parts) for parts in zip(*(kept or [empty]), strict=True))
+        none = torch.zeros(0, dtype=torch.long, device=device)
+        empty = (known.new_zeros(0, width // max(ranks, 1)), none, *([] if self.unit is None else [none]))
+        features, ids, *units = (torch.cat(parts) for parts in zip(*(kept or [empty]), strict=True))
         return probe_attribute(
             features,
             ids,
             self.n_values,
             numbers=_numbers(loader, len(ids), device),
+            units=units[0] if units else None,
             fit_fraction=self.fit_fraction,
             shrinkage=self.shrinkage,
             seed=self.seed,

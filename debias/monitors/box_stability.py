@@ -24,15 +24,15 @@ from torch import Tensor, nn
 from debias.errors import DebiasError, LossNotFoundError
 from debias.monitors._epoch import EpochMonitor, by_group
 from debias.monitors.detection_monitor import find_predictions
-from debias.ops.arguments import check_count, check_number
+from debias.ops.arguments import check_count, check_number, checked
 from debias.ops.distributed import global_rank, global_sum
 from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey
 from debias.step.context import Step
-from debias.step.ids import check_keys, plain_n_groups
+from debias.step.ids import check_keys, plain_key, plain_n_groups
+from debias.tap.calls import LossCall
 from debias.tap.head import submodule
 from debias.tap.hooks import Hook
-from debias.tap.tap import LossCall
 
 __all__ = ["BoxStability", "box_stability"]
 
@@ -92,6 +92,7 @@ class BoxStability(EpochMonitor):
     reference: ClassVar[str] = "Yang et al., ICLR 2024"
     _value_names = ("box_stability",)
 
+    @checked(score_threshold="[0, 1]")
     def __init__(
         self,
         layers: list[str],
@@ -117,7 +118,7 @@ class BoxStability(EpochMonitor):
         self.rate = check_number("rate", rate, "(0, 1)")
         self.score_threshold = score_threshold
         self.draws = check_count("draws", draws)
-        self.domain = domain
+        self.domain = plain_key(domain)
         self.n_domains = plain_n_groups(n_domains)
         self.total = check_n_groups(n_domains, "domain")
         self.domain_names = name_groups(n_domains, domain_names, "domain")

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from debias.errors import BatchKeyError, LossNotFoundError
 from debias.metrics.detection import DetectionAccuracy, GroupMeanAveragePrecision
 from debias.monitors._epoch import EpochMonitor, by_group
+from debias.ops.arguments import checked
 from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, describe, key_name
 from debias.step.context import Step
-from debias.step.ids import check_keys, plain_n_groups
+from debias.step.ids import check_keys, plain_key, plain_n_groups
+from debias.step.indices import evaluation_loaders
+from debias.tap.calls import LossCall
 from debias.tap.head import submodule
 from debias.tap.hooks import Hook
-from debias.tap.tap import LossCall
 
 __all__ = ["DetectionMonitor", "draw_detections", "find_predictions"]
 
@@ -57,6 +59,8 @@ class DetectionMonitor(EpochMonitor):
         images: where the images are, for drawing.
         iou_threshold: least overlap of a hit of the detection accuracy.
         score_threshold: predictions below it are left out of the detection accuracy and the drawings.
+        max_detections: how many boxes of a label count in an image in mAP, those with the highest scores; COCO: 100. A
+            warning says where there are more.
         draw: images of each domain to draw in every validation and test epoch; 0 for none.
         folder: where drawings go; by default ``detections`` in the Trainer's ``default_root_dir``. They also go to
             loggers of TensorBoard and W&B.
@@ -73,6 +77,7 @@ class DetectionMonitor(EpochMonitor):
     reference: ClassVar[str] = "mAP: COCO (torchmetrics); detection accuracy: WILDS, GWHD 2021"
     _value_names = ("map", "map_50", "detection_accuracy")
 
+    @checked(iou_threshold="[0, 1]", score_threshold="[0, 1]", draw="[0, inf)")
     def __init__(
         self,
         domain: tuple[BatchKey, ...] | BatchKey,
@@ -84,6 +89,7 @@ class DetectionMonitor(EpochMonitor):
         images: BatchKey = 0,
         iou_threshold: float = 0.5,
         score_threshold: float = 0.5,
+        max_detections: int = 100,
         draw: int = 0,
         folder: str | None = None,
         name: str | None = None,
@@ -91,7 +97,7 @@ class DetectionMonitor(EpochMonitor):
     ) -> None:
         super().__init__(name=name, allow_untested_strategy=allow_untested_strategy)
         check_keys(domain, n_domains, "domain")
-        self.domain = domain
+        self.domain = plain_key(domain)
         self.n_domains = plain_n_groups(n_domains)
         self.total = check_n_groups(n_domains, "domain")
         self.domain_names = name_groups(n_domains, domain_names, "domain")
@@ -100,6 +106,7 @@ class DetectionMonitor(EpochMonitor):
         self.images = images
         self.iou_threshold = iou_threshold
         self.score_threshold = score_threshold
+        self.max_detections = max_detections
         self.draw = draw
         self.folder = folder
         self._metrics: list[Any] = []
@@ -153,14 +160,19 @@ class DetectionMonitor(EpochMonitor):
 
     def _make(self) -> list[Any]:
         options = {"iou_threshold": self.iou_threshold, "score_threshold": self.score_threshold}
-        return [GroupMeanAveragePrecision(self.total), DetectionAccuracy(self.total, **options)]
+        precision = GroupMeanAveragePrecision(self.total, max_detections=self.max_detections)
+        return [precision, DetectionAccuracy(self.total, **options)]
 
     def _start(self, trainer: Any, pl_module: Any, loaders: list[Any]) -> None:
-        self._metrics = [[metric.to(pl_module.device) for metric in self._make()] for _ in loaders]
+        self._metrics += [self._make() for _ in loaders[len(self._metrics) :]]  # those of the last stage are used again
+        for metric in (metric for metrics in self._metrics for metric in metrics):
+            metric.reset()
+            metric.to(pl_module.device)
         self._drawn = [[] for _ in range(self.total)]
 
     def _values(self, trainer: Any, pl_module: Any, stage: str) -> list[dict[str, Tensor]]:
-        computed = [{k: v for metric in metrics for k, v in metric.compute().items()} for metrics in self._metrics]
+        used = self._metrics[: len(evaluation_loaders(trainer))]
+        computed = [{k: v for metric in metrics for k, v in metric.compute().items()} for metrics in used]
         named = [{key.replace("group", "domain"): value for key, value in values.items()} for values in computed]
         return [by_group(values, self.domain_names) for values in named]
 

@@ -1,8 +1,7 @@
 """Metrics by group while validating and testing: accuracy, worst group, gap.
 
 Reads logits and target from the loss that the step computes, wherever that is; where it computes none, from the
-output of the module's ``forward``. Nothing is changed and nothing is computed twice. Works alone, on a plain ERM
-baseline.
+output of the module's ``forward``. Nothing is changed. Works alone, on a plain ERM baseline.
 """
 
 from __future__ import annotations
@@ -13,40 +12,41 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from debias.data.counting import empty_groups, tag_counts
-from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, LossNotFoundError, RowsError
+from debias.data.samplers import check_batches
+from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, DebiasWarning, LossNotFoundError
 from debias.metrics import GroupAccuracy, GroupedMetric
 from debias.monitors._epoch import EpochMonitor, by_group
-from debias.monitors.metric_inputs import update_metric
+from debias.monitors.metric_inputs import ignoring, update_metric
+from debias.monitors.scored import (
+    IGNORED,
+    Scored,
+    check_rows,
+    counted_like,
+    is_flattened,
+    logits_of,
+    loss_of,
+    predicted_by,
+    shifted_like,
+    without,
+)
+from debias.ops.arguments import checked
 from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, describe, key_name
 from debias.step.context import Step
-from debias.step.ids import check_keys, plain_n_groups
+from debias.step.ids import check_keys, plain_key, plain_n_groups
+from debias.step.indices import evaluation_loaders
 from debias.step.watcher import check_loss
+from debias.tap.calls import LossCall
 from debias.tap.head import submodule
 from debias.tap.hooks import Hook
-from debias.tap.selection import select_calls
-from debias.tap.tap import LossCall
+from debias.tap.predictions import CLASSIFYING
 
 __all__ = ["GroupMonitor"]
 
-_CLASSIFICATION = frozenset(
-    {
-        "cross_entropy",
-        "nll_loss",
-        "binary_cross_entropy",
-        "binary_cross_entropy_with_logits",
-        "multi_margin_loss",
-        "losses",
-        "LabelSmoothingCrossEntropy",  # timm's
-        "SoftTargetCrossEntropy",
-    }
-)
-
-
-IGNORED = -100  # what targets that the loss ignores are renamed to
+_CLASSIFICATION = CLASSIFYING | {"losses"}
 
 
 class GroupMonitor(EpochMonitor):
@@ -57,10 +57,16 @@ class GroupMonitor(EpochMonitor):
 
         val/accuracy                        all samples
         val/worst_group_accuracy            the worst group that occurs
-        val/accuracy_by_group/<name>        NaN for a group without a sample
+        val/accuracy_by_group/<name>        NaN for a group without a sample, or where the metric is undefined
+        val/accuracy_count/<name>           samples of the group that were scored; of a collection its first metric's
         val/accuracy_difference             best minus worst group
         val/accuracy_ratio                  worst over best group
         val/adjusted_accuracy               with `train_counts`: groups weighted by their share of the training set
+
+    Scored is what the network predicted, where it is a prediction and counts: elements that the loss ignores or weighs
+    with 0, or that the step masks or selects from an unreduced loss, are not scored; where the step or its criterion
+    adds margins or priors to the logits, those before are scored, if they are the output of ``forward`` or of a direct
+    child of the module. Rows that are tokens, pixels or views of a sample count as its elements.
 
     Of more than 100 groups the values by group are left out: logging takes about a millisecond for each.
     With several loaders every name ends in ``/dataloader_idx_<i>``. The sanity check is skipped. On several ranks the
@@ -79,7 +85,9 @@ class GroupMonitor(EpochMonitor):
             also the two logits of a cross-entropy: that of class 1.
         logits: where the step computes no loss: dotted path of the submodule whose output they are, or a callable of
             the step's output. By default the output of the module's ``forward``.
-        target: where the target is in the batch; by default the one of the loss.
+        target: where the target is in the batch; by default the one of the loss. Labels of tokens are moved by one
+            place where a loss of the step does so.
+        ignore_index: a target that is not scored, beside those that the loss leaves out and negative ones.
         loss: which of several losses is meant: its position, or a callable of :class:`LossCall`.
         threshold: for binary and multi-label outputs: a logit above it is a positive.
         train_counts: training samples per group, for the adjusted average.
@@ -97,6 +105,7 @@ class GroupMonitor(EpochMonitor):
     needs: ClassVar[tuple[str, ...]] = ("group",)
     reference: ClassVar[str] = "by group, difference, ratio: fairlearn; worst group, adjusted average: WILDS"
 
+    @checked()
     def __init__(
         self,
         group: tuple[BatchKey, ...] | BatchKey,
@@ -106,6 +115,7 @@ class GroupMonitor(EpochMonitor):
         metric: Any = None,
         logits: str | Callable[[Any], Tensor] | None = None,
         target: BatchKey | None = None,
+        ignore_index: int | None = None,
         loss: int | Callable[[LossCall], bool] | None = None,
         threshold: float = 0.0,
         train_counts: list[int] | None = None,
@@ -115,17 +125,18 @@ class GroupMonitor(EpochMonitor):
         super().__init__(name=name, allow_untested_strategy=allow_untested_strategy)
         check_loss(loss)
         check_keys(group, n_groups)
-        self.group = group
+        self.group = plain_key(group)
         self.n_groups = plain_n_groups(n_groups)
         self.total = check_n_groups(n_groups)
         self.group_names = name_groups(n_groups, group_names)
         self.metric = metric
         self.logits = logits
         self.target = target
+        self.ignore_index = ignore_index
         self.loss = loss
         self.threshold = threshold
         self.train_counts = train_counts
-        self._metrics: list[list[Any]] = []
+        self._metrics: list[list[Any]] = []  # of each loader; those of the last stage are used again
         self._captured: Any = None
         self._captured_inputs: list[Tensor] = []
         self._captures = 0
@@ -168,42 +179,31 @@ class GroupMonitor(EpochMonitor):
     def observe(self, step: Step, calls: list[LossCall], forward_output: Any, output: Any) -> None:
         """Add one batch to the metrics of its loader."""
         groups = step.ids(self.group, self.n_groups, argument="group")
-        logits, target, rows, loss = self._prediction(step, calls, forward_output, output)
+        scored = self._scored(step, calls, forward_output, output)
         self._captured, self._captured_inputs = None, []
-        n = groups.shape[0]
-        for what, tensor in (("logits", logits), ("target", target)):
-            if tensor.ndim == 0 or tensor.shape[0] != n:
-                raise RowsError(
-                    f"Expected the {what} to have one row for each of the {n} group ids, but got shape"
-                    f" {tuple(tensor.shape)}. Pass `logits=` and `target=` that have one row per sample; a `collate_fn`"
-                    " must not leave samples out, as ids cannot follow."
-                )
+        logits, target, rows, counted, loss = scored
+        check_rows(logits, target, len(groups) if rows is None else len(rows))
         if logits.ndim == target.ndim + 1 and logits.shape[1] == 1:
             logits = logits.squeeze(1)
-        groups = groups if rows is None else groups[rows]
+        of_rows = groups if rows is None else groups[rows]
         with torch.no_grad():
             for metric in self._metrics[step.dataloader_idx]:
                 if isinstance(metric, GroupedMetric):
-                    update_metric(metric, logits.detach(), target, groups, loss)
+                    update_metric(metric, logits.detach(), target, of_rows, loss, counted)
+                    continue
+                kept = without(target, counted)
+                if isinstance(metric, GroupAccuracy):
+                    metric.update(logits.detach(), kept, groups, rows)
                 else:
-                    metric.update(logits.detach(), target, groups)
+                    metric.update(logits.detach(), kept, of_rows)
 
-    def _prediction(
-        self, step: Step, calls: list[LossCall], forward_output: Any, output: Any
-    ) -> tuple[Tensor, Tensor, Tensor | None, str | None]:
-        """Logits, target, the samples of their rows (None where row i is sample i), and the loss they are from."""
+    def _scored(self, step: Step, calls: list[LossCall], forward_output: Any, output: Any) -> Scored:
+        call = None
         if self.logits is not None:
-            logits = _logits_of(self._captured if isinstance(self.logits, str) else self.logits(output))
-            call = None
+            logits = logits_of(self._captured if isinstance(self.logits, str) else self.logits(output))
         else:
-            found = select_calls(calls, self.loss, "GroupMonitor") if calls else []
-            if len(found) > 1:
-                raise AmbiguousLossError(
-                    f"Expected `loss` to choose one loss for GroupMonitor, but it chose {[c.name for c in found]}."
-                    " Pass its position."
-                )
-            call = found[0] if found else None
-            logits = _logits_of(forward_output) if call is None else call.logits
+            call = loss_of(calls, self.loss, type(self).__name__)
+            logits = logits_of(forward_output) if call is None else predicted_by(call, type(self).__name__)
         if call is not None and self.metric is None and call.name not in _CLASSIFICATION:
             raise DebiasError(
                 f"Expected a classification loss for GroupMonitor's accuracy, but the step computes `{call.name}`. If"
@@ -213,11 +213,15 @@ class GroupMonitor(EpochMonitor):
         if not isinstance(logits, Tensor):
             raise self._no_logits(logits, step)
         rows = self._rows(logits, call)
-        target = self._target(step, call, rows)
+        target = self._target(step, calls, call, logits, rows)
+        counted = None if call is None else counted_like(call.counted, target)
+        if self.ignore_index is not None:
+            kept = target != self.ignore_index
+            counted = kept if counted is None else counted & kept
         self._look_for_exclusive_classes(target, call)
         if call is not None and call.name == "binary_cross_entropy" and self.metric is None:
             logits = logits - 0.5  # probabilities, not logits
-        return logits, target, rows, None if call is None else call.name
+        return Scored(logits, target, rows, counted, None if call is None else call.name)
 
     def _no_logits(self, found: Any, step: Step) -> LossNotFoundError:
         stage = f"{'validation' if step.stage == 'validate' else step.stage}_step"
@@ -253,9 +257,15 @@ class GroupMonitor(EpochMonitor):
         inputs = engine.forward_inputs if self.logits is None else self._captured_inputs
         return engine.rows_of(logits, call, "GroupMonitor", inputs)
 
-    def _target(self, step: Step, call: LossCall | None, rows: Tensor | None) -> Tensor:
+    def _target(
+        self, step: Step, calls: list[LossCall], call: LossCall | None, logits: Tensor, rows: Tensor | None
+    ) -> Tensor:
         if self.target is not None:
             target = step.read(self.target, argument="target")
+            if isinstance(target, Tensor):
+                target = shifted_like(target, calls)
+                if call is not None and is_flattened(target, call.target):
+                    target = call.target
         elif call is not None:
             target = call.target
         elif isinstance(step.batch, tuple | list) and len(step.batch) >= 2:
@@ -265,11 +275,9 @@ class GroupMonitor(EpochMonitor):
         in_batch_order = self.target is not None or call is None
         if in_batch_order and rows is not None and isinstance(target, Tensor) and target.shape[:1] == (step.n,):
             target = target[rows]
-        if isinstance(target, Tensor) and self.target is None and call is not None and self.metric is None:
-            if call.name in ("cross_entropy", "SoftTargetCrossEntropy") and target.is_floating_point():
-                target = target.argmax(1)  # class probabilities
-            elif call.ignore_index is not None:
-                target = torch.where(target == call.ignore_index, IGNORED, target)
+        soft = call is not None and call.name in ("cross_entropy", "SoftTargetCrossEntropy")
+        if soft and self.metric is None and self.target is None and target.is_floating_point():  # type: ignore[union-attr]
+            target = target.argmax(1)  # type: ignore[union-attr]  # class probabilities
         if not isinstance(target, Tensor):
             raise BatchKeyError(
                 f"Expected `target` to be given where the evaluation step computes no loss, but the batch is"
@@ -296,6 +304,7 @@ class GroupMonitor(EpochMonitor):
             f" this epoch have exactly one positive: who always says no is right in {right:.1%}. If the classes exclude"
             " each other, pass `target=`, where the class ids are in the batch: the accuracy is then that of the"
             " largest logit.",
+            DebiasWarning,
             stacklevel=2,
         )
 
@@ -312,16 +321,24 @@ class GroupMonitor(EpochMonitor):
         if isinstance(self.metric, MetricCollection):
             if not len(self.metric):
                 raise DebiasError("Expected `metric` to hold at least one metric, but got an empty MetricCollection.")
-            return [GroupedMetric(each, self.total, name=name, **options) for name, each in self.metric.items()]
+            return [GroupedMetric(ignoring(m), self.total, name=name, **options) for name, m in self.metric.items()]
         if isinstance(self.metric, Sequence | Mapping):
             raise DebiasError(
                 f"Expected `metric` to be a torchmetrics Metric or MetricCollection, but got"
                 f" {type(self.metric).__name__}. Several metrics go into one: `torchmetrics.MetricCollection(metrics)`."
             )
-        return [GroupedMetric(self.metric, self.total, **options)]
+        metric = ignoring(self.metric) if isinstance(self.metric, Metric) else self.metric
+        return [GroupedMetric(metric, self.total, **options)]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Say which groups have a sample neither in the training nor in the validation set, where tags tell."""
+        """Say which groups have a sample neither in the training nor in the validation set, where tags tell.
+
+        Raises:
+            DebiasError: a sampler balances batches of another size than the loader's, or ranks have different numbers
+                of batches.
+        """
+        super().on_train_start(trainer, pl_module)
+        check_batches(trainer.train_dataloader)
         if trainer.val_dataloaders is None or not trainer.is_global_zero:
             return
         loaders = trainer.train_dataloader, trainer.val_dataloaders
@@ -332,21 +349,26 @@ class GroupMonitor(EpochMonitor):
             warnings.warn(
                 f"{self.state_key} was given `n_groups={self.n_groups}`, but the tags of the training and validation"
                 f" set hold no sample of {empty}: their metrics are NaN. If `n_groups` counts too many, correct it.",
+                DebiasWarning,
                 stacklevel=2,
             )
 
     def _start(self, trainer: Any, pl_module: Any, loaders: list[Any]) -> None:
-        self._metrics = [[metric.to(pl_module.device) for metric in self._make()] for _ in loaders]
+        self._metrics += [self._make() for _ in loaders[len(self._metrics) :]]
+        for metric in (metric for metrics in self._metrics for metric in metrics):
+            metric.reset()
+            metric.to(pl_module.device)
         self._exclusive = None
 
     def _values(self, trainer: Any, pl_module: Any, stage: str) -> list[dict[str, Tensor]]:
         if trainer.is_global_zero:
             self._warn_of_exclusive_classes()
-        computed = [{k: v for metric in metrics for k, v in metric.compute().items()} for metrics in self._metrics]
-        return [by_group(values, self.group_names) for values in computed]
+        loaders = len(evaluation_loaders(trainer))
+        computed = [[metric.compute() for metric in metrics] for metrics in self._metrics[:loaders]]
+        return [by_group(_joined(values), self.group_names) for values in computed]
 
 
-def _logits_of(output: Any) -> Any:
-    """What a network returns, or its ``logits`` where it returns several things by name."""
-    inner = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    return inner if isinstance(inner, Tensor) else output
+def _joined(values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The values of several metrics, with the counts, which are those of all of them, once."""
+    first, *others = values
+    return first | {k: v for other in others for k, v in other.items() if not k.endswith("_count")}

@@ -7,14 +7,18 @@ them in a form that is never mistaken.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from debias.errors import DebiasError
 from debias.metrics import GroupedMetric
+from debias.metrics.undefined import task_of
+from debias.monitors.scored import IGNORED, counted_like
 
-__all__ = ["metric_inputs", "update_metric"]
+__all__ = ["ignoring", "metric_inputs", "update_metric"]
 
 _SOFTMAX = frozenset({"cross_entropy", "nll_loss", "LabelSmoothingCrossEntropy", "SoftTargetCrossEntropy"})
 _SIGMOID = "binary_cross_entropy_with_logits"
@@ -45,7 +49,7 @@ def metric_inputs(metric: Metric, logits: Tensor, target: Tensor, loss: str | No
         target: shape ``(N, ...)``.
         loss: name of the loss that was computed from them, see :class:`debias.LossCall`; None if there is none.
     """
-    task = _task(metric)
+    task = task_of(metric)
     if not task or not logits.is_floating_point():
         return logits, target
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -58,14 +62,26 @@ def metric_inputs(metric: Metric, logits: Tensor, target: Tensor, loss: str | No
             return (precise[:, 1] - precise[:, 0]).sigmoid(), target
     elif loss in (_SIGMOID, "binary_cross_entropy") and task != "Multiclass":
         if target.is_floating_point():  # smoothed labels count as labels, negative ones and NaN as missing
-            labels = torch.where(target > 0.5, 1.0, target.nan_to_num(-1.0).clamp(max=0.0)).long()
-            ignored = getattr(metric, "ignore_index", None)
-            target = labels if ignored is None else torch.where(target == ignored, ignored, labels)
+            missing = getattr(metric, "ignore_index", None)
+            missing = -1 if missing is None else missing
+            labels = torch.where(target > 0.5, 1, 0)
+            target = torch.where(target.isnan() | (target < 0) | (target == missing), missing, labels)
         return (precise.sigmoid() if loss == _SIGMOID else logits), target
     return logits, target
 
 
-def update_metric(metric: GroupedMetric, logits: Tensor, target: Tensor, groups: Tensor, loss: str | None) -> None:
+def ignoring(metric: Metric) -> Metric:
+    """A metric that can leave elements out: one of classification with an ``ignore_index``, its own or a new one."""
+    if not task_of(metric) or getattr(metric, "ignore_index", IGNORED) is not None:
+        return metric
+    metric = copy.deepcopy(metric)
+    metric.ignore_index = IGNORED
+    return metric
+
+
+def update_metric(
+    metric: GroupedMetric, logits: Tensor, target: Tensor, groups: Tensor, loss: str | None, counted: Tensor | None
+) -> None:
     """Add a batch to a metric that is split by group.
 
     Args:
@@ -74,28 +90,48 @@ def update_metric(metric: GroupedMetric, logits: Tensor, target: Tensor, groups:
         target: see :func:`metric_inputs`.
         groups: int ids ``(N,)`` or boolean membership ``(N, G)``.
         loss: see :func:`metric_inputs`.
+        counted: which elements of the target are scored, boolean, in its shape; None for all.
 
     Raises:
         DebiasError: the metric does not take them.
     """
-    task = _task(metric.overall)
-    preds, labels = metric_inputs(metric.overall, logits, target, loss)
+    inner = metric.overall.metric
+    task = task_of(inner)
+    preds, labels = metric_inputs(inner, logits, target, loss)
     try:
         if task in ("Binary", "Multilabel") and preds.shape != labels.shape:  # some binary metrics do not look
             raise ValueError("predictions and target are not of one shape")
-        metric.update(preds, labels, groups)
+        metric.update(*_counted_only(inner, preds, labels, groups, counted_like(counted, labels)))
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         if "memory" in str(error):  # Lightning's BatchSizeFinder reads it
             raise
         raise DebiasError(
             f"Expected `metric` of GroupMonitor to take what the step predicts, but `{metric.name}`"
-            f" ({type(metric.overall).__name__}) got logits {tuple(logits.shape)} of {logits.dtype} and a target"
+            f" ({type(inner).__name__}) got logits {tuple(logits.shape)} of {logits.dtype} and a target"
             f" {tuple(target.shape)} of {target.dtype}{f' from `{loss}`' if loss else ''}, and says:"
             f" {str(error).rstrip('. ')}. {_ADVICE[task]}"
         ) from error
 
 
-def _task(metric: Metric) -> str:
-    """Which of torchmetrics' kinds of classification metrics it is, or is derived from; empty if none."""
-    names = [c.__name__ for c in type(metric).__mro__ if c.__module__.startswith("torchmetrics.classification.")]
-    return next((task for task in _ADVICE for name in names if task and name.startswith(task)), "")
+def _counted_only(
+    metric: Metric, preds: Tensor, target: Tensor, groups: Tensor, counted: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Predictions, target and groups without what does not count: whole rows, then single elements."""
+    if counted is None or bool(counted.all()):
+        return preds, target, groups
+    some = counted.flatten(1).any(1) if counted.ndim > 1 else counted
+    preds, target, groups, counted = preds[some], target[some], groups[some], counted[some]
+    if bool(counted.all()):
+        return preds, target, groups
+    ignored = getattr(metric, "ignore_index", None) if task_of(metric) else None
+    if ignored is not None:
+        return preds, torch.where(counted, target.long(), ignored), groups
+    if hasattr(metric, "multioutput") or (getattr(metric, "num_outputs", None) or 1) > 1:
+        raise DebiasError(
+            f"Expected whole samples to be left out for {type(metric).__name__}, which has a value of each column, but"
+            " the loss leaves out some columns of a sample. Choose a metric over all elements, such as"
+            " `torchmetrics.MeanAbsoluteError()`, or one monitor for each column, with `logits=` and `target=`."
+        )
+    if preds.ndim == target.ndim + 1:
+        preds = preds.movedim(1, -1)
+    return preds[counted], target[counted], groups.repeat_interleave(counted.flatten(1).sum(1), 0)

@@ -12,17 +12,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, RowsError
+from debias.errors import DebiasError, LossNotFoundError, RowsError
 from debias.metrics import MultilabelF1, worst_group
 from debias.monitors._epoch import EpochMonitor, by_group
-from debias.ops.arguments import check_count
+from debias.monitors.scored import counted_like, loss_of, predicted_by
+from debias.ops.arguments import check_count, checked
 from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
-from debias.step.ids import check_keys, plain_n_groups
+from debias.step.ids import check_keys, plain_key, plain_n_groups
 from debias.step.watcher import check_loss
-from debias.tap.selection import select_calls
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["MultilabelF1", "MultilabelF1Monitor"]
 
@@ -38,7 +38,8 @@ class MultilabelF1Monitor(EpochMonitor):
         val/worst_group_f1      NaN if that of every group is
         val/threshold           of the probability; at test the one of the checkpoint
 
-    Reads the logits from the binary cross-entropy of the evaluation step; targets below 0 are missing.
+    Reads the logits from the binary cross-entropy of the evaluation step. Targets below 0 are missing, and so are those
+    that the loss leaves out, by a weight of 0 or a mask.
     ``trainer.test`` without an earlier validation uses a threshold of 0.5, or where ``thresholds`` is even the next
     below; a validation in which F1 is NaN at every threshold chooses none. Several loaders of a stage count as one set.
 
@@ -62,6 +63,7 @@ class MultilabelF1Monitor(EpochMonitor):
     reference: ClassVar[str] = "F1 by unit and mean, as on BP4D and DISFA, the threshold chosen in validation"
     _value_names = ("f1", "threshold")
 
+    @checked()
     def __init__(
         self,
         label_names: list[str],
@@ -83,7 +85,7 @@ class MultilabelF1Monitor(EpochMonitor):
             check_keys(group, n_groups)
         self.label_names = [str(name) for name in label_names]
         self.target = target
-        self.group = group
+        self.group = plain_key(group)
         self.n_groups = plain_n_groups(n_groups)
         self.total = check_n_groups(n_groups)
         self.group_names = name_groups(n_groups, group_names)
@@ -108,14 +110,13 @@ class MultilabelF1Monitor(EpochMonitor):
     def observe(self, step: Step, calls: list[LossCall], forward_output: Any, output: Any) -> None:
         """Count one batch."""
         bce = [c for c in calls if c.name.startswith("binary_cross_entropy")]
-        found = select_calls(bce, self.loss, type(self).__name__) if bce else []
-        if len(found) != 1 or found[0].logits is None:
-            error = AmbiguousLossError if found else LossNotFoundError
-            raise error(
+        call = loss_of(bce, self.loss, type(self).__name__)
+        if call is None:
+            raise LossNotFoundError(
                 "Expected the evaluation step to compute one binary cross-entropy of (N, labels), but got"
-                f" {[c.name for c in calls] or 'no loss'}. Compute it with torch's function, or choose: `loss=<index>`."
+                f" {[c.name for c in calls] or 'no loss'}. Compute it with torch's function."
             )
-        logits, targets = found[0].logits, step.read(self.target, argument="target")
+        logits, targets = predicted_by(call, type(self).__name__), step.read(self.target, argument="target")
         if logits.shape != targets.shape or logits.ndim != 2 or logits.shape[1] != len(self.label_names):
             raise RowsError(
                 f"Expected logits and targets of shape (N, {len(self.label_names)}), one column per name in"
@@ -123,11 +124,13 @@ class MultilabelF1Monitor(EpochMonitor):
                 " `target`."
             )
         groups = targets.new_zeros(len(targets)).long() if self.group is None else step.ids(self.group, self.n_groups)
-        rows = None if self.engine is None else self.engine.rows_of(logits, found[0], type(self).__name__)
+        rows = None if self.engine is None else self.engine.rows_of(logits, call, type(self).__name__)
         if rows is not None:
             targets, groups = targets[rows], groups[rows]
+        if (counted := counted_like(call.counted, targets)) is not None:
+            targets = torch.where(counted, targets if targets.is_floating_point() else targets.long(), -1)
         with torch.no_grad():
-            scores = logits if found[0].name == "binary_cross_entropy" else logits.float().sigmoid()
+            scores = logits if call.name == "binary_cross_entropy" else logits.float().sigmoid()
             self._metric.update(scores.detach(), targets, groups)
 
     def state_dict(self) -> dict[str, Any]:
@@ -143,7 +146,7 @@ class MultilabelF1Monitor(EpochMonitor):
 
     def _values(self, trainer: Any, pl_module: Any, stage: str) -> list[dict[str, Tensor]]:
         table = self._metric.compute()  # (G + 1, T, A), of all ranks and loaders
-        self._metric = None
+        not_finite, self._metric = self._metric.said, None
         if stage == "val":
             by_threshold = table[-1].nanmean(1).nan_to_num(-1)
             best = int(by_threshold.argmax())
@@ -154,4 +157,4 @@ class MultilabelF1Monitor(EpochMonitor):
         values |= {f"f1_by_label/{k}": v for k, v in zip(self.label_names, by_label.unbind(), strict=True)}
         if self.group is not None:
             values |= {"worst_group_f1": worst_group(f1_by_group), "f1_by_group": f1_by_group}
-        return [by_group(values, self.group_names)]
+        return [by_group(values | not_finite, self.group_names)]

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from debias.errors import BatchKeyError, LossNotFoundError
 from debias.metrics import GroupAccuracy
 from debias.monitors._epoch import EpochMonitor
+from debias.ops.arguments import checked
 from debias.ops.distributed import global_sum
 from debias.ops.shifts import UnitImages, crafted_shift, families_of, held_out_mean, sample_keys
 from debias.step.batch import BatchKey, describe, replace
 from debias.step.context import Step
 from debias.step.indices import evaluation_loaders, evaluation_order
+from debias.tap.calls import LossCall
 from debias.tap.head import submodule
-from debias.tap.tap import LossCall
 
 __all__ = ["ShiftedValidation"]
 
@@ -82,6 +83,7 @@ class ShiftedValidation(EpochMonitor):
     reference: ClassVar[str] = "Efthymiadis et al., WACV 2025, arXiv 2409.19774"
     _value_names = ("mean", ORIGINAL)
 
+    @checked()
     def __init__(
         self,
         *,

@@ -1,14 +1,32 @@
-"""Checks of arguments that are numbers. They return Python's own, which YAML, logs and checkpoints can hold."""
+"""Checks of arguments, one for each kind, for functions, modules and callbacks alike.
+
+Checks of numbers return Python's own, which YAML, logs and checkpoints can hold. :func:`checked` reads the annotations
+of a whole call, so that no argument of a wrong kind is taken for another one.
+"""
 
 from __future__ import annotations
 
+import collections.abc
+import functools
+import inspect
 import math
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
-from debias.errors import DebiasError
+import torch
+from torch import Tensor
 
-__all__ = ["check_count", "check_number"]
+from debias.errors import BadRowsError, DebiasError
+
+__all__ = ["MOST", "check_choice", "check_count", "check_instance", "check_number", "checked", "shown"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+MOST = 1_000_000  # groups, classes, labels, thresholds: what has a number each, and a name
+LARGEST = 2**63 - 1
 
 
 def check_number(name: str, value: Any, within: str = "[0, inf)") -> float:
@@ -23,28 +41,336 @@ def check_number(name: str, value: Any, within: str = "[0, inf)") -> float:
         DebiasError: it is no number, or outside.
     """
     low, high = (float(bound) for bound in within[1:-1].split(","))
-    if isinstance(value, Real) and not isinstance(value, bool):
+    if _is_number(value):
         number = int(value) if isinstance(value, Integral) else float(value)
         above = number >= low if within[0] == "[" else number > low
         below = number <= high if within[-1] == "]" else number < high
-        if above and below and abs(number) < math.inf:
+        if above and below and _is_finite(number):
             return number
     rule = f"a number {'>=' if within[0] == '[' else '>'} {low:g}" if high == math.inf else f"a number in {within}"
-    raise DebiasError(f"Expected `{name}` to be {rule}, but got {value!r}.")
+    raise DebiasError(f"Expected `{name}` to be {rule}, but got {shown(value)}.")
 
 
-def check_count(name: str, value: Any, lowest: int = 1, *, what: str = "an integer") -> int:
+def check_count(name: str, value: Any, lowest: int = 1, highest: int = LARGEST, *, what: str = "an integer") -> int:
     """The value of an argument that is an integer of at least ``lowest``; NumPy's count, truth values do not.
 
     Args:
         name: of the argument.
         value: what was given.
         lowest: the smallest that is allowed.
+        highest: the largest; :data:`MOST` for what memory is taken for.
         what: what it counts, for the message.
 
     Raises:
         DebiasError: it is not.
     """
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < lowest:
-        raise DebiasError(f"Expected `{name}` to be {what} >= {lowest}, but got {value!r}.")
-    return int(value)
+    if _is_integer(value) and lowest <= value <= highest:
+        return int(value)
+    upper = "" if highest == LARGEST else f" and <= {highest}"
+    raise DebiasError(f"Expected `{name}` to be {what} >= {lowest}{upper}, but got {shown(value)}.")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
+    """The value of an argument that is one of a few words.
+
+    Raises:
+        DebiasError: it is none of them; the message lists them.
+    """
+    choices = list(choices)
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise DebiasError(f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, but got {shown(value)}.")
+    return value
+
+
+def check_instance(name: str, value: Any, kind: type) -> Any:
+    """The value of an argument that is an object of a class.
+
+    Raises:
+        DebiasError: it is another one, or the class itself.
+    """
+    if not isinstance(value, kind):
+        remedy = f" Pass an instance, `{value.__name__}(...)`." if isinstance(value, type) else ""
+        raise DebiasError(f"Expected `{name}` to be a {kind.__name__}, but got {shown(value)}.{remedy}")
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value in a message: whole if it is short; of a tensor its shape and dtype."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and {str(value.dtype).removeprefix('torch.')}"
+    try:
+        text = repr(value)
+    except Exception:  # of any kind; of a foreign object, and an integer may have too many digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]} ..."
+
+
+def checked(shapes: str = "", **within: str) -> Callable[[F], F]:
+    """Refuse calls whose arguments are not of the annotated kind, or whose tensors do not fit together.
+
+    An argument that is annotated as a number has to be finite, as an integer within 64 bits, as a ``Literal`` one of
+    the choices; truth values are no numbers. Numbers ``n_...`` are counts from 1 to :data:`MOST`. What the function
+    itself refuses it refuses first, as it says it better. Values of tensors are looked at on CPUs alone, as it would
+    stop another device.
+
+    Args:
+        shapes: of tensor arguments: ``"losses: float N, domains: int N | bool N n_domains, x: float N C ..."``. Letters
+            that come twice are the same number; names of integer arguments, and numbers, are what they say. Ids are
+            below a number with ``"domains: int N < n_domains"``; negative ones are unlabelled.
+        **within: intervals of numbers by name, ``alpha="(0, 1]"``; None, and what is no number, is left to the
+            annotation.
+
+    Example:
+        >>> import torch
+        >>> from debias.ops.arguments import checked
+        >>> @checked("x: float N, y: int N")
+        ... def double(x: torch.Tensor, y: torch.Tensor, factor: float = 2.0) -> torch.Tensor:
+        ...     return factor * x
+        >>> double(torch.ones(2), torch.ones(3))
+        Traceback (most recent call last):
+        debias.errors.DebiasError: Expected `y` to be int of shape (N,), but got a tensor of shape (3,) and float32, ...
+    """
+
+    def decorate(function: F) -> F:
+        names, wanted = list(inspect.signature(function).parameters), _parse(shapes)
+        within.update({name: f"[1, {MOST}]" for name in names if name.startswith("n_") and name not in within})
+        ends = {name: float(interval[1:-1].split(",")[1]) for name, interval in within.items()}
+        passed: set[Any] = set()
+        limits = {name: int(end) for name, end in ends.items() if end < math.inf}
+
+        @functools.wraps(function)
+        def call(*args: Any, **options: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return function(*args, **options)
+            given = dict(zip(names, args, strict=False)) | options
+            alike = _alike(given)
+            if alike in passed:  # steps call with the same shapes again and again
+                _check_ids(wanted, given)
+                return function(*args, **options)
+            for name, highest in limits.items():
+                if _is_integer(given.get(name)) and given[name] > highest:  # before memory or time is taken for it
+                    check_count(name, given[name], 0, highest)
+            for name in wanted:
+                if not isinstance(given.get(name), Tensor | None):
+                    _check(function, {}, {}, {name: given[name]})
+            try:
+                result = function(*args, **options)
+            except DebiasError:
+                raise
+            except Exception:
+                _check(function, wanted, within, given)
+                _check_ids(wanted, given)
+                raise
+            _check(function, wanted, within, given)
+            _check_ids(wanted, given)
+            if alike is not None and len(passed) < 100:
+                passed.add(alike)
+            return result
+
+        return typing.cast(F, call)
+
+    return decorate
+
+
+def _alike(given: Mapping[str, Any]) -> Any:
+    """What the checks look at, or None where that is more than plain values and tensors."""
+    parts: list[Any] = []
+    for name, value in given.items():
+        if isinstance(value, Tensor):
+            parts.append((name, value.shape, value.dtype))
+        elif type(value) in (int, float, bool, str, type(None)):
+            parts.append((name, type(value), value))
+        else:
+            return None
+    return tuple(parts)
+
+
+def _check(function: Any, wanted: Mapping[str, Any], within: Mapping[str, str], given: Mapping[str, Any]) -> None:
+    hints = _hints(function)
+    for name, value in given.items():
+        if name in hints and not _is(value, hints[name]):
+            remedy = f" Pass an instance, `{value.__name__}(...)`." if _is_class_of(value, hints[name]) else ""
+            raise DebiasError(f"Expected `{name}` to be {_words(hints[name])}, but got {shown(value)}.{remedy}")
+    for name, interval in within.items():
+        if _is_number(value := given.get(name)):
+            check_number(name, value, interval)
+        elif isinstance(value, Sequence) and not value:
+            raise DebiasError(f"Expected `{name}` to hold at least one number, but got {shown(value)}.")
+    known: dict[str, tuple[int, str]] = {
+        name: (int(value), f"`{name}`") for name, value in given.items() if _is_integer(value)
+    }
+    for name, alternatives in wanted.items():
+        if isinstance(value := given.get(name), Tensor):
+            _check_shape(name, value, alternatives, known)
+
+
+@functools.cache
+def _hints(function: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(function, vars(sys.modules[function.__module__]))
+    return {name: hint for name, hint in hints.items() if name != "return"}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _parts(hint: Any) -> list[Any]:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return [part for option in typing.get_args(hint) for part in _parts(option)]
+    return [hint]
+
+
+def _is(value: Any, hint: Any) -> bool:
+    return any(_is_one(value, part) for part in _parts(hint))
+
+
+def _is_one(value: Any, kind: Any) -> bool:
+    origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin is typing.Any:  # a class, from Python 3.11 on
+        return True
+    if origin is typing.Literal:
+        return any(type(value) is type(choice) and value == choice for choice in inner)
+    if origin is float:
+        return _is_number(value) and _is_finite(value)
+    if origin is int:
+        return _is_integer(value) and abs(value) <= LARGEST
+    if origin is bool:
+        return type(value).__name__ in ("bool", "bool_")  # Python's and NumPy's
+    if origin is collections.abc.Callable:
+        return callable(value)
+    if not isinstance(origin, type) or getattr(origin, "_is_protocol", False):
+        return origin is not None or value is None  # Any, type variables
+    if origin in (list, tuple, collections.abc.Sequence, collections.abc.Iterable):
+        if not isinstance(value, Sequence):  # arrays and tensors are sequences of numbers, too
+            numbers = {float, int} & {part for of in inner for part in _parts(of)}
+            return bool(numbers or not inner) and len(getattr(value, "shape", ())) == 1
+        if isinstance(value, str):
+            return False
+        if origin is tuple and inner and inner[-1] is not Ellipsis:
+            return len(value) == len(inner) and all(map(_is, value, inner))
+        return not inner or len(value) > 1000 or all(_is(part, inner[0]) for part in value)
+    return isinstance(value, origin)
+
+
+def _is_class_of(value: Any, hint: Any) -> bool:
+    kinds = [part for part in _parts(hint) if isinstance(part, type)]
+    return isinstance(value, type) and any(issubclass(value, kind) for kind in kinds)
+
+
+def _words(hint: Any) -> str:
+    known = {
+        float: "a finite number",
+        int: "an integer of 64 bits",
+        bool: "True or False",
+        str: "text",
+        Tensor: "a tensor",
+    }
+    found = []
+    for part in _parts(hint):
+        origin, inner = typing.get_origin(part) or part, typing.get_args(part)
+        if origin is typing.Literal:
+            found += [repr(choice) for choice in inner]
+        elif origin in (None, types.NoneType):
+            found.append("None")
+        elif origin is collections.abc.Callable:
+            found.append("a callable")
+        elif origin in (list, tuple, collections.abc.Sequence, collections.abc.Iterable):
+            of = [_words(part) for part in inner if part is not Ellipsis]
+            found.append(f"a sequence of {' and '.join(dict.fromkeys(of))}" if of else "a sequence")
+        else:
+            found.append(known.get(origin) or f"a {getattr(origin, '__name__', str(origin))}")
+    *others, last = dict.fromkeys(found)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+# Shapes and ids
+
+
+def _check_ids(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    for name, alternatives in wanted.items():
+        for kind, dims, limit in alternatives:
+            ids = given.get(name)
+            if not limit or not isinstance(ids, Tensor) or ids.device.type != "cpu" or not _has_kind(ids, kind):
+                continue
+            size = _size(limit, wanted, given)
+            if size is None or ids.ndim != len(dims) or not ids.numel():
+                continue
+            try:
+                largest = int(ids.max())
+            except RuntimeError:  # a stand-in without values, of vmap or a tracer
+                continue
+            if largest >= size:
+                raise BadRowsError(
+                    f"Expected `{name}` to hold ids below {limit} = {size}, but got {largest} at position"
+                    f" {int(ids.argmax())}. Number them from 0; negative ones are unlabelled."
+                )
+
+
+def _size(limit: str, wanted: Mapping[str, Any], given: Mapping[str, Any]) -> int | None:
+    """What a letter stands for, or an argument."""
+    if _is_integer(given.get(limit)):
+        return int(given[limit])
+    for name, alternatives in wanted.items():
+        for kind, dims, _ in alternatives:
+            value = given.get(name)
+            if limit in dims and isinstance(value, Tensor) and _has_kind(value, kind) and value.ndim == len(dims):
+                return int(value.shape[dims.index(limit)])
+    return None
+
+
+@functools.cache
+def _parse(shapes: str) -> dict[str, list[tuple[str, list[str], str]]]:
+    """By argument the alternatives: kind, dimensions, and what ids are below, or nothing."""
+    found = {}
+    for entry in filter(None, map(str.strip, shapes.split(","))):
+        name, _, alternatives = entry.partition(":")
+        parts = [alternative.partition("<") for alternative in alternatives.split("|")]
+        kinds = [(shape.split(), limit.strip()) for shape, _, limit in parts]
+        found[name] = [(kind, dims, limit) for (kind, *dims), limit in kinds]
+    return found
+
+
+def _check_shape(
+    name: str, tensor: Tensor, alternatives: list[tuple[str, list[str], str]], known: dict[str, tuple[int, str]]
+) -> None:
+    for kind, dims, _ in alternatives:
+        sizes = _fit(tensor, dims, known) if _has_kind(tensor, kind) else None
+        if sizes is not None:
+            known |= {dim: (size, f"`{name}`") for dim, size in sizes.items() if dim not in known}
+            return
+    rule = " or ".join(f"{kind} of shape ({', '.join(dims)}{',' * (len(dims) == 1)})" for kind, dims, _ in alternatives)
+    used = dict.fromkeys(dim for _, dims, _ in alternatives for dim in dims if dim in known)
+    where = "".join(f", with {dim} = {known[dim][0]} from {known[dim][1]}" for dim in used)
+    raise DebiasError(f"Expected `{name}` to be {rule}, but got {shown(tensor)}{where}.")
+
+
+def _has_kind(tensor: Tensor, kind: str) -> bool:
+    whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    return {"float": tensor.is_floating_point(), "int": whole, "bool": tensor.dtype == torch.bool, "any": True}[kind]
+
+
+def _fit(tensor: Tensor, dims: list[str], known: Mapping[str, tuple[int, str]]) -> dict[str, int] | None:
+    """The size of each letter, or None where the shape is another one."""
+    shape = list(tensor.shape)
+    if dims[-1:] == ["..."]:
+        dims, shape = dims[:-1], shape[: len(dims) - 1]
+    if len(shape) != len(dims):
+        return None
+    sizes: dict[str, int] = {}
+    for dim, size in zip(dims, shape, strict=True):
+        expected = int(dim) if dim.isdigit() else sizes.get(dim, known[dim][0] if dim in known else size)
+        if size != expected:
+            return None
+        sizes[dim] = size
+    return sizes

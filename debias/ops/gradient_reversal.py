@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from debias.ops.arguments import checked
+
 __all__ = ["GradientReversal", "dann_ramp", "gradient_reversal"]
 
 
@@ -22,6 +24,7 @@ class _Reversal(torch.autograd.Function):
         return -ctx.strength * grad, None
 
 
+@checked("x: float ...")
 def gradient_reversal(x: Tensor, strength: float = 1.0) -> Tensor:
     """``x`` itself; in backward its gradient is multiplied by ``-strength``.
 
@@ -55,6 +58,7 @@ class GradientReversal(nn.Module):
         >>> adversary = torch.nn.Sequential(GradientReversal(2.0), torch.nn.Linear(3, 4))
     """
 
+    @checked()
     def __init__(self, strength: float = 1.0) -> None:
         super().__init__()
         self.strength = strength
@@ -68,6 +72,7 @@ class GradientReversal(nn.Module):
         return f"strength={self.strength}"
 
 
+@checked(progress="[0, inf)", gamma="[0, inf)")
 def dann_ramp(progress: float, *, gamma: float = 10.0) -> float:
     """DANN's schedule of the strength, from 0 to 1: ``2 / (1 + exp(-gamma p)) - 1`` (Ganin et al., section 5.2.2).
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debias.errors import BadRowsError, DebiasError
+from debias.ops.arguments import MOST, check_count
 from debias.ops.distributed import global_sum, is_distributed, shared_gradient, world_size
 
 __all__ = ["GroupState", "GroupSums", "check_counts", "check_n_groups", "group_losses", "name_groups", "summed"]
@@ -200,6 +201,16 @@ def _on_host(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+def readable_at_once(x: Tensor) -> bool:
+    """Whether looking at a tensor's values waits for nothing."""
+    return _on_host(x)
+
+
+def readable(counts: Tensor) -> Tensor | list[float]:
+    """Counts for :meth:`GroupState.count_bad`: plain numbers where reading them waits for nothing."""
+    return counts.tolist() if _on_host(counts) else counts
+
+
 def _table(data: Tensor, places: Tensor, n_groups: int) -> Tensor:
     """Sums of the columns of ``data`` ``(3, rows)`` by place."""
     if _on_host(data) and places.dtype != torch.bool:
@@ -264,7 +275,7 @@ class GroupState(nn.Module):
     def __init__(self, n_groups: int | Sequence[int], names: Sequence[str] | None = None) -> None:
         super().__init__()
         self.n_groups = check_n_groups(n_groups, self.kind)
-        self.group_names = name_groups(n_groups, names, self.kind)
+        self.group_names: Any = name_groups(n_groups, names, self.kind)
         # Rows by place, as group_losses counts them; what the host has read already is kept there.
         self.register_buffer("row_counts", torch.zeros(self.n_groups + _EXTRA, dtype=torch.float64), persistent=False)
         self._read_counts = [0.0, 0.0]
@@ -314,9 +325,13 @@ class GroupState(nn.Module):
             )
         raise BadRowsError(
             f"Expected finite losses, but {losses} rows had a NaN or infinite one. They took no part in the method's"
-            " state. Check the inputs of this batch and the learning rate; `Trainer(detect_anomaly=True)` finds the"
-            " operation."
+            f" state. Check the inputs of this batch, the learning rate and {self.weight_in_words()};"
+            " `Trainer(detect_anomaly=True)` finds the operation."
         )
+
+    def weight_in_words(self) -> str:
+        """The weight under which losses may have diverged, for messages."""
+        return "the weights of penalties, if there are any"
 
     def check_shapes(self, losses: Tensor, groups: Tensor) -> None:
         """Refuse losses and groups that do not belong together."""
@@ -331,6 +346,16 @@ class GroupState(nn.Module):
                 f"Expected `{self.kind}s` to be integer ids of shape {tuple(losses.shape)} or a boolean membership of"
                 f" shape {(len(losses), self.n_groups)}, but got {groups.dtype} of shape {tuple(groups.shape)}."
             )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name in self._buffers:
+            saved = state_dict.get(prefix + name)
+            if isinstance(saved, Tensor) and not bool(saved.isfinite().all()):
+                raise DebiasError(
+                    f"Expected the saved `{name}` of {type(self).__name__} to be finite, but got {saved.tolist()[:10]}."
+                    " That training had diverged, or the checkpoint is damaged: resume from an earlier one."
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         device = fn(torch.empty(0)).device
@@ -353,7 +378,8 @@ def check_n_groups(n_groups: int | Sequence[int], kind: str = "group") -> int:
             f"Expected `n_{kind}s` to be a positive integer, or one per key of a crossed `{kind}`, but got"
             f" {n_groups!r}."
         )
-    return prod(int(size) for size in sizes)  # NumPy's integers count too, as `ids.max() + 1` gives them
+    total = prod(int(size) for size in sizes)  # NumPy's integers count too, as `ids.max() + 1` gives them
+    return check_count(f"n_{kind}s", total, 1, MOST)
 
 
 def check_counts(group_counts: Any, names: Sequence[str], kind: str = "group") -> Tensor:
@@ -363,9 +389,10 @@ def check_counts(group_counts: Any, names: Sequence[str], kind: str = "group") -
         DebiasError: the number of counts is wrong, one is negative, or a group has no sample.
     """
     counts = torch.as_tensor(group_counts, dtype=torch.float64).cpu()
-    if counts.shape != (len(names),) or bool((counts < 0).any()):
+    if counts.shape != (len(names),) or not bool(((counts >= 0) & counts.isfinite()).all()):
         raise DebiasError(
-            f"Expected `{kind}_counts` to be {len(names)} numbers >= 0, one per {kind}, but got {counts.tolist()}."
+            f"Expected `{kind}_counts` to be {len(names)} numbers >= 0 and finite, one per {kind}, but got"
+            f" {counts.tolist()}."
         )
     if bool((counts == 0).any()):
         empty = [name for name, count in zip(names, counts.tolist(), strict=True) if count == 0]

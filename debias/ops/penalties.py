@@ -5,6 +5,7 @@ the loss was called.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import field
 from typing import Any, ClassVar
 
 import torch
@@ -12,12 +13,22 @@ from torch import Tensor
 
 from debias.errors import DebiasError
 from debias.ops.arguments import check_number
+from debias.ops.domains import check_domains, make_members
+from debias.ops.fields import arguments
 from debias.ops.groups import GroupState, GroupSums, group_losses
 from debias.ops.head_losses import HeadLoss, make_head_loss
+from debias.ops.head_statistics import HeadStatistics
 from debias.ops.precision import in_full_precision
 from debias.ops.schedule import PenaltySchedule
 
-__all__ = ["LOSS_OPTIONS", "DomainPenaltyModule", "LossPenaltyModule"]
+__all__ = [
+    "LOSS_OPTIONS",
+    "DomainPenaltyModule",
+    "FeaturePenaltyModule",
+    "HeadPenaltyModule",
+    "LossPenaltyModule",
+    "PenaltyOptions",
+]
 
 # What the losses that are taken apart can be called with, beside logits and targets; by their names here and torch's.
 LOSS_OPTIONS: dict[str, tuple[str, ...]] = {
@@ -29,45 +40,72 @@ LOSS_OPTIONS: dict[str, tuple[str, ...]] = {
 }
 
 
-class DomainPenaltyModule(GroupState):
-    """A penalty on how domains differ, for any training loop; a subclass adds ``penalty`` and ``forward``.
+@arguments
+class PenaltyOptions:
+    """The weight of a penalty; see :class:`debias.ops.schedule.PenaltySchedule`.
+
+    Args:
+        penalty_weight: weight of the penalty in the end.
+        weight_before: weight before optimiser step ``start_step``.
+        start_step: optimiser steps before the penalty has its weight.
+        ramp_steps: optimiser steps within which the weight then grows to it.
+    """
+
+    penalty_weight: float = 1.0
+    weight_before: float = 0.0
+    start_step: int = 0
+    ramp_steps: int = 0
+
+
+@arguments
+class DomainPenaltyModule(PenaltyOptions, GroupState):
+    """A penalty on how domains differ, for any training loop; a subclass adds :meth:`of`.
+
+    This one is a penalty on their losses, whose sums by domain :meth:`of` receives, a
+    :class:`debias.ops.groups.GroupSums`; subclasses read something else.
 
     Args:
         n_domains: number of domains E, at least 2, or the numbers of crossed ids.
-        penalty_weight: weight of the penalty in the end.
-        weight_before: weight before ``start_step``.
-        start_step: optimiser steps before the penalty has its weight.
-        ramp_steps: optimiser steps within which the weight grows to it.
 
     Raises:
-        DebiasError: fewer than two domains, a negative weight or step.
+        DebiasError: an argument is out of range.
+        BadRowsError: a domain id is out of range, or a row is not finite.
+
+    Shape:
+        losses ``(N,)``; domains ``(N,)`` int64 or boolean ``(N, E)``; output: scalar.
     """
 
     kind: ClassVar[str] = "domain"
-    # Whether the module has to see every batch, also before its weight is above 0.
-    always = False
+    always: ClassVar[bool] = False  # whether it has to see every batch, also before its weight is above 0
 
-    def __init__(
-        self,
-        n_domains: int | Sequence[int],
-        penalty_weight: float,
-        *,
-        weight_before: float = 0.0,
-        start_step: int = 0,
-        ramp_steps: int = 0,
-    ) -> None:
-        super().__init__(n_domains)
+    n_domains: int | Sequence[int] = field(kw_only=False)
+
+    def __post_init__(self) -> None:
+        given = self.n_domains
+        GroupState.__init__(self, given)
+        self.n_domains = self.n_groups
         if self.n_groups < 2:
             raise DebiasError(
-                f"Expected `n_domains` to be at least 2, but got {n_domains!r}: one domain differs from"
+                f"Expected `n_domains` to be at least 2, but got {given!r}: one domain differs from"
                 " none. Number the domains 0, 1, 2, ..."
             )
-        self.schedule = PenaltySchedule(penalty_weight, weight_before, start_step, ramp_steps)
+        self.schedule = PenaltySchedule(self.penalty_weight, self.weight_before, self.start_step, self.ramp_steps)
+        self.penalty_weight, self.weight_before = self.schedule.weight, self.schedule.weight_before
+        self.start_step, self.ramp_steps = self.schedule.start_step, self.schedule.ramp_steps
 
-    @property
-    def n_domains(self) -> int:
-        """Number of domains E."""
-        return self.n_groups
+    def of(self, *inputs: Any, **options: Any) -> Tensor:
+        """The penalty of one batch, not yet weighted."""
+        raise NotImplementedError
+
+    def forward(self, losses: Tensor, domains: Tensor, *, step: int | None = None) -> Tensor:
+        """The weighted penalty of one batch; ``step`` is the number of optimiser steps taken so far."""
+        self.check_shapes(losses, domains)
+        sums = self.sums_of(losses, torch.ones_like(losses), domains)
+        return self.weighted(step, lambda _: self.of(sums), sums.rows)
+
+    def weight_in_words(self) -> str:
+        """The weight under which losses may have diverged, for messages."""
+        return f"`penalty_weight={self.schedule.weight:g}`"
 
     def weight_at(self, step: int | None) -> float:
         """The weight after ``step`` optimiser steps.
@@ -112,35 +150,53 @@ class DomainPenaltyModule(GroupState):
         self.sums_of(of_rows, of_rows, domains)
 
 
+class FeaturePenaltyModule(DomainPenaltyModule):
+    """A penalty on features.
+
+    Shape:
+        features ``(N, d)``; domains ``(N,)`` int64 or boolean ``(N, E)``; output: scalar.
+    """
+
+    def forward(self, features: Tensor, domains: Tensor, *, step: int | None = None) -> Tensor:
+        """The weighted penalty of one batch; ``step`` is the number of optimiser steps taken so far."""
+        make_members(domains, self.n_groups, len(features))
+        self.count_rows(domains, features)
+        return self.weighted(step, lambda x: self.of(x, domains), features)
+
+
+@arguments
 class LossPenaltyModule(DomainPenaltyModule):
     """A penalty that takes a loss apart, which it is told of.
 
+    Weights of the loss follow the module to its device, and are not saved with it. :meth:`of` receives the loss as a
+    :class:`debias.ops.head_losses.HeadLoss`, and the ids ``(rows,)`` or membership ``(rows, E)`` of its rows.
+
     Args:
-        n_domains: number of domains E, at least 2, or the numbers of crossed ids.
-        penalty_weight: weight of the penalty in the end.
         loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` or ``"squared_error"``.
-        loss_options: what the loss is called with: ``weight`` and ``pos_weight``, tensors or lists of numbers >= 0,
-            ``label_smoothing`` and ``ignore_index``. Weights follow the module to its device, and are not saved with
-            it.
-        **schedule: see :class:`DomainPenaltyModule`.
+        weight: what the loss is called with, a tensor or a list of numbers >= 0.
+        pos_weight: what the binary cross-entropy is called with, as ``weight``.
+        label_smoothing: what the cross-entropy is called with.
+        ignore_index: what the cross-entropy is called with.
 
     Raises:
-        DebiasError: the loss is another, has no such option, or an option is out of range.
+        DebiasError: an argument is out of range, or the loss has no such option.
+        BadRowsError: a domain id is out of range, or a row is not finite.
+
+    Shape:
+        logits ``(N, C)``; targets of the loss; domains ``(N,)`` int64 or boolean ``(N, E)``; output: scalar.
     """
 
-    loss_weight: Tensor | None
-    loss_pos_weight: Tensor | None
+    loss: str = "cross_entropy"
+    weight: Tensor | Sequence[float] | None = None
+    pos_weight: Tensor | Sequence[float] | None = None
+    label_smoothing: float = 0.0
+    ignore_index: int = -100
+    loss_weight: Tensor | None = field(init=False)
+    loss_pos_weight: Tensor | None = field(init=False)
 
-    def __init__(
-        self,
-        n_domains: int | Sequence[int],
-        penalty_weight: float,
-        *,
-        loss: str,
-        loss_options: dict[str, Any],
-        **schedule: Any,
-    ) -> None:
-        super().__init__(n_domains, penalty_weight, **schedule)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        loss = self.loss
         if loss not in LOSS_OPTIONS:
             raise DebiasError(
                 f"Expected `loss` to be one of {', '.join(LOSS_OPTIONS)}, whose derivatives with respect to the logits"
@@ -148,18 +204,19 @@ class LossPenaltyModule(DomainPenaltyModule):
                 " MMD)."
             )
         known = LOSS_OPTIONS[loss]
-        if unknown := set(loss_options) - set(known):
+        plain = {"weight": None, "pos_weight": None, "label_smoothing": 0.0, "ignore_index": -100}
+        given = {name: vars(self)[name] for name in plain}
+        unknown = [n for n, v in given.items() if n not in known and (isinstance(v, Tensor) or v != plain[n])]
+        if unknown:
             raise DebiasError(
                 f"Expected arguments of {type(self).__name__}, or options of `loss={loss!r}`: {', '.join(known)}, but"
                 f" got {', '.join(sorted(unknown))}. Correct the name, or `loss`."
             )
-        self.loss = loss
-        self.label_smoothing = check_number("label_smoothing", loss_options.get("label_smoothing", 0.0), "[0, 1]")
-        self.ignore_index = loss_options.get("ignore_index", -100)
+        self.label_smoothing = check_number("label_smoothing", self.label_smoothing, "[0, 1]")
         if type(self.ignore_index) is not int:
             raise DebiasError(f"Expected `ignore_index` to be an integer, but got {self.ignore_index!r}.")
         for name in ("weight", "pos_weight"):
-            value = loss_options.get(name)
+            value = vars(self).pop(name)
             weights = None if value is None else _weights(name, value, classes=loss == "cross_entropy")
             self.register_buffer(f"loss_{name}", weights, persistent=False)
 
@@ -179,6 +236,14 @@ class LossPenaltyModule(DomainPenaltyModule):
         options |= {"weight": weight, "pos_weight": self.loss_pos_weight}
         return make_head_loss(self.loss, logits, targets, **{name: options[name] for name in LOSS_OPTIONS[self.loss]})
 
+    def forward(  # type: ignore[override]
+        self, logits: Tensor, targets: Tensor, domains: Tensor, *, step: int | None = None
+    ) -> Tensor:
+        """The weighted penalty of one batch; ``step`` is the number of optimiser steps taken so far."""
+        check_domains(domains, self.n_groups, len(logits))
+        loss = self.counted_loss(logits, targets, domains)
+        return self.weighted(step, lambda _: self.of(loss, domains), loss.logits)
+
     def counted_loss(self, logits: Tensor, targets: Tensor, domains: Tensor) -> HeadLoss:
         """The loss in at least float32; its rows are counted as :meth:`count_rows` does. Bad are those with a loss or a
         logit that is not finite, but for logits of -inf where a class is masked.
@@ -189,6 +254,44 @@ class LossPenaltyModule(DomainPenaltyModule):
         return loss
 
 
+@arguments
+class HeadPenaltyModule(LossPenaltyModule):
+    """A penalty on statistics of the classifier head.
+
+    Args:
+        head_bias: whether the head adds a bias.
+
+    Shape:
+        features ``(N, d)``; logits ``(N, C)``; targets of the loss; domains ``(N,)`` int64 or boolean ``(N, E)``;
+        output: scalar.
+
+    Raises:
+        DebiasError: an argument is out of range.
+        BadRowsError: a domain id is out of range, or a row is not finite.
+    """
+
+    head_bias: bool = True
+
+    def forward(  # type: ignore[override]
+        self,
+        features: Tensor,
+        logits: Tensor,
+        targets: Tensor,
+        domains: Tensor,
+        *,
+        step: int | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """The weighted penalty of one batch; ``step`` is the number of optimiser steps taken so far."""
+        members = make_members(domains, self.n_groups, len(logits))
+        loss = self.counted_loss(logits, targets, domains)
+
+        def penalty(features: Tensor) -> Tensor:
+            return self.of(HeadStatistics(features, loss, members, self.head_bias), **options)
+
+        return self.weighted(step, penalty, features)
+
+
 def _weights(name: str, value: Any, *, classes: bool) -> Tensor:
     """Weights as a buffer: in double precision, as all of a module's."""
     try:
@@ -196,7 +299,12 @@ def _weights(name: str, value: Any, *, classes: bool) -> Tensor:
         weights = torch.as_tensor(value, dtype=torch.float64).clone()
     except (TypeError, ValueError, RuntimeError):
         weights = torch.zeros(())
-    if weights.ndim == 0 or (classes and weights.ndim > 1) or not bool((weights.isfinite() & (weights >= 0)).all()):
+    if (
+        not weights.ndim
+        or not weights.numel()
+        or (classes and weights.ndim > 1)
+        or not bool((weights.isfinite() & (weights >= 0)).all())
+    ):
         raise DebiasError(
             f"Expected `{name}` to be weights of the loss{', one for each class' if classes else ''}, a tensor or a"
             f" list of numbers >= 0, but got {value!r}. The weight of the penalty is `penalty_weight`."

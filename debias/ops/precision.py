@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import ParamSpec, TypeVar
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["float32_by_default", "in_full_precision"]
+__all__ = ["autocast_off", "float32_by_default", "in_full_precision"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def autocast_off(device: str) -> AbstractContextManager[Any]:
+    """No autocast inside; where there is none it costs nothing."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def in_full_precision(function: Callable[P, T]) -> Callable[P, T]:
@@ -22,7 +27,7 @@ def in_full_precision(function: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(function)
     def precise(*args: P.args, **kwargs: P.kwargs) -> T:
         device = next((x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), "cpu")
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        with autocast_off(device):
             return function(*map(_upcast, args), **{k: _upcast(x) for k, x in kwargs.items()})  # type: ignore[arg-type]
 
     return precise

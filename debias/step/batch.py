@@ -17,7 +17,7 @@ from torch.utils.data.dataloader import default_collate
 
 from debias.errors import BatchKeyError, RowsError
 from debias.step.sample_order import reorders
-from debias.tap.rows import one_per_sample
+from debias.tap.batches import one_per_sample
 
 __all__ = [
     "BatchKey",
@@ -26,10 +26,12 @@ __all__ = [
     "TaggedSample",
     "key_name",
     "map_samples",
+    "plain_key",
     "read",
     "repeated",
     "replace",
     "split_tags",
+    "tag_owners",
 ]
 
 BatchKey: TypeAlias = int | str | Callable[[Any], Any]
@@ -195,8 +197,22 @@ def split_tags(batch: Any) -> tuple[Any, dict[str, Any]]:
     return batch, {}
 
 
+def tag_owners(batch: Any) -> dict[str, int | str]:
+    """In which part of a batch of several loaders each tag was found."""
+    if type(batch) not in (list, tuple, dict):
+        return {}
+    parts = batch.items() if isinstance(batch, dict) else enumerate(batch)
+    return {name: at for at, part in parts if isinstance(part, TaggedBatch) for name in part.tags}
+
+
+def plain_key(key: Any) -> Any:
+    """A key, or a tuple of keys whose ids are crossed; a list of any kind, OmegaConf's too, is a tuple of keys."""
+    return tuple(key) if isinstance(key, Sequence) and not isinstance(key, str) else key
+
+
 def key_name(key: Any) -> str | None:
     """A readable name of a key or tuple of keys (``"place"``, ``"target_place"``); None for a callable."""
+    key = plain_key(key)
     if isinstance(key, tuple | list):
         names = [key_name(part) for part in key]
         return None if None in names else "_".join(str(name) for name in names)
@@ -226,10 +242,11 @@ def read(batch: Any, key: BatchKey, tags: Mapping[str, Any] | None = None, *, ar
             here = _child(here, part)
         except (KeyError, IndexError, AttributeError, TypeError):
             where = f" at {'.'.join(done)!r}" if done else ""
+            name = key if isinstance(key, str) and key.isidentifier() else "name"
             raise BatchKeyError(
                 f"Expected `{argument}={key!r}` to name a part of the batch or a tag, but the batch{where} is"
                 f" {describe(here)} and the tags are {sorted(tags) if tags else 'none'}. Correct the key, or wrap the"
-                f" dataset of this loader: `tag(dataset, {_tag_example(key)}=ids)`."
+                f" dataset of this loader: `tag(dataset, {name}=ids)`."
             ) from None
         done.append(str(part))
     return here
@@ -261,7 +278,12 @@ def repeated(batch: Any, index: Tensor, n: int) -> Any:
 
 
 def map_samples(
-    batch: Any, n: int, of_tensor: Callable[[Tensor], Tensor], of_list: Callable[[list[Any]], list[Any]]
+    batch: Any,
+    n: int,
+    of_tensor: Callable[[Tensor], Tensor],
+    of_list: Callable[[list[Any]], list[Any]],
+    *,
+    whole: bool = True,
 ) -> Any:
     """A copy of a batch with other samples; what does not belong to samples is the same.
 
@@ -272,11 +294,12 @@ def map_samples(
         n: number of samples.
         of_tensor: makes the new rows of a tensor with ``n`` rows.
         of_list: makes the new elements of a list with one element per sample.
+        whole: keep tensors of another number of rows as they are.
 
     Raises:
-        RowsError: nothing in the batch has ``n`` rows.
+        RowsError: nothing in the batch has ``n`` rows, or something has another number and may not be kept.
     """
-    mapping = _SampleMap(n, of_tensor, of_list)
+    mapping = _SampleMap(n, of_tensor, of_list, whole)
     changed = mapping(batch)
     if not mapping.found:
         raise RowsError(
@@ -291,15 +314,26 @@ class _SampleMap:
     """What :func:`map_samples` does to each part of a batch."""
 
     def __init__(
-        self, n: int, of_tensor: Callable[[Tensor], Tensor], of_list: Callable[[list[Any]], list[Any]]
+        self,
+        n: int,
+        of_tensor: Callable[[Tensor], Tensor],
+        of_list: Callable[[list[Any]], list[Any]],
+        whole: bool,
     ) -> None:
-        self.n, self.of_tensor, self.of_list = n, of_tensor, of_list
+        self.n, self.of_tensor, self.of_list, self.whole = n, of_tensor, of_list, whole
         self.found = False
         self._made: dict[int, Any] = {}  # objects may refer to each other
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, Tensor | np.ndarray):
             if not value.ndim or len(value) != self.n:
+                if value.ndim and not self.whole:
+                    raise RowsError(
+                        f"Expected every tensor of the batch to have a row for each of its {self.n} samples, so that"
+                        f" some of them can be taken, but got one of shape {tuple(value.shape)}: nodes of graphs, bags"
+                        " or tokens of all samples joined? Give the samples one by one (padded, or a list of"
+                        " tensors), or use `losses='whole'` with a loss that can be taken apart."
+                    )
                 return value
             self.found = True
             return self.of_tensor(value) if isinstance(value, Tensor) else value[self.of_list(list(range(self.n)))]
@@ -368,10 +402,6 @@ def describe(batch: Any) -> str:
     if isinstance(batch, Sequence) and not isinstance(batch, str):
         return f"a {type(batch).__name__} of {len(batch)}"
     return f"a {type(batch).__name__}"
-
-
-def _tag_example(key: Any) -> str:
-    return key if isinstance(key, str) and key.isidentifier() else "name"
 
 
 def _parts(key: int | str) -> list[int | str]:

@@ -38,6 +38,7 @@ class Step:
         logging: whether values logged in this step reach the logger.
         features: in evaluation, what a monitor that asks for features reads.
         mixture: what augmentation did to the labels, None if nothing.
+        owners: for tags of one of several loaders, where its part is in the batch: an index or a name.
     """
 
     trainer: Any
@@ -54,8 +55,10 @@ class Step:
     logging: bool = False
     features: Tensor | None = None
     mixture: Mixture | None = None
+    owners: dict[str, Any] = field(default_factory=dict)
     _ids: dict[Any, Tensor] = field(default_factory=dict)
     _made: dict[Any, Any] = field(default_factory=dict)
+    _owner: Any = None
 
     def read(self, key: BatchKey, *, argument: str = "key") -> Any:
         """What ``key`` names among the tags and in the batch."""
@@ -84,16 +87,52 @@ class Step:
             cached = cached, tuple(count) if isinstance(count, Sequence) else (count,)
         if cached in self._ids:
             return self._ids[cached]
-        ids = read_ids(self.batch, self.tags, key, count, self.module.device, argument=argument)
-        n = ids.shape[0]
-        if self.n is not None and self.n != n:
-            raise BatchKeyError(
-                f"Expected `{argument}={key!r}` to hold one id for each of the {self.n} samples, but got {n}."
-                " Check that all ids come from the same loader."
-            )
-        self.n = n
+        ids = read_ids(
+            self.batch, self.tags, key, count, self.module.device, argument=argument, look=self.stage != "train"
+        )
+        for name in key if isinstance(key, tuple | list) else [key]:
+            self._take_owner(name, argument)
+        self.count(len(ids), f"`{argument}={key!r}`")
         self._ids[cached] = ids
         return ids
+
+    def count(self, n: int, what: str = "the values of the samples") -> None:
+        """Say how many samples the batch has, so that their rows are followed.
+
+        Raises:
+            BatchKeyError: another number is known already.
+        """
+        if self.n is not None and self.n != n:
+            raise BatchKeyError(
+                f"Expected {what} to be one for each of the {self.n} samples, but got {n}. Check that all come from"
+                " the same loader."
+            )
+        self.n = n
+
+    @property
+    def samples(self) -> Any:
+        """The part of the batch that the ids belong to."""
+        return self.batch if self._owner is None else self.batch[self._owner]
+
+    @property
+    def strangers(self) -> list[Any]:
+        """The parts of the batch that come from other loaders than the ids."""
+        if self._owner is None:
+            return []
+        parts = self.batch.items() if isinstance(self.batch, dict) else enumerate(self.batch)
+        return [part for name, part in parts if name != self._owner]
+
+    def _take_owner(self, key: Any, argument: str) -> None:
+        owner = self.owners.get(key) if isinstance(key, str) else None
+        if owner is None:
+            return
+        if self._owner not in (None, owner):
+            raise BatchKeyError(
+                f"Expected all ids of a step to come from one of the combined loaders, but got `{argument}={key!r}`"
+                f" from {owner!r} and others from {self._owner!r}: a loss has the samples of one. Tag that loader with"
+                " all of them."
+            )
+        self._owner = owner
 
     def mixed(self, n: int, *, loss: Any = None, owner: str = "") -> Mixture:
         """What the samples stand for, to be changed by an augmenter that mixes or repeats them.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from debias.step.context import Step
 from debias.step.random import StepRandom
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["Method", "Watcher"]
 
@@ -44,6 +44,11 @@ class Method(Watcher, Protocol):
 
     losses: Any
     random: StepRandom
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether it needs a loss that can be taken apart per sample."""
+        ...
 
     @property
     def reweighs(self) -> bool:

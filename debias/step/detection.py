@@ -22,7 +22,6 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -32,7 +31,7 @@ from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, Ro
 from debias.step.context import Step
 from debias.step.contract import Method
 from debias.step.proxy import attach, detach
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["DetectionLosses", "DetectorStep", "detection_losses", "detectors", "one_pass"]
 
@@ -336,7 +335,7 @@ class DetectorStep:
                 f" {len(found.rows)}. Use `losses='split'` for a step that changes their number."
             )
         calls = [
-            LossCall(name, None, None, "mean", i, partial(_mean, losses), _as_samples)
+            LossCall.of(name, losses, torch.ones_like(losses), position=i)
             for i, (name, losses) in enumerate(found.losses.items())
         ]
         choice = self.reweigher.loss
@@ -356,11 +355,3 @@ class DetectorStep:
                 " `losses='heads'`, but it ran none. Use `losses='whole'` for other losses, or `losses='image'` or"
                 " `losses='split'` for other detectors."
             )
-
-
-def _mean(losses: Tensor) -> tuple[Tensor, Tensor]:
-    return losses, losses.new_ones(())
-
-
-def _as_samples(call: LossCall, num: Tensor) -> None:
-    return None

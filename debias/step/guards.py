@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch.utils.data import BatchSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from debias.errors import RowsError, UnsupportedStrategyError
+from debias.errors import DebiasWarning, RowsError, UnsupportedStrategyError
 from debias.step.contract import Watcher
 
 __all__ = ["refuse_duplicating_sampler", "refuse_unsupported", "runs_again", "warn_padding"]
@@ -117,5 +117,6 @@ def warn_padding(loader: Any, world: int) -> None:
         warnings.warn(
             f"The evaluation loader of {size} samples is padded to a multiple of {world} processes, so group metrics"
             f" count {-size % world} samples twice. Pass `sampler=EvalSampler(dataset)` to its DataLoader.",
+            DebiasWarning,
             stacklevel=2,
         )

@@ -11,14 +11,9 @@ from torch import Tensor
 
 from debias.errors import BatchKeyError, DebiasError
 from debias.step import batch as batches
-from debias.step.batch import BatchKey
+from debias.step.batch import BatchKey, plain_key
 
 __all__ = ["check_keys", "plain_key", "plain_n_groups", "read_ids"]
-
-
-def plain_key(key: Any) -> Any:
-    """A key, or a tuple of keys whose ids are crossed; a list of any kind, OmegaConf's too, is a tuple of keys."""
-    return tuple(key) if isinstance(key, Sequence) and not isinstance(key, str) else key
 
 
 def plain_n_groups(n_groups: Any) -> Any:
@@ -53,6 +48,7 @@ def read_ids(
     device: torch.device,
     *,
     argument: str = "group",
+    look: bool = False,
 ) -> Tensor:
     """Ids of the samples of a batch.
 
@@ -63,6 +59,7 @@ def read_ids(
         count: number of groups, one per key.
         device: where they are needed.
         argument: the user's argument, for error messages.
+        look: whether values may be read, so that integers of 0 and 1 are known for a membership.
 
     Returns:
         int64 ``(N,)``; negative where unlabelled, and the number of groups or more where an id is out of range. A
@@ -74,8 +71,8 @@ def read_ids(
     """
     key = plain_key(key)
     if not isinstance(key, tuple):
-        return _ids(batch, tags, key, device, argument)
-    parts = [_ids(batch, tags, k, device, argument) for k in key]
+        return _ids(batch, tags, key, device, argument, look)
+    parts = [_ids(batch, tags, k, device, argument, look) for k in key]
     shapes = [tuple(part.shape) for part in parts]
     if len(shapes[0]) != 1 or len(set(shapes)) > 1:
         raise BatchKeyError(
@@ -92,7 +89,12 @@ def read_ids(
     return torch.where(bad, total, torch.where(unlabelled, -1, ids))
 
 
-def _ids(batch: Any, tags: Mapping[str, Any], key: BatchKey, device: torch.device, argument: str) -> Tensor:
+def _is_membership(ids: Tensor) -> bool:
+    """Whether integers are 0 and 1; reading them waits for the device."""
+    return ids.shape[1] > 1 and bool(((ids == 0) | (ids == 1)).all())
+
+
+def _ids(batch: Any, tags: Mapping[str, Any], key: BatchKey, device: torch.device, argument: str, look: bool) -> Tensor:
     value = batches.read(batch, key, tags, argument=argument)
     try:
         here = isinstance(value, Tensor) and value.device == device
@@ -104,11 +106,12 @@ def _ids(batch: Any, tags: Mapping[str, Any], key: BatchKey, device: torch.devic
             f"Expected `{argument}={key!r}` to hold integer ids of shape (N,), but got {batches.describe(value)}"
             f"{'' if ids is None else f' of {ids.dtype}'}. Number the groups 0, 1, 2, ..., -1 for unlabelled."
         )
-    if ids.dtype == torch.bool and ids.ndim == 2:
-        return ids
+    if ids.ndim == 2 and (ids.dtype == torch.bool or (look and _is_membership(ids))):
+        return ids.bool()
     if ids.ndim != 1:
+        hint = " Turn a membership of 0 and 1 into booleans: `membership.bool()`." if ids.ndim == 2 else ""
         raise BatchKeyError(
             f"Expected `{argument}={key!r}` to hold ids of shape (N,), or a boolean membership (N, G), but got"
-            f" shape {tuple(ids.shape)} of {ids.dtype}. Give one id per sample."
+            f" shape {tuple(ids.shape)} of {ids.dtype}. Give one id per sample.{hint}"
         )
     return ids.long()

@@ -1,22 +1,25 @@
 """Losses that exist only per batch, such as a detector's: the user's step is run once per group, or once per sample.
 
 The one place with a Python loop over groups or samples. The forward passes are separate: BatchNorm in training mode
-sees one group at a time, which differs from one pass over the whole batch (freeze it, as detectors do).
+sees one group at a time, which differs from one pass over the whole batch (freeze it, as detectors do). What the step
+logs is averaged over the passes, weighted by their samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from debias.errors import LossNotFoundError, RowsError
+from debias.errors import DebiasError, LossNotFoundError, RowsError
 from debias.step.batch import map_samples
 from debias.step.context import Step
 from debias.step.contract import Method
-from debias.tap.tap import LossCall
+from debias.step.proxy import attach, detach
+from debias.tap.calls import LossCall
 
 __all__ = ["split_losses", "take_samples"]
 
@@ -28,6 +31,11 @@ def split_losses(
 
     Returns:
         The debiased loss and the last output of the step.
+
+    Raises:
+        RowsError: a part of the batch cannot be cut into samples.
+        LossNotFoundError: a pass returns no single number.
+        DebiasError: BatchNorm refuses a pass of one sample.
     """
     ids = reweigher.sample_ids(step)
     n = ids.shape[0]
@@ -41,32 +49,98 @@ def split_losses(
             f"Expected `losses='split'` to get one group id per sample, but got a membership of shape"
             f" {tuple(ids.shape)}: a sample cannot be in two passes. Give ids of shape (N,)."
         )
-    nums, dens, firsts, output = [], [], [], None
-    for members in passes:
-        part = take_samples(step.batch, members, n)
-        output = (
-            original(part, *args[1:], **kwargs) if args else original(*args, **{**kwargs, next(iter(kwargs)): part})
-        )
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        if not isinstance(loss, Tensor):
-            raise LossNotFoundError(
-                f"Expected the training step to return a loss every time with `losses={reweigher.losses!r}`, but got"
-                f" {loss!r}. Return a loss of zero instead of skipping."
-            )
-        nums.append(
-            loss.float() * len(members) if loss.dtype in (torch.float16, torch.bfloat16) else loss * len(members)
-        )
-        dens.append(float(len(members)))
-        firsts.append(members[0])
-    num = torch.stack(nums)
-    den = torch.tensor(dens, dtype=num.dtype, device=num.device)
-    rows = torch.tensor(firsts, device=num.device)
-    call = LossCall("training_step", None, None, "mean", 0, lambda: (num, den), lambda call, num: rows)
+    sizes = [len(members) for members in passes]
+    losses, output = [], None
+    with _logged_once(step.module, sizes) as of_pass:
+        for number, members in enumerate(passes):
+            of_pass(number)
+            part = take_samples(step.batch, members, n)
+            try:
+                output = (
+                    original(part, *args[1:], **kwargs)
+                    if args
+                    else original(*args, **{**kwargs, next(iter(kwargs)): part})
+                )
+            except ValueError as error:
+                if "Expected more than 1 value per channel" not in str(error):
+                    raise
+                raise DebiasError(
+                    f"Expected `losses={reweigher.losses!r}` to give BatchNorm more than one sample in every pass, but"
+                    " a pass has one, of which it knows no variance. Freeze it (`eval()`, as for detectors), use"
+                    " GroupNorm, or batches with two samples of each group (`GroupBalancedSampler`)."
+                ) from error
+            losses.append(_one_number(output, reweigher.losses))
+    sizes_of_rows = torch.tensor(sizes, dtype=losses[0].dtype, device=losses[0].device)
+    rows = torch.tensor([members[0] for members in passes], device=losses[0].device)
+    call = LossCall.of("training_step", torch.stack(losses) * sizes_of_rows, sizes_of_rows, rows)
     return reweigher.reweigh([call], step)[0], output
 
 
+def _one_number(output: Any, losses: str) -> Tensor:
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise LossNotFoundError(
+            f"Expected the training step to return one number every time with `losses={losses!r}`, but got {found}."
+            " Return a loss of zero instead of skipping."
+        )
+    loss = loss.reshape(())
+    return loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss
+
+
+@contextmanager
+def _logged_once(module: Any, sizes: list[int]) -> Iterator[Callable[[int], None]]:
+    """While this lasts numbers that the step logs are collected; then each is logged once, as that of the whole batch.
+
+    Args:
+        module: the user's module.
+        sizes: number of samples of each pass.
+
+    Yields:
+        To be told the number of each pass before it begins.
+    """
+    collected: dict[str, tuple[list[tuple[Any, int]], dict[str, Any]]] = {}
+    now = 0
+
+    def of_pass(number: int) -> None:
+        nonlocal now
+        now = number
+
+    def log(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = dict(zip(("name", "value", "prog_bar", "logger", "on_step", "on_epoch"), args, strict=False)) | kwargs
+        name, value = named.pop("name"), named.pop("value")
+        if not isinstance(value, Tensor | int | float):  # a metric, which sees the samples of every pass
+            original(*args, **kwargs)
+            return
+        value = value.detach() if isinstance(value, Tensor) else value
+        collected.setdefault(name, ([], named))[0].append((value, sizes[now]))
+
+    def log_dict(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = dict(zip(("dictionary", "prog_bar", "logger", "on_step", "on_epoch"), args, strict=False)) | kwargs
+        for name, value in named.pop("dictionary").items():
+            module.log(name, value, **named)
+
+    proxies = [attach(module, "log", log), attach(module, "log_dict", log_dict)]
+    try:
+        yield of_pass
+    finally:
+        for proxy in proxies:
+            detach(proxy)
+    for name, (values, options) in collected.items():
+        mean = sum(value * size for value, size in values) / sum(size for _, size in values)
+        module.log(name, mean, **options)
+
+
 def take_samples(batch: Any, members: list[int], n: int) -> Any:
-    """The same batch with only some of its samples; see :func:`debias.step.batch.map_samples`."""
+    """The same batch with only some of its samples; see :func:`debias.step.batch.map_samples`.
+
+    Raises:
+        RowsError: a tensor in it cannot be cut into samples.
+    """
     return map_samples(
-        batch, n, lambda x: x[torch.tensor(members, device=x.device)], lambda items: [items[i] for i in members]
+        batch,
+        n,
+        lambda x: x[torch.tensor(members, device=x.device)],
+        lambda items: [items[i] for i in members],
+        whole=False,
     )

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from debias.errors import DebiasError
+from debias.errors import DebiasError, DebiasWarning
+from debias.ops.arguments import checked
+from debias.ops.own_memory import own_memory
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
 from debias.step.engine import StepEngine
@@ -22,7 +25,7 @@ from debias.step.guards import refuse_unsupported, warn_padding
 from debias.step.indices import evaluation_loaders
 from debias.step.owned import OwnedModule
 from debias.step.random import StepRandom
-from debias.tap.tap import LossCall
+from debias.tap.calls import LossCall
 
 __all__ = ["MAX_LOGGED_GROUPS", "Debiaser", "Losses", "StepWatcher"]
 
@@ -50,6 +53,7 @@ class StepWatcher(Callback):
     needs: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[str] = ""
 
+    @checked()
     def __init__(self, *, name: str | None = None, allow_untested_strategy: bool = False) -> None:
         self.name = name
         self.allow_untested_strategy = allow_untested_strategy
@@ -70,6 +74,7 @@ class StepWatcher(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Join the engine of this run; the first watcher makes it."""
+        own_memory({name: value for name, value in vars(self).items() if name != "engine"})
         leader = next(callback for callback in trainer.callbacks if isinstance(callback, StepWatcher))
         engine = leader.engine
         if engine is None or engine.trainer is not trainer or engine.module is not pl_module:
@@ -100,6 +105,7 @@ class StepWatcher(Callback):
             warnings.warn(
                 f"The checkpoint holds no state of {self.state_key}: it starts afresh. Expected when a method is"
                 " added to a finished run; otherwise check `name=` and the batch key.",
+                DebiasWarning,
                 stacklevel=2,
             )
 
@@ -135,7 +141,8 @@ class StepWatcher(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning puts the module's bound `log` and `log_dict` on every callback; they must not be copied along.
-        return {**{k: v for k, v in vars(self).items() if k not in ("log", "log_dict")}, "engine": None}
+        kept = {k: v for k, v in vars(self).items() if k not in ("log", "log_dict")}
+        return kept | {"engine": None} | ({"_fitted": None} if "_fitted" in kept else {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = object.__new__(type(self))
@@ -165,7 +172,9 @@ class Debiaser(StepWatcher):
     """
 
     trains: ClassVar[bool] = True
+    only_features: ClassVar[bool] = False  # reads features, and a loss only to find the head that reads them
 
+    @checked()
     def __init__(
         self,
         *,
@@ -194,6 +203,9 @@ class Debiaser(StepWatcher):
         self.module: nn.Module | None = None
         self.owned: dict[str, OwnedModule] = {}
         self._epoch: int | None = None
+        self._fitted: weakref.ref[Any] | None = None  # the module that the state is about
+        self._initial: dict[str, Any] | None = None
+        self._left: dict[str, Any] = {}
 
     # -- what a method overrides -------------------------------------------------------------------
 
@@ -237,6 +249,12 @@ class Debiaser(StepWatcher):
         return type(self).penalise is not Debiaser.penalise
 
     @property
+    def needs_loss(self) -> bool:
+        """Whether it needs a loss that can be taken apart per sample."""
+        reads = self.reweighs or self.penalises
+        return reads and not (self.only_features and (self.features is not None or self.head is not None))
+
+    @property
     def adds_to_loss(self) -> bool:
         """Whether it needs the loss after the step has ended."""
         return self.penalises or bool(self.owned)
@@ -255,7 +273,9 @@ class Debiaser(StepWatcher):
     def begin(self, step: Step) -> None:
         """After all augmentation: read what is needed from the batch, so that errors come before the step."""
         if type(self).sample_ids is not Debiaser.sample_ids:
-            self.sample_ids(step)
+            values = self.sample_ids(step)
+            if isinstance(values, Tensor) and values.ndim:
+                step.count(len(values))
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Join the engine and move to the device."""
@@ -270,8 +290,33 @@ class Debiaser(StepWatcher):
         if self.module is not None:
             self.module.to(trainer.strategy.root_device)
         if stage == "fit":
+            self._new_fit(pl_module)
             for owned in self.owned.values():
                 owned.new_fit()
+
+    def _new_fit(self, pl_module: Any) -> None:
+        """State is about one module: fitted again, that goes on; with another one, such as in a next fold, the state
+        begins afresh, unless somebody has set it since. A checkpoint is loaded after this.
+        """
+        if self.module is None:
+            return
+        another = self._fitted is not None and self._fitted() is not pl_module
+        if another and self._initial is not None and _same(self.module.state_dict(), self._left):
+            self._epoch = None
+            self.module.load_state_dict(self._initial)
+        self._remember()
+        self._fitted = weakref.ref(pl_module)
+
+    def _remember(self) -> None:
+        """Keep the state that a new run begins with."""
+        if self._initial is None and self.module is not None:
+            self._initial = _copied(self.module.state_dict())
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave the module as it was, and know the method's own state again."""
+        if self.engine is not None and self.module is not None and self._initial is not None:
+            self._left = _copied(self.module.state_dict())
+        super().teardown(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse optimisers the method cannot work with, now that they exist."""
@@ -298,7 +343,8 @@ class Debiaser(StepWatcher):
         Raises:
             DebiasError: the state was saved with another number of groups.
         """
-        self._epoch = state_dict["epoch"]
+        self._remember()
+        self._epoch, self._fitted = state_dict["epoch"], None
         if self.module is not None:
             try:
                 self.module.load_state_dict(state_dict["module"])
@@ -309,6 +355,19 @@ class Debiaser(StepWatcher):
                 ) from None
         for name, owned in self.owned.items():
             owned.load_state_dict(state_dict["owned"][name])
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.clone() if isinstance(x, Tensor) else copy.deepcopy(x) for name, x in state.items()}
+
+
+def _same(state: dict[str, Any], other: dict[str, Any]) -> bool:
+    return state.keys() == other.keys() and all(
+        x.device == other[k].device and x.shape == other[k].shape and x.equal(other[k])
+        if isinstance(x, Tensor)
+        else True
+        for k, x in state.items()
+    )
 
 
 def check_loss(loss: Any, rule: str = "None, an index >= 0 or a callable") -> None:

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debias.errors import HeadNotFoundError, RowsError
+from debias.tap.calls import LossCall
 from debias.tap.hooks import Hook
-from debias.tap.rows import CASTS, Move, RowTracker, apply_move, keeps_rows
-from debias.tap.tap import LossCall
+from debias.tap.moves import CASTS, Move, apply_move, keeps_rows
+from debias.tap.rows import RowTracker
 
 __all__ = ["FeatureTap", "HeadFinder", "HeadTap", "check_features", "rows_of_features", "submodule"]
 
@@ -48,7 +49,7 @@ class HeadFinder:
             if isinstance(weight, Tensor) and (weight.ndim == 2 or weight.shape[2:] == (1, 1)):
                 source = args[0] if args else kwargs["input"]
                 self._linears.append((out, source, weight))
-        elif (func in _PASS or (func is _T.__getitem__ and _keeps_rows(args[1]))) and isinstance(out, Tensor):
+        elif isinstance(out, Tensor) and (func in _PASS or (func is _T.__getitem__ and _keeps_all(args, out))):
             self._passed.append((out, func, args, kwargs))
 
     def match(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Move]] | None:
@@ -71,8 +72,12 @@ class HeadFinder:
                 return None
 
 
-def _keeps_rows(index: Any) -> bool:
-    """Whether an index takes columns only, as `logits[:, 0]` does."""
+def _keeps_all(args: tuple[Any, ...], out: Tensor) -> bool:
+    """Whether an index takes all of a tensor, or columns only, as `logits[:, 0]` does."""
+    index = args[1]
+    parts = index if isinstance(index, tuple) else (index,)
+    if out.shape == args[0].shape and all(isinstance(i, slice) or i is Ellipsis for i in parts):
+        return all(i is Ellipsis or i.step in (None, 1) for i in parts)
     if not isinstance(index, tuple) or not index or not isinstance(index[0], slice):
         return False
     return index[0] == slice(None) and all(isinstance(i, int | None) for i in index[1:])
@@ -214,9 +219,9 @@ class HeadTap:
                     " makes the logits of the loss: `head='dotted.path'`."
                 )
             call.features, call.head = runs[0].given, self.head
-            call.feature_rows = functools.partial(_feature_rows, self._tracker, runs[0])
+            call.record.feature_rows = functools.partial(_feature_rows, self._tracker, runs[0])
             return
-        output, call.features, weight, moves = call.linear or (None, None, None, [])
+        output, call.features, weight, moves = call.record.linear or (None, None, None, [])
         # Not by `m.weight`, which some parametrizations compute anew, and change their state.
         found = [m for m in self.root.modules() if _own_weight(m) is weight] if weight is not None else []
         if not found:
@@ -227,7 +232,7 @@ class HeadTap:
             )
         call.head = found[0]
         run = _Run(True, call.features, [], output)
-        call.feature_rows = functools.partial(_feature_rows, self._tracker, run, moves=moves)
+        call.record.feature_rows = functools.partial(_feature_rows, self._tracker, run, moves=moves)
         if not self._hookable:
             return
         if self._layer is None:
@@ -286,7 +291,7 @@ class FeatureTap:
                 f" {_times(runs)}. Name one that runs once."
             )
         call.features, call.head = runs[0].output, None
-        call.feature_rows = functools.partial(_feature_rows, self._tracker, runs[0])
+        call.record.feature_rows = functools.partial(_feature_rows, self._tracker, runs[0])
 
     def close(self) -> None:
         """Take the hooks away."""
@@ -341,7 +346,7 @@ def _feature_rows(
     Raises:
         RowsError: they are not known.
     """
-    features, head, loss = call.features, call.head, call.computed or call
+    features, head, loss = call.features, call.head, call.record.function or call
     if tracker is None or not isinstance(features, Tensor):
         return None
     if moves is None and isinstance(loss.logits, Tensor) and isinstance(run.output, Tensor):
@@ -377,14 +382,14 @@ def _rows_of_loss(
     """
     if output.numel() != count * output.shape[classes]:
         return False
-    rows = loss.own_rows
+    rows = loss.logits_rows
     if count == len(output) == (n if rows is None else len(rows)) and all(move.keeps_rows for move in moves):
         return rows
     numbers = torch.arange(count, device=output.device).view(output.select(classes, 0).shape)
     numbers = numbers.unsqueeze(classes).expand(output.shape)
     for move in moves:
         numbers = apply_move(move.func, move.args, move.kwargs, numbers, move.part)
-    if numbers.ndim == loss.elements[0].ndim + 1:  # the loss has no axis of classes
+    if numbers.ndim == loss.record.computed[0].ndim + 1:  # the loss has no axis of classes
         numbers = numbers.select(1, 0)
     samples = torch.arange(n, device=output.device) if rows is None else rows
     if len(samples) == len(numbers):
@@ -422,9 +427,16 @@ def submodule(root: nn.Module, path: str, *, argument: str) -> nn.Module:
     try:
         return root.get_submodule(path)
     except AttributeError:
-        names = [name for name, _ in root.named_modules() if name]
+        metrics = [f"{name}." for name, module in root.named_modules() if name and _is_metric(module)]
+        names = [name for name, _ in root.named_modules() if name and not f"{name}.".startswith(tuple(metrics))]
         near = " or ".join(repr(name) for name in difflib.get_close_matches(path, names))
         raise HeadNotFoundError(
             f"Expected `{argument}` to be the dotted path of a submodule, but got"
             f" {path!r}.{f' Did you mean {near}?' if near else ''} There are: {', '.join(names[-20:])}."
         ) from None
+
+
+def _is_metric(module: nn.Module) -> bool:
+    return any(
+        c.__name__ in ("Metric", "MetricCollection") and "torchmetrics" in c.__module__ for c in type(module).__mro__
+    )

@@ -22,6 +22,7 @@ __all__ = [
     "NAMES",
     "NOT_PER_SAMPLE",
     "SECOND",
+    "SYMMETRIC",
     "class_weights",
     "reduction_of",
     "unreduced",
@@ -111,6 +112,8 @@ NOT_PER_SAMPLE = frozenset(
 # Names of the arguments of each loss, and the second of them: the target, except of the ranking losses.
 NAMES = {loss: tuple(inspect.signature(loss).parameters) for loss in LOSSES}
 SECOND = {loss: names[1] for loss, names in NAMES.items()}
+# Losses in which prediction and target may trade places.
+SYMMETRIC = frozenset({F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss})
 
 # Losses that compare inputs with each other.
 COMPARING = frozenset({"triplet_margin_loss", "margin_ranking_loss", "cosine_embedding_loss"})

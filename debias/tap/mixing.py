@@ -18,7 +18,7 @@ from torch import Tensor
 
 from debias.errors import DebiasError, RowsError
 
-__all__ = ["Mixture", "Part", "row_sources"]
+__all__ = ["Mixture", "Part", "mix_parts", "row_sources", "unmixable"]
 
 
 @dataclass(eq=False)
@@ -125,6 +125,56 @@ def row_sources(source: Tensor, index: Tensor | None, n: int, *, check: bool) ->
     numbers = torch.arange(rows // n, device=index.device).repeat(n)
     position = torch.empty_like(order).scatter_(0, order, numbers)
     return table[source[index], position]
+
+
+def mix_parts(
+    tap: Any, call: Any, compute: Callable[[Callable[[Tensor], Tensor]], tuple[Tensor, Tensor]]
+) -> list[Tensor]:
+    """Give a loss the rows of all parts of the mixture; its losses with each label, before their shares.
+
+    Args:
+        tap: of the step.
+        call: the loss.
+        compute: losses and denominators with the targets that its argument makes of the step's own.
+    """
+    mixture, record, tracker = tap.mixture, call.record, tap.tracker
+    losses, den = compute(lambda target: target)
+    if losses.ndim == 0:
+        raise unmixable(call.name, "it is a single number")
+    record.compute = lambda: (losses, den)
+    index = record.samples(losses.shape)
+    if index is not None and index.ndim > 1:  # one sample a row, unless the elements are those of the target
+        index = index.flatten() if call.target.shape == losses.shape else index.flatten(1)[:, 0]
+    check = index is not None and (index.device.type == "cpu" or tracker is None or tracker.everything)
+    elementwise = index is not None and len(index) != len(losses)
+    losses_of, nums, dens, shares, targets, sources = [], [], [], [], [], []
+    for part in mixture.parts:
+        rows = None if part.source is None else row_sources(part.source, index, mixture.n, check=check)
+
+        def moved(target: Tensor, rows: Tensor | None = rows) -> Tensor:
+            if rows is None:
+                return target
+            return target.flatten()[rows].view(target.shape) if elementwise else target[rows]
+
+        if rows is not None:
+            losses, den = compute(moved)
+        shape = losses.shape if elementwise else (-1, *[1] * (losses.ndim - 1))
+        of_rows = [x if index is None else x[index] for x in (part.num, part.den)]
+        num_share, den_share = (x.to(losses.dtype).view(shape).expand(losses.shape) for x in of_rows)
+        source = torch.arange(mixture.n, device=mixture.device) if part.source is None else part.source
+        sources.append(source if index is None else source[index])
+        losses_of.append(losses)
+        nums.append(losses * num_share)
+        dens.append(den.to(losses.dtype) * den_share)
+        shares.append(num_share)
+        targets.append(moved(call.target))
+    call.parts, record.targets, record.own_rows = len(nums), torch.cat(targets), index
+    num, den, samples = torch.cat(nums), torch.cat(dens), torch.cat(sources)
+    record.compute, record.shares = lambda: (num, den), torch.cat(shares)
+    for cached in ("computed", "elements"):
+        vars(record).pop(cached, None)
+    record.samples = lambda shape: samples.view(shape) if elementwise else samples
+    return losses_of
 
 
 def unmixable(name: str, why: str) -> DebiasError:

@@ -1,19 +1,115 @@
-"""Which of a step's losses reach the returned loss, and which of those a method means."""
+"""Which of a step's losses reach the returned loss, by which factor, and which of them a method means."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, UntappedLossError
-from debias.tap.tap import LossCall, LossTap
+from debias.tap.calls import LossCall
+from debias.tap.tap import LossTap
 
-__all__ = ["ambiguous", "height", "out_of_place", "reaching", "select_calls", "untapped"]
+__all__ = ["Reaching", "height", "means", "reaching", "select_call", "select_calls", "untapped"]
 
 
-def _nodes(start: Any, ends: set[Any]) -> set[Any]:
-    """Nodes of the autograd graph above ``ends``, these included."""
+@dataclass(eq=False)
+class Reaching:
+    """What the returned loss is made of.
+
+    Attributes:
+        loss: the returned loss.
+        calls: the losses that it depends on.
+        lost: names of those that cannot be taken apart.
+        same: it is the one loss itself.
+    """
+
+    loss: Tensor
+    calls: list[LossCall]
+    lost: list[str] = field(default_factory=list)
+    same: bool = False
+    _nodes: set[Any] = field(default_factory=set)
+    _factors: dict[LossCall, Tensor] = field(default_factory=dict)
+
+    @property
+    def has_other_terms(self) -> bool:
+        """Whether a term of it depends on what the network made of the batch, other than through these losses.
+
+        It does if it shares a part of the graph with them, or if data enters it: where a layer multiplies something
+        that needs no gradient with its weights.
+        """
+        ends = {call.record.edge.node for call in self.calls}
+        above = {node for node in self._nodes - ends if type(node).__name__ != "AccumulateGrad"}
+        below: set[Any] = set()
+        for end in ends:
+            for parent, _ in end.next_functions:
+                below |= _nodes_above(parent, set())
+        return not above.isdisjoint(below) or any(map(_takes_data, above))
+
+    def multiply(self, calls: list[LossCall]) -> None:
+        """Tell losses what the returned loss multiplies them by.
+
+        Raises:
+            DebiasError: a loss is a sum that nothing divides, or the returned loss is not linear in it.
+        """
+        for call in calls:
+            if call.record.undivided or (call.record.divisor is not None and call.record.divisor() is None):
+                raise _undivided(call)
+        if self.same:
+            return
+        edges = [call.record.edge for call in calls]
+        factors = torch.autograd.grad(self.loss, edges, create_graph=True)
+        learned = [factor for factor in factors if factor.requires_grad]
+        if learned and any(
+            x is not None
+            for factor in learned
+            for x in torch.autograd.grad(factor.sum(), edges, retain_graph=True, allow_unused=True)
+        ):
+            raise UntappedLossError(
+                f"Expected the returned loss to be linear in `{calls[0].name}`, a sum with factors, but the step makes"
+                " something else of it (a root, a power, flooding), so that the loss of a group is not known. Apply it"
+                " to the losses of the samples (`reduction='none'`), or pass `losses='split'`, which runs the step"
+                " once per group."
+            )
+        for call, factor in zip(calls, factors, strict=True):
+            self._factors[call] = factor
+            call.multiply(factor)
+
+    def replaced(self, calls: list[LossCall], value: Tensor) -> Tensor:
+        """The returned loss with ``value`` where it has these losses, whose factors are known."""
+        if self.same:
+            return value
+        for call in calls:
+            received, version = call.record.received  # type: ignore[misc]
+            if received._version != version:  # changed in place since
+                received = call.record.value()
+            value = value - (self._factors[call] * received).sum()
+        return self.loss + value
+
+
+# Where layers of each kind have their data, among what they differentiate; None for anywhere.
+_DATA = {
+    "AddmmBackward0": 1, "ConvolutionBackward0": 0, "MmBackward0": None, "BmmBackward0": None, "MvBackward0": None,
+}  # fmt: skip
+
+
+def _takes_data(node: Any) -> bool:
+    """Whether a layer reads something that needs no gradient."""
+    name = node.name().rpartition("::")[2]
+    if name == "EmbeddingBackward0":
+        return True
+    if name not in _DATA:
+        return False
+    given = [parent for parent, _ in node.next_functions]
+    place = _DATA[name]
+    return None in given if place is None else given[place] is None
+
+
+def _nodes_above(start: Any, ends: set[Any]) -> set[Any]:
+    """Nodes of the autograd graph from ``start`` to ``ends``, these included."""
     seen, todo = set(), [start]
     while todo:
         node = todo.pop()
@@ -25,41 +121,39 @@ def _nodes(start: Any, ends: set[Any]) -> set[Any]:
     return seen
 
 
-def reaching(tap: LossTap, loss: Tensor) -> tuple[list[LossCall], list[str]]:
-    """The losses that the returned loss depends on, and the names of those that cannot be taken apart.
+def reaching(tap: LossTap, loss: Tensor) -> Reaching:
+    """The losses that the returned loss depends on.
 
-    Looked up in every step: the autograd graph is walked down to the losses that were handed back, which is a handful
-    of nodes unless another term of the loss goes through the network.
+    Most steps return one loss as it is. Else the autograd graph is walked down to the losses, which is a handful of
+    nodes unless another term of the loss goes through the network.
     """
-    ends = {call.edge.node for call in tap.calls if call.edge is not None}
-    seen = _nodes(loss.grad_fn, ends)
-    calls = [call for call in tap.calls if call.edge is not None and call.edge.node in seen]
-    return calls, [name for name, node in tap.untapped if node in seen and node not in ends]
+    node = loss.grad_fn
+    for call in tap.calls:
+        edge = call.record.edge
+        if edge is not None and edge.node is node and edge.output_nr == loss.output_nr:
+            return Reaching(loss, [call], same=True)
+    ends = {call.record.edge.node for call in tap.calls if call.record.edge is not None}
+    seen = _nodes_above(node, ends)
+    calls = [call for call in tap.calls if call.record.edge is not None and call.record.edge.node in seen]
+    return Reaching(loss, calls, [name for name, at in tap.untapped if at in seen and at not in ends], _nodes=seen)
 
 
-def untapped(lost: list[str], beside: bool) -> DebiasError:
-    """The error for losses that cannot be taken apart, alone or beside others that can."""
-    error, what = (UntappedLossError, "next to a loss that can") if beside else (LossNotFoundError, "and no other")
-    return error(
-        f"Expected every loss that reaches the returned loss to be one that can be taken apart per sample, but"
-        f" `{lost[0]}` reaches it in a way that cannot be followed, {what}. Reduce it by `.mean()` or `.sum()`"
-        " with masks and weights only, or return {'loss': loss, 'losses': per_sample}, or"
-        " `debias.register_loss(...)`."
-    )
+def means(loss: Any, call: LossCall) -> bool:
+    """Whether ``loss=`` of a method may mean a loss."""
+    if callable(loss):
+        return bool(loss(call))
+    return call.position == loss if isinstance(loss, int) else True
 
 
 def select_calls(calls: list[LossCall], loss: Any, who: str) -> list[LossCall]:
-    """The calls that ``loss=`` means."""
-    if loss == "sum":
-        return calls
-    if isinstance(loss, int):
-        chosen = [call for call in calls if call.position == loss]
-    elif callable(loss):
-        chosen = [call for call in calls if loss(call)]
-    elif len(calls) > 1:
+    """The calls that ``loss=`` means.
+
+    Raises:
+        AmbiguousLossError: there are several and nothing says which, or none is meant.
+    """
+    chosen = [call for call in calls if means(loss, call)]
+    if loss is None and len(calls) > 1:
         raise ambiguous([call.name for call in calls], who)
-    else:
-        return calls
     if not chosen:
         raise AmbiguousLossError(
             f"Expected `loss={loss!r}` of {who} to choose one of the losses that reach the returned loss, but the step"
@@ -68,25 +162,55 @@ def select_calls(calls: list[LossCall], loss: Any, who: str) -> list[LossCall]:
     return chosen
 
 
-def out_of_place(there: list[LossCall], meant: list[LossCall], calls: list[LossCall]) -> AmbiguousLossError:
-    """The error for a step that computes another loss where the one that is meant stood."""
-    return AmbiguousLossError(
-        f"Expected the loss that is meant to stand in the same place in every step, but got"
-        f" {[call.name for call in there]} there and {[call.name for call in meant]} in the returned loss of this step,"
-        f" which computed {[call.name for call in calls]}. Compute losses that are only logged under"
-        " `torch.no_grad()`, or choose: `loss=callable(call) -> bool`."
-    )
+def select_call(calls: list[LossCall], loss: Any, who: str) -> LossCall:
+    """The one loss of an evaluation step that a monitor means by ``loss=``.
+
+    Raises:
+        AmbiguousLossError: it chooses none of them, or several.
+    """
+    if isinstance(loss, int):
+        chosen = [call for call in calls if call.position == loss]
+    else:
+        chosen = [call for call in calls if loss is None or loss(call)]
+    if len(chosen) != 1:
+        raise AmbiguousLossError(
+            f"Expected the evaluation step to compute one loss for {who}, but got {len(calls)}:"
+            f" {', '.join(f'{call.name} at {call.position}' for call in calls)}"
+            f"{'' if loss is None else f', of which `loss={loss!r}` chooses {len(chosen)}'}. Say which:"
+            " `loss=<position>`, or `loss=callable(call) -> bool`."
+        )
+    return chosen[0]
 
 
 def height(call: LossCall) -> int:
     """Rows that a loss has of its own, along the first axis: nothing is read from the device."""
-    elements = call.elements[0]
+    elements = call.record.elements[0]
     return elements.shape[0] // call.parts if elements.ndim else 1
 
 
-def ambiguous(names: list[str], who: str) -> AmbiguousLossError:
+def ambiguous(names: Sequence[str], who: str) -> AmbiguousLossError:
     """The error for several losses of which nothing says which is meant."""
     return AmbiguousLossError(
         f"Expected the training step to compute one loss for {who}, but got {len(names)}: {', '.join(names)}. Say"
         " which: `loss='sum'` (all of them, with the same weights), `loss=<index>`, or `loss=callable(call) -> bool`."
+    )
+
+
+def untapped(lost: list[str], beside: bool) -> DebiasError:
+    """The error for losses that cannot be taken apart, alone or beside others that can."""
+    error, what = (UntappedLossError, "next to a loss that can") if beside else (LossNotFoundError, "and no other")
+    return error(
+        f"Expected every loss that reaches the returned loss to be one that can be taken apart per sample, but"
+        f" `{lost[0]}` reaches it in a way that cannot be followed, {what}. Reduce it by `.mean()`, or by `.sum()`"
+        " divided by the sum of the mask or weights; or return {'loss': loss, 'losses': per_sample}, or"
+        " `debias.register_loss(...)`."
+    )
+
+
+def _undivided(call: LossCall) -> DebiasError:
+    return UntappedLossError(
+        f"Expected the step to divide the sum of `{call.name}` by what it runs over, so that the loss of a group does"
+        " not depend on how many samples it has, but nothing of that kind divides it. Divide by the number of samples"
+        " or elements, `losses.sum() / len(x)`, or by the sum of the weights or of the mask that the losses were"
+        " multiplied by, `losses.sum() / mask.sum()` (a tensor, not `mask.sum().item()`); or use `.mean()`."
     )

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from debias.errors import LossNotFoundError, RowsError
 from debias.ops.distributed import global_sum
+from debias.tap.calls import LossCall
 from debias.tap.losses import unreduced
 from debias.tap.mixing import unmixable
-from debias.tap.tap import LossCall, LossTap
+from debias.tap.tap import LossTap
 
 __all__ = ["check_stated", "check_stated_losses", "stated_losses"]
 
@@ -46,7 +47,7 @@ def stated_losses(output: Any, tap: LossTap) -> tuple[LossCall, Tensor] | None:
     args = (logits, target)
     call, _ = tap.stated(name, args, _loss_of if name == "logits" else lambda *_: elements)
     if tap.mixture is None or not tap.mixture.meant(call):
-        call._sample_of = lambda call, num: None
+        call.record.samples, call.record.untracked = (lambda shape: None), False
     return call, elements.mean()
 
 
@@ -73,7 +74,7 @@ def check_stated_losses(loss: Tensor, call: LossCall, plain: Tensor) -> None:
     What is put in its place is the debiased mean, so each loss must count as much as in the mean. Where the returned
     loss was computed some other way, only being equal to the mean tells.
     """
-    losses = call.elements[0]
+    losses = call.record.elements[0]
     share = None
     if loss.requires_grad:
         (share,) = torch.autograd.grad(loss.sum(), losses, retain_graph=True, allow_unused=True)

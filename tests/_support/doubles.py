@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from debias import Debiaser, LossCall
-from debias.ops.distributed import global_sum, weighted_mean
+from debias.ops.distributed import as_global, global_sum, weighted_mean
 from debias.step.batch import replace
 from debias.step.context import Step
 from debias.step.owned import OwnedModule
@@ -156,4 +156,65 @@ class Scheduled(Debiaser):
         return self.module.weight * global_sum((call.logits.double() ** 2).sum()) / _count(call.logits)
 
 
-DOUBLES = (LogitVariance, FeatureNorm, SharedFlip, LayerNoise, Adversary, Scheduled)
+def _second(width: int) -> nn.Module:
+    return nn.Linear(width, 2)
+
+
+class SecondNetwork(Debiaser):
+    """A second network reads the input; samples whose loss it finds high count more, and it learns on its own loss.
+
+    One class that both reweighs and penalises: what both need is made once a step.
+    """
+
+    stateful: ClassVar[bool] = True
+
+    def __init__(self, *, input: int = 0, target: int = 1, name: str | None = None) -> None:
+        super().__init__(name=name)
+        self.input, self.target = input, target
+        self.owned = {"second": OwnedModule(_second, seed=2)}
+
+    def sample_ids(self, step: Step) -> Tensor:
+        return step.ids(self.target, 2, argument="target")
+
+    def _losses(self, step: Step) -> Tensor:
+        def make() -> Tensor:
+            x = step.read(self.input, argument="input")
+            with torch.autocast(x.device.type, enabled=False):
+                network = self.owned["second"].create(x.shape[1], x.device, x.dtype)
+                return nn.functional.cross_entropy(network(x), self.sample_ids(step), reduction="none")
+
+        return step.once((self, "losses"), make)
+
+    def reweigh(self, calls: list[LossCall], step: Step) -> list[Tensor]:
+        weights = 1 + self._losses(step).detach()
+        made = []
+        for call in calls:
+            num = call.num * call.of_rows(weights).to(call.num.dtype)
+            made.append(global_sum(num.sum()) / global_sum(call.den.sum()))
+        return made
+
+    def penalise(self, call: LossCall, step: Step) -> Tensor:
+        losses = self._losses(step)
+        count = _count(losses)
+        local = self.owned["second"].local_loss(losses, torch.ones_like(losses), count)
+        return as_global(local, global_sum(losses.detach().sum()) / count)
+
+
+class PlainFirst(Debiaser):
+    """Plain training for an epoch, then a penalty on squared logits."""
+
+    stateful: ClassVar[bool] = True
+
+    def __init__(self, *, name: str | None = None) -> None:
+        super().__init__(name=name)
+        self.module = nn.Module()
+        self.module.register_buffer("weight", torch.zeros((), dtype=torch.float64))
+
+    def new_epoch(self, epoch: int) -> None:
+        self.module.weight.fill_(0.05)
+
+    def penalise(self, call: LossCall, step: Step) -> Tensor:
+        return self.module.weight * global_sum((call.logits.double() ** 2).sum()) / _count(call.logits)
+
+
+DOUBLES = (LogitVariance, FeatureNorm, SharedFlip, LayerNoise, Adversary, Scheduled, SecondNetwork, PlainFirst)

@@ -48,6 +48,7 @@ def record(
         "device": "a CPU",
         "versions": {"python": "3.12", "debias": "0.1", "torch": "2.9"},
         "git": {"revision": "abcdef0123456789", "changed": False},
+        "warnings": [],
         "started": "2026-03-04T05:06:07+00:00",
     } | options
     return RunRecord(

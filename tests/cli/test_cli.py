@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from debias.cli import main
@@ -295,6 +296,20 @@ def test_fit_then_validate_and_test_a_copied_recipe(tmp_path):
         done = debias(stage, *saved, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert metric in done.stdout
+
+    refit = ["--retrain.method", "dfr", "--retrain.group", "group", "--retrain.n_groups", "4"]
+    refit += ["--retrain.strengths", "[0.1]", "--output", "repaired.ckpt"]
+    done = debias("retrain", *saved, *refit, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Refitted `network.5` on 359 samples (dfr, strength 0.1): repaired.ckpt" in done.stdout
+    before, after = (torch.load(p, weights_only=True) for p in (checkpoint, tmp_path / "repaired.ckpt"))
+    changed = [k for k, v in after["state_dict"].items() if not torch.equal(v, before["state_dict"][k])]
+    assert changed == ["network.5.weight", "network.5.bias"]
+    done = debias("test", *saved[:2], "--ckpt_path", "repaired.ckpt", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = debias("retrain", *saved, "--retrain.method", "dfr", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "error: Expected `group` and `n_groups` for `method='dfr'`" in done.stderr
 
 
 def test_wandb_without_login_runs_offline_and_says_where_it_lies(tmp_path):

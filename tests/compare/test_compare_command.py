@@ -275,7 +275,10 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
             "to set what `group_dro` has, but `stepsize` is not an argument of debias",
         ),
         (["colored_digits", "--methods", "erm", "--only", "erm-seed9"], "the nearest is `erm-seed"),
-        (["colored_digits", "--methods", "erm", "--jobs", "0"], "Expected `jobs` to be at least 1, but got 0."),
+        (
+            ["colored_digits", "--methods", "erm", "--jobs", "0"],
+            "Expected `jobs` to be an integer >= 1 and <= 1000, but got 0.",
+        ),
         (["digits_shift", "--methods", "erm", "--select", "leave_one_domain_out"], "`data.init_args.n_domains` to 2"),
         (["colored_digits", "--methods", "erm", "--print-wandb-sweep"], "Expected `--project` with"),
         (["colored_digits", "--project", "p", "--print-wandb"], "unrecognized arguments: --print-wandb"),

@@ -12,7 +12,8 @@ import yaml
 from filelock import FileLock
 
 from debias.cli.recipes import recipes_folder
-from debias.compare.grid import LOCK, Recipe, RunSpec, expand, prepare, read_spec, settings_of
+from debias.compare.grid import LOCK, Recipe, RunSpec, expand, prepare, settings_of
+from debias.compare.records import read_spec
 from debias.errors import DebiasError
 
 BASE = """# A base.
@@ -97,7 +98,7 @@ def test_settings_reach_the_files_of_the_run(recipe, tmp_path):
     params = {"GroupDRO.step_size": 0.5, "model.init_args.width": 64}
     fixed = Recipe("toy", recipe.folder, recipe.shared, (), {"trainer.max_epochs": 9})
     (folder,) = prepare(fixed, [RunSpec("x", "group_dro", 7, params)], tmp_path / "out")
-    base, method = (yaml.safe_load((folder / f"config{i}.yaml").read_text()) for i in (0, 1))
+    base, method = read_spec(folder)["configs"]
     merged = base["trainer"] | {k: v for k, v in method["trainer"].items() if k != "callbacks+"}
     assert merged["max_epochs"] == 9
     assert method["trainer"]["callbacks+"][0]["init_args"]["step_size"] == 0.5

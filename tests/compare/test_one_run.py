@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from _support.recipes import digits, one
 from _support.runs import ddp
 from debias import DetectionMonitor, GroupMonitor, tag
 from debias.cli import one_run
-from debias.compare import keeping
+from debias.compare import keeping, meter
 from debias.compare.grid import RunSpec, prepare
 from debias.compare.held_out import hold_out
 from debias.compare.predictions import Predictions
@@ -34,6 +35,7 @@ from debias.compare.records import Measures, measures, read_record, shift_score
 from debias.data import ColoredDigits
 from debias.data._common import GroupDataModule
 from debias.errors import DataError, DebiasError
+from debias.models.classifier import Classifier as RecipeModule
 
 ROOT = Path(__file__).parents[2]
 BIG = 2**30
@@ -120,6 +122,110 @@ def test_a_failure_is_recorded_with_its_error(tmp_path, capsys):
     assert record.status == "failed"
     assert record.error.startswith("DebiasError: Expected `layers` to be given")
     assert "Traceback" in capsys.readouterr().err
+
+
+# What a run measures
+
+
+def early_and_late(monkeypatch):
+    """The best average is that of the last epoch, the best worst group that of the first, which is tested last."""
+    count = itertools.count(1.0)
+
+    def made_up(*_):
+        value = next(count)
+        return Measures("accuracy", value, -value, {})
+
+    monkeypatch.setattr(keeping, "measures", made_up)
+
+
+def test_times_are_those_of_training_whatever_is_tested_last(tmp_path, monkeypatch):
+    early_and_late(monkeypatch)
+    steps, original, length = [], RecipeModule.training_step, 0.02
+
+    def slow(self, batch, batch_idx):
+        begin = time.perf_counter()
+        time.sleep(length)
+        loss = original(self, batch, batch_idx)
+        steps.append((self.trainer.current_epoch, begin, time.perf_counter()))
+        return loss
+
+    monkeypatch.setattr(RecipeModule, "training_step", slow)
+    folder = one(tmp_path, "erm", epochs=3)
+    begin = time.monotonic()
+    assert one_run.main(folder, start=begin - 50) == 0
+    took = time.monotonic() - begin
+    record = read_record(folder / "result.json")
+    assert [c.epoch for c in record.candidates.values()] == [3, 1, 3]
+    spans = [[(a, b) for epoch, a, b in steps if epoch == e] for e in (1, 2)]  # the first epoch is left out
+    outside = sum(span[-1][1] - span[0][0] for span in spans) / sum(map(len, spans))
+    assert record.seconds_per_step >= length
+    assert record.seconds_per_step == pytest.approx(outside, rel=0.25)
+    assert record.seconds == pytest.approx(50 + took, abs=1)  # from the start of the process
+
+
+def test_memory_is_that_of_training(tmp_path, monkeypatch):
+    early_and_late(monkeypatch)
+    peaks = iter((3, 5, 5, 99))
+    monkeypatch.setattr(meter, "peak_memory", lambda _: next(peaks))
+    folder = one(tmp_path, "erm", epochs=3)
+    assert one_run.main(folder) == 0
+    assert read_record(folder / "result.json").peak_memory == 5
+
+
+@pytest.mark.parametrize("method", ["dann", "coral", "vrex"])
+def test_a_run_keeps_its_warnings(tmp_path, monkeypatch, method):
+    def head_alone(self):
+        return torch.optim.SGD(self.network[-1].parameters(), lr=0.01)
+
+    monkeypatch.setattr(RecipeModule, "configure_optimizers", head_alone)
+    folder = one(tmp_path, method, epochs=1)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("ignore")  # as the environment may say
+        assert one_run.main(folder) == 0
+    told = read_record(folder / "result.json").warnings
+    assert [text.partition(" ")[2].partition(":")[0] for text in told] == (
+        ["reaches no trainable parameter"] if method != "vrex" else []
+    )
+    assert [" ".join(str(w.message).split()) for w in shown] == told  # the log has them, too
+
+
+def test_warnings_go_on_with_a_run_that_was_killed(tmp_path, monkeypatch):
+    def head_alone(self):
+        return torch.optim.SGD(self.network[-1].parameters(), lr=0.01)
+
+    def kill(*_):
+        raise Killed
+
+    monkeypatch.setattr(RecipeModule, "configure_optimizers", head_alone)
+    folder = one(tmp_path, "coral", epochs=1)
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("ignore")
+        with monkeypatch.context() as patched:
+            patched.setattr(one_run, "_test", kill)
+            with pytest.raises(KeyboardInterrupt):
+                one_run.main(folder)
+        assert one_run.main(folder) == 0  # with no step left
+    assert len(read_record(folder / "result.json").warnings) == 1
+
+
+def test_the_log_has_a_line_for_each_epoch(tmp_path, capfd):
+    folder = one(tmp_path, "erm")
+    assert one_run.main(folder) == 0
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("Epoch ")]
+    val = read_record(folder / "result.json").candidates["last"].val
+    assert len(lines) == 2
+    assert lines[0].startswith("Epoch 1 of 2: step 12, train/loss ")
+    assert f"val/accuracy {val['val/accuracy']:.4g}, worst group {val['val/worst_group_accuracy']:.4g}" in lines[1]
+    assert lines[1].endswith(" s")
+
+
+def test_the_start_of_the_process_counts():
+    code = "import time; time.sleep(1)\nfrom debias.cli.one_run import _age\nprint(_age())"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    if Path("/proc/self/stat").exists():
+        assert 1 <= float(done.stdout) <= time.monotonic() - begin + 0.02
 
 
 # Going on
@@ -421,10 +527,10 @@ def test_hold_out_needs_a_tag():
 # The parts
 
 
-def test_the_clock_leaves_validation_out(monkeypatch):
+def test_the_meter_leaves_validation_out(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(keeping.time, "perf_counter", lambda: now[0])
-    clock = keeping.StepClock()
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
+    clock = meter.Meter()
 
     class Trainer:
         global_step = 0
@@ -444,10 +550,28 @@ def test_the_clock_leaves_validation_out(monkeypatch):
             clock.on_train_batch_start(Trainer, None, None, 0)
         clock.on_train_epoch_end(Trainer, None)
     assert clock.seconds_per_step == pytest.approx(0.5)  # the first epoch is left out
-    again = keeping.StepClock()
+    again = meter.Meter()
     assert math.isnan(again.seconds_per_step)
     again.load_state_dict(json.loads(json.dumps(clock.state_dict())))
     assert again.seconds_per_step == clock.seconds_per_step
+    again.on_train_epoch_start(Trainer, None)  # the first epoch of a process that goes on is left out, too
+    now[0] += 10
+    Trainer.global_step += 4
+    again.on_train_epoch_end(Trainer, None)
+    assert again.seconds_per_step == clock.seconds_per_step
+
+
+def test_seconds_go_on_with_a_run_that_was_killed(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(meter.time, "monotonic", lambda: now[0])
+    first = meter.Meter(start=90.0)
+    now[0] = 120.0
+    state = first.state_dict()
+    again = meter.Meter(start=500.0)
+    again.load_state_dict(state)
+    assert again.seconds_before == 30.0
+    now[0] = 510.0
+    assert again.state_dict()["seconds"] == 40.0
 
 
 def test_the_direction_is_that_of_the_monitored_metric():
@@ -489,9 +613,9 @@ def test_predictions_of_a_monitor_with_metrics_of_its_own_are_the_logits(kind, t
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone says it")
 def test_peak_memory_is_not_that_of_the_process_that_started_it():
     child = (
-        "import types, torch\nfrom debias.cli.one_run import _peak_memory\n"
+        "import types, torch\nfrom debias.compare.meter import peak_memory\n"
         "strategy = types.SimpleNamespace(root_device=torch.device('cpu'))\n"
-        "print(_peak_memory(types.SimpleNamespace(strategy=strategy)))"
+        "print(peak_memory(types.SimpleNamespace(strategy=strategy)))"
     )
     parent = (
         f"import subprocess, sys\nheld = b'x' * {BIG}\n"

@@ -52,7 +52,7 @@ def test_everything_is_written(runs, tmp_path):
     assert page.startswith("# My title\n")
     pictures = re.findall(r'(?:srcset|src)="([^"]+)"', page)
     assert sorted(pictures) == sorted(name for name in FILES if name.endswith(".png"))
-    assert "&lt;b>no&lt;/b> at line 3" in page
+    assert "&lt;b&gt;no&lt;/b&gt; at line 3" in page
     assert comparison.rule.words in page
     for number in (f"{100 * comparison.rows[0].worst.mean:.1f}", "torch 2.9", "2026-03-04"):
         assert number in page

@@ -1,5 +1,6 @@
 """Runs as processes: failures, crashes, locks, interruption; nothing finished is made again."""
 
+import io
 import os
 import signal
 import subprocess
@@ -10,7 +11,10 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from rich.console import Console
+from rich.progress import Progress
 
+from debias.compare import runner
 from debias.compare.records import RunRecord, read_record, write_json
 from debias.compare.runner import LOCK, Interrupted, run_all
 from debias.errors import DebiasError
@@ -83,6 +87,28 @@ def test_a_failure_is_recorded_and_does_not_stop_the_rest(make):
     again = run_all(runs, command)
     assert [record.status for record in again] == ["finished", "finished", "failed", "finished"]
     assert [calls(folder) for folder in runs] == [1, 2, 2, 1]  # what finished is not repeated
+
+
+def test_where_no_bar_can_be_lines_say_what_runs(make, monkeypatch):
+    folders, command = make
+    monkeypatch.setattr(runner, "EVERY", 0.4)
+    file = io.StringIO()
+    runs = folders("brief", "fail")
+
+    def begun(folder):
+        write_json(folder / "progress.json", {"step": 3, "steps": 12})
+        return command(folder)
+
+    with Progress(console=Console(file=file, width=80), transient=True) as progress:
+        run_all(runs, begun, progress=progress)
+    lines = [line.rstrip() for line in file.getvalue().splitlines() if line.strip()]
+    assert lines[:2] == ["brief started; 0 of 2 runs are done", "brief 25 %"]
+    assert set(lines[2:-3]) <= {"brief 25 %"}
+    assert lines[-3:] == [
+        "brief finished in nan s",
+        "fail started; 1 of 2 runs are done",
+        "fail failed: ValueError: no",
+    ]
 
 
 def test_a_killed_process_leaves_no_other_ranks_behind(make):

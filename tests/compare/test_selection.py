@@ -31,10 +31,13 @@ def grid(random=None):
         for weight in ({}, {"weight": 1}, {"weight": 2}):
             for seed in (0, 1):
                 for held_out in (None, 0, 1):
-                    run = record(method, seed, params=weight, held_out=held_out)
+                    rules = [rule.candidate for rule in RULES.values()]
+                    run = record(method, seed, params=weight, held_out=held_out, rules=list(dict.fromkeys(rules)))
                     kept = {}
                     for rule in run.candidates:
                         val = logged("val", random.rand(4)) | {"val_shift/held_out_mean": random.rand()}
+                        names = ("val/class/worst_group_accuracy", "val/inferred/worst_group_accuracy")
+                        val |= {name: random.rand() for name in names}
                         test = {} if held_out is not None else logged("test", random.rand(4))
                         test |= logged("val", random.rand(4)) | {"val_shift/held_out_mean": random.rand()}
                         kept[rule] = Candidate(1, 1, val, test)
@@ -80,6 +83,8 @@ def test_each_rule_chooses_the_best_mean_of_its_own_score(rule):
             return c.val["val/accuracy"]
         if rule == "val_worst_group":
             return min(c.val[f"val/accuracy_by_group/{name}"] for name in GROUPS)
+        if rule in ("val_worst_class", "val_worst_inferred"):
+            return c.val[f"val/{rule.rpartition('_')[2]}/worst_group_accuracy"]
         if rule == "val_shift":
             return c.val["val_shift/held_out_mean"]
         if rule == "oracle":

@@ -111,6 +111,57 @@ def test_unmeasured_memory_and_groups_without_samples():
     )
 
 
+def test_a_blank_is_never_left_out_of_a_mean_unsaid():
+    runs = [record("erm", s) for s in range(3)]
+    runs += [record("vrex", s, seconds_per_step=math.nan if s else 0.3, peak_memory=2**20 * (s < 2)) for s in range(3)]
+    bare = {"test/accuracy": math.nan, "test/worst_group_accuracy": math.nan}
+    runs += [record("irm", s, test=bare if s == 1 else (0.9, 0.8, 0.7, 0.6)) for s in range(2)]
+    comparison = make_comparison(runs, "val_average")
+    notes = [note for note in comparison.notes if "the others have none" in note]
+    assert notes == [
+        "vrex: ms a step of 1 of 3 runs; the others have none.",
+        "vrex: MiB of 2 of 3 runs; the others have none.",
+        "irm: average, worst group, gap of 1 of 2 runs; the others have none.",
+    ]
+
+
+def test_warnings_of_runs_stand_under_the_table():
+    dead = "DomainAdversarial(domain) reaches no trainable parameter: it <b>changes</b> nothing"
+    runs = [record("erm", s) for s in range(2)] + [record("dann", s, warnings=[dead]) for s in range(2)]
+    runs += [record("coral", s, warnings=[dead] * s) for s in range(2)]
+    runs += [record("coral", s, (0.1,) * 4, params={"lr": 1.0}, warnings=["not in the table"]) for s in range(2)]
+    comparison = make_comparison(runs, "val_average")
+    assert comparison.notes[:2] == (
+        f"Warning of dann, 2 of 2 runs: {dead}", f"Warning of coral, 1 of 2 runs: {dead}"
+    )  # fmt: skip
+    assert not any("not in the table" in note for note in comparison.notes)
+    said = {row["id"]: row["warnings"] for row in runs_rows(comparison)}
+    assert said["erm-0"] is None
+    assert json.loads(said["dann-1"]) == [dead]
+
+
+def test_both_averages_are_shown_where_training_counts_are_known():
+    accuracies, counts = (0.95, 0.60, 0.55, 0.92), (3498, 184, 56, 1057)
+    expected = np.average(accuracies, weights=counts)
+    test = logged("test", accuracies) | {"test/adjusted_accuracy": float(expected)}
+    runs = [record("erm", s, test=test) for s in range(2)] + [record("vrex", s) for s in range(2)]
+    comparison = make_comparison(runs, "val_average")
+    erm = comparison.rows[0]
+    assert (erm.average.mean, erm.adjusted.mean) == pytest.approx((np.mean(accuracies), expected))
+    (line,) = [line for line in printed(comparison, 160).splitlines() if line.startswith("ERM ")]
+    assert line.split()[1:5] == ["75.5", "±0.0", "92.5", "±0.0"]
+    assert "adjusted" in printed(comparison, 80)
+    assert "Adjusted: mean over groups by their shares of the training set." in caption(comparison)
+    header, _, first, second = make_markdown(comparison).splitlines()
+    assert header.startswith("| method | average | adjusted average | worst group |")
+    assert first.startswith("| ERM | 75.5 ±0.0 | 92.5 ±0.0 | 55.0")
+    assert second.startswith("| vrex | 75.0 ±0.0 | - | 60.0")
+    assert [row["adjusted_average_mean"] for row in table_rows(comparison)] == [pytest.approx(expected), None]
+    assert [row["adjusted_average"] for row in runs_rows(comparison)] == [pytest.approx(expected)] * 2 + [None] * 2
+    unknown = make_comparison(runs[2:], "val_average")
+    assert "djusted" not in printed(unknown, 160) + make_markdown(unknown) + caption(unknown)
+
+
 def test_one_seed_has_no_deviation():
     comparison = make_comparison([record("erm", 0), record("vrex", 0, test=[0.5, 0.6, 0.7, 0.8])], "val_average")
     assert comparison.rows[1].worst_vs_erm.more_than_seed_noise is None
@@ -263,7 +314,8 @@ def test_csv_gives_back_the_numbers_to_the_last_bit():
 
 def test_columns_are_the_documented_ones():
     comparison = make_comparison(made_up(("erm", "vrex"), groups=("a",)), "last")
-    spreads = ("score", "average", "worst_group", "gap", "group/a", "seconds_per_step", "peak_memory_mib")
+    figures = ("score", "average", "adjusted_average", "worst_group", "gap", "group/a")
+    spreads = (*figures, "seconds_per_step", "peak_memory_mib")
     assert list(table_rows(comparison)[0]) == [
         *("method", "params", "settings", "seeds", "rule", "metric"),
         *(f"{name}_{of}" for name in spreads for of in ("mean", "std")),
@@ -275,8 +327,9 @@ def test_columns_are_the_documented_ones():
         "failed_runs",
     ]
     assert list(runs_rows(comparison)[0]) == [
-        *("id", "method", "seed", "params", "held_out", "status", "error", "in_table", "rule", "candidate", "epoch"),
-        *("step", "score", "metric", "average", "worst_group", "gap", "group/a", "steps", "seconds"),
+        *("id", "method", "seed", "params", "held_out", "status", "error", "warnings", "in_table", "rule"),
+        *("candidate", "epoch", "step", "score", "metric", "average", "adjusted_average", "worst_group", "gap"),
+        *("not_finite", "group/a", "steps", "seconds"),
         *("seconds_per_step", "peak_memory_mib", "device", "started", "recipe", "recipe_hash", "git_revision"),
         *("version/python", "version/debias", "version/torch"),
     ]
@@ -299,3 +352,11 @@ def test_several_loaders_are_groups():
     assert comparison.groups == ("dataloader_idx_0", "dataloader_idx_1")
     assert comparison.rows[0].worst.mean == 0.5
     assert comparison.rows[0].average.mean == pytest.approx(0.7)
+
+
+def test_a_run_that_diverged_is_marked():
+    bad = logged("test", (0.0, 0.0, 0.0, 0.0)) | {"test/accuracy_not_finite": 40.0}
+    comparison = make_comparison([record("erm", 0, test=bad), record("irm", 0)], "last")
+    (note,) = [note for note in comparison.notes if note.startswith("DIVERGED")]
+    assert "in erm-0 (40 samples)" in note
+    assert [row["not_finite"] for row in runs_rows(comparison)] == [40, 0]

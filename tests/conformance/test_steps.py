@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from _support.cases import METHODS, arguments, build, has_groups
+from _support.cases import METHODS, arguments, build, has_groups, names_where, takes
 from _support.fits import (
     Classifier,
     Manual,
@@ -227,6 +227,8 @@ def test_absent_groups(method, place):
 
 
 GROUPED = [name for name in METHODS if has_groups(name)]
+REWEIGHING = [name for name in names_where(lambda c: hasattr(c.module, "reweigh")) if name in GROUPED]
+COUNTING = [name for name in names_where(lambda c: isinstance(c.module, GroupState)) if name in GROUPED]
 
 
 class Before(Callback):
@@ -330,10 +332,10 @@ def test_a_host_sync_is_counted(sync):
     assert syncs_of([Waits()]) == [count + 1 for count in syncs_of([], bare=True)]
 
 
-@pytest.mark.parametrize("name", [name for name in GROUPED if hasattr(build(name)[0].module, "reweigh")])
+@pytest.mark.parametrize("name", REWEIGHING)
 def test_the_state_machine_never_reads_a_cuda_tensor(name):
     """Fake CUDA tensors hold no data, so whatever would wait for the device raises here."""
-    module = build(name, **({"group_counts": [3, 2, 1]} if "group_counts" in options_of(name) else {}))[0].module
+    module = build(name, **({"group_counts": [3, 2, 1]} if "group_counts" in takes(name) else {}))[0].module
     with FakeTensorMode(allow_non_fake_inputs=True):
         for key, buffer in list(module._buffers.items()):
             module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
@@ -352,11 +354,7 @@ def test_the_state_machine_never_reads_a_cuda_tensor(name):
             module.raise_if_bad()
 
 
-def options_of(name):
-    return inspect.signature(METHODS[name]).parameters
-
-
-@pytest.mark.parametrize("name", [name for name in GROUPED if isinstance(build(name)[0].module, GroupState)])
+@pytest.mark.parametrize("name", COUNTING)
 @pytest.mark.parametrize("end", ["logging step", "epoch end"])
 def test_off_the_cpu_bad_rows_raise_at_the_next_logging_step(name, end):
     callbacks, model = build(name), Classifier()

@@ -89,7 +89,7 @@ def test_loaders(digits):
     x, y = batch.batch
     assert x.shape == (32, 2, 8, 8)
     assert y.dtype == torch.int64
-    assert set(batch.tags) == {"group", "color", "domain", "environment"}
+    assert set(batch.tags) == {"group", "color", "domain", "environment", "index"}
     for loader, dataset in ((digits.val_dataloader(), digits.val_set), (digits.test_dataloader(), digits.test_set)):
         assert isinstance(loader.sampler, EvalSampler)
         assert torch.equal(torch.cat([b.tags["group"] for b in loader]), dataset.tags["group"])

@@ -198,7 +198,7 @@ def test_batches(npz):
     assert x.shape == (32, 2, 14, 14)
     assert y.shape == (32,)
     assert y.dtype == torch.int64
-    assert set(batch.tags) == {"group", "color", "domain", "environment"}
+    assert set(batch.tags) == {"group", "color", "domain", "environment", "index"}
     assert torch.equal(batch.tags["domain"], batch.tags["environment"])
     assert data.group_counts.tolist() == torch.bincount(data.train_groups, minlength=4).tolist()
     assert data.group_names[3] == "digit<5 green"

@@ -80,15 +80,15 @@ def test_the_domains_are_said_once(root):
 def test_tags(root):
     data = make(root, test_domain="art")
     for dataset in (data.train_set, data.val_set):
-        for path, label, tags in zip(
-            dataset.paths, dataset.labels, zip(*dataset.tags.values(), strict=True), strict=True
-        ):
+        of_samples = zip(*dataset.tags.values(), strict=True)
+        for i, (path, label, tags) in enumerate(zip(dataset.paths, dataset.labels, of_samples, strict=True)):
             domain = data.domain_names.index(path.parent.parent.name)
             assert label == data.class_names.index(path.parent.name)
             assert dict(zip(dataset.tags, tags, strict=True)) == {
                 "group": 2 * label + domain,
                 "domain": domain,
                 "label": label,
+                "index": i,
             }
     assert data.group_counts.tolist() == torch.bincount(data.train_groups, minlength=4).tolist()
     assert set(data.test_set.tags["domain"].tolist()) == set(data.test_set.tags["group"].tolist()) == {-1}

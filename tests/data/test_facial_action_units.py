@@ -59,6 +59,19 @@ def test_frames_and_units(tmp_path, name):
     assert sum(len(b.batch[0]) for b in data.train_dataloader()) == 15
 
 
+def test_clips_are_a_column_or_the_folder_and_may_be_cut(tmp_path):
+    root = write(tmp_path)
+    assert make(root).train_set.tags["clip"].tolist() == [i for i in range(5) for _ in range(3)]  # S0/T1, S1/T1, ...
+    assert make(root, clip_frames=2).test_set.tags["clip"].tolist() == [0, 0, 1, 2, 2, 3, 4, 4, 5]
+    lines = (root / "labels.csv").read_text().splitlines()
+    clips = ["clip", *(["T1", "T2", "T1"] * 9)]  # the same names for every subject
+    (root / "labels.csv").write_text("\n".join(f"{line},{clip}" for line, clip in zip(lines, clips, strict=True)))
+    assert make(root).test_set.tags["clip"].tolist() == [0, 1, 0, 2, 3, 2, 4, 5, 4]
+    assert make(root, clip_frames=1).test_set.tags["clip"].tolist() == list(range(9))
+    with pytest.raises(DebiasError, match="argument `clip_frames` to be an integer >= 1, but got 0"):
+        make(root, clip_frames=0)
+
+
 def test_intensities_and_missing_cells(tmp_path):
     root = write(tmp_path, values=lambda i, frame: [[0, 1, 2][frame], [9, "", 5][frame]])
     data = make(root, threshold=2, partition=[["S0"], SUBJECTS[1:]], units=["AU12", "AU1"])

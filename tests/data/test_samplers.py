@@ -147,7 +147,7 @@ def test_bad_groups(groups, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "`batch_size` to be an integer of at least 1, but got 0"),
+        ({"batch_size": 0}, "`batch_size` to be an integer >= 1, but got 0"),
         ({"batch_size": 2.0}, "`batch_size`"),
         ({"batch_size": 2, "num_samples": -1}, "`num_samples`"),
         ({"batch_size": 2, "n_groups": 0}, "`n_groups`"),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_sequence
-from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
 
 from _support.fits import Classifier, make_trainer
 from debias import GroupDRO
@@ -129,6 +129,23 @@ def test_tagging_twice_puts_tags_side_by_side():
     assert not isinstance(batch.batch, TaggedBatch)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_sample_carries_its_number_in_the_dataset(workers):
+    generator = torch.Generator().manual_seed(0)
+    for data in (tag(Images()), tag(Images(), place=[3, 1, 4, 1, 5]), tag(tag(Images()), place=[0] * 5)):
+        loader = DataLoader(data, batch_size=2, shuffle=True, generator=generator, num_workers=workers)
+        seen = {
+            int(i): x[0].item() for batch in loader for i, x in zip(batch.tags["index"], batch.batch[0], strict=True)
+        }
+        assert seen == {i: float(i) for i in range(5)}
+    part = Subset(tag(Images()), [4, 2])
+    assert next(iter(DataLoader(part, batch_size=2))).tags["index"].tolist() == [4, 2]
+    assert tag(part)[0].tags["index"] == 0  # the outermost tag counts
+    assert tag(Images(), index=[9, 8, 7, 6, 5])[1].tags["index"] == 8
+    with pytest.raises(DataError, match="at least one tag of an iterable dataset"):
+        tag(Stream())
+
+
 def test_iterable_datasets_take_callables():
     batch = next(iter(DataLoader(tag(Stream(), place=place_of), batch_size=4)))
     assert batch.tags["place"].tolist() == [10, 11, 12, 13]
@@ -139,7 +156,6 @@ def test_iterable_datasets_take_callables():
 @pytest.mark.parametrize(
     ("tags", "message"),
     [
-        ({}, "at least one tag, but got none"),
         ({"place": [1, 2]}, r"`place` to hold one id per sample, but got shape \(2,\) for a dataset of 5"),
         ({"place": 3}, r"got shape \(\) for a dataset of 5"),
         ({"place": ["land", "sea", "sea", "sea", "land"]}, "`place` to be numbers.*list of str. Give each name"),
@@ -308,7 +324,7 @@ def test_a_tagged_batch_that_user_code_opens_itself_says_what_to_do():
 
 def test_a_tagged_sample_that_user_code_opens_itself_says_what_to_do():
     tagged = tag([(1.0, 0), (2.0, 1)], place=[0, 1])
-    with pytest.raises(BatchKeyError, match=r"tags \['place'\]. Take `dataset\[i\].sample`"):
+    with pytest.raises(BatchKeyError, match=r"tags \['index', 'place'\]. Take `dataset\[i\].sample`"):
         _, _ = tagged[0]
     with pytest.raises(BatchKeyError, match=r"`dataset\[i\].sample`"):
         tagged[0]["image"]

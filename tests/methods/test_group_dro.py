@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
-from _support.fits import Classifier, make_trainer, problem
+from _support.fits import Classifier, make_trainer, problem, train
 from debias import DomainPenalisation, GroupDRO, GroupDROLoss, GroupDROMixin, GroupReweighting, tag
 from debias.errors import BadRowsError, DebiasError
 from debias.functional import greedy_group_weights, group_dro_weights
@@ -486,3 +486,16 @@ def test_many_groups_are_logged_by_their_extremes(method, weight, loss, n):
     else:
         worst = {} if loss is None else {f"train/worst_{loss[8:]}_loss": float(expected[loss].max())}
         assert logged == pytest.approx({f"train/max_{weight}": float(expected[weight].max())} | worst)
+
+
+def test_the_callback_has_the_options_of_the_module():
+    """The greedy form with a floor, and its running losses, on an unmodified module as in a loop of one's own."""
+    options = {"alpha": 0.4, "ema_rate": 0.7, "minimum_weight": 0.25, "group_counts": [9, 5, 2]}
+    callback, plain = GroupDRO("place", 3, **options), GroupDRO("place", 3, **options | {"minimum_weight": 0.0})
+    for method in (callback, plain):
+        train(Classifier(), [method])
+    assert (callback.module.ema_rate, callback.ema_rate) == (0.7, 0.7)
+    fractions = torch.tensor([9.0, 5.0, 2.0], dtype=torch.float64) / 16
+    expected = 0.25 * fractions + 0.75 * greedy_group_weights(callback.module.losses, fractions, alpha=0.4)
+    torch.testing.assert_close(callback.module.weights, expected, rtol=1e-12, atol=0)
+    assert not torch.equal(callback.module.weights, plain.module.weights)

@@ -232,7 +232,7 @@ def test_evaluation_is_untouched():
     ("options", "match"),
     [
         ({}, "`domain` with `pairs='selective'`, but got None"),
-        ({"domain": "place", "pairs": "all"}, "`pairs` to be one of 'any', 'same_label'"),
+        ({"domain": "place", "pairs": "all"}, "`pairs` to be 'any', 'same_label', 'same_domain' or 'selective'"),
         ({"domain": "place", "mix": "manifold"}, "`mix` to be 'mixup' or 'cutmix'"),
         ({"domain": "place", "alpha": 0}, "`alpha` to be a number > 0"),
         ({"domain": "place", "alpha": float("inf")}, "`alpha` to be a number > 0, but got inf"),

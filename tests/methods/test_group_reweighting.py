@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.utils.class_weight import compute_sample_weight
 
+from _support.fits import Classifier, train
 from debias import GroupReweighting, GroupReweightingLoss
 from debias.errors import BadRowsError, DebiasError
 from debias.functional import inverse_frequency_weights
@@ -102,3 +103,22 @@ def test_missing_counts_and_bad_ids():
         GroupReweightingLoss(4)(torch.ones(1), torch.zeros(1).long())
     with pytest.raises(BadRowsError, match="`n_groups=4`, but 1 rows"):
         GroupReweightingLoss(4, 1.0, COUNTS)(torch.ones(1), torch.tensor([4]))
+
+
+def test_weights_of_ones_own_are_taken_as_they_are():
+    losses, groups = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64), torch.tensor([0, 1, 1])
+    value = GroupReweightingLoss(2, group_weights=[0.5, 3.0])(losses, groups)
+    assert float(value) == pytest.approx((0.5 * 1 + 3 * 2 + 3 * 4) / 3)
+    again = GroupReweightingLoss(2, group_weights=[0.5, 3.0])
+    again.load_state_dict(GroupReweightingLoss(2, group_counts=[9, 1]).state_dict())
+    assert again.weights.tolist() == [0.5, 3.0]
+    for wrong in ([1.0], [1.0, -1.0], [0.0, 0.0]):
+        with pytest.raises(DebiasError, match="`group_weights`"):
+            GroupReweighting("place", 2, group_weights=wrong)
+
+
+def test_the_callback_counts_nothing_where_weights_are_given():
+    model = Classifier()
+    method = GroupReweighting("place", 3, group_weights=[1.0, 0.0, 2.0])
+    train(model, [method])
+    assert method.module.counts.tolist() == [0, 0, 0]

@@ -343,7 +343,7 @@ def test_says_so_where_it_changes_nothing() -> None:
             logits = self.head(self.backbone(x).detach())
             return F.cross_entropy(logits, y)
 
-    with pytest.warns(UserWarning, match="CORAL reaches no trainable parameter.*frozen or detached") as seen:
+    with pytest.warns(UserWarning, match=r"CORAL\(place\) reaches no trainable parameter.*frozen or detached") as seen:
         fit(Detached(), CORAL("place", 3), max_epochs=2)
     assert sum("reaches no trainable" in str(w.message) for w in seen) == 1
 
@@ -532,7 +532,7 @@ def test_unreduced_losses_in_another_order_are_the_same_losses() -> None:
     ("options", "match"),
     [
         ({"n_domains": 1}, "`n_domains` to be at least 2"),
-        ({"statistic": "trace"}, "`statistic` to be one of hgp"),
+        ({"statistic": "trace"}, "`statistic` to be 'hgp', 'diagonal', 'hutchinson' or 'frobenius'"),
         ({"alpha": -1.0}, "`alpha` to be a number >= 0"),
         ({"beta": float("nan")}, "`beta`"),
         ({"penalty_weight": -1.0}, "`penalty_weight` to be a number >= 0"),

@@ -13,7 +13,7 @@ from _support.fits import deviation, make_trainer, parameters, same
 from _support.images import Evaluated, Pictures, batches, train
 from debias import DSU, MixStyle
 from debias.errors import DebiasError, RowsError
-from debias.methods._layers import LayerAugmenter, default_layers, find_layers, prefix_tokens
+from debias.methods.base.layers import LayerAugmenter, default_layers, find_layers, prefix_tokens
 
 
 class Double(LayerAugmenter):
@@ -331,5 +331,5 @@ def test_rows_of_several_views():
     assert augmenter.ids_of_rows(ids, 2) is ids
     with pytest.raises(RowsError, match="one row for each of the 2 samples, but got 4"):
         augmenter.ids_of_rows(ids, 4)
-    assert Double(["stem"], rows="tiled").ids_of_rows(ids, 4).tolist() == [3, 5, 3, 5]
-    assert Double(["stem"], rows="interleaved").ids_of_rows(ids, 4).tolist() == [3, 3, 5, 5]
+    assert MixStyle(["stem"], rows="tiled").ids_of_rows(ids, 4).tolist() == [3, 5, 3, 5]
+    assert MixStyle(["stem"], rows="interleaved").ids_of_rows(ids, 4).tolist() == [3, 3, 5, 5]

@@ -1059,7 +1059,10 @@ def test_weights_of_the_loss_follow_the_module(make: type) -> None:
             r"options of `loss='mse_loss'`: weight, but got label_smoothing",
         ),
         ({"pos_weight": [1.0]}, "weight, label_smoothing, ignore_index, but got pos_weight"),
-        ({"penalty_wieght": 2.0}, r"arguments of \w+Penalty, or options .*, but got penalty_wieght"),
+        (
+            {"penalty_wieght": 2.0},
+            r"arguments of \w+Penalty \(n_domains, .*got `penalty_wieght`. Did you mean `penalty_weight`",
+        ),
         ({"weight": 10.0}, r"`weight` .*one for each class, .*got 10.0. The weight of the penalty is `penalty_weight`"),
         ({"weight": [[1.0, 2.0]]}, "`weight`"),
         ({"weight": [1.0, -2.0]}, "`weight`"),

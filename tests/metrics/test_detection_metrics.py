@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -149,3 +150,65 @@ def test_wrong_arguments():
             metric.update(preds, targets, torch.tensor([0, 2]))
         with pytest.raises(DebiasError, match="as many predictions, targets and ids, but got 2, 1 and 2"):
             metric.update(preds, targets[:1], torch.tensor([0, 1]))
+
+
+def many(n=150, labels=1):
+    """One image with many boxes, the worse the lower their score."""
+    corners = torch.stack([torch.arange(n) % 15, torch.arange(n) // 15], 1) * 40.0
+    true = torch.cat([corners, corners + 32], 1)
+    found = true + torch.linspace(0, 8, n)[:, None]
+    label = torch.arange(n) % labels
+    prediction = {"boxes": found, "scores": torch.linspace(0.9, 0.1, n), "labels": label}
+    return [prediction], [{"boxes": true, "labels": label}]
+
+
+def coco(preds, targets, limit):
+    """Average precision by pycocotools alone."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    def boxes(item):
+        corners, sizes = item["boxes"][:, :2], item["boxes"][:, 2:] - item["boxes"][:, :2]
+        return torch.cat([corners, sizes], 1).double().tolist()
+
+    truth, label = COCO(), targets[0]["labels"].tolist()
+    names = [{"id": i} for i in sorted(set(label))]
+    made = [
+        {"id": i + 1, "image_id": 0, "category_id": k, "bbox": b, "area": b[2] * b[3], "iscrowd": 0}
+        for i, (b, k) in enumerate(zip(boxes(targets[0]), label, strict=True))
+    ]
+    truth.dataset = {"info": {}, "images": [{"id": 0}], "categories": names, "annotations": made}
+    truth.createIndex()
+    rows = zip(boxes(preds[0]), preds[0]["scores"].tolist(), preds[0]["labels"].tolist(), strict=True)
+    found = truth.loadRes([{"image_id": 0, "category_id": k, "bbox": b, "score": s} for b, s, k in rows])
+    evaluation = COCOeval(truth, found, "bbox")
+    evaluation.params.maxDets = [1, 10, limit]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    precision = evaluation.eval["precision"][..., 0, -1]
+    return precision[precision > -1].mean(), precision[0][precision[0] > -1].mean()
+
+
+@pytest.mark.parametrize("limit", [100, 120, 1000])
+def test_boxes_beyond_the_limit_are_left_out_and_said(limit):
+    metric = GroupMeanAveragePrecision(1, max_detections=limit)
+    batch = many()
+    for epoch in range(2):
+        metric.reset()
+        metric.update(*batch, torch.tensor([0]))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = metric.compute()
+        match = f"1 of 1 images have more than `max_detections={limit}` boxes of one label"
+        assert [match in str(w.message) for w in said] == ([True] if limit < 150 and not epoch else [])
+    expected = coco(*batch, limit)
+    assert (float(found["map"]), float(found["map_50"])) == pytest.approx(expected, rel=1e-3)
+    assert expected[0] <= coco(*batch, 150)[0]
+
+
+def test_the_limit_is_one_of_a_label():
+    metric = GroupMeanAveragePrecision(1)
+    metric.update(*many(labels=2), torch.tensor([0]))
+    assert float(metric.compute()["map"]) == pytest.approx(coco(*many(labels=2), 100)[0], rel=1e-3)
+    with pytest.raises(DebiasError, match="max_detections"):
+        GroupMeanAveragePrecision(1, max_detections=0)

@@ -31,6 +31,7 @@ def counts_by_comparison(metric, probabilities, targets, groups):
     """Every probability with every threshold, ``(N, T, A, 3)``."""
     guessed = probabilities.unsqueeze(1) >= metric.thresholds.unsqueeze(1)
     positive, negative = (targets == 1).unsqueeze(1), (targets == 0).unsqueeze(1)
+    guessed = guessed | (probabilities.isnan().unsqueeze(1) & negative)  # NaN is wrong
     found = torch.stack([guessed & positive, guessed & negative, ~guessed & positive], -1).long()
     return torch.stack([*(found[groups == g].sum(0) for g in range(metric.n_groups)), found.sum(0)])
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sequ
 from _support.fits import Classifier, loader, make_trainer, parameters, same, val_loader
 from _support.runs import ddp
 from debias import AttributeProbe, EvalSampler, GroupMonitor, IdentityAdversarial, tag
-from debias.errors import BadRowsError, BatchKeyError, DebiasError, HeadNotFoundError, RowsError
+from debias.errors import BadRowsError, BatchKeyError, DebiasError, DebiasWarning, HeadNotFoundError, RowsError
 from debias.functional import ledoit_wolf_shrinkage, probe_attribute
 from debias.monitors.attribute_probe import _numbers
 
@@ -188,6 +188,94 @@ def test_what_is_refused():
         probe_attribute(x, y, S)
 
 
+# -------------------------------------------------------------------------------------------------- units
+
+
+def clips(people=5, of_each=8, frames=12, *, person=0.0, width=24, seed=0):
+    """Frames that are their clip's image with a little noise; ``person`` is how far people are apart."""
+    g = torch.Generator().manual_seed(seed)
+    clip = torch.arange(people * of_each).repeat_interleave(frames)
+    who = clip // of_each
+    image = torch.randn(people * of_each, width, generator=g, dtype=torch.float64)
+    shift = person * torch.randn(people, width, generator=g, dtype=torch.float64)
+    noise = 0.1 * torch.randn(len(clip), width, generator=g, dtype=torch.float64)
+    return image[clip] + shift[who] + noise, who, clip
+
+
+def test_frames_of_a_clip_tell_the_clip_and_not_the_person():
+    x, who, clip = clips(width=40)  # nothing tells the person
+    alone, together = (probe_attribute(x, who, S, units=of) for of in (None, clip))
+    assert float(alone["accuracy"]) > 0.95
+    assert float(together["accuracy"]) < 2 / S
+    x, who, clip = clips(person=2.0)
+    assert float(probe_attribute(x, who, S, units=clip)["accuracy"]) > 0.9
+    found = probe_attribute(x, who, S, units=clip)
+    assert float(found["shuffled_accuracy"]) < 0.45
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.5])
+def test_all_samples_of_a_unit_are_in_one_part(fraction, monkeypatch):
+    from debias.monitors import attribute_probe
+
+    calls = []
+    fit = attribute_probe._fit_and_score
+    monkeypatch.setattr(attribute_probe, "_fit_and_score", lambda x, *rest: calls.append(rest) or fit(x, *rest))
+    g = torch.Generator().manual_seed(3)
+    unit = torch.randint(0, 40, (300,), generator=g)
+    who = torch.where(torch.rand(300, generator=g) < 0.9, unit % S, 0)  # a few units hold several values
+    probe_attribute(torch.randn(300, 4, generator=g), who, S, units=7 * unit + 2, fit_fraction=fraction)
+    (labels, fits, *_), (shuffled, again, *_) = calls
+    assert torch.equal(fits, again)
+    assert torch.equal(labels, who)
+    main = torch.stack([torch.bincount(who[unit == u], minlength=S).argmax() for u in range(40)])
+    for u in range(40):
+        assert len(fits[unit == u].unique()) == 1
+    for value in range(S):
+        of_value = (main == value).nonzero().flatten()
+        fitted = sum(bool(fits[unit == u][0]) for u in of_value.tolist())
+        assert fitted == max(int(fraction * len(of_value)), 1)
+    assert sorted(shuffled.tolist()) == sorted(who.tolist())
+    assert not torch.equal(shuffled, who)
+
+
+def test_the_shuffled_values_of_a_unit_are_of_one_other():
+    from debias.monitors.attribute_probe import _shuffled
+
+    _, who, clip = clips()
+
+    shuffled = _shuffled(who, clip, torch.Generator().manual_seed(0)).view(-1, 12)
+    assert torch.equal(shuffled, shuffled[:, :1].expand(-1, 12))
+    assert sorted(shuffled[:, 0].tolist()) == sorted(who[::12].tolist())
+    assert not torch.equal(shuffled[:, 0], who[::12])
+
+
+def test_every_sample_a_unit_is_the_default_and_unknown_ones_are_left_out():
+    x, who, clip = clips(person=0.3)
+    assert probe_attribute(x, who, S, units=torch.arange(len(x)) + 5) == probe_attribute(x, who, S)
+    more, people = torch.cat([x, x + 1]), torch.cat([who, who])
+    unknown = torch.cat([clip, torch.full_like(clip, -1)])
+    assert probe_attribute(more, people, S, units=unknown) == probe_attribute(x, who, S, units=clip)
+    one = probe_attribute(x, who, S, units=who)  # a value with one unit is not scored
+    assert all(torch.isnan(one[key]) for key in ("accuracy", "balanced_accuracy", "chance"))
+
+
+def test_the_monitor_with_units():
+    x, who, clip = clips(people=4, of_each=3, frames=5, width=4)
+    data = tag(TensorDataset(x, who % 2), person=who, clip=clip)
+    logged = validate([AttributeProbe("person", S, unit="clip")], dataset=data)
+    with torch.no_grad():
+        features = Classifier().backbone(x).float()
+    expected = probe_attribute(features, who, S, units=clip, numbers=torch.arange(len(x)))
+    assert logged == pytest.approx({f"val/person_probe/{k}": float(v) for k, v in expected.items()}, rel=1e-6)
+    assert logged != validate([AttributeProbe("person", S)], dataset=data)
+    with pytest.raises(BatchKeyError, match=r"`unit='film'`.*tag\(dataset, film=ids\)"):
+        validate([AttributeProbe("person", S, unit="film")], dataset=data)
+    probe = AttributeProbe("person", S, unit="person")
+    with pytest.warns(DebiasWarning, match=r"could score nothing: no value of `attribute='person'`.*`unit='person'`"):
+        validate([probe], dataset=data)
+    assert np.isnan(validate([probe], dataset=data)["val/person_probe/accuracy"])  # said once
+
+
 # -------------------------------------------------------------------------------------------------- on two ranks
 
 
@@ -198,16 +286,20 @@ def test_two_ranks_are_one_process(ranks):
     assert runs[0] == runs[1]
     assert {k: float(v) for k, v in runs[0].items()} == pytest.approx({k: float(v) for k, v in whole.items()}, abs=0)
     assert ranks.run(_share, 61, True)[0] == runs[0]  # one rank holds nothing
+    of_units = ranks.run(_share, 61, False, S, False, True)
+    grouped = probe_attribute(x, y, S, numbers=torch.arange(61), units=torch.arange(61) // 2)
+    assert of_units[0] == of_units[1] == grouped
+    assert grouped != whole
     scaled = ranks.run(_share, 61, False, S, True)
     assert scaled[0] == scaled[1] == runs[0]
     ranks.raises(BadRowsError, "below `n_values=4`", _share, 61, False, 4)
 
 
-def _share(rank, n, all_on_one=False, n_values=S, scaled=False):
+def _share(rank, n, all_on_one=False, n_values=S, scaled=False, in_units=False):
     x, y = samples(n)
     x = torch.cat([x * units(), torch.full((n, 9), 0.1)], 1) if scaled else x
     mine = torch.arange(n)[: n * (rank == 0)] if all_on_one else torch.arange(n)[rank::2]
-    return probe_attribute(x[mine], y[mine], n_values, numbers=mine)
+    return probe_attribute(x[mine], y[mine], n_values, numbers=mine, units=mine // 2 if in_units else None)
 
 
 def persons(n, seed=2):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, TensorDataset
 
-from _support.fits import Classifier, make_trainer
+from _support.fits import Classifier, make_trainer, problem, tagged, val_loader
 from _support.runs import ddp
 from debias import (
     AttributeProbe,
@@ -217,3 +217,19 @@ def test_what_a_frozen_network_returned_in_training_is_not_kept():
     kept, monitor = [], GroupMonitor("place", 3, logits="backbone", target="label")
     make_trainer([GroupDRO("place", 3), monitor]).fit(Frozen(), loader(), loader())
     assert kept == [None] * 3
+
+
+def uneven(rank, sizes):
+    data = tagged(problem(sizes[rank]))
+    trainer = make_trainer([GroupMonitor("place", 3)], devices=2, strategy=ddp(), use_distributed_sampler=False)
+    try:
+        trainer.fit(Classifier(), DataLoader(data, 4), val_loader())
+    except DebiasError as error:
+        return str(error)
+    return trainer.global_step
+
+
+def test_ranks_with_different_numbers_of_training_batches_are_refused(ranks):
+    told = ranks.run(uneven, (16, 24))
+    assert all("`train_dataloader` has [4, 6] of them" in text for text in told)
+    assert ranks.run(uneven, (16, 13)) == [4, 4]  # batches of other sizes

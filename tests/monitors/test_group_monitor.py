@@ -1,5 +1,7 @@
 """GroupMonitor through real Trainers, against numbers computed by hand from the module's predictions."""
 
+import copy
+import math
 import warnings
 from types import SimpleNamespace
 
@@ -22,6 +24,8 @@ X = torch.randn(23, 4, generator=g)
 Y = torch.randint(0, 3, (23,), generator=g)
 PLACE = torch.randint(0, 3, (23,), generator=g)
 PLACE[5] = -1
+# Group 2 has no sample of class 1.
+fewer_classes = pytest.mark.filterwarnings("ignore:.*is averaged over the classes:UserWarning")
 
 
 class Base(L.LightningModule):
@@ -81,8 +85,8 @@ def test_values_by_group_are_logged_up_to_a_number(n):
     average, groups = by_hand(module)
     of_all = {"accuracy": average, "worst_group_accuracy": min(groups)}
     of_all |= {"accuracy_difference": max(groups) - min(groups), "accuracy_ratio": min(groups) / max(groups)}
-    by_group = {k: v for k, v in logged.items() if "_by_group/" in k}
-    assert len(by_group) == (n if n <= MAX_LOGGED_GROUPS else 0)
+    by_group = {k: v for k, v in logged.items() if "_by_group/" in k or "_count/" in k}
+    assert len(by_group) == (2 * n if n <= MAX_LOGGED_GROUPS else 0)
     assert {k: v for k, v in logged.items() if k.startswith("val/") and k not in by_group} == pytest.approx(
         {f"val/{k}": v for k, v in of_all.items()}
     )
@@ -156,6 +160,7 @@ def test_testing_logs_under_its_own_name():
     assert float(trainer.callback_metrics["test/place/accuracy"]) == pytest.approx(by_hand(module)[0])
 
 
+@fewer_classes
 def test_any_metric_can_be_split():
     module = WithLoss()
     logged = validate(module, GroupMonitor("place", 3, metric=torchmetrics.classification.MulticlassF1Score(3)))
@@ -171,6 +176,7 @@ def macro(kind, **options):
     return getattr(torchmetrics.classification, f"Multiclass{kind}")(3, **options)
 
 
+@fewer_classes
 def test_an_adjusted_average_of_any_metric():
     logged = validate(WithLoss(), GroupMonitor("place", 3, metric=macro("F1Score"), train_counts=[6, 3, 1]))
     groups = [logged[f"val/multiclass_f1_score_by_group/{k}"] for k in range(3)]
@@ -193,6 +199,7 @@ COLLECTIONS = {
 }  # fmt: skip
 
 
+@fewer_classes
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("case", COLLECTIONS)
 def test_a_collection_is_split_metric_by_metric(case, used):
@@ -213,7 +220,8 @@ def test_a_collection_is_split_metric_by_metric(case, used):
         folder, _, name = form.format(key).rpartition("/")
         start = f"val/{folder}/" if folder else "val/"
         expected |= {k.replace("val/", start).replace(own, name): v for k, v in alone.items() if own in k}
-    assert len(expected) == 2 * (4 + 5)
+    assert len(expected) == 2 * (4 + 5) + 2 * 4
+    expected = {k: v for k, v in expected.items() if f"{form.format(keys[1])}_count/" not in k}  # one for all metrics
     assert f"val/{form.format(keys[0])}" in expected
     assert {k: v for k, v in logged.items() if k.startswith("val/")} == pytest.approx(expected, nan_ok=True)
     assert (collection.compute() if used else {}) == before
@@ -231,6 +239,7 @@ def test_a_collection_of_each_loader_and_its_direction():
         assert logged[f"val/worst_group_error/dataloader_idx_{i}"] == max(by_group)
 
 
+@fewer_classes
 def test_collections_that_log_under_the_same_names():
     f1, recall = macro("F1Score"), macro("Recall")
     monitors = [
@@ -289,10 +298,18 @@ class Classes(Base):
 
 
 def agrees(logged, metric, scores, target):
-    """That the metric by group is the one of the group's scores."""
-    groups = [metric(scores[k == PLACE], target[k == PLACE]).item() for k in range(3)]
+    """That the metric by group is the one of the group's scores; of classes, the mean over those that the group has."""
+    metric = copy.deepcopy(metric)
+    by_class = getattr(metric, "average", None) == "macro" and target.ndim == 1
+    metric.average = None if by_class else getattr(metric, "average", None)
+    groups = []
+    for k in range(3):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a group without a class
+            value = metric(scores[k == PLACE], target[k == PLACE])
+        groups.append(value[target[k == PLACE].unique()].mean().item() if by_class else value.item())
     (name,) = (k.removesuffix("_by_group/0") for k in logged if k.endswith("_by_group/0"))
-    assert logged[name] == pytest.approx(metric(scores, target).item(), abs=1e-6)
+    assert logged[name] == pytest.approx(metric(scores, target).mean().item(), abs=1e-6)
     assert [logged[f"{name}_by_group/{k}"] for k in range(3)] == pytest.approx(groups, abs=1e-6)
 
 
@@ -455,10 +472,15 @@ def test_other_targets_and_logits_that_a_metric_does_not_take():
             F.binary_cross_entropy_with_logits(self.net(batch[0])[:, 0], batch[1].clamp(max=1).float())
 
     labels = torchmetrics.classification.MultilabelAUROC
+    logged = validate(Ignoring(3), GroupMonitor("place", 3, metric=macro("Accuracy", average="micro")))
+    with pytest.warns(UserWarning, match=r"is averaged over the classes.*lacks 0"):
+        validate(Ignoring(3), GroupMonitor("place", 3, metric=macro("Accuracy")))
+    module = Ignoring(3)
+    right = (module.net(X).argmax(1) == Y)[Y > 0].double()
+    assert logged["val/multiclass_accuracy"] == pytest.approx(float(right.mean()))
+    assert logged["val/multiclass_accuracy_count/1"] == int(((PLACE == 1) & (Y > 0)).sum())
     with pytest.raises(DebiasError, match=r"MultilabelAUROC\) got logits \(8, 3\) .* 3 and .*5\. A multilabel metric"):
         validate(Labels(3), GroupMonitor("place", 3, metric=labels(5)))
-    with pytest.raises(DebiasError, match=r"MulticlassF1Score.*its `ignore_index`"):
-        validate(Ignoring(3), GroupMonitor("place", 3, metric=macro("F1Score")))
     with pytest.raises(DebiasError, match=r"MulticlassAUROC.*logits \(8,\).*choose its binary form"):
         validate(One(3), GroupMonitor("place", 3, metric=macro("AUROC")))
 
@@ -480,8 +502,13 @@ def test_a_metric_that_has_no_value_for_a_group():
 
     places = torch.arange(23).clamp(max=1)  # one sample is alone
     monitor = GroupMonitor("place", 2, metric=torchmetrics.R2Score(), group_names=["a", "b"])
-    with pytest.raises(DebiasError, match=r"`r2_score` to have a value for group `a` \(samples: 1\), but R2Score says"):
-        validate(Regression(), monitor, loader(places))
+    with pytest.warns(
+        UserWarning, match=r"`r2_score` is undefined, and NaN, for group `a` \(1 sample\): its targets are"
+    ):
+        logged = validate(Regression(), monitor, loader(places))
+    assert math.isnan(logged["val/r2_score_by_group/a"])
+    assert logged["val/worst_group_r2_score"] == logged["val/r2_score_by_group/b"]
+    assert [logged[f"val/r2_score_count/{name}"] for name in "ab"] == [1, 22]
 
 
 @pytest.mark.parametrize("logits", ["net", lambda output: output["scores"]])
@@ -542,8 +569,12 @@ def test_two_losses_in_validation():
             F.mse_loss(out, out + 1)
             F.cross_entropy(out, y)
 
-    with pytest.raises(AmbiguousLossError, match="GroupMonitor, but got 2"):
+    with pytest.raises(
+        AmbiguousLossError, match=r"evaluation step to compute one loss for GroupMonitor, but got 2: mse"
+    ):
         validate(Two(), GroupMonitor("place", 3))
+    with pytest.raises(AmbiguousLossError, match=r"of which `loss=.*` chooses 2"):
+        validate(Two(), GroupMonitor("place", 3, loss=lambda call: True))
     module = Two()
     assert validate(module, GroupMonitor("place", 3, loss=1))["val/accuracy"] == pytest.approx(by_hand(module)[0])
 
@@ -632,13 +663,24 @@ def test_missing_key_and_wrong_rows():
     with pytest.raises(BatchKeyError, match=r"`group='site'`.*tag\(dataset, site=ids\)"):
         validate(WithLoss(), GroupMonitor("site", 3))
 
-    class Tokens(Base):
+    class Strangers(Base):
         def validation_step(self, batch, batch_idx):
             x, y = batch
-            F.cross_entropy(self.net(torch.cat([x, x])), torch.cat([y, y]))
+            x, y = (torch.tensor(2 * values.tolist()) for values in (x, y))
+            F.cross_entropy(self.net(x), y)
 
-    with pytest.raises(RowsError, match=r"logits to have one row for each of the 8 group ids, but got shape \(16, 3\)"):
-        validate(Tokens(), GroupMonitor("place", 3))
+    class Shorter(Base):
+        def validation_step(self, batch, batch_idx):
+            x, y = batch
+            F.cross_entropy(self.net(torch.tensor(x.tolist()[1:])), torch.tensor(y.tolist()[1:]))
+
+    for module, rows in ((Strangers(), 16), (Shorter(), 7)):
+        with pytest.raises(
+            RowsError, match=rf"GroupMonitor reads to be those of the 8 samples.*shape \({rows}, 3\)"
+        ) as error:
+            validate(module, GroupMonitor("place", 3))
+        assert "training" not in str(error.value)
+        assert "rows=" not in str(error.value)
 
 
 def test_an_id_out_of_range():

@@ -23,6 +23,7 @@ from debias.ops.distributed import (
     world_size,
 )
 from debias.tap.rows import RowTracker
+from debias.tap.selection import reaching
 from debias.tap.tap import LossTap
 
 SIZES = [(3, 2), (5, 0), (0, 4)]
@@ -256,18 +257,19 @@ LOSSES = {
 
 
 def _reduced(rank, name, sizes):
-    """The gradient that DDP would apply, and the value the step sees."""
+    """The gradient that DDP would apply, and the value of the loss."""
     begin = sum(sizes[:rank])
     part = slice(begin, begin + sizes[rank])
     weight = rows(1)[0].requires_grad_()
     criterion = GroupDROLoss(2, step_size=0.5)
     x, target, mask, group = rows(7)[part], rows(7, seed=1)[part, 0], MASK[part], GROUP[part]
 
-    def combine(call):
-        return call.scaled(criterion.reweigh([(call.num, call.den, call.of_rows(group))])[0])
-
-    with LossTap(combine, tracker=RowTracker((x, target, mask), len(x))):
-        value = LOSSES[name](torch.nn.functional.mse_loss(x @ weight, target, reduction="none"), mask)
+    with LossTap(tracker=RowTracker((x, target, mask), len(x))) as tap:
+        loss = LOSSES[name](torch.nn.functional.mse_loss(x @ weight, target, reduction="none"), mask)
+    found = reaching(tap, loss)
+    (call,) = found.calls
+    found.multiply([call])
+    value = found.replaced([call], criterion.reweigh([(call.num, call.den, call.of_rows(group))])[0])
     (grad,) = torch.autograd.grad(value, weight)
     return global_sum(grad) / world_size(), value.detach(), criterion.weights
 

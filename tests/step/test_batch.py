@@ -103,10 +103,16 @@ def test_samples_of_any_layout(layout, y):
 
 def test_what_is_not_of_samples_is_left_alone():
     batch = Counting(torch.arange(N), torch.ones(3, 2))
-    taken = take_samples(batch, [1], N)
+    taken = repeated(batch, torch.arange(N).repeat(2), N)
     assert taken.y is batch.y
     assert taken.size is batch.size
-    assert taken.x.tolist() == [1]
+    assert taken.x.tolist() == [*range(N)] * 2
+
+
+def test_samples_are_not_taken_from_what_cannot_be_cut():
+    """Nodes of graphs, bags, tokens of all samples joined: no part may go along uncut."""
+    with pytest.raises(RowsError, match=r"a row for each of its 4 samples.*shape \(3, 2\).*`losses='whole'`"):
+        take_samples(Counting(torch.arange(N), torch.ones(3, 2)), [1], N)
 
 
 def test_the_same_part_twice():
@@ -132,7 +138,7 @@ def test_images_of_as_many_channels_as_there_are_images():
 
 @pytest.mark.parametrize("batch", [SimpleNamespace(x=torch.ones(3, 2)), object(), "abcd", torch.ones(())])
 def test_a_batch_that_shows_no_samples_is_refused(batch):
-    with pytest.raises(RowsError, match="for each of its 4 samples, so that some can be taken, but got a "):
+    with pytest.raises(RowsError, match="for each of its 4 samples, so that some"):
         take_samples(batch, [0], N)
     with pytest.raises(RowsError, match="for each of its 4 samples"):
         repeated(batch, torch.arange(N).repeat(2), N)

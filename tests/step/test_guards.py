@@ -158,7 +158,7 @@ def test_missing_tag():
 
 
 def test_wrong_tag_names_those_that_are_there():
-    match = r"`group='colour'` .*the tags are \['person', 'place'\]"
+    match = r"`group='colour'` .*the tags are \['index', 'person', 'place'\]"
     refused(BatchKeyError, match, [GroupDRO("colour", 3, group_counts=[1, 1, 1])])
 
 
@@ -308,7 +308,8 @@ SUMS = {
     "weights over a count": lambda x, z, y: F.cross_entropy(z, y, WEIGHT, reduction="sum") / len(x),
     "ignored over a count": lambda x, z, y: F.cross_entropy(z, ignored(x, y), reduction="sum") / len(x),
     "mask over a count": lambda x, z, y: (F.cross_entropy(z, y, reduction="none") * (x[:, 0] > 0)).sum() / len(x),
-    "uneven and undivided": lambda x, z, y: F.cross_entropy(z, y, reduction="sum"),
+    "undivided": lambda x, z, y: F.cross_entropy(z, y, reduction="sum"),
+    "over a constant": lambda x, z, y: F.cross_entropy(z, y, reduction="sum") / 100,
     "weights": lambda x, z, y: F.cross_entropy(z, y, WEIGHT, reduction="sum") / WEIGHT[y].sum(),
     "ignored": lambda x, z, y: (
         F.cross_entropy(z, ignored(x, y), reduction="sum") / (ignored(x, y) >= 0).sum().clamp(min=1)
@@ -344,20 +345,28 @@ def _sums(rank, name, method, batches, nothing):
 @pytest.mark.parametrize(
     ("name", "method"),
     [
-        ("weights over a count", "GroupDRO"),
-        ("ignored over a count", "LogitVariance"),
-        ("mask over a count", "GroupDRO"),
-        ("uneven and undivided", "LogitVariance"),
+        ("undivided", "GroupDRO"),
+        ("undivided", "VREx"),
+        ("over a constant", "GroupDRO"),
     ],
 )
 def test_a_sum_that_is_not_divided_by_what_it_runs_over(ranks, name, method):
-    match = r"sum of `cross_entropy` by what it runs over, but the returned loss takes .* `losses.sum\(\) / mask.sum"
+    match = r"divide the sum of `cross_entropy` by what it runs over.*`losses.sum\(\) / mask.sum"
     ranks.raises(DebiasError, match, _sums, name, method, 1, False)
 
 
 @pytest.mark.parametrize(
     ("name", "nothing"),
-    [("weights", False), ("ignored", True), ("mask", False), ("mean of a mask", False), ("count", False)],
+    [
+        ("weights", False),
+        ("ignored", True),
+        ("mask", False),
+        ("mean of a mask", False),
+        ("count", False),
+        ("weights over a count", False),
+        ("ignored over a count", True),
+        ("mask over a count", False),
+    ],
 )
 def test_a_sum_that_is(ranks, name, nothing):
     ranks.run(_sums, name, "GroupDRO", 2, nothing)

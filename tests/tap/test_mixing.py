@@ -33,9 +33,8 @@ def mixture(loss=None):
     return made
 
 
-def tap_of(batch, *, combine=True, mixed=None, **options):
-    mean = (lambda call: call.scaled(call.mean())) if combine else None
-    return LossTap(mean, tracker=RowTracker(batch, N), mixture=mixed or mixture(), **options)
+def tap_of(batch, *, mixed=None, **options):
+    return LossTap(tracker=RowTracker(batch, N), mixture=mixed or mixture(), **options)
 
 
 def logits(*shape):
@@ -46,8 +45,11 @@ def classes(*shape, high=3):
     return torch.randint(high, (N, *shape), generator=generator())
 
 
-def looped(func, z, target, **options):
-    """Numerators and denominators by (sample, source), one loss of one sample at a time."""
+def looped(func, z, target, reduction, **options):
+    """Numerators and denominators by (sample, source), one loss of one sample at a time.
+
+    What a step reduces itself is divided by the number of elements.
+    """
     found = {}
     for i in range(N):
         for source, share in ((i, SHARES[i]), (int(PARTNERS[i]), 1 - SHARES[i])):
@@ -57,10 +59,14 @@ def looped(func, z, target, **options):
             label = target[source : source + 1]
             total = func(z[i : i + 1], label, reduction="sum", **arguments)
             weight = options.get("weight")
-            if func is F.cross_entropy and not label.is_floating_point():
+            if reduction == "mean" and func is F.cross_entropy and not label.is_floating_point():
                 counts = label != options.get("ignore_index", -100)
                 den = (weight[label[counts]].sum() if weight is not None else counts.sum()).double()
-            elif arguments.get("weight") is not None and func is not F.binary_cross_entropy_with_logits:
+            elif (
+                reduction == "mean"
+                and arguments.get("weight") is not None
+                and func is not F.binary_cross_entropy_with_logits
+            ):
                 den = arguments["weight"].sum()
             else:
                 den = torch.tensor(float(func(z[i : i + 1], label, reduction="none", **arguments).numel()))
@@ -98,7 +104,7 @@ def test_loss_and_gradient_are_those_of_the_definition(kind, reduction):
     with tap_of((z, target)) as tap:
         out = func(z, target, reduction=reduction, **passed)
         loss = out.mean() if reduction == "none" else out
-    parts = looped(func, z, target, **options)
+    parts = looped(func, z, target, reduction, **options)
     num, den = (sum(p[k] for p in parts.values()) for k in (0, 1))
     count = func(z, target, reduction="none", **passed).numel() if reduction == "none" else 1
     expected = {"mean": num / den, "sum": num, "none": num / count}[reduction]
@@ -122,7 +128,7 @@ def test_every_part_counts_in_the_group_of_its_label(kind, reduction):
     (call,) = tap.calls
     (sums,), counts = group_losses([(call.num, call.den, call.of_rows(GROUPS))], 3)
     assert counts[-2:] == [0, 0]  # neither bad ids nor bad losses
-    parts = looped(func, z, target, **options)
+    parts = looped(func, z, target, reduction, **options)
     for g in range(3):
         inside = [p for (_, source), p in parts.items() if GROUPS[source] == g]
         torch.testing.assert_close(sums.num[g], sum(p[0] for p in inside).detach(), rtol=1e-12, atol=1e-12)
@@ -134,7 +140,7 @@ def test_targets_and_logits_belong_to_the_rows():
     with tap_of((z, y)) as tap:
         F.cross_entropy(z, y)
     (call,) = tap.calls
-    losses = F.cross_entropy(call.of_logits(z), call.targets, reduction="none")
+    losses = F.cross_entropy(call.of_logits(z), call.record.targets, reduction="none")
     shares = torch.cat([SHARES, 1 - SHARES])
     torch.testing.assert_close(call.num, shares * losses)
     torch.testing.assert_close(call.den, shares)

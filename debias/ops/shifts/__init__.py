@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
+from debias.ops.arguments import checked
 from debias.ops.precision import float32_by_default
 from debias.ops.shifts import _kornia, filters, pixels, scenes
 from debias.ops.shifts.draws import Draws, sample_keys
@@ -64,6 +65,7 @@ def transforms_of(family: str, channels: int) -> tuple[Callable[[Tensor, Draws],
     return pixels.GREY_COLOUR if family == "colour" and channels == 1 else _TRANSFORMS[family]
 
 
+@checked("images: any N C H W, keys: int N")
 def crafted_shift(images: Tensor, family: str, keys: Tensor) -> Tensor:
     """Every image under one transform of the family, drawn by its key.
 

@@ -13,6 +13,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from debias.ops.arguments import checked
+
 __all__ = ["Draws", "sample_keys"]
 
 _MASK = 0xFFFFFFFF
@@ -26,6 +28,7 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
+@checked("indices: int N")
 def sample_keys(indices: Tensor, name: str, *, seed: int = 0) -> Tensor:
     """One key for each sample index.
 

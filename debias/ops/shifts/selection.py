@@ -11,12 +11,14 @@ from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from debias.errors import DebiasError
+from debias.ops.arguments import checked
 
 __all__ = ["held_out_mean", "select_setting", "two_fold_score"]
 
 Setting = TypeVar("Setting", bound=Hashable)
 
 
+@checked()
 def held_out_mean(accuracy: Mapping[str, Any], trained_on: Iterable[str] = ()) -> Any:
     """The score of one run: mean accuracy over the families that it was not trained on.
 
@@ -42,6 +44,7 @@ def held_out_mean(accuracy: Mapping[str, Any], trained_on: Iterable[str] = ()) -
     return sum(held_out) / len(held_out)
 
 
+@checked()
 def two_fold_score(runs: Iterable[tuple[Iterable[str], Mapping[str, Any]]]) -> float:
     """The score of a setting: for each family the mean over the runs that did not train on it, then the mean of those.
 
@@ -74,6 +77,7 @@ def two_fold_score(runs: Iterable[tuple[Iterable[str], Mapping[str, Any]]]) -> f
     return sum(means) / len(means)
 
 
+@checked()
 def select_setting(scores: Mapping[Setting, float]) -> Setting:
     """The setting with the highest score; of tied ones the middle, in their order, as the paper does.
 

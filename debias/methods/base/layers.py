@@ -6,15 +6,17 @@ import difflib
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from debias.errors import DebiasError, RowsError
+from debias.methods.base.method import Method
+from debias.ops.fields import arguments
 from debias.step.context import Step
-from debias.step.watcher import Debiaser
 from debias.tap.hooks import Hook
 
 __all__ = ["LayerAugmenter", "default_layers", "find_layers", "prefix_tokens"]
@@ -22,29 +24,33 @@ __all__ = ["LayerAugmenter", "default_layers", "find_layers", "prefix_tokens"]
 _COMPILED = "_orig_mod"  # torch.compile puts it into the paths
 
 
-class LayerAugmenter(Debiaser):
+@arguments
+class LayerAugmenter(Method):
     """A method that changes the outputs of layers during training.
 
     A layer is changed only while a training step runs and the layer itself is in training mode. Where activation
     checkpointing recomputes a layer in the backward pass, it is changed again, by the same draws.
 
     Args:
-        layers: dotted paths of layers, in which ``*`` stands for anything but a dot; by default those of
-            ``resnet_layers`` or ``vit_blocks`` in the one ResNet or vision transformer (torchvision, timm) of the
-            module.
-        prefix_tokens: how many tokens of ``(N, T, D)`` come before those of the patches, such as the class token,
-            and stay as they are; by default what the transformer around the layer has.
-        **options: see :class:`Debiaser`.
+        layers: dotted paths of layers whose output is ``(N, C, H, W)`` or ``(N, T, D)``; ``*`` stands for anything but
+            a dot. By default those of ``resnet_layers`` or ``vit_blocks`` in the one ResNet or vision transformer
+            (torchvision, timm) of the module.
+        prefix_tokens: tokens of ``(N, T, D)`` before those of the patches, such as the class token, which stay as they
+            are; found in timm and torchvision.
+        seed: seed of its own random numbers.
     """
 
-    resnet_layers: tuple[str, ...] = ("layer1", "layer2")
-    vit_blocks: tuple[float, ...] = (0.25, 0.5)
+    resnet_layers: ClassVar[tuple[str, ...]] = ("layer1", "layer2")
+    vit_blocks: ClassVar[tuple[float, ...]] = (0.25, 0.5)
 
-    def __init__(
-        self, layers: str | list[str] | None, *, prefix_tokens: int | None = None, name: str | None, **options: Any
-    ) -> None:
-        super().__init__(name=name, **options)
-        given = [layers] if isinstance(layers, str) else layers
+    layers: str | list[str] | None = field(default=None, kw_only=False)
+    prefix_tokens: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        layers, prefix_tokens = self.layers, self.prefix_tokens
+        self.layers = given = [layers] if isinstance(layers, str) else layers
         if given is not None and (not given or not all(isinstance(path, str) and path for path in given)):
             raise DebiasError(
                 f"Expected `layers` to be dotted paths of layers, such as ['net.layer1', 'net.layer2'], but got"
@@ -52,8 +58,6 @@ class LayerAugmenter(Debiaser):
             )
         if prefix_tokens is not None and (type(prefix_tokens) is not int or prefix_tokens < 0):
             raise DebiasError(f"Expected `prefix_tokens` to be a number of tokens or None, but got {prefix_tokens!r}.")
-        self.layers = given
-        self.prefix_tokens = prefix_tokens
         self.step: Step | None = None
         self._handles: list[Any] = []
 

@@ -1,0 +1,41 @@
+"""The base classes that methods are made of.
+
+All of them are a :class:`Method`, whose arguments are fields. One that works with ids is a :class:`KeyedMethod`:
+
+- a :class:`GroupDebiaser` or :class:`DomainDebiaser` reweighs the loss;
+- a :class:`DomainPenalty` adds a penalty on how the losses of domains differ, a :class:`FeaturePenalty` on features, a
+  :class:`LossPenalty` on the loss as a function of its logits, a :class:`HeadPenalty` on the classifier head;
+- an :class:`AdversarialDebiaser` has an adversary on the features.
+
+A :class:`LayerAugmenter` changes what layers put out.
+"""
+
+from debias.methods.base.adversary import AdversarialDebiaser
+from debias.methods.base.adversary_loss import AdversaryLoss, AdversaryOptions, make_mlp
+from debias.methods.base.layers import LayerAugmenter
+from debias.methods.base.method import InstanceOptions, KeyedMethod, LossOptions, Method
+from debias.methods.base.mixins import configures
+from debias.methods.base.owned import users_optimizer
+from debias.methods.base.penalty import DomainPenalty, FeaturePenalty, HeadPenalty, LossPenalty
+from debias.methods.base.reweighing import DomainDebiaser, GroupDebiaser, ReweighingMethod
+
+__all__ = [
+    "AdversarialDebiaser",
+    "AdversaryLoss",
+    "AdversaryOptions",
+    "DomainDebiaser",
+    "DomainPenalty",
+    "FeaturePenalty",
+    "GroupDebiaser",
+    "HeadPenalty",
+    "InstanceOptions",
+    "KeyedMethod",
+    "LayerAugmenter",
+    "LossOptions",
+    "LossPenalty",
+    "Method",
+    "ReweighingMethod",
+    "configures",
+    "make_mlp",
+    "users_optimizer",
+]

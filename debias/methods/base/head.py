@@ -1,0 +1,233 @@
+"""The loss and the head of a :class:`debias.LossCall`, as the penalties on the head need them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from debias.errors import DebiasError, HeadNotFoundError, RowsError
+from debias.ops.head_losses import HeadLoss, make_head_loss
+from debias.ops.penalties import LOSS_OPTIONS
+from debias.tap.calls import LossCall
+
+__all__ = ["check_head", "check_linear", "features_of", "float32", "head_loss", "refuse_batch_norm", "rows_of"]
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def float32(x: Tensor) -> Tensor:
+    """The tensor in at least float32."""
+    return x.float() if x.dtype in _HALF else x
+
+
+def head_loss(call: LossCall, *, check: bool = False) -> HeadLoss:
+    """The loss of a call, taken apart as a function of its logits.
+
+    Args:
+        call: the loss.
+        check: whether to compare it with the losses that a step has worked on, which waits for the device.
+
+    Raises:
+        DebiasError: it is a loss whose derivatives are not known, or its logits are not ``(N, C)``.
+        RowsError: the step has made something else of the losses than masks and weights can.
+    """
+    loss = _rebuilt(call)
+    if check and call.record.function is not None:
+        _check_losses(call, loss)
+    return loss
+
+
+def _rebuilt(call: LossCall) -> HeadLoss:
+    logits, target, name = call.logits, call.target, call.name
+    if logits is None or target is None:
+        raise DebiasError(
+            f"Expected logits and targets of the loss, but the step states `{call.name}` only. Return {{'loss',"
+            " 'logits', 'targets'}}, or use a penalty that only needs losses (VREx)."
+        )
+    if name == "logits":  # stated by the step as {"logits", "targets"}
+        binary = target.is_floating_point() and target.shape == logits.shape
+        name = "binary_cross_entropy" if binary else "cross_entropy"
+    name = "cross_entropy" if name == "nll_loss" else name  # the same, of log-probabilities
+    logits = float32(logits)
+    record = call.record
+    followed, mixed = record.function is not None, record.shares is not None  # reduced by the step; by augmentation
+    if mixed:  # rows count with the labels of others
+        logits, target = call.of_logits(logits), record.targets
+    loss = make_head_loss(name, logits, target, **_options(name, call.arguments))
+    rows, den = len(loss.logits), call.den.to(logits.dtype)
+    scale = record.shares if mixed else record.scale
+    factors = _factors(loss, scale) if followed or mixed else None
+    unknown = followed and (scale is False or (scale is not None and factors is None))
+    if unknown or record.reordered or (mixed and followed) or den.numel() % max(rows, 1):
+        which = " of mixed samples" if mixed else " of rows in another order" if record.reordered else ""
+        raise RowsError(
+            f"Expected the losses of `{call.name}` to be what that function makes of the logits"
+            f" {tuple(logits.shape)}, row by row, with masks and weights only, but the step has made something else of"
+            f" them{which} (a focal factor? another loss added? rows left out?). Leave the reduction to the loss"
+            " function, or use a penalty that only needs losses (VREx)."
+        )
+    if record.factor is not None:
+        factors = record.factor if factors is None else factors * record.factor
+    loss = loss if factors is None else loss.weighted(factors.expand(rows) if factors.ndim == 0 else factors)
+    return replace(loss, den=den.view(rows, -1).sum(1) if den.numel() != rows else den)
+
+
+def _factors(loss: HeadLoss, scale: Any) -> Tensor | None:
+    """What rows ``(rows,)`` or elements ``(rows, C)`` were multiplied by; None if it is neither."""
+    if scale is None or scale is False:
+        return None
+    scale = torch.as_tensor(scale, device=loss.logits.device).to(loss.logits.dtype)
+    if scale.ndim < 2 and scale.numel() in (1, len(loss.logits)):
+        return scale.expand(len(loss.logits))
+    fits = loss.kind != "cross_entropy" and scale.numel() == loss.logits.numel()
+    return scale.reshape(loss.logits.shape) if fits else None
+
+
+def rows_of(call: LossCall, per_sample: Tensor, rows: int) -> Tensor:
+    """Values of the rows of the logits, from values of the samples.
+
+    Raises:
+        RowsError: the rows are not those of the loss.
+    """
+    index = call.rows
+    count = len(per_sample) if index is None else index.numel()
+    if count != rows and (index is None or count % max(rows, 1)):
+        raise RowsError(
+            f"Expected {rows} rows that belong to the {count} of `{call.name}`, but they do not divide it. The loss is"
+            " computed from other rows than the head reads (a mean over tokens?); name a layer that sees one row a"
+            " sample: `head='dotted.path'`."
+        )
+    if index is None:
+        return per_sample
+    if count != rows:  # one number per element of a multi-label loss, all of a row the same
+        index = index.view(rows, -1)[:, 0]
+    return per_sample[index]
+
+
+def features_of(call: LossCall, rows: int) -> Tensor:
+    """Input of the head as ``(rows, d)``, at least float32.
+
+    Raises:
+        HeadNotFoundError: it has another number of rows.
+    """
+    features = call.features
+    assert features is not None
+    width = features.shape[1] if features.ndim == 4 and features.shape[2:] == (1, 1) else features.shape[-1]
+    if features.numel() != rows * width:
+        raise HeadNotFoundError(
+            f"Expected the head to have one input row for each of the {rows} rows of the loss, but got features of"
+            f" shape {tuple(features.shape)}. Name the layer that makes the logits of the loss: `head='dotted.path'`."
+        )
+    features = features.reshape(rows, width)
+    return float32(features)
+
+
+def check_linear(call: LossCall, features: Tensor, logits: Tensor) -> None:
+    """Refuse closed forms where the logits are not ``features @ W.T + b``; waits for the device.
+
+    Raises:
+        HeadNotFoundError: they are not.
+    """
+    with _steady(call.head):
+        weight, bias = getattr(call.head, "weight", None), getattr(call.head, "bias", None)
+    who = type(call.head).__name__
+    if not isinstance(weight, Tensor) or weight.flatten(1).shape != (logits.shape[1], features.shape[1]):
+        raise HeadNotFoundError(
+            f"Expected a linear head that makes logits of shape {tuple(logits.shape)} from features of shape"
+            f" {tuple(features.shape)}, but got {who}. Name the last linear layer (`head='dotted.path'`), or take"
+            " `derivatives='autograd'`, which works for any head."
+        )
+    with torch.no_grad():
+        made = F.linear(
+            features, weight.flatten(1).to(features.dtype), None if bias is None else bias.to(features.dtype)
+        )
+        # To a class that is masked behind the head nothing is passed back, nor do the closed forms.
+        _check_logits(call, made, logits, who, masked=logits == -torch.inf)
+
+
+def check_head(call: LossCall, features: Tensor, logits: Tensor) -> None:
+    """Refuse derivatives of a head that does not make the logits from its input; waits for the device.
+
+    Raises:
+        HeadNotFoundError: it does not, also where it draws random numbers.
+    """
+    head = call.head
+    assert head is not None
+    features = features.to(next((p.dtype for p in head.parameters()), features.dtype))
+    with torch.no_grad():
+        made = head.forward(features).reshape(logits.shape)
+        _check_logits(call, made, logits, type(head).__name__, masked=(made == logits) & (logits == -torch.inf))
+
+
+@contextmanager
+def _steady(head: nn.Module | None) -> Iterator[None]:
+    """Parametrizations that change whenever the weight is read in training, such as spectral norms, do not here."""
+    parts = getattr(head, "parametrizations", None)
+    modules = [m for m in parts.modules() if m.training] if isinstance(parts, nn.Module) else []
+    for module in modules:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in modules:
+            module.training = True
+
+
+def refuse_batch_norm(head: nn.Module) -> None:
+    """A sample's logits must not depend on the others: its derivatives would not be its own, nor the same by rank.
+
+    Raises:
+        HeadNotFoundError: the head normalises by its batch.
+    """
+    for module in head.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise HeadNotFoundError(
+                f"Expected a head in which a sample's logits depend on that sample alone, but got {type(head).__name__}"
+                f" with a {type(module).__name__} in training mode. Name the layers behind it"
+                " (`head='dotted.path'`), or use a penalty that needs no head (IRM, VREx)."
+            )
+
+
+def _check_losses(call: LossCall, loss: HeadLoss) -> None:
+    """The derivatives are those of the function's own formula, so the losses must be, too, up to one factor for all."""
+    if not len(loss.logits):
+        return
+    with torch.no_grad():
+        own = call.record.elements[0].reshape(len(loss.logits), -1).sum(1)
+        made = loss.num(loss.logits).to(own.dtype)
+        made = made * (own.dot(made) / made.dot(made).clamp_min(torch.finfo(made.dtype).tiny))
+        error = float((made - own).abs().max() / own.abs().max().clamp_min(1e-6))
+    half = call.logits is not None and call.logits.dtype in _HALF
+    if error > (0.05 if half else 1e-3):
+        raise RowsError(
+            f"Expected the losses of `{call.name}` to be what that function makes of the logits, with masks and"
+            f" weights, but the step has made something else of them (a focal factor? another loss added?): they differ"
+            f" by {error:.1%} of the largest. Use a penalty that only needs losses (VREx)."
+        )
+
+
+def _check_logits(call: LossCall, made: Tensor, logits: Tensor, who: str, *, masked: Tensor) -> None:
+    if not logits.numel():
+        return
+    given = call.logits
+    half = (given is not None and given.dtype in _HALF) or torch.is_autocast_enabled(made.device.type)
+    made, logits = made.masked_fill(masked, 0), logits.masked_fill(masked, 0)
+    scale = made.abs().max().clamp_min(1e-6)
+    error = float((made - logits).abs().max() / scale)
+    if error > (0.05 if half else 1e-3):
+        raise HeadNotFoundError(
+            f"Expected the logits of `{call.name}` to be what the head {who} makes of its input, but they differ by"
+            f" {error:.1%} of the largest. Something stands between them (a temperature, a mean over heads, dropout)."
+            " Move it in front of the head, or use a penalty that needs no head (IRM, VREx)."
+        )
+
+
+def _options(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {k: arguments[k] for k in LOSS_OPTIONS.get(name, ()) if k in arguments}

@@ -1,0 +1,125 @@
+"""Just Train Twice: train, note the errors, train again with the errors up-weighted. Liu et al., ICML 2021.
+
+With E the training samples that the network of stage one gets wrong::
+
+    w_i = 1 + upweight for i in E, else 1;  divided by the mean of w over the training set
+    loss = sum_i w_i l_i / sum_i 1
+
+The authors append ``upweight`` copies of each error to the training set, hence 1 + upweight; here errors are weighted
+in the loss, the same objective with epochs as long as before. Their errors are those of the training pass of the last
+epoch of stage one, each sample predicted before the update it takes part in (``observe="training"``); BalancingGroups
+evaluates when it has ended (``"pass"``). Stage two starts from the initial weights, as theirs does.
+
+Published: Waterbirds lr 1e-5, weight decay 1.0, stage one 60 epochs, upweight 100; CelebA lr 1e-5, weight decay 0.1,
+one epoch, 50; MultiNLI 2 epochs, 4; CivilComments 2 epochs, 6. Where labels are noisy, errors are noise, and
+up-weighting them hurts. Costs: stage one. Needs the numbers of samples (``tag(train)``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from debias.errors import DebiasError
+from debias.methods._two_stage import TwoStage
+from debias.ops.arguments import check_number
+from debias.ops.distributed import as_global, global_sum, world_size
+from debias.ops.group_inference import error_groups
+from debias.step.context import Step
+from debias.tap.calls import LossCall
+
+__all__ = ["JustTrainTwice", "error_weights"]
+
+
+def error_weights(wrong: Tensor, *, upweight: float) -> Tensor:
+    """``1 + upweight`` for errors, else 1, divided by their mean.
+
+    Args:
+        wrong: boolean or 0 / 1 ``(N,)``, negative for samples that were not seen, which weigh as the right ones.
+        upweight: how often an error is added.
+
+    Returns:
+        float64 ``(N,)``, mean 1.
+
+    Example:
+        >>> import torch
+        >>> from debias.functional import error_weights
+        >>> error_weights(torch.tensor([0, 0, 1, 0]), upweight=4.0)
+        tensor([0.5000, 0.5000, 2.5000, 0.5000], dtype=torch.float64)
+    """
+    raw = 1 + upweight * (wrong > 0).double()
+    return raw / raw.mean()
+
+
+class JustTrainTwice(TwoStage):
+    """Train twice in one fit, the second time with the errors of the first up-weighted; needs no group labels.
+
+    The method and its formula are described at the top of :mod:`debias.methods.just_train_twice`.
+
+    Args:
+        epochs: epochs of stage one.
+        upweight: how often an error is added: it weighs ``1 + upweight``.
+        observe: ``"training"``, the predictions of the last epoch of stage one, or ``"pass"``, those of its end.
+        loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
+
+    Logs ``train/error_share``, the share of errors, and ``train/average_loss``, unweighted, on logging steps of stage
+    two.
+    """
+
+    reference: ClassVar[str] = "Liu et al., ICML 2021, arXiv 2107.09044"
+
+    def __init__(
+        self,
+        epochs: int,
+        upweight: float = 20.0,
+        *,
+        observe: Literal["training", "pass"] = "training",
+        loss: int | Callable[[LossCall], bool] | None = None,
+        rows: str | Callable[[LossCall, int], Tensor] | None = None,
+        name: str | None = None,
+        allow_untested_strategy: bool = False,
+    ) -> None:
+        options: dict[str, Any] = {"loss": loss, "rows": rows, "name": name}
+        super().__init__(epochs, observe, allow_untested_strategy=allow_untested_strategy, **options)
+        self.upweight = check_number("upweight", upweight)
+        self._weights: Tensor | None = None
+
+    def decide(self, record: dict[str, Tensor], trainer: Any) -> Tensor:
+        """1 for errors, else 0."""
+        wrong = error_groups(record["logits"], record["targets"])
+        if not bool(wrong.any()):
+            raise DebiasError(
+                f"Expected stage one to leave errors that {self.state_key} could up-weight, but all {len(wrong)}"
+                " training samples are right. Shorten it, `epochs=`, or regularise more strongly."
+            )
+        return wrong
+
+    def begin_stage_two(self, trainer: Any, pl_module: Any) -> None:
+        """Make the weights."""
+        ids: Any = self.ids
+        self._weights = error_weights(ids, upweight=self.upweight)
+
+    def reweigh(self, calls: list[LossCall], step: Step) -> list[Tensor]:
+        """Plain in stage one, where errors are noted; weighted in stage two."""
+        (call,) = calls
+        numbers = self.sample_ids(step)
+        if self.due(step):
+            self.note(call, numbers, step.counter + 1)
+        if self.stage == 1:
+            return [call.mean()]
+        weights: Any = self._weights
+        of_samples = torch.where(numbers < len(weights), weights[numbers.clamp(0, len(weights) - 1)], 1.0)
+        local = (call.num * call.of_rows(of_samples).to(call.num.dtype)).sum()
+        summed, total = global_sum(torch.stack((local.detach(), call.den.detach().sum())))
+        total = total + (total == 0)
+        if step.logging:
+            ids: Any = self.ids
+            self.log_value("error_share", (ids > 0).double().mean(), step)
+            self.log_value("average_loss", call.mean().detach(), step)
+        return [as_global(local * (world_size() / total), summed / total)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_weights": None}

@@ -1,0 +1,406 @@
+"""Repair a trained network by refitting its last layer on a few held-out samples.
+
+The network is not trained any more: its features of the held-out set are computed once, in evaluation mode, and the
+linear head that reads them is fitted anew and written into the module, which stays an ordinary one.
+
+===========  =======================================  ===============================================================
+``method``   needs                                    what it does
+===========  =======================================  ===============================================================
+``dfr``      a group label of each held-out sample    L1 logistic regressions on group-balanced subsets, averaged over
+                                                      20 refits; strength chosen on one half. Kirichenko et al., 2023
+``afr``      none                                     weights ``exp(-gamma p_y)`` from the network's own confidence,
+                                                      gradient descent from the old head, ridge to it. Qiu et al., 2023
+``self``     an earlier checkpoint                    only the samples on which it disagrees most, classes balanced,
+                                                      gradient descent from the old head. LaBonte et al., 2023
+``balanced`` none, or a group label                   logistic regression in which classes (or groups) count the same
+``plain``    none                                     logistic regression
+===========  =======================================  ===============================================================
+
+Differences from the authors' code. DFR: the features are standardised by the whole held-out set in tuning and in the
+refits alike (there by a half, then by the training set), halves hold half of each group, and class weights are not
+tuned; several classes are one multinomial fit. AFR: its held-out set is what is given, where the paper splits off 20 %
+of the training set, and there is no early stopping by groups. SELF: full-batch steps with class weights, where the
+authors draw balanced batches. Published for AFR on Waterbirds: ``lr=0.01, steps=500``, gamma 4 to 20, ridge 0 to 0.3.
+
+Costs: one pass over the held-out set, N d doubles of memory on every rank, and seconds of fitting.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from debias.data.counting import empty_groups, tag_counts
+from debias.errors import BadRowsError, DebiasError
+from debias.methods._held_out import Evaluating, Keys, find_head, held_out, moved
+from debias.ops.arguments import check_count, check_number
+from debias.ops.distributed import is_distributed
+from debias.ops.groups import check_n_groups, name_groups
+from debias.ops.last_layer import (
+    LinearHead,
+    afr_weights,
+    class_balance,
+    descend,
+    disagreement_scores,
+    element_losses,
+    fit_dfr,
+    fit_logistic,
+)
+from debias.step.batch import BatchKey, read
+from debias.step.ids import check_keys
+from debias.step.random import undisturbed
+from debias.step.watcher import StepWatcher
+
+__all__ = ["LastLayerFit", "LastLayerRetraining"]
+
+RetrainMethod: TypeAlias = Literal["dfr", "afr", "self", "balanced", "plain"]
+"""How the last layer is refitted."""
+
+DFR_STRENGTHS = (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)  # the authors' for Waterbirds
+
+
+@dataclass
+class LastLayerFit:
+    """What a refit has done.
+
+    Attributes:
+        head: dotted path of the layer that was refitted.
+        method: how.
+        n_samples: number of held-out samples.
+        weight: the new weight, float64 ``(C, d)``.
+        bias: the new bias ``(C,)``, None where there is none.
+        strength: of DFR, the chosen one.
+        scores: of DFR, the worst group's accuracy on the other half, for each strength.
+        selected: of SELF, the chosen samples in the order of the set.
+    """
+
+    head: str
+    method: str
+    n_samples: int
+    weight: Tensor
+    bias: Tensor | None
+    strength: float | None = None
+    scores: dict[float, float] = field(default_factory=dict)
+    selected: Tensor | None = None
+
+
+def retrain_last_layer(
+    module: nn.Module,
+    loader: Iterable[Any],
+    *,
+    method: RetrainMethod = "dfr",
+    group: tuple[BatchKey, ...] | BatchKey | None = None,
+    n_groups: int | tuple[int, ...] | None = None,
+    head: str | None = None,
+    input: BatchKey = 0,
+    target: BatchKey = 1,
+    strengths: list[float] | None = None,
+    refits: int = 20,
+    gamma: float = 4.0,
+    ridge: float = 0.0,
+    lr: float = 0.01,
+    steps: int = 500,
+    early: Any = None,
+    n_selected: int = 100,
+    seed: int = 0,
+    transfer: Callable[[Any], Any] | None = None,
+) -> LastLayerFit:
+    """Fit the last layer of a trained network anew on held-out samples, in place.
+
+    Args:
+        module: ``module(input)`` returns logits, ``(N, C)`` or of one binary output ``(N,)`` or ``(N, 1)``.
+        loader: yields batches of the held-out set, also tagged ones; with the transform of the test. Where ranks share
+            it, samples that padding repeats count once if the set is tagged (``tag(dataset)`` numbers its samples).
+        method: ``"dfr"``, ``"afr"``, ``"self"``, ``"balanced"`` or ``"plain"``.
+        group: where the group ids are, for ``"dfr"`` and ``"balanced"``: a key, or a tuple of keys that are crossed;
+            negative ids are left out.
+        n_groups: number of groups, one per key.
+        head: dotted path of the linear layer; found automatically where its output is what the module returns.
+        input: where the network's input is in the batch.
+        target: where the targets are: class ids ``(N,)``, labels ``(N, K)`` in {0, 1}, negative = missing.
+        strengths: inverse weights of the penalty, scikit-learn's ``C``: of ``"dfr"`` those to choose from, of
+            ``"balanced"`` and ``"plain"`` one, 1 by default.
+        refits: of ``"dfr"``: balanced subsets that the head is averaged over.
+        gamma: of ``"afr"``: how much less confident samples count.
+        ridge: of ``"afr"``: weight of the distance to the old head.
+        lr: of ``"afr"`` and ``"self"``: learning rate.
+        steps: of ``"afr"`` and ``"self"``: steps of full-batch gradient descent.
+        early: of ``"self"``: the earlier network: a module, a state dict, or the path of a checkpoint.
+        n_selected: of ``"self"``: number of samples that are kept.
+        seed: of halves and subsets.
+        transfer: moves a batch to the module's device; by default as the module's own hooks do it.
+
+    Returns:
+        What was fitted.
+
+    Raises:
+        HeadNotFoundError: the head is not found, or is not linear.
+        DebiasError: a group or a class has no sample, or an argument does not fit the method.
+
+    Example:
+        >>> import torch
+        >>> from debias import retrain_last_layer
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> x = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+        >>> retrain_last_layer(net, [(x, (x[:, 0] > 0).long())], method="balanced").head
+        '2'
+    """
+    chosen = _check_arguments(method, group, n_groups, strengths, refits, gamma, ridge, lr, steps, early, n_selected)
+    keys = Keys(input, target, group, n_groups)
+    other = _network(module, early) if method == "self" else None
+    found, data = held_out(module, loader, head, keys, transfer, other)
+    path = next(name for name, m in module.named_modules() if m is found)
+    old = LinearHead(found.weight.detach().double().cpu(), _double(found.bias))
+    options: dict[str, Any] = {"n_classes": found.out_features, "bias": found.bias is not None}
+    fit = LastLayerFit(path, method, len(data.targets), old.weight, old.bias)
+    if data.groups is not None:
+        _refuse_empty(data.groups, n_groups, twice=method == "dfr" and len(chosen) > 1)
+    x, y = data.features, data.targets
+    if method == "dfr":
+        groups: Any = data.groups
+        new, fit.strength, fit.scores = fit_dfr(x, y, groups, strengths=chosen, refits=refits, seed=seed, **options)
+    elif method == "afr":
+        weights = afr_weights((-element_losses(old(x), y)).exp().view(y.shape), y, gamma=gamma)
+        new = descend(old, x, y, weights.view(len(y), -1), lr=lr, steps=steps, ridge=ridge)
+    elif method == "self":
+        scores = disagreement_scores(_class_logits(data.other_logits, y), _class_logits(data.logits, y))
+        fit.selected = scores.argsort(descending=True, stable=True)[:n_selected].sort().values
+        few = y[fit.selected]
+        weights = class_balance(few)
+        weights = weights / weights.sum()
+        new = descend(old, x[fit.selected], few, weights, lr=lr, steps=steps, clip=None)
+    else:
+        weights = None
+        if method == "balanced":
+            weights = class_balance(y) if data.groups is None else _group_balance(data.groups)
+            weights = weights.squeeze(1) if weights.shape[1] == 1 else weights
+            weights = weights * (len(y) / weights.sum(0))
+        new = fit_logistic(x, y, strength=chosen[0], weights=weights, **options)
+    fit.weight, fit.bias = new
+    _write(found, new)
+    return fit
+
+
+class LastLayerRetraining(StepWatcher):
+    """Refit the last layer on held-out samples at the end of the fit.
+
+    What it does is described at the top of :mod:`debias.methods.last_layer_retraining`. It changes the module when
+    training has ended: checkpoints that were saved before hold the old head. Save the new one by
+    ``trainer.save_checkpoint(path)``, or refit a checkpoint by ``debias retrain --ckpt_path``.
+
+    Args:
+        on: ``"val"``, the validation set, or ``"train"``, the training set; of several loaders the first.
+        method, group, n_groups, head, input, target, strengths, refits: see :func:`debias.retrain_last_layer`.
+        gamma, ridge, lr, steps, early, n_selected, seed: see :func:`debias.retrain_last_layer`.
+        name: tells several instances apart.
+        allow_untested_strategy: run under a strategy other than single-device and DDP, at your own risk.
+
+    Attributes:
+        fit: what was fitted, None before the end.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("features", "head")
+    reference: ClassVar[str] = "Kirichenko et al. (DFR), Qiu et al. (AFR), LaBonte et al. (SELF), 2023"
+
+    def __init__(
+        self,
+        on: Literal["val", "train"] = "val",
+        *,
+        method: RetrainMethod = "dfr",
+        group: tuple[BatchKey, ...] | BatchKey | None = None,
+        n_groups: int | tuple[int, ...] | None = None,
+        head: str | None = None,
+        input: BatchKey = 0,
+        target: BatchKey = 1,
+        strengths: list[float] | None = None,
+        refits: int = 20,
+        gamma: float = 4.0,
+        ridge: float = 0.0,
+        lr: float = 0.01,
+        steps: int = 500,
+        early: str | None = None,
+        n_selected: int = 100,
+        seed: int = 0,
+        name: str | None = None,
+        allow_untested_strategy: bool = False,
+    ) -> None:
+        super().__init__(name=name, allow_untested_strategy=allow_untested_strategy)
+        if on not in ("val", "train"):
+            raise DebiasError(f"Expected `on` to be 'val' or 'train', but got {on!r}.")
+        _check_arguments(method, group, n_groups, strengths, refits, gamma, ridge, lr, steps, early, n_selected)
+        self.on = on
+        self.options: dict[str, Any] = {
+            "method": method,
+            "group": group,
+            "n_groups": n_groups,
+            "head": head,
+            "input": input,
+            "target": target,
+            "strengths": strengths,
+            "refits": refits,
+            "gamma": gamma,
+            "ridge": ridge,
+            "lr": lr,
+            "steps": steps,
+            "early": early,
+            "n_selected": n_selected,
+            "seed": seed,
+        }
+        self.fit: LastLayerFit | None = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse now what would fail at the end: no set, no linear head, a group that the tags do not hold."""
+        self.fit = None
+        loader, options = self._loader(trainer), self.options
+        if options["group"] is not None:
+            counts = tag_counts(trainer, loader, options["group"], options["n_groups"])
+            if empty := empty_groups(counts, name_groups(options["n_groups"], None)):
+                raise _no_samples(empty)
+        keys = Keys(options["input"], options["target"], options["group"], options["n_groups"])
+        with undisturbed():
+            batch, _ = moved(next(iter(loader)), pl_module, trainer.strategy.batch_to_device)
+            with Evaluating(pl_module):
+                find_head(pl_module, options["head"], read(batch, keys.input, {}, argument="input"))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Refit, on all ranks."""
+        transfer = trainer.strategy.batch_to_device
+        self.fit = retrain_last_layer(pl_module, self._loader(trainer), transfer=transfer, **self.options)
+        for callback in trainer.callbacks:  # what keeps checkpoints of `debias compare`
+            if callable(changed := getattr(callback, "module_changed", None)):
+                changed()
+
+    def _loader(self, trainer: Any) -> Any:
+        loaders = trainer.val_dataloaders if self.on == "val" else trainer.train_dataloader
+        while isinstance(loaders, list | tuple | dict) and loaders:
+            loaders = next(iter(loaders.values() if isinstance(loaders, dict) else loaders))
+        if not loaders:
+            raise DebiasError(
+                f"Expected a {'validation' if self.on == 'val' else 'training'} set to refit the last layer on"
+                f" (`on={self.on!r}`), but got none. Give `trainer.fit` one, or refit afterwards by"
+                " `retrain_last_layer(module, loader)`."
+            )
+        return loaders
+
+
+def _check_arguments(
+    method: Any,
+    group: Any,
+    n_groups: Any,
+    strengths: Any,
+    refits: Any,
+    gamma: Any,
+    ridge: Any,
+    lr: Any,
+    steps: Any,
+    early: Any,
+    n_selected: Any,
+) -> list[float]:
+    """Refuse arguments out of range; the strengths to use."""
+    methods = ("dfr", "afr", "self", "balanced", "plain")
+    if method not in methods:
+        raise DebiasError(f"Expected `method` to be one of {', '.join(map(repr, methods))}, but got {method!r}.")
+    if method == "dfr" and group is None:
+        raise DebiasError(
+            "Expected `group` and `n_groups` for `method='dfr'`, which balances the groups of the held-out set, but got"
+            " none. Name them, or choose `method='afr'`, which needs no group labels."
+        )
+    if group is not None:
+        if n_groups is None:
+            raise DebiasError(f"Expected `n_groups`, the number of groups of `group={group!r}`, but got none.")
+        check_keys(group, n_groups)
+        check_n_groups(n_groups)
+    if method == "self" and early is None:
+        raise DebiasError(
+            "Expected `early` for `method='self'`, a checkpoint from early in the training, but got none. Keep one by"
+            " `ModelCheckpoint(every_n_epochs=1, save_top_k=-1)`."
+        )
+    check_count("refits", refits)
+    check_count("steps", steps)
+    check_count("n_selected", n_selected)
+    check_number("gamma", gamma)
+    check_number("ridge", ridge)
+    check_number("lr", lr, "(0, inf)")
+    found = list(strengths or (DFR_STRENGTHS if method == "dfr" else (1.0,)))
+    for strength in found:
+        check_number("strengths", strength, "(0, inf)")
+    if method in ("balanced", "plain") and len(found) > 1:
+        raise DebiasError(f"Expected one number in `strengths` for `method={method!r}`, but got {found}.")
+    return found
+
+
+def _class_logits(logits: Any, targets: Tensor) -> Tensor:
+    """Logits of classes, of a binary output too."""
+    if targets.ndim == 1:
+        return logits
+    if logits.shape[1] > 1:
+        raise DebiasError(
+            f"Expected classes for `method='self'`, but got {logits.shape[1]} labels. Choose `method='afr'`, or 'dfr'."
+        )
+    return torch.cat([torch.zeros_like(logits), logits], 1)
+
+
+def _group_balance(groups: Tensor) -> Tensor:
+    counts = torch.bincount(groups.clamp_min(0)[groups >= 0]).double()
+    return torch.where(groups >= 0, 1 / counts[groups.clamp_min(0)], 0).unsqueeze(1)
+
+
+def _refuse_empty(groups: Tensor, n_groups: Any, *, twice: bool) -> None:
+    total = check_n_groups(n_groups)
+    if bool((groups >= total).any()):
+        raise BadRowsError(
+            f"Expected group ids below `n_groups={total}`, but got {int(groups.max())}. Number the groups 0 .."
+            " n_groups - 1 (-1 = unlabelled), or raise `n_groups`."
+        )
+    counts = torch.bincount(groups[groups >= 0], minlength=total)
+    names = name_groups(n_groups, None)
+    if empty := empty_groups(counts, names):
+        raise _no_samples(empty)
+    if twice and int(counts.min()) < 2:
+        raise DebiasError(
+            "Expected at least two held-out samples of each group, one to fit on and one to choose the strength by, but"
+            f" group {names[int(counts.argmin())]} has one. Give one strength, `strengths=[0.1]`, to choose none."
+        )
+
+
+def _no_samples(empty: str) -> DebiasError:
+    return DebiasError(
+        f"Expected held-out samples of every group, but there is none of {empty}. Take a larger held-out set, correct"
+        " `n_groups`, or choose `method='afr'`, which needs no groups."
+    )
+
+
+def _network(module: nn.Module, early: Any) -> nn.Module:
+    """The earlier network."""
+    if isinstance(early, nn.Module):
+        return early
+    if not isinstance(early, Mapping):
+        early = torch.load(early, map_location="cpu", weights_only=True)
+    state = early.get("state_dict", early)
+    twin = copy.deepcopy(module)
+    try:
+        twin.load_state_dict(state)
+    except RuntimeError as error:
+        raise DebiasError(f"Expected `early` to hold the weights of the same network, but got: {error}.") from None
+    return twin
+
+
+def _double(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach().double().cpu()
+
+
+@torch.no_grad()
+def _write(head: nn.Linear, new: LinearHead) -> None:
+    for parameter, value in ((head.weight, new.weight), (head.bias, new.bias)):
+        if parameter is not None and value is not None:
+            parameter.copy_(value)
+            if is_distributed():  # every rank has fitted the same data; rounding must not part them
+                whole = parameter.detach().clone()
+                dist.broadcast(whole, 0)
+                parameter.copy_(whole)

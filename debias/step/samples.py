@@ -1,0 +1,117 @@
+"""Which samples of a dataset a step sees, and what it makes of each of them; for :mod:`debias.ops.samples`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, IterableDataset, Subset
+
+from debias.errors import BatchKeyError, DebiasError
+from debias.step.context import Step
+from debias.tap.calls import LossCall
+
+__all__ = ["INDEX", "numbered_dataset", "predictions", "sample_losses", "sample_numbers", "train_set"]
+
+INDEX = "index"
+"""The tag that holds the number of a sample in its dataset."""
+
+
+def sample_numbers(step: Step, who: str) -> Tensor:
+    """Numbers of the samples of a batch in their dataset, int64 ``(N,)``.
+
+    Raises:
+        BatchKeyError: the batch carries none.
+    """
+    if not isinstance(step.tags.get(INDEX), Tensor):
+        raise BatchKeyError(
+            f"Expected every sample to carry its number in the dataset for {who}, but the batch has none. Wrap the"
+            " dataset, `train = tag(train)`, outside of everything else."
+        )
+    return step.ids(INDEX, 1, argument=INDEX)
+
+
+def train_set(trainer: Any, who: str) -> Any:
+    """The tagged training set whose samples are numbered.
+
+    Raises:
+        DebiasError: there are several loaders, a stream, or no numbers.
+    """
+    loaders = trainer.train_dataloader
+    loaders = list(loaders.values()) if isinstance(loaders, dict) else loaders
+    loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
+    if len(loaders) != 1:
+        raise DebiasError(
+            f"Expected one training loader for {who}, whose samples have one numbering, but got {len(loaders)}. Join"
+            " the sets, `tag(ConcatDataset([...]))`."
+        )
+    return numbered_dataset(getattr(loaders[0], "dataset", None), who)
+
+
+def numbered_dataset(dataset: Any, who: str) -> Any:
+    """The tagged dataset inside of ``dataset`` whose numbers its samples carry.
+
+    Raises:
+        DebiasError: there is none, or more than one.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise DebiasError(
+            f"Expected a map-style training set for {who}, which knows samples by their number, but got the stream"
+            f" {type(dataset).__name__}. Use a dataset with `__len__` and `__getitem__`."
+        )
+    inner = dataset
+    while isinstance(inner, Subset):
+        inner = inner.dataset
+    if isinstance(inner, ConcatDataset):
+        raise DebiasError(
+            f"Expected one numbering of the training samples for {who}, but the training set joins"
+            f" {len(inner.datasets)} sets. Tag the joined one, `tag(ConcatDataset([...]))`, outside of everything else."
+        )
+    tags = vars(inner).get("tags") if hasattr(inner, "__dict__") else None
+    if not isinstance(tags, dict) or not isinstance(tags.get(INDEX), Tensor):
+        raise DebiasError(
+            f"Expected every training sample to carry its number in the dataset for {who}, but got"
+            f" {type(dataset).__name__} without. Wrap it, `train = tag(train)`, outside of everything else."
+        )
+    return inner
+
+
+def sample_losses(call: LossCall, n: int) -> tuple[Tensor, Tensor]:
+    """Mean loss of each sample of a batch, and whether anything of it counts.
+
+    Args:
+        call: the loss.
+        n: number of samples.
+
+    Returns:
+        float64 ``(n,)`` without gradient (float32 on MPS), and boolean ``(n,)``.
+
+    Raises:
+        DebiasError: samples were mixed, so that no loss is of one sample.
+    """
+    if call.parts > 1:
+        raise DebiasError(
+            "Expected losses of single samples, but an augmentation mixes them. Remove it, or what records samples."
+        )
+    # `call.num` keeps its graph for others: it is made here, and must not be made without gradients.
+    dtype = torch.float32 if call.num.device.type == "mps" else torch.float64
+    num, den = call.num.detach().to(dtype), call.den.detach().to(dtype)
+    if call.rows is not None:
+        num, den = (torch.zeros(n, dtype=dtype, device=x.device).index_add(0, call.rows, x) for x in (num, den))
+    return num / torch.where(den == 0, 1, den), den != 0
+
+
+def predictions(call: LossCall, n: int, who: str) -> tuple[Tensor, Tensor]:
+    """Logits and targets of the samples of a batch, in their order.
+
+    Raises:
+        DebiasError: they are not one row a sample.
+    """
+    logits, target = call.logits, call.target
+    if logits is None or target is None or call.rows is not None or len(logits) != n or len(target) != n:
+        raise DebiasError(
+            f"Expected logits and targets with one row for each of the {n} samples for {who}, but `{call.name}` has"
+            f" logits {None if logits is None else tuple(logits.shape)}. Choose another loss, `loss=`."
+        )
+    return logits.detach(), target.detach()

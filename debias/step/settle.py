@@ -1,0 +1,306 @@
+"""What becomes of the losses of a step, once it has returned: they are reweighed once, and penalties are added once."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from debias.errors import AmbiguousLossError, DebiasError, DebiasWarning, UntappedLossError
+from debias.ops.distributed import alike, gather_objects, is_distributed
+from debias.ops.groups import summed
+from debias.step.context import Step
+from debias.step.contract import Method
+from debias.tap import adapters
+from debias.tap.calls import LossCall, LossRecord, LossSum
+from debias.tap.head import FeatureTap, HeadTap, check_features, rows_of_features
+from debias.tap.selection import Reaching, ambiguous, height, means, reaching, select_calls, untapped
+from debias.tap.stated import check_stated, check_stated_losses, stated_losses
+from debias.tap.tap import LossTap, no_loss_error
+
+__all__ = ["Learned", "Settlement", "with_loss"]
+
+
+@dataclass
+class Learned:
+    """What the steps of a run have shown so far.
+
+    Attributes:
+        rows_needed: rows have to be followed: until a step has shown that row i of the loss is sample i.
+        first: nothing has been settled yet.
+        as_ddp: losses stay as DDP treats them: no method means one, and the step computes several or not the same on
+            all ranks.
+        only: name of the loss that is averaged over ranks where no method means one.
+        names: the losses that ``loss=<index>`` of a method has pointed to.
+        warned: a term beside the losses has been told of.
+    """
+
+    rows_needed: bool = True
+    first: bool = True
+    as_ddp: bool = False
+    only: str | None = None
+    names: dict[tuple[str, int], str] = field(default_factory=dict)
+    warned: bool = False
+
+
+class Settlement:
+    """Settles the losses of one step.
+
+    Args:
+        step: the step.
+        reweigher: the method that reweighs the loss, if any.
+        penalisers: the methods that add to it.
+        heads: where methods that ask for features get them.
+        learned: what earlier steps have shown.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        reweigher: Method | None,
+        penalisers: list[Method],
+        heads: dict[Any, HeadTap | FeatureTap],
+        learned: Learned,
+    ) -> None:
+        self.step, self.reweigher, self.penalisers, self.heads, self.learned = (
+            step, reweigher, penalisers, heads, learned
+        )  # fmt: skip
+        self.needing = [w for w in (reweigher, *penalisers) if w is not None and w.needs_loss]
+        # Who means a loss: which one, and its name in messages.
+        self.choices: dict[Any, tuple[Any, str]] = {w: (w.loss, type(w).__name__) for w in self.needing}
+        if step.mixture is not None:
+            self.choices[None] = step.mixture.loss, step.mixture.owner
+        self.selected: dict[Any, list[LossCall]] = {}
+        self.checks = learned.first or step.logging
+        self.used: list[LossCall] = []
+
+    # -- manual optimisation: a loss is used up inside the step ------------------------------------
+
+    def at_once(self, call: LossCall) -> Tensor | None:
+        """The debiased loss in the place of a loss, while the step runs."""
+        method = self.reweigher
+        if method is None or (not isinstance(method.loss, int) and not means(method.loss, call)):
+            return None
+        if method.loss is None and call.position:
+            raise ambiguous(["(the first loss)", call.name], type(method).__name__)
+        if isinstance(method.loss, int) and call.position != method.loss:
+            return None
+        if call.record.undivided:
+            raise UntappedLossError(
+                f"Expected a mean under manual optimisation, but `{call.name}` is a sum, and what the step divides it"
+                " by comes too late. Use `.mean()` or `reduction='mean'`, or automatic optimisation."
+            )
+        self._check_name([call], method.loss, type(method).__name__)
+        self.used.append(call)
+        return method.reweigh([call], self.step)[0]
+
+    def finish_manual(self, tap: LossTap) -> None:
+        """Refuse a step in which nothing was found."""
+        if (self.reweigher is not None and not self.used) or (self.step.mixture is not None and not tap.calls):
+            raise no_loss_error(_set_losses(self.step.module))
+
+    # -- automatic optimisation --------------------------------------------------------------------
+
+    def settle(self, tap: LossTap, output: Any) -> Tensor | None:
+        """The loss to return instead of the user's, or None to return the step's output as it is."""
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor):
+            if is_distributed():
+                raise DebiasError(
+                    "Expected the training step to return a loss on every rank, but got None: the other ranks would"
+                    " wait for this one. Return a loss of zero, e.g. `0 * logits.sum()`, instead of skipping."
+                )
+            return None
+        found = reaching(tap, loss)
+        self._compare(found)
+        if self.choices:
+            loss = self._settled(found, tap, output)
+        elif is_distributed() and not self.learned.as_ddp:
+            loss = self._averaged(found)
+        loss = self._penalised(loss, found)
+        self.learned.first = False
+        self.learned.rows_needed &= tap.tracker is not None and tap.tracker.needed
+        return loss
+
+    def _settled(self, found: Reaching, tap: LossTap, output: Any) -> Tensor:
+        if found.lost:
+            raise untapped(found.lost, bool(found.calls))
+        plain = None
+        if not found.calls:
+            if (stated := stated_losses(output, tap)) is None:
+                raise no_loss_error(_set_losses(self.step.module), reweighs=self.reweigher is not None)
+            call, plain = stated
+            if self.checks:
+                (check_stated if call.name == "logits" else check_stated_losses)(found.loss, call, plain)
+            if tap.finder is not None and isinstance(call.logits, Tensor):
+                call.record.linear = tap.finder.match(call.logits)
+            found.calls = [call]
+            self.selected = {method: [call] for method in self.choices}
+        else:
+            self.selected = {method: self._selected(found.calls, *choice) for method, choice in self.choices.items()}
+        meant = [call for call in found.calls if any(call in calls for calls in self.selected.values())]
+        if plain is None:
+            found.multiply(meant)
+            self._check_other_terms(found)
+        if self.reweigher is not None:
+            reweighed = self.selected[self.reweigher]
+            values = self.reweigher.reweigh(reweighed, self.step)
+            others = [call for call in meant if call not in reweighed] if is_distributed() else []
+        elif is_distributed() or (plain is not None and self.step.mixture is not None):
+            reweighed, values, others = [], [], meant
+        else:
+            return found.loss
+        new = summed([*values, *(call.mean() for call in others)])
+        if plain is not None:
+            return found.loss + (new - plain)
+        return found.replaced(reweighed + others, new)
+
+    def _averaged(self, found: Reaching) -> Tensor:
+        """The mean of the global batch, where no method means a loss and the first step computed one.
+
+        A loss that is not linear in it stays as DDP treats it.
+        """
+        if self.learned.only is None and len(found.calls) == 1:
+            self.learned.only = found.calls[0].name
+        calls = [call for call in found.calls if call.name == self.learned.only][:1]
+        try:
+            found.multiply(calls)
+        except UntappedLossError:
+            return found.loss
+        return found.replaced(calls, calls[0].mean()) if calls else found.loss
+
+    def _penalised(self, loss: Tensor, found: Reaching) -> Tensor:
+        """Add the penalties, then the factors their protocols put on the whole loss."""
+        for watcher in self.penalisers:
+            calls = self.selected[watcher] if watcher.needs_loss else _followed(found.calls, watcher.loss)
+            call = _of_features() if not calls else calls[0] if len(calls) == 1 else LossSum(calls)
+            if watcher.needs_features:
+                self.heads[watcher.head, watcher.features].resolve(call)
+            loss = loss + watcher.penalise(call, self.step)
+        for watcher in self.penalisers:
+            if (factor := watcher.loss_factor(self.step)) != 1:
+                loss = loss * factor
+        return loss
+
+    # -- what is meant -----------------------------------------------------------------------------
+
+    def _selected(self, calls: list[LossCall], loss: Any, who: str) -> list[LossCall]:
+        """The calls that ``loss=`` means, which must be the same in every step, and those of whole samples."""
+        selected, n = select_calls(calls, loss, who), self.step.n
+        self._check_name(selected, loss, who)
+        if len(selected) > 1 and n is not None and all(height(call) < n for call in selected):
+            raise AmbiguousLossError(
+                f"Expected at least one of the losses that `loss={loss!r}` of {who} means to be of all {n} samples"
+                f" of the batch, but got {len(selected)} of {', '.join(str(height(call)) for call in selected[:8])}"
+                f"{', ...' if len(selected) > 8 else ''} rows: means by group of parts of a batch do not add up to"
+                " those of the batch. Join the logits of the parts and compute one loss."
+            )
+        return selected
+
+    def _check_name(self, selected: list[LossCall], loss: Any, who: str) -> None:
+        """Remember which loss stands where ``loss=<index>`` points to."""
+        if not isinstance(loss, int):
+            return
+        for call in selected:
+            if (first := self.learned.names.setdefault((who, loss), call.name)) != call.name:
+                raise AmbiguousLossError(
+                    f"Expected `loss={loss}` of {who} to point to the same loss in every step, but got `{call.name}`"
+                    f" where `{first}` was. Compute the losses in the same order in every step, or choose by name:"
+                    f" `loss=callable(call) -> bool`."
+                )
+
+    def _compare(self, found: Reaching) -> None:
+        """All ranks reduce the same losses, or none does: before anything is reduced, at first and on logging steps.
+
+        Raises:
+            AmbiguousLossError: ranks differ in losses that a method means.
+        """
+        if not (is_distributed() and self.checks) or self.learned.as_ddp:
+            return
+        meant = [c for c in found.calls if not self.choices or any(means(loss, c) for loss, _ in self.choices.values())]
+        same = alike(" ".join(f"{call.name} {call.record.is_sum}" for call in meant), self.step.module.device)
+        if not self.choices:
+            self.learned.as_ddp = not same or len(meant) != 1
+        elif not same:
+            names = gather_objects(", ".join(f"`{call.name}`" for call in meant) or "none")
+            first = {name: rank for rank, name in reversed(list(enumerate(names)))}
+            parts = [f"{name} on rank {rank}" for name, rank in sorted(first.items(), key=lambda item: item[1])]
+            raise AmbiguousLossError(
+                f"Expected all ranks to compute the same losses where a method means them, but got"
+                f" {' and '.join(parts)}: their sums over ranks would be of different things. Compute them on every"
+                " rank, with a mask where samples have no label for one, or choose one that every rank computes:"
+                " `loss=<index>`, or `loss=callable(call) -> bool`."
+            )
+
+    def _check_other_terms(self, found: Reaching) -> None:
+        """A term of the step's own that depends on the network's outputs is no regulariser: it is a part of the loss.
+
+        Raises:
+            UntappedLossError: a penalty needs the whole loss.
+        """
+        asking = [w for w in self.needing if w.loss in (None, "sum")]
+        if not asking or found.same or not self.checks or self.learned.warned or not found.has_other_terms:
+            return
+        names = ", ".join(f"`{call.name}`" for call in found.calls)
+        penalty = next((w for w in asking if w.penalises), None)
+        who = type(penalty or asking[0]).__name__
+        ways = (
+            "Teach it with `debias.register_loss`, return {'loss': loss, 'losses': per_sample} for the whole,"
+            f"{'' if penalty else ' pass `losses=' + chr(39) + 'split' + chr(39) + '`, which takes all of it,'} or say"
+            f" that only {names} is meant: `loss={found.calls[0].position}`."
+        )
+        if penalty is not None:
+            raise UntappedLossError(
+                f"Expected the whole loss to be one that can be taken apart per sample for {who}, but the step adds a"
+                f" term to {names} that depends on the outputs of the network in maths of its own, such as a Dice loss."
+                f" {ways}"
+            )
+        self.learned.warned = True
+        warnings.warn(
+            f"The training step adds a term to {names} that depends on the outputs of the network in maths of its own,"
+            f" such as a Dice loss. {who} leaves it as it is: it is neither reweighed nor part of a group's loss."
+            f" {ways}",
+            DebiasWarning,
+            stacklevel=2,
+        )
+
+
+def _followed(calls: list[LossCall], loss: Any) -> list[LossCall]:
+    """The loss that tells the rows of features, if there is one whose own rows are known; else they tell themselves."""
+    meant = [call for call in calls if means(loss, call)]
+    try:
+        return meant if len(meant) == 1 and meant[0].num is not None else []
+    except DebiasError:
+        return []
+
+
+def _of_features() -> LossCall:
+    """What a method is given that reads features, and no loss: their rows, which are bad where one is not finite."""
+    call = LossCall("features", 0, None, None, LossRecord(tuple))  # type: ignore[arg-type]
+
+    def compute() -> tuple[Tensor, Tensor]:
+        features = call.features if isinstance(call.features, Tensor) else check_features(call.features)
+        rows = rows_of_features(features.detach(), call.head).float().sum(1)
+        return rows, torch.ones_like(rows)
+
+    call.record.compute = compute
+    call.record.samples = lambda shape: None if (of := call.record.feature_rows) is None else of(call)
+    return call
+
+
+def with_loss(output: Any, loss: Tensor) -> Any:
+    """A step's output with another loss."""
+    if not isinstance(output, Mapping):
+        return loss
+    changed: Any = copy.copy(output)
+    changed["loss"] = loss
+    return changed
+
+
+def _set_losses(module: Any) -> list[str]:
+    return [type(m).__name__ for m in module.modules() if type(m).__name__ in adapters.SET_LOSSES]

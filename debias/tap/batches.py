@@ -1,0 +1,44 @@
+"""The tensors of a batch, and which of them have a row for each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["one_per_sample", "roots_of"]
+
+
+def roots_of(
+    batch: Any, n: int | None, sample: int | None = None, depth: int = 0
+) -> Iterator[tuple[Tensor, int | None]]:
+    """Tensors of a batch with a row for each of n samples, or of one sample; all of them where n is None."""
+    if depth > 4:
+        return
+    if isinstance(batch, Tensor):
+        if sample is not None or n is None or (batch.ndim and batch.shape[0] == n):
+            yield batch, sample
+        return
+    if isinstance(batch, dict):
+        children = list(batch.values())
+    elif isinstance(batch, tuple | list):
+        children = list(batch)
+        if n is not None and sample is None and depth and one_per_sample(children, n):
+            for i, child in enumerate(children):
+                yield from roots_of(child, n, i, depth + 1)
+            return
+    elif hasattr(batch, "__dict__") and not isinstance(batch, torch.nn.Module):
+        children = list(vars(batch).values())
+    else:
+        return
+    for child in children:
+        yield from roots_of(child, n, sample, depth + 1)
+
+
+def one_per_sample(children: list[Any], n: int) -> bool:
+    """Whether a list holds one element per sample, such as a detector's images: n alike, none with n rows itself."""
+    if len(children) != n or len({type(child) for child in children}) != 1:
+        return False
+    return not any(isinstance(x, Tensor) and x.ndim and x.shape[0] == n for x in children)

@@ -1,0 +1,275 @@
+"""One loss of a step: what a method reads of it, and what the tap notes of it while the step runs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from debias.errors import RowsError
+from debias.ops.distributed import weighted_mean
+from debias.tap.counted import both
+
+__all__ = ["LossCall", "LossRecord", "LossSum"]
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(eq=False)
+class LossRecord:
+    """The tap's own notes of one loss; authors of methods read :class:`LossCall`.
+
+    Attributes:
+        compute: numerators and denominators of the elements; the loss is ``num.sum() / den.sum()``.
+        samples: the samples of numerators of some shape, int64 of that shape or ``(rows,)``; None where row i is sample
+            i, or nobody asked.
+        edge: of the tensor that the step received, before it may have changed that in place.
+        received: that tensor, and its version then.
+        is_sum: what the step received is a sum.
+        undivided: and the step has not divided it by what it runs over.
+        divisor: gives the weights of the elements that the step divides by the sum or mean of; None if they do not fit.
+        kept: shape of what the step received with the reduced axes kept, where it has not reduced all at once.
+        factor: what the returned loss multiplies the loss by, known once the step has returned; None for 1. Where the
+            step averaged over the samples only, there is one for each of the other elements.
+        function: the loss as torch's function computed it, where the step took it unreduced.
+        scale: what the step multiplied the elements of that by; None for 1, False if it did something else to them.
+        reordered: whether their rows are not where they were.
+        linear: of the layer that made the logits, while it is looked for: output, input, weight, and the moves between.
+        feature_rows: tells the sample of each row of the features.
+        targets: of the rows, where samples were mixed.
+        shares: what the losses of these rows were multiplied by, shaped like the elements.
+        own_rows: sample of each row with its own label, where samples were mixed.
+        untracked: nobody asked for the samples of the rows.
+        changed: whether what tells its rows was changed in place in a way that is not understood.
+    """
+
+    compute: Callable[[], tuple[Tensor, Tensor]]
+    samples: Callable[[torch.Size], Tensor | None] = lambda shape: None
+    edge: Any = None
+    received: tuple[Tensor, int] | None = None
+    is_sum: bool = False
+    undivided: bool = False
+    divisor: Callable[[], Tensor | None] | None = None
+    kept: torch.Size | None = None
+    factor: Tensor | None = None
+    function: LossCall | None = None
+    scale: Any = None
+    reordered: bool = False
+    linear: Any = None
+    feature_rows: Callable[[LossCall], Tensor | None] | None = None
+    targets: Any = None
+    shares: Tensor | None = None
+    own_rows: Tensor | None = None
+    changed: bool = False
+    untracked: bool = False
+
+    @cached_property
+    def computed(self) -> tuple[Tensor, Tensor]:
+        """What :attr:`compute` gives; it carries gradients whoever asks first, also under ``torch.no_grad``."""
+        with torch.enable_grad():
+            num, den = self.compute()
+            return (num.float() if num.dtype in _HALF else num), den
+
+    @cached_property
+    def elements(self) -> tuple[Tensor, Tensor]:
+        """Numerators and denominators of the elements, at least float32, of the same shape."""
+        num, den = self.computed
+        if self.divisor is not None and (weights := self.divisor()) is not None:
+            # Where samples were mixed, the rows stand there once for each label.
+            den = weights if self.shares is None else torch.cat([weights] * (len(num) // len(weights))) * den
+        den = den.to(num.dtype)
+        return num, den if den.shape == num.shape else den.expand(num.shape)
+
+    @property
+    def over(self) -> Tensor | float:
+        """What the sum of the numerators is divided by in what the step received."""
+        if self.is_sum:
+            return 1.0
+        return self.elements[1].sum() if self.divisor is None else float(self.elements[0].numel())
+
+    @cached_property
+    def rows(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Numerators and denominators of the rows, without the factor, and the samples of the rows."""
+        with torch.enable_grad():
+            num, den = self.elements
+            if self.factor is not None and self.factor.ndim:
+                num = num * self.factor
+            if num.ndim == 0:
+                num, den = num.reshape(1), den.reshape(1)
+            index = self.samples(num.shape)
+            if index is not None and index.shape == num.shape:
+                return num.flatten(), den.flatten(), index.flatten()
+            if num.ndim > 1:
+                num, den = num.flatten(1).sum(1), den.flatten(1).sum(1)
+        return num, den, index
+
+    def value(self) -> Tensor:
+        """What the step received, of this rank's rows alone and but for rounding."""
+        return self.elements[0].sum() / self.over
+
+
+@dataclass(eq=False)
+class LossCall:
+    """One loss of a step, taken apart by sample.
+
+    The loss is ``num.sum() / den.sum()``, as the step uses it: with the factor that the returned loss has for it. Rows
+    are those of the loss: often the samples, but also tokens, pixels, or views of them.
+
+    Attributes:
+        name: name of the loss function, e.g. ``"cross_entropy"``.
+        position: how many losses came before it in this step.
+        logits: the prediction that the loss was computed from, as the step passed it.
+        target: the target, as the step passed it.
+        arguments: what else the loss was called with, e.g. ``weight`` or ``label_smoothing``.
+        features: where a method asked for them: input of the classifier head, or output of the module that is named.
+        head: the classifier head, where a method asked for it.
+        parts: how many labels every row of ``logits`` counts with, more than 1 where samples were mixed. ``num``,
+            ``den`` and ``rows`` then hold the rows with their own labels first, then with those of their partners.
+        record: the tap's own notes.
+        predicted: in evaluation, what the network predicted, shaped like ``logits``, where the step or its criterion
+            has changed that before the loss; None where ``logits`` are it. See :mod:`debias.tap.predictions`.
+        from_labels: in evaluation, whether ``logits`` come from a part of the network that was given the target.
+        counts: tell which elements count; see :attr:`counted`.
+    """
+
+    name: str
+    position: int
+    logits: Tensor | None
+    target: Tensor | None
+    record: LossRecord
+    arguments: dict[str, Any] = field(default_factory=dict)
+    features: Any = None
+    head: nn.Module | None = None
+    parts: int = 1
+    predicted: Tensor | None = None
+    from_labels: bool = False
+    counts: list[Callable[[], Tensor | None]] = field(default_factory=list)
+
+    @cached_property
+    def counted(self) -> Tensor | None:
+        """In evaluation, after the step: which elements count, boolean, in the shape of ``reduction="none"``.
+
+        Neither do those that the loss ignores or weighs with 0, nor those that the step masks, selects or replaces
+        afterwards. None where all count.
+        """
+        return functools.reduce(both, (counts() for counts in self.counts), None)
+
+    @classmethod
+    def of(cls, name: str, num: Tensor, den: Tensor, rows: Tensor | None = None, position: int = 0) -> LossCall:
+        """A loss from numerators and denominators of its rows, ``(rows,)``, and the sample of each row."""
+        return cls(name, position, None, None, LossRecord(lambda: (num, den), lambda shape: rows))
+
+    def forget(self) -> None:
+        """Let go of every tensor of the step: a loss and its notes refer to each other."""
+        vars(self.record).clear()
+        self.logits = self.target = self.features = self.head = None
+
+    def multiply(self, factor: Tensor | None) -> None:
+        """Say what the returned loss multiplies the received one by; None for 1."""
+        record = self.record
+        if factor is not None and record.kept is not None:
+            factor = factor.reshape(record.kept)
+            vars(record).pop("rows", None)
+        if factor is not None and (record.is_sum or record.divisor is not None):
+            factor = factor * (record.elements[1].sum() / record.over)
+        record.factor = factor
+
+    @property
+    def num(self) -> Tensor:
+        """Numerators, shape ``(rows,)``, differentiable."""
+        factor, num = self.record.factor, self.record.rows[0]
+        return num if factor is None or factor.ndim else num * factor
+
+    @property
+    def den(self) -> Tensor:
+        """Denominators, shape ``(rows,)``."""
+        return self.record.rows[1]
+
+    @property
+    def rows(self) -> Tensor | None:
+        """Sample of each row, int64 ``(rows,)``; None where row i is sample i."""
+        return self.record.rows[2]
+
+    def of_rows(self, per_sample: Tensor) -> Tensor:
+        """Values per row from values per sample, e.g. group ids ``(N,)`` or membership ``(N, G)``.
+
+        Raises:
+            RowsError: it is not known which samples the rows belong to.
+        """
+        if self.record.untracked:
+            raise RowsError(
+                f"Expected to know before the step which values of its samples are read, so that the rows of"
+                f" `{self.name}` are followed to them, but nobody asked for any. Return them from"
+                " `sample_ids(step)`, or read them there once."
+            )
+        return per_sample if self.rows is None else per_sample[self.rows]
+
+    def of_logits(self, per_row: Tensor) -> Tensor:
+        """Values per row of ``num`` from values per row of the logits, e.g. the logits or features themselves."""
+        return per_row if self.parts == 1 else torch.cat([per_row] * self.parts)
+
+    def of_features(self, per_sample: Tensor) -> Tensor:
+        """Values per row of the features from values per sample, e.g. ids ``(N,)`` or membership ``(N, G)``.
+
+        Features ``(N, T, d)`` have ``N T`` rows, and maps ``(N, d, H, W)`` that a convolution reads ``N H W``. Rows
+        that the loss leaves out get -1, or False.
+
+        Raises:
+            RowsError: it is not known which samples the rows belong to.
+        """
+        rows = None if self.record.feature_rows is None else self.record.feature_rows(self)
+        if rows is None:
+            return per_sample
+        none = per_sample.new_full((1, *per_sample.shape[1:]), 0 if per_sample.dtype == torch.bool else -1)
+        return torch.cat((per_sample, none))[rows]
+
+    @property
+    def features_in_rows(self) -> bool:
+        """Whether row i of the features is known to be of the sample of row i of the logits."""
+        rows = self.record.feature_rows
+        return rows is None or rows(self) is (self.record.function or self).logits_rows
+
+    @property
+    def logits_rows(self) -> Tensor | None:
+        """Sample of each row of the logits, with its own label: :attr:`rows`, unless samples were mixed."""
+        return self.rows if self.record.shares is None else self.record.own_rows
+
+    def mean(self) -> Tensor:
+        """The loss of the global batch; its gradient is this rank's share of it."""
+        factor, (num, den) = self.record.factor, self.record.elements
+        return weighted_mean(num if factor is None else num * factor, den)
+
+
+class LossSum(LossCall):
+    """Several losses of a step as one, for methods that take their sum.
+
+    Args:
+        calls: the losses.
+    """
+
+    def __init__(self, calls: list[LossCall]) -> None:
+        super().__init__(" + ".join(call.name for call in calls), calls[0].position, None, None, LossRecord(self._sum))
+        self.calls = calls
+        self.record.samples = lambda shape: calls[0].rows
+
+    def _sum(self) -> tuple[Tensor, Tensor]:
+        first, *others = self.calls
+        num, den, total = first.num, first.den, first.den.sum()
+        for call in others:
+            same = call.rows is first.rows or (
+                call.rows is not None and first.rows is not None and torch.equal(call.rows, first.rows)
+            )
+            ratio = total / call.den.sum()
+            if not same or call.den.shape != den.shape or not torch.allclose(call.den * ratio, den):
+                raise RowsError(
+                    f"Expected the losses `{self.name}` that are added up to have the same rows, masks and weights, but"
+                    " they differ: their sum has no value for a row. Choose one: `loss=<index>`, or"
+                    " `loss=callable(call) -> bool`."
+                )
+            num = num + call.num * ratio
+        return num, den

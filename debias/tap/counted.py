@@ -1,0 +1,193 @@
+"""Which elements of an unreduced loss count, in evaluation: what the step masks, selects or replaces does not.
+
+In training a loss is rebuilt from numerators and denominators. In evaluation nothing is rebuilt: a monitor only asks
+which predictions the step itself leaves out, such as padding and labels that nobody gave. Torch only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from debias.tap.moves import CASTS, MOVES, apply_move
+
+__all__ = ["CountedElements", "both", "functions", "left_out"]
+
+_T = torch.Tensor
+
+
+def functions(names: str) -> frozenset[Any]:
+    """Functions and methods of torch by these names, in place and as operators, too."""
+    forms = (form.format(name) for name in names.split() for form in ("{}", "{}_", "__{}__", "__i{}__", "__r{}__"))
+    found = (getattr(space, form, None) for form in forms for space in (_T, torch))
+    return frozenset(function for function in found if function is not None)
+
+
+_MUL = functions("mul multiply")
+_WHERE = functions("where")
+_FILL = functions("masked_fill")
+_SET = frozenset({_T.__setitem__})
+_NAN = functions("nan_to_num")
+_REDUCE = functions("sum mean nansum nanmean")
+# Every element is made of the elements in its place, and none is left out.
+_ELEMENTWISE = CASTS | functions(
+    "add sub subtract rsub div true_divide truediv divide exp neg negative pow sqrt square abs log log1p clamp"
+    " clamp_min clamp_max clip minimum maximum tanh sigmoid"
+)
+_KEEPS_PLACES = _MUL | _WHERE | _FILL | _SET | _NAN | _ELEMENTWISE
+_FOLLOWED = MOVES | _REDUCE | _KEEPS_PLACES
+
+
+@dataclass(eq=False)
+class _Trace:
+    """A tensor made of an unreduced loss.
+
+    Attributes:
+        tensor: the tensor.
+        loss: number of the loss.
+        counts: which of its elements count, in its shape; None where all do.
+        source: what it was made of; None of the loss itself.
+        places: which element of ``source`` each one is, in its shape; None where they are the same.
+        dims: the axes of ``source`` that it is a sum over; None of no sum.
+        used: whether something else was made of it.
+    """
+
+    tensor: Tensor
+    loss: int
+    counts: Tensor | None = None
+    source: _Trace | None = None
+    places: Tensor | None = None
+    dims: list[int] | None = None
+    used: bool = False
+
+
+class CountedElements:
+    """Follows unreduced losses through one evaluation step."""
+
+    def __init__(self) -> None:
+        self._traces: list[_Trace] = []
+        self._losses = 0
+
+    def start(self, losses: Tensor) -> Callable[[], Tensor | None]:
+        """Follow these losses; the function tells, after the step, which elements count: None where all do."""
+        number, self._losses = self._losses, self._losses + 1
+        self._traces.append(_Trace(losses, number))
+        return lambda: self._counted(number)
+
+    def close(self) -> None:
+        """Let go of every tensor."""
+        self._traces = []
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation, and follow what it makes of the losses."""
+        operands = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)] if func in _FOLLOWED else []
+        found = [trace for trace in self._traces if any(trace.tensor is x for x in operands)]
+        masks = [self._mask(func, args, kwargs, trace) if func in _KEEPS_PLACES else None for trace in found]
+        out = func(*args, **kwargs)
+        for trace, mask in zip(found, masks, strict=True):
+            if func in _SET or out is args[0]:
+                if trace.tensor is args[0]:
+                    trace.counts = both(trace.counts, mask)
+                continue
+            made = self._made(func, args, kwargs, trace, mask, out)
+            trace.used = trace.used or bool(made)
+            self._traces.extend(made)
+        return out
+
+    def _made(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], trace: _Trace, mask: Tensor | None, out: Any
+    ) -> list[_Trace]:
+        """What an operation has made of a trace."""
+        tensor = trace.tensor
+        if func in MOVES:
+            if not args or args[0] is not tensor:
+                return []
+            parts = list(enumerate(out)) if isinstance(out, tuple | list) else [(None, out)]
+            moved = [(x, apply_move(func, args, kwargs, _places(tensor), part)) for part, x in parts]
+            return [_Trace(x, trace.loss, source=trace, places=places) for x, places in moved]
+        if func in _REDUCE:
+            over = args[1] if len(args) > 1 else kwargs.get("dim")
+            axes = range(tensor.ndim) if over is None else [over] if isinstance(over, int) else over
+            dims = [d % max(tensor.ndim, 1) for d in axes]
+            if func.__name__.startswith("nan"):
+                trace = _Trace(tensor, trace.loss, ~tensor.isnan(), source=trace)
+            return [_Trace(out, trace.loss, source=trace, dims=dims)]
+        places = _places(tensor).expand(out.shape) if out.shape != tensor.shape else None
+        return [_Trace(out, trace.loss, mask, source=trace, places=places)]
+
+    def _mask(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], trace: _Trace) -> Tensor | None:
+        """Which elements an operation that keeps their places leaves; None where all."""
+        losses = trace.tensor
+        others = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x is not losses]
+        if func in _SET:
+            kept = torch.ones_like(losses, dtype=torch.bool)
+            kept[args[1]] = False
+            return kept
+        if func in _NAN:
+            return ~losses.isnan()
+        if func in _FILL:
+            return ~others[0].expand(torch.broadcast_shapes(losses.shape, others[0].shape))
+        if func in _WHERE and len(args) == 3:
+            condition, kept, _ = (args[1], args[0], args[2]) if func is _T.where else args
+            if condition is losses:
+                return None
+            shape = torch.broadcast_shapes(*(x.shape for x in args if isinstance(x, Tensor)))
+            return (condition if kept is losses else ~condition).expand(shape)
+        factor = others[0] if func in _MUL and others else None
+        if factor is None or not factor.ndim or any(other.tensor is factor for other in self._traces):
+            return None
+        return ~left_out(*torch.broadcast_tensors(factor, losses))
+
+    def _counted(self, number: int) -> Tensor | None:
+        """Which elements of a loss count: those that reach at least one of the ends that the step makes of it."""
+        total: Tensor | None = None
+        for end in self._traces:
+            if end.loss != number or end.used:
+                continue
+            counts, trace = end.counts, end
+            while trace.source is not None:
+                counts = both(_at_source(trace, trace.source.tensor, counts), trace.source.counts)
+                trace = trace.source
+            if counts is None:
+                return None
+            total = counts if total is None else total | counts
+        return total
+
+
+def _places(tensor: Tensor) -> Tensor:
+    return torch.arange(tensor.numel(), device=tensor.device).view(tensor.shape)
+
+
+def both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """What counts in both, where None stands for everything."""
+    return second if first is None else first if second is None else first & second
+
+
+def _at_source(trace: _Trace, source: Tensor, counts: Tensor | None) -> Tensor | None:
+    """What counts of a trace, in the places of its source."""
+    if trace.dims is not None and counts is not None:
+        shape = [1 if d in trace.dims else size for d, size in enumerate(source.shape)]
+        return counts.reshape(shape).expand(source.shape)
+    if trace.places is None:
+        return counts
+    kept = torch.zeros(source.numel(), dtype=torch.bool, device=source.device)
+    kept[trace.places if counts is None else trace.places[counts]] = True
+    return kept.view(source.shape)
+
+
+def left_out(factor: Tensor, losses: Tensor) -> Tensor:
+    """Which elements a factor leaves out: those it is 0 for.
+
+    That of a focal loss is 0, too, where the network is beyond doubt and the loss is 0 itself: such zeros leave nothing
+    out, unless all factors are 0 or 1 and other zeros show that they are a mask.
+    """
+    zeros = factor == 0
+    if not factor.is_floating_point():
+        return zeros
+    doubted = ~(losses.abs() <= 1e-6)
+    is_mask = (zeros | (factor == 1)).all() & (zeros & doubted).any()
+    return zeros & (doubted | is_mask)

@@ -1,0 +1,161 @@
+"""The operations of torch whose effect on rows is known: moves, what computes each element in its place, reductions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "ALONG",
+    "CASTS",
+    "ELEMENTWISE",
+    "INPLACE",
+    "MOVES",
+    "RECORDED",
+    "REDUCTIONS",
+    "REORDERING",
+    "SORTING",
+    "Move",
+    "apply_move",
+    "axes_of",
+    "keeps_rows",
+    "named",
+    "sorts_rows",
+    "takes_rows",
+]
+
+_T = torch.Tensor
+
+
+def named(names: str) -> frozenset[Any]:
+    """The functions of torch, of ``torch.nn.functional`` and of tensors by these names."""
+    spaces: tuple[Any, ...] = (_T, torch, F)
+    return frozenset(getattr(space, name) for space in spaces for name in names.split() if hasattr(space, name))
+
+
+# Change neither order nor number of elements nor shape.
+CASTS = frozenset(
+    {_T.float, _T.double, _T.half, _T.bfloat16, _T.long, _T.int, _T.bool, _T.to, _T.type, _T.contiguous, _T.clone}
+    | {_T.detach, _T.type_as, torch.clone, torch.detach, _T.cuda, _T.cpu, _T.requires_grad_}
+)
+# Move, drop or repeat elements; only the first argument (or its list) holds data.
+MOVES = named(
+    "reshape permute transpose t flatten squeeze unsqueeze repeat_interleave flip fliplr flipud roll index_select chunk"
+    " split tensor_split unbind unflatten movedim swapaxes swapdims narrow select masked_select take take_along_dim"
+    " gather tile moveaxis diagonal rot90 cat concat concatenate stack hstack vstack"
+) | frozenset(
+    [getattr(_T, name) for name in ["view", "__getitem__", "repeat", "expand", "expand_as", "view_as", "reshape_as"]]
+    + [_T.T.__get__, _T.mT.__get__]  # type: ignore[attr-defined]
+)
+# Compute each element from those at the same place; targets and masks are often made with them.
+ELEMENTWISE = named(
+    "gt ge lt le eq ne add sub subtract mul multiply div divide true_divide floor_divide remainder fmod clamp"
+    " clamp_min clamp_max clip abs absolute neg negative round floor ceil sign square pow float_power sqrt rsqrt exp"
+    " expm1 log log1p log2 reciprocal sigmoid tanh cosh sinh logical_not logical_and logical_or logical_xor"
+    " bitwise_and bitwise_or where masked_fill minimum maximum isnan isfinite isinf nan_to_num relu relu6 leaky_relu"
+    " elu selu silu gelu mish hardtanh hardswish hardsigmoid softplus logsigmoid dropout threshold __neg__ __pos__"
+    " __pow__ __rpow__ __abs__ __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __rdiv__"
+    " __floordiv__ __mod__ __invert__ __and__ __or__ __xor__ __gt__ __ge__ __lt__ __le__ __eq__ __ne__"
+)
+# The same, in place; so are the above where they return what they were given.
+INPLACE = named(
+    "add_ sub_ mul_ div_ true_divide_ floor_divide_ remainder_ fmod_ clamp_ clamp_min_ clamp_max_ abs_ neg_ round_"
+    " floor_ ceil_ sign_ square_ pow_ sqrt_ exp_ log_ sigmoid_ logical_not_ logical_and_ logical_or_ masked_fill_"
+    " nan_to_num_ zero_ fill_ relu_ tanh_ threshold_ __setitem__ __iadd__ __isub__ __imul__ __itruediv__ __iand__"
+    " __ior__"
+)
+# Make one value of all along some axes.
+REDUCTIONS = named("sum mean argmax argmin max min amax amin any all prod count_nonzero nansum nanmean median")
+# Make each value of all along an axis.
+ALONG = named("softmax log_softmax cumsum")
+# After these nobody knows where a row is.
+SORTING = named("sort topk msort argsort")
+# Leave every row in its place whenever they keep the number of rows.
+_ROW_KEEPING = named("reshape flatten squeeze unsqueeze unflatten") | frozenset(
+    {_T.view, _T.expand, _T.view_as, _T.reshape_as, _T.expand_as}
+)
+# Move whole rows, unless told of another axis than the first.
+_ROW_WISE = named("index_select cat concat concatenate")
+# Along axes in which every element is the same they change nothing.
+STILL = named("flip fliplr flipud roll")
+
+# Moves by which steps and networks put rows in another order, not merely axes.
+REORDERING = SORTING | named("__getitem__ flip flipud roll index_select gather take take_along_dim")
+
+RECORDED = MOVES | CASTS | ELEMENTWISE | INPLACE | REDUCTIONS | ALONG | SORTING | {F.one_hot}
+
+
+class Move(NamedTuple):
+    """An operation that moves elements.
+
+    Attributes:
+        func: the operation.
+        args: its arguments, what is moved first.
+        kwargs: its keyword arguments.
+        part: which of several results is meant.
+        keeps_rows: whether every row is where it was.
+    """
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    part: int | None
+    keeps_rows: bool
+
+
+def apply_move(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], data: Any, part: int | None
+) -> Any:
+    """Run a recorded move on other data of the same shape."""
+    if getattr(func, "__name__", "") == "__get__":  # .T and .mT
+        return func(data)
+    if func is _T.view and isinstance(data, Tensor):
+        data = data.contiguous()  # expanded, where the original was not
+    if func in STILL and isinstance(data, Tensor):
+        # Not an element for every pixel, where an image is mirrored.
+        small = data[tuple(slice(0, 1) if s == 0 else slice(None) for s in data.stride())]
+        return func(small, *args[1:], **kwargs).expand(data.shape)
+    out = func(data, *args[1:], **kwargs)
+    return out if part is None else out[part]
+
+
+def keeps_rows(move: Callable[..., Any], args: tuple[Any, ...], out: Any) -> bool:
+    """Whether a move of one tensor has left every row in its place."""
+    data = args[0]
+    if not isinstance(data, Tensor) or not isinstance(out, Tensor) or 0 in (data.ndim, out.ndim):
+        return False
+    if data.shape[0] != out.shape[0]:
+        return False
+    if move is _T.__getitem__ and isinstance(args[1], tuple) and args[1]:
+        first = args[1][0]
+        keeps = first is Ellipsis or (isinstance(first, slice) and first == slice(None))
+        return keeps and not any(isinstance(key, Tensor | list) for key in args[1])
+    return move in _ROW_KEEPING
+
+
+def takes_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a move takes whole rows, so that it does the same to a tensor without the other axes."""
+    if func is _T.__getitem__:
+        key = args[1]
+        return isinstance(key, slice) or (isinstance(key, Tensor) and key.ndim == 1)
+    return func in _ROW_WISE and all(type(x) is not int or x == 0 for x in (*args[1:2], *kwargs.values()))
+
+
+def axes_of(args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int) -> list[int]:
+    """The axes that a reduction runs over."""
+    dims = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
+    if dims is None or isinstance(dims, Tensor | float | str):
+        return list(range(ndim))
+    return sorted({d % max(ndim, 1) for d in ([dims] if isinstance(dims, int) else dims)})
+
+
+def sorts_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a sort runs over the first axis."""
+    name = func.__name__
+    place = 2 if name == "topk" else 1
+    dim = 0 if name == "msort" else args[place] if len(args) > place else kwargs.get("dim", -1)
+    return args[0].ndim > 0 and isinstance(dim, int) and dim % args[0].ndim == 0

@@ -1,0 +1,67 @@
+"""One operation of a step: a tensor, and what it was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from debias.tap.moves import CASTS, MOVES, REDUCTIONS, axes_of, keeps_rows
+
+__all__ = ["Note", "same_rows", "version"]
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; -1 where nobody counts."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+@dataclass(eq=False)
+class Note:
+    """A tensor, and where its rows come from: it is of the batch, an unreduced loss, or made of other tensors.
+
+    Attributes:
+        out: the tensor.
+        version: of it, while what was done to it in place is understood.
+        func: what made it; None for a root.
+        args: arguments of that.
+        kwargs: keyword arguments of that.
+        part: which of several results it is.
+        sample: the one sample that a root belongs to; None where it has a row for each.
+        index: gives the sample numbers of a root that is not of the batch.
+        known: whether these are more than a guess.
+    """
+
+    out: Tensor
+    version: int
+    func: Any = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    part: int | None = None
+    sample: int | None = None
+    index: Callable[[], Tensor | None] | None = None
+    known: bool = True
+
+    @property
+    def reduces(self) -> bool:
+        """Whether it was made by reducing axes; `torch.max` of two tensors does not."""
+        return self.func in REDUCTIONS and not (len(self.args) > 1 and isinstance(self.args[1], Tensor))
+
+    @property
+    def sources(self) -> list[Tensor]:
+        """The tensors whose elements it holds."""
+        if self.func in MOVES or self.func in CASTS or self.reduces or self.func is F.one_hot:
+            data = self.args[0]
+            return [x for x in data if isinstance(x, Tensor)] if isinstance(data, tuple | list) else [data]
+        return [x for x in self.args if isinstance(x, Tensor) and x.ndim and x.shape == self.out.shape]
+
+
+def same_rows(record: Note) -> bool:
+    """Whether row i is made of row i of one other tensor."""
+    moved = record.func in MOVES and not keeps_rows(record.func, record.args, record.out)
+    if record.reduces:
+        moved = record.out.ndim == 0 or 0 in axes_of(record.args, record.kwargs, record.args[0].ndim)
+    return len(record.sources) == 1 and not moved

@@ -1,0 +1,182 @@
+"""What the network predicted, where the step or its criterion changed that before the loss. Torch only.
+
+Margins, the logarithm of a prior and the offsets of logit adjustment make a classification loss, not a prediction:
+they depend on the labels, or are left out when the network is used. In an evaluation step it is remembered what the
+network makes: the outputs of the module's ``forward`` and of its direct children, parameters, and what is computed of
+these. Logits that are one output with something that the network has not made added, subtracted, put in or multiplied
+have that output, brought to their shape, as their prediction.
+
+Part of the network, and kept, are: reshapes, softmax and sigmoid, factors that are one number (a scale, a temperature),
+and classes that are masked with a number. What is made of two outputs or parameters (two networks, a residual, a bias)
+is an output of its own. What a direct child returns is one as a whole, unless it is given the labels.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from debias.tap.counted import functions
+from debias.tap.moves import CASTS, MOVES
+
+__all__ = ["CLASSIFYING", "Predictions"]
+
+# Losses whose logits may be changed without changing what is predicted; numbers are predicted as the loss reads them.
+CLASSIFYING = frozenset(
+    {"cross_entropy", "nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits", "multi_margin_loss"}
+    | {"LabelSmoothingCrossEntropy", "SoftTargetCrossEntropy"}  # timm's
+)
+
+_SUM = functions("add sub subtract rsub")
+_PRODUCT = functions("mul multiply div true_divide truediv divide")
+_CHOICE = functions("where scatter scatter_add index_add index_put index_copy setitem")
+_KEPT = MOVES | CASTS | functions("softmax log_softmax sigmoid logsigmoid log exp masked_fill")
+_KEPT |= {F.softmax, F.log_softmax, F.logsigmoid}
+_FOLLOWED = _SUM | _PRODUCT | _CHOICE | _KEPT
+
+
+class _Made(NamedTuple):
+    """How a tensor was made.
+
+    Attributes:
+        output: the output that it was made of; None of an output itself.
+        steps: what was done to it that is part of the network.
+        changed: whether something else was done to it.
+        labels: integer tensors that the child, whose output it is, was given.
+        inside: how it was made inside that child.
+    """
+
+    output: Tensor | None = None
+    steps: tuple[Callable[[Tensor], Tensor], ...] = ()
+    changed: bool = False
+    labels: tuple[Any, ...] = ()
+    inside: _Made | None = None
+
+
+_OUTPUT = _Made()
+
+
+class Predictions:
+    """Remembers what one evaluation step makes of the network's outputs."""
+
+    def __init__(self) -> None:
+        self._made: Any = WeakTensorKeyDictionary()
+
+    def close(self) -> None:
+        """Let go of every tensor."""
+        self._made = WeakTensorKeyDictionary()
+
+    def saw(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Remember what the module, or a child of it, has returned for these arguments."""
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and not x.is_floating_point()]
+        labels = tuple(weakref.ref(x) for x in given)
+        parts = (
+            output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else [output]
+        )
+        for x in parts:
+            if isinstance(x, Tensor) and x.is_floating_point() and x.ndim:
+                known = self._made.get(x)
+                if known is None or known.output is not None:
+                    self._made[x] = _Made(labels=labels, inside=known) if labels else _OUTPUT
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
+        """Run an operation, and remember what it makes of outputs."""
+        joined = args[0] if args and isinstance(args[0], tuple | list) else ()
+        operands = [x for x in (*args, *kwargs.values(), *joined) if isinstance(x, Tensor)]
+        known = {x: self._origin(x) for x in operands if isinstance(x, nn.Parameter) or x in self._made}
+        if not known:
+            return run(func, args, kwargs)
+        if func not in _FOLLOWED or joined:
+            out = run(func, args, kwargs)
+            if isinstance(out, Tensor) and out.ndim and out.is_floating_point() and not any(out is x for x in operands):
+                self._made[out] = _OUTPUT
+            return out
+        kind = _kind(func, args, [x for x in operands if x not in known], list(known.values()))
+        mine = min(known, key=lambda x: known[x].changed)
+        origin = known[mine]
+        if _in_place(func) and args and args[0] in known:
+            if kind == "changed" and not known[args[0]].changed:  # soon nobody can tell what it was
+                self._made[args[0]] = _Made(args[0].clone(), changed=True)
+            elif kind == "output":
+                self._made[args[0]] = _OUTPUT
+            return run(func, args, kwargs)
+        out = run(func, args, kwargs)
+        for i, x in enumerate(out) if isinstance(out, tuple | list) else [(None, out)]:
+            if not isinstance(x, Tensor) or any(x is operand for operand in operands):
+                continue
+            if kind == "output":
+                self._made[x] = _OUTPUT
+            elif kind == "kept":
+                self._made[x] = origin._replace(steps=(*origin.steps, _step(func, args, kwargs, mine, i)))
+            elif mine.shape == x.shape:
+                self._made[x] = origin._replace(changed=True)
+        return out
+
+    def of(self, logits: Any, target: Any) -> tuple[Tensor | None, bool]:
+        """The prediction that logits were made of, shaped like them; None where they are the prediction themselves, or
+        nobody knows. And whether they come from a child that was given the target, and that nobody can look into.
+        """
+        made = self._made.get(logits) if isinstance(logits, Tensor) else None
+        steps: tuple[Callable[[Tensor], Tensor], ...] = ()
+        found, changed = logits, False
+        while made is not None:
+            if made.output is not None:
+                found, steps, changed = made.output, made.steps + steps, changed or made.changed
+                made = self._made.get(found)
+            elif isinstance(target, Tensor) and any(ref() is target for ref in made.labels):
+                if made.inside is None:
+                    return None, True
+                made = made.inside
+            else:
+                break
+        if not changed:
+            return None, False
+        for step in steps:
+            found = step(found)
+        return found, False
+
+    def _origin(self, x: Tensor) -> _Made:
+        """How a known tensor was made: of itself, where it is an output or a parameter."""
+        made = self._made.get(x, _OUTPUT)
+        return _Made(x) if made.output is None else made
+
+
+def _in_place(func: Any) -> bool:
+    name = func.__name__
+    return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.startswith("__"))
+
+
+def _kind(func: Any, args: tuple[Any, ...], others: list[Tensor], origins: list[_Made]) -> str:
+    """Whether an operation makes another output, is part of the network, or changes what it predicts."""
+    if func.__name__ == "__setitem__":
+        value = args[2]
+        return "changed" if isinstance(value, Tensor) and value.ndim else "kept"
+    if len({id(origin.output) for origin in origins}) > 1:
+        return "output"
+    one_number = not any(x.ndim and x.dtype != torch.bool for x in others)
+    masks = func.__name__ == "where" and len(origins) == 1
+    return "kept" if func in _KEPT or (one_number and (func in _PRODUCT or masks)) else "changed"
+
+
+_HERE = object()
+
+
+def _step(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mine: Tensor, part: int | None
+) -> Callable[[Tensor], Tensor]:
+    """The same operation on another tensor."""
+    args = tuple(_HERE if x is mine else x for x in args)
+    kwargs = {name: _HERE if x is mine else x for name, x in kwargs.items()}
+
+    def step(x: Tensor) -> Any:
+        named = {name: x if y is _HERE else y for name, y in kwargs.items()}
+        out = func(*(x if y is _HERE else y for y in args), **named)
+        return out if part is None else out[part]
+
+    return step
