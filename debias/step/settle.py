@@ -181,7 +181,7 @@ class Settlement:
             if not calls:
                 calls = [_of_features()]
             elif len(calls) > 1 and not watcher.needs_features:  # else each loss has a head of its own
-                calls = [LossSum(calls)]
+                calls = [LossSum(calls, check=self.checks)]
             for call in calls:
                 if watcher.needs_features:
                     self.heads[watcher.head, watcher.features].resolve(call)

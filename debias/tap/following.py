@@ -192,13 +192,13 @@ class Following:
         if len(axes) == ndim and not keepdim:
             return axes
         index = self._index(found.tensor)
-        if not isinstance(index, Tensor):
+        tracker = self.tap.tracker
+        if not isinstance(index, Tensor) or tracker is None:
             return axes if 0 in axes else None
-        still = all(
-            index.stride(a) == 0 or index.shape[a] == 1 or torch.equal(index, index.narrow(a, 0, 1).expand_as(index))
-            for a in axes
-        )
-        return None if still else axes
+        if tracker.without(index, axes) is not None:
+            return None
+        # Where numbers may not be read, rows lie along the first axis.
+        return axes if tracker.reads(index) or 0 in axes else None
 
     def _index(self, tensor: Tensor) -> Tensor | RowsError | None:
         if self.tap.tracker is None:
@@ -306,7 +306,7 @@ class Following:
             if (
                 isinstance(own, Tensor)
                 and isinstance(theirs, Tensor)
-                and not torch.equal(own.flatten(), theirs.flatten())
+                and not self._equal(own.flatten(), theirs.flatten())
             ):
                 return None
             return weights.reshape(shape)
@@ -323,10 +323,12 @@ class Following:
         """Whether weights are the mask that elements were selected by."""
         if weights is mask or weights.shape != mask.shape or mask.dtype != torch.bool:
             return weights is mask
-        # Reading waits for the device, so beyond the CPU only the step that records everything looks.
-        tracker = self.tap.tracker
-        reads = mask.device.type == "cpu" or (tracker is not None and tracker.everything)
-        return not reads or torch.equal(weights.to(torch.float32), mask.to(torch.float32))
+        return self._equal(weights.to(torch.float32), mask.to(torch.float32))
+
+    def _equal(self, a: Tensor, b: Tensor) -> bool:
+        """Reading waits for the device, so beyond the CPU only the step that records everything looks."""
+        reads = a.device.type == "cpu" or (self.tap.tracker is not None and self.tap.tracker.everything)
+        return not reads or torch.equal(a, b)
 
 
 def _samples_of(tap: LossTap, tensor: Tensor) -> Tensor:

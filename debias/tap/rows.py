@@ -360,7 +360,7 @@ class RowTracker:
         flat = index.flatten(1)
         still = all(s == 0 or size == 1 for s, size in zip(index.stride()[1:], index.shape[1:], strict=True))
         # Beyond the CPU the step that recorded everything has looked.
-        if still or not self._reads(index) or torch.equal(flat, flat[:, :1].expand_as(flat)):
+        if still or not self.reads(index) or torch.equal(flat, flat[:, :1].expand_as(flat)):
             return flat[:, 0] if index.numel() else None
         return None
 
@@ -369,7 +369,7 @@ class RowTracker:
         for axis in reversed(axes):
             first = index.select(axis, 0)
             still = index.shape[axis] == 1 or index.stride(axis) == 0
-            if not still and not (self._reads(index) and torch.equal(index, first.unsqueeze(axis).expand_as(index))):
+            if not still and not (self.reads(index) and torch.equal(index, first.unsqueeze(axis).expand_as(index))):
                 return None
             index = first
         return index if out is None else index.reshape(out.shape)
@@ -415,8 +415,8 @@ class RowTracker:
             line = index[tuple(slice(None) if a == moving[0] else 0 for a in range(index.ndim))]
             if line._base is order and line.stride() == (1,) and line.storage_offset() == 0:
                 return moving[0]  # a view of the order itself
-            return moving[0] if self._reads(index, read) and torch.equal(line, order) else None
-        if not self._reads(index, read):
+            return moving[0] if self.reads(index, read) and torch.equal(line, order) else None
+        if not self.reads(index, read):
             return None
         for axis, size in enumerate(index.shape):
             lines = order.view(-1, *[1] * (index.ndim - axis - 1))
@@ -425,9 +425,9 @@ class RowTracker:
         return None
 
     def _equal(self, a: Tensor, b: Tensor) -> bool:
-        return a is b or (a.shape == b.shape and torch.equal(a, b))
+        return a is b or (a.shape == b.shape and (not self.reads(a) or torch.equal(a, b)))
 
-    def _reads(self, x: Tensor, read: bool | None = None) -> bool:
+    def reads(self, x: Tensor, read: bool | None = None) -> bool:
         """Whether numbers may be read: that waits for the device, so beyond the CPU only in the first step."""
         return (x.device.type == "cpu" or self.everything) if read is None else read
 
