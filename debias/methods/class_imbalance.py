@@ -24,7 +24,7 @@ from debias.data.counting import count_groups
 from debias.errors import DebiasError
 from debias.ops.arguments import check_count, check_number
 from debias.ops.class_counts import class_balanced_weights, ldam_margins, logit_adjustment, margin_at_target
-from debias.ops.distributed import as_global, global_sum, world_size
+from debias.ops.distributed import weighted_mean
 from debias.ops.groups import GroupState, check_counts
 from debias.ops.precision import autocast_off
 from debias.step.batch import BatchKey
@@ -115,7 +115,7 @@ class _Criterion(Debiaser):
 
     def _mean(self, call: LossCall, step: Step) -> Tensor:
         (num, den), factor = self.elements(call, step), call.record.factor
-        return _global_mean(num if factor is None else num * factor, den)
+        return weighted_mean(num if factor is None else num * factor, den, guarded=True)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Count the classes, unless somebody gave or saved the counts."""
@@ -356,10 +356,3 @@ def _whole(call: LossCall, who: str) -> LossCall:
             " (`reduction='mean'`), without augmentations that mix labels."
         )
     return call
-
-
-def _global_mean(num: Tensor, den: Tensor) -> Tensor:
-    local, total = num.sum(), den.detach().sum()
-    summed, total = global_sum(torch.stack((local.detach(), total)))
-    total = total + (total == 0)
-    return as_global(local * (world_size() / total), summed / total)

@@ -136,20 +136,25 @@ def as_global(local: Tensor, value: Tensor) -> Tensor:
     return value.detach() + (local - local.detach()) if is_distributed() else local
 
 
-def weighted_mean(num: Tensor, den: Tensor, weights: Tensor | None = None) -> Tensor:
+def weighted_mean(num: Tensor, den: Tensor, weights: Tensor | None = None, *, guarded: bool = False) -> Tensor:
     """``sum(weights * num) / sum(den)`` of the global batch; its gradient is this rank's share, which DDP averages.
 
     Args:
         num: numerators of this rank's rows, ``(rows,)``.
         den: their denominators, ``(rows,)``.
         weights: of the rows, without gradient; 1 by default.
+        guarded: of nothing, where all denominators are 0, it is 0, and not NaN as torch's own means are.
 
     Returns:
-        Scalar, equal on every rank; NaN where the denominators are 0.
+        Scalar, equal on every rank.
     """
     num = num if weights is None else num * weights
-    local, total = num.sum(), den.sum()
+    local, total = num.sum(), den.detach().sum()
+    summed = local.detach()
+    if is_distributed():
+        summed, total = global_sum(torch.stack((summed, total)))
+    if guarded:
+        total = total + (total == 0)
     if not is_distributed():
         return local / total
-    summed, total = global_sum(torch.stack((local.detach(), total.detach())))
     return as_global(local * (world_size() / total), summed / total)

@@ -242,7 +242,9 @@ class LossCall:
     def mean(self) -> Tensor:
         """The loss of the global batch; its gradient is this rank's share of it."""
         factor, (num, den) = self.record.factor, self.record.elements
-        return weighted_mean(num if factor is None else num * factor, den)
+        # What the step divides by itself it may have guarded against nothing.
+        guarded = self.record.function is not None or self.record.is_sum
+        return weighted_mean(num if factor is None else num * factor, den, guarded=guarded)
 
 
 class LossSum(LossCall):

@@ -153,6 +153,17 @@ def test_per_sample_parts_against_a_loop():
         torch.testing.assert_close(call.den[i], W[PIXEL_TARGET[i][kept]].sum())
 
 
+@pytest.mark.parametrize("end", [lambda ls, m: (ls * m).sum() / m.sum().clamp(min=1), lambda ls, m: ls[m > 0].mean()])
+def test_the_mean_of_nothing_is_nothing_where_the_step_reduces(end):
+    """The step may have guarded what it divides by; torch's own mean of nothing is NaN."""
+    x, none = X.clone().requires_grad_(), torch.zeros(N, dtype=torch.float64)
+    with LossTap() as tap:
+        end(F.cross_entropy(x, YC, reduction="none"), none)
+        F.cross_entropy(x, torch.full((N,), -100))
+    assert tap.calls[0].mean().detach().item() == 0
+    assert tap.calls[1].mean().isnan()
+
+
 def test_losses_without_gradient_do_not_count():
     tap = LossTap()
     with tap:
