@@ -13,7 +13,7 @@ Its deferred reweighting (DRW) leaves all class weights at 1 until a given epoch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import field
 from typing import Any, ClassVar
 
 import torch
@@ -22,14 +22,15 @@ from torch import Tensor, nn
 
 from debias.data.counting import count_groups
 from debias.errors import DebiasError
+from debias.methods.base import LossOptions, Method
 from debias.ops.arguments import check_count, check_number
 from debias.ops.class_counts import class_balanced_weights, ldam_margins, logit_adjustment, margin_at_target
 from debias.ops.distributed import weighted_mean
+from debias.ops.fields import arguments
 from debias.ops.groups import GroupState, check_counts
 from debias.ops.precision import autocast_off
 from debias.step.batch import BatchKey
 from debias.step.context import Step
-from debias.step.watcher import Debiaser
 from debias.tap.calls import LossCall
 
 __all__ = ["LDAM", "ClassBalanced", "CosineLinear", "FocalLoss", "LogitAdjustment"]
@@ -73,30 +74,15 @@ class ClassState(GroupState):
             self.counts.copy_(own)
 
 
-class _Criterion(Debiaser):
-    """A changed criterion: elements of the loss anew, and the mean of the global batch.
+class Criterion(LossOptions, Method):
+    """A changed criterion: elements of the loss anew, and the mean of the global batch."""
 
-    Args:
-        target: where the class ids are, to count them.
-        n_classes: number of classes.
-        class_counts: training samples of each class; counted from the training set if not given.
-        start_epoch: the first epoch that it is at work in; before, training is plain.
-        **options: see :class:`debias.Debiaser`.
-    """
+    start_epoch: ClassVar[int] = 0  # the first epoch that it is at work in; before, training is plain
 
-    stateful: ClassVar[bool] = True
-    needs: ClassVar[tuple[str, ...]] = ("target",)
-    module: Any
-
-    def __init__(
-        self, target: BatchKey, n_classes: int, class_counts: list[int] | None, start_epoch: int = 0, **options: Any
-    ) -> None:
-        super().__init__(**options)
-        if options.get("loss") == "sum":
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss == "sum":
             raise DebiasError("Expected `loss` to choose one loss, but got 'sum'. Pass its position.")
-        self.target = target
-        self.module = ClassState(check_count("n_classes", n_classes, 2), class_counts)
-        self.start_epoch = check_count("start_epoch", start_epoch, 0)
 
     def elements(self, call: LossCall, step: Step) -> tuple[Tensor, Tensor]:
         """Numerators and denominators of the changed criterion."""
@@ -117,6 +103,36 @@ class _Criterion(Debiaser):
         (num, den), factor = self.elements(call, step), call.record.factor
         return weighted_mean(num if factor is None else num * factor, den, guarded=True)
 
+
+@arguments
+class ClassOptions:
+    """What a criterion takes that counts classes.
+
+    Args:
+        n_classes: number of classes.
+        target: where the class ids are in the batch, to count them.
+        class_counts: training samples of each class; counted from the training set if not given.
+    """
+
+    n_classes: int = field(kw_only=False)
+    target: BatchKey = field(default=1, kw_only=False)
+    class_counts: list[int] | None = None
+
+
+class ClassCriterion(ClassOptions, Criterion):
+    """A criterion that depends on the training counts of the classes."""
+
+    stateful: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ("target",)
+
+    def make_module(self) -> ClassState:
+        """The counts."""
+        return ClassState(check_count("n_classes", self.n_classes, 2), self.class_counts)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.module = self.make_module()
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Count the classes, unless somebody gave or saved the counts."""
         if not bool(self.module.counts.any()):
@@ -134,11 +150,6 @@ class _Criterion(Debiaser):
             )
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    @property
-    def n_classes(self) -> int:
-        """Number of classes."""
-        return self.module.n_groups
-
     def again(self, call: LossCall, logits: Tensor) -> Tensor:
         """The elements of the loss from other logits, with all that it was called with."""
         options: dict[str, Any] = {k: v.to(logits.dtype) if k == "weight" else v for k, v in call.arguments.items()}
@@ -152,42 +163,24 @@ class _Criterion(Debiaser):
         return torch.where((target >= 0) & (target < self.n_classes), target, 0)
 
 
-class LogitAdjustment(_Criterion):
+@arguments
+class LogitAdjustment(ClassCriterion):
     """Add the logarithm of the class frequencies to the logits while training: the balanced softmax.
 
     The formula stands at the top of :mod:`debias.methods.class_imbalance`. The module's own logits then are those of
     balanced classes: nothing is to be done at the test.
 
     Args:
-        n_classes: number of classes.
-        target: where the class ids are in the batch, to count them.
         tau: strength; 1 for the balanced softmax.
-        class_counts: training samples of each class; counted from the training set if not given.
-        loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
     """
 
     reference: ClassVar[str] = "Menon et al., ICLR 2021; Ren et al., NeurIPS 2020"
 
-    def __init__(
-        self,
-        n_classes: int,
-        target: BatchKey = 1,
-        *,
-        tau: float = 1.0,
-        class_counts: list[int] | None = None,
-        loss: int | Callable[[LossCall], bool] | None = None,
-        rows: str | Callable[[LossCall, int], Tensor] | None = None,
-        name: str | None = None,
-        allow_untested_strategy: bool = False,
-    ) -> None:
-        options: dict[str, Any] = {
-            "loss": loss,
-            "rows": rows,
-            "name": name,
-            "allow_untested_strategy": allow_untested_strategy,
-        }
-        super().__init__(target, n_classes, class_counts, **options)
-        self.tau = check_number("tau", tau)
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.tau = check_number("tau", self.tau)
 
     def elements(self, call: LossCall, step: Step) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the adjusted logits."""
@@ -196,44 +189,27 @@ class LogitAdjustment(_Criterion):
         return self.again(call, logits + added.view(-1, *[1] * (logits.ndim - 2))), call.record.elements[1]
 
 
-class ClassBalanced(_Criterion):
+@arguments
+class ClassBalanced(ClassCriterion):
     """Weigh classes by their effective number of samples.
 
     The formula stands at the top of :mod:`debias.methods.class_imbalance`; like torch's weighted cross-entropy the loss
     is divided by the sum of the weights, of the global batch.
 
     Args:
-        n_classes: number of classes.
-        target: where the class ids are in the batch, to count them.
         beta: in [0, 1); 0.9999 and the like.
         start_epoch: deferred reweighting (DRW): the first epoch with weights.
-        class_counts: training samples of each class; counted from the training set if not given.
-        loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
     """
 
     reference: ClassVar[str] = "Cui et al., CVPR 2019"
 
-    def __init__(
-        self,
-        n_classes: int,
-        target: BatchKey = 1,
-        *,
-        beta: float = 0.9999,
-        start_epoch: int = 0,
-        class_counts: list[int] | None = None,
-        loss: int | Callable[[LossCall], bool] | None = None,
-        rows: str | Callable[[LossCall, int], Tensor] | None = None,
-        name: str | None = None,
-        allow_untested_strategy: bool = False,
-    ) -> None:
-        options: dict[str, Any] = {
-            "loss": loss,
-            "rows": rows,
-            "name": name,
-            "allow_untested_strategy": allow_untested_strategy,
-        }
-        super().__init__(target, n_classes, class_counts, start_epoch, **options)
-        self.beta = check_number("beta", beta, "[0, 1)")
+    beta: float = 0.9999
+    start_epoch: int = 0  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.beta = check_number("beta", self.beta, "[0, 1)")
+        self.start_epoch = check_count("start_epoch", self.start_epoch, 0)
 
     def elements(self, call: LossCall, step: Step) -> tuple[Tensor, Tensor]:
         """The elements times the weights of their classes."""
@@ -243,54 +219,36 @@ class ClassBalanced(_Criterion):
         return num * weights, den * weights
 
 
-class LDAM(_Criterion):
+@arguments
+class LDAM(ClassCriterion):
     """Margins that grow as classes are rarer, optionally with deferred reweighting.
 
     The formula stands at the top of :mod:`debias.methods.class_imbalance`. The head has to give cosines
     (:class:`debias.CosineLinear`); at the test the largest cosine decides, as ever.
 
     Args:
-        n_classes: number of classes.
-        target: where the class ids are in the batch, to count them.
         max_margin: margin of the rarest class.
         scale: inverse temperature s.
         reweight_epoch: from this epoch on classes are weighed too (DRW); never by default. Published: epoch 160 of 200.
         beta: of these weights, see :class:`debias.ClassBalanced`.
         check_logits: refuse logits beyond [-1, 1], of which margins would mean nothing; False for those who want it.
-        class_counts: training samples of each class; counted from the training set if not given.
-        loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
     """
 
     reference: ClassVar[str] = "Cao et al., NeurIPS 2019"
 
-    def __init__(
-        self,
-        n_classes: int,
-        target: BatchKey = 1,
-        *,
-        max_margin: float = 0.5,
-        scale: float = 30.0,
-        reweight_epoch: int | None = None,
-        beta: float = 0.9999,
-        check_logits: bool = True,
-        class_counts: list[int] | None = None,
-        loss: int | Callable[[LossCall], bool] | None = None,
-        rows: str | Callable[[LossCall, int], Tensor] | None = None,
-        name: str | None = None,
-        allow_untested_strategy: bool = False,
-    ) -> None:
-        options: dict[str, Any] = {
-            "loss": loss,
-            "rows": rows,
-            "name": name,
-            "allow_untested_strategy": allow_untested_strategy,
-        }
-        super().__init__(target, n_classes, class_counts, **options)
-        self.max_margin = check_number("max_margin", max_margin, "(0, inf)")
-        self.scale = check_number("scale", scale, "(0, inf)")
-        self.beta = check_number("beta", beta, "[0, 1)")
-        self.reweight_epoch = None if reweight_epoch is None else check_count("reweight_epoch", reweight_epoch, 0)
-        self.check_logits = check_logits
+    max_margin: float = 0.5
+    scale: float = 30.0
+    reweight_epoch: int | None = None
+    beta: float = 0.9999
+    check_logits: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.max_margin = check_number("max_margin", self.max_margin, "(0, inf)")
+        self.scale = check_number("scale", self.scale, "(0, inf)")
+        self.beta = check_number("beta", self.beta, "[0, 1)")
+        if self.reweight_epoch is not None:
+            self.reweight_epoch = check_count("reweight_epoch", self.reweight_epoch, 0)
 
     def elements(self, call: LossCall, step: Step) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the scaled logits, less the margin at the true class."""
@@ -309,7 +267,8 @@ class LDAM(_Criterion):
         return num, den
 
 
-class FocalLoss(_Criterion):
+@arguments
+class FocalLoss(Criterion):
     """Weigh samples down that the network is sure of.
 
     The formula stands at the top of :mod:`debias.methods.class_imbalance`; under label smoothing or class weights p_y
@@ -317,30 +276,15 @@ class FocalLoss(_Criterion):
 
     Args:
         gamma: 1 or 2; 0 is plain training.
-        loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
     """
 
-    stateful: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[str] = "Lin et al., ICCV 2017"
 
-    def __init__(
-        self,
-        gamma: float = 2.0,
-        *,
-        loss: int | Callable[[LossCall], bool] | None = None,
-        rows: str | Callable[[LossCall, int], Tensor] | None = None,
-        name: str | None = None,
-        allow_untested_strategy: bool = False,
-    ) -> None:
-        options: dict[str, Any] = {
-            "loss": loss,
-            "rows": rows,
-            "name": name,
-            "allow_untested_strategy": allow_untested_strategy,
-        }
-        super().__init__(1, 2, [1, 1], **options)
-        self.gamma = check_number("gamma", gamma)
+    gamma: float = field(default=2.0, kw_only=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.gamma = check_number("gamma", self.gamma)
 
     def elements(self, call: LossCall, step: Step) -> tuple[Tensor, Tensor]:
         """The elements times ``(1 - p)^gamma``."""

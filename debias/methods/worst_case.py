@@ -19,19 +19,20 @@ per-sample losses only; keeps no state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from debias.errors import BadRowsError, DebiasError
+from debias.methods.base import LossOptions, Method
 from debias.ops.arguments import check_number
 from debias.ops.distributed import gather
+from debias.ops.fields import arguments
 from debias.ops.groups import GroupState, readable
 from debias.ops.precision import autocast_off
 from debias.step.context import Step
-from debias.step.watcher import Debiaser
 from debias.tap.calls import LossCall
 
 __all__ = ["CVaRDRO", "CVaRLoss", "ChiSquareDRO", "ChiSquareLoss", "chi_square_weights", "cvar_weights"]
@@ -125,12 +126,12 @@ def chi_square_weights(
     return torch.zeros_like(p).scatter(0, order, p / p.sum())
 
 
-class _WorstCaseLoss(GroupState):
+class WorstCaseLoss(GroupState):
     """What both objectives share: the global batch, and rows that are not finite."""
 
     kind: ClassVar[str] = "sample"
 
-    def __init__(self) -> None:
+    def __post_init__(self) -> None:
         super().__init__(1)
 
     def weights(self, losses: Tensor, shares: Tensor) -> Tensor:
@@ -170,12 +171,23 @@ class _WorstCaseLoss(GroupState):
         self.count_bad(readable(torch.stack([none, len(bad) - rows, none, rows]).double()))
 
 
-class CVaRLoss(_WorstCaseLoss):
-    """The mean loss of the worst fraction of a batch, for any training loop.
+@arguments(kw_only=False)
+class CVaROptions:
+    """Options of the worst fraction.
 
     Args:
-        alpha: the fraction, in (0, 1]; 1 is plain training.
+        alpha: the fraction, in (0, 1]; 1 is plain training. ``alpha`` times the global batch must be much larger than
+            one.
         temperature: smooths the weights by their relative entropy; 0 for none.
+    """
+
+    alpha: float = 0.1
+    temperature: float = 0.0
+
+
+@arguments
+class CVaRLoss(CVaROptions, WorstCaseLoss):
+    """The mean loss of the worst fraction of a batch, for any training loop.
 
     Shape:
         losses ``(N,)``, unreduced; output: scalar. In a distributed run that of the global batch.
@@ -190,23 +202,33 @@ class CVaRLoss(_WorstCaseLoss):
         tensor(1.6667)
     """
 
-    def __init__(self, alpha: float = 0.1, temperature: float = 0.0) -> None:
-        super().__init__()
-        self.alpha = check_number("alpha", alpha, "(0, 1]")
-        self.temperature = check_number("temperature", temperature)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.alpha = check_number("alpha", self.alpha, "(0, 1]")
+        self.temperature = check_number("temperature", self.temperature)
 
     def weights(self, losses: Tensor, shares: Tensor) -> Tensor:
         """See :func:`debias.functional.cvar_weights`."""
         return cvar_weights(losses, alpha=self.alpha, temperature=self.temperature, shares=shares)
 
 
-class ChiSquareLoss(_WorstCaseLoss):
-    """The worst-case mean loss in a chi-square ball around a batch, for any training loop.
+@arguments(kw_only=False)
+class ChiSquareOptions:
+    """Options of the chi-square ball.
 
     Args:
         radius: of the ball, 1 by default.
         penalty: weight of the divergence instead of a ball; the loss is then ``<p, v>`` without the divergence, which
             is a constant where p is.
+    """
+
+    radius: float | None = None
+    penalty: float | None = None
+
+
+@arguments
+class ChiSquareLoss(ChiSquareOptions, WorstCaseLoss):
+    """The worst-case mean loss in a chi-square ball around a batch, for any training loop.
 
     Shape:
         losses ``(N,)``, unreduced; output: scalar. In a distributed run that of the global batch.
@@ -215,21 +237,22 @@ class ChiSquareLoss(_WorstCaseLoss):
         BadRowsError: a loss is not finite.
     """
 
-    def __init__(self, radius: float | None = None, penalty: float | None = None) -> None:
-        super().__init__()
-        if radius is not None and penalty is not None:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.radius is not None and self.penalty is not None:
             raise DebiasError(
-                f"Expected either `radius` or `penalty`, but got {radius!r} and {penalty!r}. Leave one of them out."
+                f"Expected either `radius` or `penalty`, but got {self.radius!r} and {self.penalty!r}. Leave one of"
+                " them out."
             )
-        self.penalty = None if penalty is None else check_number("penalty", penalty, "(0, inf)")
-        self.radius = check_number("radius", 1.0 if radius is None else radius, "(0, inf)")
+        self.penalty = None if self.penalty is None else check_number("penalty", self.penalty, "(0, inf)")
+        self.radius = check_number("radius", 1.0 if self.radius is None else self.radius, "(0, inf)")
 
     def weights(self, losses: Tensor, shares: Tensor) -> Tensor:
         """See :func:`debias.functional.chi_square_weights`."""
         return chi_square_weights(losses, radius=self.radius, penalty=self.penalty, shares=shares)
 
 
-class _WorstCase(Debiaser):
+class WorstCase(LossOptions, Method):
     """The callback of both: reads the losses, calls the module, logs."""
 
     reference: ClassVar[str] = "Levy et al., NeurIPS 2020, arXiv 2010.05893"
@@ -256,58 +279,26 @@ class _WorstCase(Debiaser):
         self.module.raise_if_bad()
 
 
-class CVaRDRO(_WorstCase):
+@arguments
+class CVaRDRO(CVaROptions, WorstCase):
     """Train on the worst fraction of each batch; needs no group labels.
 
-    The method and its formula are described at the top of :mod:`debias.methods.worst_case`.
-
-    Args:
-        alpha: the fraction, in (0, 1]; ``alpha`` times the global batch must be much larger than one.
-        temperature: smooths the weights; 0 for none.
-        loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`. Rows of one sample count one by one.
-
-    Logs ``train/average_loss``, unweighted, on logging steps.
+    The formula stands at the top of :mod:`debias.methods.worst_case`. Rows of one sample count one by one. Logs
+    ``train/average_loss``, unweighted, on logging steps.
     """
 
-    def __init__(
-        self,
-        alpha: float = 0.1,
-        *,
-        temperature: float = 0.0,
-        loss: int | str | Callable[[LossCall], bool] | None = None,
-        rows: str | Callable[[LossCall, int], Tensor] | None = None,
-        name: str | None = None,
-        allow_untested_strategy: bool = False,
-    ) -> None:
-        super().__init__(loss=loss, rows=rows, name=name, allow_untested_strategy=allow_untested_strategy)
-        self.module = CVaRLoss(alpha, temperature)
+    module_class = CVaRLoss
 
 
-class ChiSquareDRO(_WorstCase):
+@arguments
+class ChiSquareDRO(ChiSquareOptions, WorstCase):
     """Train on the worst distribution in a chi-square ball around each batch; needs no group labels.
 
-    The method and its formula are described at the top of :mod:`debias.methods.worst_case`.
-
-    Args:
-        radius: of the ball, 1 by default.
-        penalty: weight of the divergence instead of a ball.
-        loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`. Rows of one sample count one by one.
-
-    Logs ``train/average_loss``, unweighted, on logging steps.
+    The formula stands at the top of :mod:`debias.methods.worst_case`. Rows of one sample count one by one. Logs
+    ``train/average_loss``, unweighted, on logging steps.
     """
 
-    def __init__(
-        self,
-        radius: float | None = None,
-        *,
-        penalty: float | None = None,
-        loss: int | str | Callable[[LossCall], bool] | None = None,
-        rows: str | Callable[[LossCall, int], Tensor] | None = None,
-        name: str | None = None,
-        allow_untested_strategy: bool = False,
-    ) -> None:
-        super().__init__(loss=loss, rows=rows, name=name, allow_untested_strategy=allow_untested_strategy)
-        self.module = ChiSquareLoss(radius, penalty)
+    module_class = ChiSquareLoss
 
 
 def _batch(losses: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor]:
