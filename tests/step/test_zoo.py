@@ -1,9 +1,9 @@
 """The loss of a group is what the user's own step would return for the samples of that group alone.
 
-``losses="split"`` runs the step on each group, and is the oracle. Steps are drawn: a loss of torch, its reduction,
-weights, a mask, what the step does with the elements, how it divides, a second loss with a factor, samples, tokens,
-pixels or views. In each the whole batch gives the group losses, group weights and gradients of the split one, or it is
-refused.
+``losses="split"`` runs the step on each group, and is the oracle. Steps are drawn: a loss of torch that compares a
+prediction with a target, its reduction and weights, a mask, what the step does with the elements, how it divides, a
+factor, a second loss, a term on parameters, and rows that are samples, tokens or views. In each the whole batch gives
+the group losses, group weights and gradients of the split one, or it is refused.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ ELEMENTWISE = {
     "huber": lambda z, y, **o: F.huber_loss(z, y, delta=0.3, **o),
     "smooth l1": lambda z, y, **o: F.smooth_l1_loss(z, y, beta=0.3, **o),
     "soft margin": lambda z, y, **o: F.soft_margin_loss(z, 2 * (y > 0.5).to(z.dtype) - 1, **o),
+    "hinge": lambda z, y, **o: F.hinge_embedding_loss(z, 2 * (y > 0.5).to(z.dtype) - 1, **o),
     "kl": lambda z, y, **o: F.kl_div(z.log_softmax(-1), y.softmax(-1), **o),
     "poisson": lambda z, y, **o: F.poisson_nll_loss(z, y, **o),
     "gaussian": lambda z, y, **o: F.gaussian_nll_loss(z, y, torch.full_like(z, 0.5), **o),
