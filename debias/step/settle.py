@@ -84,12 +84,10 @@ class Settlement:
     def at_once(self, call: LossCall) -> Tensor | None:
         """The debiased loss in the place of a loss, while the step runs."""
         method = self.reweigher
-        if method is None or (not isinstance(method.loss, int) and not means(method.loss, call)):
+        if method is None or not means(method.loss, call):
             return None
         if method.loss is None and call.position:
             raise ambiguous(["(the first loss)", call.name], type(method).__name__)
-        if isinstance(method.loss, int) and call.position != method.loss:
-            return None
         if call.record.undivided:
             raise UntappedLossError(
                 f"Expected a mean under manual optimisation, but `{call.name}` is a sum, and what the step divides it"
