@@ -143,7 +143,8 @@ class LossTap(TorchFunctionMode):
 
         call = self._call(func.__name__, prediction, arguments.get(labels), compute)
         call.arguments = {k: v for k, v in arguments.items() if k in FORM and v is not None}
-        call.counts.append(counted_by(func, arguments))
+        if not self.training:
+            call.counts.append(counted_by(func, arguments))
         call.record.is_sum = call.record.undivided = reduction == "sum"
         mixed = self.training and self.mixture is not None and self.mixture.meant(call)
         if mixed and (SECOND[func] != "target" or not isinstance(call.target, Tensor)):
@@ -199,7 +200,8 @@ class LossTap(TorchFunctionMode):
         logits, target = (args[0] if args else None), (args[1] if len(args) > 1 else None)
         losses, den = compute(*args)
         call = self._call(name, logits, target, lambda: (losses, den))
-        call.counts.append(lambda: None if bool((den != 0).all()) else den != 0)
+        if not self.training:
+            call.counts.append(lambda: None if bool((den != 0).all()) else den != 0)
         if self.training and self.mixture is not None and self.mixture.meant(call):
             if not isinstance(target, Tensor):
                 raise unmixable(name, "it has no target tensor as second argument")
