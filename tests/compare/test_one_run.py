@@ -28,10 +28,10 @@ from _support.runs import ddp
 from debias import DetectionMonitor, GroupMonitor, tag
 from debias.cli import one_run
 from debias.compare import keeping, meter
-from debias.compare.grid import RunSpec, prepare
+from debias.compare.grid import RunSpec, prepare, spec_hash
 from debias.compare.held_out import hold_out
 from debias.compare.predictions import Predictions
-from debias.compare.records import Measures, measures, read_record, shift_score
+from debias.compare.records import Measures, measures, read_record, read_spec, shift_score
 from debias.data import ColoredDigits
 from debias.data._common import GroupDataModule
 from debias.errors import DataError, DebiasError
@@ -406,11 +406,12 @@ def test_ranks_beyond_those_that_saved_begin_streams_of_their_own():
 
 def test_sigterm_leaves_no_failure_behind(tmp_path):
     folder = one(tmp_path, "erm", epochs=2000)
-    words = [sys.executable, "-m", "debias.cli.one_run", str(folder)]
+    words = [sys.executable, "-m", "debias.cli.one_run", str(folder), spec_hash(read_spec(folder))]
     process = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
     limit = time.monotonic() + 120
-    while not (folder / "progress.json").exists() and time.monotonic() < limit:
+    while not (folder / "progress.json").exists() and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.1)
+    assert process.poll() is None  # it is in its training
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) != 0
     assert not (folder / "result.json").exists()
