@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from debias.errors import DebiasError, UnsupportedStrategyError
+from debias.ops import arguments
 from debias.ops.arguments import check_number
 from debias.ops.distributed import as_global, gather, global_sum, world_size
-from debias.ops.groups import readable_at_once
 from debias.ops.samples import SampleTable
 from debias.step.context import Step
 from debias.step.owned import OwnedModule
@@ -154,7 +154,7 @@ class FailureTable(SampleTable):
         """
         running: Any = self._buffers[name]
         largest = self._largest.get(name)
-        if largest is not None and len(largest) == n_classes and name in before and readable_at_once(running):
+        if largest is not None and len(largest) == n_classes and name in before and arguments.on_host(running):
             replaced = (before[name] >= largest[labels]) | (before["classes"] != labels)
             if not bool((replaced & known).any()):
                 largest.scatter_reduce_(0, labels, running[place] * (place < self.size), "amax")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from debias.errors import BadRowsError, DebiasError
 
-__all__ = ["MOST", "check_choice", "check_count", "check_instance", "check_number", "checked", "shown"]
+__all__ = ["MOST", "check_choice", "check_count", "check_instance", "check_number", "checked", "on_host", "shown"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 MOST = 1_000_000  # groups, classes, labels, thresholds: what has a number each, and a name
@@ -103,6 +103,11 @@ def shown(value: Any) -> str:
     except Exception:  # of any kind; of a foreign object, and an integer may have too many digits
         text = f"a {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:200]} ..."
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether looking at a tensor's values waits for nothing."""
+    return tensor.device.type == "cpu"
 
 
 def checked(shapes: str = "", **within: str) -> Callable[[F], F]:
@@ -301,7 +306,7 @@ def _check_ids(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     for name, alternatives in wanted.items():
         for kind, dims, limit in alternatives:
             ids = given.get(name)
-            if not limit or not isinstance(ids, Tensor) or ids.device.type != "cpu" or not _has_kind(ids, kind):
+            if not limit or not isinstance(ids, Tensor) or not on_host(ids) or not _has_kind(ids, kind):
                 continue
             size = _size(limit, wanted, given)
             if size is None or ids.ndim != len(dims) or not ids.numel():

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debias.errors import BadRowsError, DebiasError
+from debias.ops import arguments
 from debias.ops.arguments import MOST, check_count
 from debias.ops.distributed import global_sum, is_distributed, world_size
 
@@ -123,10 +124,10 @@ def group_losses(
         The sums of each loss, and the numbers of rows of the global batch by place, ``(G + 3,)``, for
         :meth:`GroupState.count_bad`: a tensor, or plain numbers where reading them waits for nothing.
     """
-    on_host = _on_host(calls[0][0])
-    places, tables = _tables(calls, n_groups, look_for_bad=not on_host)
+    at_once = arguments.on_host(calls[0][0])
+    places, tables = _tables(calls, n_groups, look_for_bad=not at_once)
     counts: Tensor | list[float]
-    if on_host:
+    if at_once:
         listed = [table.tolist() for table in tables]
         checked = all(isfinite(sum(num)) for num, _, _ in listed)
         if not checked:  # on all ranks alike, since the tables are global
@@ -184,24 +185,14 @@ def _tables(
     return places, list(global_sum(torch.stack(tables)))
 
 
-def _on_host(x: Tensor) -> bool:
-    """Whether reading a tensor waits for nothing."""
-    return x.device.type == "cpu"
-
-
-def readable_at_once(x: Tensor) -> bool:
-    """Whether looking at a tensor's values waits for nothing."""
-    return _on_host(x)
-
-
 def readable(counts: Tensor) -> Tensor | list[float]:
     """Counts for :meth:`GroupState.count_bad`: plain numbers where reading them waits for nothing."""
-    return counts.tolist() if _on_host(counts) else counts
+    return counts.tolist() if arguments.on_host(counts) else counts
 
 
 def _table(data: Tensor, places: Tensor, n_groups: int) -> Tensor:
     """Sums of the columns of ``data`` ``(3, rows)`` by place."""
-    if _on_host(data) and places.dtype != torch.bool:
+    if arguments.on_host(data) and places.dtype != torch.bool:
         return data.new_zeros(3, n_groups + _EXTRA).scatter_add_(1, places.expand(3, -1), data)
     # Elsewhere scattering would add in another order in every run.
     size = _rows_at_once(n_groups)

@@ -35,7 +35,7 @@ from _support.fits import (
 )
 from debias import GroupMonitor
 from debias.errors import BadRowsError, UnsupportedStrategyError
-from debias.ops import groups
+from debias.ops import arguments as checks
 from debias.ops.groups import GroupState
 
 
@@ -313,7 +313,7 @@ def syncs_of(callbacks, *, bare=False):
 
 def test_no_host_sync_between_logging_steps(method):
     """On CPU a bad row raises at once, which reads a counter; the branch of other devices is put in its place."""
-    with mock.patch.object(groups, "_on_host", return_value=False):
+    with mock.patch.object(checks, "on_host", return_value=False):
         ours, plain = syncs_of(build(method)), syncs_of([], bare=True)
     assert ours[1:] == plain[1:]
     # Whether the head makes the logits from its input is looked at once, in the first step.
@@ -362,7 +362,7 @@ def test_off_the_cpu_bad_rows_raise_at_the_next_logging_step(name, end):
     batches = loader()
     batches.dataset.tags["place"][1] = 3
     every = 2 if end == "logging step" else 1000
-    with mock.patch.object(groups, "_on_host", return_value=False), pytest.raises(BadRowsError, match="1 rows"):
+    with mock.patch.object(checks, "on_host", return_value=False), pytest.raises(BadRowsError, match="1 rows"):
         make_trainer([before, *callbacks], log_every_n_steps=every).fit(model, batches, val_loader())
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert same(before.seen[0], parameters(model)) == (end == "logging step")

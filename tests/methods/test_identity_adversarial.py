@@ -30,7 +30,7 @@ from debias import (
 )
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, DebiasWarning, HeadNotFoundError, RowsError
 from debias.functional import bce_to_ce_strength, dann_ramp, gradient_reversal, identity_losses
-from debias.ops import groups
+from debias.ops import arguments
 
 PERSONS = torch.arange(39) * 7 % 6 - 1  # -1 .. 4
 
@@ -149,7 +149,7 @@ def test_only_rows_without_a_number_are_left_out_and_counted():
     features = torch.randn(4, 8)
     features[1, 3] = torch.nan
     features.requires_grad_()
-    with mock.patch.object(groups, "_on_host", return_value=False):  # as on a device, where reading would wait
+    with mock.patch.object(arguments, "on_host", return_value=False):  # as on a device, where reading would wait
         criterion(features, torch.tensor([0, 1, 2, 9])).backward()
     assert all(torch.isfinite(p.grad).all() for p in criterion.parameters())
     assert torch.isfinite(features.grad).all()

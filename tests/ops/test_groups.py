@@ -19,6 +19,7 @@ from debias import (
     GroupReweightingLoss,
 )
 from debias.errors import BadRowsError, DebiasError
+from debias.ops import arguments
 from debias.ops import groups as ops
 from debias.ops.groups import group_losses
 
@@ -28,7 +29,7 @@ G = 3
 @pytest.fixture(params=["host reads along", "nothing is read"], autouse=True)
 def device(request, monkeypatch):
     if request.param == "nothing is read":
-        monkeypatch.setattr(ops, "_on_host", lambda x: False)
+        monkeypatch.setattr(arguments, "on_host", lambda x: False)
 
 
 def example(n=40, seed=0):
@@ -213,7 +214,7 @@ def test_state_does_not_see_bad_rows_before_they_are_said():
 
     with pytest.raises(BadRowsError, match="finite losses, but 1 rows"):
         step_and_say()
-    if ops._on_host(torch.ones(1)):
+    if arguments.on_host(torch.ones(1)):
         assert bad.weights.tolist() == pytest.approx([1 / G] * G)
         return
     clean(torch.tensor([1.0, 2.0]), torch.tensor([0, 1]))
@@ -225,7 +226,7 @@ def test_one_batch_gives_the_same_on_both_ways(monkeypatch):
     num, den, groups = example()
     found = []
     for on_host in (True, False):
-        monkeypatch.setattr(ops, "_on_host", lambda x, on_host=on_host: on_host)
+        monkeypatch.setattr(arguments, "on_host", lambda x, on_host=on_host: on_host)
         (sums,), _ = group_losses([(num, den, groups)], G)
         found.append(torch.cat((sums.num, sums.den, sums.losses)))
     torch.testing.assert_close(*found, rtol=1e-14, atol=0)

@@ -25,7 +25,7 @@ from _support.fits import Classifier, loader, make_trainer, parameters, problem,
 from _support.runs import Manual, Skipping, ddp, fit
 from debias import GroupDRO, GroupMonitor, GroupReweighting, VREx
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, UnsupportedStrategyError
-from debias.ops import groups
+from debias.ops import arguments
 from debias.step.proxy import StepProxy
 
 
@@ -235,7 +235,7 @@ def test_a_run_without_any_label_is_said_once(on_host):
     model, callback = Classifier(), GroupDRO("place", 3, group_counts=[1, 1, 1], adjustment=1.0)
     before = parameters(model)
     with (
-        mock.patch.object(groups, "_on_host", return_value=on_host),
+        mock.patch.object(arguments, "on_host", return_value=on_host),
         pytest.warns(UserWarning, match="no labelled") as caught,
     ):
         make_trainer([callback], max_epochs=2, log_every_n_steps=2).fit(model, batches, val_loader())
@@ -250,7 +250,7 @@ def test_one_label_is_enough_to_say_nothing(on_host):
     """Also where only the first batch of an epoch holds it."""
     place = torch.full((39,), -1)
     place[3] = 1
-    with mock.patch.object(groups, "_on_host", return_value=on_host):
+    with mock.patch.object(arguments, "on_host", return_value=on_host):
         callback = GroupDRO("place", 3, group_counts=[1, 1, 1], adjustment=1.0)
         make_trainer([callback], max_epochs=2, log_every_n_steps=1).fit(Classifier(), loader(place=place), val_loader())
 
