@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,7 +16,12 @@ __all__ = ["Note", "same_rows", "version"]
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; -1 where nobody counts."""
+    """How often a tensor was changed in place; -1 where nobody counts.
+
+    Inside a compiled graph a tensor is new: reading the counter there would cut the graph in two.
+    """
+    if torch.compiler.is_compiling():
+        return 0
     return -1 if tensor.is_inference() else tensor._version
 
 

@@ -97,7 +97,7 @@ class RowTracker:
         """A change in place is understood if it keeps every row with its sample."""
         target = args[0]
         note = self._find(target)
-        if note is None or note.version == version(target):
+        if note is None or (note.version == version(target) and not torch.compiler.is_compiling()):
             return
         others = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, Tensor) and x.ndim]
         if func is Tensor.__setitem__:
