@@ -15,6 +15,7 @@ __all__ = [
     "ELEMENTWISE",
     "INPLACE",
     "MOVES",
+    "PUTTING",
     "RECORDED",
     "REDUCTIONS",
     "REORDERING",
@@ -68,6 +69,11 @@ INPLACE = named(
     " nan_to_num_ zero_ fill_ relu_ tanh_ threshold_ __setitem__ __iadd__ __isub__ __imul__ __itruediv__ __iand__"
     " __ior__"
 )
+# Put elements elsewhere in place: after them nobody knows where a row is.
+PUTTING = named(
+    "copy_ put_ index_put_ index_copy_ index_add_ index_reduce_ masked_scatter_ scatter_ scatter_add_ scatter_reduce_"
+    " transpose_ t_ swapaxes_ swapdims_ resize_"
+)
 # Make one value of all along some axes.
 REDUCTIONS = named("sum mean argmax argmin max min amax amin any all prod count_nonzero nansum nanmean median")
 # Make each value of all along an axis.
@@ -86,7 +92,7 @@ STILL = named("flip fliplr flipud roll")
 # Moves by which steps and networks put rows in another order, not merely axes.
 REORDERING = SORTING | named("__getitem__ flip flipud roll index_select gather take take_along_dim")
 
-RECORDED = MOVES | CASTS | ELEMENTWISE | INPLACE | REDUCTIONS | ALONG | SORTING | {F.one_hot}
+RECORDED = MOVES | CASTS | ELEMENTWISE | INPLACE | PUTTING | REDUCTIONS | ALONG | SORTING | {F.one_hot}
 
 
 class Move(NamedTuple):

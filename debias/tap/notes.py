@@ -12,17 +12,23 @@ from torch import Tensor
 
 from debias.tap.moves import CASTS, MOVES, REDUCTIONS, axes_of, keeps_rows
 
-__all__ = ["Note", "same_rows", "version"]
+__all__ = ["CHANGED", "Note", "first_version", "same_rows", "version"]
+
+CHANGED = -3  # no tensor has this version, nor the one after it
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; -1 where nobody counts.
-
-    Inside a compiled graph a tensor is new: reading the counter there would cut the graph in two.
-    """
-    if torch.compiler.is_compiling():
-        return 0
+    """How often a tensor was changed in place; -1 where nobody counts."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+def first_version(tensor: Tensor) -> int:
+    """:func:`version` of a tensor that an operation has just made.
+
+    In a compiled graph it is taken for 0, as reading it would cut the graph in two. A view of something that was
+    changed in place has another one: it then counts as changed, and its rows as unknown.
+    """
+    return 0 if torch.compiler.is_compiling() else version(tensor)
 
 
 @dataclass(eq=False)

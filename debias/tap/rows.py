@@ -22,6 +22,7 @@ from debias.tap.moves import (
     ALONG,
     INPLACE,
     MOVES,
+    PUTTING,
     REORDERING,
     SORTING,
     Move,
@@ -31,7 +32,7 @@ from debias.tap.moves import (
     sorts_rows,
     takes_rows,
 )
-from debias.tap.notes import Note, same_rows, version
+from debias.tap.notes import CHANGED, Note, first_version, same_rows, version
 
 __all__ = ["RowTracker", "arranged_rows"]
 
@@ -70,13 +71,17 @@ class RowTracker:
         """Remember one operation; called for every one in :data:`debias.tap.moves.RECORDED`."""
         if not args or (func in SORTING and not sorts_rows(func, args, kwargs)):
             return
+        if func in PUTTING:
+            self._lose(args[0], out)
+            return
         if func in INPLACE or out is args[0]:  # y.long() may be y itself, as may x.flatten(): then it is no operation
-            self._in_place(func, args, kwargs)
+            self._in_place(func, args, kwargs, out)
             return
         if isinstance(out, Tensor):
-            made = [Note(out, version(out), func, args, kwargs)]
+            made = [Note(out, first_version(out), func, args, kwargs)]
         elif isinstance(out, tuple | list):
-            made = [Note(x, version(x), func, args, kwargs, i) for i, x in enumerate(out) if isinstance(x, Tensor)]
+            results = [(i, x) for i, x in enumerate(out) if isinstance(x, Tensor)]
+            made = [Note(x, first_version(x), func, args, kwargs, i) for i, x in results]
         else:
             return
         if not made:
@@ -93,19 +98,31 @@ class RowTracker:
             plain = functools.partial(self._plain, tensor)
             self._records.append(Note(tensor, version(tensor), index=plain, known=False))
 
-    def _in_place(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _in_place(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """A change in place is understood if it keeps every row with its sample."""
         target = args[0]
-        note = self._find(target)
-        if note is None or (note.version == version(target) and not torch.compiler.is_compiling()):
-            return
         others = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, Tensor) and x.ndim]
         if func is Tensor.__setitem__:
             others = [x for x in args[2:] if isinstance(x, Tensor) and x.ndim]
-        before, note.version = note.version, version(target)
+        if torch.compiler.is_compiling():  # neither versions nor sample numbers can be looked at
+            if others:
+                self._lose(target, out)
+            return
+        note = self._find(target)
+        if note is None or version(target) != note.version + 1:  # nothing was changed, or something else as well
+            return
         # Masks and weights of unknown origin are taken for rows of the batch, as other operands are.
+        before, note.version = note.version, version(target)
         if not all(self._same_rows_as(x, target, assigned=func is Tensor.__setitem__) for x in others):
             note.version, self.mixed = before, True
+
+    def _lose(self, target: Tensor, out: Any) -> None:
+        """From now on the rows of this tensor are unknown."""
+        note = self._find(target)
+        if note is not None:
+            note.version = CHANGED
+            if out is not target:  # as in a compiled graph
+                self._records.append(Note(out, CHANGED, torch.clone, (target,)))
 
     def _same_rows_as(self, other: Tensor, target: Tensor, *, assigned: bool) -> bool:
         if other.shape[:1] != target.shape[:1]:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, UntappedLossError
 from debias.tap.calls import LossCall
-from debias.tap.notes import version
 from debias.tap.tap import LossTap
 
 __all__ = ["Reaching", "height", "means", "reaching", "select_call", "select_calls", "untapped"]
@@ -84,8 +83,8 @@ class Reaching:
         if self.same:
             return value
         for call in calls:
-            received, before = call.record.received  # type: ignore[misc]
-            if version(received) != before:  # changed in place since
+            received, version = call.record.received  # type: ignore[misc]
+            if received._version != version:  # changed in place since
                 received = call.record.value()
             value = value - (self._factors[call] * received).sum()
         return self.loss + value

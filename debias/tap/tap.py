@@ -24,7 +24,6 @@ from debias.tap.following import FOLLOWED, Following, Unreduced
 from debias.tap.losses import COMPARING, FORM, LOSSES, NAMES, NOT_PER_SAMPLE, SECOND, SYMMETRIC, reduction_of, unreduced
 from debias.tap.mixing import Mixture, mix_parts, unmixable
 from debias.tap.moves import RECORDED, Move
-from debias.tap.notes import version
 from debias.tap.predictions import CLASSIFYING
 from debias.tap.rows import RowTracker, arranged_rows
 
@@ -231,7 +230,7 @@ class LossTap(TorchFunctionMode):
         if self.training and out.grad_fn is not None:
             # What get_gradient_edge(out) returns, without its checks.
             call.record.edge = torch.autograd.graph.GradientEdge(out.grad_fn, out.output_nr)
-            call.record.received = out, version(out)
+            call.record.received = out, out._version
         self._following.divide_later(out, call)
         return out
 

@@ -110,6 +110,17 @@ def test_compiled_is_eager(method, what):
     assert deviation(trained(method, max_epochs=1), trained(method, compiled, max_epochs=1)) < 1e-12
 
 
+@pytest.mark.usefixtures("dynamo")
+@looks_at_grad
+def test_a_compiled_network_stays_one_graph():
+    model = Classifier()
+    model.backbone.compile(backend="aot_eager")
+    torch._dynamo.utils.counters.clear()
+    train(model, build("GroupDRO"), max_epochs=1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 # ------------------------------------------------------------ activation checkpoints
 
 

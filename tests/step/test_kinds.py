@@ -146,13 +146,18 @@ MIXED = {
     "in an expression": lambda x: 0.7 * x + 0.3 * x.roll(1, 0),
     "pasted, as CutMix": lambda x: x.clone().index_put_((torch.arange(N), torch.zeros(N).long()), x.roll(1, 0)[:, 0]),
     "copied": lambda x: x.copy_(x.flip(0).clone()),
+    "copied, then scaled": lambda x: x.clone().copy_(x.flip(0)).mul_(2),
 }
 
 
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
 @pytest.mark.parametrize("name", MIXED)
-def test_mixed_samples_are_refused(name):
+def test_mixed_samples_are_refused(name, backend):
+    torch._dynamo.reset()
+    mixed = torch.compile(MIXED[name], backend=backend) if backend else MIXED[name]
+
     def step(model: Model, batch: Any) -> Tensor:
-        return F.mse_loss(model(batch[0]), MIXED[name](batch[2].clone()))
+        return F.mse_loss(model(batch[0]), mixed(batch[2].clone()))
 
     with pytest.raises(RowsError, match="rows of `mse_loss`"):
         fit(step, GroupDRO("g", 2))
