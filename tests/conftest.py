@@ -15,8 +15,8 @@ from _support.ranks import Ranks
 
 if importlib.util.find_spec("kornia") is None:  # it needs Python 3.11
     collect_ignore = [
-        "test_gallery.py",
-        "test_shift_selection.py",
+        "cli/test_gallery.py",
+        "cli/test_shift_selection.py",
         "methods/test_crafted_shifts.py",
         "monitors/test_shifted_validation.py",
         "ops/test_shifts.py",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["one_per_sample", "roots_of"]
+__all__ = ["arranged_rows", "one_per_sample", "roots_of"]
 
 
 def roots_of(
@@ -42,3 +42,9 @@ def one_per_sample(children: list[Any], n: int) -> bool:
     if len(children) != n or len({type(child) for child in children}) != 1:
         return False
     return not any(isinstance(x, Tensor) and x.ndim and x.shape[0] == n for x in children)
+
+
+def arranged_rows(how: str, n: int, times: int, device: torch.device) -> Tensor:
+    """Sample numbers of rows that are all samples, again and again (``"tiled"``), or those of a sample together."""
+    numbers = torch.arange(n, device=device)
+    return numbers.repeat(times) if how == "tiled" else numbers.repeat_interleave(times)

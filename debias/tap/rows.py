@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from debias.tap.batches import roots_of
+from debias.tap.batches import arranged_rows, roots_of
 from debias.tap.moves import (
     ALONG,
     INPLACE,
@@ -34,7 +34,7 @@ from debias.tap.moves import (
 )
 from debias.tap.notes import CHANGED, Note, first_version, same_rows, version
 
-__all__ = ["RowTracker", "arranged_rows"]
+__all__ = ["RowTracker"]
 
 
 class RowTracker:
@@ -77,13 +77,8 @@ class RowTracker:
         if func in INPLACE or out is args[0]:  # y.long() may be y itself, as may x.flatten(): then it is no operation
             self._in_place(func, args, kwargs, out)
             return
-        if isinstance(out, Tensor):
-            made = [Note(out, first_version(out), func, args, kwargs)]
-        elif isinstance(out, tuple | list):
-            results = [(i, x) for i, x in enumerate(out) if isinstance(x, Tensor)]
-            made = [Note(x, first_version(x), func, args, kwargs, i) for i, x in results]
-        else:
-            return
+        results = enumerate(out) if isinstance(out, tuple | list) else [(None, out)]
+        made = [Note(x, first_version(x), func, args, kwargs, i) for i, x in results if isinstance(x, Tensor)]
         if not made:
             return
         # What is made of something unknown matters where samples may trade places: few networks do that.
@@ -451,9 +446,3 @@ class RowTracker:
 
 def _or_false(index: Tensor | None) -> Tensor | bool:
     return False if index is None else index
-
-
-def arranged_rows(how: str, n: int, times: int, device: torch.device) -> Tensor:
-    """Sample numbers of rows that are all samples, again and again (``"tiled"``), or those of a sample together."""
-    numbers = torch.arange(n, device=device)
-    return numbers.repeat(times) if how == "tiled" else numbers.repeat_interleave(times)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from debias.errors import LossNotFoundError, RowsError, UntappedLossError
+from debias.tap.batches import arranged_rows
 from debias.tap.calls import LossCall, LossRecord
 from debias.tap.evaluated import Evaluated, counted_by
 from debias.tap.following import FOLLOWED, Following, Unreduced
@@ -25,7 +26,7 @@ from debias.tap.losses import COMPARING, FORM, LOSSES, NAMES, NOT_PER_SAMPLE, SE
 from debias.tap.mixing import Mixture, mix_parts, unmixable
 from debias.tap.moves import RECORDED, Move
 from debias.tap.predictions import CLASSIFYING
-from debias.tap.rows import RowTracker, arranged_rows
+from debias.tap.rows import RowTracker
 
 __all__ = ["Finder", "LossTap", "no_loss_error"]
 
