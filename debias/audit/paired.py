@@ -144,9 +144,14 @@ def _paired(
 
 
 def _said(report: Report, changes: pd.DataFrame) -> list[str]:
-    from debias.audit.findings import number, points, share
+    from debias.audit.findings import number, share
 
     show = share if report.percent else number
+    unit = " points" if report.percent else ""
+
+    def signed(change: float) -> str:
+        return f"{100 * change:+.1f}" if report.percent else ("+" if change > 0 else "") + number(change)
+
     sign = 1 if report.higher_is_better else -1
     row = changes.iloc[0]
     kind = "no change beyond noise" if not row["significant"] else "better" if sign * row["change"] > 0 else "worse"
@@ -164,8 +169,8 @@ def _said(report: Report, changes: pd.DataFrame) -> list[str]:
             top = part.iloc[0]
             said.append(
                 f"Most {word}: {top['group']}, from {show(top['before'])} to {show(top['after'])}"
-                f" ({top['count']:,} samples, {points(top['change'], report.percent)}"
-                f" [{show(top['low'])}, {show(top['high'])}])."
+                f" ({top['count']:,} samples, {signed(top['change'])}{unit}"
+                f" [{signed(top['low'])}, {signed(top['high'])}])."
             )
     pulls = report.tables.get("pulls", pd.DataFrame())
     if len(pulls):

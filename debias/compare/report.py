@@ -217,5 +217,29 @@ def _page(comparison: Comparison, drawn: Sequence[str], title: str, folders: Seq
         method, setting = markdown(label(row.method)), markdown(setting_text(row.params))
         lines.append(f"| {method} | {setting} | {row.settings} | {score} |")
     lines += ["", "## Notes", "", *(f"- {markdown(note)}" for note in comparison.notes), ""]
+    lines += _audit(comparison, out)
     lines += ["## Rebuild", "", fenced(shlex.join(words)), ""]
     return "\n".join(lines)
+
+
+def _audit(comparison: Comparison, out: Path) -> list[str]:
+    """How to audit the best method, against ERM with the same seed; a link to the page once it is there."""
+    sign = 1 if comparison.direction == "max" else -1
+    rows = {row.method: row for row in comparison.rows if row.worst.n and all(run.record.folder for run in row.runs)}
+    if not rows:
+        return []
+    best = max(rows.values(), key=lambda row: sign * row.worst.mean)
+    plain_runs = {run.seed: run for run in rows["erm"].runs} if "erm" in rows and best.method != "erm" else {}
+    run = next((run for run in best.runs if run.seed in plain_runs), best.runs[0])
+    runs = [plain_runs[run.seed], run] if run.seed in plain_runs else [run]
+    folders = [run.record.folder or out for run in runs]
+    # The model of all runs is one, and so are the test data.
+    words = ["debias", "audit", "--config", str(folders[0] / "config.yaml")]
+    words += ["--compare" if len(runs) > 1 else "--ckpt_path"]
+    words += [
+        str(folder / r.record.candidates[r.candidate].checkpoint) for folder, r in zip(folders, runs, strict=True)
+    ]
+    what = markdown_code(best.method) + (" against `erm`" if len(runs) > 1 else "")
+    lines = ["## Audit", "", f"Whom it helps, whom it hurts, and why: {what}, seed {run.seed}.", ""]
+    lines += [fenced(shlex.join([*words, "--out", str(out / "audit")])), ""]
+    return [*lines, "[The page](audit/audit.html)", ""] if (out / "audit" / "audit.html").is_file() else lines

@@ -69,6 +69,23 @@ def test_the_command_on_the_page_rebuilds_it(runs, tmp_path, capsys):
     assert "ORACLE" in (out / "report.md").read_text()
 
 
+def test_the_page_names_the_audit_of_the_best_method_and_links_it_once_it_is_there(runs, tmp_path):
+    out = tmp_path / "out"
+    comparison, _ = write_report(find_records([runs]), "val_worst_group", out, folders=[runs])
+    best = max(comparison.rows, key=lambda row: row.worst.mean).method
+    page = (out / "report.md").read_text()
+    (command,) = re.findall(r"```bash\n(debias audit .*)\n```", page)
+    options = make_parser().parse_args(shlex.split(command)[1:])
+    erm, method = (path.relative_to(runs) for path in options.compare)
+    assert (erm.parts[0], method.parts[0]) == ("erm-0", f"{best}-0") != ("erm-0", "erm-0")
+    assert options.config == [runs / "erm-0" / "config.yaml"]
+    assert "audit.html" not in page
+    (options.out).mkdir()
+    (options.out / "audit.html").write_text("")
+    write_report(find_records([runs]), "val_worst_group", out, folders=[runs])
+    assert "](audit/audit.html)" in (out / "report.md").read_text()
+
+
 def test_command_line_writes_beside_the_runs_and_prints_where(runs, capsys):
     main(["report", str(runs)])
     printed = capsys.readouterr().out
