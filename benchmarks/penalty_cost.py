@@ -1,6 +1,8 @@
 """What the penalties on the head cost, forward and backward, against differentiating twice.
 
     python benchmarks/penalty_cost.py
+    python benchmarks/penalty_cost.py --table small
+    python benchmarks/penalty_cost.py --table many
 
 Three ways, interleaved, the smallest of the repetitions: the plain head and its loss; the same with a penalty of this
 package; with the penalty by double backward, written here the way published code does it, domain by domain.
@@ -8,6 +10,9 @@ Hutchinson's estimator with 300 vectors is timed at 10 and 50 vectors and extrap
 that is linear. Float32, 32 samples a domain, d = 2048. On one thread of a CPU what is timed is the process's CPU time,
 so that another process on the machine counts little; on several threads (``--threads 2``) the time on the clock, so
 nothing else should run; on CUDA the time on the clock after a synchronisation.
+``--table small`` times the modules on an MLP 20-32-2, where each operation has next to nothing to do, and ``--table
+many`` what grows with rows and domains, forward and backward.
+
 Peak memory is that of the tensors of one step, above those before it. Operations are the tensor operations of a step,
 views included: what a step costs where each is a kernel to be launched and none has much to do.
 """
@@ -19,7 +24,9 @@ import csv
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +36,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from debias import CORALPenalty, HessianAlignmentPenalty, IRMPenalty, MMDPenalty, VRExPenalty
 from debias.functional import (
     coral_penalty,
     hessian_alignment_penalty,
@@ -37,7 +45,9 @@ from debias.functional import (
     vrex_penalty,
 )
 from debias.methods.fishr import FishrPenalty
-from debias.ops.head_statistics import HeadStatistics, make_head_loss, make_members
+from debias.ops.domains import make_members
+from debias.ops.head_losses import make_head_loss
+from debias.ops.head_statistics import HeadStatistics
 
 SIZES = [(7, 3), (65, 3), (345, 5)]
 PER_DOMAIN, WIDTH = 32, 2048
@@ -190,7 +200,7 @@ PAIRS = {
 }
 
 
-def timings(case: Case, names: list[str], seconds: float) -> dict[str, float]:
+def timings(case: Any, names: list[str], seconds: float) -> dict[str, float]:
     """Smallest seconds a step; the methods take turns, so that all see the same machine."""
     alone = not case.features.is_cuda and torch.get_num_threads() == 1
     clock = time.process_time if alone else time.perf_counter
@@ -206,7 +216,7 @@ def timings(case: Case, names: list[str], seconds: float) -> dict[str, float]:
     return {name: min(values) for name, values in taken.items()}
 
 
-def memory(case: Case, name: str) -> float:
+def memory(case: Any, name: str) -> float:
     """MiB of tensors allocated at the peak of one step, above those before it."""
     if case.features.is_cuda:
         before = torch.cuda.memory_allocated()
@@ -233,23 +243,128 @@ class CountOperations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def operations(case: Case, name: str) -> int:
+def operations(case: Any, name: str) -> int:
     """Tensor operations of one step."""
     with CountOperations() as count:
         case.step(name)
     return count.operations
 
 
+class Small:
+    """The modules of a plain loop on a small network, in place of a :class:`Case`."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.body, self.head = nn.Sequential(nn.Linear(20, 32), nn.ReLU()), nn.Linear(32, 2)
+        self.features = torch.randn(32, 20)  # as they enter
+        self.targets, self.domains = torch.randint(2, (32,)), torch.randint(4, (32,))
+        rows, of_head = (self.domains,), (self.targets, self.domains)
+        made = {name: HessianAlignmentPenalty(4, statistic=name) for name in ("hgp", "diagonal", "frobenius")}
+        self.penalties: dict[str, Callable[[Tensor, Tensor], Tensor | float]] = {
+            "plain": lambda f, z: 0.0,
+            "V-REx": partial(lambda m, f, z: m(self.losses(z), *rows), VRExPenalty(4)),
+            "IRM": partial(lambda m, f, z: m(z, *of_head), IRMPenalty(4)),
+            "IRM squared": partial(lambda m, f, z: m(z, *of_head), IRMPenalty(4, form="squared")),
+            "Fishr": partial(lambda m, f, z: m(f, z, *of_head), FishrPenalty(4)),
+            **{name: partial(lambda m, f, z: m(f, z, *of_head), module) for name, module in made.items()},
+            "CORAL": partial(lambda m, f, z: m(f, *rows), CORALPenalty(4)),
+            "MMD": partial(lambda m, f, z: m(f, *rows), MMDPenalty(4)),
+        }  # fmt: skip
+
+    def step(self, name: str) -> None:
+        """Forward and backward."""
+        for p in (*self.body.parameters(), *self.head.parameters()):
+            p.grad = None
+        features = self.body(self.features)
+        logits = self.head(features)
+        (F.cross_entropy(logits, self.targets) + self.penalties[name](features, logits)).backward()
+
+    def losses(self, logits: Tensor) -> Tensor:
+        """Of the rows."""
+        return F.cross_entropy(logits, self.targets, reduction="none")
+
+
+def small(seconds: float) -> list[list[Any]]:
+    """What the modules add to a small network's step: microseconds and tensor operations."""
+    case = Small()
+    found = timings(case, list(case.penalties), seconds)
+    plain = operations(case, "plain")
+    rows: list[list[Any]] = [["penalty", "us more", "operations more"]]
+    return rows + [
+        [name, (seconds - found["plain"]) * 1e6, operations(case, name) - plain]
+        for name, seconds in found.items()
+        if name != "plain"
+    ]
+
+
+MANY = [("V-REx", 131072, 1000), ("IRM", 131072, 300), ("frobenius", 4096, 4), ("frobenius", 16384, 4)]
+
+
+class Many:
+    """Many rows or domains in front of a small head, in place of a :class:`Case`."""
+
+    def __init__(self, rows: int, domains: int) -> None:
+        torch.manual_seed(0)
+        self.features, self.head = torch.randn(rows, 32, requires_grad=True), nn.Linear(32, 2)
+        self.targets, self.domains = torch.randint(2, (rows,)), torch.randint(domains, (rows,))
+        self.n_domains = domains
+
+    def step(self, name: str) -> None:
+        """Forward and backward."""
+        self.features.grad = None
+        logits, rows = self.head(self.features), (self.domains, self.n_domains)
+        if name == "V-REx":
+            value = vrex_penalty(F.cross_entropy(logits, self.targets, reduction="none"), *rows)
+        elif name == "IRM":
+            value = irm_penalty(logits, self.targets, *rows)
+        else:
+            value = hessian_alignment_penalty(self.features, logits, self.targets, *rows, statistic=name)
+        value.backward()
+
+
+def many() -> list[list[Any]]:
+    """What grows with rows and domains: milliseconds and MiB of a step, the smallest of three."""
+    found: list[list[Any]] = [["penalty", "rows", "domains", "ms", "MiB"]]
+    for name, rows, domains in MANY:
+        case = Many(rows, domains)
+        found.append([name, rows, domains, timings(case, [name], 0)[name] * 1e3, memory(case, name)])
+    return found
+
+
+def show(title: str, rows: list[list[Any]], out: Path | None) -> None:
+    """Print a table and write it as CSV."""
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name == "penalty" else "right")
+    for row in rows[1:]:
+        table.add_row(*(f"{x:.1f}" if isinstance(x, float) else "" if x is None else str(x) for x in row))
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    if out:
+        with out.open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+
+
 def main() -> None:
     """Time, print a table and write a CSV."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seconds", type=float, default=20.0, help="per pair of (C, E) and group of methods")
+    parser.add_argument("--table", choices=("heads", "small", "many"), default="heads")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sizes", nargs="+", type=int, default=[0, 1, 2], help="which of the (C, E)")
     parser.add_argument("--out", type=Path, default=None, help="CSV")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.table == "small":
+        show("MLP 20-32-2, 32 rows, 4 domains, forward and backward", small(args.seconds), args.out)
+    elif args.table == "many":
+        show("Head 32-2, forward and backward", many(), args.out)
+    else:
+        heads(args)
+
+
+def heads(args: argparse.Namespace) -> None:
+    """The penalties on heads of several sizes, against differentiating twice."""
     rows = []
     for classes, domains in [SIZES[i] for i in args.sizes]:
         case = Case(classes, domains, args.device)
@@ -277,15 +392,8 @@ def main() -> None:
         )  # fmt: skip
     header = ["C, E", "penalty", "plain ms", "debias ms", "double ms", "ratio", "debias MiB", "double MiB"]
     header += ["debias ops", "double ops"]
-    table = Table(title=f"Head with penalty, forward and backward; d = {WIDTH}, {PER_DOMAIN} samples a domain")
-    for name in header:
-        table.add_column(name, justify="left" if name == "penalty" else "right")
-    for row in rows:
-        table.add_row(*(f"{x:.1f}" if isinstance(x, float) else "" if x is None else str(x) for x in row))
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
-    if args.out:
-        with args.out.open("w", newline="") as file:
-            csv.writer(file).writerows([header, *rows])
+    title = f"Head with penalty, forward and backward; d = {WIDTH}, {PER_DOMAIN} samples a domain"
+    show(title, [header, *rows], args.out)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ class Criterion(LossOptions, Method):
 
     def _mean(self, call: LossCall, step: Step) -> Tensor:
         (num, den), factor = self.elements(call, step), call.record.factor
-        return weighted_mean(num if factor is None else num * factor, den, guarded=True)
+        return weighted_mean(num if factor is None else num * factor, den)
 
 
 @arguments

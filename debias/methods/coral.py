@@ -12,8 +12,8 @@ A domain absent from the batch is in no pair; one with a single sample has no co
 A sample may be in several domains and counts in each. Sums over pairs are sums of deviations from the mean over
 domains, so no pair is made. Nor are the covariances where the batch has fewer rows than features: ``<C_a, C_b>`` is a
 sum of squared inner products of samples (Gram identity), ``rows^2`` of them. Over several ranks ``E (d^2 + d)`` sums
-are reduced instead, and no sample leaves its rank. Needs the features in front of the head or the output of a named
-module, and domain ids; no targets.
+are reduced instead, in two messages and none in backward, and no sample leaves its rank. Needs the features in front of
+the head or the output of a named module, and domain ids; no targets.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from torch import Tensor
 
 from debias.methods.base import FeaturePenalty, configures
 from debias.ops.arguments import checked
-from debias.ops.distributed import global_sum, is_distributed
-from debias.ops.domain_pairs import deviations, mean_over_pairs
+from debias.ops.distributed import global_sum, global_sums, is_distributed, world_size
+from debias.ops.domains import deviations, make_members
 from debias.ops.fields import arguments
-from debias.ops.head_statistics import make_members
+from debias.ops.known_gradient import known_gradient
 from debias.ops.penalties import FeaturePenaltyModule
 from debias.ops.precision import in_full_precision
 
@@ -57,32 +57,57 @@ def coral_penalty(features: Tensor, domains: Tensor, n_domains: int, *, by_pairs
         tensor(1.)
     """
     members = make_members(domains, n_domains, len(features)).to(features.dtype)
-    counts = global_sum(members.sum(0))
-    means = global_sum(members.T @ features) / counts.clamp_min(1).unsqueeze(1)
-    present, usable = counts > 0, counts > 1  # means can be compared, covariances too
-    shares = members / (counts - 1).clamp_min(1)
-    disjoint = domains.dtype != torch.bool
-    rows, width = len(features) + (0 if disjoint else n_domains), features.shape[1]
     if by_pairs is None:
+        disjoint = domains.dtype != torch.bool
+        rows, width = len(features) + (0 if disjoint else n_domains), features.shape[1]
         by_pairs = not is_distributed() and rows**2 <= n_domains * width**2
+    return known_gradient(features, *_coral(features.detach(), members, domains.dtype != torch.bool, by_pairs))
+
+
+@torch.no_grad()
+def _coral(x: Tensor, members: Tensor, disjoint: bool, by_pairs: bool) -> tuple[Tensor, Tensor]:
+    """The penalty, and its gradient with respect to this rank's features ``(N, d)``."""
+    counts, means = global_sums([members.sum(0), members.T @ x])
+    means = means / counts.clamp_min(1).unsqueeze(1)
+    present, usable = (counts > 0).to(x.dtype), (counts > 1).to(x.dtype)  # means can be compared, covariances too
+    k, k_usable = present.sum(), usable.sum()
+    # sum over pairs = k times the sum of deviations; pairs without a covariance count as no distance, not as fewer.
+    of_pairs = 2 / (k * (k - 1)).clamp_min(1)
+    of_means, of_spread = of_pairs * k / x.shape[1], of_pairs * k_usable / x.shape[1] ** 2
+
+    present, usable = present.unsqueeze(1), usable / k_usable.clamp_min(1)
+    moved = (means - (means * present).sum(0) / k.clamp_min(1)) * present
+    to_means = (2 * of_means) * moved
+    value = of_means * moved.square().sum()
+
+    # Means enter covariances as what rows are centred by, through which no gradient goes: their deviations sum to 0.
+    divisors = (counts - 1).clamp_min(1)
+    shares = members / divisors
     if by_pairs:
         # Each covariance is a sum of products of rows with themselves, c_ie x_i x_i^T. Rows in several domains have no
         # mean of their own to be centred by: there a domain's mean is a row more, to be subtracted.
         if disjoint:
-            centred = features - members @ means  # rows in no domain have no share in anything
+            centred = x - members @ means  # rows in no domain have no share in anything
         else:
-            centre = features.detach().sum(0) / max(len(features), 1)
-            centred = torch.cat((features, means)) - centre
-            shares = torch.cat((shares, torch.diag(-counts / (counts - 1).clamp_min(1))))
-        weights = deviations(shares, usable, 1)
-        spread = ((centred @ centred.T).square() * (weights @ weights.T)).sum()
+            centred = torch.cat((x, means)) - x.sum(0) / max(len(x), 1)
+            shares = torch.cat((shares, torch.diag(-counts / divisors)))
+        weights = (shares - (shares * usable).sum(1, keepdim=True)) * usable.sign()
+        inner = centred @ centred.T
+        weighted = inner * (weights @ weights.T)
+        value = value + of_spread * (weighted * inner).sum()
+        gradient = (4 * of_spread) * (weighted @ centred)
+        if not disjoint:
+            gradient, of_rows = gradient[: len(x)], gradient[len(x) :]
+            to_means = to_means + of_rows
     else:
-        centred = shares.sqrt().T.unsqueeze(2) * (features - means.unsqueeze(1))  # (E, N, d)
+        roots = shares.sqrt().T.unsqueeze(2)
+        centred = roots * (x - means.unsqueeze(1))  # (E, N, d)
         covariances = global_sum(centred.mT @ centred)
-        spread = deviations(covariances, usable).square().sum()
-    mean_term = mean_over_pairs(deviations(means, present).square().sum() / width, present, present)
-    # Pairs without a covariance count as no distance, not as fewer pairs.
-    return mean_term + mean_over_pairs(spread / width**2, usable, present)
+        spread = deviations(covariances, usable > 0)
+        value = value + of_spread * spread.square().sum()
+        gradient = (4 * of_spread) * (roots * (centred @ spread)).sum(0)
+    gradient = gradient + members @ (to_means / counts.clamp_min(1).unsqueeze(1))
+    return value, gradient * world_size()  # by which DDP divides
 
 
 @arguments

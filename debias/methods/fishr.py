@@ -22,8 +22,8 @@ Published: DomainBed weight 1000 (searched 10 to 1e4), ``ema=0.95`` (0.9 to 0.99
 (searched 0 to 5000), Adam reset at the switch; Colored MNIST weight 91257 after 190 steps.
 
 A domain absent from the batch keeps its average and has no part in the penalty of this batch. One sample in a domain
-has variance 0. Costs two all-reduces of ``E P`` floats. Needs features, a linear head (or ``derivatives="autograd"``
-for any), domain ids.
+has variance 0. Costs one all-reduce of ``2 E (P + 1)`` floats and none in backward. Needs features, a linear head (or
+``derivatives="autograd"`` for any), domain ids.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ from torch import Tensor
 from debias.errors import DebiasError
 from debias.methods.base import HeadPenalty, configures
 from debias.ops.arguments import check_number, checked
+from debias.ops.domains import domain_mean
 from debias.ops.fields import arguments
-from debias.ops.head_statistics import HeadStatistics, domain_mean
+from debias.ops.head_statistics import HeadStatistics
 from debias.ops.penalties import HeadPenaltyModule, PenaltyOptions
 
 __all__ = ["Fishr", "FishrMixin", "FishrPenalty", "fishr_penalty"]

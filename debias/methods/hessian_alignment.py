@@ -32,9 +32,10 @@ the larger wherever Q is the mean of the Q_e; not so ``|Q|^2`` alone, which may 
 gradients vanishes in training long before those of the domains do.
 
 A domain absent from the batch has no part in it, nor in E. One sample in a domain is a mean like another. Zero
-gradients are no special case: no root is taken. Costs an all-reduce of ``E C (d + 1)`` floats for the gradients and as
-much for the statistic, of ``(E + 1) C (d + 1)`` for ``"hgp"``; ``"frobenius"`` gathers the rows of all ranks instead.
-Needs features, a linear head (or ``derivatives="autograd"`` for any), domain ids.
+gradients are no special case: no root is taken. Costs one all-reduce of ``2 E C (d + 1)`` floats for ``"diagonal"``, of
+gradients and Hessians for ``"frobenius"``, or, where these are more than four million numbers, a gather of the rows of
+all ranks; ``"hgp"`` and ``"hutchinson"`` take one for the gradients and one of ``(E + 1) C (d + 1)`` floats, and
+``"hgp"`` one more in backward. Needs features, a linear head (or ``derivatives="autograd"`` for any), domain ids.
 """
 
 from __future__ import annotations
@@ -49,8 +50,11 @@ from debias.errors import DebiasError
 from debias.methods.base import HeadPenalty, configures
 from debias.ops.arguments import check_count, check_number, checked
 from debias.ops.distributed import global_rank, global_sum
+from debias.ops.domains import make_members
 from debias.ops.fields import arguments
-from debias.ops.head_statistics import HeadStatistics, distances_from, make_head_loss, make_members
+from debias.ops.head_distances import distances_from
+from debias.ops.head_losses import make_head_loss
+from debias.ops.head_statistics import HeadStatistics
 from debias.ops.penalties import HeadPenaltyModule, PenaltyOptions
 from debias.ops.precision import in_full_precision
 from debias.step.context import Step
@@ -157,7 +161,7 @@ def alignment(
 _DISTANCES: dict[str, Callable[..., Tensor]] = {
     "hgp": lambda statistics, **options: statistics.product_distances(**options),
     "diagonal": lambda statistics, **options: statistics.diagonal_distances(**options),
-    "frobenius": lambda statistics, **options: statistics.squared_hessian_distances(**options),
+    "frobenius": lambda statistics, **options: statistics.hessian_distances(**options),
 }
 
 
@@ -166,18 +170,15 @@ def _hutchinson(
 ) -> Tensor:
     """Distances of the diagonals' estimates, one product after the other as published."""
     features, shape = statistics.features, statistics.gradients.shape
-    own, shared = [], []
+    estimates: Any = 0  # for each domain and, last, for the mean over them
     for _ in range(n_samples):
         bits = torch.randint(0, 2, (shape[0] + 1, *shape[1:]), generator=generator, device=features.device)
         signs = (2 * bits - 1).to(features.dtype)
         if generator is None:  # that of the process, which need not be where those of the other ranks are
             signs = global_sum(signs * (global_rank() == 0))
-        own.append(signs[:-1] * statistics.hessian_vector(signs[:-1]))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_target):
-            shared.append(signs[-1] * statistics.mean_hessian_vector(signs[-1]))
-    return distances_from(
-        torch.stack(own).mean(0), torch.stack(shared).mean(0), detach_target, statistics.scale(relative)
-    )
+        estimates = estimates + signs * statistics.local_products(signs)
+    estimates = global_sum(estimates, shared=True) / n_samples
+    return distances_from(estimates[:-1], estimates[-1], detach_target, statistics.scale(relative))
 
 
 @arguments

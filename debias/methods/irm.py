@@ -28,9 +28,11 @@ from torch import Tensor
 
 from debias.methods.base import LossPenalty, configures
 from debias.ops.arguments import checked
-from debias.ops.distributed import global_rank, global_sum, world_size
+from debias.ops.distributed import global_rank, global_sum, is_distributed, world_size
+from debias.ops.domains import check_domains, domain_shares
 from debias.ops.fields import arguments
-from debias.ops.head_statistics import HeadLoss, domain_mean, make_head_loss, make_members
+from debias.ops.groups import GroupSums, group_losses
+from debias.ops.head_losses import HeadLoss, make_head_loss
 from debias.ops.penalties import LossPenaltyModule, PenaltyOptions
 from debias.ops.precision import in_full_precision
 
@@ -51,7 +53,7 @@ def irm_penalty(
     loss: str = "cross_entropy",
     **loss_options: Any,
 ) -> Tensor:
-    """The penalty of one batch.
+    """The penalty of one batch; rows with a logit or a loss that is not finite have no part in it.
 
     Args:
         logits: ``(N, C)``, or ``(N,)`` for the binary cross-entropy and the squared error.
@@ -72,33 +74,67 @@ def irm_penalty(
         >>> irm_penalty(logits, torch.ones(2, 1), torch.tensor([0, 1]), 2, form="squared", loss="binary_cross_entropy")
         tensor(0.0284)
     """
-    members = make_members(domains, n_domains, len(logits))
-    return scale_derivative_penalty(make_head_loss(loss, logits, targets, **loss_options), members, form)
+    check_domains(domains, n_domains, len(logits))
+    head = make_head_loss(loss, logits, targets, **loss_options)
+    return derivative_product(scale_derivatives(head, domains, n_domains, form)[0], form)
 
 
-def scale_derivative_penalty(loss: HeadLoss, members: Tensor, form: Form) -> Tensor:
-    """The penalty from a loss that was taken apart and the membership ``(rows, E)`` of its rows."""
-    # An infinite logit with a residual of 0, such as that of a class that is masked, has no share in the loss.
-    counted = (loss.residuals != 0) | loss.logits.isfinite()
-    num = (torch.where(counted, loss.residuals, 0) * torch.where(counted, loss.logits, 0)).sum(1)
-    members = members & (loss.den != 0).unsqueeze(1)
-    parts = _halves(members) if form == "unbiased" else members.unsqueeze(0)
-    sums = global_sum(torch.where(parts.unsqueeze(-1), torch.stack((num, loss.den), -1)[:, None], 0).sum(1))
-    num, den = sums.unbind(-1)  # (1 or 2, E)
-    present = (den != 0).all(0)
-    derivatives = num / torch.where(den != 0, den, 1)
-    # The second half is the first where there are no halves; `prod` would wait for the device in its backward.
-    return domain_mean(derivatives[0] * derivatives[-1], present)
+def scale_derivatives(
+    loss: HeadLoss, domains: Tensor, n_domains: int, form: Form
+) -> tuple[GroupSums, Tensor | list[float]]:
+    """Sums of the samples' scale derivatives by domain, in the unbiased form by its halves in turn, and the numbers of
+    rows by place: see :func:`debias.ops.groups.group_losses`.
+    """
+    # The logit -inf of a class that is masked has no share in the loss where its residual is 0.
+    masked = (loss.logits == -torch.inf) & (loss.residuals == 0)
+    rows = (loss.residuals * loss.logits.masked_fill(masked, 0)).sum(1)
+    groups, n_groups = domains, n_domains
+    if form == "unbiased":
+        groups, n_groups = halves(domains, n_domains, loss.den != 0), 2 * n_domains
+    (sums,), counts = group_losses([(rows, loss.den, groups)], n_groups)
+    return sums, counts
+
+
+def derivative_product(sums: GroupSums, form: Form) -> Tensor:
+    """The penalty from the sums that :func:`scale_derivatives` makes."""
+    derivatives, present = sums.means, sums.present
+    if form == "squared":
+        product = derivatives.square()
+    else:  # torch's `prod` would wait for the device in its backward
+        even, odd = derivatives.view(-1, 2).unbind(1)
+        product, present = even * odd, present.view(-1, 2).all(1)
+    return product.dot(domain_shares(present, product.dtype)).to(sums.rows.dtype)
 
 
 @torch.no_grad()
-def _halves(members: Tensor) -> Tensor:
-    """Samples of even and of odd position in their domain, over all ranks in their order; ``(2, rows, E)``."""
-    counts = torch.zeros(world_size(), members.shape[1], dtype=torch.float64, device=members.device)
-    counts[global_rank()] = members.sum(0)
-    before = global_sum(counts)[: global_rank()].sum(0).long()
-    odd = (members.cumsum(0) - 1 + before) % 2 == 1
-    return torch.stack((members & ~odd, members & odd))
+def halves(domains: Tensor, n_domains: int, counts: Tensor) -> Tensor:
+    """Samples of even and of odd position in their domain, over all ranks in their order, as groups 2 e and 2 e + 1.
+
+    Args:
+        domains: ids ``(N,)`` or a membership ``(N, E)``.
+        n_domains: number of domains E.
+        counts: which samples have a position, ``(N,)``.
+    """
+    if domains.dtype == torch.bool:
+        counted = domains & counts.unsqueeze(1)
+        odd = (counted.cumsum(0) - 1 + _before(counted.sum(0))) % 2 == 1
+        return torch.stack((domains & ~odd, domains & odd), 2).flatten(1)
+    # A position is the place in the order by domain less that of the domain's first sample.
+    domains = domains.long()
+    counted = torch.where(counts, domains, -1)
+    ordered, order = counted.sort(stable=True)
+    position = order.argsort() - torch.searchsorted(ordered, counted)
+    if is_distributed():
+        ends = torch.searchsorted(ordered, torch.arange(n_domains + 1, device=domains.device))
+        position = position + _before(ends.diff())[counted.clamp(0, n_domains - 1)]
+    return torch.add(position % 2, domains, alpha=2)
+
+
+def _before(counts: Tensor) -> Tensor:
+    """How many samples of each domain are on the ranks before this one, from this rank's numbers ``(E,)``."""
+    of_ranks = counts.new_zeros(world_size(), len(counts))
+    of_ranks[global_rank()] = counts
+    return global_sum(of_ranks)[: global_rank()].sum(0)
 
 
 @arguments
@@ -118,9 +154,9 @@ class IRMOptions(PenaltyOptions):
 class IRMPenalty(IRMOptions, LossPenaltyModule):
     """The penalty for any training loop."""
 
-    def of(self, loss: HeadLoss, members: Tensor) -> Tensor:
+    def of(self, loss: HeadLoss, domains: Tensor) -> Tensor:  # type: ignore[override]
         """The penalty, not yet weighted."""
-        return scale_derivative_penalty(loss, members, self.form)
+        return derivative_product(scale_derivatives(loss, domains, self.n_groups, self.form)[0], self.form)
 
 
 @arguments

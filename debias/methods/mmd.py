@@ -29,10 +29,10 @@ from torch import Tensor
 from debias.errors import DebiasError
 from debias.methods.base import FeaturePenalty, configures
 from debias.ops.arguments import check_number, checked
-from debias.ops.distributed import gather
-from debias.ops.domain_pairs import deviations, mean_over_pairs
+from debias.ops.distributed import gathers
+from debias.ops.domains import make_members
 from debias.ops.fields import arguments
-from debias.ops.head_statistics import make_members
+from debias.ops.known_gradient import known_gradient
 from debias.ops.penalties import FeaturePenaltyModule, PenaltyOptions
 from debias.ops.precision import in_full_precision
 
@@ -70,24 +70,51 @@ def mmd_penalty(
         >>> mmd_penalty(torch.tensor([[0.0], [1.0]]), torch.tensor([0, 1]), n_domains=2, gammas=[1.0])
         tensor(1.2642)
     """
-    members = gather(make_members(domains, n_domains, len(features)).to(features.dtype))
-    features = gather(features)
+    members = make_members(domains, n_domains, len(features)).to(features.dtype)
+    members, features = gathers([members, features])
+    return known_gradient(features, *_mmd(features.detach(), members.detach(), kernel, tuple(gammas)))
+
+
+@torch.no_grad()
+def _mmd(x: Tensor, members: Tensor, kernel: Kernel, gammas: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The penalty, and its gradient with respect to the features of all ranks ``(N, d)``."""
     counts = members.sum(0)
-    weights = deviations(members / counts.clamp_min(1), counts > 0, 1)
+    present = (counts > 0).to(x.dtype)
+    k = present.sum()
+    shares = members / counts.clamp_min(1)
+    weights = shares - shares.sum(1, keepdim=True) / k.clamp_min(1) * present
     # By inner products of centred features, which rounds least. What is left of the rounding error, times a gamma of
     # 1000, would have a sample differ from itself and from its copies: distances that small are 0.
-    features = features - features.detach().mean(0)
-    inner = features @ features.T
-    norms = inner.diagonal().unsqueeze(0) + inner.diagonal().unsqueeze(1)
+    x = x - x.mean(0)
+    inner = x @ x.T
+    squares = inner.diagonal()
+    norms = squares.unsqueeze(0) + squares.unsqueeze(1)
     distances = norms - 2 * inner
-    rounding = (2 + 2 * features.shape[1] ** 0.5) * torch.finfo(features.dtype).eps
+    rounding = (2 + 2 * x.shape[1] ** 0.5) * torch.finfo(x.dtype).eps
     distances = torch.where(distances > rounding * norms, distances, 0)
+    scale: Tensor | float = 1.0
     if kernel == "scaled_gaussian":
         labelled = members.sum(1).clamp_max(1)
-        mean = labelled @ distances.detach() @ labelled / labelled.sum().square().clamp_min(1)
-        distances = distances / torch.where(mean > 0, mean, 1)
-    similarities = sum(((-gamma * distances).exp() for gamma in gammas), start=torch.zeros_like(distances))
-    return mean_over_pairs((similarities * (weights @ weights.T)).sum(), counts > 0, counts > 0)
+        mean = labelled @ distances @ labelled / labelled.sum().square().clamp_min(1)
+        scale = torch.where(mean > 0, mean, 1)
+    similarities, slopes = _kernels(distances / scale, gammas)
+    # Summed over all pairs of rows, where those of deviations from the mean over domains stand for pairs of domains.
+    pairs = (weights @ weights.T) * (2 / (k - 1).clamp_min(1))
+    to_distances = torch.where(distances > 0, pairs * slopes, 0) / scale
+    gradient = 4 * (to_distances.sum(1, keepdim=True) * x - to_distances @ x)
+    return (similarities * pairs).sum(), gradient
+
+
+def _kernels(distances: Tensor, gammas: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """``sum_gamma exp(-gamma d)`` and its derivative, ``(N, N)``, in blocks of rows that bound the memory."""
+    factors = -torch.tensor(gammas, dtype=distances.dtype).to(distances.device, non_blocking=True).view(-1, 1, 1)
+    values, slopes = torch.empty_like(distances), torch.empty_like(distances)
+    size = max(1, 2**20 // max(distances.shape[1], 1))
+    for block, value, slope in zip(*(table.split(size) for table in (distances, values, slopes)), strict=True):
+        terms = (factors * block).exp_()
+        torch.sum(terms, 0, out=value)
+        torch.sum(terms.mul_(factors), 0, out=slope)
+    return values, slopes
 
 
 @arguments

@@ -3,25 +3,36 @@
 Every rank evaluates the same objective of the global batch. A sum over ranks whose backward is again a sum over ranks
 makes DDP's *mean* of gradients the exact gradient of that objective, also where one global statistic enters another,
 and double backward works because the operation is its own backward. In one process everything is the identity.
+
+Each call here is one message, for which all ranks wait, so a penalty should send few: stack what can go together
+(:func:`global_sums`), and say ``shared=True`` of sums from which every rank computes the same: then their gradients are
+the same on every rank too, and backward sends nothing.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from debias.errors import DebiasError
+
 __all__ = [
     "alike",
     "as_global",
     "gather",
     "gather_objects",
+    "gathers",
     "global_rank",
     "global_sum",
+    "global_sums",
     "is_distributed",
+    "shared_gradient",
     "weighted_mean",
     "world_size",
 ]
@@ -54,6 +65,32 @@ class _GlobalSum(torch.autograd.Function):
         return _GlobalSum.apply(grad)
 
 
+class _SharedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return shared_gradient(grad)
+
+
+class _Final(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        # The gradient itself is no longer computed alike on every rank, so the next one would be another.
+        raise DebiasError(
+            "Expected sums over ranks from which all ranks compute the same to be differentiated once, but got a second"
+            " derivative. Take it in one process, or of sums with `shared=False` (`debias.ops.distributed.global_sum`)."
+        )
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: list[int]) -> Tensor:
@@ -71,16 +108,77 @@ class _Gather(torch.autograd.Function):
         return grad[ctx.start : ctx.start + ctx.rows] * dist.get_world_size(), None
 
 
-def global_sum(x: Tensor) -> Tensor:
-    """Sum of ``x`` over ranks, elementwise; differentiable any number of times.
+def global_sum(x: Tensor, *, shared: bool = False) -> Tensor:
+    """Sum of ``x`` over ranks, elementwise, in one message.
 
     Args:
         x: floating-point tensor of the same shape on every rank.
+        shared: every rank computes the same from the sum, with nothing of its own rows in between. Then backward sends
+            nothing; it can be taken once. Otherwise it is a message too, and can be taken any number of times.
 
     Returns:
         The sum, of the same shape, equal on every rank.
     """
-    return _GlobalSum.apply(x) if is_distributed() else x
+    if not is_distributed():
+        return x
+    total: Tensor = (_SharedSum if shared else _GlobalSum).apply(x)
+    return total
+
+
+def global_sums(parts: Sequence[Tensor], *, shared: bool = False) -> list[Tensor]:
+    """:func:`global_sum` of several tensors in one message, in the widest of their dtypes.
+
+    Args:
+        parts: floating-point tensors, of the same shapes on every rank.
+        shared: see :func:`global_sum`.
+
+    Returns:
+        Their sums, in their own shapes and dtypes.
+    """
+    if not is_distributed():
+        return list(parts)
+    total = global_sum(torch.cat([part.flatten() for part in parts]), shared=shared)
+    pieces = zip(total.split([part.numel() for part in parts]), parts, strict=True)
+    return [piece.view(part.shape).to(part.dtype) for piece, part in pieces]
+
+
+def weighted_mean(num: Tensor, den: Tensor, weights: Tensor | None = None, *, guarded: bool = True) -> Tensor:
+    """``sum(weights * num) / sum(weights * den)`` of the global batch; its gradient is this rank's share of it.
+
+    The mean of the ranks' gradients, as DDP takes it, is then that of the global mean, however the rows are divided.
+    One message of two numbers, none in backward.
+
+    Args:
+        num: numerators of this rank's rows, differentiable.
+        den: denominators, of the same shape; 1 for plain losses.
+        weights: of the rows, broadcastable to them; 0 leaves a row out, unless it is not finite. 1 by default.
+        guarded: where nothing counts it is 0, and not NaN as torch's own means are.
+
+    Returns:
+        Scalar, equal on every rank.
+
+    Example:
+        >>> import torch
+        >>> from debias.ops.distributed import weighted_mean
+        >>> losses = torch.tensor([1.0, 2.0, 6.0])
+        >>> weighted_mean(losses, torch.ones(3), torch.tensor([1.0, 1.0, 0.0]))
+        tensor(1.5000)
+    """
+    if weights is not None:
+        num, den = weights * num, weights * den
+    total, count = global_sum(torch.stack((num.sum(), den.sum())), shared=True)
+    return total / (count + (count == 0) if guarded else count)
+
+
+def shared_gradient(grad: Tensor) -> Tensor:
+    """The gradient of this rank's part of a global sum, from that of the sum, where it is the same on every rank.
+
+    It is times the number of ranks, by which DDP is about to divide; a second derivative is refused.
+    """
+    if not is_distributed():
+        return grad
+    final: Tensor = _Final.apply(grad * dist.get_world_size())
+    return final
 
 
 def gather(x: Tensor) -> Tensor:
@@ -101,6 +199,22 @@ def gather(x: Tensor) -> Tensor:
     sizes[dist.get_rank()] = x.shape[0]
     dist.all_reduce(sizes)
     return _Gather.apply(x, sizes.tolist())
+
+
+def gathers(parts: Sequence[Tensor]) -> list[Tensor]:
+    """:func:`gather` of several tensors of the same rows in one message.
+
+    Args:
+        parts: floating-point tensors ``(rows, ...)``.
+    """
+    if not is_distributed():
+        return list(parts)
+    columns = [part.reshape(len(part), prod(part.shape[1:])) for part in parts]
+    pieces = gather(torch.cat(columns, 1)).split([column.shape[1] for column in columns], 1)
+    return [
+        piece.to(part.dtype).unflatten(1, part.shape[1:]) if part.ndim > 1 else piece[:, 0].to(part.dtype)
+        for piece, part in zip(pieces, parts, strict=True)
+    ]
 
 
 def gather_objects(x: Any) -> list[Any]:
@@ -134,27 +248,3 @@ def as_global(local: Tensor, value: Tensor) -> Tensor:
     local.
     """
     return value.detach() + (local - local.detach()) if is_distributed() else local
-
-
-def weighted_mean(num: Tensor, den: Tensor, weights: Tensor | None = None, *, guarded: bool = False) -> Tensor:
-    """``sum(weights * num) / sum(den)`` of the global batch; its gradient is this rank's share, which DDP averages.
-
-    Args:
-        num: numerators of this rank's rows, ``(rows,)``.
-        den: their denominators, ``(rows,)``.
-        weights: of the rows, without gradient; 1 by default.
-        guarded: of nothing, where all denominators are 0, it is 0, and not NaN as torch's own means are.
-
-    Returns:
-        Scalar, equal on every rank.
-    """
-    num = num if weights is None else num * weights
-    local, total = num.sum(), den.detach().sum()
-    summed = local.detach()
-    if is_distributed():
-        summed, total = global_sum(torch.stack((summed, total)))
-    if guarded:
-        total = total + (total == 0)
-    if not is_distributed():
-        return local / total
-    return as_global(local * (world_size() / total), summed / total)

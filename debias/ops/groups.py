@@ -16,9 +16,25 @@ from torch import Tensor, nn
 from debias.errors import BadRowsError, DebiasError
 from debias.ops import arguments
 from debias.ops.arguments import MOST, check_count
-from debias.ops.distributed import global_sum, is_distributed, world_size
+from debias.ops.distributed import global_sum, is_distributed, shared_gradient, world_size
 
 __all__ = ["GroupState", "GroupSums", "check_counts", "check_n_groups", "group_losses", "name_groups", "summed"]
+
+
+class _Means(torch.autograd.Function):
+    """Means by group of the global batch, from sums that are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, num: Tensor, divisors: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(divisors, places)
+        ctx.dtype = rows.dtype
+        return num / divisors
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        divisors, places = ctx.saved_tensors
+        factors = shared_gradient(grad / divisors)
+        return _of_rows(F.pad(factors.to(ctx.dtype), (1, _EXTRA - 1)), places), None, None, None
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -57,28 +73,27 @@ class GroupSums:
     checked: bool = False
 
     @cached_property
-    def members(self) -> Tensor:
-        """Which row counts for which group, boolean ``(rows, G)``; nowhere for bad rows."""
-        return _one_hot(self.places, len(self.den))[:, 1 : 1 + len(self.den)]
-
-    @property
-    def local(self) -> Tensor:
-        """Numerators of this rank by group, differentiable any number of times, ``(G,)``."""
-        n_groups = len(self.den)
-        parts = zip(*(x.split(_rows_at_once(n_groups)) for x in (self.rows, self.places)), strict=True)
-        return summed(
-            [torch.where(_one_hot(p, n_groups)[:, 1 : 1 + n_groups], x.unsqueeze(1), 0).sum(0) for x, p in parts]
-        )
-
-    @cached_property
     def divisors(self) -> Tensor:
         """The denominators, 1 where a group is absent, ``(G,)``."""
         return self.den + self.den.logical_not()
 
     @cached_property
     def losses(self) -> Tensor:
-        """Mean loss by group, 0 where a group is absent, ``(G,)``."""
+        """Mean loss by group, 0 where a group is absent, ``(G,)``, without gradient."""
         return self.num / self.divisors
+
+    @property
+    def means(self) -> Tensor:
+        """:attr:`losses`, differentiable; once, over several ranks. What every rank computes alike from them has the
+        gradient of the global batch, for which nothing more is sent.
+        """
+        means: Tensor = _Means.apply(self.rows, self.num, self.divisors, self.places)
+        return means
+
+    @cached_property
+    def present(self) -> Tensor:
+        """Which groups are in the global batch, boolean ``(G,)``."""
+        return self.den != 0
 
     def weighted(self, weights: Tensor, *, by: Tensor | None = None) -> Tensor:
         """``sum_g weights_g num_g / by_g`` over the global batch; the gradient is this rank's share.
@@ -97,10 +112,7 @@ class GroupSums:
         if by is not None:
             by = torch.threshold(by, 0.0, 1.0)  # 1 where it is 0: the factors of a batch without rows must be finite
         torch.div(weights, self.divisors if by is None else by, out=factors)
-        if self.places.dtype == torch.bool:
-            of_rows = torch.where(self.members, factors, 0).sum(1)
-        else:
-            of_rows = of_places.index_select(0, self.places)
+        of_rows = _of_rows(of_places, self.places)
         if is_distributed():
             of_rows *= world_size()
         elif self.checked:
@@ -200,6 +212,14 @@ def _table(data: Tensor, places: Tensor, n_groups: int) -> Tensor:
     return summed([torch.where(_one_hot(place, n_groups), x.unsqueeze(-1), 0).sum(1) for x, place in parts])
 
 
+def _of_rows(of_places: Tensor, places: Tensor) -> Tensor:
+    """From numbers of the places ``(G + 3,)`` to those of the rows."""
+    if places.dtype != torch.bool:
+        return of_places.index_select(0, places)
+    size = _rows_at_once(len(of_places) - _EXTRA)
+    return torch.cat([torch.where(part, of_places, 0).sum(1) for part in places.split(size)])
+
+
 def _one_hot(places: Tensor, n_groups: int) -> Tensor:
     if places.dtype == torch.bool:
         return places
@@ -256,6 +276,9 @@ class GroupState(nn.Module):
         :meth:`raise_if_bad`.
         """
         if isinstance(counts, Tensor):
+            if counts.shape != self.row_counts.shape:  # by other groups than the method's own, told apart by none
+                labelled = F.pad(counts[1:-2].sum().view(1), (0, self.n_groups - 1))
+                counts = torch.cat((counts[:1], labelled, counts[-2:]))
             self.row_counts += counts
             return
         self._raise(counts[-2:])

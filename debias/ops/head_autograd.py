@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from debias.errors import DebiasError
-from debias.ops.distributed import global_sum
-from debias.ops.head_statistics import HeadLoss, HeadStatistics, distances_from, filled, numerators
+from debias.ops.head_losses import HeadLoss, filled, numerators
+from debias.ops.head_statistics import HeadStatistics
 
 __all__ = ["AutogradHeadStatistics"]
 
@@ -53,32 +53,27 @@ class AutogradHeadStatistics(HeadStatistics):
             for (name, p), part in zip(self.parameters.items(), parts, strict=True)
         }
 
-    @cached_property
-    def gradients(self) -> Tensor:
-        """Mean gradients, ``(E, 1, P)``."""
-        return global_sum(self._flat(vmap(grad(self._objective), in_dims=(None, 1))(self.parameters, self.shares)))
+    def by_pairs(self, cheaper: int) -> bool:
+        """Not for any head."""
+        return False
 
-    def hessian_vector(self, vectors: Tensor) -> Tensor:
-        """``H_e V_e`` for vectors ``(E, 1, P)``."""
-        return self._products(vectors, self.shares)
+    def _local_gradients(self) -> Tensor:
+        return self._flat(vmap(grad(self._objective), in_dims=(None, 1))(self.parameters, self.membership))
 
-    def mean_hessian_vector(self, vector: Tensor) -> Tensor:
-        """``(mean of the H_e) V`` for one vector ``(1, P)``."""
-        return self._products(vector.unsqueeze(0), self.mean_shares)[0]
+    def local_products(self, vectors: Tensor) -> Tensor:
+        """This rank's part of ``H_e V_e`` and, last, ``(mean of the H_e) V``, for vectors ``(E + 1, 1, P)``."""
 
-    def _products(self, vectors: Tensor, shares: Tensor) -> Tensor:
         # Twice in reverse: torch's forward mode compiles its rules on first use, which warns and takes seconds.
         def directional(parameters: dict[str, Tensor], vector: dict[str, Tensor], share: Tensor) -> Tensor:
             gradients = grad(self._objective)(parameters, share)
             return sum(((gradients[name] * vector[name]).sum() for name in gradients), start=share.new_zeros(()))
 
-        return global_sum(
-            self._flat(vmap(grad(directional), in_dims=(None, 0, 1))(self.parameters, self._unflat(vectors), shares))
-        )
+        shares = self.all_shares.squeeze(2)
+        return self._flat(vmap(grad(directional), in_dims=(None, 0, 1))(self.parameters, self._unflat(vectors), shares))
 
     @cached_property
-    def gradient_variances(self) -> Tensor:
-        """Variance of the samples' gradients by domain, ``(E, 1, P)``; holds ``(rows, P)`` gradients."""
+    def _sample_flat(self) -> Tensor:
+        """Gradients of the samples, ``(rows, P)``."""
         loss, rows = self.loss, self.loss.target.shape
         weight, positive = (filled(x, self.features, (1, 1)).expand(rows) for x in (loss.weight, loss.positive))
 
@@ -86,44 +81,29 @@ class AutogradHeadStatistics(HeadStatistics):
             logits = functional_call(self.head, self._fixed | parameters, (feature.unsqueeze(0),))
             return numerators(loss.kind, logits.reshape(-1), *parts) / loss.elements
 
-        if len(self.features):
-            gradients = vmap(grad(of_sample), in_dims=(None, 0, 0, 0, 0))(
-                self.parameters, self.features, loss.target, weight, positive
-            )
-            flat = self._flat(gradients)[:, 0]
-        else:  # which vmap does not take
+        if not len(self.features):  # which vmap does not take
             width = sum(p.numel() for p in self.parameters.values())
-            flat = self.features.flatten(1).sum(1, keepdim=True).expand(0, width)
-        shares = self.sample_shares
-        mean, square = global_sum(torch.stack((shares.T @ flat, shares.T @ flat.square())))
-        return (square - mean.square()).unsqueeze(1)
+            return self.features.flatten(1).sum(1, keepdim=True).expand(0, width)
+        gradients = vmap(grad(of_sample), in_dims=(None, 0, 0, 0, 0))(
+            self.parameters, self.features, loss.target, weight, positive
+        )
+        return self._flat(gradients)[:, 0]
 
-    def gradient_distances(self, *, detach_target: bool = False, relative: bool = False) -> Tensor:
-        """``|G_e - mean G|^2``."""
-        return distances_from(self.gradients, self.mean(self.gradients), detach_target, self.scale(relative))
+    def _local_sample_gradients(self) -> Tensor:
+        return (self.membership.T @ self._sample_flat).unsqueeze(1)
 
-    def product_distances(self, *, detach_target: bool = False, relative: bool = False) -> Tensor:
-        """``|H_e G_e - (mean H)(mean G)|^2``."""
-        target = self.mean_hessian_vector(self.mean(self.gradients))
-        return distances_from(self.hessian_vector(self.gradients), target, detach_target, self.scale(relative))
+    def _local_sample_squares(self) -> Tensor:
+        return (self.membership.T @ self._sample_flat.square()).unsqueeze(1)
 
-    def diagonal_distances(self, *, detach_target: bool = False, relative: bool = False) -> Tensor:
-        """Not available."""
+    def _local_diagonals(self) -> Tensor:
         raise _only_linear("the diagonal of the Hessian")
 
-    @cached_property
-    def diagonals(self) -> Tensor:
-        """Not available."""
-        raise _only_linear("the diagonal of the Hessian")
-
-    @cached_property
-    def traces(self) -> Tensor:
-        """Not available."""
-        raise _only_linear("the trace of the Hessian")
-
-    def squared_hessian_distances(self, *, detach_target: bool = False, relative: bool = False) -> Tensor:
-        """Not available."""
+    def _local_hessians(self) -> Tensor:
         raise _only_linear("the Frobenius distance of Hessians")
+
+    def hessians_fit(self) -> bool:
+        """There is no other way."""
+        return True
 
 
 def _like(x: Tensor, features: Tensor) -> Tensor:

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from debias.errors import DebiasError
 from debias.ops.arguments import check_number
+from debias.ops.domains import check_domains, make_members
 from debias.ops.fields import arguments
-from debias.ops.groups import GroupState, group_losses
-from debias.ops.head_statistics import HeadLoss, HeadStatistics, make_head_loss, make_members
+from debias.ops.groups import GroupState, GroupSums, group_losses
+from debias.ops.head_losses import HeadLoss, make_head_loss
+from debias.ops.head_statistics import HeadStatistics
 from debias.ops.precision import in_full_precision
 from debias.ops.schedule import PenaltySchedule
 
@@ -26,7 +28,6 @@ __all__ = [
     "HeadPenaltyModule",
     "LossPenaltyModule",
     "PenaltyOptions",
-    "row_counts",
 ]
 
 # What the losses that are taken apart can be called with, beside logits and targets; by their names here and torch's.
@@ -60,7 +61,8 @@ class PenaltyOptions:
 class DomainPenaltyModule(PenaltyOptions, GroupState):
     """A penalty on how domains differ, for any training loop; a subclass adds :meth:`of`.
 
-    This one is a penalty on their losses, numerators and denominators by row; subclasses read something else.
+    This one is a penalty on their losses, whose sums by domain :meth:`of` receives, a
+    :class:`debias.ops.groups.GroupSums`; subclasses read something else.
 
     Args:
         n_domains: number of domains E, at least 2, or the numbers of crossed ids.
@@ -98,8 +100,8 @@ class DomainPenaltyModule(PenaltyOptions, GroupState):
     def forward(self, losses: Tensor, domains: Tensor, *, step: int | None = None) -> Tensor:
         """The weighted penalty of one batch; ``step`` is the number of optimiser steps taken so far."""
         self.check_shapes(losses, domains)
-        self.count_rows(domains, losses)
-        return self.weighted(step, lambda x: self.of(x, domains), losses)
+        sums = self.sums_of(losses, torch.ones_like(losses), domains)
+        return self.weighted(step, lambda _: self.of(sums), sums.rows)
 
     def weight_in_words(self) -> str:
         """The weight under which losses may have diverged, for messages."""
@@ -131,22 +133,21 @@ class DomainPenaltyModule(PenaltyOptions, GroupState):
             return inputs[0].new_zeros(())
         return weight * penalty(*inputs)
 
+    def sums_of(self, rows: Tensor, den: Tensor, domains: Tensor) -> GroupSums:
+        """Sums of ``rows`` by domain, see :func:`debias.ops.groups.group_losses`; bad rows are counted, and raise on
+        CPU.
+        """
+        (sums,), counts = in_full_precision(lambda *call: group_losses([call], self.n_groups))(rows, den, domains)
+        self.count_bad(counts)
+        return sums
+
     def count_rows(self, domains: Tensor, rows: Tensor) -> None:
-        """Count rows by domain, with ids out of range and rows that are not finite, over all ranks; raises on CPU."""
-        self.count_bad(row_counts(domains, rows, self.n_groups))
-
-
-def row_counts(domains: Tensor, rows: Tensor, n_domains: int) -> Tensor | list[float]:
-    """Numbers of rows of the global batch by place, for :meth:`GroupState.count_bad`, with one all-reduce.
-
-    Args:
-        domains: ids or membership, see :func:`debias.ops.groups.group_losses`.
-        rows: floating-point, ``(rows, ...)``; those that are not finite are bad.
-        n_domains: number of domains E.
-    """
-    rows = rows.detach()
-    of_rows = rows if rows.ndim == 1 else rows.flatten(1).float().sum(1)
-    return group_losses([(of_rows, torch.ones_like(of_rows), domains)], n_domains)[1]
+        """Count rows by domain, with ids out of range and rows ``(rows, ...)`` that are not finite, over all ranks;
+        raises on CPU.
+        """
+        rows = rows.detach()
+        of_rows = rows if rows.ndim == 1 else rows.flatten(1).float().sum(1)
+        self.sums_of(of_rows, of_rows, domains)
 
 
 class FeaturePenaltyModule(DomainPenaltyModule):
@@ -168,7 +169,7 @@ class LossPenaltyModule(DomainPenaltyModule):
     """A penalty that takes a loss apart, which it is told of.
 
     Weights of the loss follow the module to its device, and are not saved with it. :meth:`of` receives the loss as a
-    :class:`debias.ops.head_statistics.HeadLoss`, and the membership ``(rows, E)`` of its rows.
+    :class:`debias.ops.head_losses.HeadLoss`, and the ids ``(rows,)`` or membership ``(rows, E)`` of its rows.
 
     Args:
         loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` or ``"squared_error"``.
@@ -239,20 +240,18 @@ class LossPenaltyModule(DomainPenaltyModule):
         self, logits: Tensor, targets: Tensor, domains: Tensor, *, step: int | None = None
     ) -> Tensor:
         """The weighted penalty of one batch; ``step`` is the number of optimiser steps taken so far."""
-        members = make_members(domains, self.n_groups, len(logits))
-        self.count_losses(domains, logits, targets)
-        return self.weighted(step, lambda z: self.of(self.head_loss(z, targets), members), logits)
+        check_domains(domains, self.n_groups, len(logits))
+        loss = self.counted_loss(logits, targets, domains)
+        return self.weighted(step, lambda _: self.of(loss, domains), loss.logits)
 
-    def count_losses(self, domains: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """Count rows as :meth:`count_rows` does; bad are those with a loss or a logit that is not finite, but for
-        logits of -inf where a class is masked.
+    def counted_loss(self, logits: Tensor, targets: Tensor, domains: Tensor) -> HeadLoss:
+        """The loss in at least float32; its rows are counted as :meth:`count_rows` does. Bad are those with a loss or a
+        logit that is not finite, but for logits of -inf where a class is masked.
         """
-
-        def rows(logits: Tensor) -> Tensor:
-            loss = self.head_loss(logits, targets)
-            return loss.num(loss.logits) + torch.where(loss.logits == -torch.inf, 0, loss.logits).sum(1)
-
-        self.count_rows(domains, in_full_precision(rows)(logits.detach()))
+        loss = in_full_precision(self.head_loss)(logits, targets)
+        with torch.no_grad():
+            self.count_rows(domains, loss.checks)
+        return loss
 
 
 @arguments
@@ -285,13 +284,12 @@ class HeadPenaltyModule(LossPenaltyModule):
     ) -> Tensor:
         """The weighted penalty of one batch; ``step`` is the number of optimiser steps taken so far."""
         members = make_members(domains, self.n_groups, len(logits))
-        self.count_losses(domains, logits, targets)
+        loss = self.counted_loss(logits, targets, domains)
 
-        def penalty(logits: Tensor, features: Tensor) -> Tensor:
-            loss = self.head_loss(logits, targets)
+        def penalty(features: Tensor) -> Tensor:
             return self.of(HeadStatistics(features, loss, members, self.head_bias), **options)
 
-        return self.weighted(step, penalty, logits, features)
+        return self.weighted(step, penalty, features)
 
 
 def _weights(name: str, value: Any, *, classes: bool) -> Tensor:

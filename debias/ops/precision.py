@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 __all__ = ["autocast_off", "float32_by_default", "in_full_precision"]
 
 P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def autocast_off(device: str) -> AbstractContextManager[Any]:
@@ -20,11 +21,11 @@ def autocast_off(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def in_full_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+def in_full_precision(function: Callable[P, T]) -> Callable[P, T]:
     """The function outside autocast, with half-precision tensors among its arguments as float32."""
 
     @functools.wraps(function)
-    def precise(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def precise(*args: P.args, **kwargs: P.kwargs) -> T:
         device = next((x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), "cpu")
         with autocast_off(device):
             return function(*map(_upcast, args), **{k: _upcast(x) for k, x in kwargs.items()})  # type: ignore[arg-type]

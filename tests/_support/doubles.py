@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from debias import Debiaser, LossCall
-from debias.ops.distributed import as_global, global_sum
+from debias.ops.distributed import as_global, global_sum, weighted_mean
 from debias.step.batch import replace
 from debias.step.context import Step
 from debias.step.owned import OwnedModule
@@ -136,9 +136,7 @@ class Adversary(Debiaser):
             features = features if features.dtype == torch.float64 else features.float()
             network = self.owned["adversary"].create(features.shape[1], features.device, features.dtype)
             losses = nn.functional.cross_entropy(network(_Reverse.apply(features)), ids, reduction="none")
-        count = _count(losses)
-        local = self.owned["adversary"].local_loss(losses, torch.ones_like(losses), count)
-        return as_global(local, global_sum(losses.detach().sum()) / count)
+        return weighted_mean(losses, torch.ones_like(losses))
 
 
 class Scheduled(Debiaser):

@@ -9,13 +9,17 @@ import torch
 
 from _support.ranks import Ranks
 from debias import GroupDROLoss
+from debias.errors import DebiasError
 from debias.ops.distributed import (
     as_global,
     gather,
     gather_objects,
+    gathers,
     global_rank,
     global_sum,
+    global_sums,
     is_distributed,
+    weighted_mean,
     world_size,
 )
 from debias.tap.rows import RowTracker
@@ -92,6 +96,34 @@ def _as_global(rank):
     return out.detach(), x.grad
 
 
+def _weighted_mean(rank, sizes):
+    x = _share(rank, sizes)
+    scale = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    losses = (x * scale).square().sum(1)
+    value = weighted_mean(losses, torch.full_like(losses, 2.0), x.detach()[:, 0].exp())
+    return value.detach(), *torch.autograd.grad(value, (scale, x))
+
+
+def _shared(rank, sizes):
+    """A function that every rank computes alike from two sums in one message."""
+    x = _share(rank, sizes)
+    total, squares = global_sums([x.sum(0), x.square().sum()], shared=True)
+    value = (total.exp() * squares).sum()
+    (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+    refused = ""
+    try:
+        torch.autograd.grad(gradient.sum(), x)
+    except DebiasError as error:
+        refused = str(error)
+    return value.detach(), gradient.detach(), refused
+
+
+def _gathers(rank, sizes):
+    x = _share(rank, sizes)
+    rows_, column = gathers([x, x[:, 0]])
+    return torch.equal(rows_, gather(x)), torch.equal(column, gather(x[:, 0]))
+
+
 # -------------------------------------------------------------------------------------------------------------- tests
 
 
@@ -135,6 +167,40 @@ def test_gather_keeps_uneven_and_empty_ranks_in_order(ranks, sizes):
         torch.testing.assert_close(got, value.detach(), rtol=1e-13, atol=0)
     torch.testing.assert_close(sum(o[2] for o in outcomes) / 2, first, rtol=1e-12, atol=0)
     torch.testing.assert_close(torch.cat([o[3] for o in outcomes]) / 2, own, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_weighted_mean_is_that_of_one_process(ranks, sizes):
+    x = rows(sum(sizes)).requires_grad_()
+    weights = x.detach()[:, 0].exp()
+    value = (weights * x.square().sum(1)).sum() / (2 * weights).sum()
+    (own,) = torch.autograd.grad(value, x)
+    outcomes = ranks.run(_weighted_mean, sizes)
+    for got, _, _ in outcomes:
+        torch.testing.assert_close(got, value.detach(), rtol=1e-13, atol=0)
+    torch.testing.assert_close(sum(o[1] for o in outcomes) / 2, (own * x.detach()).sum(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.cat([o[2] for o in outcomes]) / 2, own, rtol=1e-12, atol=1e-14)
+    none = torch.zeros(2, requires_grad=True)
+    weighted_mean(none, torch.zeros(2)).backward()
+    assert torch.equal(none.grad, torch.ones(2))  # of what does not count the value is 0, and nothing is divided by 0
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_shared_sums_are_differentiated_once(ranks, sizes):
+    x = rows(sum(sizes)).requires_grad_()
+    value = (x.sum(0).exp() * x.square().sum()).sum()
+    (own,) = torch.autograd.grad(value, x)
+    outcomes = ranks.run(_shared, sizes)
+    for got, _, refused in outcomes:
+        torch.testing.assert_close(got, value.detach(), rtol=1e-13, atol=0)
+        assert "differentiated once" in refused or not refused
+    assert any(refused for _, _, refused in outcomes)
+    torch.testing.assert_close(torch.cat([o[1] for o in outcomes]) / 2, own, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_what_is_gathered_together(ranks, sizes):
+    assert ranks.run(_gathers, sizes) == [(True, True)] * 2
 
 
 def test_as_global_has_the_global_value_and_the_local_gradient(ranks):

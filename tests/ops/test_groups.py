@@ -48,7 +48,7 @@ def by_loop(num, den, groups):
 
 
 @pytest.mark.parametrize(("chunk", "entries"), [(2**18, 2**24), (7, 2**24), (2**18, 50), (2**18, 1)])
-def test_sums_members_and_local_sums(chunk, entries, monkeypatch):
+def test_sums_and_counts(chunk, entries, monkeypatch):
     monkeypatch.setattr(ops, "_CHUNK", chunk)
     monkeypatch.setattr(ops, "_CHUNK_ENTRIES", entries, raising=False)
     num, den, groups = example()
@@ -56,8 +56,6 @@ def test_sums_members_and_local_sums(chunk, entries, monkeypatch):
     nums, dens = by_loop(num, den, groups)
     assert sums.num.tolist() == pytest.approx(nums, rel=1e-13)
     assert sums.den.tolist() == pytest.approx(dens, rel=1e-13)
-    assert sums.local.tolist() == pytest.approx(nums, rel=1e-13)
-    assert sums.members.tolist() == [[k == g for g in range(G)] for k in groups.tolist()]
     unlabelled, *of_groups, bad_ids, bad_losses = map(float, counts)
     assert [unlabelled, *of_groups] == [int((groups < 0).sum()), *[int((groups == g).sum()) for g in range(G)]]
     assert [bad_ids, bad_losses] == [0, 0]
@@ -84,13 +82,13 @@ def test_memory_is_bounded_with_many_groups(membership, monkeypatch):
     groups = ids.unsqueeze(1) == torch.arange(n_groups) if membership else ids
     with Sizes() as sizes:
         (sums,), _ = group_losses([(losses, torch.ones(n), groups)], n_groups)
-        local = sums.local
-        local.sum().backward()
+        means = sums.means
+        means.sum().backward()
     assert sizes.largest <= 3 * max(entries, n)
     expected = losses.detach().double().view(-1, n_groups).sum(0)
     torch.testing.assert_close(sums.num, expected, rtol=1e-13, atol=0)
-    torch.testing.assert_close(local.detach().double(), expected, rtol=1e-6, atol=0)
-    assert losses.grad.eq(1).all()
+    torch.testing.assert_close(means.detach(), expected * n_groups / n, rtol=1e-13, atol=0)
+    torch.testing.assert_close(losses.grad, torch.full((n,), n_groups / n))
 
 
 def test_single_precision_is_summed_in_double():
@@ -183,6 +181,34 @@ def test_weighted_value_and_two_derivatives(membership, by):
     assert weighted(x).item() == pytest.approx(expected, rel=1e-12)
     assert torch.autograd.gradcheck(weighted, x)
     assert torch.autograd.gradgradcheck(weighted, x)
+
+
+@pytest.mark.parametrize("membership", [False, True])
+def test_means_and_their_gradient(membership):
+    """Against a membership matrix in torch's own hands; rows of no group have no gradient."""
+    x, den, groups = example()
+    groups[groups == 1] = 2  # a group is absent
+    x.requires_grad_()
+    members = groups.unsqueeze(1) == torch.arange(G)
+    (sums,), _ = group_losses([(x**3, den, members if membership else groups)], G)
+    theirs = (members * (x**3).unsqueeze(1)).sum(0) / (members * den.unsqueeze(1)).sum(0).clamp_min(1e-300)
+    torch.testing.assert_close(sums.means, theirs, rtol=1e-13, atol=0)
+    weights = torch.tensor([0.5, 2.0, -1.0], dtype=torch.float64)
+    ours, torchs = (torch.autograd.grad((m.exp() * weights).sum(), x)[0] for m in (sums.means, theirs))
+    torch.testing.assert_close(ours, torchs, rtol=1e-13, atol=1e-15)
+    assert sums.present.tolist() == [True, False, True]
+
+
+def test_two_derivatives_of_means():
+    x, den, groups = example(n=8)
+    x.requires_grad_()
+
+    def spread(x):
+        (sums,), _ = group_losses([(x**3, den, groups)], G)
+        return sums.means.square().sum()
+
+    assert torch.autograd.gradcheck(spread, x)
+    assert torch.autograd.gradgradcheck(spread, x)
 
 
 def test_absent_group_and_rows_that_do_not_count():

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from _support import head_oracle as oracle
+from _support.ranks import Ranks
 from debias.errors import DebiasError
+from debias.ops import head_distances
+from debias.ops.distributed import is_distributed
+from debias.ops.domains import make_members
 from debias.ops.head_autograd import AutogradHeadStatistics
-from debias.ops.head_statistics import HeadStatistics, make_head_loss, make_members
+from debias.ops.head_losses import make_head_loss
+from debias.ops.head_statistics import HeadStatistics
 
 EXACT = 1e-10
 KINDS = pytest.mark.parametrize("kind", oracle.LOSSES)
@@ -29,6 +37,18 @@ def by_autograd(p: oracle.Problem) -> AutogradHeadStatistics:
     p.weight, p.bias = head.weight, head.bias
     loss = make_head_loss(p.loss, head(p.features), p.targets, **p.options)
     return AutogradHeadStatistics(head, p.features, loss, make_members(p.domains, p.n_domains, len(p.domains)))
+
+
+class LargestTensor(TorchDispatchMode):
+    """How many numbers the largest tensor holds that an operation makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            self.numbers = max(self.numbers, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return out
 
 
 def as_matrix(p: oracle.Problem, vector: torch.Tensor) -> torch.Tensor:
@@ -63,42 +83,78 @@ def test_hessian_vector_products(kind: str, bias: bool) -> None:
     p = oracle.problem(kind, bias=bias)
     s = statistics(p)
     generator = torch.Generator().manual_seed(2)
-    vectors = torch.randn(s.gradients.shape, generator=generator, dtype=torch.float64)
+    n_domains, *shape = s.gradients.shape
+    vectors = torch.randn(n_domains + 1, *shape, generator=generator, dtype=torch.float64)
     losses = oracle.domain_losses(p)
     flat = [torch.cat((v[:, :3].reshape(-1), v[:, 3:].reshape(-1))) for v in vectors]
     theirs = [as_matrix(p, oracle.hessian(p, loss) @ flat[e]) for e, loss in zip(p.present, losses, strict=True)]
-    agree(p, s.hessian_vector(vectors)[p.present], torch.stack(theirs))
     mean = oracle.hessian(p, torch.stack(losses).mean())
-    agree(p, s.mean_hessian_vector(vectors[0]), as_matrix(p, mean @ flat[0]))
+    products = s.products(vectors)
+    agree(p, products[:-1][p.present], torch.stack(theirs))
+    agree(p, products[-1], as_matrix(p, mean @ flat[-1]))
 
 
 @KINDS
 @BIAS
-def test_diagonals_and_traces(kind: str, bias: bool) -> None:
+def test_diagonals(kind: str, bias: bool) -> None:
     p = oracle.problem(kind, bias=bias)
-    s = statistics(p)
     hessians = [oracle.hessian(p, loss) for loss in oracle.domain_losses(p)]
-    agree(p, s.diagonals[p.present], torch.stack([as_matrix(p, h.diagonal()) for h in hessians]))
-    agree(p, s.traces[p.present], torch.stack([h.trace() for h in hessians]))
+    theirs = torch.stack([as_matrix(p, h.diagonal()) for h in hessians])
+    agree(p, statistics(p).diagonals[p.present], theirs)
 
 
 @KINDS
 @BIAS
 @pytest.mark.parametrize("detach", [True, False], ids=["detached", "moving"])
-def test_frobenius_distances(kind: str, bias: bool, detach: bool) -> None:
+def test_frobenius_distances(kind: str, bias: bool, detach: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     p = oracle.problem(kind, bias=bias)
     hessians = torch.stack([oracle.hessian(p, loss) for loss in oracle.domain_losses(p)])
     mean = hessians.mean(0)
     theirs = (hessians - (mean.detach() if detach else mean)).square().sum((1, 2))
-    agree(p, statistics(p).squared_hessian_distances(detach_target=detach)[p.present], theirs)
-    relative = statistics(p).squared_hessian_distances(detach_target=detach, relative=True)
-    agree(p, relative[p.present], theirs / hessians.square().sum((1, 2)).mean().detach())
+    norm = hessians.square().sum((1, 2)).mean().detach()
+    gradients = oracle.gradients(theirs.sum(), p.leaves)
+    for fit, at_once in ((True, 2**22), (True, 50), (False, 2**22), (False, 50)):  # all at once, and in blocks of rows
+        monkeypatch.setattr(HeadStatistics, "hessians_fit", lambda self, fit=fit: fit)
+        monkeypatch.setattr(head_distances, "_AT_ONCE", at_once)
+        for relative, scale in ((False, 1.0), (True, norm)):
+            ours = statistics(p).hessian_distances(detach_target=detach, relative=relative)[p.present] * scale
+            assert oracle.distance([ours], [theirs]) < EXACT
+            assert oracle.distance(oracle.gradients(ours.sum(), p.leaves), gradients) < EXACT
+
+
+@pytest.mark.parametrize("n", [64, 5000])
+def test_frobenius_distances_take_the_cheaper_side_in_bounded_memory(n: int) -> None:
+    """Of 5,000 rows a table of pairs would be 25 million numbers; of 64 rows and 700 features the Hessians would."""
+    d, classes, n_domains = (6, 3, 3) if n > 64 else (700, 3, 3)
+    features = torch.randn(n, d, requires_grad=True)
+    logits = features @ torch.randn(classes, d).T
+    with LargestTensor() as watch:
+        loss = make_head_loss("cross_entropy", logits, torch.arange(n) % classes)
+        s = HeadStatistics(features, loss, make_members(torch.arange(n) % n_domains, n_domains, n))
+        s.hessian_distances().sum().backward()
+    assert watch.numbers <= max(n * (d + 1) ** 2 if n > 64 else 0, n * (d + 1), n * n if n == 64 else 0)
+
+
+def test_pairs_are_compared_in_blocks() -> None:
+    """Wide heads and many rows: neither side is small, and no table of all pairs is made."""
+    n, d = 3000, 300
+    features = torch.randn(n, d, requires_grad=True)
+    loss = make_head_loss("cross_entropy", features @ torch.randn(8, d).T, torch.arange(n) % 8)
+    s = HeadStatistics(features, loss, make_members(torch.arange(n) % 3, 3, n))
+    assert not s.hessians_fit()
+    with LargestTensor() as watch:
+        s.hessian_distances().sum().backward()
+    assert watch.numbers <= 2**22 < n * n
 
 
 @pytest.mark.parametrize("detach", [True, False], ids=["detached", "moving"])
 @pytest.mark.parametrize("seed", range(3))
-def test_frobenius_distances_in_single_precision(detach: bool, seed: int) -> None:
+@pytest.mark.parametrize("fit", [True, False], ids=["Hessians", "pairs"])
+def test_frobenius_distances_in_single_precision(
+    detach: bool, seed: int, fit: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of domains that are nearly aligned: less than the rounding error of the Hessians' own squared norms, near 3."""
+    monkeypatch.setattr(HeadStatistics, "hessians_fit", lambda self: fit)
     generator = torch.Generator().manual_seed(seed)
     half = torch.randn(40, 16, generator=generator, dtype=torch.float64)
     noise = torch.randn(40, 16, generator=generator, dtype=torch.float64)
@@ -108,7 +164,7 @@ def test_frobenius_distances_in_single_precision(detach: bool, seed: int) -> Non
     def distances(size: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         features = torch.cat((half, half + size * noise)).to(dtype).requires_grad_()
         loss = make_head_loss("cross_entropy", features @ weight.to(dtype).T, torch.arange(80) % 4)
-        found = HeadStatistics(features, loss, members).squared_hessian_distances(detach_target=detach)
+        found = HeadStatistics(features, loss, members).hessian_distances(detach_target=detach)
         return found, torch.autograd.grad(found.sum(), features)[0]
 
     for size in (0.0, 1e-5, 1e-4, 1e-3):
@@ -138,10 +194,8 @@ def test_the_autograd_route_equals_the_closed_form(kind: str, bias: bool) -> Non
         return torch.cat((x[..., :3].flatten(1), x[..., 3:].flatten(1)), 1).unsqueeze(1)
 
     agree(p, route.gradients, flat(closed.gradients))
-    agree(p, route.hessian_vector(route.gradients), flat(closed.hessian_vector(closed.gradients)))
-    mean = closed.mean(closed.gradients)
-    ours = route.mean_hessian_vector(route.mean(route.gradients))
-    agree(p, ours, flat(closed.mean_hessian_vector(mean).unsqueeze(0))[0])
+    vectors = torch.cat((closed.gradients, closed.mean(closed.gradients).unsqueeze(0)))
+    agree(p, route.products(flat(vectors)), flat(closed.products(vectors)))
     agree(p, route.gradient_variances, flat(closed.gradient_variances))
 
 
@@ -156,7 +210,7 @@ def test_a_head_of_two_layers() -> None:
     theirs = torch.cat([g.flatten() for g in torch.autograd.grad(mean, parameters, create_graph=True)])
     assert oracle.distance([s.gradients[1, 0]], [theirs]) < EXACT
     product = torch.autograd.grad(theirs @ theirs.detach(), parameters, create_graph=True)
-    ours = s.hessian_vector(s.gradients.detach())[1, 0]
+    ours = s.products(torch.cat((s.gradients, s.gradients[:1])).detach())[1, 0]
     assert oracle.distance([ours], [torch.cat([g.flatten() for g in product])]) < EXACT
     leaves = [*parameters, p.features]
     left = oracle.gradients(ours.square().sum(), leaves)
@@ -164,35 +218,24 @@ def test_a_head_of_two_layers() -> None:
     assert oracle.distance(left, right) < EXACT
 
 
-@pytest.mark.parametrize("what", ["diagonals", "traces"])
+@pytest.mark.parametrize("what", ["diagonal_distances", "hessian_distances"])
 def test_the_autograd_route_refuses_what_it_has_not(what: str) -> None:
     with pytest.raises(DebiasError, match="linear head"):
-        getattr(by_autograd(oracle.problem()), what)
-    with pytest.raises(DebiasError, match="linear head"):
-        by_autograd(oracle.problem()).squared_hessian_distances()
+        getattr(by_autograd(oracle.problem()), what)()
 
 
 def test_no_tensor_of_samples_by_parameters() -> None:
     """The largest tensor made is one of domains x classes x features, or of samples x domains x classes."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    sizes: list[int] = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            sizes.extend(x.numel() for x in (out if isinstance(out, tuple | list) else [out]) if hasattr(x, "numel"))
-            return out
-
     n, d, c, e = 40, 64, 30, 2
     features = torch.randn(n, d, requires_grad=True)
     weight = torch.randn(c, d, requires_grad=True)
     logits = features @ weight.T
-    with Watch():
+    with LargestTensor() as watch:
         loss = make_head_loss("cross_entropy", logits, torch.arange(n) % c)
         s = HeadStatistics(features, loss, make_members(torch.arange(n) % e, e, n))
-        (s.hessian_vector(s.gradients).sum() + s.diagonals.sum() + s.gradient_variances.sum()).backward()
-    assert 0 < max(sizes) <= max(e * c * (d + 1), n * e * c) < n * c * d
+        products = s.products(torch.cat((s.gradients, s.gradients[:1])))
+        (products.sum() + s.diagonals.sum() + s.gradient_variances.sum()).backward()
+    assert 0 < watch.numbers <= max((e + 1) * c * (d + 1), n * (e + 1) * c) < n * c * d
 
 
 @pytest.mark.parametrize(
@@ -212,3 +255,43 @@ def test_no_tensor_of_samples_by_parameters() -> None:
 def test_wrong_arguments(call, match: str) -> None:
     with pytest.raises(DebiasError, match=match):
         call()
+
+
+def _frobenius(rank: int, fit: bool, kind: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Five rows on the first of two ranks, the others on the second; all of them in one process."""
+    p = oracle.problem(kind)
+    rows = slice(None) if not is_distributed() else slice(5) if rank == 0 else slice(5, None)
+    loss = make_head_loss(p.loss, p.logits[rows], p.targets[rows], **p.options)
+    with mock.patch.object(HeadStatistics, "hessians_fit", return_value=fit):
+        s = HeadStatistics(p.features[rows], loss, make_members(p.domains[rows], p.n_domains, len(loss.den)))
+        found = s.hessian_distances(detach_target=True, relative=True)
+    return found.detach(), oracle.gradients((found * torch.arange(p.n_domains)).sum(), p.leaves)
+
+
+@pytest.mark.parametrize("fit", [True, False], ids=["Hessians", "pairs"])
+@pytest.mark.parametrize("kind", ["ce weighted", "bce weighted"])
+def test_frobenius_distances_on_two_ranks_are_those_of_one(ranks: Ranks, fit: bool, kind: str) -> None:
+    value, gradients = _frobenius(0, fit, kind)
+    outcomes = ranks.run(_frobenius, fit, kind)
+    for found, _ in outcomes:
+        assert oracle.distance([found], [value]) < EXACT
+    averaged = [(a + b) / 2 for a, b in zip(*(of_rank for _, of_rank in outcomes), strict=True)]
+    assert oracle.distance(averaged, gradients) < EXACT
+
+
+def _products(rank: int, before: bool) -> list[torch.Tensor]:
+    p = oracle.problem("ce")
+    rows = slice(None) if not is_distributed() else slice(5) if rank == 0 else slice(5, None)
+    loss = make_head_loss(p.loss, p.logits[rows], p.targets[rows])
+    s = HeadStatistics(p.features[rows], loss, make_members(p.domains[rows], p.n_domains, len(loss.den)))
+    found = s.gradient_distances() if before else torch.zeros(())
+    with mock.patch.object(HeadStatistics, "by_pairs", return_value=False):
+        return oracle.gradients((s.product_distances() + found).sum(), p.leaves)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_gradients_are_those_of_one_process_whatever_is_asked_first(ranks: Ranks, before: bool) -> None:
+    """Products take the mean gradients back to the rows, distances between them do not."""
+    outcomes = ranks.run(_products, before)
+    averaged = [(a + b) / 2 for a, b in zip(*outcomes, strict=True)]
+    assert oracle.distance(averaged, _products(0, before)) < EXACT

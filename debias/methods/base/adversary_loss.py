@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debias.errors import BadRowsError, DebiasError, RowsError
@@ -138,9 +137,6 @@ class AdversaryLoss(GroupState):
                 losses = torch.where(finite, losses, torch.nan)
             calls.append((losses, torch.ones_like(losses), groups))
         sums, counted = group_losses(calls, self.n_strata)
-        if isinstance(counted, Tensor):  # from the strata's places to those of the ids, which are not told apart
-            labelled = F.pad(counted[1:-2].sum().view(1), (0, self.n_groups - 1))
-            counted = torch.cat((counted[:1], labelled, counted[-2:]))
         self.count_bad(counted)
         total = features.new_zeros(())
         for (_, stratified), of in zip(terms, sums, strict=True):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debias.errors import DebiasError, HeadNotFoundError, RowsError
-from debias.ops.head_statistics import HeadLoss, make_head_loss
+from debias.ops.head_losses import HeadLoss, make_head_loss
 from debias.ops.penalties import LOSS_OPTIONS
 from debias.tap.calls import LossCall
 

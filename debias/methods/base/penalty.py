@@ -20,10 +20,12 @@ from debias.methods.base.head import (
     rows_of,
 )
 from debias.methods.base.method import KeyedMethod
+from debias.ops.domains import check_domains, make_members
 from debias.ops.fields import arguments
+from debias.ops.groups import GroupSums, group_losses
 from debias.ops.head_autograd import AutogradHeadStatistics
-from debias.ops.head_statistics import HeadStatistics, make_members
-from debias.ops.penalties import PenaltyOptions, row_counts
+from debias.ops.head_statistics import HeadStatistics
+from debias.ops.penalties import PenaltyOptions
 from debias.ops.precision import autocast_off
 from debias.step.batch import BatchKey
 from debias.step.context import Step
@@ -68,7 +70,7 @@ class DomainPenalty(PenaltyOptions, KeyedMethod):
 
     def penalty(self, call: LossCall, domains: Tensor, step: Step) -> Tensor:
         """The module's penalty for this loss, not yet weighted; ``domains`` are those of the samples."""
-        return self.module.of(call.num, call.of_rows(domains), den=call.den)
+        return self.module.of(self.loss_sums(call, domains, step))
 
     # -- the engine's side -------------------------------------------------------------------------
 
@@ -119,11 +121,17 @@ class DomainPenalty(PenaltyOptions, KeyedMethod):
                 stacklevel=2,
             )
 
-    def _count_rows(self, call: LossCall, ids: Tensor, step: Step) -> None:
+    def loss_sums(self, call: LossCall, ids: Tensor, step: Step) -> GroupSums:
+        """Sums of this loss by domain, made once for all penalties on the same domains; ``ids`` are the samples'."""
+        return self._sums(call, ids, step)[0][0]
+
+    def _sums(self, call: LossCall, ids: Tensor, step: Step) -> tuple[list[GroupSums], Tensor | list[float]]:
         n = self.module.n_groups
-        counts = step.once((call, ids, n), lambda: row_counts(call.of_rows(ids), call.num, n))
+        return step.once((call, ids, n), lambda: group_losses([(call.num, call.den, call.of_rows(ids))], n))
+
+    def _count_rows(self, call: LossCall, ids: Tensor, step: Step) -> None:
         try:
-            self.module.count_bad(counts)
+            self.module.count_bad(self._sums(call, ids, step)[1])
         except BadRowsError as error:
             raise self._at(error, step.global_step) from None
         if step.logging:
@@ -152,7 +160,9 @@ class LossPenalty(DomainPenalty):
         """The module's penalty for this loss."""
         loss = head_loss(call, check=self._checks(step))
         rows = len(loss.logits)
-        return self.module.of(loss, make_members(rows_of(call, domains, rows), self.module.n_groups, rows))
+        domains = rows_of(call, domains, rows)
+        check_domains(domains, self.module.n_groups, rows)
+        return self.module.of(loss, domains)
 
 
 @arguments
