@@ -27,7 +27,7 @@ from torch import Tensor
 
 from debias.errors import BadRowsError, DebiasError
 from debias.methods.base import LossOptions, Method
-from debias.ops.arguments import check_number
+from debias.ops.arguments import check_number, checked
 from debias.ops.distributed import gather
 from debias.ops.fields import arguments
 from debias.ops.groups import GroupState, readable
@@ -38,6 +38,7 @@ from debias.tap.calls import LossCall
 __all__ = ["CVaRDRO", "CVaRLoss", "ChiSquareDRO", "ChiSquareLoss", "chi_square_weights", "cvar_weights"]
 
 
+@checked("losses: float m, shares: float m", alpha="(0, 1]", temperature="[0, inf)")
 def cvar_weights(losses: Tensor, *, alpha: float, temperature: float = 0.0, shares: Tensor | None = None) -> Tensor:
     """Weights of the worst fraction of a batch: its conditional value at risk.
 
@@ -80,6 +81,7 @@ def cvar_weights(losses: Tensor, *, alpha: float, temperature: float = 0.0, shar
     return torch.zeros_like(p).scatter(0, order, p / p.sum())
 
 
+@checked("losses: float m, shares: float m", radius="[0, inf)", penalty="(0, inf)")
 def chi_square_weights(
     losses: Tensor, *, radius: float | None = 1.0, penalty: float | None = None, shares: Tensor | None = None
 ) -> Tensor:

@@ -22,7 +22,18 @@ from torch import Tensor
 
 from debias.errors import BadRowsError, DebiasError
 
-__all__ = ["MOST", "check_choice", "check_count", "check_instance", "check_number", "checked", "on_host", "shown"]
+__all__ = [
+    "MOST",
+    "check_choice",
+    "check_count",
+    "check_ids",
+    "check_instance",
+    "check_number",
+    "check_options",
+    "checked",
+    "on_host",
+    "shown",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 MOST = 1_000_000  # groups, classes, labels, thresholds: what has a number each, and a name
@@ -82,6 +93,22 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
     return value
 
 
+def check_ids(name: str, ids: Tensor) -> int:
+    """The number of ids, one more than the largest; waits for the device.
+
+    Raises:
+        BadRowsError: there is none, or one is negative or larger than :data:`MOST`.
+    """
+    low, high = (int(end) for end in ids.aminmax()) if ids.numel() else (-1, -1)
+    if low < 0 or high >= MOST:
+        got = f"ids from {low} to {high}" if ids.numel() else "none"
+        raise BadRowsError(
+            f"Expected `{name}` to hold ids from 0 to {MOST - 1}, but got {got}. Leave unlabelled samples out, and"
+            " number the others from 0."
+        )
+    return high + 1
+
+
 def check_instance(name: str, value: Any, kind: type) -> Any:
     """The value of an argument that is an object of a class.
 
@@ -92,6 +119,27 @@ def check_instance(name: str, value: Any, kind: type) -> Any:
         remedy = f" Pass an instance, `{value.__name__}(...)`." if isinstance(value, type) else ""
         raise DebiasError(f"Expected `{name}` to be a {kind.__name__}, but got {shown(value)}.{remedy}")
     return value
+
+
+def check_options(name: str, options: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
+    """Options that a :func:`checked` function is to get later, looked at now.
+
+    Args:
+        name: of the argument that holds them.
+        options: by name.
+        function: takes them as keywords.
+
+    Raises:
+        DebiasError: the function has no such option, or refuses its value.
+    """
+    known = [key for key, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    if unknown := [key for key in options if key not in known]:
+        raise DebiasError(
+            f"Expected `{name}` to hold options of `{function.__name__}`, {', '.join(map(repr, known))}, but got"
+            f" {shown(unknown[0])}. Correct its name, or remove it."
+        )
+    function.check(options)  # type: ignore[attr-defined]
+    return dict(options)
 
 
 def shown(value: Any) -> str:
@@ -110,7 +158,7 @@ def on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def checked(shapes: str = "", **within: str) -> Callable[[F], F]:
+def checked(shapes: str = "", *, first: bool = False, **within: str) -> Callable[[F], F]:
     """Refuse calls whose arguments are not of the annotated kind, or whose tensors do not fit together.
 
     An argument that is annotated as a number has to be finite, as an integer within 64 bits, as a ``Literal`` one of
@@ -122,6 +170,7 @@ def checked(shapes: str = "", **within: str) -> Callable[[F], F]:
         shapes: of tensor arguments: ``"losses: float N, domains: int N | bool N n_domains, x: float N C ..."``. Letters
             that come twice are the same number; names of integer arguments, and numbers, are what they say. Ids are
             below a number with ``"domains: int N < n_domains"``; negative ones are unlabelled.
+        first: look at kinds and intervals before the call: of a function that takes long, or changes something.
         **within: intervals of numbers by name, ``alpha="(0, 1]"``; None, and what is no number, is left to the
             annotation.
 
@@ -155,6 +204,8 @@ def checked(shapes: str = "", **within: str) -> Callable[[F], F]:
             for name, highest in limits.items():
                 if _is_integer(given.get(name)) and given[name] > highest:  # before memory or time is taken for it
                     check_count(name, given[name], 0, highest)
+            if first:
+                _check(function, {}, within, given)
             for name in wanted:
                 if not isinstance(given.get(name), Tensor | None):
                     _check(function, {}, {}, {name: given[name]})
@@ -172,6 +223,7 @@ def checked(shapes: str = "", **within: str) -> Callable[[F], F]:
                 passed.add(alike)
             return result
 
+        call.check = functools.partial(_check, function, {}, within)  # type: ignore[attr-defined]
         return typing.cast(F, call)
 
     return decorate
@@ -256,6 +308,8 @@ def _is_one(value: Any, kind: Any) -> bool:
         return callable(value)
     if not isinstance(origin, type) or getattr(origin, "_is_protocol", False):
         return origin is not None or value is None  # Any, type variables
+    if origin is collections.abc.Iterable and typing.Any in inner:
+        return isinstance(value, Iterable)
     if origin in (list, tuple, collections.abc.Sequence, collections.abc.Iterable):
         if not isinstance(value, Sequence):  # arrays and tensors are sequences of numbers, too
             numbers = {float, int} & {part for of in inner for part in _parts(of)}

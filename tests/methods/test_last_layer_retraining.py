@@ -289,7 +289,7 @@ def test_numbered_samples_count_once_and_in_the_order_of_the_set():
 BAD = [
     ({"method": "dfr"}, DebiasError, "`group` and `n_groups` for `method='dfr'`"),
     ({"method": "self"}, DebiasError, "`early` for `method='self'`"),
-    ({"method": "lasso"}, DebiasError, "`method` to be one of 'dfr', 'afr'"),
+    ({"method": "lasso"}, DebiasError, "`method` to be 'dfr', 'afr'"),
     ({"method": "plain", "strengths": [1.0, 0.1]}, DebiasError, "one number in `strengths`"),
     ({"group": 2}, DebiasError, "`n_groups`, the number of groups of `group=2`"),
     ({"group": 2, "n_groups": 3}, DebiasError, "(?s)samples of every group.*none of group 2"),
