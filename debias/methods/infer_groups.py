@@ -108,12 +108,12 @@ class InferGroups(TwoStage):
                 f"Expected `validation=True` for 'errors' or 'eiil' only, which say the group of any sample, but got it"
                 f" for {method!r}: clusters of the training set have no say in the validation set."
             )
-        self.method = method
         if callable(method) and options:
             raise DebiasError(
                 f"Expected no `options` where `method` is a callable, but got {options}. Bind them to it:"
                 " `functools.partial(method, ...)`."
             )
+        self.method = method
         given = ({"per_class": True} if per_class else {}) | (options or {})
         # A wrong option is an error now, not after stage one.
         self.inference_options = {} if callable(method) else check_options("options", given, METHODS[method])

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from debias.data.counting import empty_groups, tag_counts
 from debias.errors import BadRowsError, DebiasError
 from debias.methods._held_out import Evaluating, Keys, find_head, held_out, moved
-from debias.ops.arguments import check_number, checked, shown
+from debias.ops.arguments import checked, shown
 from debias.ops.distributed import is_distributed
 from debias.ops.groups import check_n_groups, name_groups
 from debias.ops.last_layer import (
@@ -317,9 +317,8 @@ def _check_arguments(method: str, group: Any, n_groups: Any, strengths: Any, ear
         raise DebiasError(
             f"Expected `early` to be a module, a state dict or the path of a checkpoint, but got {shown(early)}."
         )
-    found = list(strengths or (DFR_STRENGTHS if method == "dfr" else (1.0,)))
-    for strength in found:
-        check_number("strengths", strength, "(0, inf)")
+    default = DFR_STRENGTHS if method == "dfr" else (1.0,)
+    found = list(default if strengths is None else strengths)
     if method in ("balanced", "plain") and len(found) > 1:
         raise DebiasError(f"Expected one number in `strengths` for `method={method!r}`, but got {found}.")
     return found

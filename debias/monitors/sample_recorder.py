@@ -90,7 +90,7 @@ class SampleRecorder(Debiaser):
             _pandas()
         try:
             path.format(epoch=0)
-        except (LookupError, ValueError) as error:
+        except (AttributeError, LookupError, ValueError) as error:
             raise DebiasError(
                 f"Expected `path` to have no place but `{{epoch}}` to fill in, but got {path!r}. Write other braces"
                 " twice."

@@ -118,7 +118,8 @@ def focal_loss(logits: Tensor, targets: Tensor, *, gamma: float = 2.0) -> Tensor
         tensor([0.6341])
     """
     binary = targets.is_floating_point()
-    if targets.shape != (logits.shape if binary else logits.shape[:1] + logits.shape[2:]):
+    fits = targets.shape == (logits.shape if binary else logits.shape[:1] + logits.shape[2:])
+    if not fits or targets.dtype == torch.bool or not (binary or logits.ndim > 1):
         raise DebiasError(
             f"Expected `targets` to be class ids of shape (N,) with `logits` of shape (N, C), or float 0 / 1 in their"
             f" shape, but got {shown(targets)} with {shown(logits)}. Convert them."

@@ -146,7 +146,7 @@ def spare_groups(
         DebiasError: a class has fewer samples than clusters.
     """
     numbers = n_clusters if isinstance(n_clusters, Sequence) else [n_clusters]
-    tries = [_k_means(check_count("n_clusters", n, 2), seed) for n in numbers]
+    tries = [_k_means(n, seed) for n in numbers]
     return _by_class(outputs, targets, lambda x: _best_silhouette(x, tries, seed))
 
 

@@ -37,7 +37,7 @@ def changed(**columns):
         (changed(), {"columns": ["plaice"]}, "but got ..plaice.."),
         (changed(), {"task": "ranking"}, "`task` to be one of"),
         (changed(), {"alpha": 0}, "alpha"),
-        (changed(), {"bins": 1}, "`bins` to be an integer of at least 2"),
+        (changed(), {"bins": 1}, "`bins` to be an integer >= 2"),
         (changed(), {"id": "file"}, "`id` to be a column"),
         (changed(), {"metadata": planted(59)}, "for each of the 60 samples, in their order, but it has 59"),
         (changed(), {"metadata": planted(60, seed=1)[["place"]]}, "their columns `place` differ"),
