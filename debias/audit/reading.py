@@ -52,6 +52,8 @@ def read_table(
     labels = _behind(frame, target) if target not in frame else []
     task = task or _task(frame, target, prediction, labels)
     check_choice("task", task, TASKS)
+    if scores is not None:
+        check_choice("scores", scores, SCORES)
     if task == "multilabel":
         return _multilabel(frame, labels or _behind(frame, target), target, prediction, score, scores)
     _need(frame, target)

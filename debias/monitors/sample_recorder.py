@@ -92,8 +92,7 @@ class SampleRecorder(Debiaser):
             path.format(epoch=0)
         except (AttributeError, LookupError, ValueError) as error:
             raise DebiasError(
-                f"Expected `path` to have no place but `{{epoch}}` to fill in, but got {path!r}. Write other braces"
-                " twice."
+                f"Expected `path` to hold no braces but `{{epoch}}`, but got {path!r}. Write other braces twice."
             ) from error
         self.path = path
         self.epochs = None if epochs is None else [check_count("epochs", epoch, 0) for epoch in epochs]

@@ -29,6 +29,7 @@ def changed(**columns):
         (changed(prediction="x"), {}, "none in common"),
         (changed(prediction=0.3), {}, "Pass `task='regression'`"),
         (changed(score=0.3), {}, "Pass `scores='probabilities'` or `scores='logits'`"),
+        (changed(), {"scores": "percent"}, "`scores` to be one of 'probabilities', 'logits', but got 'percent'"),
         (changed(score=3.0), {"scores": "probabilities"}, "from 3 to 3. If they are logits"),
         (changed(score=np.inf), {"scores": "logits"}, "finite numbers, but 60 are not"),
         (changed(score_0=0.5, score_1=0.1), {"scores": "probabilities"}, "sum to 1, but those of row 0"),

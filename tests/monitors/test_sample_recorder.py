@@ -118,7 +118,7 @@ def test_samples_that_are_not_seen_are_said(tmp_path):
         ({"columns": []}, r"`columns` to be of 'loss'.*got \[\]"),
         ({"epochs": [0, -1]}, "`epochs` to be an integer >= 0, but got -1"),
         ({"epochs": []}, "`epochs` to hold at least one epoch"),
-        ({"path": "{step}.npz"}, "no place but `{epoch}` to fill in, but got '{step}.npz'"),
+        ({"path": "{step}.npz"}, "no braces but `{epoch}`, but got '{step}.npz'"),
         ({"on": "test"}, "'train' or 'val'"),
     ],
 )
