@@ -298,6 +298,7 @@ BAD = [
     ({"method": "plain", "head": "4"}, HeadNotFoundError, "Did you mean|There are"),
     ({"method": "plain", "target": 0}, BatchKeyError, r"class ids of shape \(50,\), or labels"),
     ({"method": "plain", "gamma": -1}, DebiasError, "`gamma`"),
+    ({"method": "plain", "seed": 0.5}, DebiasError, "`seed` to be an integer"),
     ({"method": "plain", "strengths": [-1.0]}, DebiasError, "`strengths` to be a number > 0, but got -1.0"),
     ({"method": "plain", "n_groups": 0}, DebiasError, "`n_groups` to be a number in"),
     ({"method": "self", "early": 3}, DebiasError, "`early` to be a module, a state dict or the path"),
