@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,14 @@ from debias.audit.collect import HEAD, Collector, in_order
 from debias.audit.detection import map_table
 from debias.audit.features import erasure_table, probe_table
 from debias.audit.pictures import picture
+from debias.audit.reading import SCORES
 from debias.audit.report import Report
 from debias.audit.run import Settings, examine
 from debias.audit.samples import TASKS, Samples
 from debias.errors import DebiasError
+from debias.ops.arguments import check_choice, checked
+from debias.step.batch import BatchKey
+from debias.tap.calls import LossCall
 
 __all__ = ["audit", "collect", "own_steps", "quiet"]
 
@@ -31,20 +36,21 @@ _BINARY = ("binary_cross_entropy_with_logits", "binary_cross_entropy")
 _REAL = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "gaussian_nll_loss", "poisson_nll_loss")
 
 
+@checked(first=True)
 def audit(
     model: nn.Module,
     loaders: Any,
     *,
     metadata: pd.DataFrame | Mapping[str, pd.DataFrame] | None = None,
     layers: Sequence[str] = (),
-    target: Any = None,
-    logits: Any = None,
-    loss: Any = None,
+    target: BatchKey | None = None,
+    logits: str | Callable[[Any], Tensor] | None = None,
+    loss: int | Callable[[LossCall], bool] | None = None,
     task: str | None = None,
     scores: str | None = None,
     classes: Sequence[str] | None = None,
     positive: str | None = None,
-    ckpt_path: Any = None,
+    ckpt_path: str | Path | None = None,
     trainer: Any = None,
     title: str = "Audit",
     progress: bool = True,
@@ -79,9 +85,10 @@ def audit(
     Raises:
         DebiasError: metadata do not fit the loader, or nothing says what is predicted.
     """
-    checked = Settings(**settings)
-    if task is not None and task not in TASKS:
-        raise DebiasError(f"Expected `task` to be one of {', '.join(TASKS)}, but got {task!r}.")
+    how = Settings(**settings)
+    for name, value, choices in (("task", task, TASKS), ("scores", scores, SCORES)):
+        if value is not None:
+            check_choice(name, value, choices)
     sets = _sets(loaders)
     tables = dict(metadata) if isinstance(metadata, Mapping) else {} if metadata is None else {"test": metadata}
     if unknown := [name for name in tables if name not in sets]:
@@ -102,7 +109,7 @@ def audit(
     )
     train = None
     if "train" in sets:
-        known = samples.classes or classes
+        known = samples.classes or None  # regression and detection have none
         own, _ = _collected(
             model, sets["train"], metadata=tables.get("train"), features=False, classes=known, **options
         )
@@ -110,18 +117,18 @@ def audit(
     more: list[Any] = []
     if boxes := test.collected.get("boxes"):
         drawn_boxes: dict[str, Any] = {
-            "confidence": checked.confidence,
-            "resamples": checked.resamples,
-            "seed": checked.seed,
+            "confidence": how.confidence,
+            "resamples": how.resamples,
+            "seed": how.seed,
         }
         more.append(("map", lambda s, t: map_table(s, boxes, **drawn_boxes)))
     if samples.features:
-        drawn = {"seed": checked.seed}
-        more.append(("probes", lambda s, t: probe_table(s, confidence=checked.confidence, **drawn)))
+        drawn = {"seed": how.seed}
+        more.append(("probes", lambda s, t: probe_table(s, confidence=how.confidence, **drawn)))
         if samples.task == "classification" and test.found_head is not None and HEAD in samples.features:
             head = _numpy(test.found_head)
             more.append(("erasure", lambda s, t: erasure_table(s, head, HEAD, **drawn)))
-    return examine(samples, checked, train, title=title, progress=progress, more=more)
+    return examine(samples, how, train, title=title, progress=progress, more=more)
 
 
 def collect(model: nn.Module, loader: Any, **options: Any) -> Samples:
@@ -268,7 +275,7 @@ def _samples(
             " `scores='probabilities'`."
         )
     if task == "multilabel":
-        names = tuple(classes or map(str, range(z.shape[1])))
+        names = _class_names(classes, z.shape[1])
         true, chosen = y > 0.5, z > cut
         quality = (true == chosen).mean(1)
         return Samples(task, true, chosen, names, z, "share of right labels", quality, True, empty), kept
@@ -280,9 +287,7 @@ def _samples(
         z = np.stack([-one, one], 1)
     if z.ndim != 2:
         raise DebiasError(f"Expected one prediction a sample, but got logits of shape {z.shape}.")
-    names = tuple(classes or map(str, range(z.shape[1])))
-    if len(names) != z.shape[1]:
-        raise DebiasError(f"Expected a name for each of {z.shape[1]} classes, but got {len(names)}.")
+    names = _class_names(classes, z.shape[1])
     if positive is not None and positive not in names:
         raise DebiasError(f"Expected `positive` to be one of the classes {names}, but got {positive!r}.")
     chosen = z.argmax(1)
@@ -290,6 +295,15 @@ def _samples(
     return Samples(
         task, y, chosen, names, z, "accuracy", chosen == y, True, empty, positive=place if len(names) == 2 else -1
     ), kept
+
+
+def _class_names(classes: Sequence[str] | None, n: int) -> tuple[str, ...]:
+    if classes is not None and len(classes) != n:
+        raise DebiasError(
+            f"Expected `classes` to hold a name for each of {n} classes, but got {list(classes)}. Name them all, or"
+            " leave it out."
+        )
+    return tuple(map(str, range(n))) if classes is None else tuple(classes)
 
 
 def _task(loss: str | None, logits: Array, target: Array) -> str:

@@ -12,12 +12,14 @@ from debias.audit.report import Report
 from debias.audit.run import audit_predictions
 from debias.audit.statistics import bootstrap_interval, false_discovery
 from debias.errors import DebiasError
+from debias.ops.arguments import checked
 
 __all__ = ["compare_predictions", "compared", "paired_table"]
 
 Array = np.ndarray[Any, Any]
 
 
+@checked(first=True)
 def compare_predictions(before: pd.DataFrame, after: pd.DataFrame, **options: Any) -> Report:
     """Audit two tables of predictions of the same samples; the report is that of ``after``, with what has changed.
 

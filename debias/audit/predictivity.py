@@ -21,6 +21,7 @@ from debias.audit.groups import target_column
 from debias.audit.model import collect, own_steps, quiet
 from debias.audit.statistics import wilson_interval
 from debias.errors import DebiasError
+from debias.ops.arguments import check_count, checked
 
 __all__ = ["before_training", "predictivity"]
 
@@ -28,6 +29,7 @@ Array = np.ndarray[Any, Any]
 PREDICTIVE = 0.1  # of what chance leaves to tell
 
 
+@checked(first=True, confidence="(0, 1)")
 def before_training(
     model: nn.Module,
     loader: Any,
@@ -59,6 +61,8 @@ def before_training(
     Raises:
         DebiasError: the model is no classifier with features.
     """
+    check_count("epochs", epochs, 0)
+    check_count("seed", seed, 0)
     network = copy.deepcopy(model)
     tables = {}
     for when in ("untrained", "trained"):

@@ -11,6 +11,7 @@ import pandas as pd
 
 from debias.audit.samples import TASKS, Samples
 from debias.errors import DebiasError
+from debias.ops.arguments import check_choice
 
 __all__ = ["SCORES", "join", "read_table"]
 
@@ -50,8 +51,9 @@ def read_table(
     frame = frame.reset_index(drop=True)
     labels = _behind(frame, target) if target not in frame else []
     task = task or _task(frame, target, prediction, labels)
-    if task not in TASKS:
-        raise DebiasError(f"Expected `task` to be one of {', '.join(TASKS)}, but got {task!r}.")
+    check_choice("task", task, TASKS)
+    if scores is not None:
+        check_choice("scores", scores, SCORES)
     if task == "multilabel":
         return _multilabel(frame, labels or _behind(frame, target), target, prediction, score, scores)
     _need(frame, target)

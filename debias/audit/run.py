@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import date
 from typing import Any
 
@@ -23,12 +23,13 @@ from debias.audit.shortcuts import associations, conflict_table, lean_table, sho
 from debias.audit.slices import slice_table
 from debias.audit.statistics import mean_interval, wilson_interval
 from debias.errors import DebiasError
-from debias.ops.arguments import check_number
+from debias.ops.arguments import MOST, check_count, check_number, checked
+from debias.ops.fields import arguments
 
 __all__ = ["Settings", "audit_predictions", "examine"]
 
 
-@dataclass(frozen=True)
+@arguments
 class Settings:
     """How an audit is made.
 
@@ -56,15 +57,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, least in (("bins", 2), ("max_values", 2), ("min_count", 1), ("resamples", 20), ("slices", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise DebiasError(
-                    f"Expected argument `{name}` to be an integer of at least {least}, but got {value!r}."
-                )
+            setattr(self, name, check_count(name, getattr(self, name), least, MOST))
+        check_count("seed", self.seed, 0)
         for name in ("alpha", "confidence"):
             check_number(name, getattr(self, name), "(0, 1)")
 
 
+@checked(first=True)
 def audit_predictions(
     frame: pd.DataFrame,
     *,

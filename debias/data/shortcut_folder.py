@@ -13,6 +13,7 @@ import numpy as np
 from debias.data._common import GroupDataModule, check_fraction, check_stated, nearest, tagged_images
 from debias.data.domain_folder import _eval_transform, _read_tree, _train_transform
 from debias.errors import DataError, DebiasError
+from debias.ops.arguments import check_count, checked
 
 __all__ = ["ShortcutFolder"]
 
@@ -50,6 +51,7 @@ class ShortcutFolder(GroupDataModule):
 
     balances = ("group", "domain")
 
+    @checked()
     def __init__(
         self,
         root: str | Path,
@@ -70,6 +72,7 @@ class ShortcutFolder(GroupDataModule):
         check_stated("n_groups", n_groups, 4, "label x style")
         check_stated("n_domains", n_domains, 2, "two styles")
         check_fraction("agreement", agreement, open_ends=True)
+        check_count("image_size", image_size)
         if set(classes_0) & set(classes_1) or not classes_0 or not classes_1:
             raise DebiasError(
                 f"Expected `classes_0` and `classes_1` to be different folders, at least one each, but got"

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from debias.data.counting import count_groups
 from debias.errors import DebiasError
 from debias.methods.base import LossOptions, Method
-from debias.ops.arguments import check_count, check_number
+from debias.ops.arguments import MOST, check_count, check_number
 from debias.ops.class_counts import class_balanced_weights, ldam_margins, logit_adjustment, margin_at_target
 from debias.ops.distributed import weighted_mean
 from debias.ops.fields import arguments
@@ -46,6 +46,8 @@ class CosineLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
+        check_count("in_features", in_features, highest=MOST)
+        check_count("out_features", out_features, highest=MOST)
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 

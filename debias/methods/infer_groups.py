@@ -29,6 +29,7 @@ from torch import Tensor
 
 from debias.errors import BatchKeyError, DebiasError
 from debias.methods._two_stage import TwoStage
+from debias.ops.arguments import check_options, checked
 from debias.ops.group_inference import eiil_groups, error_groups, george_groups, spare_groups, useful_groups
 from debias.step.context import Step
 from debias.step.proxy import attach, detach
@@ -38,7 +39,13 @@ from debias.tap.calls import LossCall
 
 __all__ = ["InferGroups"]
 
-METHODS = ("errors", "eiil", "spare", "george", "useful")
+METHODS: dict[str, Callable[..., Any]] = {
+    "errors": error_groups,
+    "eiil": eiil_groups,
+    "spare": spare_groups,
+    "george": george_groups,
+    "useful": useful_groups,
+}
 BY_SAMPLE = ("errors", "eiil")  # these say the group of any sample, of the validation set too
 # What waits with a method that reads the tag.
 _HOOKS = ("on_train_start", "on_train_epoch_end", "on_before_optimizer_step")
@@ -70,6 +77,7 @@ class InferGroups(TwoStage):
 
     reference: ClassVar[str] = "Creager et al., ICML 2021 (EIIL); Liu et al., ICML 2021; Sohoni et al., NeurIPS 2020"
 
+    @checked()
     def __init__(
         self,
         method: str | Callable[[dict[str, Tensor], Tensor], Any] = "eiil",
@@ -100,9 +108,15 @@ class InferGroups(TwoStage):
                 f"Expected `validation=True` for 'errors' or 'eiil' only, which say the group of any sample, but got it"
                 f" for {method!r}: clusters of the training set have no say in the validation set."
             )
+        if callable(method) and options:
+            raise DebiasError(
+                f"Expected no `options` where `method` is a callable, but got {options}. Bind them to it:"
+                " `functools.partial(method, ...)`."
+            )
         self.method = method
-        self.per_class = per_class
-        self.inference_options = dict(options or {})
+        given = ({"per_class": True} if per_class else {}) | (options or {})
+        # A wrong option is an error now, not after stage one.
+        self.inference_options = {} if callable(method) else check_options("options", given, METHODS[method])
         self.validation = validation
         self.tag = tag
         self.monitors = validation  # type: ignore[misc]
@@ -196,8 +210,7 @@ class InferGroups(TwoStage):
                 )
             return ids
         if self.method in BY_SAMPLE:
-            function = error_groups if self.method == "errors" else eiil_groups
-            return function(logits, targets, per_class=self.per_class, **options)
+            return METHODS[self.method](logits, targets, **options)
         if targets.ndim != 1 or logits.ndim != 2 or targets.is_floating_point():
             raise DebiasError(
                 f"Expected class ids as targets for '{self.method}', which clusters class by class, but got logits"
@@ -207,7 +220,7 @@ class InferGroups(TwoStage):
             return spare_groups(logits.double().softmax(1), targets, **options)[0]
         if self.method == "george":
             return george_groups(record["features"], targets, **options)[0]
-        return useful_groups(logits, targets, record["loss"], per_class=self.per_class, **options)
+        return useful_groups(logits, targets, record["loss"], **options)
 
     def _infer_validation(self, trainer: Any) -> Tensor:
         from debias.ops.samples import SampleTable

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from debias.errors import DebiasError
 from debias.methods._two_stage import TwoStage
-from debias.ops.arguments import check_number
+from debias.ops.arguments import check_number, checked
 from debias.ops.distributed import as_global, global_sum, world_size
 from debias.ops.group_inference import error_groups
 from debias.step.context import Step
@@ -34,6 +34,7 @@ from debias.tap.calls import LossCall
 __all__ = ["JustTrainTwice", "error_weights"]
 
 
+@checked("wrong: any N", upweight="[0, inf)")
 def error_weights(wrong: Tensor, *, upweight: float) -> Tensor:
     """``1 + upweight`` for errors, else 1, divided by their mean.
 
@@ -71,6 +72,7 @@ class JustTrainTwice(TwoStage):
 
     reference: ClassVar[str] = "Liu et al., ICML 2021, arXiv 2107.09044"
 
+    @checked()
     def __init__(
         self,
         epochs: int,

@@ -30,6 +30,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -39,7 +41,7 @@ from torch import Tensor, nn
 from debias.data.counting import empty_groups, tag_counts
 from debias.errors import BadRowsError, DebiasError
 from debias.methods._held_out import Evaluating, Keys, find_head, held_out, moved
-from debias.ops.arguments import check_count, check_number
+from debias.ops.arguments import checked, shown
 from debias.ops.distributed import is_distributed
 from debias.ops.groups import check_n_groups, name_groups
 from debias.ops.last_layer import (
@@ -62,6 +64,10 @@ __all__ = ["LastLayerFit", "LastLayerRetraining"]
 RetrainMethod: TypeAlias = Literal["dfr", "afr", "self", "balanced", "plain"]
 """How the last layer is refitted."""
 
+_RANGES: dict[str, Any] = {
+    "strengths": "(0, inf)", "refits": "[1, inf)", "gamma": "[0, inf)", "ridge": "[0, inf)", "lr": "(0, inf)",
+    "steps": "[1, inf)",
+}  # fmt: skip
 DFR_STRENGTHS = (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)  # the authors' for Waterbirds
 
 
@@ -90,6 +96,7 @@ class LastLayerFit:
     selected: Tensor | None = None
 
 
+@checked(first=True, **_RANGES)
 def retrain_last_layer(
     module: nn.Module,
     loader: Iterable[Any],
@@ -151,7 +158,7 @@ def retrain_last_layer(
         >>> retrain_last_layer(net, [(x, (x[:, 0] > 0).long())], method="balanced").head
         '2'
     """
-    chosen = _check_arguments(method, group, n_groups, strengths, refits, gamma, ridge, lr, steps, early, n_selected)
+    chosen = _check_arguments(method, group, n_groups, strengths, early)
     keys = Keys(input, target, group, n_groups)
     other = _network(module, early) if method == "self" else None
     found, data = held_out(module, loader, head, keys, transfer, other)
@@ -208,6 +215,7 @@ class LastLayerRetraining(StepWatcher):
     needs: ClassVar[tuple[str, ...]] = ("features", "head")
     reference: ClassVar[str] = "Kirichenko et al. (DFR), Qiu et al. (AFR), LaBonte et al. (SELF), 2023"
 
+    @checked(first=True, **_RANGES)
     def __init__(
         self,
         on: Literal["val", "train"] = "val",
@@ -231,9 +239,7 @@ class LastLayerRetraining(StepWatcher):
         allow_untested_strategy: bool = False,
     ) -> None:
         super().__init__(name=name, allow_untested_strategy=allow_untested_strategy)
-        if on not in ("val", "train"):
-            raise DebiasError(f"Expected `on` to be 'val' or 'train', but got {on!r}.")
-        _check_arguments(method, group, n_groups, strengths, refits, gamma, ridge, lr, steps, early, n_selected)
+        _check_arguments(method, group, n_groups, strengths, early)
         self.on = on
         self.options: dict[str, Any] = {
             "method": method,
@@ -289,23 +295,8 @@ class LastLayerRetraining(StepWatcher):
         return loaders
 
 
-def _check_arguments(
-    method: Any,
-    group: Any,
-    n_groups: Any,
-    strengths: Any,
-    refits: Any,
-    gamma: Any,
-    ridge: Any,
-    lr: Any,
-    steps: Any,
-    early: Any,
-    n_selected: Any,
-) -> list[float]:
-    """Refuse arguments out of range; the strengths to use."""
-    methods = ("dfr", "afr", "self", "balanced", "plain")
-    if method not in methods:
-        raise DebiasError(f"Expected `method` to be one of {', '.join(map(repr, methods))}, but got {method!r}.")
+def _check_arguments(method: str, group: Any, n_groups: Any, strengths: Any, early: Any) -> list[float]:
+    """Refuse arguments that do not fit together; the strengths to use."""
     if method == "dfr" and group is None:
         raise DebiasError(
             "Expected `group` and `n_groups` for `method='dfr'`, which balances the groups of the held-out set, but got"
@@ -315,21 +306,19 @@ def _check_arguments(
         if n_groups is None:
             raise DebiasError(f"Expected `n_groups`, the number of groups of `group={group!r}`, but got none.")
         check_keys(group, n_groups)
+    if n_groups is not None:
         check_n_groups(n_groups)
     if method == "self" and early is None:
         raise DebiasError(
             "Expected `early` for `method='self'`, a checkpoint from early in the training, but got none. Keep one by"
             " `ModelCheckpoint(every_n_epochs=1, save_top_k=-1)`."
         )
-    check_count("refits", refits)
-    check_count("steps", steps)
-    check_count("n_selected", n_selected)
-    check_number("gamma", gamma)
-    check_number("ridge", ridge)
-    check_number("lr", lr, "(0, inf)")
-    found = list(strengths or (DFR_STRENGTHS if method == "dfr" else (1.0,)))
-    for strength in found:
-        check_number("strengths", strength, "(0, inf)")
+    if not isinstance(early, nn.Module | Mapping | str | Path | None):
+        raise DebiasError(
+            f"Expected `early` to be a module, a state dict or the path of a checkpoint, but got {shown(early)}."
+        )
+    default = DFR_STRENGTHS if method == "dfr" else (1.0,)
+    found = list(default if strengths is None else strengths)
     if method in ("balanced", "plain") and len(found) > 1:
         raise DebiasError(f"Expected one number in `strengths` for `method={method!r}`, but got {found}.")
     return found
@@ -381,12 +370,19 @@ def _network(module: nn.Module, early: Any) -> nn.Module:
     if isinstance(early, nn.Module):
         return early
     if not isinstance(early, Mapping):
-        early = torch.load(early, map_location="cpu", weights_only=True)
-    state = early.get("state_dict", early)
+        path = early
+        try:
+            early = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
+            raise DebiasError(
+                f"Expected `early` to be a checkpoint that can be read, but reading {path} failed: {error}. Correct the"
+                " path, or load it yourself and pass the state dict."
+            ) from error
+    state = early.get("state_dict", early) if isinstance(early, Mapping) else early
     twin = copy.deepcopy(module)
     try:
         twin.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise DebiasError(f"Expected `early` to hold the weights of the same network, but got: {error}.") from None
     return twin
 

@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 
 from debias.errors import DebiasError, UnsupportedStrategyError
 from debias.ops import arguments
-from debias.ops.arguments import check_number
+from debias.ops.arguments import check_number, checked
 from debias.ops.distributed import as_global, gather, global_sum, world_size
 from debias.ops.samples import SampleTable
 from debias.step.context import Step
@@ -46,6 +46,7 @@ from debias.tap.tap import LossTap
 __all__ = ["LearningFromFailure", "failure_weights", "generalized_cross_entropy"]
 
 
+@checked("logits: float N C, targets: int N < C", q="(0, 1]")
 def generalized_cross_entropy(logits: Tensor, targets: Tensor, *, q: float = 0.7) -> Tensor:
     """``(1 - p_y^q) / q``: cross-entropy as q goes to 0, 1 minus the probability at 1. Zhang and Sabuncu, NeurIPS 2018.
 
@@ -66,6 +67,7 @@ def generalized_cross_entropy(logits: Tensor, targets: Tensor, *, q: float = 0.7
     return -torch.expm1(-q * torch.nn.functional.cross_entropy(logits, targets, reduction="none")) / q
 
 
+@checked("biased: float N, main: float N, biased_scale: float N, main_scale: float N")
 def failure_weights(
     biased: Tensor, main: Tensor, *, biased_scale: Tensor | None = None, main_scale: Tensor | None = None
 ) -> Tensor:
@@ -188,6 +190,7 @@ class LearningFromFailure(Debiaser):
     needs: ClassVar[tuple[str, ...]] = ("index", "target")
     reference: ClassVar[str] = "Nam et al., NeurIPS 2020, arXiv 2007.02561"
 
+    @checked()
     def __init__(
         self,
         *,

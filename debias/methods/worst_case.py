@@ -27,7 +27,7 @@ from torch import Tensor
 
 from debias.errors import BadRowsError, DebiasError
 from debias.methods.base import LossOptions, Method
-from debias.ops.arguments import check_number
+from debias.ops.arguments import check_number, checked
 from debias.ops.distributed import gather
 from debias.ops.fields import arguments
 from debias.ops.groups import GroupState, readable
@@ -38,6 +38,7 @@ from debias.tap.calls import LossCall
 __all__ = ["CVaRDRO", "CVaRLoss", "ChiSquareDRO", "ChiSquareLoss", "chi_square_weights", "cvar_weights"]
 
 
+@checked("losses: float m, shares: float m", alpha="(0, 1]", temperature="[0, inf)")
 def cvar_weights(losses: Tensor, *, alpha: float, temperature: float = 0.0, shares: Tensor | None = None) -> Tensor:
     """Weights of the worst fraction of a batch: its conditional value at risk.
 
@@ -80,6 +81,7 @@ def cvar_weights(losses: Tensor, *, alpha: float, temperature: float = 0.0, shar
     return torch.zeros_like(p).scatter(0, order, p / p.sum())
 
 
+@checked("losses: float m, shares: float m", radius="[0, inf)", penalty="(0, inf)")
 def chi_square_weights(
     losses: Tensor, *, radius: float | None = 1.0, penalty: float | None = None, shares: Tensor | None = None
 ) -> Tensor:
@@ -100,17 +102,19 @@ def chi_square_weights(
         >>> chi_square_weights(torch.tensor([0.2, 1.0, 0.5, 2.0, 0.1]), radius=1.0)
         tensor([0.0000, 0.2537, 0.0146, 0.7317, 0.0000])
     """
+    if radius is None and penalty is None:
+        raise DebiasError("Expected `radius` or `penalty` to be a number, but got None for both. Pass one of them.")
     losses, shares = _batch(losses, shares)
     order, v, b = _sorted(losses, shares)
     v = v - v[:1]  # from the largest one on: sums of squares then lose no digits where it matters
-    mass = b.cumsum(0)
+    ball, mass = 1 + 2 * (radius or 0), b.cumsum(0)
     first = (b * v).cumsum(0)
     following = torch.cat((v[1:], v.new_full((1,), -torch.inf)))
     if penalty is not None:
         eta = (first - penalty) / mass
         allowed = torch.ones_like(mass, dtype=torch.bool)
     else:
-        spread = mass * (1 + 2 * float(radius or 0)) - 1
+        spread = mass * ball - 1
         mean = first / mass
         variance = ((b * v * v).cumsum(0) / mass - mean * mean).clamp_min(0)
         eta = mean - (variance / spread.clamp_min(torch.finfo(v.dtype).tiny)).sqrt()
@@ -122,7 +126,7 @@ def chi_square_weights(
     p = b * (v - eta.gather(0, k.unsqueeze(0))).clamp_min(0)
     if penalty is None:
         top = b * (v == 0)
-        p = torch.where(top.sum() * (1 + 2 * float(radius or 0)) >= 1, top, p)
+        p = torch.where(top.sum() * ball >= 1, top, p)
     return torch.zeros_like(p).scatter(0, order, p / p.sum())
 
 
@@ -302,6 +306,8 @@ class ChiSquareDRO(ChiSquareOptions, WorstCase):
 
 
 def _batch(losses: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor]:
+    if not losses.numel():
+        raise DebiasError("Expected `losses` of at least one sample, but got none. Leave empty batches out.")
     losses = losses.detach()
     return losses, torch.full_like(losses, 1 / max(len(losses), 1)) if shares is None else shares.detach()
 

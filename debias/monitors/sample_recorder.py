@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
-from debias.ops.arguments import check_number
+from debias.ops.arguments import check_count, check_number, checked
 from debias.ops.distributed import gather
 from debias.ops.group_inference import wrong_predictions
 from debias.ops.samples import SampleTable
@@ -60,6 +60,7 @@ class SampleRecorder(Debiaser):
     needs: ClassVar[tuple[str, ...]] = ("index",)
     reference: ClassVar[str] = "per-sample statistics, e.g. Swayamdipta et al., EMNLP 2020"
 
+    @checked()
     def __init__(
         self,
         path: str,
@@ -78,17 +79,25 @@ class SampleRecorder(Debiaser):
             loss=loss, head=head, features=features, name=name, allow_untested_strategy=allow_untested_strategy
         )
         known = get_args(Column)
-        self.columns = list(columns or ("loss", "prediction", "correct"))
-        if wrong := [c for c in self.columns if c not in known]:
-            raise DebiasError(f"Expected `columns` to be of {', '.join(map(repr, known))}, but got {wrong}.")
+        self.columns = ["loss", "prediction", "correct"] if columns is None else list(columns)
+        if not self.columns or not set(self.columns) <= set(known):
+            raise DebiasError(f"Expected `columns` to be of {', '.join(map(repr, known))}, but got {columns!r}.")
         if on not in ("train", "val"):
             raise DebiasError(f"Expected `on` to be 'train' or 'val', but got {on!r}.")
         if Path(path).suffix not in (".npz", ".parquet"):
             raise DebiasError(f"Expected `path` to end in '.npz' or '.parquet', but got {path!r}.")
         if Path(path).suffix == ".parquet":
             _pandas()
+        try:
+            path.format(epoch=0)
+        except (AttributeError, LookupError, ValueError) as error:
+            raise DebiasError(
+                f"Expected `path` to hold no braces but `{{epoch}}`, but got {path!r}. Write other braces twice."
+            ) from error
         self.path = path
-        self.epochs = None if epochs is None else list(epochs)
+        self.epochs = None if epochs is None else [check_count("epochs", epoch, 0) for epoch in epochs]
+        if self.epochs == []:
+            raise DebiasError("Expected `epochs` to hold at least one epoch, but got none. Leave it out for all.")
         self.on = on
         self.rate = check_number("rate", rate, "[0, 1)")
         self.trains = on == "train"  # type: ignore[misc]

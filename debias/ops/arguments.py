@@ -6,27 +6,44 @@ of a whole call, so that no argument of a wrong kind is taken for another one.
 
 from __future__ import annotations
 
-import collections.abc
 import functools
 import inspect
 import math
-import sys
-import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from debias.errors import BadRowsError, DebiasError
+from debias.ops.annotations import (
+    LARGEST,
+    hints_of,
+    in_words,
+    is_class_of,
+    is_finite,
+    is_integer,
+    is_kind,
+    is_number,
+)
 
-__all__ = ["MOST", "check_choice", "check_count", "check_instance", "check_number", "checked", "on_host", "shown"]
+__all__ = [
+    "MOST",
+    "check_choice",
+    "check_count",
+    "check_ids",
+    "check_instance",
+    "check_number",
+    "check_options",
+    "checked",
+    "on_host",
+    "shown",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 MOST = 1_000_000  # groups, classes, labels, thresholds: what has a number each, and a name
-LARGEST = 2**63 - 1
 
 
 def check_number(name: str, value: Any, within: str = "[0, inf)") -> float:
@@ -41,11 +58,11 @@ def check_number(name: str, value: Any, within: str = "[0, inf)") -> float:
         DebiasError: it is no number, or outside.
     """
     low, high = (float(bound) for bound in within[1:-1].split(","))
-    if _is_number(value):
+    if is_number(value):
         number = int(value) if isinstance(value, Integral) else float(value)
         above = number >= low if within[0] == "[" else number > low
         below = number <= high if within[-1] == "]" else number < high
-        if above and below and _is_finite(number):
+        if above and below and is_finite(number):
             return number
     rule = f"a number {'>=' if within[0] == '[' else '>'} {low:g}" if high == math.inf else f"a number in {within}"
     raise DebiasError(f"Expected `{name}` to be {rule}, but got {shown(value)}.")
@@ -64,7 +81,7 @@ def check_count(name: str, value: Any, lowest: int = 1, highest: int = LARGEST, 
     Raises:
         DebiasError: it is not.
     """
-    if _is_integer(value) and lowest <= value <= highest:
+    if is_integer(value) and lowest <= value <= highest:
         return int(value)
     upper = "" if highest == LARGEST else f" and <= {highest}"
     raise DebiasError(f"Expected `{name}` to be {what} >= {lowest}{upper}, but got {shown(value)}.")
@@ -82,6 +99,22 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
     return value
 
 
+def check_ids(name: str, ids: Tensor) -> int:
+    """The number of ids, one more than the largest; waits for the device.
+
+    Raises:
+        BadRowsError: there is none, or one is negative or larger than :data:`MOST`.
+    """
+    low, high = (int(end) for end in ids.aminmax()) if ids.numel() else (-1, -1)
+    if low < 0 or high >= MOST:
+        got = f"ids from {low} to {high}" if ids.numel() else "none"
+        raise BadRowsError(
+            f"Expected `{name}` to hold ids from 0 to {MOST - 1}, but got {got}. Leave unlabelled samples out, and"
+            " number the others from 0."
+        )
+    return high + 1
+
+
 def check_instance(name: str, value: Any, kind: type) -> Any:
     """The value of an argument that is an object of a class.
 
@@ -92,6 +125,27 @@ def check_instance(name: str, value: Any, kind: type) -> Any:
         remedy = f" Pass an instance, `{value.__name__}(...)`." if isinstance(value, type) else ""
         raise DebiasError(f"Expected `{name}` to be a {kind.__name__}, but got {shown(value)}.{remedy}")
     return value
+
+
+def check_options(name: str, options: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
+    """Options that a :func:`checked` function is to get later, looked at now.
+
+    Args:
+        name: of the argument that holds them.
+        options: by name.
+        function: takes them as keywords.
+
+    Raises:
+        DebiasError: the function has no such option, or refuses its value.
+    """
+    known = [key for key, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    if unknown := [key for key in options if key not in known]:
+        raise DebiasError(
+            f"Expected `{name}` to hold options of `{function.__name__}`, {', '.join(map(repr, known))}, but got"
+            f" {shown(unknown[0])}. Correct its name, or remove it."
+        )
+    function.check(options)  # type: ignore[attr-defined]
+    return dict(options)
 
 
 def shown(value: Any) -> str:
@@ -110,7 +164,7 @@ def on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def checked(shapes: str = "", **within: str) -> Callable[[F], F]:
+def checked(shapes: str = "", *, first: bool = False, **within: str) -> Callable[[F], F]:
     """Refuse calls whose arguments are not of the annotated kind, or whose tensors do not fit together.
 
     An argument that is annotated as a number has to be finite, as an integer within 64 bits, as a ``Literal`` one of
@@ -122,8 +176,9 @@ def checked(shapes: str = "", **within: str) -> Callable[[F], F]:
         shapes: of tensor arguments: ``"losses: float N, domains: int N | bool N n_domains, x: float N C ..."``. Letters
             that come twice are the same number; names of integer arguments, and numbers, are what they say. Ids are
             below a number with ``"domains: int N < n_domains"``; negative ones are unlabelled.
-        **within: intervals of numbers by name, ``alpha="(0, 1]"``; None, and what is no number, is left to the
-            annotation.
+        first: look at kinds and intervals before the call: of a function that takes long, or changes something.
+        **within: intervals of numbers by name, ``alpha="(0, 1]"``, or of each number of a sequence; None, and what is
+            no number, is left to the annotation.
 
     Example:
         >>> import torch
@@ -153,8 +208,10 @@ def checked(shapes: str = "", **within: str) -> Callable[[F], F]:
                 _check_ids(wanted, given)
                 return function(*args, **options)
             for name, highest in limits.items():
-                if _is_integer(given.get(name)) and given[name] > highest:  # before memory or time is taken for it
+                if is_integer(given.get(name)) and given[name] > highest:  # before memory or time is taken for it
                     check_count(name, given[name], 0, highest)
+            if first:
+                _check(function, {}, within, given)
             for name in wanted:
                 if not isinstance(given.get(name), Tensor | None):
                     _check(function, {}, {}, {name: given[name]})
@@ -172,6 +229,7 @@ def checked(shapes: str = "", **within: str) -> Callable[[F], F]:
                 passed.add(alike)
             return result
 
+        call.check = functools.partial(_check, function, {}, within)  # type: ignore[attr-defined]
         return typing.cast(F, call)
 
     return decorate
@@ -191,112 +249,24 @@ def _alike(given: Mapping[str, Any]) -> Any:
 
 
 def _check(function: Any, wanted: Mapping[str, Any], within: Mapping[str, str], given: Mapping[str, Any]) -> None:
-    hints = _hints(function)
+    hints = hints_of(function)
     for name, value in given.items():
-        if name in hints and not _is(value, hints[name]):
-            remedy = f" Pass an instance, `{value.__name__}(...)`." if _is_class_of(value, hints[name]) else ""
-            raise DebiasError(f"Expected `{name}` to be {_words(hints[name])}, but got {shown(value)}.{remedy}")
+        if name in hints and not is_kind(value, hints[name]):
+            remedy = f" Pass an instance, `{value.__name__}(...)`." if is_class_of(value, hints[name]) else ""
+            raise DebiasError(f"Expected `{name}` to be {in_words(hints[name])}, but got {shown(value)}.{remedy}")
     for name, interval in within.items():
-        if _is_number(value := given.get(name)):
-            check_number(name, value, interval)
-        elif isinstance(value, Sequence) and not value:
+        value = given.get(name)
+        if isinstance(value, Sequence) and not value:
             raise DebiasError(f"Expected `{name}` to hold at least one number, but got {shown(value)}.")
+        for number in value if isinstance(value, Sequence) else [value]:
+            if is_number(number):
+                check_number(name, number, interval)
     known: dict[str, tuple[int, str]] = {
-        name: (int(value), f"`{name}`") for name, value in given.items() if _is_integer(value)
+        name: (int(value), f"`{name}`") for name, value in given.items() if is_integer(value)
     }
     for name, alternatives in wanted.items():
         if isinstance(value := given.get(name), Tensor):
             _check_shape(name, value, alternatives, known)
-
-
-@functools.cache
-def _hints(function: Any) -> dict[str, Any]:
-    hints = typing.get_type_hints(function, vars(sys.modules[function.__module__]))
-    return {name: hint for name, hint in hints.items() if name != "return"}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _is_finite(value: Any) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond all floats
-        return False
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _parts(hint: Any) -> list[Any]:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return [part for option in typing.get_args(hint) for part in _parts(option)]
-    return [hint]
-
-
-def _is(value: Any, hint: Any) -> bool:
-    return any(_is_one(value, part) for part in _parts(hint))
-
-
-def _is_one(value: Any, kind: Any) -> bool:
-    origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
-    if origin is typing.Any:  # a class, from Python 3.11 on
-        return True
-    if origin is typing.Literal:
-        return any(type(value) is type(choice) and value == choice for choice in inner)
-    if origin is float:
-        return _is_number(value) and _is_finite(value)
-    if origin is int:
-        return _is_integer(value) and abs(value) <= LARGEST
-    if origin is bool:
-        return type(value).__name__ in ("bool", "bool_")  # Python's and NumPy's
-    if origin is collections.abc.Callable:
-        return callable(value)
-    if not isinstance(origin, type) or getattr(origin, "_is_protocol", False):
-        return origin is not None or value is None  # Any, type variables
-    if origin in (list, tuple, collections.abc.Sequence, collections.abc.Iterable):
-        if not isinstance(value, Sequence):  # arrays and tensors are sequences of numbers, too
-            numbers = {float, int} & {part for of in inner for part in _parts(of)}
-            return bool(numbers or not inner) and len(getattr(value, "shape", ())) == 1
-        if isinstance(value, str):
-            return False
-        if origin is tuple and inner and inner[-1] is not Ellipsis:
-            return len(value) == len(inner) and all(map(_is, value, inner))
-        return not inner or len(value) > 1000 or all(_is(part, inner[0]) for part in value)
-    return isinstance(value, origin)
-
-
-def _is_class_of(value: Any, hint: Any) -> bool:
-    kinds = [part for part in _parts(hint) if isinstance(part, type)]
-    return isinstance(value, type) and any(issubclass(value, kind) for kind in kinds)
-
-
-def _words(hint: Any) -> str:
-    known = {
-        float: "a finite number",
-        int: "an integer of 64 bits",
-        bool: "True or False",
-        str: "text",
-        Tensor: "a tensor",
-    }
-    found = []
-    for part in _parts(hint):
-        origin, inner = typing.get_origin(part) or part, typing.get_args(part)
-        if origin is typing.Literal:
-            found += [repr(choice) for choice in inner]
-        elif origin in (None, types.NoneType):
-            found.append("None")
-        elif origin is collections.abc.Callable:
-            found.append("a callable")
-        elif origin in (list, tuple, collections.abc.Sequence, collections.abc.Iterable):
-            of = [_words(part) for part in inner if part is not Ellipsis]
-            found.append(f"a sequence of {' and '.join(dict.fromkeys(of))}" if of else "a sequence")
-        else:
-            found.append(known.get(origin) or f"a {getattr(origin, '__name__', str(origin))}")
-    *others, last = dict.fromkeys(found)
-    return f"{', '.join(others)} or {last}" if others else last
 
 
 # Shapes and ids
@@ -324,7 +294,7 @@ def _check_ids(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> None:
 
 def _size(limit: str, wanted: Mapping[str, Any], given: Mapping[str, Any]) -> int | None:
     """What a letter stands for, or an argument."""
-    if _is_integer(given.get(limit)):
+    if is_integer(given.get(limit)):
         return int(given[limit])
     for name, alternatives in wanted.items():
         for kind, dims, _ in alternatives:

@@ -4,9 +4,14 @@ stand at the top of :mod:`debias.methods.class_imbalance`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from debias.errors import DebiasError
+from debias.ops.arguments import checked, shown
 
 __all__ = [
     "class_balanced_weights",
@@ -18,6 +23,7 @@ __all__ = [
 ]
 
 
+@checked("class_counts: float C | int C", tau="[0, inf)")
 def logit_adjustment(class_counts: Tensor, *, tau: float = 1.0) -> Tensor:
     """What is added to the logits while training: ``tau log pi``. Taken off the logits of a plainly trained network, it
     is the post-hoc form.
@@ -39,6 +45,7 @@ def logit_adjustment(class_counts: Tensor, *, tau: float = 1.0) -> Tensor:
     return tau * (counts / counts.sum()).log()
 
 
+@checked("class_counts: float C | int C", beta="[0, 1)")
 def class_balanced_weights(class_counts: Tensor, *, beta: float = 0.9999) -> Tensor:
     """Weights by the effective number of samples, ``(1 - beta) / (1 - beta^N_c)``, scaled to sum C.
 
@@ -50,11 +57,12 @@ def class_balanced_weights(class_counts: Tensor, *, beta: float = 0.9999) -> Ten
         ``(C,)``.
     """
     present = class_counts > 0
-    number = -torch.expm1(class_counts * torch.tensor(beta, dtype=class_counts.dtype).log())
+    number = -torch.expm1(class_counts * (math.log(beta) if beta else -math.inf))
     raw = torch.where(present, 1 / torch.where(present, number, 1), 0)
     return raw * (len(raw) / raw.sum())
 
 
+@checked("class_counts: float C | int C", max_margin="(0, inf)")
 def ldam_margins(class_counts: Tensor, *, max_margin: float = 0.5) -> Tensor:
     """Margins ``N_c^-1/4``, the largest of them ``max_margin``.
 
@@ -69,6 +77,7 @@ def ldam_margins(class_counts: Tensor, *, max_margin: float = 0.5) -> Tensor:
     return raw * (max_margin / raw.max())
 
 
+@checked("cosines: float N C, targets: int N < C, margins: float C", scale="(0, inf)")
 def ldam_loss(cosines: Tensor, targets: Tensor, margins: Tensor, *, scale: float = 30.0) -> Tensor:
     """Cross-entropy in which the true class has to win by its margin.
 
@@ -90,6 +99,7 @@ def margin_at_target(targets: Tensor, margins: Tensor, logits: Tensor) -> Tensor
     return (targets.unsqueeze(1) == classes) * margins.to(logits.dtype).view_as(classes)
 
 
+@checked("logits: float N C | float ..., targets: int N < C | any ...", gamma="[0, inf)")
 def focal_loss(logits: Tensor, targets: Tensor, *, gamma: float = 2.0) -> Tensor:
     """``(1 - p_y)^gamma`` times cross-entropy, or, with float targets in the shape of the logits, binary cross-entropy.
 
@@ -107,7 +117,14 @@ def focal_loss(logits: Tensor, targets: Tensor, *, gamma: float = 2.0) -> Tensor
         >>> focal_loss(torch.tensor([[0.2, 0.1, 0.3]]), torch.tensor([2]), gamma=1.0)
         tensor([0.6341])
     """
-    if targets.is_floating_point():
+    binary = targets.is_floating_point()
+    fits = targets.shape == (logits.shape if binary else logits.shape[:1] + logits.shape[2:])
+    if not fits or targets.dtype == torch.bool or not (binary or logits.ndim > 1):
+        raise DebiasError(
+            f"Expected `targets` to be class ids of shape (N,) with `logits` of shape (N, C), or float 0 / 1 in their"
+            f" shape, but got {shown(targets)} with {shown(logits)}. Convert them."
+        )
+    if binary:
         losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     else:
         losses = F.cross_entropy(logits, targets, reduction="none")

@@ -15,13 +15,13 @@ whatever the order of ranks or batches was. scikit-learn does the clustering.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from debias.errors import DebiasError, missing_package
-from debias.ops.arguments import check_count
+from debias.ops.arguments import check_count, check_ids, checked
 
 __all__ = [
     "cluster_weights",
@@ -36,6 +36,7 @@ __all__ = [
 
 # A silhouette takes memory and time in the square of the samples; above this many it is estimated on a fixed draw.
 SILHOUETTE_SAMPLES = 10_000
+SEEDS = "[0, 4294967295]"  # of scikit-learn
 
 
 def wrong_predictions(logits: Tensor, targets: Tensor) -> Tensor:
@@ -56,6 +57,7 @@ def wrong_predictions(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.argmax(1) != targets
 
 
+@checked("logits: float ..., targets: any ...")
 def error_groups(logits: Tensor, targets: Tensor, *, per_class: bool = False) -> Tensor:
     """Group 1 holds the samples that the network gets wrong, group 0 the others.
 
@@ -76,6 +78,7 @@ def error_groups(logits: Tensor, targets: Tensor, *, per_class: bool = False) ->
     return _crossed(wrong_predictions(logits, targets).long().cpu(), targets, per_class)
 
 
+@checked("logits: float N C | float ..., targets: int N < C | any ...")
 def eiil_scores(logits: Tensor, targets: Tensor) -> Tensor:
     """Derivative of each sample's loss by a factor on its logits: ``c_i = <dl_i/dz_i, z_i>``.
 
@@ -93,10 +96,12 @@ def eiil_scores(logits: Tensor, targets: Tensor) -> Tensor:
     if logits.shape == targets.shape:
         scores = (logits.sigmoid() - targets.double()) * logits
         return scores.flatten(1).sum(1) if scores.ndim > 1 else scores
+    check_ids("targets", targets)
     expected = (logits.softmax(1) * logits).sum(1)
     return expected - logits.gather(1, targets.unsqueeze(1)).squeeze(1)
 
 
+@checked("logits: float ..., targets: any ...")
 def eiil_groups(logits: Tensor, targets: Tensor, *, per_class: bool = False) -> Tensor:
     """The two environments in which the network's invariance is violated most.
 
@@ -121,6 +126,7 @@ def eiil_groups(logits: Tensor, targets: Tensor, *, per_class: bool = False) -> 
     return _crossed((eiil_scores(logits, targets) > 0).long().cpu(), targets, per_class)
 
 
+@checked("outputs: float N C, targets: int N", first=True, n_clusters="[2, 1000000]", seed=SEEDS)
 def spare_groups(
     outputs: Tensor, targets: Tensor, *, n_clusters: int | Sequence[int] = (2, 3, 4, 5), seed: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -139,11 +145,12 @@ def spare_groups(
     Raises:
         DebiasError: a class has fewer samples than clusters.
     """
-    numbers = [n_clusters] if isinstance(n_clusters, int) else list(n_clusters)
-    tries = [_k_means(check_count("n_clusters", n, 2), seed) for n in numbers]
+    numbers = n_clusters if isinstance(n_clusters, Sequence) else [n_clusters]
+    tries = [_k_means(n, seed) for n in numbers]
     return _by_class(outputs, targets, lambda x: _best_silhouette(x, tries, seed))
 
 
+@checked("groups: int N, targets: int N < C, silhouettes: float C", high="[0, inf)")
 def cluster_weights(
     groups: Tensor, targets: Tensor, *, silhouettes: Tensor | None = None, high: float = 2.0, threshold: float = 0.9
 ) -> Tensor:
@@ -164,21 +171,24 @@ def cluster_weights(
         float64 ``(N,)``, sum 1.
     """
     groups, targets = groups.long().cpu(), targets.long().cpu()
+    check_ids("groups", groups)
+    n_classes = check_ids("targets", targets)
     sizes = torch.bincount(groups).double()[groups]
     powers = torch.ones_like(sizes)
     if silhouettes is not None:
         powers = torch.where(silhouettes.cpu().double() >= threshold, 1.0, high)[targets]
     raw = sizes**-powers
-    mass = torch.zeros(int(targets.max()) + 1, dtype=torch.float64).index_add(0, targets, raw)
+    mass = torch.zeros(n_classes, dtype=torch.float64).index_add(0, targets, raw)
     return raw / mass[targets] / (mass > 0).sum()
 
 
+@checked("features: float N D, targets: int N", first=True, max_clusters="[2, 1000000]", seed=SEEDS)
 def george_groups(
     features: Tensor,
     targets: Tensor,
     *,
     max_clusters: int = 10,
-    clusterer: str = "gmm",
+    clusterer: Literal["gmm", "kmeans"] = "gmm",
     n_components: int | None = None,
     normalize: bool = True,
     seed: int = 0,
@@ -200,21 +210,20 @@ def george_groups(
     Returns:
         As :func:`spare_groups`.
     """
-    if clusterer not in ("gmm", "kmeans"):
-        raise DebiasError(f"Expected `clusterer` to be 'gmm' or 'kmeans', but got {clusterer!r}.")
     features = features.detach().double().cpu()
     if normalize:
         features = torch.nn.functional.normalize(features, dim=1)
     if n_components is not None:
         _, decomposition = _sklearn("decomposition")
-        n_components = check_count("n_components", n_components)
+        n_components = check_count("n_components", n_components, highest=min(features.shape))
         reduced = decomposition.PCA(n_components, svd_solver="full").fit_transform(features.numpy())
         features = torch.from_numpy(reduced)
     make = _mixture if clusterer == "gmm" else _k_means
-    tries = [make(n, seed) for n in range(2, check_count("max_clusters", max_clusters, 2) + 1)]
+    tries = [make(n, seed) for n in range(2, min(max_clusters, len(features)) + 1)]
     return _by_class(features, targets, lambda x: _best_silhouette(x, tries[::-1], seed, by_cluster=True))
 
 
+@checked("outputs: float N C, targets: int N, losses: float N", first=True, seed=SEEDS)
 def useful_groups(
     outputs: Tensor, targets: Tensor, losses: Tensor, *, per_class: bool = False, seed: int = 0
 ) -> Tensor:
@@ -269,8 +278,7 @@ def _by_class(x: Tensor, targets: Tensor, cluster: Callable[[Any], tuple[Any, fl
             "Expected one row and one class id per sample to cluster class by class, but got shapes"
             f" {tuple(rows.shape)} and {tuple(targets.shape)}."
         )
-    ids = torch.empty_like(targets)
-    classes = int(targets.max()) + 1
+    ids, classes = torch.empty_like(targets), check_ids("targets", targets)
     scores = torch.full((classes,), float("nan"), dtype=torch.float64)
     first = 0
     for label in range(classes):

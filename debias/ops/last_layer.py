@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from debias.errors import DebiasError, missing_package
+from debias.ops.arguments import check_ids, checked, shown
 
 __all__ = [
     "LinearHead",
@@ -53,12 +54,14 @@ def element_losses(logits: Tensor, targets: Tensor) -> Tensor:
 def class_balance(targets: Tensor) -> Tensor:
     """Inverse number of samples of each target's class, ``(N, 1)`` or ``(N, K)``; 0 where a label is missing."""
     if targets.ndim == 1:
+        check_ids("targets", targets)
         return (1 / torch.bincount(targets).double())[targets].unsqueeze(1)
     counts = torch.stack([(targets == value).sum(0) for value in (0, 1)]).double()
     weights = 1 / counts.clamp_min(1)
     return torch.where(targets < 0, 0, torch.where(targets > 0, weights[1], weights[0]))
 
 
+@checked("probabilities: float N | float N K, targets: int N | any N K", gamma="[0, inf)")
 def afr_weights(probabilities: Tensor, targets: Tensor, *, gamma: float, balance: bool = True) -> Tensor:
     """Automatic feature reweighting: ``exp(-gamma p_i)``, p_i the network's probability of the true class. Qiu et al.,
     ICML 2023.
@@ -87,6 +90,7 @@ def afr_weights(probabilities: Tensor, targets: Tensor, *, gamma: float, balance
     return logs.softmax(0)  # gamma p may be hundreds: exp(-gamma p) would underflow
 
 
+@checked("early: float N C, final: float N C")
 def disagreement_scores(early: Tensor, final: Tensor) -> Tensor:
     """How much an early network disagrees with the final one: KL(early || final) / C. LaBonte et al., NeurIPS 2023.
 
@@ -106,6 +110,7 @@ def disagreement_scores(early: Tensor, final: Tensor) -> Tensor:
     return F.kl_div(final.log_softmax(1), early.log_softmax(1), log_target=True, reduction="none").mean(1)
 
 
+@checked("groups: int N")
 def balanced_subset(groups: Tensor, generator: torch.Generator) -> Tensor:
     """Rows drawn at random without replacement, as many of each group as the smallest has.
 
@@ -118,6 +123,8 @@ def balanced_subset(groups: Tensor, generator: torch.Generator) -> Tensor:
     """
     order = torch.randperm(len(groups), generator=generator)
     present = groups[groups >= 0].unique()
+    if not len(present):
+        raise DebiasError(f"Expected `groups` to hold ids from 0 on, but got none in {shown(groups)}. Label some rows.")
     size = min(int((groups == g).sum()) for g in present)
     return torch.cat([order[groups[order] == g][:size] for g in present]).sort().values
 

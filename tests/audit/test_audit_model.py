@@ -190,6 +190,8 @@ def test_a_module_without_steps_is_run_on_the_first_part_of_the_batch():
         ({"classes": ["a"]}, "a name for each of 2 classes"),
         ({"positive": "x"}, "`positive` to be one of the classes"),
         ({"task": "x"}, "`task` to be one of"),
+        ({"scores": "x"}, "`scores` to be one of"),
+        ({"layer": ["body"]}, r"(?s)arguments of Settings .*but got `layer`"),
     ],
 )
 def test_bad_input_has_one_clear_message(options, message):

@@ -29,7 +29,9 @@ NEGATIVE = {
 ACCEPTED = {
     ("EvalSampler", "dataset"): "anything with a length",
     ("FacialActionUnits", "units"): "an empty list are no units, refused with the files at hand",
+    ("Settings", "columns"): "an empty list are no metadata",
     ("VOCFolder", "domain_names"): "an empty list are no names",
+    ("audit", "layers"): "an empty list are no layers",
     ("gradient_reversal", "x"): "of any shape",
     ("held_out_mean", "trained_on"): "families that are not scored count for nothing",
 }

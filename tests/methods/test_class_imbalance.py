@@ -36,6 +36,9 @@ def test_class_balanced_weights_against_a_loop():
         expected = [3 * r / sum(raw) for r in raw]
         assert class_balanced_weights(N, beta=beta).tolist() == pytest.approx(expected, rel=1e-12)
     assert class_balanced_weights(torch.tensor([7.0, 0.0])).tolist() == pytest.approx([2, 0])
+    assert class_balanced_weights(torch.tensor([7, 0]), beta=0.0).tolist() == [2, 0]
+    # Counts are integers, as torch.bincount gives them.
+    assert class_balanced_weights(N.long()).tolist() == pytest.approx(class_balanced_weights(N).tolist(), rel=1e-5)
 
 
 def test_ldam_against_a_loop():

@@ -299,6 +299,16 @@ class Stream(IterableDataset):
         (lambda: InferGroups("spare", per_class=True), "`per_class` for"),
         (lambda: InferGroups("george", validation=True), "`validation=True` for"),
         (lambda: InferGroups(epochs=0), "`epochs`"),
+        (
+            lambda: InferGroups("spare", options={"clusters": 2}),
+            "`options` to hold options of `spare_groups`, 'n_clu",
+        ),
+        (
+            lambda: InferGroups("spare", options={"n_clusters": [2, 1]}),
+            r"`n_clusters` to be a number in \[2, 1000000\]",
+        ),
+        (lambda: InferGroups("george", options={"clusterer": "ward"}), "`clusterer` to be 'gmm' or 'kmeans'"),
+        (lambda: InferGroups(lambda record, labels: labels, options={"seed": 1}), "no `options` where `method`"),
     ],
 )
 def test_bad_arguments(make, match):

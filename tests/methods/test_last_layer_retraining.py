@@ -289,7 +289,7 @@ def test_numbered_samples_count_once_and_in_the_order_of_the_set():
 BAD = [
     ({"method": "dfr"}, DebiasError, "`group` and `n_groups` for `method='dfr'`"),
     ({"method": "self"}, DebiasError, "`early` for `method='self'`"),
-    ({"method": "lasso"}, DebiasError, "`method` to be one of 'dfr', 'afr'"),
+    ({"method": "lasso"}, DebiasError, "`method` to be 'dfr', 'afr'"),
     ({"method": "plain", "strengths": [1.0, 0.1]}, DebiasError, "one number in `strengths`"),
     ({"group": 2}, DebiasError, "`n_groups`, the number of groups of `group=2`"),
     ({"group": 2, "n_groups": 3}, DebiasError, "(?s)samples of every group.*none of group 2"),
@@ -298,6 +298,15 @@ BAD = [
     ({"method": "plain", "head": "4"}, HeadNotFoundError, "Did you mean|There are"),
     ({"method": "plain", "target": 0}, BatchKeyError, r"class ids of shape \(50,\), or labels"),
     ({"method": "plain", "gamma": -1}, DebiasError, "`gamma`"),
+    ({"method": "plain", "seed": 0.5}, DebiasError, "`seed` to be an integer"),
+    ({"method": "plain", "strengths": [-1.0]}, DebiasError, "`strengths` to be a number > 0, but got -1.0"),
+    ({"method": "plain", "n_groups": 0}, DebiasError, "`n_groups` to be a number in"),
+    ({"method": "self", "early": 3}, DebiasError, "`early` to be a module, a state dict or the path"),
+    (
+        {"method": "self", "early": "nowhere.ckpt"},
+        DebiasError,
+        "`early` to be a checkpoint.*nowhere.ckpt failed",
+    ),
 ]
 
 

@@ -206,6 +206,8 @@ def test_bad_arguments():
         (lambda: CVaRDRO(0.5, temperature=-1), "`temperature`"),
         (lambda: ChiSquareDRO(1.0, penalty=1.0), "either `radius` or `penalty`"),
         (lambda: ChiSquareDRO(0.0), "`radius`"),
+        (lambda: chi_square_weights(V, radius=None), "`radius` or `penalty` to be a number"),
+        (lambda: cvar_weights(V[:0], alpha=0.5), "`losses` of at least one sample"),
         (lambda: CVaRLoss(0.5)(torch.zeros(2, 2)), r"shape \(N,\)"),
     ):
         with pytest.raises(DebiasError, match=match):

@@ -115,6 +115,10 @@ def test_samples_that_are_not_seen_are_said(tmp_path):
     [
         ({"path": "x.csv"}, "'.npz' or '.parquet', but got 'x.csv'"),
         ({"columns": ["losses"]}, r"(?s)`columns` to be of 'loss'.*got \['losses'\]"),
+        ({"columns": []}, r"`columns` to be of 'loss'.*got \[\]"),
+        ({"epochs": [0, -1]}, "`epochs` to be an integer >= 0, but got -1"),
+        ({"epochs": []}, "`epochs` to hold at least one epoch"),
+        ({"path": "{step}.npz"}, "no braces but `{epoch}`, but got '{step}.npz'"),
         ({"on": "test"}, "'train' or 'val'"),
     ],
 )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from debias.errors import DebiasError
-from debias.ops.arguments import check_count, check_number
+from debias.errors import BadRowsError, DebiasError
+from debias.ops.arguments import MOST, check_count, check_ids, check_number, check_options, checked
 
 
 @pytest.mark.parametrize(
@@ -61,3 +64,38 @@ def test_what_is_no_count(value):
 def test_the_message_says_what_is_counted():
     with pytest.raises(DebiasError, match="`n` to be a number of optimiser steps >= 0, but got -1"):
         check_count("n", -1, 0, what="a number of optimiser steps")
+
+
+def test_ids_that_are_all_there():
+    assert check_ids("x", torch.tensor([[0, 4], [2, 0]])) == 5
+    for bad, got in (([0, -1], "from -1 to 0"), ([0, MOST], f"from 0 to {MOST}"), ([], "none")):
+        with pytest.raises(BadRowsError, match=f"`x` to hold ids from 0 to 999999, but got (ids )?{got}"):
+            check_ids("x", torch.tensor(bad, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rate": 2.0}, r"`rate` to be a number in \[0, 1\], but got 2.0"),
+        ({"rates": [0.5, 2.0]}, r"`rates` to be a number in \[0, 1\], but got 2.0"),
+        ({"rates": []}, "`rates` to hold at least one number"),
+        ({"rate": "fast"}, "`rate` to be a finite number, but got 'fast'"),
+    ],
+)
+def test_what_takes_long_is_checked_before_it_runs_and_options_before_they_are_used(options, message):
+    ran = []
+
+    @checked(first=True, rate="[0, 1]", rates="[0, 1]")
+    def function(loader: Iterable[Any], *, rate: float = 1.0, rates: Sequence[float] = (1.0,)) -> None:
+        ran.append(loader)
+
+    with pytest.raises(DebiasError, match=message):
+        function(iter("ab"), **options)
+    with pytest.raises(DebiasError, match=message):
+        check_options("options", options, function)
+    with pytest.raises(DebiasError, match="`loader` to be an iterable, but got 3"):
+        function(3)
+    assert not ran
+    with pytest.raises(DebiasError, match="`options` to hold options of `function`, 'rate', 'rates', but got 'loader'"):
+        check_options("options", {"loader": []}, function)
+    assert check_options("options", {"rate": 0.5}, function) == {"rate": 0.5}
