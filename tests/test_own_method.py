@@ -59,13 +59,13 @@ def test_one_file_and_one_line_register_and_document_a_method(project):
 def test_the_conformance_suite_runs_it(project):
     """Resuming, bad rows, YAML, and what a step waits for; the rest is slow."""
     chosen = "LossRange and (bitwise or bad_rows or yaml or no_host_sync or mixes_no_devices)"
-    said = run(project, "-m", "pytest", "tests/conformance", "-q", "-k", chosen, "-p", "no:cacheprovider")
+    said = run(project, "-m", "pytest", "tests/conformance", "-q", "-k", chosen, "-n0", "-p", "no:cacheprovider")
     assert int(re.search(r"(\d+) passed", said)[1]) >= 8
 
 
 @pytest.mark.slow
 def test_it_passes_the_whole_conformance_suite(project):
-    said = run(project, "-m", "pytest", "tests/conformance", "-q", "-k", "LossRange", "-p", "no:cacheprovider")
+    said = run(project, "-m", "pytest", "tests/conformance", "-q", "-k", "LossRange", "-n0", "-p", "no:cacheprovider")
     assert int(re.search(r"(\d+) passed", said)[1]) >= 40
 
 
@@ -80,7 +80,7 @@ def test_a_method_without_its_fixture_fails_alone(project):
     )
     try:
         index.write_text(before + "from debias.methods.needy import *\n")
-        command = ["tests/conformance/test_steps.py", "-p", "no:cacheprovider", "-k", "Needy and changes_training"]
+        command = ["tests/conformance/test_steps.py", "-n0", "-p", "no:cacheprovider", "-k", "Needy and changes_training"]
         with pytest.raises(AssertionError, match=r"(?s)Needy needs \['unheard_of'\].*1 failed, [1-9]\d\d deselected"):
             run(project, "-m", "pytest", *command)
     finally:
