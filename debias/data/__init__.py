@@ -19,11 +19,13 @@ _EXPORTS = {
     "GWHD": "debias.data.gwhd",
     "ShapesDetection": "debias.data.shapes_detection",
     "ShortcutFolder": "debias.data.shortcut_folder",
+    "TagCollate": "debias.step.batch",
     "TaggedDataset": "debias.data.tagging",
     "TaggedIterableDataset": "debias.data.tagging",
     "VOCFolder": "debias.data.voc_folder",
     "Waterbirds": "debias.data.waterbirds",
     "tag": "debias.data.tagging",
+    "untag": "debias.data.tagging",
 }
 
 __all__ = [
@@ -40,11 +42,13 @@ __all__ = [
     "GWHD",
     "ShapesDetection",
     "ShortcutFolder",
+    "TagCollate",
     "TaggedDataset",
     "TaggedIterableDataset",
     "VOCFolder",
     "Waterbirds",
     "tag",
+    "untag",
 ]
 
 if TYPE_CHECKING:
@@ -60,9 +64,10 @@ if TYPE_CHECKING:
     from debias.data.samplers import EvalSampler, GroupBalancedSampler
     from debias.data.shapes_detection import ShapesDetection
     from debias.data.shortcut_folder import ShortcutFolder
-    from debias.data.tagging import TaggedDataset, TaggedIterableDataset, tag
+    from debias.data.tagging import TaggedDataset, TaggedIterableDataset, tag, untag
     from debias.data.voc_folder import VOCFolder
     from debias.data.waterbirds import Waterbirds
+    from debias.step.batch import TagCollate
 
 
 def __getattr__(name: str) -> Any:
