@@ -282,13 +282,9 @@ def test_untagging_leaves_the_loader_as_it_was():
         untag(CombinedLoader([loader]))
 
 
-def test_several_loaders_are_searched_one_level_deep():
-    batch = {"a": TaggedBatch((1, 2), {"place": 3}), "b": (4, 5)}
-    assert split_tags(batch) == ({"a": (1, 2), "b": (4, 5)}, {"place": 3})
-    assert split_tags([TaggedBatch(1, {"x": 2}), TaggedBatch(3, {"y": 4})]) == ([1, 3], {"x": 2, "y": 4})
-    with pytest.raises(BatchKeyError, match=r"`place` from two of them"):
-        split_tags([TaggedBatch(1, {"place": 2}), TaggedBatch(3, {"place": 4})])
+def test_tags_of_one_loader_are_split_off():
     plain = (torch.zeros(1), torch.ones(1))
+    assert split_tags(TaggedBatch((1, 2), {"place": 3})) == ((1, 2), {"place": 3})
     assert split_tags(plain) == (plain, {})
 
 
