@@ -10,6 +10,7 @@ _EXPORTS = {
     "COCOFolder": "debias.data.coco_folder",
     "ColoredDigits": "debias.data.colored_digits",
     "ColoredMNIST": "debias.data.colored_mnist",
+    "DigitsAdaptation": "debias.data.digits_adaptation",
     "DigitsShift": "debias.data.digits_shift",
     "DomainFolder": "debias.data.domain_folder",
     "EvalSampler": "debias.data.samplers",
@@ -33,6 +34,7 @@ __all__ = [
     "COCOFolder",
     "ColoredDigits",
     "ColoredMNIST",
+    "DigitsAdaptation",
     "DigitsShift",
     "DomainFolder",
     "EvalSampler",
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from debias.data.coco_folder import COCOFolder
     from debias.data.colored_digits import ColoredDigits
     from debias.data.colored_mnist import ColoredMNIST
+    from debias.data.digits_adaptation import DigitsAdaptation
     from debias.data.digits_shift import DigitsShift
     from debias.data.domain_folder import DomainFolder
     from debias.data.facial_action_units import FacialActionUnits

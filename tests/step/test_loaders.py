@@ -10,10 +10,22 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, TensorDataset, default_collate
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset, default_collate
 
 from _support.runs import ddp
-from debias import CORAL, MMD, DomainAdversarial, GroupDRO, GroupReweighting, VREx, tag, untag
+from debias import (
+    CORAL,
+    MMD,
+    DomainAdversarial,
+    Fishr,
+    GroupDRO,
+    GroupMixup,
+    GroupReweighting,
+    HessianAlignment,
+    VREx,
+    tag,
+    untag,
+)
 from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, HeadNotFoundError, RowsError
 from debias.functional import coral_penalty, group_dro_weights, mmd_penalty
 from debias.step.batch import TaggedBatch
@@ -189,6 +201,41 @@ def test_views_of_one_loader_are_joined(how):
     equal(found, fit(by_hand, DataLoader(data, batch_size=4)))
 
 
+@pytest.mark.parametrize("head", [None, "head"])
+@pytest.mark.parametrize("method", [Fishr, HessianAlignment])
+def test_a_penalty_on_the_head_takes_the_run_that_made_the_loss(method, head):
+    def two_runs(model: Model, batch: Any) -> Tensor:
+        model(batch[1][0])
+        loss = one(model, batch[0])
+        model(batch[1][0])
+        return loss
+
+    found = fit(two_runs, loaders("source"), method("place", 3, head=head), max_epochs=2)
+    source = loaders("source")[0]
+    equal(found, fit(one, source, method("place", 3, head=head), max_epochs=2))
+    differ(found, fit(one, untag(source), max_epochs=2))
+
+
+def test_classes_of_a_conditional_adversary_are_of_the_labelled_loader():
+    def method(domain: str) -> DomainAdversarial:
+        options: Any = {"features": "body", "schedule": "constant", "target": "label", "n_classes": C}
+        return DomainAdversarial(domain, 2, conditional=True, **options)
+
+    def one_pass(model: Model, batch: Any) -> Tensor:
+        return F.cross_entropy(model.head(model.body(batch[0])[:4]), batch[1][:4])
+
+    source, target = samples(12), samples(6)
+    label, domain = source.tensors[1], torch.arange(12) % 2
+    given = [DataLoader(tag(source, label=label, domain=domain), batch_size=4), DataLoader(target, batch_size=2)]
+    joined_data = tag(
+        ConcatDataset([source, target]),
+        label=torch.cat((label, torch.full((6,), -1))),
+        domain=torch.cat((domain, torch.full((6,), -1))),
+    )
+    expected = fit(one_pass, DataLoader(joined_data, batch_sampler=one_loader().batch_sampler), method("domain"))
+    equal(fit(two_passes, given, method("domain")), expected)
+
+
 def test_a_teacher_without_gradients_gives_no_features():
     def step(model: Model, batch: Any) -> Tensor:
         with torch.no_grad():
@@ -280,6 +327,19 @@ def test_what_cannot_be_told_is_refused(name, sizes):
     step, tags, error, message = REFUSED[name]
     with pytest.raises(error, match=message):
         fit(step, loaders(tags, sizes), GroupDRO("place", 3))
+
+
+def test_a_batch_of_several_loaders_is_not_cut_by_group():
+    for tags in ("both", "source"):
+        with pytest.raises(RowsError, match="one training loader with `losses='split'`"):
+            fit(joined, loaders(tags, (4, 4)), GroupDRO("place", 3, losses="split"))
+
+
+def test_samples_of_several_loaders_are_not_mixed():
+    mixup = GroupMixup(input="0.0", target="0.1", pairs="any")
+    with pytest.raises(BatchKeyError, match="samples of one loader where GroupMixup mixes"):
+        fit(joined, loaders(), mixup, GroupDRO("place", 3))
+    fit(lambda m, b: one(m, b[0]), loaders("source"), mixup, GroupDRO("place", 3))
 
 
 def test_features_that_miss_a_loader_are_refused():
@@ -455,3 +515,52 @@ def test_two_uneven_ranks_are_as_one_process(ranks, name):
     expected = on_ranks(0, name, 1)
     for found in ranks.run(on_ranks, name, 2):
         equal(found, expected)
+
+
+# Two batches of the source on each rank; the target has two on rank 0 and one on rank 1.
+SHARES: dict[int, Any] = {
+    1: [((0, 1, 2, 3, 8, 9, 4, 5, 6, 7, 10, 11), 6, (0, 1, 4, 5, 2, 3), 4)],
+    2: [((0, 1, 2, 3, 4, 5, 6, 7), 4, (0, 1, 2, 3), 2), ((8, 9, 10, 11), 2, (4, 5), 2)],
+}
+
+
+def ending(rank: int, name: str, world: int) -> dict[str, Tensor]:
+    """The target ends earlier on one rank than on the other."""
+
+    def step(model: Model, batch: Any) -> Tensor:
+        if batch[1] is not None:
+            model.body(batch[1][0])
+        return one(model, batch[0])
+
+    source, size, target, target_size = SHARES[world][rank]
+    sets = Subset(tag(SOURCE, place=PLACES[0]), source), Subset(TARGET, target)
+    given = [DataLoader(data, batch_size=n) for data, n in zip(sets, (size, target_size), strict=True)]
+    method = {
+        "CORAL": lambda: CORAL("loader", 2, features="body"),
+        "MMD": lambda: MMD("loader", 2, features="body"),
+        "DomainAdversarial": lambda: DomainAdversarial("loader", 2, features="body", schedule="constant"),
+    }[name]()
+    options = {} if world == 1 else {"devices": 2, "strategy": ddp(), "use_distributed_sampler": False}
+    return fit(step, CombinedLoader(given, "max_size"), method, GroupDRO("place", 3, loss=0), **options)
+
+
+@pytest.mark.parametrize("name", ["CORAL", "MMD", "DomainAdversarial"])
+def test_a_loader_may_end_earlier_on_one_rank(ranks, name):
+    expected = ending(0, name, 1)
+    for found in ranks.run(ending, name, 2):
+        equal(found, expected)
+
+
+def refused_on_ranks(rank: int, case: str) -> None:
+    options = {"devices": 2, "strategy": ddp(), "use_distributed_sampler": False}
+    if case == "features":
+        fit(lambda m, b: one(m, b[0]), loaders("none"), CORAL("loader", 2, features="body"), **options)
+    else:
+        fit(joined, loaders("source"), GroupDRO("place", 3), **options)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"), [("features", "ran on none of '1'"), ("tags", "those of a loader without")]
+)
+def test_all_ranks_refuse_together(ranks, case, message):
+    ranks.raises(RowsError, message, refused_on_ranks, case)
