@@ -30,6 +30,7 @@ from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, HeadNo
 from debias.functional import coral_penalty, group_dro_weights, mmd_penalty
 from debias.step.batch import TaggedBatch
 from debias.step.loaders import open_batch
+from debias.tap.rows import RowTracker
 
 D, C = 4, 3
 random = torch.Generator().manual_seed(0)
@@ -564,3 +565,13 @@ def refused_on_ranks(rank: int, case: str) -> None:
 )
 def test_all_ranks_refuse_together(ranks, case, message):
     ranks.raises(RowsError, message, refused_on_ranks, case)
+
+
+def test_features_of_a_stranger_have_no_sample():
+    """As many as there are samples with ids: their rows are not those."""
+    x, stranger = torch.randn(4, D), torch.randn(4, D)
+    tracker = RowTracker((x,), 4, strangers=[(stranger,)])
+    assert tracker.of_layer(x.tanh(), [x]) is None
+    assert tracker.of_layer(stranger.tanh(), [stranger]) is False
+    assert tracker.loaders_of(stranger) == {1}
+    assert tracker.loaders_of(x.tanh()) is None
