@@ -36,6 +36,7 @@ _EXPORTS = {
     "EvalSampler": "debias.data.samplers",
     "GroupBalancedSampler": "debias.data.samplers",
     "tag": "debias.data.tagging",
+    "untag": "debias.data.tagging",
     # for those who have trained already
     "retrain_last_layer": "debias.methods.last_layer_retraining",
 }
@@ -43,7 +44,7 @@ _EXPORTS = {
 if TYPE_CHECKING:
     from debias.audit.model import audit
     from debias.data.samplers import EvalSampler, GroupBalancedSampler
-    from debias.data.tagging import tag
+    from debias.data.tagging import tag, untag
     from debias.methods import *
     from debias.methods.last_layer_retraining import retrain_last_layer
     from debias.monitors.attribute_probe import AttributeProbe

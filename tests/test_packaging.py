@@ -49,8 +49,8 @@ def _combinations() -> list[Any]:
 
 def test_recipes_and_methods_are_there():
     assert {
-        "bccd", "bp4d", "colored_digits", "colored_mnist", "digits_shift", "disfa", "gwhd", "identity_shortcut",
-        "mnist_shift", "pacs", "shapes_detection", "waterbirds",
+        "bccd", "bp4d", "colored_digits", "colored_mnist", "digits_adaptation", "digits_shift", "disfa", "gwhd",
+        "identity_shortcut", "mnist_shift", "pacs", "shapes_detection", "waterbirds",
     } <= set(recipes())  # fmt: skip
     assert {
         "adv_style", "balanced", "cdann", "coral", "dann", "domain_penalisation", "dsu", "edge_view", "erm", "fishr",

@@ -10,6 +10,7 @@ _EXPORTS = {
     "COCOFolder": "debias.data.coco_folder",
     "ColoredDigits": "debias.data.colored_digits",
     "ColoredMNIST": "debias.data.colored_mnist",
+    "DigitsAdaptation": "debias.data.digits_adaptation",
     "DigitsShift": "debias.data.digits_shift",
     "DomainFolder": "debias.data.domain_folder",
     "EvalSampler": "debias.data.samplers",
@@ -19,11 +20,13 @@ _EXPORTS = {
     "GWHD": "debias.data.gwhd",
     "ShapesDetection": "debias.data.shapes_detection",
     "ShortcutFolder": "debias.data.shortcut_folder",
+    "TagCollate": "debias.step.batch",
     "TaggedDataset": "debias.data.tagging",
     "TaggedIterableDataset": "debias.data.tagging",
     "VOCFolder": "debias.data.voc_folder",
     "Waterbirds": "debias.data.waterbirds",
     "tag": "debias.data.tagging",
+    "untag": "debias.data.tagging",
 }
 
 __all__ = [
@@ -31,6 +34,7 @@ __all__ = [
     "COCOFolder",
     "ColoredDigits",
     "ColoredMNIST",
+    "DigitsAdaptation",
     "DigitsShift",
     "DomainFolder",
     "EvalSampler",
@@ -40,11 +44,13 @@ __all__ = [
     "GWHD",
     "ShapesDetection",
     "ShortcutFolder",
+    "TagCollate",
     "TaggedDataset",
     "TaggedIterableDataset",
     "VOCFolder",
     "Waterbirds",
     "tag",
+    "untag",
 ]
 
 if TYPE_CHECKING:
@@ -52,6 +58,7 @@ if TYPE_CHECKING:
     from debias.data.coco_folder import COCOFolder
     from debias.data.colored_digits import ColoredDigits
     from debias.data.colored_mnist import ColoredMNIST
+    from debias.data.digits_adaptation import DigitsAdaptation
     from debias.data.digits_shift import DigitsShift
     from debias.data.domain_folder import DomainFolder
     from debias.data.facial_action_units import FacialActionUnits
@@ -60,9 +67,10 @@ if TYPE_CHECKING:
     from debias.data.samplers import EvalSampler, GroupBalancedSampler
     from debias.data.shapes_detection import ShapesDetection
     from debias.data.shortcut_folder import ShortcutFolder
-    from debias.data.tagging import TaggedDataset, TaggedIterableDataset, tag
+    from debias.data.tagging import TaggedDataset, TaggedIterableDataset, tag, untag
     from debias.data.voc_folder import VOCFolder
     from debias.data.waterbirds import Waterbirds
+    from debias.step.batch import TagCollate
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -23,7 +24,7 @@ from debias.step.batch import split_tags
 from debias.step.ids import read_ids
 from debias.step.random import undisturbed
 
-__all__ = ["can_count", "count_groups", "empty_groups", "tag_counts"]
+__all__ = ["can_count", "count_groups", "empty_groups", "flat_loaders", "tag_counts"]
 
 
 def count_groups(trainer: Any, key: Any, n_groups: int | Sequence[int], *, argument: str = "group") -> Tensor:
@@ -38,7 +39,15 @@ def count_groups(trainer: Any, key: Any, n_groups: int | Sequence[int], *, argum
         DebiasError: the training data has no length.
     """
     counts = None
-    for loader in _train_loaders(trainer):
+    loaders = flat_loaders(trainer.train_dataloader)
+    if len(loaders) > 1:  # samples of the others have no id
+        loaders = [loader for loader in loaders if _tags(_drawn_from(loader), key) is not None]
+        if not loaders:
+            raise DebiasError(
+                f"Expected `{argument}_counts` to be given where no tag of several training loaders is called"
+                f" {key!r}, but got none. Pass `{argument}_counts=[...]`."
+            )
+    for loader in loaders:
         dataset = getattr(loader, "dataset", None)
         if not _has_rows(dataset):
             raise DebiasError(
@@ -55,9 +64,8 @@ def tag_counts(trainer: Any, loaders: Any, key: Any, n_groups: int | Sequence[in
     """Samples of each group in the datasets of these loaders, ``(G,)``; None where their tags do not tell, so that it
     would take a pass over the data.
     """
-    loaders = list(loaders.values()) if isinstance(loaders, dict) else loaders
     counts = torch.zeros(1)
-    for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+    for loader in flat_loaders(loaders):
         if (tags := _tags(_drawn_from(loader), key)) is None:
             return None
         try:
@@ -78,13 +86,12 @@ def empty_groups(counts: Tensor | None, names: Sequence[str]) -> str:
 
 def can_count(trainer: Any) -> bool:
     """Whether the training data can be counted: it is no stream."""
-    return all(_has_rows(getattr(loader, "dataset", None)) for loader in _train_loaders(trainer))
+    return all(_has_rows(getattr(loader, "dataset", None)) for loader in flat_loaders(trainer.train_dataloader))
 
 
-def _train_loaders(trainer: Any) -> list[Any]:
-    loaders = trainer.train_dataloader
-    loaders = list(loaders.values()) if isinstance(loaders, dict) else loaders
-    return list(loaders) if isinstance(loaders, list | tuple) else [loaders]
+def flat_loaders(loaders: Any) -> list[Any]:
+    """The loaders in lists, tuples and dictionaries of them, in the order of their numbers."""
+    return list((loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)).flattened)
 
 
 def _has_rows(dataset: Any) -> bool:

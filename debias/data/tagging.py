@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from debias.errors import DataError
 from debias.ops.arguments import checked
-from debias.step.batch import TaggedSample
+from debias.step.batch import TagCollate, TaggedSample
 from debias.step.samples import INDEX
 
-__all__ = ["TaggedDataset", "TaggedIterableDataset", "tag"]
+__all__ = ["TaggedDataset", "TaggedIterableDataset", "tag", "untag"]
 
 Ids = Sequence[int] | Tensor | Callable[[Any], Any]
 
@@ -58,7 +59,21 @@ def tag(dataset: Any, **tags: Any) -> TaggedDataset | TaggedIterableDataset:
     return TaggedDataset(dataset, tags)
 
 
-class TaggedDataset(Dataset):
+class _Wrapping(Dataset):
+    """A map-style dataset around another one, whose length and other attributes it has."""
+
+    dataset: Any
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("dataset", "tags"):  # neither pickling nor __getitems__ may be forwarded
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+class TaggedDataset(_Wrapping):
     """A map-style dataset and the tags of its samples; made by :func:`tag`."""
 
     @checked()
@@ -67,20 +82,12 @@ class TaggedDataset(Dataset):
         self.tags = {name: _as_ids(name, ids, len(dataset)) for name, ids in tags.items()}
         self.tags.setdefault(INDEX, torch.arange(len(dataset)))
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
     def __getitem__(self, index: int) -> TaggedSample:
         sample = self.dataset[index]
         # A dataset that is tagged twice carries both sets of tags, side by side.
         inner = sample.tags if isinstance(sample, TaggedSample) else {}
         sample = sample.sample if isinstance(sample, TaggedSample) else sample
         return TaggedSample(sample, inner | {k: v(sample) if callable(v) else v[index] for k, v in self.tags.items()})
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("dataset", "tags"):  # neither pickling nor __getitems__ may be forwarded
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
 
 
 class TaggedIterableDataset(IterableDataset):
@@ -101,6 +108,76 @@ class TaggedIterableDataset(IterableDataset):
     def __iter__(self) -> Iterator[TaggedSample]:
         for sample in self.dataset:
             yield TaggedSample(sample, {name: of(sample) for name, of in self.tags.items()})
+
+
+def untag(data: Any) -> Any:
+    """The same data without tags, for a loop that knows nothing of them.
+
+    Args:
+        data: a dataset, or a ``DataLoader`` of one, whose samples may carry tags: also a subset of a tagged dataset,
+            or tagged datasets that were joined.
+
+    Returns:
+        A dataset of the same length that returns the bare samples. Of a loader a copy that yields the bare batches:
+        it shares dataset, sampler and generator with ``data``, whose ``collate_fn`` is given the bare samples.
+
+    Raises:
+        DataError: ``data`` is something else, such as a ``CombinedLoader``.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> from debias import tag, untag
+        >>> loader = DataLoader(tag([1, 2, 3, 4], place=[0, 0, 1, 1]), batch_size=2)
+        >>> list(untag(loader))
+        [tensor([1, 2]), tensor([3, 4])]
+    """
+    if isinstance(data, DataLoader):
+        bare = copy.copy(data)
+        bare.collate_fn = _BareCollate(data.collate_fn)
+        bare._iterator = None  # persistent workers of the other would go on with its `collate_fn`
+        return bare
+    if isinstance(data, IterableDataset):
+        return _BareIterableDataset(data)
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        return _BareDataset(data)
+    raise DataError(
+        f"Expected `untag` to get a dataset or a DataLoader, but got {type(data).__name__}. Of several loaders untag"
+        " each: `CombinedLoader([untag(loader) for loader in loaders])`."
+    )
+
+
+class _BareDataset(_Wrapping):
+    """A map-style dataset whose samples may carry tags, without them."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Any:
+        return _bare(self.dataset[index])
+
+
+class _BareIterableDataset(IterableDataset):
+    """An iterable dataset whose samples may carry tags, without them."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(_bare, self.dataset)
+
+
+class _BareCollate:
+    """A ``collate_fn`` that takes the tags off the samples first."""
+
+    def __init__(self, collate_fn: Callable[[Any], Any]) -> None:
+        self.collate_fn = collate_fn.collate_fn if isinstance(collate_fn, TagCollate) else collate_fn
+
+    def __call__(self, items: Any) -> Any:
+        return self.collate_fn([_bare(item) for item in items] if isinstance(items, list) else _bare(items))
+
+
+def _bare(sample: Any) -> Any:
+    return sample.sample if isinstance(sample, TaggedSample) else sample
 
 
 def _as_ids(name: str, ids: Any, length: int) -> Any:

@@ -20,19 +20,23 @@ from debias.step.sample_order import reorders
 from debias.tap.batches import one_per_sample
 
 __all__ = [
+    "LOADER",
     "BatchKey",
     "TagCollate",
     "TaggedBatch",
     "TaggedSample",
     "key_name",
+    "key_parts",
     "map_samples",
     "plain_key",
     "read",
     "repeated",
     "replace",
     "split_tags",
-    "tag_owners",
 ]
+
+LOADER = "loader"
+"""The key of the number of the loader that a sample comes from, unless there is a tag of that name."""
 
 BatchKey: TypeAlias = int | str | Callable[[Any], Any]
 """Where to look in a batch: an index, a name, a dotted path (``"image"``, ``"1.labels.place"``), or a callable of the
@@ -70,10 +74,17 @@ class TaggedSample:
 
 @dataclass
 class TaggedBatch:
-    """A batch, untouched, and the collated tags of its samples, each of shape ``(N,)`` or ``(N, ...)``."""
+    """A batch, untouched, and the collated tags of its samples, each of shape ``(N,)`` or ``(N, ...)``.
+
+    Attributes:
+        batch: as the dataset and its ``collate_fn`` make it.
+        tags: by name.
+        n: number of samples, where a Trainer needs to know it.
+    """
 
     batch: Any
     tags: dict[str, Any]
+    n: int | None = None
 
     def __iter__(self) -> Any:
         raise BatchKeyError(
@@ -87,14 +98,15 @@ class TaggedBatch:
 
     def pin_memory(self) -> TaggedBatch:
         """Pin both parts; the DataLoader calls this under ``pin_memory=True``."""
-        return TaggedBatch(pin_memory(self.batch), pin_memory(self.tags))
+        return dataclasses.replace(self, batch=pin_memory(self.batch), tags=pin_memory(self.tags))
 
     def to(self, *args: Any, **kwargs: Any) -> TaggedBatch:
         """Move the tensors of both parts, for loops without Lightning."""
         from lightning.fabric.utilities.apply_func import move_data_to_device
 
         device = torch.empty(0).to(*args, **kwargs).device
-        return TaggedBatch(move_data_to_device(self.batch, device), move_data_to_device(self.tags, device))
+        batch, tags = move_data_to_device(self.batch, device), move_data_to_device(self.tags, device)
+        return dataclasses.replace(self, batch=batch, tags=tags)
 
 
 def _collate_tagged(batch: list[TaggedSample], *, collate_fn_map: Any = None) -> TaggedBatch:
@@ -127,10 +139,15 @@ class TagCollate:
     The engine puts it around the ``collate_fn`` of every loader that Lightning runs; other loops write
     ``DataLoader(tagged, collate_fn=TagCollate(my_collate))``. It has to keep the order of its samples, which is checked
     with the first batch: by calling it again, with copies of the samples in another order.
+
+    Args:
+        collate_fn: the user's own.
+        counts: let batches without tags, too, say how many samples they have.
     """
 
-    def __init__(self, collate_fn: Callable[[Any], Any]) -> None:
+    def __init__(self, collate_fn: Callable[[Any], Any], *, counts: bool = False) -> None:
         self.collate_fn = collate_fn
+        self.counts = counts
         self.checked = collate_fn is default_collate  # a copy in a worker that starts before the first batch checks too
 
     def __call__(self, items: Any) -> Any:
@@ -139,6 +156,12 @@ class TagCollate:
         Raises:
             BatchKeyError: samples with and without tags meet, or the order of the samples is not kept.
         """
+        batch = self._collate(items)
+        if not (self.counts and isinstance(items, list)):
+            return batch
+        return TaggedBatch(*split_tags(batch), n=len(items))
+
+    def _collate(self, items: Any) -> Any:
         if isinstance(items, list) and any(isinstance(item, TaggedSample) for item in items):
             _refuse_mixed(items)
             tags = default_collate([item.tags for item in items])
@@ -170,39 +193,12 @@ class TagCollate:
 
 
 def split_tags(batch: Any) -> tuple[Any, dict[str, Any]]:
-    """The bare batch and its tags; a batch of several loaders (list, tuple or dict) is searched one level deep.
-
-    Raises:
-        BatchKeyError: two of several loaders carry a tag of the same name, so that nothing says which one is meant.
-    """
+    """The bare batch of one loader, and its tags."""
     if isinstance(batch, TaggedBatch):
         return batch.batch, batch.tags
     if isinstance(batch, TaggedSample):
         return batch.sample, batch.tags
-    if type(batch) in (list, tuple, dict):
-        parts = list(batch.values()) if isinstance(batch, dict) else list(batch)
-        if not any(isinstance(part, TaggedBatch) for part in parts):
-            return batch, {}
-        tags: dict[str, Any] = {}
-        for part in parts:
-            for name, value in part.tags.items() if isinstance(part, TaggedBatch) else ():
-                if name in tags:
-                    raise BatchKeyError(
-                        f"Expected each tag to come from one of the combined loaders, but got `{name}` from two of"
-                        " them. Give the tags different names, one per loader."
-                    )
-                tags[name] = value
-        bare = [part.batch if isinstance(part, TaggedBatch) else part for part in parts]
-        return (dict(zip(batch, bare, strict=True)) if isinstance(batch, dict) else type(batch)(bare)), tags
     return batch, {}
-
-
-def tag_owners(batch: Any) -> dict[str, int | str]:
-    """In which part of a batch of several loaders each tag was found."""
-    if type(batch) not in (list, tuple, dict):
-        return {}
-    parts = batch.items() if isinstance(batch, dict) else enumerate(batch)
-    return {name: at for at, part in parts if isinstance(part, TaggedBatch) for name in part.tags}
 
 
 def plain_key(key: Any) -> Any:
@@ -237,7 +233,7 @@ def read(batch: Any, key: BatchKey, tags: Mapping[str, Any] | None = None, *, ar
         return tags[str(key)]
     here: Any = batch
     done: list[str] = []
-    for part in _parts(key):
+    for part in key_parts(key):
         try:
             here = _child(here, part)
         except (KeyError, IndexError, AttributeError, TypeError):
@@ -263,7 +259,7 @@ def replace(batch: Any, key: BatchKey, value: Any) -> Any:
             "Expected a key that can be written through (an index, a name or a dotted path), but got a callable."
             " Name the place in the batch instead."
         )
-    return _replaced(batch, _parts(key), value, key)
+    return _replaced(batch, key_parts(key), value, key)
 
 
 def repeated(batch: Any, index: Tensor, n: int) -> Any:
@@ -404,7 +400,8 @@ def describe(batch: Any) -> str:
     return f"a {type(batch).__name__}"
 
 
-def _parts(key: int | str) -> list[int | str]:
+def key_parts(key: int | str) -> list[int | str]:
+    """The steps of a path: an index, or the names and indices between its dots."""
     if isinstance(key, int):
         return [key]
     return [int(part) if part.lstrip("-").isdigit() else part for part in key.split(".")]

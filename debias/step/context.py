@@ -12,6 +12,7 @@ from debias.errors import BatchKeyError, DebiasError
 from debias.step import batch as batches
 from debias.step.batch import BatchKey
 from debias.step.ids import plain_key, read_ids
+from debias.step.loaders import Part, holders, join_ids
 from debias.tap.mixing import Mixture
 
 __all__ = ["Step"]
@@ -38,7 +39,9 @@ class Step:
         logging: whether values logged in this step reach the logger.
         features: in evaluation, what a monitor that asks for features reads.
         mixture: what augmentation did to the labels, None if nothing.
-        owners: for tags of one of several loaders, where its part is in the batch: an index or a name.
+        parts: what each loader gave to the batch.
+        asking: the method that reads the batch.
+        asked: of which loaders' samples the ids are that each method reads.
     """
 
     trainer: Any
@@ -55,13 +58,22 @@ class Step:
     logging: bool = False
     features: Tensor | None = None
     mixture: Mixture | None = None
-    owners: dict[str, Any] = field(default_factory=dict)
+    parts: list[Part] = field(default_factory=list)
+    asking: Any = None
+    asked: dict[Any, list[Part]] = field(default_factory=dict)
+    _numbered: list[Part] = field(default_factory=list)
     _ids: dict[Any, Tensor] = field(default_factory=dict)
     _made: dict[Any, Any] = field(default_factory=dict)
-    _owner: Any = None
+
+    @property
+    def of_several(self) -> bool:
+        """Whether the batch is of several loaders."""
+        return any(part.path for part in self.parts)
 
     def read(self, key: BatchKey, *, argument: str = "key") -> Any:
-        """What ``key`` names among the tags and in the batch."""
+        """What ``key`` names among the tags and in the batch; of several loaders integers, as :meth:`ids`."""
+        if len(self._numbered) > 1 and isinstance(key, str) and any(key in part.tags for part in self.parts):
+            return self.ids(key, 1, argument=argument)
         return batches.read(self.batch, key, self.tags, argument=argument)
 
     def ids(self, key: Any, count: int | Sequence[int], *, argument: str = "group") -> Tensor:
@@ -85,16 +97,40 @@ class Step:
         cached = plain_key(key)
         if isinstance(cached, tuple):
             cached = cached, tuple(count) if isinstance(count, Sequence) else (count,)
+        having = holders(self.parts, plain_key(key), self.batch, argument) if self.of_several else self.parts
+        self._number(having)
         if cached in self._ids:
             return self._ids[cached]
-        ids = read_ids(
-            self.batch, self.tags, key, count, self.module.device, argument=argument, look=self.stage != "train"
-        )
-        for name in key if isinstance(key, tuple | list) else [key]:
-            self._take_owner(name, argument)
+        where, look = self.module.device, self.stage != "train"
+        if len(self._numbered) > 1 or key == batches.LOADER:
+            ids = join_ids(self._numbered, having, self.batch, key, count, where, argument=argument, look=look)
+        else:
+            tags = self.tags
+            if self.of_several:  # what an augmenter has made of them, where it has
+                tags = {name: tags.get(name, x) for name, x in having[0].tags.items()}
+            ids = read_ids(self.batch, tags, key, count, where, argument=argument, look=look)
         self.count(len(ids), f"`{argument}={key!r}`")
         self._ids[cached] = ids
         return ids
+
+    def _number(self, parts: list[Part]) -> None:
+        """Number the samples of these loaders too, which changes the numbers of all."""
+        if self.asking is not None and self.of_several:
+            before = self.asked.get(self.asking, parts)
+            self.asked[self.asking] = [part for part in parts if part in before]
+        if all(part in self._numbered for part in parts):
+            return
+        numbered = [part for part in self.parts if part in self._numbered or part in parts]
+        if len(numbered) > 1 and self.mixture is not None:
+            raise BatchKeyError(
+                f"Expected the samples of one loader where {self.mixture.owner} mixes or repeats them, but methods read"
+                f" those of {' and '.join(part.name for part in numbered)}. Remove one of them, or"
+                " join the datasets: `ConcatDataset`."
+            )
+        self._numbered = numbered
+        if len(numbered) > 1:
+            self._ids.clear()
+            self.n = None if any(part.n is None for part in numbered) else sum(part.n or 0 for part in numbered)
 
     def count(self, n: int, what: str = "the values of the samples") -> None:
         """Say how many samples the batch has, so that their rows are followed.
@@ -110,29 +146,14 @@ class Step:
         self.n = n
 
     @property
-    def samples(self) -> Any:
-        """The part of the batch that the ids belong to."""
-        return self.batch if self._owner is None else self.batch[self._owner]
+    def numbered(self) -> list[Part]:
+        """The parts of the batch whose samples are numbered, one after the other."""
+        return self._numbered if self.of_several and self._numbered else [Part(n=self.n)]
 
     @property
-    def strangers(self) -> list[Any]:
+    def strangers(self) -> list[Part]:
         """The parts of the batch that come from other loaders than the ids."""
-        if self._owner is None:
-            return []
-        parts = self.batch.items() if isinstance(self.batch, dict) else enumerate(self.batch)
-        return [part for name, part in parts if name != self._owner]
-
-    def _take_owner(self, key: Any, argument: str) -> None:
-        owner = self.owners.get(key) if isinstance(key, str) else None
-        if owner is None:
-            return
-        if self._owner not in (None, owner):
-            raise BatchKeyError(
-                f"Expected all ids of a step to come from one of the combined loaders, but got `{argument}={key!r}`"
-                f" from {owner!r} and others from {self._owner!r}: a loss has the samples of one. Tag that loader with"
-                " all of them."
-            )
-        self._owner = owner
+        return [part for part in self.parts if part not in self._numbered] if self.of_several and self._numbered else []
 
     def mixed(self, n: int, *, loss: Any = None, owner: str = "") -> Mixture:
         """What the samples stand for, to be changed by an augmenter that mixes or repeats them.

@@ -42,6 +42,7 @@ class Watcher(Protocol):
 class Method(Watcher, Protocol):
     """Changes training steps: augments, reweighs, penalises."""
 
+    only_features: ClassVar[bool]
     losses: Any
     random: StepRandom
 

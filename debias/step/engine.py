@@ -19,11 +19,12 @@ from debias.errors import (
     UnsupportedStrategyError,
 )
 from debias.ops.distributed import is_distributed
-from debias.step.batch import TagCollate, split_tags, tag_owners
+from debias.step.batch import TagCollate
 from debias.step.context import Step
 from debias.step.contract import Method, Watcher
 from debias.step.detection import DetectorStep, detectors
 from debias.step.guards import refuse_duplicating_sampler, runs_again
+from debias.step.loaders import Part, open_batch
 from debias.step.proxy import StepProxy, attach, detach
 from debias.step.settle import Learned, Settlement, with_loss
 from debias.step.split import split_losses
@@ -48,8 +49,7 @@ class StepEngine:
     def __init__(self, trainer: Any, module: Any) -> None:
         self.trainer = trainer
         self.module = module
-        self.tags: dict[str, Any] = {}
-        self.owners: dict[str, Any] = {}
+        self.parts: list[Part] = []
         self._proxies: list[StepProxy] = []
         self._handles: list[Any] = []
         self._collates: list[tuple[Any, Any]] = []
@@ -98,7 +98,7 @@ class StepEngine:
         for head in self._heads.values():
             head.close()
         self._heads.clear()
-        self._tap, self._detector, self._forward_output, self.tags = None, None, None, {}
+        self._tap, self._detector, self._forward_output, self.parts = None, None, None, []
         self.forward_inputs, self._tracker = [], None
 
     def check_optimizers(self, watcher: Watcher) -> None:
@@ -125,16 +125,16 @@ class StepEngine:
         return around
 
     def _strip_tags(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.owners = tag_owners(args[0])
-        batch, self.tags = split_tags(args[0])
+        batch, self.parts = open_batch(args[0])
         return original(batch, *args[1:], **kwargs)
 
     def _process_dataloader(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         loader = original(*args, **kwargs)
         refuse_duplicating_sampler(loader, self.trainer)
         collate_fn = getattr(loader, "collate_fn", None)
-        if collate_fn is not None and not isinstance(collate_fn, TagCollate):
-            loader.collate_fn = TagCollate(collate_fn)
+        if collate_fn is not None and not getattr(collate_fn, "counts", False):
+            bare = collate_fn.collate_fn if isinstance(collate_fn, TagCollate) else collate_fn
+            loader.collate_fn = TagCollate(bare, counts=True)
             self._collates.append((loader, collate_fn))
         return loader
 
@@ -193,8 +193,9 @@ class StepEngine:
             watcher.start(step)
         if step.batch is not received:
             args, kwargs = _with_batch(args, kwargs, step.batch)
-        for watcher in debiasers:
-            watcher.begin(step)
+        for step.asking in debiasers:
+            step.asking.begin(step)
+        step.asking = None
         reweigher = next((w for w in debiasers if w.reweighs), None)
         penalisers = [w for w in debiasers if w.penalises]
         mixture = step.mixture
@@ -224,9 +225,7 @@ class StepEngine:
         tracker = None
         if step.n is not None:
             arranged = rows if isinstance(rows, str) else None
-            tracker = RowTracker(
-                step.samples, step.n, everything=self._learned.rows_needed, arranged=arranged, strangers=step.strangers
-            )
+            tracker = self._row_tracker(step, everything=self._learned.rows_needed, arranged=arranged)
         finders = [finder for head in heads.values() if (finder := head.start(tracker)) is not None]
         tap = LossTap(
             tracker=tracker,
@@ -250,6 +249,16 @@ class StepEngine:
         for head in heads.values():
             head.forget()
         return output if loss is None else with_loss(output, loss)
+
+    def _row_tracker(self, step: Step, **options: Any) -> RowTracker:
+        """What follows rows of the numbered samples."""
+        first, *others = step.numbered
+        strangers = [part.batch_in(step.batch) for part in step.strangers]
+        joined = [(part.batch_in(step.batch), part.n or 0) for part in others]
+        n = step.n or 0
+        return RowTracker(
+            first.batch_in(step.batch), n - sum(n for _, n in joined), joined=joined, strangers=strangers, **options
+        )
 
     def _with_detector(
         self, detector: DetectorStep, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -289,7 +298,7 @@ class StepEngine:
         for monitor in monitors:
             monitor.begin(step)
         if step.n is not None:
-            self._tracker = RowTracker(step.batch, step.n, everything=self._rows_needed_in.get(stage, True))
+            self._tracker = self._row_tracker(step, everything=self._rows_needed_in.get(stage, True))
         # Apart from those of training, whose losses may have another head.
         heads = {(w.head, w.features): self._head(w.head, w.features, stage) for w in monitors if w.needs_features}
         finders = [finder for head in heads.values() if (finder := head.start()) is not None]
@@ -384,17 +393,27 @@ class StepEngine:
         trainer, module = self.trainer, self.module
         batch = args[0] if args else next(iter(kwargs.values()))
         batch_idx = args[1] if len(args) > 1 else kwargs.get("batch_idx", 0)
-        tags = {name: _moved(value, module.device) for name, value in self.tags.items()}
+        names = [name for part in self.parts for name in part.tags]
+        tags = {
+            name: _moved(value, module.device)
+            for part in self.parts
+            for name, value in part.tags.items()
+            if names.count(name) == 1  # else it depends on the loader
+        }
         training = stage == "train"
+        idx = 0 if training else (args[2] if len(args) > 2 else kwargs.get("dataloader_idx", 0))
+        parts = self.parts or [Part()]
+        if len(parts) == 1 and not parts[0].path:  # the batch is of one loader
+            parts[0].loader = idx
         return Step(
             trainer=trainer,
             module=module,
             stage=stage,
             batch=batch,
             tags=tags,
-            owners=self.owners,
+            parts=parts,
             batch_idx=batch_idx,
-            dataloader_idx=0 if training else (args[2] if len(args) > 2 else kwargs.get("dataloader_idx", 0)),
+            dataloader_idx=idx,
             epoch=trainer.current_epoch,
             global_step=trainer.global_step,
             counter=trainer.fit_loop.epoch_loop.total_batch_idx if training else 0,

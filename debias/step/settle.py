@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debias.errors import AmbiguousLossError, DebiasError, DebiasWarning, UntappedLossError
+from debias.errors import AmbiguousLossError, DebiasError, DebiasWarning, RowsError, UntappedLossError
 from debias.ops.distributed import alike, gather_objects, is_distributed
 from debias.ops.groups import summed
 from debias.step.context import Step
@@ -120,7 +120,7 @@ class Settlement:
             loss = self._settled(found, tap, output)
         elif is_distributed() and not self.learned.as_ddp:
             loss = self._averaged(found)
-        loss = self._penalised(loss, found)
+        loss = self._penalised(loss, found, tap)
         self.learned.first = False
         self.learned.rows_needed &= tap.tracker is not None and tap.tracker.needed
         return loss
@@ -140,7 +140,7 @@ class Settlement:
             found.calls = [call]
             self.selected = {method: [call] for method in self.choices}
         else:
-            self.selected = {method: self._selected(found.calls, *choice) for method, choice in self.choices.items()}
+            self.selected = {method: self._selected(found.calls, tap, method) for method in self.choices}
         meant = [call for call in found.calls if any(call in calls for calls in self.selected.values())]
         if plain is None:
             found.multiply(meant)
@@ -172,17 +172,20 @@ class Settlement:
             return found.loss
         return found.replaced(calls, calls[0].mean()) if calls else found.loss
 
-    def _penalised(self, loss: Tensor, found: Reaching) -> Tensor:
+    def _penalised(self, loss: Tensor, found: Reaching, tap: LossTap) -> Tensor:
         """Add the penalties, then the factors their protocols put on the whole loss."""
         for watcher in self.penalisers:
             calls = self.selected[watcher] if watcher.needs_loss else _followed(found.calls, watcher.loss)
-            if not calls:
+            head = self.heads[watcher.head, watcher.features] if watcher.needs_features else None
+            # A loss has not the rows of every run, nor of every loader.
+            if not calls or (not watcher.needs_loss and head is not None and (head.several or self.step.of_several)):
                 calls = [_of_features()]
             elif len(calls) > 1 and not watcher.needs_features:  # else each loss has a head of its own
                 calls = [LossSum(calls, check=self.checks)]
             for call in calls:
-                if watcher.needs_features:
-                    self.heads[watcher.head, watcher.features].resolve(call)
+                if head is not None:
+                    having, of_loss = self._having(watcher), tap.loaders_of(call)
+                    head.resolve(call, join=watcher.only_features, having=having, of_loss=of_loss)
                 loss = loss + watcher.penalise(call, self.step)
         for watcher in self.penalisers:
             if (factor := watcher.loss_factor(self.step)) != 1:
@@ -191,11 +194,56 @@ class Settlement:
 
     # -- what is meant -----------------------------------------------------------------------------
 
-    def _selected(self, calls: list[LossCall], loss: Any, who: str) -> list[LossCall]:
+    def _having(self, method: Any) -> dict[int, str] | None:
+        """Of several loaders, those whose samples have the ids that a method reads; None of one."""
+        step = self.step
+        if not step.of_several or method not in step.asked:
+            return None
+        parts = [*step.numbered, *step.strangers]
+        return {i: part.name for i, part in enumerate(parts) if part in step.asked[method]}
+
+    def _with_ids(self, calls: list[LossCall], tap: LossTap, method: Any) -> list[LossCall]:
+        """Losses of samples that have the ids which a method reads; those of other loaders' alone are the user's.
+
+        Raises:
+            RowsError: a loss is of both kinds of samples.
+        """
+        loss, who = self.choices[method]
+        if (having := self._having(method)) is None:
+            return calls
+        kept = []
+        for call in calls:
+            loaders = tap.loaders_of(call)
+            if loaders is None or loaders <= set(having):
+                kept.append(call)
+            elif (loaders & set(having) or isinstance(loss, int)) and means(loss, call):
+                raise RowsError(
+                    f"Expected all samples of `{call.name}` to have the ids that {who} reads, but those of a loader"
+                    f" without them are among them: only {', '.join(having.values())} have. Tag the other loader too"
+                    " (-1 = unlabelled, left out of the loss), or compute a loss for the samples of each loader."
+                )
+        if not kept:
+            raise RowsError(
+                f"Expected a loss of the samples that have the ids which {who} reads, those of"
+                f" {', '.join(having.values())}, but the rows of {', '.join(f'`{call.name}`' for call in calls)} are of"
+                " other loaders' samples. Tag these (-1 = unlabelled), or remove the method."
+            )
+        return kept
+
+    def _selected(self, calls: list[LossCall], tap: LossTap, method: Any) -> list[LossCall]:
         """The calls that ``loss=`` means, which must be the same in every step, and those of whole samples."""
-        selected, n = select_calls(calls, loss, who), self.step.n
+        (loss, who), n = self.choices[method], self.step.n
+        parts = [*self.step.numbered, *self.step.strangers]
+        calls = self._with_ids(calls, tap, method)
+        selected = select_calls(calls, loss, who)
+
+        def whole(call: LossCall) -> int:
+            """Number of samples of the loaders that a loss is of."""
+            loaders = tap.loaders_of(call) if self.step.of_several else None
+            return n or 0 if loaders is None else sum(parts[i].n or 0 for i in loaders)
+
         self._check_name(selected, loss, who)
-        if len(selected) > 1 and n is not None and all(height(call) < n for call in selected):
+        if len(selected) > 1 and n is not None and all(height(call) < whole(call) for call in selected):
             raise AmbiguousLossError(
                 f"Expected at least one of the losses that `loss={loss!r}` of {who} means to be of all {n} samples"
                 f" of the batch, but got {len(selected)} of {', '.join(str(height(call)) for call in selected[:8])}"

@@ -37,6 +37,12 @@ def split_losses(
         LossNotFoundError: a pass returns no single number.
         DebiasError: BatchNorm refuses a pass of one sample.
     """
+    if step.of_several:
+        raise RowsError(
+            f"Expected one training loader with `losses={reweigher.losses!r}`, which cuts the batch by the samples'"
+            " groups, but the batch is of several, and nothing says which of another loader's samples belong to a"
+            " group. Use `losses='whole'`, or join the datasets: `ConcatDataset`."
+        )
     ids = reweigher.sample_ids(step)
     n = ids.shape[0]
     if reweigher.losses == "image":

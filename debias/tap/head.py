@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ from debias.tap.moves import CASTS, Move, apply_move, keeps_rows
 from debias.tap.rows import RowTracker
 
 __all__ = ["FeatureTap", "HeadFinder", "HeadTap", "check_features", "rows_of_features", "submodule"]
+
+Having: TypeAlias = Mapping[int, str] | None
+"""Of several loaders, number and name of those whose samples have the ids that a method reads; None of one loader."""
 
 _T = torch.Tensor
 # Operations between head and loss that leave every logit what it is.
@@ -51,6 +54,10 @@ class HeadFinder:
                 self._linears.append((out, source, weight))
         elif isinstance(out, Tensor) and (func in _PASS or (func is _T.__getitem__ and _keeps_all(args, out))):
             self._passed.append((out, func, args, kwargs))
+
+    def runs_of(self, weight: Tensor) -> int:
+        """How often a layer of this weight ran with gradients."""
+        return sum(w is weight and out.requires_grad for out, _, w in self._linears)
 
     def match(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Move]] | None:
         """Output, input and weight of the linear layer whose output the logits are, and the moves between them."""
@@ -137,7 +144,7 @@ class _Layer:
 
     @property
     def runs(self) -> list[_Run]:
-        """Two at most, and not those without gradients, made to log an accuracy: a loss is not trained with them."""
+        """All but those without gradients, of a teacher or to log an accuracy: a loss is not trained with them."""
         return [run for run in self._runs if run.recorded] or self._runs
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -150,7 +157,7 @@ class _Layer:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recorded = torch.is_grad_enabled()
-        if self._armed and sum(run.recorded == recorded for run in self._runs) < 2:  # enough to tell one from many
+        if self._armed and (recorded or len(self._runs) < 2):  # without gradients, enough to tell one from many
             given = args[0] if args else next(iter(kwargs.values()), None)
             around = [x for x in (given, *reversed(self._entered)) if isinstance(x, Tensor)]
             self._runs.append(_Run(recorded, given, around))
@@ -176,7 +183,9 @@ class HeadTap:
         self.head: nn.Module | None = None
         self._layer: _Layer | None = None
         self._tracker: RowTracker | None = None
+        self._named = path is not None
         self._noting = path is None
+        self._finder: HeadFinder | None = None
         self._hookable = not compiled
         self._agreed = False
         self._hooked = False
@@ -191,7 +200,8 @@ class HeadTap:
         if self._layer is not None:
             self._layer.start(tracker)
         self._noting = self._noting and not (self._hookable and self._agreed)
-        return HeadFinder() if self._noting else None
+        self._finder = HeadFinder() if self._noting else None
+        return self._finder
 
     def stop(self) -> None:
         """End the user's step: penalties and monitors may run the network again."""
@@ -204,22 +214,39 @@ class HeadTap:
         if self._layer is not None:
             self._layer.forget()
 
-    def resolve(self, call: LossCall) -> None:
+    @property
+    def several(self) -> bool:
+        """Whether the head that is named ran several times in this step."""
+        return not self._noting and self._layer is not None and len(self._layer.runs) > 1
+
+    def resolve(self, call: LossCall, *, join: bool = False, having: Having = None, of_loss: Any = None) -> None:
         """Give a call its features and its head.
 
+        Args:
+            call: the loss.
+            join: of several runs of a head that is named, take the rows of all; else the run that made the logits.
+            having: of several loaders, the names of those whose samples have ids; rows of the others are left out.
+            of_loss: of several loaders, those whose samples the loss is of.
+
         Raises:
-            HeadNotFoundError: the logits are no linear layer's output, or the head ran not exactly once in this step.
+            HeadNotFoundError: the logits are no linear layer's output, or the head did not run in this step, or several
+                times and nothing tells which run is meant.
+            RowsError: it has seen no sample of a loader whose samples have ids.
         """
         self.stop()
         runs = [] if self._layer is None else self._layer.runs
         if not self._noting:
-            if len(runs) != 1:
+            if join and runs and self._named:
+                runs = _of_loaders(self._tracker, runs, having, "head")
+            elif len(runs) > 1:
+                runs = [run for run in runs if _made(self._tracker, run, call)] or runs
+            if len(runs) != 1 and not (join and runs and self._named):
                 raise HeadNotFoundError(
                     f"Expected the head to run once in a step, but it ran {_times(runs)}. Name the layer that"
                     " makes the logits of the loss: `head='dotted.path'`."
                 )
-            call.features, call.head = runs[0].given, self.head
-            call.record.feature_rows = functools.partial(_feature_rows, self._tracker, runs[0])
+            call.head = self.head
+            _deliver(call, self._tracker, [(run, run.given) for run in runs])
             return
         output, call.features, weight, moves = call.record.linear or (None, None, None, [])
         # Not by `m.weight`, which some parametrizations compute anew, and change their state.
@@ -231,6 +258,19 @@ class HeadTap:
                 " `head='dotted.path'`."
             )
         call.head = found[0]
+        if join and having and not having.keys() <= (of_loss or set()):
+            raise HeadNotFoundError(
+                "Expected the features to be named where samples of other loaders than those of the loss have ids"
+                f" ({', '.join(having.values())}): nothing tells else whether they are seen. Name the module that runs"
+                " on all of them: `features='dotted.path'`."
+            )
+        if join and weight is not None and self._finder is not None and self._finder.runs_of(weight) > 1:
+            path = next(name for name, module in self.root.named_modules() if module is call.head)
+            raise HeadNotFoundError(
+                f"Expected the classifier head to run once in a step, but {path!r} ran several times. Name the module"
+                " whose output is meant, of which all runs then count; one that is given the batch itself:"
+                " `features='dotted.path'`."
+            )
         run = _Run(True, call.features, [], output)
         call.record.feature_rows = functools.partial(_feature_rows, self._tracker, run, moves=moves)
         if not self._hookable:
@@ -278,20 +318,34 @@ class FeatureTap:
         self._tracker = None
         self._layer.forget()
 
-    def resolve(self, call: LossCall) -> None:
+    @property
+    def several(self) -> bool:
+        """Whether the module ran several times in this step."""
+        return len(self._layer.runs) > 1
+
+    def resolve(self, call: LossCall, *, join: bool = False, having: Having = None, of_loss: Any = None) -> None:
         """Give a call its features.
 
+        Args:
+            call: the loss.
+            join: of several runs of the module, take the rows of all.
+            having: of several loaders, the names of those whose samples have ids; rows of the others are left out.
+            of_loss: of several loaders, those whose samples the loss is of.
+
         Raises:
-            HeadNotFoundError: the module ran not exactly once in this step.
+            HeadNotFoundError: the module did not run in this step, or several times and these are not to be joined.
+            RowsError: it has seen no sample of a loader whose samples have ids.
         """
         runs = self._layer.runs
-        if len(runs) != 1:
+        if join and runs:
+            runs = _of_loaders(self._tracker, runs, having, f"features={self.path!r}")
+        elif len(runs) != 1:
             raise HeadNotFoundError(
                 f"Expected the module `features={self.path!r}` to run once in a step, but it ran"
                 f" {_times(runs)}. Name one that runs once."
             )
-        call.features, call.head = runs[0].output, None
-        call.record.feature_rows = functools.partial(_feature_rows, self._tracker, runs[0])
+        call.head = None
+        _deliver(call, self._tracker, [(run, run.output) for run in runs])
 
     def close(self) -> None:
         """Take the hooks away."""
@@ -326,8 +380,70 @@ def _by_channel(x: Tensor, head: nn.Module | None) -> bool:
     return x.ndim == 4 and not linear
 
 
+def _made(tracker: RowTracker | None, run: _Run, call: LossCall) -> bool:
+    """Whether a run of the head made the logits of a loss."""
+    logits, output = (call.record.function or call).logits, run.output
+    if logits is output:
+        return True
+    return tracker is not None and isinstance(logits, Tensor) and tracker.moves(logits, output) is not None
+
+
+def _of_loaders(tracker: RowTracker | None, runs: list[_Run], having: Having, what: str) -> list[_Run]:
+    """The runs on samples that have ids, of a batch of several loaders.
+
+    Raises:
+        RowsError: there is none on the samples of one of the loaders.
+    """
+    if tracker is None or having is None:
+        return runs
+    of_runs = [next((x for x in map(tracker.loaders_of, run.around) if x is not None), None) for run in runs]
+    seen: set[int] = set().union(*(loaders for loaders in of_runs if loaders is not None))
+    missing = [name for loader, name in having.items() if loader not in seen]
+    if missing and None not in of_runs:
+        raise RowsError(
+            f"Expected the module that gives the features (`{what}`) to run on the samples of every loader that has"
+            f" ids, but it ran on none of {missing[0]}. Call it with them in the step, name a module that runs on all,"
+            " `features='dotted.path'`, or leave the tag of that loader out."
+        )
+    return [run for run, loaders in zip(runs, of_runs, strict=True) if loaders is None or loaders & set(having)]
+
+
+def _deliver(call: LossCall, tracker: RowTracker | None, runs: list[tuple[_Run, Any]]) -> None:
+    """Give a call the features of the runs of a layer, one run after the other."""
+    run, call.features = runs[0]
+    if len(runs) == 1:
+        call.record.feature_rows = functools.partial(_feature_rows, tracker, run)
+        return
+    shapes = {tuple(x.shape[1:]) if isinstance(x, Tensor) else None for _, x in runs}
+    if len(shapes) > 1 or None in shapes:
+        raise HeadNotFoundError(
+            "Expected the features of all runs of a layer in a step to be tensors of one width, but got"
+            f" {' and '.join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for _, x in runs[:8])}."
+            " Name a module that gives as many features in each: `features='dotted.path'`."
+        )
+    call.features = torch.cat([x for _, x in runs])
+    call.record.feature_rows = functools.partial(_joined_rows, tracker, runs)
+
+
+def _joined_rows(tracker: RowTracker | None, runs: list[tuple[_Run, Tensor]], call: LossCall) -> Tensor | None:
+    """As :func:`_feature_rows`, for the rows of several runs."""
+    if tracker is None:
+        return None
+    found = [_feature_rows(tracker, run, call, features=features) for run, features in runs]
+    counts = [len(rows_of_features(features, call.head)) for _, features in runs]
+    device = runs[0][1].device
+    return torch.cat(
+        [torch.arange(n, device=device) if rows is None else rows for rows, n in zip(found, counts, strict=True)]
+    )
+
+
 def _feature_rows(
-    tracker: RowTracker | None, run: _Run, call: LossCall, *, moves: list[Move] | None = None
+    tracker: RowTracker | None,
+    run: _Run,
+    call: LossCall,
+    *,
+    features: Any = None,
+    moves: list[Move] | None = None,
 ) -> Tensor | None:
     """Sample of each row of the features, int64 ``(rows,)``; the number of samples where the loss leaves the row out.
 
@@ -338,6 +454,7 @@ def _feature_rows(
         tracker: of this step.
         run: the run of the layer.
         call: the loss, with its features.
+        features: of this run alone, where there are several.
         moves: what was done to the layer's output to make the logits, if that is known.
 
     Returns:
@@ -346,7 +463,8 @@ def _feature_rows(
     Raises:
         RowsError: they are not known.
     """
-    features, head, loss = call.features, call.head, call.record.function or call
+    features = call.features if features is None else features
+    head, loss = call.head, call.record.function or call
     if tracker is None or not isinstance(features, Tensor):
         return None
     if moves is None and isinstance(loss.logits, Tensor) and isinstance(run.output, Tensor):

@@ -43,6 +43,8 @@ class Note:
         kwargs: keyword arguments of that.
         part: which of several results it is.
         sample: the one sample that a root belongs to; None where it has a row for each.
+        first: the sample of the first row of a root.
+        loader: which of several loaders a root comes from, in the order in which their samples are numbered.
         index: gives the sample numbers of a root that is not of the batch.
         known: whether these are more than a guess.
     """
@@ -54,6 +56,8 @@ class Note:
     kwargs: dict[str, Any] = field(default_factory=dict)
     part: int | None = None
     sample: int | None = None
+    first: int = 0
+    loader: int = 0
     index: Callable[[], Tensor | None] | None = None
     known: bool = True
 

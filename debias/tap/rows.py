@@ -10,7 +10,7 @@ batch, unless the step has put the batch in another order.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,8 @@ class RowTracker:
         everything: record operations on all tensors, not only on those that come from the batch. The first step needs
             this; later ones would keep a network's intermediate results alive for nothing.
         arranged: what the user says of rows that cannot be followed, ``"tiled"`` or ``"interleaved"``.
-        strangers: parts of the batch that hold other samples, such as those of another loader.
+        joined: what other loaders gave, whose samples are numbered after those, each with its number of samples.
+        strangers: parts of the batch that hold other samples, such as those of a loader without ids.
 
     Attributes:
         needed: whether an answer has been other than "row i is sample i".
@@ -55,14 +56,31 @@ class RowTracker:
     """
 
     def __init__(
-        self, batch: Any, n: int, *, everything: bool = True, arranged: str | None = None, strangers: Any = ()
+        self,
+        batch: Any,
+        n: int,
+        *,
+        everything: bool = True,
+        arranged: str | None = None,
+        joined: Sequence[tuple[Any, int]] = (),
+        strangers: Sequence[Any] = (),
     ) -> None:
-        self.n = n
+        self.n = n + sum(more for _, more in joined)
+        # Of several loaders, nothing is in "the order of the batch": what is unknown is of any of them.
+        self.several = bool(joined)
         self.everything = everything
         self.arranged = arranged
         self.needed = self.mixed = False
-        self._records: list[Note] = [Note(x, version(x), sample=i) for x, i in roots_of(batch, n)]
-        self._strangers: list[Tensor] = [x for x, _ in roots_of(strangers, None)]
+        self._records: list[Note] = []
+        first = 0
+        for loader, (part, size) in enumerate([(batch, n), *joined]):
+            for x, i in roots_of(part, size):
+                sample = None if i is None else first + i
+                self._records.append(Note(x, version(x), sample=sample, first=first, loader=loader))
+            first += size
+        self._strangers: list[tuple[Tensor, int]] = [
+            (x, loader) for loader, part in enumerate(strangers, 1 + len(joined)) for x, _ in roots_of(part, None)
+        ]
         self._orders: list[Tensor] = []
 
     # -- recording ---------------------------------------------------------------------------------
@@ -157,7 +175,7 @@ class RowTracker:
         """
         rows = output.shape[0]
         for tensor in (output, *inputs):
-            if self.is_sorted(tensor) or self.is_changed(tensor):
+            if self.is_sorted(tensor) or self.is_changed(tensor) or self.is_strange(tensor):
                 return False
             while (record := self._find(tensor)) is not None and record.func is not None and same_rows(record):
                 tensor = record.sources[0]
@@ -209,7 +227,7 @@ class RowTracker:
             out = record.out
             if out.ndim and out.shape[0] == rows and self._known(out) and (index := self._of_rows(out)) is not None:
                 found.append(index)
-        if found and rows != self.n and all(self._equal(found[0], other) for other in found[1:]):
+        if found and (rows != self.n or self.several) and all(self._equal(found[0], other) for other in found[1:]):
             return found[0]
         return False
 
@@ -227,7 +245,7 @@ class RowTracker:
         if record.func is None:
             if record.index is not None:
                 return record.index()
-            return self.start(tensor.shape, tensor.device, record.sample)
+            return self.start(tensor.shape, tensor.device, record.sample, record.first)
         return self.replay(record, self.index)
 
     def replay(self, record: Note, index: Callable[[Tensor], Tensor | None]) -> Tensor | None:
@@ -272,11 +290,14 @@ class RowTracker:
             return None
         return first
 
-    def start(self, shape: torch.Size, device: torch.device, sample: int | None = None) -> Tensor:
-        """Sample numbers of a tensor with one row per sample, or of one that belongs to a single sample."""
+    def start(self, shape: torch.Size, device: torch.device, sample: int | None = None, first: int = 0) -> Tensor:
+        """Sample numbers of a tensor with one row per sample from ``first`` on, or of one of a single sample."""
         if sample is not None:
             return torch.full((), sample, device=device).expand(shape)
-        return self._order(device).view(-1, *[1] * (len(shape) - 1)).expand(shape)
+        order = self._order(device)
+        if self.several:
+            order = order[first : first + shape[0]]
+        return order.view(-1, *[1] * (len(shape) - 1)).expand(shape)
 
     def is_of_batch(self, tensor: Tensor) -> bool:
         """Whether it is a tensor of the batch, or was made of such alone."""
@@ -298,10 +319,23 @@ class RowTracker:
 
     def is_strange(self, tensor: Tensor) -> bool:
         """Whether it is made of samples that the numbers are not of."""
-        if any(x is tensor for x in self._strangers):
+        if any(x is tensor for x, _ in self._strangers):
             return True
         record = self._find(tensor)
         return record is not None and any(map(self.is_strange, record.sources))
+
+    def loaders_of(self, tensor: Tensor) -> set[int] | None:
+        """Which loaders the rows of a tensor come from, strangers too; None where its origin is unknown."""
+        for x, loader in self._strangers:
+            if x is tensor:
+                return {loader}
+        record = self._find(tensor)
+        if record is None or (record.func is None and not record.known):
+            return None
+        if record.func is None:
+            return {record.loader}
+        found = [self.loaders_of(x) for x in record.sources]
+        return None if not found or None in found else set[int]().union(*found)  # type: ignore[arg-type]
 
     def reordered(self, *, read: bool | None = None) -> bool:
         """Whether the step has put samples of the batch in another order.
@@ -310,6 +344,8 @@ class RowTracker:
             read: look into the numbers where operations alone do not tell, which waits for the device; by default on
                 the CPU, and in the step that records everything.
         """
+        if self.several:
+            return True
         for record in self._records:
             out = record.out
             if record.func not in MOVES or not out.ndim or self.n not in out.shape or not self._known(out):
@@ -325,7 +361,7 @@ class RowTracker:
         return next((record for record in reversed(self._records) if record.out is tensor), None)
 
     def _tracked(self, tensor: Any) -> bool:
-        return any(record.out is tensor for record in self._records) or any(x is tensor for x in self._strangers)
+        return any(record.out is tensor for record in self._records) or any(x is tensor for x, _ in self._strangers)
 
     def _known(self, tensor: Tensor) -> bool:
         record = self._find(tensor)
@@ -336,11 +372,11 @@ class RowTracker:
     def _keeps_rows(self, tensor: Tensor) -> bool:
         record = self._find(tensor)
         if record is not None and record.func is None and record.index is None:
-            return record.sample is None
+            return record.sample is None and not self.several
         if tensor.ndim == 0 or tensor.shape[0] != self.n:
             return False
         if record is None:
-            return True  # of unknown origin, with one row per sample
+            return not self._ambiguous()  # of unknown origin, with one row per sample
         if record.version != version(tensor):
             return False
         if record.func is not None and same_rows(record):
@@ -404,7 +440,7 @@ class RowTracker:
 
     def _ambiguous(self) -> bool:
         """Whether as many other samples are in the step, so that a number of rows tells nothing."""
-        return any(x.ndim and len(x) == self.n for x in self._strangers)
+        return self.several or any(x.ndim and len(x) == self.n for x, _ in self._strangers)
 
     def _order(self, device: torch.device) -> Tensor:
         for order in self._orders:
@@ -414,7 +450,7 @@ class RowTracker:
         return self._orders[-1]
 
     def _plain(self, tensor: Tensor) -> Tensor | None:
-        of_samples = tensor.ndim > 0 and tensor.shape[0] == self.n
+        of_samples = tensor.ndim > 0 and tensor.shape[0] == self.n and not self.several
         return self.start(tensor.shape, tensor.device) if of_samples else None
 
     def _axis(self, index: Tensor, read: bool | None = None) -> int | None:

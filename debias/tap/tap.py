@@ -235,6 +235,13 @@ class LossTap(TorchFunctionMode):
         self._following.divide_later(out, call)
         return out
 
+    def loaders_of(self, call: LossCall) -> set[int] | None:
+        """Of which loaders' samples a loss is, by their numbers in the tracker; None where that is not known."""
+        if self.tracker is None or self.rows is not None:
+            return None
+        found = map(self.tracker.loaders_of, _trusted(call))
+        return next((loaders for loaders in found if loaders is not None), None)
+
     # -- samples of rows ---------------------------------------------------------------------------
 
     def _samples(self, call: LossCall, shape: torch.Size) -> Tensor | None:

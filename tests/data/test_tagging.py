@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_sequence
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
 
 from _support.fits import Classifier, make_trainer
 from debias import GroupDRO
-from debias.data import TaggedDataset, tag
+from debias.data import TaggedDataset, tag, untag
 from debias.errors import BatchKeyError, DataError
 from debias.step.batch import TagCollate, TaggedBatch, TaggedSample, read, replace, split_tags
 
@@ -245,13 +246,45 @@ def test_a_tagged_batch_moves_as_a_whole():
     assert batch.batch[0].device.type == batch.tags["place"].device.type == "meta"
 
 
-def test_several_loaders_are_searched_one_level_deep():
-    batch = {"a": TaggedBatch((1, 2), {"place": 3}), "b": (4, 5)}
-    assert split_tags(batch) == ({"a": (1, 2), "b": (4, 5)}, {"place": 3})
-    assert split_tags([TaggedBatch(1, {"x": 2}), TaggedBatch(3, {"y": 4})]) == ([1, 3], {"x": 2, "y": 4})
-    with pytest.raises(BatchKeyError, match=r"`place` from two of them"):
-        split_tags([TaggedBatch(1, {"place": 2}), TaggedBatch(3, {"place": 4})])
+UNTAGGED = {
+    "tagged": lambda: tag(Images(), place=[0, 1, 0, 1, 1]),
+    "tagged twice": lambda: tag(tag(Images(), place=[0, 1, 0, 1, 1]), person=range(5)),
+    "a subset": lambda: Subset(tag(Images(), place=[0, 1, 0, 1, 1]), range(5)),
+    "never tagged": Images,
+}
+
+
+@pytest.mark.parametrize("name", UNTAGGED)
+@pytest.mark.parametrize("collate_fn", [None, lambda items: len(items), TagCollate(lambda items: len(items))])
+def test_untagged_data_yield_what_plain_data_do(name, collate_fn):
+    def batches(data):
+        return [list(x) if isinstance(x, list) else x for x in data]
+
+    data = UNTAGGED[name]()
+    own = collate_fn.collate_fn if isinstance(collate_fn, TagCollate) else collate_fn
+    expected = batches(DataLoader(Images(), batch_size=2, collate_fn=own))
+    loader = untag(DataLoader(data, batch_size=2, collate_fn=collate_fn))
+    torch.testing.assert_close(batches(loader), expected)
+    assert isinstance(loader, DataLoader)
+    assert len(loader) == 3
+    torch.testing.assert_close(batches(DataLoader(untag(data), batch_size=2, collate_fn=own)), expected)
+
+
+def test_untagging_leaves_the_loader_as_it_was():
+    images = Images()
+    assert untag(tag(images, place=[0] * 5)).classes == images.classes
+    loader = DataLoader(tag(images, place=[0] * 5), num_workers=1, persistent_workers=True)
+    next(iter(loader))
+    assert isinstance(next(iter(untag(loader))), list)
+    assert isinstance(next(iter(loader)), TaggedBatch)
+    assert len(list(untag(tag(Stream(), place=place_of)))) == 4
+    with pytest.raises(DataError, match=r"DataLoader, but got CombinedLoader.*untag each"):
+        untag(CombinedLoader([loader]))
+
+
+def test_tags_of_one_loader_are_split_off():
     plain = (torch.zeros(1), torch.ones(1))
+    assert split_tags(TaggedBatch((1, 2), {"place": 3})) == ((1, 2), {"place": 3})
     assert split_tags(plain) == (plain, {})
 
 

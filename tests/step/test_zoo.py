@@ -202,7 +202,7 @@ def _settled(form: Form, method: Any) -> dict[str, Tensor]:
     if method.reweighs and method.losses == "split":
         loss, _ = split_losses(lambda batch: form(net, batch), (DATA,), {}, step, method)
     else:
-        tap = LossTap(tracker=RowTracker(step.samples, N))
+        tap = LossTap(tracker=RowTracker(step.batch, N))
         with tap, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loss = form(net, DATA)

@@ -1,0 +1,189 @@
+"""What each of several training loaders gave to a batch, and how their samples are numbered together."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from debias.errors import BatchKeyError
+from debias.step.batch import LOADER, TaggedBatch, TaggedSample, key_parts, plain_key
+from debias.step.ids import read_ids
+
+__all__ = ["Part", "holders", "join_ids", "open_batch"]
+
+
+@dataclass(eq=False)
+class Part:
+    """What one loader gave to a batch.
+
+    Attributes:
+        tags: of its samples.
+        path: keys and indices that lead to it in the batch of all loaders; none where it is that.
+        loader: number of the loader.
+        n: number of samples, None where nobody knows.
+    """
+
+    tags: dict[str, Any] = field(default_factory=dict)
+    path: tuple[Any, ...] = ()
+    loader: int = 0
+    n: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return repr(".".join(map(str, self.path)))
+
+    def batch_in(self, batch: Any) -> Any:
+        """It in a batch of all loaders, which augmenters may have changed."""
+        return functools.reduce(lambda inside, key: inside[key], self.path, batch)
+
+    def holds(self, key: Any) -> bool:
+        """Whether a tag or a place in the batch is of this loader."""
+        if key in self.tags if isinstance(key, str) else False:
+            return True
+        if callable(key) or not self.path:
+            return False
+        return [str(x) for x in key_parts(key)[: len(self.path)]] == [str(x) for x in self.path]
+
+
+def open_batch(batch: Any) -> tuple[Any, list[Part]]:
+    """The bare batch, and what each loader gave to it; of a loader that is exhausted there is nothing.
+
+    Args:
+        batch: as the loaders, or a ``CombinedLoader`` of them, yield it: lists, tuples and dictionaries are searched.
+    """
+    bare, parts = _open(batch, (), itertools.count())
+    return bare, parts or [Part()]
+
+
+def _open(batch: Any, path: tuple[Any, ...], numbers: Iterator[int]) -> tuple[Any, list[Part]]:
+    if isinstance(batch, TaggedSample):
+        return batch.sample, [Part(batch.tags, path)]
+    if isinstance(batch, TaggedBatch):
+        lengths = [len(x) for x in batch.tags.values() if isinstance(x, Tensor) and x.ndim]
+        n = batch.n if batch.n is not None or not lengths else lengths[0]
+        return batch.batch, [Part(batch.tags, path, next(numbers), n)]
+    if not _holds_loaders(batch):
+        return batch, []
+    keys = list(batch) if isinstance(batch, dict) else list(range(len(batch)))
+    bare, parts = [], []
+    for key in keys:
+        child, found = _open(batch[key], (*path, key), numbers)
+        if not found:  # of a loader that is exhausted, or says nothing of its batches
+            number = next(numbers)
+            found = [] if child is None else [Part({}, (*path, key), number)]
+        bare.append(child)
+        parts += found
+    return dict(zip(keys, bare, strict=True)) if isinstance(batch, dict) else type(batch)(bare), parts
+
+
+def _holds_loaders(batch: Any) -> bool:
+    """Whether it is a collection of what loaders gave."""
+    if type(batch) not in (list, tuple, dict):
+        return False
+    children = batch.values() if isinstance(batch, dict) else batch
+    return any(isinstance(child, TaggedBatch) or _holds_loaders(child) for child in children)
+
+
+def holders(parts: Sequence[Part], key: Any, batch: Any, argument: str) -> list[Part]:
+    """Of which loaders' samples a key gives the ids.
+
+    Args:
+        parts: of a batch of several loaders.
+        key: a key, or a tuple of them.
+        batch: bare.
+        argument: the user's argument, for messages.
+
+    Raises:
+        BatchKeyError: that cannot be told.
+    """
+    found = list(parts)
+    for name in key if isinstance(key, tuple) else (key,):
+        of_name = list(_holders(parts, name, batch, argument))
+        if not of_name:
+            tags = sorted({tag for part in parts for tag in part.tags})
+            raise BatchKeyError(
+                f"Expected `{argument}={name!r}` to name a tag of a loader, or a place in the batch of one, but the"
+                f" loaders {', '.join(part.name for part in parts)} have the tags {tags or 'none'}. Tag at least one:"
+                f" `tag(dataset, {name if isinstance(name, str) and name.isidentifier() else 'name'}=ids)`."
+            )
+        if not any(part in found for part in of_name):
+            raise BatchKeyError(
+                f"Expected all keys of `{argument}={key!r}` to be of the same loader, but got `{name}` from"
+                f" {of_name[0].name} and others from {found[0].name}: a sample has the ids of one. Tag that loader"
+                " with all of them."
+            )
+        found = [part for part in found if part in of_name]
+    return found
+
+
+def _holders(parts: Sequence[Part], key: Any, batch: Any, argument: str) -> Iterator[Part]:
+    if key == LOADER and not any(LOADER in part.tags for part in parts):
+        for part in parts:
+            if part.n is None:
+                raise BatchKeyError(
+                    f"Expected every loader to be a DataLoader that collates its batches for `{argument}='loader'`,"
+                    f" but nothing tells how many samples {part.name} gave. Tag its samples with a number of your own,"
+                    " and name that tag."
+                )
+        yield from parts
+    elif callable(key):
+        n = len(key(batch))
+        of_size = [part for part in parts if part.n == n]
+        if len(of_size) != 1:
+            sizes = ", ".join(f"{part.n} of {part.name}" for part in parts)
+            raise BatchKeyError(
+                f"Expected the callable `{argument}` to return the ids of one loader, which its number of samples"
+                f" tells, but got {n} ids, and {sizes}. Name the place in the batch, or tag the loaders."
+            )
+        yield of_size[0]
+    else:
+        yield from (part for part in parts if part.holds(key))
+
+
+def join_ids(
+    parts: Sequence[Part],
+    having: Sequence[Part],
+    batch: Any,
+    key: Any,
+    count: int | Sequence[int],
+    device: torch.device,
+    *,
+    argument: str,
+    look: bool = False,
+) -> Tensor:
+    """Ids of the samples of several loaders, one loader after the other; see :func:`debias.step.ids.read_ids`.
+
+    Args:
+        parts: the loaders whose samples are numbered.
+        having: those among them whose samples have ids; samples of the others get -1, or are in no group.
+        batch: the bare batch of all loaders.
+        key: a key, or a tuple of them.
+        count: number of groups, one per key.
+        device: where the ids are needed.
+        argument: the user's argument, for messages.
+        look: whether values may be read.
+    """
+    key = plain_key(key)
+    found: dict[Part, Tensor] = {}
+    for part in having:
+        tags = part.tags
+        if part.n is not None and not (isinstance(batch, Mapping) and LOADER in batch):
+            tags = {LOADER: torch.full((part.n,), part.loader, device=device)} | tags
+        ids = found[part] = read_ids(batch, tags, key, count, device, argument=argument, look=look)
+        if part.n is None:
+            part.n = len(ids)
+        if len(ids) != part.n:
+            raise BatchKeyError(
+                f"Expected `{argument}={key!r}` to be one for each of the {part.n} samples of {part.name}, but got"
+                f" {len(ids)}. Correct the key, or tag the loader."
+            )
+    first = next(iter(found.values()))
+    none = False if first.dtype == torch.bool else -1
+    return torch.cat([found[p] if p in found else first.new_full((p.n or 0, *first.shape[1:]), none) for p in parts])
