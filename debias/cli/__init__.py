@@ -15,6 +15,7 @@ from debias import __version__
 from debias.cli.audit import add_audit_options
 from debias.cli.compare_options import add_compare_options
 from debias.cli.suggest import nearest
+from debias.extras import needs_extra
 
 __all__ = ["main"]
 
@@ -48,8 +49,10 @@ def main(args: Sequence[str] | None = None) -> None:
     if args is None and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # configs name modules of the user's own; `python -m debias` finds them, too
     if words and words[0] in TRAINING:
-        from debias.cli.training import train
+        from debias.cli.errors import readable_errors
 
+        with readable_errors(), needs_extra("cli"):
+            from debias.cli.training import train
         train(words[0], words[1:])
         return
     parser = make_parser()
@@ -136,7 +139,8 @@ def _demo(options: argparse.Namespace) -> None:
 
     with readable_errors():
         check_writable(options.out)
-        from debias.cli.demo import run
+        with needs_extra("recipes"):
+            from debias.cli.demo import run
 
         run(seeds=options.seeds, out=options.out, max_epochs=options.epochs)
 
@@ -146,7 +150,8 @@ def _gallery(options: argparse.Namespace) -> None:
 
     with readable_errors():
         check_writable(options.out.parent)
-        from debias.cli.gallery import run
+        with needs_extra("recipes"):
+            from debias.cli.gallery import run
 
         run(options.out, options.images, size=options.size, draws=options.draws, seed=options.seed)
 
@@ -156,7 +161,8 @@ def _selection(options: argparse.Namespace) -> None:
 
     with readable_errors():
         check_writable(options.out)
-        from debias.cli.shift_selection import run
+        with needs_extra("recipes"):
+            from debias.cli.shift_selection import run
 
         run(options.out, source=options.source, mnist=options.mnist, seeds=options.seeds, epochs=options.epochs)
 
@@ -165,7 +171,8 @@ def _compare(options: argparse.Namespace) -> None:
     from debias.cli.errors import readable_errors
 
     with readable_errors():
-        from debias.cli.compare import compare
+        with needs_extra("compare"):
+            from debias.cli.compare import compare
 
         compare(options)
 
@@ -174,7 +181,8 @@ def _report(options: argparse.Namespace) -> None:
     from debias.cli.errors import readable_errors
 
     with readable_errors():
-        from debias.compare.report import report
+        with needs_extra("compare"):
+            from debias.compare.report import report
 
         where = {"project": options.project, "entity": options.entity, "group": options.group}
         report(options.folders, options.select, options.out, **where)

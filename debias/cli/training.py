@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlparse
 
+import jsonargparse  # noqa: F401 - Lightning does without it until the first parser is made
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -22,6 +23,7 @@ from omegaconf import OmegaConf
 from debias.cli.errors import readable_errors
 from debias.cli.suggest import explain
 from debias.errors import DebiasError
+from debias.extras import needs_extra
 
 __all__ = ["DebiasCLI", "config_words", "offline_without_login", "refuse_bad_checkpoint", "train"]
 
@@ -208,7 +210,8 @@ def offline_without_login() -> bool:
     Returns:
         Whether nobody is logged in, and nothing else says how W&B is to run.
     """
-    import wandb
+    with needs_extra("wandb"):
+        import wandb
 
     chosen = ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
     # Not `wandb.setup()`, which reads the environment once and for all.

@@ -19,16 +19,14 @@ from typing import Any
 import numpy as np
 
 from debias.compare.table import Comparison, Row, label
-from debias.errors import missing_package
+from debias.extras import needs_extra
 
-try:
+with needs_extra("compare"):
     from matplotlib import colormaps
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.transforms import Bbox
-except ImportError as error:
-    raise missing_package(error.name or "matplotlib", error) from error
 
 __all__ = ["DARK", "FIGURES", "LIGHT", "Paper", "by_group", "group_weights", "read_weights", "worst_vs_average"]
 

@@ -28,13 +28,12 @@ from debias.compare.table import (
     table_rows,
     write_rows,
 )
-from debias.errors import DebiasError, missing_package
+from debias.errors import DebiasError
+from debias.extras import needs_extra
 
-try:
+with needs_extra("compare"):
     from matplotlib import rc_context
     from rich.console import Console
-except ImportError as error:
-    raise missing_package(error.name or "rich", error) from error
 
 __all__ = ["print_report", "report", "write_report"]
 

@@ -175,7 +175,7 @@ def test_unknown_command_and_recipe_name_the_nearest(capsys, tmp_path):
 
 def test_missing_extra_says_how_to_install_it():
     message = "Problem with given class_path 'a.B':\n    No module named 'torchvision'"
-    assert explain(message, []) == "`torchvision` is not installed; `pip install 'debias[recipes]'` brings it."
+    assert explain(message, []) == "`torchvision` is not installed; `pip install 'lightning-debias[images]'` brings it."
 
 
 def test_other_messages_pass_unchanged():
