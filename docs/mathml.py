@@ -4,18 +4,19 @@ from docutils.nodes import SkipNode
 from docutils.utils.math.latex2mathml import tex2mathml
 
 
-def _mathml(node, block):
+def mathml(text, block):
+    """One formula; an error of docutils where it does not know a command."""
     # An accent sits on top of its letter where the browser has no font for maths; a line is drawn above it.
-    return tex2mathml(node.astext().replace(r"\bar", r"\overline"), as_block=block)
+    return tex2mathml(text.strip().replace(r"\bar", r"\overline"), as_block=block)
 
 
 def _inline(translator, node):
-    translator.body.append(_mathml(node, block=False))
+    translator.body.append(mathml(node.astext(), block=False))
     raise SkipNode
 
 
 def _block(translator, node):
-    translator.body.append(f'<div class="formula">{_mathml(node, block=True)}</div>')
+    translator.body.append(f'<div class="formula">{mathml(node.astext(), block=True)}</div>')
     raise SkipNode
 
 
