@@ -195,6 +195,14 @@ def test_error_of_debias_is_a_message_without_traceback(capsys, words, message):
     assert error.splitlines()[-1].startswith(message)
 
 
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_an_untrained_network_is_said_to_be_one(stage, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main([stage, "--config", BASE, *QUIET, "--trainer.logger=false"])
+    said = capsys.readouterr().err
+    assert f"note: `debias {stage}` got no `--ckpt_path`, so it runs an untrained network" in said
+
+
 def test_a_method_file_without_its_base(capsys):
     error = refused(capsys, "fit", "--config", GROUP_DRO, *QUIET)
     assert "to set `data.init_args.n_groups`, which `trainer.callbacks[0].init_args.n_groups` refers to" in error
@@ -239,7 +247,7 @@ def test_listings_work_without_rich(capsys, monkeypatch):
     monkeypatch.setattr("debias.cli.listing.find_spec", lambda name: None)
     main(["methods"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:2] == ["method", "what"]
+    assert lines[0].split()[:2] == ["method", "recipe"]
     assert any(line.startswith("GroupDRO") for line in lines[1:])
 
 
