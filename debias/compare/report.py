@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from debias.compare.escape import fenced, markdown, markdown_code, plain
-from debias.compare.figures import DARK, FIGURES, LIGHT
+from debias.compare.figures import FIGURES
+from debias.compare.paper import DARK, LIGHT
 from debias.compare.records import RunRecord, default_group, find_records
 from debias.compare.selection import Rule, default_rule
 from debias.compare.table import (
@@ -41,6 +42,7 @@ DPI = 150
 PAGE = "report.md"
 LOGGED = ".logged_to_wandb"  # what of this folder W&B has seen
 ALTERNATIVES = {
+    "worst_group": "worst-group test metric of each method, sorted, with intervals",
     "worst_vs_average": "worst-group against average test metric of each method",
     "by_group": "test metric of each method in each group",
     "group_weights": "weights of groups over training steps",
