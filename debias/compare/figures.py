@@ -64,7 +64,7 @@ def _group_bars(comparison: Comparison, rows: Sequence[Row], paper: Paper) -> Fi
         axes.bar(places, means, 0.92 * width, color=colors[row.method], label=label(row.method), zorder=2)
         for run in row.runs if len(row.runs) > 1 else ():
             values = [scale * run.test.by_group.get(name, math.nan) for name in groups]
-            dot = {"color": paper.ink, "edgecolor": paper.background, "linewidth": 0.5}
+            dot: dict[str, Any] = {"color": paper.ink, "edgecolor": paper.background, "linewidth": 0.5}
             axes.scatter(places, values, s=11, zorder=3, clip_on=False, **dot)
     axes.set_xticks(range(len(groups)), [_wrap(name) for name in groups])
     axes.set_ylabel(f"test {comparison.unit}")
