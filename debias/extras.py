@@ -32,6 +32,8 @@ EXTRAS = {
     "wandb": "wandb",
     "yaml": "cli",
 }
+# What is there wherever debias is: an error in these is no missing extra.
+CORE = {"debias", "lightning", "numpy", "torch", "torchmetrics", "typing_extensions"}
 # Where the package has another name than what is imported.
 PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 
@@ -70,6 +72,8 @@ def needs_extra(extra: str) -> Iterator[None]:
         from debias.errors import DebiasError
 
         name = (error.name or extra).partition(".")[0]
+        if name in CORE:
+            raise
         raise DebiasError(
             f"Expected the package `{PACKAGES.get(name, name)}` to be installed, but importing it failed: {error}. Run"
             f" `{install_command(extra)}`."

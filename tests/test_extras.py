@@ -13,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from debias.extras import CORE as CORE_MODULES
 from debias.extras import EXTRAS, PACKAGES, install_hint, needs_extra
 
 if sys.version_info >= (3, 11):
@@ -74,6 +75,7 @@ def test_imports_are_declared(file):
 
 
 def test_all_brings_everything():
+    assert {canonicalize_name(name) for name in CORE_MODULES} == CORE | {"debias"}
     # `recipes` is what the demo, the comparisons and the data modules need.
     assert {canonicalize_name(PACKAGES.get(name, name)) for name in EXTRAS} <= declared("all") <= declared("test")
     assert declared("recipes") >= declared("compare") | declared("images") | declared("detection") | declared("wandb")
@@ -94,6 +96,11 @@ def test_an_import_that_fails_names_what_is_missing():
         needs_extra("images"),
     ):
         import nowhere.deep  # noqa: F401
+
+
+def test_an_error_in_the_core_is_no_missing_extra():
+    with pytest.raises(ImportError, match="cannot import name"), needs_extra("images"):
+        from debias.errors import no_such_name  # noqa: F401
 
 
 def _closure(name: str, found: dict[str, Distribution]) -> None:
