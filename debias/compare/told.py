@@ -25,10 +25,10 @@ def told(row: Row) -> str | None:
     for run in row.runs:
         try:
             configs = read_spec(run.record.folder)["configs"] if run.record.folder else None
-        except DebiasError:
+            kinds = set(_kinds(configs[-1])) if configs else None  # those before it hold the monitors
+        except (DebiasError, RecursionError):
             continue
-        if configs:  # the method's file comes last; those before it hold the monitors
-            kinds = set(_kinds(configs[-1]))
+        if kinds is not None:
             return next(kind for kind in TOLD if kind in kinds or kind == "nothing")
     return None
 
