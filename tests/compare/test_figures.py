@@ -170,15 +170,17 @@ def test_what_a_method_is_told_is_read_from_its_configuration(tmp_path, method, 
 
 def test_a_spec_that_cannot_be_read_says_nothing(tmp_path):
     save(made_up(("erm",), seeds=(0,)), tmp_path)
+    runs = find_records([tmp_path])
+    (row,) = make_comparison(runs, "last").rows
     place = tmp_path / "erm-0" / "spec.json"
     for damaged in ("{", '{"configs": 3}', "[" * 3000 + "]" * 3000):
         place.write_text(damaged)
-        assert told(make_comparison(find_records([tmp_path]), "last").rows[0]) is None
+        assert told(row) is None
     nested = {}
     for _ in range(900):
         nested = {"a": nested}
-    spec_of(tmp_path, find_records([tmp_path])[0], nested)
-    assert told(make_comparison(find_records([tmp_path]), "last").rows[0]) in (None, "nothing")
+    spec_of(tmp_path, runs[0], nested)
+    assert told(row) in (None, "nothing")
 
 
 def test_colours_and_markers_say_what_a_method_is_told(tmp_path):
