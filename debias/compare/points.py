@@ -163,7 +163,7 @@ def _name_points(axes: Axes, rows: Sequence[Row], scale: float, paper: Paper) ->
     bottom, top = axes.get_ylim()
     order = sorted(rows, key=lambda row: (-row.worst.mean, -row.average.mean))
     wanted = [(scale * row.worst.mean - bottom) / (top - bottom) for row in order]
-    for row, height in zip(order, _apart(wanted, min(0.045, 1 / len(order))), strict=True):
+    for row, height in zip(order, _apart(wanted, min(0.045, 0.85 / len(order))), strict=True):
         axes.annotate(
             label(row.method), (scale * row.average.mean, scale * row.worst.mean), (1.03, height),
             textcoords="axes fraction", va="center", fontsize=9, color=paper.ink, annotation_clip=False,
@@ -173,20 +173,26 @@ def _name_points(axes: Axes, rows: Sequence[Row], scale: float, paper: Paper) ->
 
 
 def _apart(wanted: Sequence[float], distance: float) -> list[float]:
-    """Heights in [0, 1], from top to bottom, near the wanted ones and no closer to each other than ``distance``.
+    """Heights in [0, 1], from top to bottom, as near the wanted ones as a distance between any two allows.
+
+    Args:
+        wanted: from top to bottom.
+        distance: not more than ``1 / len(wanted)``.
 
     Example:
         >>> [round(height, 2) for height in _apart([0.5, 0.5, 0.1], 0.1)]
-        [0.5, 0.4, 0.1]
+        [0.55, 0.45, 0.1]
     """
-    heights: list[float] = []
-    for height in wanted:
-        heights.append(min(height, heights[-1] - distance if heights else 1.0))
-    floor = 0.0
-    for i in reversed(range(len(heights))):
-        heights[i] = max(heights[i], floor)
-        floor = heights[i] + distance
-    return heights
+    # Heights moved up by the distances above them must fall or stay: isotonic regression, by pooling.
+    pools: list[tuple[float, int]] = []
+    for place, height in enumerate(wanted):
+        total, count = height + place * distance, 1
+        while pools and pools[-1][0] / pools[-1][1] < total / count:
+            total, count = total + pools[-1][0], count + pools.pop()[1]
+        pools.append((total, count))
+    lowest = (len(wanted) - 1) * distance
+    moved = [min(1.0, max(lowest, total / count)) for total, count in pools for _ in range(count)]
+    return [height - place * distance for place, height in enumerate(moved)]
 
 
 def _key(figure: Figure, kinds: set[str | None], lines: Sequence[Line2D], paper: Paper) -> None:
