@@ -76,3 +76,12 @@ def test_help_shows_defaults(capsys):
 def test_every_command_has_an_example():
     assert {*make_parser().get_default("commands")} == {*TRAINING} | {name for name in EXAMPLES if name}
     assert "--ckpt_path" in example("test")
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{sys.executable} -m debias methods | head -n 1"],
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr
+    assert done.stdout
