@@ -98,6 +98,7 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parser.parse_args(words, argparse.Namespace(words=words[1:]))
     try:
         options.run(options)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
