@@ -22,7 +22,6 @@ __all__ = [
     "RowsError",
     "UnknownArgumentError",
     "UnsupportedStrategyError",
-    "missing_package",
     "unwritable",
     "UntappedLossError",
 ]
@@ -82,11 +81,3 @@ def unwritable(path: Path | str, error: Exception) -> DebiasError:
 
 class DebiasWarning(UserWarning):
     """A method or monitor says what would mislead; ``debias compare`` puts these of its runs under its table."""
-
-
-def missing_package(package: str, error: ImportError, *, extra: str = "recipes") -> DebiasError:
-    """The error for a package of an extra which is not there, or which is broken."""
-    return DebiasError(
-        f"Expected the package `{package}` to be installed, but importing it failed: {error}. Run"
-        f" `pip install 'debias[{extra}]'`."
-    )

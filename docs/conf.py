@@ -14,9 +14,19 @@ project = "debias"
 author = "The debias authors"
 release = version = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.intersphinx", "sphinx.ext.napoleon"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "mathml",
+]
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = f"debias {release}"
+html_static_path = ["_static"]
+html_css_files = ["debias.css"]
 exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]

@@ -8,9 +8,15 @@ MARK = ".. the classes of debias.methods\n"
 
 
 def filled(page: str) -> str:
-    """Put a directive for every class of every method where the page has the mark."""
-    names = [name for name, value in vars(debias.methods).items() if inspect.isclass(value)]
-    return page.replace(MARK, "\n".join(f".. autoclass:: debias.{name}\n" for name in names))
+    """Put what stands at the top of each method's file, and its classes, where the page has the mark."""
+    lines, modules = [], set()
+    for name, value in vars(debias.methods).items():
+        if inspect.isclass(value):
+            if value.__module__ not in modules:
+                modules.add(value.__module__)
+                lines.append(f".. automodule:: {value.__module__}\n")
+            lines.append(f".. autoclass:: debias.{name}\n")
+    return page.replace(MARK, "\n".join(lines))
 
 
 def fill(app, docname, source):

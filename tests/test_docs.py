@@ -100,3 +100,37 @@ def test_api_page_lists_every_public_name(monkeypatch):
     for path in re.findall(r"^\.\. auto(?:class|function):: ([\w.]+)$", text, re.M):
         module, _, name = path.rpartition(".")
         assert hasattr(importlib.import_module(module), name), path
+
+
+def toctree(page: str) -> list[str]:
+    """The pages that a page puts below itself in the navigation."""
+    found = re.search(r"```\{toctree\}\n(?::\w+:.*\n)*\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.S)
+    return found[1].split() if found else []
+
+
+def test_navigation_is_short_and_ends_with_the_inside():
+    top = toctree("index")
+    assert len(top) <= 7
+    assert top[-1] == "inside"
+    reached = {"index", *top, *(below for page in top for below in toctree(page))}
+    assert reached == {page.stem for page in (ROOT / "docs").glob("*.md")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_to_files_lead_somewhere(page):
+    text = FENCE.sub("", page.read_text())
+    links = [*re.findall(r"\]\(([^)\s]+)\)", text), *re.findall(r'(?:src|srcset)="([^"]+)"', text)]
+    for link in links:
+        if not re.match(r"\w+:|#", link):
+            assert (page.parent / link.partition("#")[0]).exists(), link
+
+
+def test_formulas_are_drawn_by_the_browser(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    mathml = importlib.import_module("mathml").mathml
+    assert mathml(r"\bar Q", block=False).startswith("<math")
+    assert "mover" in mathml(r"\bar Q", block=False)
+    pages = "".join(FENCE.sub("", page.read_text()) for page in (ROOT / "docs").glob("*.md"))
+    found = re.findall(r"\$\$(.+?)\$\$", pages, re.S)
+    assert len(found) > 10
+    assert all("<math" in mathml(formula, block=True) for formula in found)

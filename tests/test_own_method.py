@@ -80,9 +80,16 @@ def test_a_method_without_its_fixture_fails_alone(project):
     )
     try:
         index.write_text(before + "from debias.methods.needy import *\n")
-        command = ["tests/conformance/test_steps.py", "-n0", "-p", "no:cacheprovider", "-k", "Needy and changes_training"]
+        command = [
+            "tests/conformance/test_steps.py",
+            "-n0",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "Needy and changes_training",
+        ]
         with pytest.raises(AssertionError, match=r"(?s)Needy needs \['unheard_of'\].*1 failed, [1-9]\d\d deselected"):
-            run(project, "-m", "pytest", *command)
+            run(project, "-m", "pytest", *command, "-k", "Needy and changes_training")
     finally:
         index.write_text(before)
         path.unlink()

@@ -22,6 +22,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from debias.extras import needs_extra
+
 __all__ = ["Report", "audit", "audit_predictions", "before_training", "compare_predictions"]
 
 _FROM = {
@@ -31,19 +33,11 @@ _FROM = {
     "compare_predictions": "debias.audit.paired",
 }
 
-_EXTRA = ("jinja2", "pandas", "scipy", "sklearn", "tqdm")
-
 
 def _load(module: str) -> ModuleType:
     """Import a module; where a package of the extra is missing, say so in one sentence."""
-    try:
+    with needs_extra("audit"):
         return import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name not in _EXTRA:
-            raise
-        from debias.errors import missing_package
-
-        raise missing_package(error.name, error, extra="audit") from error
 
 
 class _Room(ModuleType):

@@ -14,7 +14,7 @@ import pandas as pd
 from debias.audit.columns import Column
 from debias.audit.samples import Samples
 from debias.audit.statistics import bootstrap_interval
-from debias.errors import missing_package
+from debias.extras import needs_extra
 
 __all__ = ["map_table"]
 
@@ -59,11 +59,9 @@ def map_table(samples: Samples, boxes: Sequence[Any], *, confidence: float, resa
 
 def _evaluate(boxes: Sequence[Any]) -> Any:
     """Match the boxes of every image once."""
-    try:
+    with needs_extra("detection"):
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
-    except ImportError as error:
-        raise missing_package("pycocotools", error) from error
     true: list[dict[str, Any]] = []
     predicted: list[dict[str, Any]] = []
     for i, (guess, target) in enumerate(boxes):

@@ -15,6 +15,7 @@ from debias import __version__
 from debias.cli.audit import add_audit_options
 from debias.cli.compare_options import add_compare_options
 from debias.cli.suggest import nearest
+from debias.extras import needs_extra
 
 __all__ = ["main"]
 
@@ -24,6 +25,27 @@ TRAINING = {
     "test": "evaluate a checkpoint on the test set",
     "predict": "run a checkpoint on the prediction set",
     "retrain": "refit the last layer of a checkpoint on held-out samples",
+}
+EXAMPLES = {
+    "": ("debias demo", "debias methods", "debias compare colored_digits --methods group_dro vrex --seeds 0 1 2"),
+    "demo": ("debias demo", "debias demo --seeds 0 --epochs 5"),
+    "gallery": ("debias gallery --images a.jpg b.jpg --out gallery.png",),
+    "shift-selection": ("debias shift-selection --epochs 2",),
+    "compare": (
+        "debias compare colored_digits --methods group_dro vrex --seeds 0 1 2",
+        "debias compare colored_digits --methods group_dro --vary GroupDRO.step_size=0.001,0.01,0.1",
+        "debias compare ./my_recipe --draws 8 --jobs 4 --project my-debiasing",
+    ),
+    "report": (
+        "debias report debias_compare/colored_digits",
+        "debias report runs/here runs/from_the_cluster --select val_average --out results",
+    ),
+    "audit": (
+        "debias audit --predictions predictions.csv --out audit",
+        "debias audit --config recipes/colored_digits/base.yaml --ckpt_path best.ckpt --out audit",
+    ),
+    "methods": ("debias methods",),
+    "recipes": ("debias recipes", "debias recipes copy colored_digits ."),
 }
 # Names of `debias.compare.selection.RULES`, which would import more than the parser may.
 RULES = (
@@ -38,6 +60,22 @@ RULES = (
 )
 
 
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Says defaults, where there are any, and leaves examples as they are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, []):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def example(stage: str) -> str:
+    """How a command that trains or evaluates is called."""
+    configs = "--config recipes/colored_digits/base.yaml --config recipes/methods/group_dro.yaml"
+    more = {"fit": "--trainer.max_epochs 5", "retrain": "--ckpt_path best.ckpt --retrain.method dfr"}
+    return f"debias {stage} {configs} {more.get(stage, '--ckpt_path best.ckpt')}"
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run one command; the entry point of ``debias`` and ``python -m debias``.
 
@@ -48,8 +86,10 @@ def main(args: Sequence[str] | None = None) -> None:
     if args is None and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # configs name modules of the user's own; `python -m debias` finds them, too
     if words and words[0] in TRAINING:
-        from debias.cli.training import train
+        from debias.cli.errors import readable_errors
 
+        with readable_errors(), needs_extra("cli"):
+            from debias.cli.training import train
         train(words[0], words[1:])
         return
     parser = make_parser()
@@ -58,24 +98,29 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parser.parse_args(words, argparse.Namespace(words=words[1:]))
     try:
         options.run(options)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:  # the reader, `head` say, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Build the parser of everything but training, whose options come from the classes that a config names."""
-    parser = argparse.ArgumentParser(prog="debias", description="Debiasing methods as PyTorch Lightning callbacks.")
+    parser = argparse.ArgumentParser(
+        prog="debias", description="Debiasing methods as PyTorch Lightning callbacks.", formatter_class=_Help
+    )
     parser.add_argument("--version", action="version", version=f"debias {__version__}")
     parser.set_defaults(run=lambda _: parser.print_help())
     commands = parser.add_subparsers(metavar="command")
 
     for name, summary in TRAINING.items():  # listed here, handled by `train`
-        commands.add_parser(name, help=f"{summary}: debias {name} --config base.yaml --config method.yaml")
+        commands.add_parser(name, help=summary)
 
     demo = commands.add_parser("demo", help="compare methods on coloured digits: no network, no GPU, a minute or so")
     demo.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run per method and seed")
-    demo.add_argument("--epochs", type=int, default=None, help="epochs of a run")
+    demo.add_argument("--epochs", type=int, default=None, help="epochs of a run, if not those it was tuned for")
     demo.add_argument("--out", type=Path, default=Path("debias_demo"), help="folder of the table and the figure")
     demo.set_defaults(run=_demo)
 
@@ -127,6 +172,10 @@ def make_parser() -> argparse.ArgumentParser:
     copy.add_argument("folder", type=Path, nargs="?", default=Path(), help="receives recipes/<recipe>")
     copy.set_defaults(run=_copy)
 
+    for name, command in {"": parser, **commands.choices}.items():
+        command.formatter_class = _Help
+        if name not in TRAINING:
+            command.epilog = "\n  ".join(("examples:", *EXAMPLES[name]))
     parser.set_defaults(commands=tuple(commands.choices))
     return parser
 
@@ -136,7 +185,8 @@ def _demo(options: argparse.Namespace) -> None:
 
     with readable_errors():
         check_writable(options.out)
-        from debias.cli.demo import run
+        with needs_extra("recipes"):
+            from debias.cli.demo import run
 
         run(seeds=options.seeds, out=options.out, max_epochs=options.epochs)
 
@@ -146,7 +196,8 @@ def _gallery(options: argparse.Namespace) -> None:
 
     with readable_errors():
         check_writable(options.out.parent)
-        from debias.cli.gallery import run
+        with needs_extra("recipes"):
+            from debias.cli.gallery import run
 
         run(options.out, options.images, size=options.size, draws=options.draws, seed=options.seed)
 
@@ -156,7 +207,8 @@ def _selection(options: argparse.Namespace) -> None:
 
     with readable_errors():
         check_writable(options.out)
-        from debias.cli.shift_selection import run
+        with needs_extra("recipes"):
+            from debias.cli.shift_selection import run
 
         run(options.out, source=options.source, mnist=options.mnist, seeds=options.seeds, epochs=options.epochs)
 
@@ -165,7 +217,8 @@ def _compare(options: argparse.Namespace) -> None:
     from debias.cli.errors import readable_errors
 
     with readable_errors():
-        from debias.cli.compare import compare
+        with needs_extra("compare"):
+            from debias.cli.compare import compare
 
         compare(options)
 
@@ -174,7 +227,8 @@ def _report(options: argparse.Namespace) -> None:
     from debias.cli.errors import readable_errors
 
     with readable_errors():
-        from debias.compare.report import report
+        with needs_extra("compare"):
+            from debias.compare.report import report
 
         where = {"project": options.project, "entity": options.entity, "group": options.group}
         report(options.folders, options.select, options.out, **where)

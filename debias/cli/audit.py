@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from debias.extras import needs_extra
+
 __all__ = ["add_audit_options", "audit"]
 
 TABLE = ("target", "prediction", "score", "scores", "task", "positive")
@@ -103,9 +105,12 @@ def _of_table(options: argparse.Namespace, settings: dict[str, Any]) -> Any:
 
 def _of_checkpoint(options: argparse.Namespace, path: Path, settings: dict[str, Any]) -> Any:
     """Build model and data from a config, and audit the checkpoint on the test set."""
-    from debias.audit.model import audit as audit_model
-    from debias.cli.training import DebiasCLI
     from debias.errors import DebiasError
+
+    with needs_extra("audit"):
+        from debias.audit.model import audit as audit_model
+    with needs_extra("cli"):
+        from debias.cli.training import DebiasCLI
 
     if not options.config:
         raise DebiasError(
@@ -134,9 +139,10 @@ def read_csv(path: Path, option: str) -> Any:
     Raises:
         DebiasError: it is not there, or is none.
     """
-    import pandas as pd
-
     from debias.errors import DebiasError
+
+    with needs_extra("audit"):
+        import pandas as pd
 
     try:
         return pd.read_csv(path)

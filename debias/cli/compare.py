@@ -18,6 +18,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from yaml import YAMLError, safe_dump
 
 from debias.cli.errors import readable_errors
 from debias.cli.recipes import METHODS, recipes, recipes_folder
@@ -29,15 +32,9 @@ from debias.compare.records import RECORD, default_group, read_record, read_spec
 from debias.compare.report import report
 from debias.compare.runner import Interrupted, run_all
 from debias.compare.search import read_config
-from debias.errors import DebiasError, missing_package
+from debias.errors import DebiasError
+from debias.extras import needs_extra
 from debias.ops.arguments import check_count
-
-try:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from yaml import YAMLError, safe_dump
-except ImportError as error:
-    raise missing_package(error.name or "rich", error) from error
 
 __all__ = ["compare", "find_recipe"]
 
@@ -284,7 +281,8 @@ def _submit(
     """Hand the runs to submitit, which knows SLURM; a run that is finished ends at once."""
     import subprocess
 
-    import submitit
+    with needs_extra("cluster"):
+        import submitit
 
     given = {"name": "debias"} | {key: values[0] for key, values in parameters.items()}
     if "cluster" not in given and shutil.which("sbatch") is None:  # submitit would start them all here, at once

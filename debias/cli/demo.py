@@ -26,20 +26,16 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.seed import isolate_rng
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from debias import GroupDRO, GroupMonitor, __version__
 from debias.data import ColoredDigits
-from debias.errors import DebiasError, missing_package
+from debias.errors import DebiasError
 from debias.models.classifier import Classifier
-
-try:
-    from matplotlib.figure import Figure
-    from rich import box
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.table import Table
-except ImportError as error:
-    raise missing_package(error.name or "matplotlib", error) from error
 
 __all__ = ["Result", "run", "train", "wilson_interval"]
 

@@ -11,30 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from debias.compare.escape import plain
+from debias.extras import install_hint
 
-__all__ = ["check_writable", "install_hint", "readable_errors"]
-
-EXTRAS = {
-    "jinja2": "audit",
-    "kornia": "augment",
-    "matplotlib": "recipes",
-    "pandas": "audit",
-    "rich": "recipes",
-    "scipy": "audit",
-    "sklearn": "recipes",
-    "submitit": "cluster",
-    "timm": "recipes",
-    "torchdata": "stateful",
-    "torchvision": "recipes",
-    "wandb": "recipes",
-}
-
-
-def install_hint(module: str) -> str | None:
-    """Say how to install ``module`` if an extra of debias brings it."""
-    extra = EXTRAS.get(module.partition(".")[0])
-    return f"`{module}` is not installed; `pip install 'debias[{extra}]'` brings it." if extra else None
-
+__all__ = ["check_writable", "readable_errors"]
 
 # What the system says of a place that cannot be written.
 UNWRITABLE = {errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENOTDIR}

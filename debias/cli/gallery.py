@@ -11,17 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from debias.data.colored_digits import load_digits
-from debias.errors import DataError, DebiasError, missing_package
+from debias.errors import DataError, DebiasError
+from debias.extras import needs_extra
 from debias.ops.shifts import FAMILIES, crafted_shift, sample_keys
-
-try:
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-except ImportError as error:
-    raise missing_package(error.name or "matplotlib", error) from error
 
 __all__ = ["draw", "example_images", "read_images", "rows", "run"]
 
@@ -112,10 +109,8 @@ def draw(found: dict[str, list[Tensor]]) -> Figure:
 
 def example_images(size: int) -> list[Tensor]:
     """Two photographs and, at 8 x 8 whatever ``size``, two digits; all of them come with scikit-learn."""
-    try:
+    with needs_extra("recipes"):
         from sklearn.datasets import load_sample_images
-    except ImportError as error:
-        raise missing_package("scikit-learn", error) from error
     photographs = [_square(torch.from_numpy(image.copy()), size) for image in load_sample_images().images]
     digits = torch.from_numpy(load_digits()[0][[2, 4]]).float()
     return [torch.stack(photographs), digits[:, None]]

@@ -28,23 +28,19 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from scipy.stats import rankdata
 
 from debias import CraftedShifts, ShiftedValidation
 from debias.cli.demo import COLORS, _quiet, _Tick
 from debias.data import DigitsShift
-from debias.errors import DebiasError, missing_package
+from debias.errors import DebiasError
 from debias.models.classifier import Classifier
 from debias.ops.shifts import FAMILIES, FOLDS, select_setting, two_fold_score
-
-try:
-    from matplotlib.figure import Figure
-    from rich import box
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.table import Table
-    from scipy.stats import rankdata
-except ImportError as error:
-    raise missing_package(error.name or "matplotlib", error) from error
 
 __all__ = ["Setting", "Trained", "bootstrap", "rank_correlation", "run", "train"]
 

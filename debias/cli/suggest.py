@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from importlib import import_module
 
-from debias.cli.errors import install_hint
+from debias.extras import install_hint
 
 __all__ = ["class_arguments", "explain", "nearest"]
 

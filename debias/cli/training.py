@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlparse
 
+import jsonargparse  # noqa: F401 - Lightning does without it until the first parser is made
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 
+from debias.cli import TRAINING, example
 from debias.cli.errors import readable_errors
 from debias.cli.suggest import explain
 from debias.errors import DebiasError
+from debias.extras import needs_extra
 
 __all__ = ["DebiasCLI", "config_words", "offline_without_login", "refuse_bad_checkpoint", "train"]
 
@@ -102,7 +105,13 @@ class DebiasCLI(LightningCLI):
             save_config_callback=SaveConfig if stage == "fit" else None,
             save_config_kwargs={"overwrite": True},
             parser_class=Parser,
-            parser_kwargs={"parser_mode": "omegaconf+", "prog": f"debias {stage}", "allow_abbrev": False},
+            parser_kwargs={
+                "parser_mode": "omegaconf+",
+                "prog": f"debias {stage}",
+                "allow_abbrev": False,
+                "description": TRAINING[stage],
+                "epilog": f"Example: {example(stage)}",
+            },
             # Behind all files and values, or it prints what they have made up to where it stands.
             args=sorted(args, key=lambda word: word.split("=")[0] == "--print_config"),
             run=False,
@@ -142,6 +151,8 @@ class DebiasCLI(LightningCLI):
         """Run the stage, then say where its results lie."""
         arguments = {name: self.config_init[name] for name in self.stage_arguments}
         refuse_bad_checkpoint(arguments.get("ckpt_path"), arguments.get("weights_only", True))
+        if self.stage != "fit" and arguments.get("ckpt_path") is None:
+            _say_that_nothing_was_trained(self.stage)
         try:
             getattr(self.trainer, self.stage)(self.model, datamodule=self.datamodule, **arguments)
         finally:
@@ -163,6 +174,15 @@ def refuse_bad_checkpoint(path: Any, weights_only: Any = True) -> None:
         )
     if weights_only is not False:
         check_checkpoint(Path(path), "Name another one, or pass `--weights_only false` if you trust that file.")
+
+
+@rank_zero_only
+def _say_that_nothing_was_trained(stage: str) -> None:
+    print(
+        f"note: `debias {stage}` got no `--ckpt_path`, so it runs an untrained network, as the module initialises it."
+        f" Pass `--ckpt_path <file>`; `debias fit` says at its end where the best one lies.",
+        file=sys.stderr,
+    )
 
 
 @rank_zero_only
@@ -208,7 +228,8 @@ def offline_without_login() -> bool:
     Returns:
         Whether nobody is logged in, and nothing else says how W&B is to run.
     """
-    import wandb
+    with needs_extra("wandb"):
+        import wandb
 
     chosen = ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
     # Not `wandb.setup()`, which reads the environment once and for all.

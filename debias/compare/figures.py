@@ -1,130 +1,36 @@
-"""Figures of a comparison: worst group against average, each group, and the weights of groups over steps.
+"""Figures of a comparison: the worst group of each method, alone and against the average; each group; weights.
 
-Each comes for light and for dark paper. Methods are told apart by colour and by marker; the colours are Okabe and
-Ito's, told apart with every common colour vision.
+Each comes for light and for dark paper. The colours are Okabe and Ito's, told apart with every common colour vision.
 """
 
 from __future__ import annotations
 
 import csv
-import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from debias.compare.paper import DARK, LIGHT, Paper, color, dress, heading, legend, title
+from debias.compare.points import worst_group, worst_vs_average
 from debias.compare.table import Comparison, Row, label
-from debias.errors import missing_package
+from debias.extras import needs_extra
 
-try:
+with needs_extra("compare"):
     from matplotlib import colormaps
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.transforms import Bbox
-except ImportError as error:
-    raise missing_package(error.name or "matplotlib", error) from error
 
-__all__ = ["DARK", "FIGURES", "LIGHT", "Paper", "by_group", "group_weights", "read_weights", "worst_vs_average"]
+__all__ = ["DARK", "FIGURES", "LIGHT", "Paper", "by_group", "group_weights", "read_weights"]
 
-MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "p", "h", "*")
 BAR_METHODS, BAR_GROUPS = 5, 8  # more are a heatmap
-LABELLED = 10  # more methods have a legend even where labels would fit
 NUMBERED_GROUPS = 14  # more have no numbers in their cells
 COLUMNS = 4
 _WEIGHT = re.compile(r"^train/(?:[^/]+/)?(?:group|domain)_weight/(?P<group>.+)$")
-
-
-@dataclass(frozen=True)
-class Paper:
-    """Colours of a figure.
-
-    Attributes:
-        end: of the file's name.
-        background: behind everything.
-        ink: text, axes and edges of marks.
-        muted: lines that only guide the eye.
-        colors: of methods and groups; ERM has the first, balanced ERM the second.
-    """
-
-    end: str
-    background: str
-    ink: str
-    muted: str
-    colors: tuple[str, ...]
-
-
-LIGHT = Paper(
-    "", "#ffffff", "#1f2328", "#8c959f", ("#D55E00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#4D4D4D")
-)
-# On black the palette's blue would vanish, and its yellow is seen.
-DARK = Paper(
-    "-dark",
-    "#0d1117",
-    "#e6edf3",
-    "#6e7681",
-    ("#E8743B", "#56B4E9", "#F0E442", "#1FBF91", "#E29BC4", "#E69F00", "#C9D1D9"),
-)
-
-
-def worst_vs_average(comparison: Comparison, paper: Paper = LIGHT) -> Figure | None:
-    """Worst-group against average test metric: mean and deviation of each method, and each seed as a small mark.
-
-    Names stand beside the points where they fit, else in a legend.
-
-    Args:
-        comparison: what to draw.
-        paper: light or dark.
-
-    Returns:
-        The figure, or None where nothing tells groups apart.
-    """
-    rows = [row for row in comparison.rows if row.worst.n and row.average.n]
-    if not rows:
-        return None
-    scale = 100 if comparison.percent else 1
-    figure = Figure(figsize=(7.5, 5.2), layout="constrained", facecolor=paper.background)
-    axes = figure.subplots()
-    _dress(axes, paper)
-    for row, (color, marker) in _styled(comparison, paper):
-        if row not in rows:
-            continue
-        seeds = [(scale * run.test.average, scale * run.test.worst) for run in row.runs]
-        x, y = zip(*seeds, strict=True)
-        axes.scatter(x, y, marker=marker, s=14, color=color, alpha=0.55, linewidth=0, zorder=2)
-        axes.errorbar(
-            scale * row.average.mean,
-            scale * row.worst.mean,
-            xerr=_bar(scale * row.average.std),
-            yerr=_bar(scale * row.worst.std),
-            marker=marker,
-            markersize=9,
-            color=color,
-            markeredgecolor=paper.ink,
-            markeredgewidth=0.7,
-            elinewidth=1.2,
-            zorder=3,
-            label=label(row.method),
-        )
-    axes.margins(0.12)
-    axes.autoscale_view()
-    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # the diagonal must not widen them
-    axes.axline((0, 0), slope=1, color=paper.muted, linestyle="--", linewidth=1, zorder=1)
-    axes.set_xlabel(f"average test {comparison.unit}")
-    axes.set_ylabel(f"worst-group test {comparison.unit}")
-    several = any(row.worst.n > 1 for row in rows)
-    end = ": mean and deviation over seeds; small, each seed" if several else ""
-    low, high = max(axes.get_xlim()[0], axes.get_ylim()[0]), min(axes.get_xlim()[1], axes.get_ylim()[1])
-    dashed = "\ndashed: the worst group equals the average" if low < high else ""
-    _title(axes, comparison, f"Worst group against average{end}{dashed}", paper)
-    if len(rows) > LABELLED or not _label_points(figure, axes, rows, scale, paper):
-        _legend(figure, axes, paper, loc="outside right center", ncols=1)
-    return figure
 
 
 def by_group(comparison: Comparison, paper: Paper = LIGHT) -> Figure | None:
@@ -149,25 +55,32 @@ def _group_bars(comparison: Comparison, rows: Sequence[Row], paper: Paper) -> Fi
     size = min(14.0, max(6.0, 2.0 + 0.32 * len(groups) * (len(rows) + 1)))
     figure = Figure(figsize=(size, 4.4), layout="constrained", facecolor=paper.background)
     axes = figure.subplots()
-    _dress(axes, paper, grid="y")
+    dress(axes, paper, grid="y")
     width = 0.8 / len(rows)
-    styles = {row.method: style for row, style in _styled(comparison, paper)}
+    colors = dict(zip((row.method for row in rows), _bar_colors(rows, paper), strict=True))
     for i, row in enumerate(rows):
-        color, _ = styles[row.method]
         places = np.arange(len(groups)) + (i - (len(rows) - 1) / 2) * width
         means = [scale * row.by_group[name].mean for name in groups]
-        axes.bar(places, means, 0.92 * width, color=color, label=label(row.method), zorder=2)
+        axes.bar(places, means, 0.92 * width, color=colors[row.method], label=label(row.method), zorder=2)
         for run in row.runs if len(row.runs) > 1 else ():
             values = [scale * run.test.by_group.get(name, math.nan) for name in groups]
-            axes.scatter(places, values, s=11, color=paper.ink, edgecolor=paper.background, linewidth=0.5, zorder=3)
+            dot: dict[str, Any] = {"color": paper.ink, "edgecolor": paper.background, "linewidth": 0.5}
+            axes.scatter(places, values, s=11, zorder=3, clip_on=False, **dot)
     axes.set_xticks(range(len(groups)), [_wrap(name) for name in groups])
     axes.set_ylabel(f"test {comparison.unit}")
     if comparison.percent:
-        axes.set_ylim(0, 103)
+        axes.set_ylim(0, 100)
     dots = ": mean over seeds, one dot a seed" if any(len(row.runs) > 1 for row in rows) else ""
-    _title(axes, comparison, f"By group{dots}", paper)
-    _legend(figure, axes, paper, loc="outside lower center", ncols=5)
+    title(axes, comparison, f"By group{dots}", paper)
+    legend(figure, axes, paper, loc="outside lower center", ncols=5)
     return figure
+
+
+def _bar_colors(rows: Sequence[Row], paper: Paper) -> list[str]:
+    """ERM's and balanced ERM's colours are always the same."""
+    others = iter(paper.colors[2:])
+    fixed = {"erm": paper.colors[0], "balanced": paper.colors[1]}
+    return [fixed.get(row.method) or next(others) for row in rows]
 
 
 def _group_heatmap(comparison: Comparison, rows: Sequence[Row], paper: Paper) -> Figure:
@@ -218,7 +131,7 @@ def _group_heatmap(comparison: Comparison, rows: Sequence[Row], paper: Paper) ->
     axes.spines[:].set_visible(False)
     axes.set_facecolor(paper.background)
     spread = "mean ± deviation over seeds" if any(len(row.runs) > 1 for row in rows) and numbered else "mean over seeds"
-    _title(axes, comparison, f"By group, test {comparison.unit}: {spread}", paper)
+    title(axes, comparison, f"By group, test {comparison.unit}: {spread}", paper)
     bar = figure.colorbar(axes.collections[0], ax=axes, pad=0.02, aspect=30)
     bar.ax.tick_params(colors=paper.ink, labelsize=8)
     bar.outline.set_visible(False)  # type: ignore[operator]
@@ -252,7 +165,7 @@ def group_weights(comparison: Comparison, paper: Paper = LIGHT) -> Figure | None
     figure.set_facecolor(paper.background)
     grid = figure.subplots(lines, columns, squeeze=False).flat
     for axes, (row, runs) in zip(grid, panels, strict=False):
-        _dress(axes, paper)
+        dress(axes, paper)
         for name, style in styles.items():
             steps, mean, std = _over_seeds([run[name] for run in runs if name in run])
             if len(steps):
@@ -267,13 +180,13 @@ def group_weights(comparison: Comparison, paper: Paper = LIGHT) -> Figure | None
     figure.axes[0].set_ylabel("weight")
     band = ": mean over seeds" if any(len(runs) > 1 for _, runs in panels) else ""
     band += ", band one deviation" if band and len(groups) <= 2 * BAR_GROUPS else ""
-    figure.suptitle(_heading(comparison, f"Weights of groups over steps{band}"), fontsize=10, color=paper.ink)
+    figure.suptitle(heading(comparison, f"Weights of groups over steps{band}"), fontsize=10, color=paper.ink)
     if len(groups) <= 2 * BAR_GROUPS:
         handles = [Line2D([], [], linewidth=1.5, **style) for style in styles.values()]
-        legend = figure.legend(
+        names = figure.legend(
             handles, groups, loc="outside lower center", ncols=min(len(groups), 2 * columns), frameon=False, fontsize=9
         )
-        _color(legend, paper)
+        color(names, paper)
     return figure
 
 
@@ -302,6 +215,7 @@ def read_weights(folder: Path) -> dict[str, dict[int, float]]:
 
 
 FIGURES: dict[str, Callable[[Comparison, Paper], Figure | None]] = {
+    "worst_group": worst_group,
     "worst_vs_average": worst_vs_average,
     "by_group": by_group,
     "group_weights": group_weights,
@@ -326,102 +240,5 @@ def _group_style(g: int, n: int, paper: Paper) -> dict[str, Any]:
     return {"color": colors[g % len(colors)], "linestyle": ("-", "--", ":")[g // len(colors) % 3]}
 
 
-def _styled(comparison: Comparison, paper: Paper) -> Iterator[tuple[Row, tuple[str, str]]]:
-    """A colour and a marker for each method: ERM's and balanced ERM's are always the same."""
-    place = 2
-    for row in comparison.rows:
-        number = {"erm": 0, "balanced": 1}.get(row.method, place)
-        place += number == place
-        # 7 colours and 12 markers have no common factor: no pair comes twice.
-        yield row, (paper.colors[number % len(paper.colors)], MARKERS[number % len(MARKERS)])
-
-
-def _dress(axes: Axes, paper: Paper, grid: str = "both") -> None:
-    axes.set_facecolor(paper.background)
-    axes.grid(axis=grid, color=paper.muted, alpha=0.25, linewidth=0.8, zorder=0)  # type: ignore[arg-type]
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["bottom", "left"]].set_color(paper.muted)
-    axes.tick_params(colors=paper.ink, labelsize=9)
-    axes.xaxis.label.set_color(paper.ink)
-    axes.yaxis.label.set_color(paper.ink)
-
-
-def _title(axes: Axes, comparison: Comparison, text: str, paper: Paper) -> None:
-    axes.set_title(_heading(comparison, text), fontsize=10, color=paper.ink, loc="left")
-
-
-def _heading(comparison: Comparison, text: str) -> str:
-    marked = "ORACLE, chosen by test data\n" if comparison.rule.oracle else ""
-    return f"{marked}{comparison.recipe}. {text}"
-
-
-def _legend(figure: Figure, axes: Axes, paper: Paper, **place: Any) -> None:
-    _color(figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=9, **place), paper)
-
-
-def _color(legend: Any, paper: Paper) -> None:
-    for text in legend.get_texts():
-        text.set_color(paper.ink)
-
-
-def _bar(std: float) -> float | None:
-    return None if math.isnan(std) else std
-
-
 def _wrap(name: str) -> str:
     return name.replace(" ", "\n") if len(name) > 8 else name
-
-
-def _label_points(figure: Figure, axes: Axes, rows: Sequence[Row], scale: float, paper: Paper) -> bool:
-    """Write each name beside its point, where it covers no mark, bar or other name, and the points are apart; else
-    none, and say so.
-    """
-    figure.draw_without_rendering()
-    inside, to_pixels = axes.get_window_extent(), axes.transData.transform
-    means = [Bbox(to_pixels([(scale * row.average.mean, scale * row.worst.mean)] * 2)).padded(7) for row in rows]
-    if any(a.overlaps(b) for a, b in itertools.combinations(means, 2)):
-        return False  # whose name is whose could not be told
-    taken = []
-    for row in rows:
-        x, y = scale * row.average.mean, scale * row.worst.mean
-        dx, dy = (scale * s.std if s.n > 1 else 0.0 for s in (row.average, row.worst))
-        for corners in ([(x, y), (x, y)], [(x - dx, y), (x + dx, y)], [(x, y - dy), (x, y + dy)]):
-            taken.append(Bbox(to_pixels(corners)).padded(2 if corners[0] != corners[1] else 9))
-    seeds = [
-        Bbox(to_pixels([(scale * run.test.average, scale * run.test.worst)] * 2)).padded(3)
-        for row in rows
-        for run in row.runs
-        if not math.isnan(run.test.worst)
-    ]
-    ways = [("left", "bottom"), ("left", "top"), ("right", "bottom"), ("right", "top")]
-    offsets = [((7 if h == "left" else -7), (5 if v == "bottom" else -5), h, v) for h, v in ways]
-    offsets += [(0, 10, "center", "bottom"), (0, -10, "center", "top"), (10, 0, "left", "center")]
-    offsets += [(-10, 0, "right", "center")]
-    written: list[Any] = []
-    for row in rows:
-        place = scale * row.average.mean, scale * row.worst.mean
-        # A name may cover the mark of a single seed if there is no other way.
-        for avoided, (x, y, horizontal, vertical) in itertools.product(([*taken, *seeds], taken), offsets):
-            text = axes.annotate(
-                label(row.method),
-                place,
-                (x, y),
-                textcoords="offset points",
-                ha=horizontal,
-                va=vertical,
-                fontsize=9,
-                color=paper.ink,
-            )
-            box = text.get_window_extent()
-            within = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
-            if within and not any(box.overlaps(other) for other in avoided):
-                taken.append(box)
-                written.append(text)
-                break
-            text.remove()
-        else:
-            for text in written:
-                text.remove()
-            return False
-    return True

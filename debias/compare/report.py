@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from debias.compare.escape import fenced, markdown, markdown_code, plain
-from debias.compare.figures import DARK, FIGURES, LIGHT
+from debias.compare.figures import FIGURES
+from debias.compare.paper import DARK, LIGHT
 from debias.compare.records import RunRecord, default_group, find_records
 from debias.compare.selection import Rule, default_rule
 from debias.compare.table import (
@@ -28,13 +29,12 @@ from debias.compare.table import (
     table_rows,
     write_rows,
 )
-from debias.errors import DebiasError, missing_package
+from debias.errors import DebiasError
+from debias.extras import needs_extra
 
-try:
+with needs_extra("compare"):
     from matplotlib import rc_context
     from rich.console import Console
-except ImportError as error:
-    raise missing_package(error.name or "rich", error) from error
 
 __all__ = ["print_report", "report", "write_report"]
 
@@ -42,6 +42,7 @@ DPI = 150
 PAGE = "report.md"
 LOGGED = ".logged_to_wandb"  # what of this folder W&B has seen
 ALTERNATIVES = {
+    "worst_group": "worst-group test metric of each method, sorted, with intervals",
     "worst_vs_average": "worst-group against average test metric of each method",
     "by_group": "test metric of each method in each group",
     "group_weights": "weights of groups over training steps",

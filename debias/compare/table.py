@@ -14,17 +14,15 @@ from typing import Any
 from debias.compare.escape import csv_cell, markdown, plain
 from debias.compare.records import Measures, RunRecord, measures
 from debias.compare.selection import Choice, Rule, find_rule, select
-from debias.errors import missing_package
+from debias.extras import needs_extra
 
-try:
+with needs_extra("compare"):
     from rich import box
     from rich.console import Console
     from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
     from scipy.stats import t as student
-except ImportError as error:
-    raise missing_package(error.name or "rich", error) from error
 
 __all__ = [
     "Comparison",

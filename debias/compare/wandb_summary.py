@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from debias.compare.table import Comparison, label, runs_rows, table_rows
-from debias.errors import DebiasError, missing_package
+from debias.errors import DebiasError
+from debias.extras import needs_extra
 
-try:
+with needs_extra("wandb"):
     import wandb
     from lightning.pytorch.loggers import WandbLogger
-except ImportError as error:
-    raise missing_package(error.name or "wandb", error) from error
 
 __all__ = ["log_summary", "summary_id"]
 

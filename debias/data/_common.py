@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from debias.data.samplers import EvalSampler, GroupBalancedSampler
 from debias.data.tagging import TaggedDataset, tag
-from debias.errors import DataError, DebiasError, missing_package
+from debias.errors import DataError, DebiasError
+from debias.extras import needs_extra
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -135,7 +136,8 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        from PIL import Image, UnidentifiedImageError
+        with needs_extra("images"):
+            from PIL import Image, UnidentifiedImageError
 
         try:
             with Image.open(self.paths[index]) as image:
@@ -159,10 +161,8 @@ def tagged_images(
 
 def transforms() -> ModuleType:
     """``torchvision.transforms``, or an error that says how to get it."""
-    try:
+    with needs_extra("images"):
         from torchvision import transforms
-    except ImportError as error:
-        raise missing_package("torchvision", error) from error
     return cast(ModuleType, transforms)
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from debias.data._common import GroupDataModule, check_stated, nearest
 from debias.data.tagging import TaggedDataset, tag
 from debias.errors import DataError, DebiasError
+from debias.extras import needs_extra
 from debias.step.batch import TagCollate
 
 INVALID = ("error", "clip")
@@ -66,8 +67,9 @@ class BoxImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        from PIL import Image, UnidentifiedImageError
-        from torchvision.transforms.functional import pil_to_tensor
+        with needs_extra("detection"):
+            from PIL import Image, UnidentifiedImageError
+            from torchvision.transforms.functional import pil_to_tensor
 
         sample = self.samples[index]
         try:

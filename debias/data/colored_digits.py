@@ -14,7 +14,8 @@ from torch.utils.data import TensorDataset
 
 from debias.data._common import GroupDataModule, check_fraction, check_stated
 from debias.data.tagging import TaggedDataset, tag
-from debias.errors import DebiasError, missing_package
+from debias.errors import DebiasError
+from debias.extras import needs_extra
 from debias.ops.arguments import checked
 
 __all__ = ["ColoredDigits"]
@@ -138,9 +139,7 @@ def _chosen(share: float, size: int, random: np.random.RandomState) -> np.ndarra
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
     """Images ``(1797, 8, 8)`` in [0, 1] and digits ``(1797,)``."""
-    try:
+    with needs_extra("recipes"):
         from sklearn.datasets import load_digits as load
-    except ImportError as error:
-        raise missing_package("scikit-learn", error) from error
     bunch = load()
     return bunch.images / 16, bunch.target

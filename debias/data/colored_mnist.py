@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorData
 
 from debias.data._common import GroupDataModule, check_fraction, check_stated, nearest
 from debias.data.tagging import TaggedDataset, tag
-from debias.errors import DataError, DebiasError, missing_package
+from debias.errors import DataError, DebiasError
+from debias.extras import needs_extra
 from debias.ops.arguments import checked
 from debias.step.batch import TaggedBatch
 
@@ -402,8 +403,6 @@ def _check_arrays(source: Path, part: str, images: np.ndarray, digits: np.ndarra
 
 
 def _torchvision_mnist() -> Any:
-    try:
+    with needs_extra("images"):
         from torchvision.datasets import MNIST
-    except ImportError as error:
-        raise missing_package("torchvision", error) from error
     return MNIST

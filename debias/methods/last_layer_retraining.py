@@ -3,18 +3,18 @@
 The network is not trained any more: its features of the held-out set are computed once, in evaluation mode, and the
 linear head that reads them is fitted anew and written into the module, which stays an ordinary one.
 
-===========  =======================================  ===============================================================
-``method``   needs                                    what it does
-===========  =======================================  ===============================================================
-``dfr``      a group label of each held-out sample    L1 logistic regressions on group-balanced subsets, averaged over
-                                                      20 refits; strength chosen on one half. Kirichenko et al., 2023
-``afr``      none                                     weights ``exp(-gamma p_y)`` from the network's own confidence,
-                                                      gradient descent from the old head, ridge to it. Qiu et al., 2023
-``self``     an earlier checkpoint                    only the samples on which it disagrees most, classes balanced,
-                                                      gradient descent from the old head. LaBonte et al., 2023
-``balanced`` none, or a group label                   logistic regression in which classes (or groups) count the same
-``plain``    none                                     logistic regression
-===========  =======================================  ===============================================================
+============  =======================================  ===============================================================
+``method``    needs                                    what it does
+============  =======================================  ===============================================================
+``dfr``       a group label of each held-out sample    L1 logistic regressions on group-balanced subsets, averaged over
+                                                       20 refits; strength chosen on one half. Kirichenko et al., 2023
+``afr``       none                                     weights ``exp(-gamma p_y)`` from the network's own confidence,
+                                                       gradient descent from the old head, ridge to it. Qiu et al., 2023
+``self``      an earlier checkpoint                    only the samples on which it disagrees most, classes balanced,
+                                                       gradient descent from the old head. LaBonte et al., 2023
+``balanced``  none, or a group label                   logistic regression in which classes (or groups) count the same
+``plain``     none                                     logistic regression
+============  =======================================  ===============================================================
 
 Differences from the authors' code. DFR: the features are standardised by the whole held-out set in tuning and in the
 refits alike (there by a half, then by the training set), halves hold half of each group, and class weights are not

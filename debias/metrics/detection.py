@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 
 from debias.errors import BadRowsError, DebiasError
+from debias.extras import needs_extra
 from debias.metrics.group import group_difference, worst_group
 from debias.ops.arguments import check_count, checked
 
@@ -45,7 +46,8 @@ def detection_accuracy(predicted: Tensor, true: Tensor, *, iou_threshold: float 
     p, t = len(predicted), len(true)
     if not p or not t:
         return torch.tensor(float(p == t), dtype=torch.float64, device=predicted.device)
-    from torchvision.ops import box_iou
+    with needs_extra("detection"):
+        from torchvision.ops import box_iou
 
     overlap, best = box_iou(true, predicted).max(0)
     found = (overlap >= iou_threshold).float()
@@ -191,17 +193,12 @@ class GroupMeanAveragePrecision(Metric):
 
     def _alone(self, images: Sequence[tuple[dict[str, Tensor], dict[str, Tensor], int]]) -> dict[str, float]:
         """Torchmetrics' values for some of the images."""
-        try:
+        with needs_extra("detection"):
             from torchmetrics.detection import MeanAveragePrecision
 
             limits = [min(1, self.max_detections), min(10, self.max_detections), self.max_detections]
             options = {"max_detection_thresholds": limits, "extended_summary": True, **self.options}
             metric = MeanAveragePrecision(sync_on_compute=False, **options)
-        except ImportError as error:
-            raise DebiasError(
-                f"Expected the package `pycocotools` to be installed, but importing it failed: {error}. Run"
-                " `pip install 'debias[recipes]'`."
-            ) from error
         if not images:
             return {"map": -1.0, "map_50": -1.0}
         metric.warn_on_many_detections = False  # we say it, with the argument that changes it

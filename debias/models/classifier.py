@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor, nn
 
+from debias.extras import needs_extra
+
 __all__ = ["Classifier"]
 
 
@@ -22,7 +24,7 @@ class Classifier(pl.LightningModule):
 
     Args:
         backbone: ``"mlp"``, ``"cnn"``, ``"strided"`` (a CNN that keeps where things are), or the name of any timm model
-            (``pip install 'debias[recipes]'``).
+            (``pip install 'lightning-debias[images]'``).
         num_classes: number of logits; 1 trains a binary classifier with binary cross-entropy, on ``y`` in {0, 1}.
         in_channels: channels of an image.
         image_size: height and width of an image; only the MLP needs to know.
@@ -175,6 +177,7 @@ _OWN = {"mlp": _mlp, "cnn": _cnn, "strided": _strided}
 
 
 def _timm(name: str, pretrained: bool, num_classes: int, in_channels: int, options: dict[str, Any]) -> nn.Module:
-    import timm
+    with needs_extra("images"):
+        import timm
 
     return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels, **options)

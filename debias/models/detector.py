@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, Reduce
 from torch import Tensor, nn
 
 from debias.errors import DebiasError
+from debias.extras import needs_extra
 
 __all__ = ["Detector", "tiny_detector"]
 
@@ -115,7 +116,7 @@ def tiny_detector(
         **options: further arguments of the detector's class, such as ``score_thresh``.
 
     Raises:
-        DebiasError: the kind is not known, or torchvision is not installed (extra ``recipes``).
+        DebiasError: the kind is not known, or torchvision is not installed (extra ``detection``).
     """
     if kind not in _TINY:
         raise DebiasError(f"Expected `kind` to be one of {', '.join(_TINY)}, but got {kind!r}.")
@@ -174,11 +175,6 @@ def _torchvision(name: str, num_classes: int, pretrained: bool, options: dict[st
 
 
 def _detection() -> Any:
-    try:
+    with needs_extra("detection"):
         from torchvision.models import detection
-    except ImportError as error:
-        raise DebiasError(
-            f"Expected the package `torchvision` to be installed, but importing it failed: {error}. Run"
-            " `pip install 'debias[recipes]'`."
-        ) from error
     return detection

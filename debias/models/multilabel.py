@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from debias.extras import needs_extra
 from debias.models.classifier import Classifier
 
 __all__ = ["MultiLabelClassifier"]
@@ -59,7 +60,8 @@ class MultiLabelClassifier(Classifier):
 
     def configure_optimizers(self) -> Any:
         """AdamW whose rate falls layer by layer, warm-up, cosine to zero, stepped with every batch."""
-        from timm.optim import param_groups_layer_decay
+        with needs_extra("images"):
+            from timm.optim import param_groups_layer_decay
 
         groups = param_groups_layer_decay(self.network, self.weight_decay, layer_decay=self.layer_decay)
         for group in groups:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from debias.errors import DebiasError, LossNotFoundError
+from debias.extras import needs_extra
 from debias.monitors._epoch import EpochMonitor, by_group
 from debias.monitors.detection_monitor import find_predictions
 from debias.ops.arguments import check_count, check_number, checked
@@ -54,8 +55,9 @@ def box_stability(boxes: Tensor, perturbed: Tensor) -> Tensor:
         >>> box_stability(boxes, torch.tensor([[0.0, 0.0, 10.0, 5.0]]))
         tensor(0.2500, dtype=torch.float64)
     """
-    from scipy.optimize import linear_sum_assignment
-    from torchvision.ops import box_iou
+    with needs_extra("detection"):
+        from scipy.optimize import linear_sum_assignment
+        from torchvision.ops import box_iou
 
     overlap = box_iou(boxes.double(), perturbed.double()).nan_to_num(0).cpu()  # boxes without an area
     rows, columns = linear_sum_assignment(overlap.numpy(), maximize=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from debias.errors import BatchKeyError, LossNotFoundError
+from debias.extras import needs_extra
 from debias.metrics.detection import DetectionAccuracy, GroupMeanAveragePrecision
 from debias.monitors._epoch import EpochMonitor, by_group
 from debias.ops.arguments import checked
@@ -185,7 +186,8 @@ class DetectionMonitor(EpochMonitor):
         grid = draw_detections(self._drawn, score_threshold=self.score_threshold)
         folder = Path(self.folder or Path(trainer.default_root_dir) / "detections")
         folder.mkdir(parents=True, exist_ok=True)
-        from PIL import Image
+        with needs_extra("detection"):
+            from PIL import Image
 
         name = f"{self.name}-" if self.name else ""
         pixels = grid.permute(1, 2, 0).numpy()
@@ -224,7 +226,8 @@ def draw_detections(rows: Sequence[Sequence[tuple[Tensor, Any, Any]]], *, score_
     Returns:
         uint8 ``(3, height, width)``.
     """
-    from torchvision.utils import draw_bounding_boxes
+    with needs_extra("detection"):
+        from torchvision.utils import draw_bounding_boxes
 
     height = max(image.shape[1] for row in rows for image, _, _ in row)
     width = max(image.shape[2] for row in rows for image, _, _ in row)

@@ -20,7 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from debias.errors import DebiasError, missing_package
+from debias.errors import DebiasError
+from debias.extras import needs_extra
 from debias.ops.arguments import check_count, check_ids, checked
 
 __all__ = [
@@ -363,7 +364,5 @@ def _sklearn(name: str) -> tuple[Any, Any]:
     """NumPy and a part of scikit-learn, loaded when they are first needed."""
     from importlib import import_module
 
-    try:
+    with needs_extra("sklearn"):
         return import_module("numpy"), import_module(f"sklearn.{name}")
-    except ImportError as error:
-        raise missing_package("scikit-learn", error) from error

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from debias.errors import DebiasError, missing_package
+from debias.errors import DebiasError
+from debias.extras import needs_extra
 from debias.ops.arguments import check_ids, checked, shown
 
 __all__ = [
@@ -201,10 +202,8 @@ def _logistic(
             f"Expected samples of each of the {n_classes} classes to fit the head on, but there is none of {what}"
             f" {', '.join(map(str, empty))}. Give a held-out set that holds all of them."
         )
-    try:
+    with needs_extra("sklearn"):
         from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise missing_package("scikit-learn", error) from error
     lasso = penalty == "l1"
     solver = "lbfgs" if not lasso else "liblinear" if n_classes == 2 else "saga"
     options: dict[str, Any] = {"C": strength, "solver": solver, "fit_intercept": bias, "max_iter": max_iter}

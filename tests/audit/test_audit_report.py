@@ -111,7 +111,7 @@ def test_without_the_extra_one_sentence_says_so(package, tmp_path, monkeypatch, 
     assert stop.value.code == 1
     said = capsys.readouterr().err
     assert f"the package `{package}`" in said
-    assert said.endswith("Run `pip install 'debias[audit]'`.\n")
+    assert said.endswith("Run `pip install 'lightning-debias[audit]'`.\n")
     assert said.count("\n") == 1
 
 

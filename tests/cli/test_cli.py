@@ -175,7 +175,7 @@ def test_unknown_command_and_recipe_name_the_nearest(capsys, tmp_path):
 
 def test_missing_extra_says_how_to_install_it():
     message = "Problem with given class_path 'a.B':\n    No module named 'torchvision'"
-    assert explain(message, []) == "`torchvision` is not installed; `pip install 'debias[recipes]'` brings it."
+    assert explain(message, []) == "`torchvision` is not installed; `pip install 'lightning-debias[images]'` brings it."
 
 
 def test_other_messages_pass_unchanged():
@@ -193,6 +193,14 @@ def test_other_messages_pass_unchanged():
 def test_error_of_debias_is_a_message_without_traceback(capsys, words, message):
     error = refused(capsys, "fit", "--config", BASE, *words, *QUIET)
     assert error.splitlines()[-1].startswith(message)
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_an_untrained_network_is_said_to_be_one(stage, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main([stage, "--config", BASE, *QUIET, "--trainer.logger=false"])
+    said = capsys.readouterr().err
+    assert f"note: `debias {stage}` got no `--ckpt_path`, so it runs an untrained network" in said
 
 
 def test_a_method_file_without_its_base(capsys):
@@ -239,7 +247,7 @@ def test_listings_work_without_rich(capsys, monkeypatch):
     monkeypatch.setattr("debias.cli.listing.find_spec", lambda name: None)
     main(["methods"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:2] == ["method", "what"]
+    assert lines[0].split()[:2] == ["method", "recipe"]
     assert any(line.startswith("GroupDRO") for line in lines[1:])
 
 

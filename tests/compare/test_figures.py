@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import math
 from dataclasses import replace
 
@@ -11,11 +12,17 @@ import matplotlib
 import numpy as np
 import pytest
 from lightning.pytorch.loggers import CSVLogger
+from scipy import stats
 
 from _support.records import GROUPS, failed, log_weights, logged, made_up, record, save
-from debias.compare.figures import DARK, FIGURES, LIGHT, by_group, group_weights, read_weights, worst_vs_average
+from debias.cli.recipes import recipes_folder
+from debias.compare.figures import FIGURES, by_group, group_weights, read_weights
+from debias.compare.paper import DARK, LIGHT
+from debias.compare.points import interval, worst_group, worst_vs_average
 from debias.compare.records import find_records
+from debias.compare.search import read_config
 from debias.compare.table import label, make_comparison
+from debias.compare.told import told
 
 FEW = ("erm", "balanced", "group_dro")
 MANY = (*FEW, "vrex", "irm", "coral", "mmd", "dann", "cdann", "fishr", "dsu", "mixstyle", "adv_style", "edge_view",
@@ -59,47 +66,142 @@ def test_worst_against_average_shows_means_and_seeds(methods):
     np.testing.assert_allclose(seeds, expected)
     (diagonal,) = [line for line in figure.axes[0].lines if line.get_linestyle() == "--"]
     assert diagonal.get_slope() == 1
-    legend = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
-    beside = [text.get_text() for text in figure.axes[0].texts]
-    assert sorted(legend or beside) == sorted(found)
-    assert bool(legend) is (len(methods) == 18)
+    assert sorted(text.get_text() for text in figure.axes[0].texts) == sorted(found)
 
 
-def test_methods_are_told_apart_by_colour_and_marker():
-    comparison = compared(MANY)
-    for paper in (LIGHT, DARK):
-        lines = [c.lines[0] for c in worst_vs_average(comparison, paper).axes[0].containers]
-        styles = [(line.get_color(), line.get_marker()) for line in lines]
-        assert len(set(styles)) == len(MANY)
-        for (color, marker), (other, another) in itertools.combinations(styles[:7], 2):
-            assert color != other
-            assert marker != another
-    three, many = (
-        {c.get_label(): c.lines[0].get_color() for c in worst_vs_average(compared(m)).axes[0].containers}
-        for m in (FEW, MANY)
-    )
-    assert {name: many[name] for name in ("ERM", "balanced ERM")} == {
-        name: three[name] for name in ("ERM", "balanced ERM")
-    }
+def forty():
+    return compared([*FEW, *(f"a_method_with_number_{i}" for i in range(37))])
 
 
-def test_labels_that_would_collide_give_way_to_a_legend():
-    runs = [record(m, s, test=[0.5, 0.6, 0.7, 0.8 + s / 1000]) for m in FEW for s in (0, 1)]
-    figure = worst_vs_average(make_comparison(runs, "last"))
-    assert not list(figure.axes[0].texts)
-    assert len(figure.legends[0].get_texts()) == 3
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_labels_beside_points_cover_nothing(seed):
-    figure = worst_vs_average(compared((*FEW, "vrex"), seed=seed))
+@pytest.mark.parametrize("comparison", [compared(FEW), compared(MANY), forty()], ids=["3", "18", "40"])
+def test_names_beside_points_cover_nothing(comparison):
+    figure = worst_vs_average(comparison)
     figure.draw_without_rendering()
     axes = figure.axes[0]
-    boxes = [text.get_window_extent() for text in axes.texts]
+    boxes = [matplotlib.text.Text.get_window_extent(text) for text in axes.texts]  # without the line to the point
+    assert len(boxes) == len(comparison.rows)
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-    for container in axes.containers:
-        (place,) = axes.transData.transform(container.lines[0].get_xydata())
-        assert not any(box.contains(*place) for box in boxes)
+    assert all(box.x0 > axes.get_window_extent().x1 for box in boxes)
+    assert all(box.y0 >= 0 and box.y1 <= figure.bbox.y1 for box in boxes)
+    for text, row in zip(axes.texts, sorted(comparison.rows, key=lambda r: -r.worst.mean), strict=True):
+        assert text.get_text() == label(row.method)
+        assert text.xy == (pytest.approx(100 * row.average.mean), pytest.approx(100 * row.worst.mean))
+
+
+def means(figure):
+    """Mean of each method in the sorted figure, from top to bottom: name, value."""
+    axes = figure.axes[0]
+    marks = [c for c in axes.collections if not c.get_label().startswith("_")]
+    return [(c.get_label(), float(c.get_offsets()[0][0])) for c in sorted(marks, key=lambda c: c.get_offsets()[0][1])]
+
+
+@pytest.mark.parametrize("comparison", [compared(FEW), compared(MANY[:14]), forty()], ids=["3", "14", "40"])
+def test_worst_groups_are_sorted_with_intervals_and_references(comparison):
+    figure = worst_group(comparison)
+    axes = figure.axes[0]
+    expected = sorted(((label(r.method), 100 * r.worst.mean) for r in comparison.rows), key=lambda pair: -pair[1])
+    assert means(figure) == [(name, pytest.approx(value)) for name, value in expected]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == [name for name, _ in expected]
+    by_name = {label(row.method): row for row in comparison.rows}
+    bars = [line for line in axes.lines if line.get_linestyle() == "-"]
+    for (name, _), line in zip(expected, bars, strict=True):
+        values = np.array([run.test.worst for run in by_name[name].runs])
+        half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
+        ends = 100 * np.clip([values.mean() - half, values.mean() + half], 0, 1)
+        np.testing.assert_allclose(line.get_xdata(), ends)
+    drawn = {line.get_linestyle(): line.get_xdata()[0] for line in axes.lines if line.get_linestyle() != "-"}
+    assert drawn == {"--": pytest.approx(dict(expected)["ERM"]), ":": pytest.approx(dict(expected)["balanced ERM"])}
+    figure.draw_without_rendering()
+    names = [tick.get_window_extent() for tick in axes.get_yticklabels()]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(names, 2))
+
+
+def test_lower_is_better_puts_the_lowest_on_top():
+    runs = [
+        record(m, 0, test=logged("test", (v, v), ("a", "b"), "loss"), direction="min")
+        for m, v in (("erm", 3.0), ("vrex", 2.0))
+    ]
+    assert [name for name, _ in means(worst_group(make_comparison(runs, "last")))] == ["vrex", "ERM"]
+
+
+@pytest.mark.parametrize("value", [0.0, 0.001, 0.999, 1.0])
+def test_percentages_stay_within_0_and_100(value):
+    other = abs(value - 0.15)
+    runs = [record(m, s, test=[value, abs(other - s / 9), value, value]) for m in FEW for s in (0, 1)]
+    comparison = make_comparison(runs, "last")
+    assert comparison.percent
+    for draw, axes_of in ((worst_group, ("x",)), (worst_vs_average, ("x", "y")), (by_group, ("y",))):
+        axes = draw(comparison).axes[0]
+        for axis in axes_of:
+            low, high = getattr(axes, f"get_{axis}lim")()
+            assert 0 <= low < high <= 100
+    lines = [line for line in worst_group(comparison).axes[0].lines if line.get_linestyle() == "-"]
+    assert all(0 <= end <= 100 for line in lines for end in line.get_xdata())
+
+
+def test_an_interval_of_one_seed_is_its_value():
+    assert interval(compared(FEW, seeds=(1,)).rows[0].worst)[0] == compared(FEW, seeds=(1,)).rows[0].worst.mean
+
+
+def spec_of(folder, run, config):
+    content = {"id": run.id, "recipe": run.recipe, "method": run.method, "seed": run.seed, "params": {}}
+    base = {"trainer": {"callbacks": [{"class_path": "debias.GroupMonitor", "init_args": {"group": "group"}}]}}
+    content |= {"recipe_hash": run.recipe_hash, "held_out": None, "configs": [base, config]}
+    (folder / run.id / "spec.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        ("erm", "nothing"), ("balanced", "groups"), ("group_dro", "groups"), ("vrex", "domains"), ("dann", "domains"),
+        ("domain_penalisation", "groups"), ("eiil", "nothing"), ("jtt", "nothing"), ("identity_adversarial", "groups"),
+        ("mixstyle", "nothing"), ("dfr", "groups"), ("afr", "nothing"),
+    ],
+)  # fmt: skip
+def test_what_a_method_is_told_is_read_from_its_configuration(tmp_path, method, kind):
+    save(made_up((method,)), tmp_path)
+    config = read_config(recipes_folder() / "methods" / f"{method}.yaml")
+    config.pop("search", None)
+    for run in find_records([tmp_path]):
+        spec_of(tmp_path, run, config)
+    (row,) = make_comparison(find_records([tmp_path]), "last").rows
+    assert told(row) == kind
+
+
+def test_a_spec_that_cannot_be_read_says_nothing(tmp_path):
+    save(made_up(("erm",), seeds=(0,)), tmp_path)
+    runs = find_records([tmp_path])
+    (row,) = make_comparison(runs, "last").rows
+    place = tmp_path / "erm-0" / "spec.json"
+    for damaged in ("{", '{"configs": 3}', "[" * 3000 + "]" * 3000):
+        place.write_text(damaged)
+        assert told(row) is None
+    nested = {}
+    for _ in range(900):
+        nested = {"a": nested}
+    spec_of(tmp_path, runs[0], nested)
+    assert told(row) in (None, "nothing")
+
+
+def test_colours_and_markers_say_what_a_method_is_told(tmp_path):
+    methods = ("erm", "balanced", "group_dro", "vrex", "irm")
+    save(made_up(methods), tmp_path)
+    for run in find_records([tmp_path]):
+        if run.method != "irm":
+            config = read_config(recipes_folder() / "methods" / f"{run.method}.yaml")
+            config.pop("search", None)
+            spec_of(tmp_path, run, config)
+    comparison = make_comparison(find_records([tmp_path]), "last")
+    for paper in (LIGHT, DARK):
+        figure = worst_vs_average(comparison, paper)
+        found = {c.get_label(): (c.lines[0].get_color(), c.lines[0].get_marker()) for c in figure.axes[0].containers}
+        assert found["balanced ERM"] == found["group_dro"]
+        kinds = [found[name] for name in ("ERM", "group_dro", "vrex", "irm")]
+        for (shade, marker), (other, another) in itertools.combinations(kinds, 2):
+            assert shade != other
+            assert marker != another
+        legend = [text.get_text() for text in worst_group(comparison, paper).legends[0].get_texts()]
+        assert sorted(legend) == ["ERM", "balanced ERM", "not known", "told domains", "told groups", "told nothing"]
 
 
 @pytest.mark.parametrize("paper", [LIGHT, DARK], ids=["light", "dark"])

@@ -22,7 +22,7 @@ from debias.errors import DebiasError
 METHODS = ("erm", "balanced", "group_dro")
 FILES = {
     "by_group-dark.png", "by_group.png", "group_weights-dark.png", "group_weights.png", "report.md", "runs.csv",
-    "table.csv", "worst_vs_average-dark.png", "worst_vs_average.png",
+    "table.csv", "worst_group-dark.png", "worst_group.png", "worst_vs_average-dark.png", "worst_vs_average.png",
 }  # fmt: skip
 
 

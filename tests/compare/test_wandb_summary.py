@@ -78,7 +78,7 @@ def test_offline_run_equals_the_csv_files(tmp_path):
     }
     group = run.table(f"by_group/{GROUPS[1]}_table")
     assert group[2][GROUPS[1]] == pytest.approx(100 * float(table[2][f"group/{GROUPS[1]}_mean"]))
-    for name in ("worst_vs_average", "by_group-dark"):
+    for name in ("worst_group", "worst_vs_average", "by_group-dark"):
         picture = run.folder / "files" / run.summary[f"figure/{name}"]["path"]
         assert picture.read_bytes() == (tmp_path / f"{name}.png").read_bytes()
     assert len(run.history) == 1

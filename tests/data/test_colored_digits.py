@@ -159,5 +159,5 @@ def test_bad_options(options, error, message):
 
 def test_a_missing_scikit_learn_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(DebiasError, match=r"`scikit-learn` to be installed.*pip install 'debias\[recipes\]'"):
+    with pytest.raises(DebiasError, match=r"`scikit-learn` to be installed.*pip install 'lightning-debias\[recipes\]'"):
         ColoredDigits().setup()

@@ -437,7 +437,7 @@ def test_too_few_images(tmp_path):
 def test_a_missing_torchvision_names_the_extra(tmp_path, monkeypatch):
     write_idx(tmp_path, arrays(12, 6))
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
-    with pytest.raises(DebiasError, match=r"`torchvision` to be installed.*pip install 'debias\[recipes\]'"):
+    with pytest.raises(DebiasError, match=r"`torchvision` to be installed.*pip install 'lightning-debias\[images\]'"):
         make(tmp_path)
 
 

@@ -140,5 +140,5 @@ def test_bad_options(options, message):
 
 def test_a_missing_torchvision_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(DebiasError, match=r"`torchvision` to be installed.*pip install 'debias\[recipes\]'"):
+    with pytest.raises(DebiasError, match=r"`torchvision` to be installed.*pip install 'lightning-debias\[images\]'"):
         make(write(tmp_path))

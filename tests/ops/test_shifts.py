@@ -485,7 +485,7 @@ def test_errors(call, message):
 def test_a_missing_kornia_names_the_extra(monkeypatch):
     for name in ("kornia.filters", "kornia.enhance", "kornia.color"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(DebiasError, match=r"`kornia` to be installed.*pip install 'debias\[augment\]'"):
+    with pytest.raises(DebiasError, match=r"`kornia` to be installed.*pip install 'lightning-debias\[augment\]'"):
         UnitImages(None, None)
 
 

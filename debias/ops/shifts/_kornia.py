@@ -23,7 +23,7 @@ def _load(name: str) -> Any:
         raise DebiasError(
             f"Expected the package `kornia` to be installed, but importing it failed: {error}. Run, with Python 3.11 or"
             " newer,"
-            " `pip install 'debias[augment]'`."
+            " `pip install 'lightning-debias[augment]'`."
         ) from error
 
 
