@@ -61,6 +61,14 @@ def refuse_unsupported(trainer: Any, module: Any, watcher: Watcher, stage: str) 
 
 
 def _check_strategy(strategy: Any, watcher: Watcher) -> None:
+    mesh = getattr(strategy, "_device_mesh", None)
+    if mesh is not None and mesh["tensor_parallel"].size() > 1:
+        raise UnsupportedStrategyError(
+            f"Expected every process to see another part of the batch for {type(watcher).__name__}, but got"
+            f" {type(strategy).__name__} with `tensor_parallel_size={mesh['tensor_parallel'].size()}`, whose processes"
+            " see the same one, so that its samples would count several times. Shard the data only:"
+            " `ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1)` with `fully_shard`."
+        )
     names = {cls.__name__ for cls in type(strategy).__mro__}
     supported = {"SingleDeviceStrategy", "DDPStrategy"} & names
     excluded = {"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "SingleDeviceXLAStrategy"} & names

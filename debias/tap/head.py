@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -245,12 +246,16 @@ class HeadTap:
                     f"Expected the head to run once in a step, but it ran {_times(runs)}. Name the layer that"
                     " makes the logits of the loss: `head='dotted.path'`."
                 )
+            if not join and _is_sharded(_own_weight(self.head)):  # type: ignore[arg-type]
+                raise _sharded_error(call)
             call.head = self.head
             _deliver(call, self._tracker, [(run, run.given) for run in runs])
             return
         output, call.features, weight, moves = call.record.linear or (None, None, None, [])
         # Not by `m.weight`, which some parametrizations compute anew, and change their state.
         found = [m for m in self.root.modules() if _own_weight(m) is weight] if weight is not None else []
+        if not found and any(map(_is_sharded, self.root.parameters())):
+            raise _sharded_error(call)
         if not found:
             raise HeadNotFoundError(
                 f"Expected the logits of `{call.name}` to be the output of a linear layer of the module, but no layer"
@@ -515,6 +520,20 @@ def _rows_of_loss(
     if samples.numel() != numbers.numel():
         return False
     return samples.new_full((count,), n).scatter_(0, numbers.flatten(), samples.flatten())
+
+
+def _is_sharded(weight: Any) -> bool:
+    """Whether a parameter is spread over processes."""
+    tensor = sys.modules.get("torch.distributed.tensor")  # not imported where nobody has sharded anything
+    return tensor is not None and isinstance(weight, tensor.DTensor)
+
+
+def _sharded_error(call: LossCall) -> HeadNotFoundError:
+    return HeadNotFoundError(
+        f"Expected the head that makes the logits of `{call.name}` to be whole on every process, but the parameters of"
+        " the module are sharded. Methods that need features only take those of a module that is named:"
+        " `features='dotted.path'`. Those that need the head itself (HessianAlignment, Fishr) work under DDP."
+    )
 
 
 def _own_weight(module: nn.Module) -> Any:
