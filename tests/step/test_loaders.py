@@ -298,6 +298,24 @@ def test_losses_of_several_loaders_are_added_up_by_group():
     equal(fit(both, loaders(), GroupDRO("place", 3, step_size=0.5, loss="sum")), fit(by_hand, plain))
 
 
+def test_a_consistency_loss_is_left_where_the_other_loss_is_chosen():
+    """Of two outputs of the network nobody can tell whose they are."""
+
+    def step(model: Model, batch: Any) -> Tensor:
+        target = batch[1][0]
+        return one(model, batch[0]) + F.mse_loss(model(target), model(target.flip(1)).detach())
+
+    def by_hand(model: Model, batch: Any) -> Tensor:
+        target = batch[1][0]
+        return one(model, batch[0]) + (model(target) - model(target.flip(1)).detach()).square().mean()
+
+    for sizes in (SIZES, (4, 4)):
+        found = fit(step, loaders("source", sizes), GroupDRO("place", 3, step_size=0.5, loss=0))
+        equal(found, fit(by_hand, loaders("source", sizes), GroupDRO("place", 3, step_size=0.5, loss=0)))
+        with pytest.raises(AmbiguousLossError, match=r"2: cross_entropy, mse_loss.*`loss=<index>`"):
+            fit(step, loaders("source", sizes), GroupDRO("place", 3))
+
+
 REFUSED = {
     "tagged and untagged samples in one loss": (joined, "source", RowsError, r"those of a loader.*without them"),
     "two losses, none chosen": (
