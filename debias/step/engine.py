@@ -23,7 +23,7 @@ from debias.step.batch import TagCollate
 from debias.step.context import Step
 from debias.step.contract import Method, Watcher
 from debias.step.detection import DetectorStep, detectors
-from debias.step.guards import refuse_duplicating_sampler, runs_again
+from debias.step.guards import refuse_duplicating_sampler, runs_again, takes_iterator
 from debias.step.loaders import Part, open_batch
 from debias.step.proxy import StepProxy, attach, detach
 from debias.step.settle import Learned, Settlement, with_loss
@@ -53,6 +53,7 @@ class StepEngine:
         self._proxies: list[StepProxy] = []
         self._handles: list[Any] = []
         self._collates: list[tuple[Any, Any]] = []
+        self._training_collates: tuple[int, list[TagCollate]] = 0, []  # of the loaders set up last, and in which epoch
         self._heads: dict[Any, HeadTap | FeatureTap] = {}
         self._tap: LossTap | None = None
         self._detector: DetectorStep | None = None
@@ -132,11 +133,20 @@ class StepEngine:
         loader = original(*args, **kwargs)
         refuse_duplicating_sampler(loader, self.trainer)
         collate_fn = getattr(loader, "collate_fn", None)
-        if collate_fn is not None and not getattr(collate_fn, "counts", False):
-            bare = collate_fn.collate_fn if isinstance(collate_fn, TagCollate) else collate_fn
-            loader.collate_fn = TagCollate(bare, counts=True)
+        if collate_fn is not None and all(of is not loader for of, _ in self._collates):
+            loader.collate_fn = TagCollate(collate_fn.collate_fn if isinstance(collate_fn, TagCollate) else collate_fn)
             self._collates.append((loader, collate_fn))
+        if collate_fn is not None and self.trainer.training and not takes_iterator(self.module):
+            self._count_samples(loader.collate_fn)
         return loader
+
+    def _count_samples(self, collate: TagCollate) -> None:
+        """Let batches of several training loaders say how many samples each of them has; one loader needs no such."""
+        epoch = self.trainer.current_epoch
+        before = self._training_collates[1] if self._training_collates[0] == epoch else []  # else loaders are reloaded
+        self._training_collates = epoch, [*before, collate]
+        for each in self._training_collates[1]:
+            each.counts = len(self._training_collates[1]) > 1
 
     def _keep_forward_output(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.in_evaluation_step:

@@ -12,7 +12,12 @@ from torch.utils.data.distributed import DistributedSampler
 from debias.errors import DebiasWarning, RowsError, UnsupportedStrategyError
 from debias.step.contract import Watcher
 
-__all__ = ["refuse_duplicating_sampler", "refuse_unsupported", "runs_again", "warn_padding"]
+__all__ = ["refuse_duplicating_sampler", "refuse_unsupported", "runs_again", "takes_iterator", "warn_padding"]
+
+
+def takes_iterator(module: Any) -> bool:
+    """Whether the training step fetches its batches itself, so that nothing can be carried beside them."""
+    return is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True)
 
 
 def refuse_unsupported(trainer: Any, module: Any, watcher: Watcher, stage: str) -> None:
@@ -22,7 +27,7 @@ def refuse_unsupported(trainer: Any, module: Any, watcher: Watcher, stage: str) 
     if stage != "fit" or not watcher.trains:
         return
     who = type(watcher).__name__
-    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+    if takes_iterator(module):
         raise UnsupportedStrategyError(
             f"Expected `training_step(batch, ...)` for {who}, but got `training_step(dataloader_iter)`: the"
             " batch is fetched inside the step, where it cannot be read. Take the batch as the first argument."
@@ -61,12 +66,13 @@ def refuse_unsupported(trainer: Any, module: Any, watcher: Watcher, stage: str) 
 
 
 def _check_strategy(strategy: Any, watcher: Watcher) -> None:
-    mesh = getattr(strategy, "_device_mesh", None)
-    if mesh is not None and mesh["tensor_parallel"].size() > 1:
+    mesh: Any = getattr(strategy, "_device_mesh", None)
+    same = mesh["tensor_parallel"].size() if "tensor_parallel" in (getattr(mesh, "mesh_dim_names", None) or ()) else 1
+    if same > 1:
         raise UnsupportedStrategyError(
             f"Expected every process to see another part of the batch for {type(watcher).__name__}, but got"
-            f" {type(strategy).__name__} with `tensor_parallel_size={mesh['tensor_parallel'].size()}`, whose processes"
-            " see the same one, so that its samples would count several times. Shard the data only:"
+            f" {type(strategy).__name__} with `tensor_parallel_size={same}`, whose processes see the same one, so that"
+            " its samples would count several times. Shard the data only:"
             " `ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1)` with `fully_shard`."
         )
     names = {cls.__name__ for cls in type(strategy).__mro__}

@@ -45,7 +45,7 @@ class Part:
 
     def holds(self, key: Any) -> bool:
         """Whether a tag or a place in the batch is of this loader."""
-        if key in self.tags if isinstance(key, str) else False:
+        if isinstance(key, str) and key in self.tags:
             return True
         if callable(key) or not self.path:
             return False

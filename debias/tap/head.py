@@ -11,24 +11,31 @@ from __future__ import annotations
 import difflib
 import functools
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from debias.errors import HeadNotFoundError, RowsError
+from debias.errors import HeadNotFoundError
 from debias.tap.calls import LossCall
+from debias.tap.features import (
+    Having,
+    Run,
+    check_features,
+    deliver,
+    feature_rows_of,
+    made_logits,
+    of_loaders,
+    own_weight,
+    rows_of_features,
+)
 from debias.tap.hooks import Hook
-from debias.tap.moves import CASTS, Move, apply_move, keeps_rows
+from debias.tap.moves import CASTS, Move, keeps_rows
 from debias.tap.rows import RowTracker
 
 __all__ = ["FeatureTap", "HeadFinder", "HeadTap", "check_features", "rows_of_features", "submodule"]
-
-Having: TypeAlias = Mapping[int, str] | None
-"""Of several loaders, number and name of those whose samples have the ids that a method reads; None of one loader."""
 
 _T = torch.Tensor
 # Operations between head and loss that leave every logit what it is.
@@ -91,23 +98,6 @@ def _keeps_all(args: tuple[Any, ...], out: Tensor) -> bool:
     return index[0] == slice(None) and all(isinstance(i, int | None) for i in index[1:])
 
 
-@dataclass(eq=False)
-class _Run:
-    """One run of a layer.
-
-    Attributes:
-        recorded: whether gradients were recorded.
-        given: its input.
-        around: the first tensors that it, and the modules that it lies in, were given, the innermost first.
-        output: what it made.
-    """
-
-    recorded: bool
-    given: Any
-    around: list[Tensor]
-    output: Any = None
-
-
 class _Layer:
     """Keeps what a layer is given, and what it makes of it, while a step runs.
 
@@ -117,7 +107,7 @@ class _Layer:
     """
 
     def __init__(self, layer: nn.Module, around: Sequence[nn.Module] = ()) -> None:
-        self._runs: list[_Run] = []
+        self._runs: list[Run] = []
         self._entered: list[Tensor | None] = []
         self._tracker: RowTracker | None = None
         self._armed = False
@@ -144,7 +134,7 @@ class _Layer:
             self._handles.pop().remove()
 
     @property
-    def runs(self) -> list[_Run]:
+    def runs(self) -> list[Run]:
         """All but those without gradients, of a teacher or to log an accuracy: a loss is not trained with them."""
         return [run for run in self._runs if run.recorded] or self._runs
 
@@ -161,7 +151,7 @@ class _Layer:
         if self._armed and (recorded or len(self._runs) < 2):  # without gradients, enough to tell one from many
             given = args[0] if args else next(iter(kwargs.values()), None)
             around = [x for x in (given, *reversed(self._entered)) if isinstance(x, Tensor)]
-            self._runs.append(_Run(recorded, given, around))
+            self._runs.append(Run(recorded, given, around))
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._armed and self._runs and self._runs[-1].output is None:
@@ -238,22 +228,22 @@ class HeadTap:
         runs = [] if self._layer is None else self._layer.runs
         if not self._noting:
             if join and runs and self._named:
-                runs = _of_loaders(self._tracker, runs, having, "head")
+                runs = of_loaders(self._tracker, runs, having, "head")
             elif len(runs) > 1:
-                runs = [run for run in runs if _made(self._tracker, run, call)] or runs
+                runs = [run for run in runs if made_logits(self._tracker, run, call)] or runs
             if len(runs) != 1 and not (join and runs and self._named):
                 raise HeadNotFoundError(
                     f"Expected the head to run once in a step, but it ran {_times(runs)}. Name the layer that"
                     " makes the logits of the loss: `head='dotted.path'`."
                 )
-            if not join and _is_sharded(_own_weight(self.head)):  # type: ignore[arg-type]
+            if not join and _is_sharded(own_weight(self.head)):  # type: ignore[arg-type]
                 raise _sharded_error(call)
             call.head = self.head
-            _deliver(call, self._tracker, [(run, run.given) for run in runs])
+            deliver(call, self._tracker, [(run, run.given) for run in runs])
             return
         output, call.features, weight, moves = call.record.linear or (None, None, None, [])
         # Not by `m.weight`, which some parametrizations compute anew, and change their state.
-        found = [m for m in self.root.modules() if _own_weight(m) is weight] if weight is not None else []
+        found = [m for m in self.root.modules() if own_weight(m) is weight] if weight is not None else []
         if not found and any(map(_is_sharded, self.root.parameters())):
             raise _sharded_error(call)
         if not found:
@@ -276,8 +266,8 @@ class HeadTap:
                 " whose output is meant, of which all runs then count; one that is given the batch itself:"
                 " `features='dotted.path'`."
             )
-        run = _Run(True, call.features, [], output)
-        call.record.feature_rows = functools.partial(_feature_rows, self._tracker, run, moves=moves)
+        run = Run(True, call.features, [], output)
+        call.record.feature_rows = functools.partial(feature_rows_of, self._tracker, run, moves=moves)
         if not self._hookable:
             return
         if self._layer is None:
@@ -343,183 +333,18 @@ class FeatureTap:
         """
         runs = self._layer.runs
         if join and runs:
-            runs = _of_loaders(self._tracker, runs, having, f"features={self.path!r}")
+            runs = of_loaders(self._tracker, runs, having, f"features={self.path!r}")
         elif len(runs) != 1:
             raise HeadNotFoundError(
                 f"Expected the module `features={self.path!r}` to run once in a step, but it ran"
                 f" {_times(runs)}. Name one that runs once."
             )
         call.head = None
-        _deliver(call, self._tracker, [(run, run.output) for run in runs])
+        deliver(call, self._tracker, [(run, run.output) for run in runs])
 
     def close(self) -> None:
         """Take the hooks away."""
         self._layer.close()
-
-
-def check_features(features: Any) -> Tensor:
-    """Features of samples, ``(N, D)``.
-
-    Raises:
-        HeadNotFoundError: they have another shape, or are no tensor.
-    """
-    if not isinstance(features, Tensor) or features.ndim != 2:
-        found = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
-        raise HeadNotFoundError(
-            f"Expected the features to have shape (N, D), one row per sample, but got {found}. Name a module whose"
-            " output is pooled and flat, such as the one before the head: `features='dotted.path'`."
-        )
-    return features
-
-
-def rows_of_features(features: Tensor, head: nn.Module | None) -> Tensor:
-    """Features as ``(rows, d)``: of maps ``(N, d, H, W)`` that a convolution reads, every position is a row."""
-    if _by_channel(features, head):
-        features = features.movedim(1, -1)
-    return features.reshape(-1, features.shape[-1])
-
-
-def _by_channel(x: Tensor, head: nn.Module | None) -> bool:
-    weight = _own_weight(head) if head is not None else None
-    linear = isinstance(head, nn.Linear) or (isinstance(weight, Tensor) and weight.ndim == 2)
-    return x.ndim == 4 and not linear
-
-
-def _made(tracker: RowTracker | None, run: _Run, call: LossCall) -> bool:
-    """Whether a run of the head made the logits of a loss."""
-    logits, output = (call.record.function or call).logits, run.output
-    if logits is output:
-        return True
-    return tracker is not None and isinstance(logits, Tensor) and tracker.moves(logits, output) is not None
-
-
-def _of_loaders(tracker: RowTracker | None, runs: list[_Run], having: Having, what: str) -> list[_Run]:
-    """The runs on samples that have ids, of a batch of several loaders.
-
-    Raises:
-        RowsError: there is none on the samples of one of the loaders.
-    """
-    if tracker is None or having is None:
-        return runs
-    of_runs = [next((x for x in map(tracker.loaders_of, run.around) if x is not None), None) for run in runs]
-    seen: set[int] = set().union(*(loaders for loaders in of_runs if loaders is not None))
-    missing = [name for loader, name in having.items() if loader not in seen]
-    if missing and None not in of_runs:
-        raise RowsError(
-            f"Expected the module that gives the features (`{what}`) to run on the samples of every loader that has"
-            f" ids, but it ran on none of {missing[0]}. Call it with them in the step, name a module that runs on all,"
-            " `features='dotted.path'`, or leave the tag of that loader out."
-        )
-    return [run for run, loaders in zip(runs, of_runs, strict=True) if loaders is None or loaders & set(having)]
-
-
-def _deliver(call: LossCall, tracker: RowTracker | None, runs: list[tuple[_Run, Any]]) -> None:
-    """Give a call the features of the runs of a layer, one run after the other."""
-    run, call.features = runs[0]
-    if len(runs) == 1:
-        call.record.feature_rows = functools.partial(_feature_rows, tracker, run)
-        return
-    shapes = {tuple(x.shape[1:]) if isinstance(x, Tensor) else None for _, x in runs}
-    if len(shapes) > 1 or None in shapes:
-        raise HeadNotFoundError(
-            "Expected the features of all runs of a layer in a step to be tensors of one width, but got"
-            f" {' and '.join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for _, x in runs[:8])}."
-            " Name a module that gives as many features in each: `features='dotted.path'`."
-        )
-    call.features = torch.cat([x for _, x in runs])
-    call.record.feature_rows = functools.partial(_joined_rows, tracker, runs)
-
-
-def _joined_rows(tracker: RowTracker | None, runs: list[tuple[_Run, Tensor]], call: LossCall) -> Tensor | None:
-    """As :func:`_feature_rows`, for the rows of several runs."""
-    if tracker is None:
-        return None
-    found = [_feature_rows(tracker, run, call, features=features) for run, features in runs]
-    counts = [len(rows_of_features(features, call.head)) for _, features in runs]
-    device = runs[0][1].device
-    return torch.cat(
-        [torch.arange(n, device=device) if rows is None else rows for rows, n in zip(found, counts, strict=True)]
-    )
-
-
-def _feature_rows(
-    tracker: RowTracker | None,
-    run: _Run,
-    call: LossCall,
-    *,
-    features: Any = None,
-    moves: list[Move] | None = None,
-) -> Tensor | None:
-    """Sample of each row of the features, int64 ``(rows,)``; the number of samples where the loss leaves the row out.
-
-    They are those of the loss where the layer's output can be followed to the logits, else those of what the layer, or
-    a network that it is in, was given.
-
-    Args:
-        tracker: of this step.
-        run: the run of the layer.
-        call: the loss, with its features.
-        features: of this run alone, where there are several.
-        moves: what was done to the layer's output to make the logits, if that is known.
-
-    Returns:
-        None where row i is sample i.
-
-    Raises:
-        RowsError: they are not known.
-    """
-    features = call.features if features is None else features
-    head, loss = call.head, call.record.function or call
-    if tracker is None or not isinstance(features, Tensor):
-        return None
-    if moves is None and isinstance(loss.logits, Tensor) and isinstance(run.output, Tensor):
-        moves = tracker.moves(loss.logits, run.output)
-    count = len(rows_of_features(features, head))
-    found: Tensor | bool | None = False
-    if moves is not None:
-        found = _rows_of_loss(loss, tracker.n, count, run.output, 1 if _by_channel(run.output, head) else -1, moves)
-    if found is False:
-        found = tracker.of_layer(features, run.around)
-        times = count // max(len(features), 1)
-        if times > 1 and not isinstance(found, bool):
-            samples = torch.arange(tracker.n, device=features.device) if found is None else found
-            found = samples.repeat_interleave(times)
-    if isinstance(found, bool):
-        raise RowsError(
-            f"Expected features whose rows can be followed to the {tracker.n} samples, but got shape"
-            f" {tuple(features.shape)} in a step that puts samples in another order, or makes several rows of each,"
-            " where that cannot be seen. Name a module of a network that is given the batch itself, and keeps its rows:"
-            " `features='dotted.path'`. If every sample has several rows, say how they are arranged: `rows='tiled'` or"
-            " `rows='interleaved'`."
-        )
-    return found
-
-
-def _rows_of_loss(
-    loss: LossCall, n: int, count: int, output: Tensor, classes: int, moves: list[Move]
-) -> Tensor | bool | None:
-    """Samples of the ``count`` rows of a layer's output, the axis of classes aside, from those of the loss's rows.
-
-    Returns:
-        As :func:`_feature_rows`, or False if the shapes do not fit.
-    """
-    if output.numel() != count * output.shape[classes]:
-        return False
-    rows = loss.logits_rows
-    if count == len(output) == (n if rows is None else len(rows)) and all(move.keeps_rows for move in moves):
-        return rows
-    numbers = torch.arange(count, device=output.device).view(output.select(classes, 0).shape)
-    numbers = numbers.unsqueeze(classes).expand(output.shape)
-    for move in moves:
-        numbers = apply_move(move.func, move.args, move.kwargs, numbers, move.part)
-    if numbers.ndim == loss.record.computed[0].ndim + 1:  # the loss has no axis of classes
-        numbers = numbers.select(1, 0)
-    samples = torch.arange(n, device=output.device) if rows is None else rows
-    if len(samples) == len(numbers):
-        samples = samples.view(-1, *[1] * (numbers.ndim - 1)).expand(numbers.shape)
-    if samples.numel() != numbers.numel():
-        return False
-    return samples.new_full((count,), n).scatter_(0, numbers.flatten(), samples.flatten())
 
 
 def _is_sharded(weight: Any) -> bool:
@@ -536,11 +361,7 @@ def _sharded_error(call: LossCall) -> HeadNotFoundError:
     )
 
 
-def _own_weight(module: nn.Module) -> Any:
-    return module._parameters.get("weight", vars(module).get("weight"))
-
-
-def _times(runs: list[_Run]) -> str:
+def _times(runs: list[Run]) -> str:
     return "several times" if runs else "0 times"
 
 

@@ -20,6 +20,7 @@ from debias import (
     Fishr,
     GroupDRO,
     GroupMixup,
+    GroupMonitor,
     GroupReweighting,
     HessianAlignment,
     VREx,
@@ -297,6 +298,24 @@ def test_losses_of_several_loaders_are_added_up_by_group():
     equal(fit(both, loaders(), GroupDRO("place", 3, step_size=0.5, loss="sum")), fit(by_hand, plain))
 
 
+def test_a_consistency_loss_is_left_where_the_other_loss_is_chosen():
+    """Of two outputs of the network nobody can tell whose they are."""
+
+    def step(model: Model, batch: Any) -> Tensor:
+        target = batch[1][0]
+        return one(model, batch[0]) + F.mse_loss(model(target), model(target.flip(1)).detach())
+
+    def by_hand(model: Model, batch: Any) -> Tensor:
+        target = batch[1][0]
+        return one(model, batch[0]) + (model(target) - model(target.flip(1)).detach()).square().mean()
+
+    for sizes in (SIZES, (4, 4)):
+        found = fit(step, loaders("source", sizes), GroupDRO("place", 3, step_size=0.5, loss=0))
+        equal(found, fit(by_hand, loaders("source", sizes), GroupDRO("place", 3, step_size=0.5, loss=0)))
+        with pytest.raises(AmbiguousLossError, match=r"2: cross_entropy, mse_loss.*`loss=<index>`"):
+            fit(step, loaders("source", sizes), GroupDRO("place", 3))
+
+
 REFUSED = {
     "tagged and untagged samples in one loss": (joined, "source", RowsError, r"those of a loader.*without them"),
     "two losses, none chosen": (
@@ -450,6 +469,17 @@ def test_loaders_are_told_apart_in_every_mode(mode):
     )
 
 
+class Reloading(L.LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return loaders("none")
+
+
+def test_loaders_that_are_made_anew_are_told_apart():
+    method = Seen("loader", 2, features="body")
+    fit(two_passes, Reloading(), method, max_epochs=2, reload_dataloaders_every_n_epochs=1)
+    assert method.seen == [[0] * 4 + [1] * 2] * 6
+
+
 def test_loaders_with_workers_and_a_collate_function_are_told_apart():
     method = Seen("loader", 2, features="body")
     sets = zip((SOURCE, TARGET), SIZES, strict=True)
@@ -575,3 +605,42 @@ def test_features_of_a_stranger_have_no_sample():
     assert tracker.of_layer(stranger.tanh(), [stranger]) is False
     assert tracker.loaders_of(stranger) == {1}
     assert tracker.loaders_of(x.tanh()) is None
+
+
+class Watched(Model):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        one(self, batch)
+
+
+class Iterating(Watched):
+    """Fetches its training batches itself."""
+
+    def training_step(self, dataloader_iter: Any) -> Tensor:
+        batch, _, _ = next(dataloader_iter)
+        return one(self, batch[0] if self.step == "several" else batch)
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor:UserWarning")  # Lightning's own
+@pytest.mark.filterwarnings("ignore:Found `dataloader_iter` argument:UserWarning")
+def test_a_step_that_fetches_its_batches_gets_them_bare():
+    """Beside a monitor, which only looks at the validation."""
+    data = DataLoader(tag(SOURCE, place=PLACES[0]), batch_size=4)
+    for plain in (DataLoader(SOURCE, batch_size=4), loaders("none")):
+        module = Iterating(None if isinstance(plain, DataLoader) else "several")
+        L.Trainer(callbacks=[GroupMonitor("place", 3)], **QUIET).fit(module, plain, data)
+
+
+class Looking(L.Callback):
+    """Iterates the training loader by itself, as for statistics of BatchNorm."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.batch = next(iter(trainer.train_dataloader))
+
+
+def test_a_single_loader_without_tags_yields_what_it_does_without_debias():
+    looking = Looking()
+    data = DataLoader(tag(SOURCE, place=PLACES[0]), batch_size=4)
+    L.Trainer(callbacks=[looking, GroupMonitor("place", 3)], **QUIET).fit(
+        Watched(one), DataLoader(SOURCE, batch_size=4), data
+    )
+    assert isinstance(looking.batch, list)

@@ -1,0 +1,218 @@
+"""The features of a step: the runs of the layer that gives them, and which sample each of their rows is of."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from debias.errors import HeadNotFoundError, RowsError
+from debias.tap.calls import LossCall
+from debias.tap.moves import Move, apply_move
+from debias.tap.rows import RowTracker
+
+__all__ = [
+    "Having",
+    "Run",
+    "check_features",
+    "deliver",
+    "feature_rows_of",
+    "made_logits",
+    "of_loaders",
+    "own_weight",
+    "rows_of_features",
+]
+
+Having: TypeAlias = Mapping[int, str] | None
+"""Of several loaders, number and name of those whose samples have the ids that a method reads; None of one loader."""
+
+
+@dataclass(eq=False)
+class Run:
+    """One run of a layer.
+
+    Attributes:
+        recorded: whether gradients were recorded.
+        given: its input.
+        around: the first tensors that it, and the modules that it lies in, were given, the innermost first.
+        output: what it made.
+    """
+
+    recorded: bool
+    given: Any
+    around: list[Tensor]
+    output: Any = None
+
+
+def check_features(features: Any) -> Tensor:
+    """Features of samples, ``(N, D)``.
+
+    Raises:
+        HeadNotFoundError: they have another shape, or are no tensor.
+    """
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        found = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+        raise HeadNotFoundError(
+            f"Expected the features to have shape (N, D), one row per sample, but got {found}. Name a module whose"
+            " output is pooled and flat, such as the one before the head: `features='dotted.path'`."
+        )
+    return features
+
+
+def rows_of_features(features: Tensor, head: nn.Module | None) -> Tensor:
+    """Features as ``(rows, d)``: of maps ``(N, d, H, W)`` that a convolution reads, every position is a row."""
+    if _by_channel(features, head):
+        features = features.movedim(1, -1)
+    return features.reshape(-1, features.shape[-1])
+
+
+def _by_channel(x: Tensor, head: nn.Module | None) -> bool:
+    weight = own_weight(head) if head is not None else None
+    linear = isinstance(head, nn.Linear) or (isinstance(weight, Tensor) and weight.ndim == 2)
+    return x.ndim == 4 and not linear
+
+
+def made_logits(tracker: RowTracker | None, run: Run, call: LossCall) -> bool:
+    """Whether a run of the head made the logits of a loss."""
+    logits, output = (call.record.function or call).logits, run.output
+    if logits is output:
+        return True
+    return tracker is not None and isinstance(logits, Tensor) and tracker.moves(logits, output) is not None
+
+
+def of_loaders(tracker: RowTracker | None, runs: list[Run], having: Having, what: str) -> list[Run]:
+    """The runs on samples that have ids, of a batch of several loaders.
+
+    Raises:
+        RowsError: there is none on the samples of one of the loaders.
+    """
+    if tracker is None or having is None:
+        return runs
+    of_runs = [next((x for x in map(tracker.loaders_of, run.around) if x is not None), None) for run in runs]
+    seen: set[int] = set().union(*(loaders for loaders in of_runs if loaders is not None))
+    missing = [name for loader, name in having.items() if loader not in seen]
+    if missing and None not in of_runs:
+        raise RowsError(
+            f"Expected the module that gives the features (`{what}`) to run on the samples of every loader that has"
+            f" ids, but it ran on none of {missing[0]}. Call it with them in the step, name a module that runs on all,"
+            " `features='dotted.path'`, or leave the tag of that loader out."
+        )
+    return [run for run, loaders in zip(runs, of_runs, strict=True) if loaders is None or loaders & set(having)]
+
+
+def deliver(call: LossCall, tracker: RowTracker | None, runs: list[tuple[Run, Any]]) -> None:
+    """Give a call the features of the runs of a layer, one run after the other."""
+    run, call.features = runs[0]
+    if len(runs) == 1:
+        call.record.feature_rows = functools.partial(feature_rows_of, tracker, run)
+        return
+    shapes = {tuple(x.shape[1:]) if isinstance(x, Tensor) else None for _, x in runs}
+    if len(shapes) > 1 or None in shapes:
+        raise HeadNotFoundError(
+            "Expected the features of all runs of a layer in a step to be tensors of one width, but got"
+            f" {' and '.join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for _, x in runs[:8])}."
+            " Name a module that gives as many features in each: `features='dotted.path'`."
+        )
+    call.features = torch.cat([x for _, x in runs])
+    call.record.feature_rows = functools.partial(_joined_rows, tracker, runs)
+
+
+def _joined_rows(tracker: RowTracker | None, runs: list[tuple[Run, Tensor]], call: LossCall) -> Tensor | None:
+    """As :func:`feature_rows_of`, for the rows of several runs."""
+    if tracker is None:
+        return None
+    found = [feature_rows_of(tracker, run, call, features=features) for run, features in runs]
+    counts = [len(rows_of_features(features, call.head)) for _, features in runs]
+    device = runs[0][1].device
+    return torch.cat(
+        [torch.arange(n, device=device) if rows is None else rows for rows, n in zip(found, counts, strict=True)]
+    )
+
+
+def feature_rows_of(
+    tracker: RowTracker | None,
+    run: Run,
+    call: LossCall,
+    *,
+    features: Any = None,
+    moves: list[Move] | None = None,
+) -> Tensor | None:
+    """Sample of each row of the features, int64 ``(rows,)``; the number of samples where the loss leaves the row out.
+
+    They are those of the loss where the layer's output can be followed to the logits, else those of what the layer, or
+    a network that it is in, was given.
+
+    Args:
+        tracker: of this step.
+        run: the run of the layer.
+        call: the loss, with its features.
+        features: of this run alone, where there are several.
+        moves: what was done to the layer's output to make the logits, if that is known.
+
+    Returns:
+        None where row i is sample i.
+
+    Raises:
+        RowsError: they are not known.
+    """
+    features = call.features if features is None else features
+    head, loss = call.head, call.record.function or call
+    if tracker is None or not isinstance(features, Tensor):
+        return None
+    if moves is None and isinstance(loss.logits, Tensor) and isinstance(run.output, Tensor):
+        moves = tracker.moves(loss.logits, run.output)
+    count = len(rows_of_features(features, head))
+    found: Tensor | bool | None = False
+    if moves is not None:
+        found = _rows_of_loss(loss, tracker.n, count, run.output, 1 if _by_channel(run.output, head) else -1, moves)
+    if found is False:
+        found = tracker.of_layer(features, run.around)
+        times = count // max(len(features), 1)
+        if times > 1 and not isinstance(found, bool):
+            samples = torch.arange(tracker.n, device=features.device) if found is None else found
+            found = samples.repeat_interleave(times)
+    if isinstance(found, bool):
+        raise RowsError(
+            f"Expected features whose rows can be followed to the {tracker.n} samples, but got shape"
+            f" {tuple(features.shape)} in a step that puts samples in another order, or makes several rows of each,"
+            " where that cannot be seen. Name a module of a network that is given the batch itself, and keeps its rows:"
+            " `features='dotted.path'`. If every sample has several rows, say how they are arranged: `rows='tiled'` or"
+            " `rows='interleaved'`."
+        )
+    return found
+
+
+def _rows_of_loss(
+    loss: LossCall, n: int, count: int, output: Tensor, classes: int, moves: list[Move]
+) -> Tensor | bool | None:
+    """Samples of the ``count`` rows of a layer's output, the axis of classes aside, from those of the loss's rows.
+
+    Returns:
+        As :func:`feature_rows_of`, or False if the shapes do not fit.
+    """
+    if output.numel() != count * output.shape[classes]:
+        return False
+    rows = loss.logits_rows
+    if count == len(output) == (n if rows is None else len(rows)) and all(move.keeps_rows for move in moves):
+        return rows
+    numbers = torch.arange(count, device=output.device).view(output.select(classes, 0).shape)
+    numbers = numbers.unsqueeze(classes).expand(output.shape)
+    for move in moves:
+        numbers = apply_move(move.func, move.args, move.kwargs, numbers, move.part)
+    if numbers.ndim == loss.record.computed[0].ndim + 1:  # the loss has no axis of classes
+        numbers = numbers.select(1, 0)
+    samples = torch.arange(n, device=output.device) if rows is None else rows
+    if len(samples) == len(numbers):
+        samples = samples.view(-1, *[1] * (numbers.ndim - 1)).expand(numbers.shape)
+    if samples.numel() != numbers.numel():
+        return False
+    return samples.new_full((count,), n).scatter_(0, numbers.flatten(), samples.flatten())
+
+
+def own_weight(module: nn.Module) -> Any:
+    """The weight that a module holds itself, as it is: some parametrizations compute ``module.weight`` anew."""
+    return module._parameters.get("weight", vars(module).get("weight"))
