@@ -16,6 +16,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from torch.utils.data.dataloader import default_collate
 
 from debias.errors import BatchKeyError, RowsError
+from debias.ops.arguments import checked
 from debias.step.sample_order import reorders
 from debias.tap.batches import one_per_sample
 
@@ -145,6 +146,7 @@ class TagCollate:
         counts: let batches without tags, too, say how many samples they have.
     """
 
+    @checked()
     def __init__(self, collate_fn: Callable[[Any], Any], *, counts: bool = False) -> None:
         self.collate_fn = collate_fn
         self.counts = counts

@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torchmetrics.classification import BinaryAccuracy
 
 import debias
@@ -62,6 +62,8 @@ RIGHT: dict[str, Callable[[], Any]] = {
     "by_group": lambda: torch.rand(G),
     "class_counts": lambda: torch.tensor([3, 2, 1]),
     "cosines": lambda: torch.rand(N, C),
+    "collate_fn": lambda: default_collate,
+    "data": _data,
     "dataset": _data,
     "domain": lambda: "place",
     "domains": lambda: IDS.clone(),
