@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from debias.audit.collect import HEAD, Collector, in_order
 from debias.audit.detection import map_table
 from debias.audit.features import erasure_table, probe_table
-from debias.audit.pictures import picture
+from debias.audit.pictures import shown
 from debias.audit.reading import SCORES
 from debias.audit.report import Report
 from debias.audit.run import Settings, examine
@@ -151,7 +151,7 @@ def _collected(
     samples.metadata = _metadata(collector, metadata, kept)
     samples.features = {name.removeprefix(inside): rows[kept] for name, rows in collector.named("features").items()}
     numbers = np.flatnonzero(kept)
-    samples.picture = lambda row: picture(loader.dataset, int(numbers[row]))
+    samples.shown = lambda row: shown(loader.dataset, int(numbers[row]))
     return samples, collector
 
 

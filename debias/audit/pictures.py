@@ -1,9 +1,11 @@
-"""A sample as a picture inside the page, where it is an image."""
+"""A sample as a picture inside the page, where it is an image, or as the start of its text."""
 
 from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -11,13 +13,25 @@ from torch import Tensor
 
 from debias.step.batch import TaggedSample
 
-__all__ = ["picture"]
+__all__ = ["shown"]
 
 LARGEST = 64  # pixels of the longer side: a page holds dozens
+LONGEST = 120  # characters of a text
 
 
-def picture(dataset: Any, index: int) -> str | None:
-    """A data address of the image of a sample; None where its first part is no image ``(C, H, W)``, C up to 3.
+def shown(dataset: Any, index: int) -> dict[str, str | None]:
+    """``picture``, a data address, of a sample whose first part is an image; ``text`` of one that holds a text."""
+    sample = dataset[index]
+    sample = sample.sample if isinstance(sample, TaggedSample) else sample
+    parts = list(sample.values()) if isinstance(sample, Mapping) else sample
+    first = parts[0] if isinstance(parts, tuple | list) and parts else parts
+    texts = [x for x in (parts if isinstance(parts, tuple | list) else [parts]) if isinstance(x, str)]
+    text = shorten(texts[0], LONGEST, placeholder=" ...") if texts else None
+    return {"picture": None if text else _picture(first), "text": text}
+
+
+def _picture(x: Any) -> str | None:
+    """A data address of an image ``(C, H, W)``, C up to 3; None of anything else.
 
     The values are stretched to the whole range, as the page does not know how they were normalised.
     """
@@ -25,9 +39,6 @@ def picture(dataset: Any, index: int) -> str | None:
         from PIL import Image
     except ImportError:
         return None
-    sample = dataset[index]
-    sample = sample.sample if isinstance(sample, TaggedSample) else sample
-    x = sample[0] if isinstance(sample, tuple | list) and sample else sample
     if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[0] not in (1, 2, 3) or min(x.shape[1:]) < 2:
         return None
     x = x.detach().cpu().float().nan_to_num()

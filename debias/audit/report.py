@@ -39,7 +39,7 @@ class Report:
         advice: what to do.
         slices_stand_out: whether the worst slice is worse than the rest by more than noise.
         samples: what was audited, for a comparison.
-        examples: ``name`` and ``picture`` of the rows that slices give as examples.
+        examples: ``name``, ``picture`` and ``text`` of the rows that slices give as examples.
     """
 
     title: str

@@ -224,11 +224,8 @@ def examine(
 def _examples(samples: Samples, slices: pd.DataFrame) -> dict[int, dict[str, Any]]:
     """What the example rows of slices are called and look like."""
     rows = sorted({row for rows in slices["examples"] for row in rows})
-    picture = samples.picture or (lambda row: None)
-    return {
-        row: {"name": samples.names[row] if len(samples.names) else f"row {row}", "picture": picture(row)}
-        for row in rows
-    }
+    shown = samples.shown or (lambda row: {"picture": None, "text": None})
+    return {row: {"name": samples.names[row] if len(samples.names) else f"row {row}"} | shown(row) for row in rows}
 
 
 def _leave_out_pure(samples: Samples) -> None:

@@ -37,7 +37,7 @@ class Samples:
         train_target: target of the training samples, like ``target``; None where it is not known.
         features: by layer, ``(N, D)``.
         names: what a sample is called on the page, such as an id or a file.
-        picture: makes the address of a picture of a sample, which holds the picture itself; None where it is none.
+        shown: what the page shows of a sample, ``picture`` (an address that holds it) and ``text``; None where unknown.
     """
 
     task: str
@@ -55,7 +55,7 @@ class Samples:
     train_target: Array | None = None
     features: dict[str, Array] = field(default_factory=dict)
     names: Sequence[str] = ()
-    picture: Callable[[int], str | None] | None = None
+    shown: Callable[[int], dict[str, str | None]] | None = None
 
     def __len__(self) -> int:
         return len(self.quality)

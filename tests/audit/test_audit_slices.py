@@ -5,9 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.metrics import adjusted_rand_score
 from sklearn.mixture import GaussianMixture
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
+import debias
 from debias.audit.columns import Column
 from debias.audit.samples import Samples
 from debias.audit.slices import error_mixture, slice_table
@@ -102,3 +106,37 @@ def test_metadata_stand_in_for_features_and_few_samples_make_none():
     one.columns = []
     assert slice_table(one, slices=2, min_count=20, alpha=0.05, confidence=0.95, seed=0).empty
     assert slice_table(samples(True, n=30)[0], slices=8, min_count=2, alpha=0.05, confidence=0.95, seed=0).empty
+
+
+class Reports(Dataset):
+    """Texts beside their features; those of the second cluster are classified wrong."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.cluster = torch.arange(800) % 5 == 0
+        self.y = torch.arange(800) % 2
+        self.x = torch.randn(800, 4, generator=generator) * 0.1
+        self.x[:, 0] += (2 * self.y - 1) * torch.where(self.cluster, -1, 1)
+        self.x[:, 1] += 5.0 * self.cluster
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, i):
+        return self.x[i], self.y[i], f"<b>report {i}</b> " + "word " * 100
+
+
+def test_slices_of_texts_show_how_they_begin(tmp_path):
+    model = nn.Sequential(nn.Identity(), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[-1.0, 0, 0, 0], [1.0, 0, 0, 0]]))
+        model[1].bias.zero_()
+    report = debias.audit(model, {"test": DataLoader(Reports(), 50)}, progress=False)
+    page = report.to_html(tmp_path / "audit.html").read_text()
+    rows = report.tables["slices"]["examples"][0]
+    assert rows
+    assert all(i % 5 == 0 for i in rows)
+    for i in rows:
+        assert f"&lt;b&gt;report {i}&lt;/b&gt; word" in page
+        assert len(report.examples[i]["text"]) <= 120
+    assert "<b>report" not in page
