@@ -207,7 +207,7 @@ def test_names_stay_text_in_every_format(tmp_path, name):
     tags = {tag.lower() for tag in re.findall(r"<(\w+)", html)}
     assert tags <= INERT
     assert html.count("<h1>") == 1
-    assert html.count("<h2>") == 3
+    assert html.count("<h2>") == 4
     assert html.count("<img") == html.count("<picture>")  # the figures
     assert "javascript:" not in "".join(re.findall(r'(?:href|src)="([^"]*)"', html))
     rows = [line for line in page.splitlines() if line.startswith("| ")]
