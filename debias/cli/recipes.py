@@ -53,8 +53,9 @@ def copy_recipe(name: str, folder: Path) -> None:
         folder: the user's folder; made if it does not exist.
 
     Raises:
-        DebiasError: there is no such recipe, or a file of that recipe exists.
+        DebiasError: there is no such recipe, a file of that recipe exists, or the folder cannot be written.
     """
+    from debias.cli.errors import check_writable
     from debias.errors import DebiasError
 
     known = recipes()
@@ -69,6 +70,7 @@ def copy_recipe(name: str, folder: Path) -> None:
             f"Expected none of the files of `{name}` to exist, but found {', '.join(existing)}. Nothing was copied. "
             "Move them away or name another folder."
         )
+    check_writable(target)
     for file in [*own, *shared]:
         if (target / file).exists():
             print(f"kept    {target / file}")

@@ -202,6 +202,7 @@ def test_a_run_whose_disk_is_full_is_a_failure_and_goes_on_later(tmp_path, monke
     ("words", "message"),
     [
         ("recipes copy colored_digits {file}", "a place that can be written"),
+        ("recipes copy colored_digits /proc/nowhere", "a place that can be written"),
         ("demo --out {file}/x", "a place that can be written"),
         ("gallery --out {file}/x.png", "a place that can be written"),
         ("shift-selection --out {file}/x", "a place that can be written"),
