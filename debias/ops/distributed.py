@@ -65,13 +65,7 @@ class _GlobalSum(torch.autograd.Function):
         return _GlobalSum.apply(grad)
 
 
-class _SharedSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
-
+class _SharedSum(_GlobalSum):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return shared_gradient(grad)

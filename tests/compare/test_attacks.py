@@ -116,7 +116,7 @@ def state(name: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    "name", ["../../x.ckpt", "/tmp/x.ckpt", "checkpoints/../../x.ckpt", "checkpoints/x/../y.ckpt", ""]
+    "name", ["../../x.ckpt", "/elsewhere/x.ckpt", "checkpoints/../../x.ckpt", "checkpoints/x/../y.ckpt", ""]
 )
 def test_a_checkpoint_of_another_folder_is_no_best_one(tmp_path, name):
     with pytest.raises(DebiasError, match="to name checkpoints in its own folder"):
@@ -201,7 +201,7 @@ def test_names_stay_text_in_every_format(tmp_path, name):
     for i, run in enumerate(runs):
         object.__setattr__(run, "id", f"run{i}")
     out = save(runs, tmp_path / "out")
-    comparison, paths = write_report(find_records([out]), "last", out, folders=[Path(f"/tmp/{name}")])
+    comparison, paths = write_report(find_records([out]), "last", out, folders=[Path(f"/elsewhere/{name}")])
     page = (out / "report.md").read_text(encoding="utf-8")
     html = MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(page)
     tags = {tag.lower() for tag in re.findall(r"<(\w+)", html)}
