@@ -91,7 +91,7 @@ class ColoredMNIST(GroupDataModule):
     Raises:
         DataError: MNIST is not at ``root``, cannot be read or downloaded, or has other shapes than MNIST; in
             ``prepare_data`` and ``setup``.
-        DebiasError: an argument is out of range, or torchvision is needed and not installed (extra ``recipes``).
+        DebiasError: an argument is out of range, or torchvision is needed and not installed (extra ``images``).
     """
 
     balances = ("group", "domain", "environment")

@@ -65,7 +65,7 @@ class DomainFolder(GroupDataModule):
 
     Raises:
         DataError: in ``setup``: the folder, a domain, a class or its images are missing; the message names them.
-        DebiasError: an argument is out of range, or torchvision is not installed (extra ``recipes``).
+        DebiasError: an argument is out of range, or torchvision is not installed (extra ``images``).
     """
 
     balances = ("group", "domain")

@@ -93,7 +93,7 @@ class FacialActionUnits(GroupDataModule):
     Raises:
         DataError: in ``setup``: the folder, the table, a column, a value, an image or a subject is missing or wrong, or
             a subject is in two folds; the message names it.
-        DebiasError: an argument is out of range, or torchvision is not installed (extra ``recipes``).
+        DebiasError: an argument is out of range, or torchvision is not installed (extra ``images``).
     """
 
     balances = ("group", "identity")

@@ -46,7 +46,7 @@ class ShortcutFolder(GroupDataModule):
 
     Raises:
         DataError: in ``setup``: a folder is missing, or a label has too few images in a style.
-        DebiasError: an argument is out of range, or torchvision is not installed (extra ``recipes``).
+        DebiasError: an argument is out of range, or torchvision is not installed (extra ``images``).
     """
 
     balances = ("group", "domain")

@@ -60,7 +60,7 @@ class Waterbirds(GroupDataModule):
     Raises:
         DataError: in ``setup``: the folder, the table, a column, a value or an image is missing or wrong; the message
             names it.
-        DebiasError: an argument is out of range, or torchvision is not installed (extra ``recipes``).
+        DebiasError: an argument is out of range, or torchvision is not installed (extra ``images``).
     """
 
     @checked()

@@ -137,7 +137,7 @@ class GroupMeanAveragePrecision(Metric):
 
     Raises:
         BadRowsError: an id is not below ``n_groups``.
-        DebiasError: the numbers differ, or pycocotools is not installed (extra ``recipes``).
+        DebiasError: the numbers differ, or pycocotools is not installed (extra ``detection``).
     """
 
     is_differentiable = False

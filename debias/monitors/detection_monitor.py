@@ -71,7 +71,7 @@ class DetectionMonitor(EpochMonitor):
     Raises:
         LossNotFoundError: no predictions were found.
         BatchKeyError: ids or targets are not where the argument says.
-        DebiasError: pycocotools is not installed (extra ``recipes``).
+        DebiasError: pycocotools is not installed (extra ``detection``).
     """
 
     needs: ClassVar[tuple[str, ...]] = ("domain",)

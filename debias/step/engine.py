@@ -203,8 +203,9 @@ class StepEngine:
             watcher.start(step)
         if step.batch is not received:
             args, kwargs = _with_batch(args, kwargs, step.batch)
-        for step.asking in debiasers:
-            step.asking.begin(step)
+        for watcher in debiasers:
+            step.asking = watcher
+            watcher.begin(step)
         step.asking = None
         reweigher = next((w for w in debiasers if w.reweighs), None)
         penalisers = [w for w in debiasers if w.penalises]
@@ -265,10 +266,8 @@ class StepEngine:
         first, *others = step.numbered
         strangers = [part.batch_in(step.batch) for part in step.strangers]
         joined = [(part.batch_in(step.batch), part.n or 0) for part in others]
-        n = step.n or 0
-        return RowTracker(
-            first.batch_in(step.batch), n - sum(n for _, n in joined), joined=joined, strangers=strangers, **options
-        )
+        n = (step.n or 0) - sum(size for _, size in joined)
+        return RowTracker(first.batch_in(step.batch), n, joined=joined, strangers=strangers, **options)
 
     def _with_detector(
         self, detector: DetectorStep, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
