@@ -146,6 +146,7 @@ MIXED = {
     "in an expression": lambda x: 0.7 * x + 0.3 * x.roll(1, 0),
     "pasted, as CutMix": lambda x: x.clone().index_put_((torch.arange(N), torch.zeros(N).long()), x.roll(1, 0)[:, 0]),
     "copied": lambda x: x.copy_(x.flip(0).clone()),
+    "put elsewhere": lambda x: x.clone().index_put_((torch.arange(N).flip(0),), x.clone()),
     "copied, then scaled": lambda x: x.clone().copy_(x.flip(0)).mul_(2),
 }
 
