@@ -33,7 +33,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from debias.errors import BadRowsError, BatchKeyError, DebiasError, DebiasWarning, HeadNotFoundError, RowsError
+from debias.errors import BadRowsError, BatchKeyError, DebiasError, DebiasWarning, RowsError
 from debias.monitors._epoch import EpochMonitor
 from debias.ops.arguments import check_count, check_number, checked
 from debias.ops.distributed import gather, global_rank, global_sum, world_size
@@ -42,6 +42,7 @@ from debias.step.context import Step
 from debias.step.indices import evaluation_loaders, evaluation_order
 from debias.step.watcher import check_loss
 from debias.tap.calls import LossCall
+from debias.tap.features import Pool, check_features, check_pool
 
 __all__ = ["AttributeProbe", "ledoit_wolf_shrinkage", "probe_attribute"]
 
@@ -249,6 +250,8 @@ class AttributeProbe(EpochMonitor):
             every sample is a unit, which is right only where samples are taken independently.
         features: dotted path of the module whose output ``(N, D)`` is probed; by default the input of the classifier
             head, found by the loss of the step or the output of the module's ``forward``.
+        pool: how tokens ``(N, T, D)`` or maps ``(N, D, H, W)`` that ``features`` names become one row a sample:
+            ``"mean"`` of all, padding too, or ``"first"`` token.
         head: dotted path of the head, where it is not found.
         every_n_epochs: probe in every n-th training epoch; testing and validating alone always do.
         fit_fraction: share of the units of each value to fit on.
@@ -282,6 +285,7 @@ class AttributeProbe(EpochMonitor):
         *,
         unit: BatchKey | None = None,
         features: str | None = None,
+        pool: Pool = None,
         head: str | None = None,
         every_n_epochs: int = 1,
         fit_fraction: float = 0.5,
@@ -298,7 +302,9 @@ class AttributeProbe(EpochMonitor):
         self.attribute = attribute
         self.n_values = check_count("n_values", n_values)
         self.unit = unit
+        check_pool(pool, features)
         self.features = features
+        self.pool = pool
         self.head = head
         self.every_n_epochs = check_count("every_n_epochs", every_n_epochs)
         self.fit_fraction = check_number("fit_fraction", fit_fraction, "(0, 1)")
@@ -327,13 +333,7 @@ class AttributeProbe(EpochMonitor):
         if not self._active:
             return
         ids = self._ids(step)
-        features = step.features
-        if not isinstance(features, Tensor) or features.ndim != 2:
-            found = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
-            raise HeadNotFoundError(
-                f"Expected the features to have shape (N, D), one row per sample, but got {found}. Name a module whose"
-                " output is pooled and flat: `features='dotted.path'`."
-            )
+        features = check_features(step.features)
         if len(features) != len(ids[0]):
             raise RowsError(f"Expected one row of features for each of {len(ids[0])} samples, but got {len(features)}.")
         self._kept[step.dataloader_idx].append((features.detach().float(), *ids))

@@ -21,9 +21,12 @@ class Watcher(Protocol):
     stateful: ClassVar[bool]
     needs_features: ClassVar[bool]
     loss: Any
-    head: str | None
-    features: str | None
     allow_untested_strategy: bool
+
+    @property
+    def reads(self) -> tuple[str | None, str | None, str | None]:
+        """Head and features that it names, and how these are pooled."""
+        ...
 
     @property
     def adds_to_loss(self) -> bool:

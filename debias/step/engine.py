@@ -229,7 +229,7 @@ class StepEngine:
             self._end_forward(debiasers)
             return output
 
-        heads = {(w.head, w.features): self._head(w.head, w.features) for w in debiasers if w.needs_features}
+        heads = {w.reads: self._head(*w.reads) for w in debiasers if w.needs_features}
         settlement = Settlement(step, reweigher, penalisers, heads, self._learned)
         stated = [w.loss_rows for w in debiasers if w.loss_rows is not None]
         rows = stated[0] if stated else None  # the same for all, or refused before training
@@ -309,7 +309,7 @@ class StepEngine:
         if step.n is not None:
             self._tracker = self._row_tracker(step, everything=self._rows_needed_in.get(stage, True))
         # Apart from those of training, whose losses may have another head.
-        heads = {(w.head, w.features): self._head(w.head, w.features, stage) for w in monitors if w.needs_features}
+        heads = {w.reads: self._head(*w.reads, stage) for w in monitors if w.needs_features}
         finders = [finder for head in heads.values() if (finder := head.start()) is not None]
         finder = finders[0] if finders else None
         tap = LossTap(training=False, tracker=self._tracker, finder=finder, evaluated=Evaluated())
@@ -319,7 +319,7 @@ class StepEngine:
                 head.stop()
             for monitor in monitors:
                 if monitor.needs_features:
-                    step.features = self._features(monitor, heads[monitor.head, monitor.features], tap)
+                    step.features = self._features(monitor, heads[monitor.reads], tap)
                 monitor.observe(step, tap.calls, self._forward_output, output)
             self._rows_needed_in[stage] = self._tracker is not None and self._tracker.needed
         finally:
@@ -429,13 +429,15 @@ class StepEngine:
             logging=trainer._logger_connector.should_update_logs if training else False,
         )
 
-    def _head(self, path: str | None, features: str | None, stage: str = "train") -> HeadTap | FeatureTap:
-        key = (path, features, stage)
+    def _head(
+        self, path: str | None, features: str | None, pool: str | None, stage: str = "train"
+    ) -> HeadTap | FeatureTap:
+        key = (path, features, pool, stage)
         if key not in self._heads:
             self._heads[key] = (
                 HeadTap(self.module, path, compiled=_is_compiled(self.module))
                 if features is None
-                else FeatureTap(self.module, features)
+                else FeatureTap(self.module, features, pool)
             )
         return self._heads[key]
 

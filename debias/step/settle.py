@@ -176,7 +176,7 @@ class Settlement:
         """Add the penalties, then the factors their protocols put on the whole loss."""
         for watcher in self.penalisers:
             calls = self.selected[watcher] if watcher.needs_loss else _followed(found.calls, watcher.loss)
-            head = self.heads[watcher.head, watcher.features] if watcher.needs_features else None
+            head = self.heads[watcher.reads] if watcher.needs_features else None
             # A loss has not the rows of every run, nor of every loader.
             if not calls or (not watcher.needs_loss and head is not None and (head.several or self.step.of_several)):
                 calls = [_of_features()]

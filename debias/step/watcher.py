@@ -26,6 +26,7 @@ from debias.step.indices import evaluation_loaders
 from debias.step.owned import OwnedModule
 from debias.step.random import StepRandom
 from debias.tap.calls import LossCall
+from debias.tap.features import Pool, check_pool
 
 __all__ = ["MAX_LOGGED_GROUPS", "Debiaser", "Losses", "StepWatcher"]
 
@@ -61,6 +62,12 @@ class StepWatcher(Callback):
         self.loss: Any = None
         self.head: str | None = None
         self.features: str | None = None
+        self.pool: Pool = None
+
+    @property
+    def reads(self) -> tuple[str | None, str | None, str | None]:
+        """Head and features that it names, and how these are pooled."""
+        return self.head, self.features, self.pool
 
     @property
     def adds_to_loss(self) -> bool:
@@ -166,6 +173,8 @@ class Debiaser(StepWatcher):
             group or once per sample, whatever it does.
         head: dotted path of the classifier head; found automatically by default.
         features: dotted path of the module whose output are the features; by default they are what the head reads.
+        pool: how the output of that module becomes one row a sample, where it is not: ``"mean"`` over tokens
+            ``(N, T, D)`` or maps ``(N, D, H, W)``, all alike, padding too; or ``"first"`` token, as of a ``[CLS]``.
         seed: seed of the method's own random numbers.
         name: tells several instances of a class apart.
         allow_untested_strategy: run under a strategy other than single-device and DDP, at your own risk.
@@ -183,6 +192,7 @@ class Debiaser(StepWatcher):
         losses: Losses = "whole",
         head: str | None = None,
         features: str | None = None,
+        pool: Pool = None,
         seed: int = 0,
         name: str | None = None,
         allow_untested_strategy: bool = False,
@@ -198,7 +208,9 @@ class Debiaser(StepWatcher):
         self.rows = rows
         self.losses = losses
         self.head = head
+        check_pool(pool, features)
         self.features = features
+        self.pool = pool
         self.random = StepRandom(seed, self.state_key)
         self.module: nn.Module | None = None
         self.owned: dict[str, OwnedModule] = {}

@@ -5,28 +5,32 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from debias.errors import HeadNotFoundError, RowsError
+from debias.errors import DebiasError, HeadNotFoundError, RowsError
 from debias.tap.calls import LossCall
 from debias.tap.moves import Move, apply_move
 from debias.tap.rows import RowTracker
 
 __all__ = [
     "Having",
+    "Pool",
     "Run",
     "check_features",
+    "check_pool",
     "deliver",
     "feature_rows_of",
     "made_logits",
     "of_loaders",
     "own_weight",
+    "pooled",
     "rows_of_features",
 ]
 
+Pool: TypeAlias = Literal["mean", "first"] | None
 Having: TypeAlias = Mapping[int, str] | None
 """Of several loaders, number and name of those whose samples have the ids that a method reads; None of one loader."""
 
@@ -58,9 +62,46 @@ def check_features(features: Any) -> Tensor:
         found = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
         raise HeadNotFoundError(
             f"Expected the features to have shape (N, D), one row per sample, but got {found}. Name a module whose"
-            " output is pooled and flat, such as the one before the head: `features='dotted.path'`."
+            " output is pooled and flat, such as the one before the head, `features='dotted.path'`; or say how tokens"
+            " (N, T, D) and maps (N, D, H, W) of a named module are pooled: `pool='mean'` or `pool='first'`."
         )
     return features
+
+
+def check_pool(pool: Any, features: str | None) -> None:
+    """Refuse a way of pooling that is unknown, or has no named module to pool the output of.
+
+    Raises:
+        DebiasError: it is.
+    """
+    if pool is not None and pool not in ("mean", "first"):
+        raise DebiasError(f"Expected `pool` to be None, 'mean' or 'first', but got {pool!r}.")
+    if pool is not None and features is None:
+        raise DebiasError(
+            f"Expected `features` to be named with `pool={pool!r}`, but got none: it says how the output of that module"
+            " is pooled. Pass `features='dotted.path'`, or leave `pool` out."
+        )
+
+
+def pooled(features: Any, pool: str | None) -> Any:
+    """One row a sample: the mean, or the first, of tokens ``(N, T, D)``; the mean over a map ``(N, D, H, W)``.
+
+    Raises:
+        HeadNotFoundError: the features have no tokens, or no such map.
+    """
+    if pool is None:
+        return features
+    ndim = features.ndim if isinstance(features, Tensor) else 0
+    if ndim == 3:
+        return features.mean(1) if pool == "mean" else features[:, 0]
+    if ndim > 3 and pool == "mean":
+        return features.flatten(2).mean(2)
+    shape = "(N, T, D) or (N, D, H, W)" if pool == "mean" else "(N, T, D)"
+    found = f"shape {tuple(features.shape)}" if ndim else type(features).__name__
+    raise HeadNotFoundError(
+        f"Expected the features to have shape {shape} with `pool={pool!r}`, but got {found}."
+        f" {'Leave `pool` out.' if ndim == 2 else 'Name another module: `features=...`.'}"
+    )
 
 
 def rows_of_features(features: Tensor, head: nn.Module | None) -> Tensor:

@@ -29,6 +29,7 @@ from debias.tap.features import (
     made_logits,
     of_loaders,
     own_weight,
+    pooled,
     rows_of_features,
 )
 from debias.tap.hooks import Hook
@@ -292,10 +293,12 @@ class FeatureTap:
     Args:
         root: the user's module.
         path: dotted path of the module whose output the features are.
+        pool: how its tokens or maps become one row a sample; see :func:`debias.tap.features.pooled`.
     """
 
-    def __init__(self, root: nn.Module, path: str) -> None:
+    def __init__(self, root: nn.Module, path: str, pool: str | None = None) -> None:
         self.path = path
+        self.pool = pool
         self._tracker: RowTracker | None = None
         self._layer = _Layer(*_along(root, path, argument="features"))
 
@@ -340,7 +343,7 @@ class FeatureTap:
                 f" {_times(runs)}. Name one that runs once."
             )
         call.head = None
-        deliver(call, self._tracker, [(run, run.output) for run in runs])
+        deliver(call, self._tracker, [(run, pooled(run.output, self.pool)) for run in runs])
 
     def close(self) -> None:
         """Take the hooks away."""

@@ -337,3 +337,56 @@ def test_two_of_a_class_mean_their_own_losses():
 def test_features_that_have_to_be_pooled_say_so():
     with pytest.raises(HeadNotFoundError, match="shape"):
         fit(lambda m, b: dice(m, (b[0].unsqueeze(1), b[1], b[2].unsqueeze(1))), CORAL("g", 2, features="body"))
+
+
+POOLED: dict[str, tuple[tuple[int, ...], Any]] = {
+    "mean of tokens": ((N, 5, 6), lambda h: h.mean(1)),
+    "first token": ((N, 5, 6), lambda h: h[:, 0]),
+    "mean of maps": ((N, 6, 2, 3), lambda h: h.mean((2, 3))),
+}
+
+
+@pytest.mark.parametrize("what", POOLED)
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda **options: CORAL("g", 2, **options),
+        lambda **options: MMD("g", 2, **options),
+        lambda **options: DomainAdversarial("g", 2, schedule="constant", **options),
+    ],
+)
+def test_features_of_tokens_and_maps_are_pooled_as_stated(what, method):
+    shape, pool = POOLED[what]
+
+    spread = torch.randn(5, *shape[1:], generator=torch.Generator().manual_seed(1)).double()
+
+    def step(model: Model, batch: Any) -> Tensor:
+        wide = torch.einsum("nd,d...->n...", model.body(batch[0]).tanh(), spread)
+        features = model.get_submodule("pooled")(model.get_submodule("wide")(wide))
+        return F.cross_entropy(model.head(features[:, :5]), batch[1])
+
+    class Pool(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return pool(x)
+
+    def trained(**options: Any) -> Tensor:
+        model = Model(step)
+        model.wide, model.pooled = nn.Identity(), Pool()
+        trainer = L.Trainer(callbacks=[method(**options)], **QUIET)
+        trainer.fit(model, DataLoader(tag(TensorDataset(X, Y, Z), g=G), batch_size=N))
+        return model.body.weight.detach()
+
+    own = trained(features="pooled")
+    stated = trained(features="wide", pool=what.split()[0])
+    torch.testing.assert_close(stated, own, rtol=1e-12, atol=1e-12)
+    with pytest.raises(HeadNotFoundError, match=r"shape \(N, D\).*`pool='mean'` or `pool='first'`"):
+        trained(features="wide")
+    with pytest.raises(HeadNotFoundError, match=r"with `pool='mean'`, but got shape \(8, 6\)\. Leave `pool` out"):
+        trained(features="pooled", pool="mean")
+
+
+def test_a_way_of_pooling_has_features_that_it_pools():
+    with pytest.raises(DebiasError, match=r"`features` to be named with `pool='mean'`"):
+        CORAL("g", 2, pool="mean")
+    with pytest.raises(DebiasError, match="'mean' or 'first', but got 'max'"):
+        CORAL("g", 2, features="body", pool="max")

@@ -20,6 +20,7 @@ from debias.ops.precision import autocast_off
 from debias.step.context import Step
 from debias.step.owned import OwnedModule
 from debias.tap.calls import LossCall
+from debias.tap.features import Pool
 
 __all__ = ["AdversarialDebiaser"]
 
@@ -33,6 +34,8 @@ class AdversaryTraining(LossOptions):
         ramp_steps: length of the "dann" ramp in optimiser steps; by default what is left of training.
         features: dotted path of the module whose output ``(N, D)`` is meant; by default the input of the classifier
             head, which is found.
+        pool: how tokens ``(N, T, D)`` or maps ``(N, D, H, W)`` that ``features`` names become one row a sample:
+            ``"mean"`` of all, padding too, or ``"first"`` token.
         lr: the adversary's learning rate; by default the user's current one (of several groups the highest) times
             ``lr_ratio``.
         lr_ratio: see ``lr``.
@@ -44,6 +47,7 @@ class AdversaryTraining(LossOptions):
     warmup_steps: int = 0
     ramp_steps: int | None = None
     features: str | None = None
+    pool: Pool = None
     lr: float | None = None
     lr_ratio: float = 1.0
     optimizer: Callable[[Iterable], Optimizer] | None = None

@@ -30,7 +30,7 @@ from debias.ops.precision import autocast_off
 from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.tap.calls import LossCall
-from debias.tap.head import check_features, rows_of_features
+from debias.tap.features import Pool, check_features, rows_of_features
 
 __all__ = ["DomainPenalty", "FeaturePenalty", "HeadPenalty", "LossPenalty"]
 
@@ -172,6 +172,8 @@ class FeaturePenalty(DomainPenalty):
     Args:
         features: dotted path of the module whose output ``(N, d)`` is meant; by default the input of the classifier
             head, which is found.
+        pool: how tokens ``(N, T, D)`` or maps ``(N, D, H, W)`` that ``features`` names become one row a sample:
+            ``"mean"`` of all, padding too, or ``"first"`` token.
         head: dotted path of the layer whose input the features are, where it is not found.
     """
 
@@ -179,6 +181,7 @@ class FeaturePenalty(DomainPenalty):
     needs_features: ClassVar[bool] = True
 
     features: str | None = None
+    pool: Pool = None
     head: str | None = None
 
     def __post_init__(self) -> None:
