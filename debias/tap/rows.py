@@ -33,11 +33,12 @@ from debias.tap.moves import (
     takes_rows,
 )
 from debias.tap.notes import CHANGED, Note, first_version, same_rows, version
+from debias.tap.numbers import SampleNumbers
 
 __all__ = ["RowTracker"]
 
 
-class RowTracker:
+class RowTracker(SampleNumbers):
     """Records the operations of one step and answers which sample each row of a tensor comes from.
 
     Args:
@@ -65,10 +66,8 @@ class RowTracker:
         joined: Sequence[tuple[Any, int]] = (),
         strangers: Sequence[Any] = (),
     ) -> None:
-        self.n = n + sum(more for _, more in joined)
         # Of several loaders, nothing is in "the order of the batch": what is unknown is of any of them.
-        self.several = bool(joined)
-        self.everything = everything
+        super().__init__(n + sum(more for _, more in joined), several=bool(joined), everything=everything)
         self.arranged = arranged
         self.needed = self.mixed = False
         self._records: list[Note] = []
@@ -81,7 +80,6 @@ class RowTracker:
         self._strangers: list[tuple[Tensor, int]] = [
             (x, loader) for loader, part in enumerate(strangers, 1 + len(joined)) for x, _ in roots_of(part, None)
         ]
-        self._orders: list[Tensor] = []
 
     # -- recording ---------------------------------------------------------------------------------
 
@@ -290,15 +288,6 @@ class RowTracker:
             return None
         return first
 
-    def start(self, shape: torch.Size, device: torch.device, sample: int | None = None, first: int = 0) -> Tensor:
-        """Sample numbers of a tensor with one row per sample from ``first`` on, or of one of a single sample."""
-        if sample is not None:
-            return torch.full((), sample, device=device).expand(shape)
-        order = self._order(device)
-        if self.several:
-            order = order[first : first + shape[0]]
-        return order.view(-1, *[1] * (len(shape) - 1)).expand(shape)
-
     def is_of_batch(self, tensor: Tensor) -> bool:
         """Whether it is a tensor of the batch, or was made of such alone."""
         return self._known(tensor)
@@ -401,27 +390,6 @@ class RowTracker:
         index = self.index(tensor)
         return None if index is None else self.by_row(index)
 
-    def by_row(self, index: Tensor) -> Tensor | None:
-        """Sample of each row of sample numbers ``(rows, ...)``; None where a row is of several samples."""
-        if index.ndim < 2:
-            return index
-        flat = index.flatten(1)
-        still = all(s == 0 or size == 1 for s, size in zip(index.stride()[1:], index.shape[1:], strict=True))
-        # Beyond the CPU the step that recorded everything has looked.
-        if still or not self.reads(index) or torch.equal(flat, flat[:, :1].expand_as(flat)):
-            return flat[:, 0] if index.numel() else None
-        return None
-
-    def without(self, index: Tensor, axes: list[int], out: Tensor | None = None) -> Tensor | None:
-        """Sample numbers when these axes are gone; None if samples change along them."""
-        for axis in reversed(axes):
-            first = index.select(axis, 0)
-            still = index.shape[axis] == 1 or index.stride(axis) == 0
-            if not still and not (self.reads(index) and torch.equal(index, first.unsqueeze(axis).expand_as(index))):
-                return None
-            index = first
-        return index if out is None else index.reshape(out.shape)
-
     def _joins_strangers(self, record: Note) -> bool:
         """Whether rows of the batch are joined with rows of unknown origin, such as those of a replay memory."""
         data, args, kwargs = record.args[0], record.args, record.kwargs
@@ -442,42 +410,9 @@ class RowTracker:
         """Whether as many other samples are in the step, so that a number of rows tells nothing."""
         return self.several or any(x.ndim and len(x) == self.n for x, _ in self._strangers)
 
-    def _order(self, device: torch.device) -> Tensor:
-        for order in self._orders:
-            if order.device == device:
-                return order
-        self._orders.append(torch.arange(self.n, device=device))
-        return self._orders[-1]
-
     def _plain(self, tensor: Tensor) -> Tensor | None:
         of_samples = tensor.ndim > 0 and tensor.shape[0] == self.n and not self.several
         return self.start(tensor.shape, tensor.device) if of_samples else None
-
-    def _axis(self, index: Tensor, read: bool | None = None) -> int | None:
-        """The axis along which the samples lie in the order of the batch, each the same along all other axes."""
-        order = self._order(index.device)
-        moving = [a for a, (s, size) in enumerate(zip(index.stride(), index.shape, strict=True)) if s and size > 1]
-        if self.n == 1:
-            return None if moving or 1 not in index.shape else index.shape.index(1)
-        if len(moving) == 1 and index.shape[moving[0]] == self.n:
-            line = index[tuple(slice(None) if a == moving[0] else 0 for a in range(index.ndim))]
-            if line._base is order and line.stride() == (1,) and line.storage_offset() == 0:
-                return moving[0]  # a view of the order itself
-            return moving[0] if self.reads(index, read) and torch.equal(line, order) else None
-        if not self.reads(index, read):
-            return None
-        for axis, size in enumerate(index.shape):
-            lines = order.view(-1, *[1] * (index.ndim - axis - 1))
-            if size == self.n and torch.equal(index, lines.expand(index.shape)):
-                return axis
-        return None
-
-    def _equal(self, a: Tensor, b: Tensor) -> bool:
-        return a is b or (a.shape == b.shape and (not self.reads(a) or torch.equal(a, b)))
-
-    def reads(self, x: Tensor, read: bool | None = None) -> bool:
-        """Whether numbers may be read: that waits for the device, so beyond the CPU only in the first step."""
-        return (x.device.type == "cpu" or self.everything) if read is None else read
 
 
 def _or_false(index: Tensor | None) -> Tensor | bool:
