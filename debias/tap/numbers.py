@@ -1,0 +1,87 @@
+"""Sample numbers: int64 tensors that say of each element which sample it is of, and what may be asked of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["SampleNumbers"]
+
+
+class SampleNumbers:
+    """The numbers of the samples of one step, spread over tensors without being copied.
+
+    Args:
+        n: number of samples.
+        several: whether they are of several loaders.
+        everything: whether numbers may be read beyond the CPU, too.
+    """
+
+    def __init__(self, n: int, *, several: bool, everything: bool) -> None:
+        self.n = n
+        self.several = several
+        self.everything = everything
+        self._orders: list[Tensor] = []
+
+    def start(self, shape: torch.Size, device: torch.device, sample: int | None = None, first: int = 0) -> Tensor:
+        """Sample numbers of a tensor with one row per sample from ``first`` on, or of one of a single sample."""
+        if sample is not None:
+            return torch.full((), sample, device=device).expand(shape)
+        order = self._order(device)
+        if self.several:
+            order = order[first : first + shape[0]]
+        return order.view(-1, *[1] * (len(shape) - 1)).expand(shape)
+
+    def by_row(self, index: Tensor) -> Tensor | None:
+        """Sample of each row of sample numbers ``(rows, ...)``; None where a row is of several samples."""
+        if index.ndim < 2:
+            return index
+        flat = index.flatten(1)
+        still = all(s == 0 or size == 1 for s, size in zip(index.stride()[1:], index.shape[1:], strict=True))
+        # Beyond the CPU the step that recorded everything has looked.
+        if still or not self.reads(index) or torch.equal(flat, flat[:, :1].expand_as(flat)):
+            return flat[:, 0] if index.numel() else None
+        return None
+
+    def without(self, index: Tensor, axes: list[int], out: Tensor | None = None) -> Tensor | None:
+        """Sample numbers when these axes are gone; None if samples change along them."""
+        for axis in reversed(axes):
+            first = index.select(axis, 0)
+            still = index.shape[axis] == 1 or index.stride(axis) == 0
+            if not still and not (self.reads(index) and torch.equal(index, first.unsqueeze(axis).expand_as(index))):
+                return None
+            index = first
+        return index if out is None else index.reshape(out.shape)
+
+    def _axis(self, index: Tensor, read: bool | None = None) -> int | None:
+        """The axis along which the samples lie in the order of the batch, each the same along all other axes."""
+        order = self._order(index.device)
+        moving = [a for a, (s, size) in enumerate(zip(index.stride(), index.shape, strict=True)) if s and size > 1]
+        if self.n == 1:
+            return None if moving or 1 not in index.shape else index.shape.index(1)
+        if len(moving) == 1 and index.shape[moving[0]] == self.n:
+            line = index[tuple(slice(None) if a == moving[0] else 0 for a in range(index.ndim))]
+            if line._base is order and line.stride() == (1,) and line.storage_offset() == 0:
+                return moving[0]  # a view of the order itself
+            return moving[0] if self.reads(index, read) and torch.equal(line, order) else None
+        if not self.reads(index, read):
+            return None
+        for axis, size in enumerate(index.shape):
+            lines = order.view(-1, *[1] * (index.ndim - axis - 1))
+            if size == self.n and torch.equal(index, lines.expand(index.shape)):
+                return axis
+        return None
+
+    def _equal(self, a: Tensor, b: Tensor) -> bool:
+        return a is b or (a.shape == b.shape and (not self.reads(a) or torch.equal(a, b)))
+
+    def reads(self, x: Tensor, read: bool | None = None) -> bool:
+        """Whether numbers may be read: that waits for the device, so beyond the CPU only in the first step."""
+        return (x.device.type == "cpu" or self.everything) if read is None else read
+
+    def _order(self, device: torch.device) -> Tensor:
+        for order in self._orders:
+            if order.device == device:
+                return order
+        self._orders.append(torch.arange(self.n, device=device))
+        return self._orders[-1]
