@@ -118,6 +118,7 @@ class LossTap(TorchFunctionMode):
 
     # -- losses ------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def _loss(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         # Without `strict=`, which Dynamo cannot follow in torch 2.9 where the whole module is compiled.
         arguments = dict(zip(NAMES[func], args)) | kwargs  # noqa: B905

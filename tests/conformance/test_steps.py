@@ -114,7 +114,9 @@ def test_compiled_is_eager(method, what):
     else:
         compiled = model
         model.backbone.compile(backend="aot_eager")
-    assert deviation(trained(method, max_epochs=1), trained(method, compiled, max_epochs=1)) < 1e-12
+    # Of one size, and without validation: Dynamo traces a network again for each.
+    short = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 0}
+    assert deviation(trained(method, **short), trained(method, compiled, **short)) < 1e-12
 
 
 @pytest.mark.usefixtures("dynamo")
