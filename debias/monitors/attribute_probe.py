@@ -256,7 +256,7 @@ class AttributeProbe(EpochMonitor):
         loss: which of several losses of a step is meant: its position, or a callable of :class:`LossCall`.
         seed: seed of the parts and of the shuffling.
         name: the first part of the logged names; by default the key.
-        allow_untested_strategy: run under a strategy other than single-device and DDP.
+        allow_untested_strategy: run under a strategy that was not tested.
 
     Raises:
         HeadNotFoundError: the features are not found or not ``(N, D)``.

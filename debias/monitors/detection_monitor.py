@@ -66,7 +66,7 @@ class DetectionMonitor(EpochMonitor):
         folder: where drawings go; by default ``detections`` in the Trainer's ``default_root_dir``. They also go to
             loggers of TensorBoard and W&B.
         name: prefix of several monitors' logged names.
-        allow_untested_strategy: run under a strategy other than single-device and DDP.
+        allow_untested_strategy: run under a strategy that was not tested.
 
     Raises:
         LossNotFoundError: no predictions were found.

@@ -92,7 +92,7 @@ class GroupMonitor(EpochMonitor):
         threshold: for binary and multi-label outputs: a logit above it is a positive.
         train_counts: training samples per group, for the adjusted average.
         name: prefix of several monitors' logged names, e.g. ``"place"`` gives ``val/place/accuracy``.
-        allow_untested_strategy: run under a strategy other than single-device and DDP.
+        allow_untested_strategy: run under a strategy that was not tested.
 
     Raises:
         LossNotFoundError: a step computes neither a loss nor ``forward``, and ``logits`` is not given.

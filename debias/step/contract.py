@@ -20,6 +20,7 @@ class Watcher(Protocol):
     monitors: ClassVar[bool]
     stateful: ClassVar[bool]
     needs_features: ClassVar[bool]
+    shardable: ClassVar[bool]
     loss: Any
     head: str | None
     features: str | None

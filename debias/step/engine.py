@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from debias.errors import DebiasError, HeadNotFoundError, RowsError, UnsupportedStrategyError
-from debias.ops.distributed import is_distributed
+from debias.ops.distributed import is_distributed, use_group
 from debias.step.agreement import Agreement, flat_loaders, refuse_contradictions
 from debias.step.batch import TagCollate
 from debias.step.context import Step
 from debias.step.contract import Method, Watcher
 from debias.step.detection import DetectorStep, detectors
-from debias.step.guards import refuse_duplicating_sampler, runs_again, takes_iterator
+from debias.step.guards import data_group, refuse_duplicating_sampler, runs_again, takes_iterator
 from debias.step.loaders import Part, open_batch
 from debias.step.proxy import StepProxy, attach, detach
 from debias.step.settle import Learned, Settlement, with_loss
@@ -71,6 +71,7 @@ class StepEngine:
         """Wrap what this stage needs."""
         if self._proxies:
             return
+        use_group(data_group(self.trainer.strategy))
         for name in _STEPS.get(stage, ()):
             self._proxies.append(attach(self.module, name, self._around(name)))
         self._proxies.append(attach(self.module, "_on_before_batch_transfer", self._strip_tags))
@@ -88,6 +89,7 @@ class StepEngine:
 
     def close(self) -> None:
         """Put everything back as it was. Safe to call twice."""
+        use_group(None)
         while self._proxies:
             detach(self._proxies.pop())
         while self._handles:

@@ -168,9 +168,7 @@ def test_a_probe_reads_unlabelled_targets_in_two_passes(how, features):
     x = {name: body(dataset.tensors[0]) for name, dataset in zip(data, (SOURCE, target), strict=True)}
     if how == "together":  # batches of two of the source, then five of the target
         x = torch.cat([torch.cat((x["source"][2 * i : 2 * i + 2], x["target"][5 * i : 5 * i + 5])) for i in range(6)])
-        places = torch.cat(
-            [torch.cat((PLACES[0][2 * i : 2 * i + 2], places[5 * i : 5 * i + 5])) for i in range(6)]
-        )
+        places = torch.cat([torch.cat((PLACES[0][2 * i : 2 * i + 2], places[5 * i : 5 * i + 5])) for i in range(6)])
     else:
         x = x["target"]
     expected = probe_attribute(x.detach().float(), places, 3)
