@@ -29,3 +29,11 @@ def ranks(pytestconfig: pytest.Config) -> Iterator[Ranks]:
     two = Ranks(warning_filters=pytestconfig.getini("filterwarnings"))
     yield two
     two.close()
+
+
+@pytest.fixture(scope="session")
+def four_ranks(pytestconfig: pytest.Config) -> Iterator[Ranks]:
+    """Four processes of one gloo group."""
+    four = Ranks(4, warning_filters=pytestconfig.getini("filterwarnings"))
+    yield four
+    four.close()

@@ -12,7 +12,6 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
@@ -21,6 +20,7 @@ from debias.data.tagging import TaggedDataset, tag
 from debias.errors import DataError, DebiasError
 from debias.extras import needs_extra
 from debias.ops.arguments import checked
+from debias.ops.distributed import global_rank, world_size
 from debias.step.batch import TaggedBatch
 
 __all__ = ["ColoredMNIST"]
@@ -317,7 +317,7 @@ class _FullBatch(Dataset[TaggedBatch]):
     def __getitem__(self, index: int) -> TaggedBatch:
         if index:  # ends a plain `for batch in dataset`
             raise IndexError(index)
-        here = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+        here = global_rank(), world_size()
         if self._share is None or self._share[0] != here:
             cut = slice(here[0], None, here[1])
             tensors = tuple(tensor[cut].contiguous() for tensor in self.tensors)

@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
-    ConcatDataset,
     DataLoader,
     IterableDataset,
     Subset,
@@ -20,11 +18,12 @@ from torch.utils.data import (
 )
 
 from debias.errors import BatchKeyError, DebiasError, DebiasWarning
+from debias.step.agreement import flat_loaders, tag_array
 from debias.step.batch import split_tags
 from debias.step.ids import read_ids
 from debias.step.random import undisturbed
 
-__all__ = ["can_count", "count_groups", "empty_groups", "flat_loaders", "tag_counts"]
+__all__ = ["can_count", "count_groups", "empty_groups", "tag_counts"]
 
 
 def count_groups(trainer: Any, key: Any, n_groups: int | Sequence[int], *, argument: str = "group") -> Tensor:
@@ -87,11 +86,6 @@ def empty_groups(counts: Tensor | None, names: Sequence[str]) -> str:
 def can_count(trainer: Any) -> bool:
     """Whether the training data can be counted: it is no stream."""
     return all(_has_rows(getattr(loader, "dataset", None)) for loader in flat_loaders(trainer.train_dataloader))
-
-
-def flat_loaders(loaders: Any) -> list[Any]:
-    """The loaders in lists, tuples and dictionaries of them, in the order of their numbers."""
-    return list((loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)).flattened)
 
 
 def _has_rows(dataset: Any) -> bool:
@@ -167,23 +161,5 @@ def _sum_up(parts: Any, key: Any, n_groups: Any, argument: str = "group") -> Ten
 def _tags(dataset: Any, key: Any) -> dict[str, Any] | None:
     """The whole arrays of the tags that a key names; None unless all of it is tags."""
     keys = list(key) if isinstance(key, tuple | list) else [key]
-    tags = {str(k): _tag_array(dataset, k) for k in keys}
+    tags = {str(k): tag_array(dataset, k) for k in keys}
     return None if any(array is None for array in tags.values()) else tags
-
-
-def _tag_array(dataset: Any, key: Any) -> Any:
-    """The whole array of a tag, through subsets, concatenations and nested tags; None if there is none, or another
-    dataset between.
-    """
-    if isinstance(dataset, Subset):
-        inner = _tag_array(dataset.dataset, key)
-        return None if inner is None else inner[torch.as_tensor(dataset.indices)]
-    if isinstance(dataset, ConcatDataset):
-        parts = [_tag_array(part, key) for part in dataset.datasets]
-        return None if any(part is None for part in parts) else torch.cat(parts)
-    if not hasattr(dataset, "__dict__"):
-        return None
-    tags = vars(dataset).get("tags")
-    if not isinstance(tags, dict) or not isinstance(key, str):
-        return None
-    return tags[key] if isinstance(tags.get(key), Tensor) else _tag_array(vars(dataset).get("dataset"), key)

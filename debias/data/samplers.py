@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence, Sized
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from debias.errors import DataError, DebiasError
 from debias.ops.arguments import MOST, check_count, checked
+from debias.ops.distributed import global_rank, world_size
 
 __all__ = ["EvalSampler", "GroupBalancedSampler", "check_batches"]
 
@@ -36,13 +36,13 @@ class _LateRank(DistributedSampler[int]):
 
     @property
     def rank(self) -> int:  # type: ignore[override]
-        """The rank of this process; 0 without a process group."""
-        return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        """The rank of this process among those that see different samples; 0 without a process group."""
+        return global_rank()
 
     @property
     def num_replicas(self) -> int:  # type: ignore[override]
-        """The number of processes; 1 without a process group."""
-        return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        """The number of processes that see different samples; 1 without a process group."""
+        return world_size()
 
     @property
     def num_samples(self) -> int:  # type: ignore[override]

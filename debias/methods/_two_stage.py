@@ -57,6 +57,7 @@ class TwoStage(Debiaser):
     """
 
     stateful: ClassVar[bool] = True
+    shardable: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ("index",)
     records_features: ClassVar[bool] = False
     module: Any

@@ -206,12 +206,13 @@ class LastLayerRetraining(StepWatcher):
         method, group, n_groups, head, input, target, strengths, refits: see :func:`debias.retrain_last_layer`.
         gamma, ridge, lr, steps, early, n_selected, seed: see :func:`debias.retrain_last_layer`.
         name: tells several instances apart.
-        allow_untested_strategy: run under a strategy other than single-device and DDP, at your own risk.
+        allow_untested_strategy: run under a strategy that was not tested, at your own risk.
 
     Attributes:
         fit: what was fitted, None before the end.
     """
 
+    shardable: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ("features", "head")
     reference: ClassVar[str] = "Kirichenko et al. (DFR), Qiu et al. (AFR), LaBonte et al. (SELF), 2023"
 

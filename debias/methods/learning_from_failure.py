@@ -187,6 +187,7 @@ class LearningFromFailure(Debiaser):
     """
 
     stateful: ClassVar[bool] = True
+    shardable: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ("index", "target")
     reference: ClassVar[str] = "Nam et al., NeurIPS 2020, arXiv 2007.02561"
 

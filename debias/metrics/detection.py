@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 
 from debias.errors import BadRowsError, DebiasError
 from debias.extras import needs_extra
 from debias.metrics.group import group_difference, worst_group
+from debias.metrics.ranks import RankMetric
 from debias.ops.arguments import check_count, checked
+from debias.ops.distributed import gather_objects
 
 __all__ = ["DetectionAccuracy", "GroupMeanAveragePrecision", "detection_accuracy"]
 
@@ -56,7 +56,7 @@ def detection_accuracy(predicted: Tensor, true: Tensor, *, iou_threshold: float 
     return hits / (p + t - hits)
 
 
-class DetectionAccuracy(Metric):
+class DetectionAccuracy(RankMetric):
     """Detection accuracy by domain and its mean over domains, the headline of GWHD in WILDS.
 
     States are sums of a fixed size, so results are the same however images are spread over batches and ranks.
@@ -116,7 +116,7 @@ class DetectionAccuracy(Metric):
         }
 
 
-class GroupMeanAveragePrecision(Metric):
+class GroupMeanAveragePrecision(RankMetric):
     """torchmetrics' mean average precision over all images, by domain, and of the worst domain.
 
     ``update(preds, target, groups)`` takes torchmetrics' lists of dictionaries and ids ``(N,)``, negative = no domain.
@@ -164,11 +164,8 @@ class GroupMeanAveragePrecision(Metric):
     def compute(self) -> dict[str, Tensor]:
         """The precisions; see the docstring of the class."""
         images = self._images
-        if dist.is_available() and dist.is_initialized():
-            # Not through torchmetrics' own states, which need as many images on every rank.
-            parts: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, images)
-            images = [image for part in parts for image in part]
+        # Not through torchmetrics' own states, which need as many images on every rank.
+        images = [image for part in gather_objects(images) for image in part]
         self._say_more(images)
         found = [self._alone([i for i in images if i[2] == group]) for group in range(self.n_groups)]
         found.append(self._alone(images))

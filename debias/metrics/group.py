@@ -24,6 +24,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 
 from debias.errors import BadRowsError, DebiasError
+from debias.metrics.ranks import RankMetric
 from debias.metrics.undefined import DefinedMetric, fresh, is_better_high
 from debias.ops.arguments import MOST, check_count, checked
 
@@ -126,7 +127,7 @@ def adjusted_average(by_group: Tensor, train_counts: Tensor) -> Tensor:
     return (weights * by_group.nan_to_num()).sum() / weights.sum()
 
 
-class GroupAccuracy(Metric):
+class GroupAccuracy(RankMetric):
     r"""Accuracy over all samples, by group, and of the worst group.
 
     .. math:: \text{accuracy}_g = \frac{\sum_i [i \in g] \, a_i}{\sum_i [i \in g]}
@@ -237,7 +238,7 @@ class GroupAccuracy(Metric):
         return summary | say_not_finite("accuracy", self.not_finite, "They count as wrong.")
 
 
-class GroupedMetric(Metric):
+class GroupedMetric(RankMetric):
     """Any torchmetrics metric with one value, split by group.
 
     Each group has a clone of the metric, which sees the rows of its group; another one sees all rows. ``compute()``

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from debias.metrics.group import say_not_finite
+from debias.metrics.ranks import RankMetric
 from debias.ops.arguments import checked
 
 __all__ = ["MultilabelF1"]
 
 
-class MultilabelF1(Metric):
+class MultilabelF1(RankMetric):
     """F1 by threshold, group and label: ``2 TP / (2 TP + FP + FN)``, from counts that add up over batches and ranks.
 
     Args:

@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from debias.errors import DebiasError
-from debias.ops.distributed import gather_objects
-from debias.step.indices import evaluation_loaders
+from debias.step.indices import evaluation_sets
 from debias.step.watcher import MAX_LOGGED_GROUPS, StepWatcher
 
 __all__ = ["EpochMonitor", "by_group"]
@@ -68,28 +67,9 @@ class EpochMonitor(StepWatcher):
             options = {"reduce_fx": "max", "sync_dist": trainer.world_size > 1, "add_dataloader_idx": False}
             pl_module.log_dict(values, **options)
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse ranks with different numbers of training batches.
-
-        The first one to end its epoch would wait in validation for values of others that wait in their backward pass
-        for it: without end, or with sums of other things. Plain Lightning with ``sync_dist=True`` does.
-
-        Raises:
-            DebiasError: on all ranks, before the first step.
-        """
-        if trainer.world_size < 2:
-            return
-        batches = gather_objects(trainer.num_training_batches)
-        if len(set(batches)) > 1:
-            raise DebiasError(
-                f"Expected all ranks to have equally many training batches, but `train_dataloader` has {batches} of"
-                " them: ranks would wait for each other without end. Leave `use_distributed_sampler=True`, take a"
-                " GroupBalancedSampler, or pass `limit_train_batches` to the Trainer."
-            )
-
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Start afresh."""
-        self._start(trainer, pl_module, evaluation_loaders(trainer))
+        self._start(trainer, pl_module, evaluation_sets(trainer))
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log what validation has shown."""
@@ -97,7 +77,7 @@ class EpochMonitor(StepWatcher):
 
     def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Start afresh."""
-        self._start(trainer, pl_module, evaluation_loaders(trainer))
+        self._start(trainer, pl_module, evaluation_sets(trainer))
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log what the test has shown."""

@@ -39,7 +39,7 @@ from debias.ops.arguments import check_count, check_number, checked
 from debias.ops.distributed import gather, global_rank, global_sum, world_size
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
-from debias.step.indices import evaluation_loaders, evaluation_order
+from debias.step.indices import evaluation_order, evaluation_sets
 from debias.step.watcher import check_loss
 from debias.tap.calls import LossCall
 from debias.tap.features import Pool, check_features, check_pool
@@ -259,7 +259,7 @@ class AttributeProbe(EpochMonitor):
         loss: which of several losses of a step is meant: its position, or a callable of :class:`LossCall`.
         seed: seed of the parts and of the shuffling.
         name: the first part of the logged names; by default the key.
-        allow_untested_strategy: run under a strategy other than single-device and DDP.
+        allow_untested_strategy: run under a strategy that was not tested.
 
     Raises:
         HeadNotFoundError: the features are not found or not ``(N, D)``.
@@ -360,7 +360,7 @@ class AttributeProbe(EpochMonitor):
     def _values(self, trainer: Any, pl_module: Any, stage: str) -> list[dict[str, Tensor]]:
         if not self._active:
             return []
-        sets, self._kept = zip(evaluation_loaders(trainer), self._kept, strict=True), []
+        sets, self._kept = zip(evaluation_sets(trainer), self._kept, strict=True), []
         scores = [self._scores(loader, kept, pl_module.device) for loader, kept in sets]
         alone = self.unit is not None and any(bool(each["accuracy"].isnan()) for each in scores)
         if alone and not self._said_alone and trainer.is_global_zero:

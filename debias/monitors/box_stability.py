@@ -83,7 +83,7 @@ class BoxStability(EpochMonitor):
         domain_names: one name per domain.
         seed: seed of the draws. They depend on the position of a batch in the epoch and on the rank.
         name: prefix of several monitors' logged names.
-        allow_untested_strategy: run under a strategy other than single-device and DDP.
+        allow_untested_strategy: run under a strategy that was not tested.
 
     Raises:
         DebiasError: an argument is out of range, or a layer's output is no tensor of at least two dimensions.

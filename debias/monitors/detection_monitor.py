@@ -22,7 +22,7 @@ from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, describe, key_name
 from debias.step.context import Step
 from debias.step.ids import check_keys, plain_key, plain_n_groups
-from debias.step.indices import evaluation_loaders
+from debias.step.indices import evaluation_sets
 from debias.tap.calls import LossCall
 from debias.tap.head import submodule
 from debias.tap.hooks import Hook
@@ -66,7 +66,7 @@ class DetectionMonitor(EpochMonitor):
         folder: where drawings go; by default ``detections`` in the Trainer's ``default_root_dir``. They also go to
             loggers of TensorBoard and W&B.
         name: prefix of several monitors' logged names.
-        allow_untested_strategy: run under a strategy other than single-device and DDP.
+        allow_untested_strategy: run under a strategy that was not tested.
 
     Raises:
         LossNotFoundError: no predictions were found.
@@ -172,7 +172,7 @@ class DetectionMonitor(EpochMonitor):
         self._drawn = [[] for _ in range(self.total)]
 
     def _values(self, trainer: Any, pl_module: Any, stage: str) -> list[dict[str, Tensor]]:
-        used = self._metrics[: len(evaluation_loaders(trainer))]
+        used = self._metrics[: len(evaluation_sets(trainer))]
         computed = [{k: v for metric in metrics for k, v in metric.compute().items()} for metrics in used]
         named = [{key.replace("group", "domain"): value for key, value in values.items()} for values in computed]
         return [by_group(values, self.domain_names) for values in named]

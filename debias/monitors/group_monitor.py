@@ -37,7 +37,7 @@ from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, describe, key_name
 from debias.step.context import Step
 from debias.step.ids import check_keys, plain_key, plain_n_groups
-from debias.step.indices import evaluation_loaders
+from debias.step.indices import evaluation_sets
 from debias.step.watcher import check_loss
 from debias.tap.calls import LossCall
 from debias.tap.head import submodule
@@ -92,7 +92,7 @@ class GroupMonitor(EpochMonitor):
         threshold: for binary and multi-label outputs: a logit above it is a positive.
         train_counts: training samples per group, for the adjusted average.
         name: prefix of several monitors' logged names, e.g. ``"place"`` gives ``val/place/accuracy``.
-        allow_untested_strategy: run under a strategy other than single-device and DDP.
+        allow_untested_strategy: run under a strategy that was not tested.
 
     Raises:
         LossNotFoundError: a step computes neither a loss nor ``forward``, and ``logits`` is not given.
@@ -363,7 +363,7 @@ class GroupMonitor(EpochMonitor):
     def _values(self, trainer: Any, pl_module: Any, stage: str) -> list[dict[str, Tensor]]:
         if trainer.is_global_zero:
             self._warn_of_exclusive_classes()
-        loaders = len(evaluation_loaders(trainer))
+        loaders = len(evaluation_sets(trainer))
         computed = [[metric.compute() for metric in metrics] for metrics in self._metrics[:loaders]]
         return [by_group(_joined(values), self.group_names) for values in computed]
 

@@ -52,7 +52,7 @@ class MultilabelF1Monitor(EpochMonitor):
         thresholds: number of thresholds tried; published: 99.
         loss: which of several losses is meant: its position, or a callable of :class:`LossCall`.
         name: prefix of several monitors' logged names, e.g. ``"person"`` gives ``val/person/f1``.
-        allow_untested_strategy: run under a strategy other than single-device and DDP.
+        allow_untested_strategy: run under a strategy that was not tested.
 
     Raises:
         LossNotFoundError: the evaluation step computes no binary cross-entropy.

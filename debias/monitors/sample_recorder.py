@@ -50,7 +50,7 @@ class SampleRecorder(Debiaser):
         head: dotted path of the head, for ``"features"``.
         features: dotted path of the module whose output the features are.
         name: tells several instances apart.
-        allow_untested_strategy: run under a strategy other than single-device and DDP, at your own risk.
+        allow_untested_strategy: run under a strategy that was not tested, at your own risk.
 
     A file holds the columns, and ``seen``: whether the sample was seen in this epoch. Load it by
     ``numpy.load(path)["loss"]``, or by ``pandas.read_parquet(path)``, where logits are ``logits_0``, ``logits_1``, ...

@@ -65,7 +65,7 @@ class ShiftedValidation(EpochMonitor):
         threshold: for binary and multi-label outputs: a logit above it is a positive.
         seed: another one gives other shifts.
         name: prefix of several monitors' logged names.
-        allow_untested_strategy: run under a strategy other than single-device and DDP.
+        allow_untested_strategy: run under a strategy that was not tested.
 
     Raises:
         DebiasError: images leave [0, 1] (in one process in the batch itself, on several ranks at the end of the epoch,

@@ -4,6 +4,9 @@ Every rank evaluates the same objective of the global batch. A sum over ranks wh
 makes DDP's *mean* of gradients the exact gradient of that objective, also where one global statistic enters another,
 and double backward works because the operation is its own backward. In one process everything is the identity.
 
+The ranks meant are those that see different samples. They are all, unless :func:`data_parallel` names some of them: the
+ranks of one tensor-parallel group see the same samples, which count once.
+
 Each call here is one message, for which all ranks wait, so a penalty should send few: stack what can go together
 (:func:`global_sums`), and say ``shared=True`` of sums from which every rank computes the same: then their gradients are
 the same on every rank too, and backward sends nothing.
@@ -12,7 +15,8 @@ the same on every rank too, and backward sends nothing.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -25,39 +29,82 @@ from debias.errors import DebiasError
 __all__ = [
     "alike",
     "as_global",
+    "data_parallel",
     "gather",
     "gather_objects",
     "gathers",
     "global_rank",
     "global_sum",
     "global_sums",
+    "in_place_sum",
     "is_distributed",
+    "ranks_group",
     "shared_gradient",
+    "use_group",
     "weighted_mean",
     "world_size",
 ]
 
 
+_group: Any = None
+
+
+def use_group(group: Any) -> None:
+    """From now on, sum over these ranks.
+
+    Args:
+        group: a ``torch.distributed`` process group that holds this process; None for all ranks.
+    """
+    global _group
+    _group = group
+
+
+@contextmanager
+def data_parallel(group: Any) -> Iterator[None]:
+    """Inside, sums are over these ranks: for loops of your own in which others see the same samples.
+
+    Args:
+        group: the process group of the ranks that see different samples, as ``mesh["data_parallel"].get_group()``.
+    """
+    before = _group
+    use_group(group)
+    try:
+        yield
+    finally:
+        use_group(before)
+
+
+def ranks_group() -> Any:
+    """The process group of the ranks that see different samples; None for all."""
+    return _group
+
+
 def is_distributed() -> bool:
-    """Whether several processes train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    """Whether several processes train together, on different samples."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(_group) > 1
 
 
 def world_size() -> int:
     """Number of processes that train together; 1 without a process group."""
-    return dist.get_world_size() if is_distributed() else 1
+    return dist.get_world_size(_group) if is_distributed() else 1
 
 
 def global_rank() -> int:
-    """This process's number, 0 without a process group."""
-    return dist.get_rank() if is_distributed() else 0
+    """This process's number among them, 0 without a process group."""
+    return dist.get_rank(_group) if is_distributed() else 0
+
+
+def in_place_sum(x: Tensor, op: Any = None) -> None:
+    """Replace ``x`` by its sum over ranks, without gradients; ``op`` is another reduction of ``torch.distributed``."""
+    if is_distributed():
+        dist.all_reduce(x, op=dist.ReduceOp.SUM if op is None else op, group=_group)
 
 
 class _GlobalSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         total = x.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
+        in_place_sum(total)
         return total
 
     @staticmethod
@@ -88,18 +135,18 @@ class _Final(torch.autograd.Function):
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: list[int]) -> Tensor:
-        ctx.start, ctx.rows = sum(sizes[: dist.get_rank()]), x.shape[0]
+        ctx.start, ctx.rows = sum(sizes[: global_rank()]), x.shape[0]
         padded = x.new_zeros((max(sizes), *x.shape[1:]))
         padded[: x.shape[0]] = x.detach()
         parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
+        dist.all_gather(parts, padded, group=_group)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         # Every rank computes the gradient of the same objective, so nothing needs to be exchanged: the own rows, times
         # the number of ranks that DDP is about to divide by.
-        return grad[ctx.start : ctx.start + ctx.rows] * dist.get_world_size(), None
+        return grad[ctx.start : ctx.start + ctx.rows] * world_size(), None
 
 
 def global_sum(x: Tensor, *, shared: bool = False) -> Tensor:
@@ -171,7 +218,7 @@ def shared_gradient(grad: Tensor) -> Tensor:
     """
     if not is_distributed():
         return grad
-    final: Tensor = _Final.apply(grad * dist.get_world_size())
+    final: Tensor = _Final.apply(grad * world_size())
     return final
 
 
@@ -189,9 +236,9 @@ def gather(x: Tensor) -> Tensor:
     """
     if not is_distributed():
         return x
-    sizes = torch.zeros(dist.get_world_size(), dtype=torch.long, device=x.device)
-    sizes[dist.get_rank()] = x.shape[0]
-    dist.all_reduce(sizes)
+    sizes = torch.zeros(world_size(), dtype=torch.long, device=x.device)
+    sizes[global_rank()] = x.shape[0]
+    in_place_sum(sizes)
     return _Gather.apply(x, sizes.tolist())
 
 
@@ -219,8 +266,8 @@ def gather_objects(x: Any) -> list[Any]:
     """
     if not is_distributed():
         return [x]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, x)
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, x, group=_group)
     return found
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from debias.errors import DebiasError
-from debias.ops.distributed import global_rank, is_distributed, world_size
+from debias.ops.distributed import global_rank, in_place_sum, is_distributed, world_size
 
 __all__ = ["SampleTable"]
 
@@ -121,13 +121,13 @@ class SampleTable(nn.Module):
         world = world_size()
         order = self.stamps * world + (world - 1 - global_rank())
         latest = order.clone()
-        dist.all_reduce(latest, op=dist.ReduceOp.MAX)
+        in_place_sum(latest, dist.ReduceOp.MAX)
         mine = (order == latest) & (self.stamps > 0)
         for name in self.columns:
             column: Any = self._buffers[name]
             part = torch.where(mine.view(-1, *[1] * (column.ndim - 1)), column, 0)
             as_number = part.to(torch.uint8) if part.dtype == torch.bool else part
-            dist.all_reduce(as_number)
+            in_place_sum(as_number)
             column.copy_(as_number)
         self.stamps.copy_(latest.div(world, rounding_mode="floor"))
 

@@ -42,6 +42,7 @@ class Step:
         parts: what each loader gave to the batch.
         asking: the method that reads the batch.
         asked: of which loaders' samples the ids are that each method reads.
+        keys: names of the ids that were read.
     """
 
     trainer: Any
@@ -61,6 +62,7 @@ class Step:
     parts: list[Part] = field(default_factory=list)
     asking: Any = None
     asked: dict[Any, list[Part]] = field(default_factory=dict)
+    keys: set[str] = field(default_factory=set)
     _numbered: list[Part] = field(default_factory=list)
     _ids: dict[Any, Tensor] = field(default_factory=dict)
     _made: dict[Any, Any] = field(default_factory=dict)
@@ -93,6 +95,7 @@ class Step:
             BatchKeyError: nothing is there, it is no integer ids ``(N,)`` and no boolean membership ``(N, G)``, or a
                 membership is to be crossed.
         """
+        self.keys |= {name for name in (key if isinstance(key, tuple | list) else [key]) if isinstance(name, str)}
         # Of several keys the counts are part of the question: they decide how the ids are crossed.
         cached = plain_key(key)
         if isinstance(cached, tuple):

@@ -20,6 +20,7 @@ class Watcher(Protocol):
     monitors: ClassVar[bool]
     stateful: ClassVar[bool]
     needs_features: ClassVar[bool]
+    shardable: ClassVar[bool]
     loss: Any
     allow_untested_strategy: bool
 

@@ -14,16 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from debias.errors import (
-    RowsError,
-    UnsupportedStrategyError,
-)
-from debias.ops.distributed import is_distributed
+from debias.errors import DebiasError, HeadNotFoundError, RowsError, UnsupportedStrategyError
+from debias.ops.distributed import is_distributed, use_group
+from debias.step.agreement import Agreement, flat_loaders, refuse_contradictions
 from debias.step.batch import TagCollate
 from debias.step.context import Step
 from debias.step.contract import Method, Watcher
 from debias.step.detection import DetectorStep, detectors
-from debias.step.guards import refuse_duplicating_sampler, runs_again, takes_iterator
+from debias.step.guards import data_group, refuse_duplicating_sampler, runs_again, takes_iterator
 from debias.step.loaders import Part, open_batch
 from debias.step.proxy import StepProxy, attach, detach
 from debias.step.settle import Learned, Settlement, with_loss
@@ -31,7 +29,7 @@ from debias.step.split import split_losses
 from debias.tap import adapters
 from debias.tap.calls import LossCall, LossRecord
 from debias.tap.evaluated import Evaluated
-from debias.tap.head import FeatureTap, HeadTap
+from debias.tap.head import FeatureTap, HeadTap, check_features
 from debias.tap.hooks import Hook
 from debias.tap.rows import RowTracker
 from debias.tap.selection import select_call, select_calls
@@ -65,6 +63,7 @@ class StepEngine:
         self._learned = Learned()
         self._rows_needed_in: dict[str, bool] = {}  # by stage, in evaluation
         self._counter: int | None = None
+        self._agreement = Agreement()
 
     # -- opening and closing -----------------------------------------------------------------------
 
@@ -72,6 +71,7 @@ class StepEngine:
         """Wrap what this stage needs."""
         if self._proxies:
             return
+        use_group(data_group(self.trainer.strategy))
         for name in _STEPS.get(stage, ()):
             self._proxies.append(attach(self.module, name, self._around(name)))
         self._proxies.append(attach(self.module, "_on_before_batch_transfer", self._strip_tags))
@@ -89,6 +89,7 @@ class StepEngine:
 
     def close(self) -> None:
         """Put everything back as it was. Safe to call twice."""
+        use_group(None)
         while self._proxies:
             detach(self._proxies.pop())
         while self._handles:
@@ -192,21 +193,52 @@ class StepEngine:
     # -- training ----------------------------------------------------------------------------------
 
     def _train(self, stage: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        debiasers: list[Method] = [w for w in self.watchers() if w.trains]  # type: ignore[misc]
         # Also while a tuner has taken our callbacks away, or a validation step calls this one: the user's own step.
-        if not debiasers or not self.trainer.training:
+        if not self.trainer.training or not (watchers := self.watchers()):
             return original(*args, **kwargs)
-        step = self._step(stage, args, kwargs)
-        self._check_counter(step, debiasers)
-        received = step.batch
-        for watcher in debiasers:
-            watcher.start(step)
-        if step.batch is not received:
-            args, kwargs = _with_batch(args, kwargs, step.batch)
-        for watcher in debiasers:
-            step.asking = watcher
-            watcher.begin(step)
+        debiasers: list[Method] = [w for w in watchers if w.trains]  # type: ignore[misc]
+        if debiasers:
+            step = self._step(stage, args, kwargs)
+            self._check_counter(step, debiasers)
+            received = step.batch
+            self._begin(step, debiasers)
+            if step.batch is not received:
+                args, kwargs = _with_batch(args, kwargs, step.batch)
+        elif self._agreement.begins(self.trainer.current_epoch):
+            self._agreement.check(self.trainer, [], None)
+        self._agreement.start(self.trainer)
+        output = self._changed(step, debiasers, original, args, kwargs) if debiasers else original(*args, **kwargs)
+        self._agreement.end()
+        return output
+
+    def _begin(self, step: Step, debiasers: list[Method]) -> None:
+        """Augment the batch and read ids; in the first step of an epoch one rank's refusal is that of all."""
+        first, problem = self._agreement.begins(step.epoch), None
+        try:
+            for watcher in debiasers:
+                watcher.start(step)
+            for watcher in debiasers:
+                step.asking = watcher
+                watcher.begin(step)
+            if first and step.of_several:
+                refuse_contradictions(flat_loaders(self.trainer.train_dataloader), sorted(step.keys))
+        except DebiasError as error:
+            if not first:
+                raise
+            problem = error
         step.asking = None
+        if first:
+            self._agreement.check(self.trainer, step.parts, problem)
+
+    def _changed(
+        self,
+        step: Step,
+        debiasers: list[Method],
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The user's step, with what the methods make of its loss."""
         reweigher = next((w for w in debiasers if w.reweighs), None)
         penalisers = [w for w in debiasers if w.penalises]
         mixture = step.mixture
@@ -305,12 +337,15 @@ class StepEngine:
         step = self._step(stage, args, kwargs)
         self._forward_output, self.forward_inputs, self.forward_calls = None, [], 0
         for monitor in monitors:
+            step.asking = monitor
             monitor.begin(step)
+        step.asking = None
         if step.n is not None:
             self._tracker = self._row_tracker(step, everything=self._rows_needed_in.get(stage, True))
         # Apart from those of training, whose losses may have another head.
         heads = {w.reads: self._head(*w.reads, stage) for w in monitors if w.needs_features}
-        finders = [finder for head in heads.values() if (finder := head.start()) is not None]
+        joining = self._tracker if step.of_several else None  # else rows are those of the logits
+        finders = [finder for head in heads.values() if (finder := head.start(joining)) is not None]
         finder = finders[0] if finders else None
         tap = LossTap(training=False, tracker=self._tracker, finder=finder, evaluated=Evaluated())
         try:
@@ -319,7 +354,7 @@ class StepEngine:
                 head.stop()
             for monitor in monitors:
                 if monitor.needs_features:
-                    step.features = self._features(monitor, heads[monitor.reads], tap)
+                    step.features = self._features(monitor, heads[monitor.reads], tap, step)
                 monitor.observe(step, tap.calls, self._forward_output, output)
             self._rows_needed_in[stage] = self._tracker is not None and self._tracker.needed
         finally:
@@ -350,6 +385,12 @@ class StepEngine:
         count = tensor.shape[0]
         candidates = [tensor, *inputs] if call is None else [call.target, tensor]
         rows = [x for x in candidates if isinstance(x, Tensor) and x.ndim and x.shape[0] == count]
+        if any(tracker.strange(x) for x in candidates if isinstance(x, Tensor)):
+            raise RowsError(
+                f"Expected what {who} reads to be of samples that have ids, but its rows are of a loader without them."
+                " Tag that loader too (-1 = unlabelled), or evaluate the loaders one after the other, which Lightning"
+                " does with a list of them."
+            )
         index = tracker.resolve(rows, count)
         if isinstance(index, bool):
             if count != tracker.n:
@@ -370,8 +411,15 @@ class StepEngine:
             raise _out_of_order(who)
         return index[:, 0]
 
-    def _features(self, monitor: Watcher, head: HeadTap | FeatureTap, tap: LossTap) -> Tensor | None:
+    def _features(self, monitor: Watcher, head: HeadTap | FeatureTap, tap: LossTap, step: Step) -> Tensor | None:
         """Features of the loss that the monitor means, or of what the module's ``forward`` returned."""
+        if step.of_several:
+            if isinstance(head, FeatureTap):
+                return self._joined_features(monitor, head, step)
+            raise HeadNotFoundError(
+                f"Expected the features that {type(monitor).__name__} reads to be named where a batch is of several"
+                " loaders: nothing else tells whose samples they are of. Pass `features='dotted.path'`."
+            )
         if tap.calls and isinstance(head, HeadTap):
             call = select_call(tap.calls, monitor.loss, type(monitor).__name__)
             read, of_call = call.logits, call
@@ -386,6 +434,22 @@ class StepEngine:
                 raise _out_of_order(type(monitor).__name__)
         head.resolve(call)
         return call.features
+
+    def _joined_features(self, monitor: Watcher, head: FeatureTap, step: Step) -> Tensor:
+        """Features of all runs on the samples that have ids, in the order of the samples."""
+        call = LossCall("features", 0, None, None, LossRecord(tuple))  # type: ignore[arg-type]
+        parts = [*step.numbered, *step.strangers]
+        asked = step.asked.get(monitor, parts)
+        head.resolve(call, join=True, having={i: part.name for i, part in enumerate(parts) if part in asked})
+        features = check_features(call.features)
+        rows = call.of_features(torch.arange(step.n or 0, device=features.device))
+        if not torch.equal(rows.sort().values, torch.arange(step.n or 0, device=rows.device)):
+            raise RowsError(
+                f"Expected one row of features for each of the {step.n} samples that have ids for"
+                f" {type(monitor).__name__}, but got {len(rows)} rows of `features={head.path!r}`. Run it once on the"
+                " samples of each loader in evaluation, or leave the tag of the others out."
+            )
+        return features[rows.argsort()]
 
     # -- shared ------------------------------------------------------------------------------------
 

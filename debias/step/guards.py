@@ -12,7 +12,16 @@ from torch.utils.data.distributed import DistributedSampler
 from debias.errors import DebiasWarning, RowsError, UnsupportedStrategyError
 from debias.step.contract import Watcher
 
-__all__ = ["refuse_duplicating_sampler", "refuse_unsupported", "runs_again", "takes_iterator", "warn_padding"]
+__all__ = [
+    "data_group",
+    "refuse_duplicating_sampler",
+    "refuse_unsupported",
+    "runs_again",
+    "takes_iterator",
+    "warn_padding",
+]
+
+_DATA = "data_parallel"  # as Lightning calls that dimension of the mesh
 
 
 def takes_iterator(module: Any) -> bool:
@@ -65,24 +74,34 @@ def refuse_unsupported(trainer: Any, module: Any, watcher: Watcher, stage: str) 
         )
 
 
+def data_group(strategy: Any) -> Any:
+    """The process group of the ranks that see different samples, of a strategy that has a mesh; None for all ranks."""
+    mesh: Any = getattr(strategy, "_device_mesh", None)
+    return mesh[_DATA].get_group() if mesh is not None and _DATA in (mesh.mesh_dim_names or ()) else None
+
+
 def _check_strategy(strategy: Any, watcher: Watcher) -> None:
     mesh: Any = getattr(strategy, "_device_mesh", None)
-    same = mesh["tensor_parallel"].size() if "tensor_parallel" in (getattr(mesh, "mesh_dim_names", None) or ()) else 1
-    if same > 1:
+    who, kind = type(watcher).__name__, type(strategy).__name__
+    if mesh is not None and _DATA not in (mesh.mesh_dim_names or ()):
         raise UnsupportedStrategyError(
-            f"Expected every process to see another part of the batch for {type(watcher).__name__}, but got"
-            f" {type(strategy).__name__} with `tensor_parallel_size={same}`, whose processes see the same one, so that"
-            " its samples would count several times. Shard the data only:"
-            " `ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1)` with `fully_shard`."
+            f"Expected the mesh of {kind} to have a dimension {_DATA!r} for {who}, but got {mesh.mesh_dim_names}:"
+            " nothing tells which ranks see different samples. Name that dimension so, with size 1 where all see the same."
         )
     names = {cls.__name__ for cls in type(strategy).__mro__}
-    supported = {"SingleDeviceStrategy", "DDPStrategy"} & names
-    excluded = {"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "SingleDeviceXLAStrategy"} & names
-    if (not supported or excluded) and not watcher.allow_untested_strategy:
+    if "ModelParallelStrategy" in names and not watcher.shardable:
         raise UnsupportedStrategyError(
-            f"Expected the Trainer's `strategy` to be single-device or DDP for {type(watcher).__name__}, but got"
-            f" {type(strategy).__name__}, on which it has not been tested. Choose `strategy='ddp'`, or pass"
-            " `allow_untested_strategy=True` and check the results yourself."
+            f"Expected a strategy that keeps the model whole on every process for {who}, which copies it or sets it back,"
+            f" but got {kind}. Choose `strategy='ddp'`."
+        )
+    supported = {"SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy"} & names
+    excluded = {"DeepSpeedStrategy", "FSDPStrategy", "SingleDeviceXLAStrategy"} & names
+    if (not supported or excluded) and not watcher.allow_untested_strategy:
+        shards = " To shard the model, choose `ModelParallelStrategy` with `fully_shard`." * bool(excluded)
+        raise UnsupportedStrategyError(
+            f"Expected the Trainer's `strategy` to be single-device, DDP or `ModelParallelStrategy` for {who}, but got"
+            f" {kind}, on which it has not been tested. Choose `strategy='ddp'`, or pass"
+            f" `allow_untested_strategy=True` and check the results yourself.{shards}"
         )
 
 

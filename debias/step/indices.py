@@ -11,7 +11,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from debias.errors import BatchKeyError
 
-__all__ = ["evaluation_loaders", "evaluation_order"]
+__all__ = ["evaluation_loaders", "evaluation_order", "evaluation_sets"]
 
 
 def evaluation_loaders(trainer: Any) -> list[Any]:
@@ -20,6 +20,12 @@ def evaluation_loaders(trainer: Any) -> list[Any]:
     ``trainer.val_dataloaders`` is what the user gave: a loader, or lists and dictionaries of them.
     """
     return list(trainer._evaluation_loop._combined_loader.flattened)
+
+
+def evaluation_sets(trainer: Any) -> list[Any]:
+    """What values are logged of: each loader, or all of them together where a batch is of several."""
+    combined = trainer._evaluation_loop._combined_loader
+    return list(combined.flattened) if combined._mode == "sequential" else [combined]
 
 
 def evaluation_order(loader: Any) -> Tensor:

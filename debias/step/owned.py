@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from debias.errors import DebiasError
-from debias.ops.distributed import is_distributed, world_size
+from debias.ops.distributed import in_place_sum, is_distributed, world_size
 
 __all__ = ["OwnedModule"]
 
@@ -93,7 +93,7 @@ class OwnedModule:
                     f"Expected the saved network to fit the one of this run, but got: {error}. Resume with the"
                     " arguments the checkpoint was made with."
                 ) from None
-        if is_distributed():
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             _share(module)
         make = self.optimizer_factory or _sgd
         optimizer = make(module.parameters(), lr=1.0 if self.lr is None else self.lr)
@@ -124,7 +124,7 @@ class OwnedModule:
                 p.grad = torch.zeros_like(p)
         if is_distributed():
             flat = torch.cat([p.grad.flatten() for p in parameters])  # type: ignore[union-attr]
-            dist.all_reduce(flat)
+            in_place_sum(flat)
             flat /= world_size()
             for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
                 p.grad = part.view_as(p)
@@ -163,7 +163,9 @@ class OwnedModule:
 
 @torch.no_grad()
 def _share(module: nn.Module) -> None:
-    """Give all ranks the network of the first: one of the user's own was made on each of them."""
+    """Give all ranks, also those that see the same samples, the network of the first: one of the user's own was made on
+    each of them.
+    """
     for x in (*module.parameters(), *module.buffers()):
         value = x.detach().clone(memory_format=torch.contiguous_format)
         dist.broadcast(value, 0)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from debias.errors import DebiasError, DebiasWarning
 from debias.ops.arguments import checked
+from debias.ops.distributed import world_size
 from debias.ops.own_memory import own_memory
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
@@ -44,7 +45,7 @@ class StepWatcher(Callback):
 
     Args:
         name: tells several instances of a class apart, in checkpoints and logs; by default the batch key they read.
-        allow_untested_strategy: run under a strategy other than single-device and DDP, at your own risk.
+        allow_untested_strategy: run under a strategy that was not tested, at your own risk.
     """
 
     trains: ClassVar[bool] = False
@@ -52,6 +53,7 @@ class StepWatcher(Callback):
     stateful: ClassVar[bool] = False
     needs_features: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
+    shardable: ClassVar[bool] = True  # whether the model may be sharded: False where it is copied or set back
     reference: ClassVar[str] = ""
 
     @checked()
@@ -141,10 +143,10 @@ class StepWatcher(Callback):
         self._check_padding(trainer)
 
     def _check_padding(self, trainer: Any) -> None:
-        if self.engine is None or not self.monitors or trainer.world_size < 2:
+        if self.engine is None or not self.monitors or world_size() < 2:
             return
         for loader in evaluation_loaders(trainer):
-            warn_padding(loader, trainer.world_size)
+            warn_padding(loader, world_size())
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning puts the module's bound `log` and `log_dict` on every callback; they must not be copied along.
@@ -177,7 +179,7 @@ class Debiaser(StepWatcher):
             ``(N, T, D)`` or maps ``(N, D, H, W)``, all alike, padding too; or ``"first"`` token, as of a ``[CLS]``.
         seed: seed of the method's own random numbers.
         name: tells several instances of a class apart.
-        allow_untested_strategy: run under a strategy other than single-device and DDP, at your own risk.
+        allow_untested_strategy: run under a strategy that was not tested, at your own risk.
     """
 
     trains: ClassVar[bool] = True

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +34,7 @@ from debias.tap.features import (
 from debias.tap.hooks import Hook
 from debias.tap.moves import CASTS, Move, keeps_rows
 from debias.tap.rows import RowTracker
+from debias.tap.sharded import has_shards, whole
 
 __all__ = ["FeatureTap", "HeadFinder", "HeadTap", "check_features", "rows_of_features", "submodule"]
 
@@ -48,9 +48,16 @@ _PASS = frozenset(
 
 
 class HeadFinder:
-    """Notes linear layers (and 1x1 convolutions) of one step and matches their outputs with the logits of a loss."""
+    """Notes linear layers (and 1x1 convolutions) of one step and matches their outputs with the logits of a loss.
 
-    def __init__(self) -> None:
+    Args:
+        root: the user's module, where its parameters are sharded: which layer a weight is of is then only known while
+            the layer runs, as it holds another tensor before and after.
+    """
+
+    def __init__(self, root: nn.Module | None = None) -> None:
+        self._root = root
+        self._layers: list[tuple[Tensor, nn.Module]] = []  # weight, layer
         self._linears: list[tuple[Tensor, Tensor, Tensor]] = []  # output, input, weight
         self._passed: list[tuple[Tensor, Any, tuple[Any, ...], dict[str, Any]]] = []  # output, operation, arguments
 
@@ -61,12 +68,18 @@ class HeadFinder:
             if isinstance(weight, Tensor) and (weight.ndim == 2 or weight.shape[2:] == (1, 1)):
                 source = args[0] if args else kwargs["input"]
                 self._linears.append((out, source, weight))
+                if self._root is not None:
+                    self._layers += [(weight, m) for m in layers_of(self._root, weight)[:1]]
         elif isinstance(out, Tensor) and (func in _PASS or (func is _T.__getitem__ and _keeps_all(args, out))):
             self._passed.append((out, func, args, kwargs))
 
     def runs_of(self, weight: Tensor) -> int:
         """How often a layer of this weight ran with gradients."""
         return sum(w is weight and out.requires_grad for out, _, w in self._linears)
+
+    def layer_of(self, weight: Tensor) -> nn.Module | None:
+        """The layer that ran with a weight, of a module whose parameters are sharded."""
+        return next((layer for w, layer in self._layers if w is weight), None)
 
     def match(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Move]] | None:
         """Output, input and weight of the linear layer whose output the logits are, and the moves between them."""
@@ -86,6 +99,13 @@ class HeadFinder:
                     break
             else:
                 return None
+
+
+def layers_of(root: nn.Module, weight: Tensor | None) -> list[nn.Module]:
+    """The layers that hold a weight: not by ``m.weight``, which some parametrizations compute anew, and change their
+    state.
+    """
+    return [m for m in root.modules() if own_weight(m) is weight] if weight is not None else []
 
 
 def _keeps_all(args: tuple[Any, ...], out: Tensor) -> bool:
@@ -151,12 +171,13 @@ class _Layer:
         recorded = torch.is_grad_enabled()
         if self._armed and (recorded or len(self._runs) < 2):  # without gradients, enough to tell one from many
             given = args[0] if args else next(iter(kwargs.values()), None)
+            given = whole(given)
             around = [x for x in (given, *reversed(self._entered)) if isinstance(x, Tensor)]
             self._runs.append(Run(recorded, given, around))
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._armed and self._runs and self._runs[-1].output is None:
-            self._runs[-1].output = output
+            output = self._runs[-1].output = whole(output)
             if self._tracker is not None and isinstance(output, Tensor):
                 self._tracker.follow(output)
 
@@ -192,7 +213,7 @@ class HeadTap:
         if self._layer is not None:
             self._layer.start(tracker)
         self._noting = self._noting and not (self._hookable and self._agreed)
-        self._finder = HeadFinder() if self._noting else None
+        self._finder = HeadFinder(self.root if has_shards(self.root) else None) if self._noting else None
         return self._finder
 
     def stop(self) -> None:
@@ -237,20 +258,17 @@ class HeadTap:
                     f"Expected the head to run once in a step, but it ran {_times(runs)}. Name the layer that"
                     " makes the logits of the loss: `head='dotted.path'`."
                 )
-            if not join and _is_sharded(own_weight(self.head)):  # type: ignore[arg-type]
-                raise _sharded_error(call)
             call.head = self.head
             deliver(call, self._tracker, [(run, run.given) for run in runs])
             return
         output, call.features, weight, moves = call.record.linear or (None, None, None, [])
-        # Not by `m.weight`, which some parametrizations compute anew, and change their state.
-        found = [m for m in self.root.modules() if own_weight(m) is weight] if weight is not None else []
-        if not found and any(map(_is_sharded, self.root.parameters())):
-            raise _sharded_error(call)
+        found = layers_of(self.root, weight)
+        if not found and weight is not None and self._finder is not None:
+            found = [layer for layer in [self._finder.layer_of(weight)] if layer is not None]
         if not found:
             raise HeadNotFoundError(
                 f"Expected the logits of `{call.name}` to be the output of a linear layer of the module, but no layer"
-                " was found (averaged heads, `logits / temperature` and cosine heads are not). Name it:"
+                " was found (averaged heads, `logits / temperature`, cosine and tensor-parallel heads are not). Name it:"
                 " `head='dotted.path'`."
             )
         call.head = found[0]
@@ -348,20 +366,6 @@ class FeatureTap:
     def close(self) -> None:
         """Take the hooks away."""
         self._layer.close()
-
-
-def _is_sharded(weight: Any) -> bool:
-    """Whether a parameter is spread over processes."""
-    tensor = sys.modules.get("torch.distributed.tensor")  # not imported where nobody has sharded anything
-    return tensor is not None and isinstance(weight, tensor.DTensor)
-
-
-def _sharded_error(call: LossCall) -> HeadNotFoundError:
-    return HeadNotFoundError(
-        f"Expected the head that makes the logits of `{call.name}` to be whole on every process, but the parameters of"
-        " the module are sharded. Methods that need features only take those of a module that is named:"
-        " `features='dotted.path'`. Those that need the head itself (HessianAlignment, Fishr) work under DDP."
-    )
 
 
 def _times(runs: list[Run]) -> str:

@@ -326,6 +326,10 @@ class RowTracker(SampleNumbers):
         found = [self.loaders_of(x) for x in record.sources]
         return None if not found or None in found else set[int]().union(*found)  # type: ignore[arg-type]
 
+    def strange(self, tensor: Tensor) -> bool:
+        """Whether rows of a tensor are known to come from loaders whose samples are not numbered."""
+        return bool((self.loaders_of(tensor) or set()) & {loader for _, loader in self._strangers})
+
     def reordered(self, *, read: bool | None = None) -> bool:
         """Whether the step has put samples of the batch in another order.
 

@@ -27,6 +27,7 @@ from debias.tap.mixing import Mixture, mix_parts, unmixable
 from debias.tap.moves import RECORDED, Move
 from debias.tap.predictions import CLASSIFYING
 from debias.tap.rows import RowTracker
+from debias.tap.sharded import refuse_sharded_loss
 
 __all__ = ["Finder", "LossTap", "no_loss_error"]
 
@@ -131,6 +132,7 @@ class LossTap(TorchFunctionMode):
                 f"Expected `weight` of `{func.__name__}` to be constant, but got one that is learned: it would enter"
                 " what the loss is divided by. Multiply the unreduced losses by it instead (`reduction='none'`)."
             )
+        refuse_sharded_loss(func.__name__, *arguments.values())
         given, labels = NAMES[func][0], SECOND[func]
         if func in SYMMETRIC and self._is_prediction(arguments[labels], arguments[given]):
             given, labels = labels, given

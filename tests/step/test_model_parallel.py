@@ -1,98 +1,266 @@
-"""Models that are sharded: FSDP2 on two processes as one process, and what is refused. Two gloo processes, no GPU."""
+"""Models that are sharded: FSDP2, tensor parallelism and both give what one process gives. Gloo processes, no GPU."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-
-from _support.fits import Classifier, loader, make_trainer, val_loader
-from debias import CORAL, IRM, MMD, DomainAdversarial, Fishr, GroupDRO, HessianAlignment, VREx
-from debias.errors import HeadNotFoundError, UnsupportedStrategyError
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 if not hasattr(fsdp, "fully_shard"):
     pytest.skip("needs FSDP2 under its public name", allow_module_level=True)
 
-METHODS: dict[str, Any] = {
-    "GroupDRO": lambda **o: GroupDRO("place", 3, step_size=0.5, **o),
-    "VREx": lambda **o: VREx("place", 3, **o),
-    "IRM": lambda **o: IRM("place", 3, penalty_weight=0.1, **o),
-    "CORAL": lambda **o: CORAL("place", 3, features="backbone", **o),
-    "MMD": lambda **o: MMD("place", 3, features="backbone", **o),
-    "DomainAdversarial": lambda **o: DomainAdversarial("place", 3, features="backbone", schedule="constant", **o),
-    "Fishr": lambda **o: Fishr("place", 3, **o),
-    "Fishr, head named": lambda **o: Fishr("place", 3, head="head", **o),
-    "HessianAlignment": lambda **o: HessianAlignment("place", 3, **o),
-    "CORAL, no features named": lambda **o: CORAL("place", 3, **o),
-}
+from lightning.fabric.utilities.load import _load_distributed_checkpoint
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, parallelize_module
+
+from _support import sharded
+from _support.cases import METHODS, exact, names_where
+from _support.fits import Classifier, deviation, loader, make_trainer, train, val_loader
+from debias import (
+    CORAL,
+    DomainAdversarial,
+    Fishr,
+    GroupDRO,
+    HessianAlignment,
+    InferGroups,
+    LastLayerRetraining,
+    LearningFromFailure,
+)
+from debias.errors import HeadNotFoundError, UnsupportedStrategyError
+from debias.ops.distributed import data_parallel, global_rank, global_sum, world_size
+
+# A double that multiplies by the weight of the head itself, which is sharded when the step has ended.
+EXACT = [name for name in names_where(lambda m: m.shardable) if exact(name) and name != "FeatureNorm"]
+# One of each kind: reweighs, sums by domain, head statistics, features, gathered features, owned networks.
+KINDS = ["GroupDRO", "CVaRDRO", "VREx", "IRM", "Fishr", "HessianAlignment", "CORAL", "MMD", "DomainAdversarial"]
+NAMED: Any = {"method": {"head": "head"}}  # tensor-parallel heads are not found
+# Augmentations draw by rank, and ranks that see the same rows draw the same, so one data-parallel rank is one process.
+DRAWS = ["MixStyle", "DSU", "AdvStyle", "GroupMixup"]
 
 
-class Sharded(Classifier):
-    """Parameters are spread over the processes in one of two ways."""
+def expected(name: str, **options: Any) -> dict[str, Any]:
+    return sharded.fit(0, name, **options)
 
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.how = how
+
+def close(found: Any, wanted: Any, at_most: float = 1e-10) -> None:
+    assert deviation(found, wanted) < at_most
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_two_shards_train_as_one_process(ranks, name):
+    """Uneven rows, absent domains; parameters, the method's state, and the metrics of a monitor."""
+    wanted = expected(name)
+    for found in ranks.run(sharded.fit, name, 2):
+        close(found, wanted)
+
+
+@pytest.mark.parametrize("name", [*KINDS, *DRAWS])
+def test_two_halves_of_each_layer_train_as_one_process(ranks, name):
+    """Both processes see the same rows, which count once."""
+    wanted = expected(name, **NAMED)
+    for found in ranks.run(sharded.fit, name, 1, 2, *()) if False else ranks.run(sharded.fits, [(name, NAMED)], 1, 2):
+        close(found[0], wanted)
+
+
+def test_four_processes_train_as_one(four_ranks):
+    """Two by two: both ways of sharding at once, with accumulation in one of the runs."""
+    runs = [(name, NAMED) for name in KINDS] + [("GroupDRO", NAMED | {"accumulate_grad_batches": 2})]
+    results = four_ranks.run(sharded.fits, runs, 2, 2)
+    for (name, options), *found in zip(runs, *results, strict=True):
+        for each in found:
+            close(each, expected(name, **options))
+
+
+def test_four_shards_train_as_one_process(four_ranks):
+    runs: list[Any] = [(name, {}) for name in ("GroupDRO", "Fishr", "CORAL", "DomainAdversarial")]
+    results = four_ranks.run(sharded.fits, runs, 4, 1)
+    for (name, _), *found in zip(runs, *results, strict=True):
+        for each in found:
+            close(each, expected(name))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_activation_checkpoints_change_nothing(ranks, name):
+    """The network in front of the head runs again in the backward pass."""
+    options: Any = {"module": {"checkpointed": True}}
+    wanted = expected(name)
+    for (found,) in ranks.run(sharded.fits, [(name, options)], 2, 1):
+        close(found, wanted)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_mixed_precision_policy(ranks, name):
+    """The layers compute in float32, from float64 parameters; what methods compute is at least float32."""
+    options: Any = {"module": {"policy": torch.float32}}
+    wanted = expected(name)
+    for (found,) in ranks.run(sharded.fits, [(name, options)], 2, 1):
+        close(found["parameters"], wanted["parameters"], 1e-4)
+        assert deviation(found["parameters"], wanted["parameters"]) > 1e-10  # else nothing was cast
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+
+def saved_and_resumed(rank: int, name: str, folder: Path, kind: str, worlds: tuple[tuple[int, int], ...]) -> Any:
+    """One epoch on one mesh, the second on another."""
+    first, second = worlds
+    distributed: Any = {"sharded_checkpoint": kind == "sharded"} | NAMED
+    sharded.fit(rank, name, *first, save=folder, max_epochs=1, **distributed)
+    return sharded.fit(rank, name, *second, resume=folder / "one.ckpt", max_epochs=2, **distributed)
+
+
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+@pytest.mark.parametrize("name", ["GroupDRO", "Fishr", "DomainAdversarial"])
+def test_a_checkpoint_resumes_on_another_mesh(ranks, name, kind, tmp_path):
+    """From two shards to two halves of each layer: the state of method and adversary, too."""
+    wanted = expected(name, **NAMED)
+    for found in ranks.run(saved_and_resumed, name, tmp_path, kind, ((2, 1), (1, 2))):
+        close(found, wanted)
+
+
+def saved(rank: int, name: str, folder: Path, *, sharded_checkpoint: bool) -> None:
+    sharded.fit(rank, name, 2, save=folder, max_epochs=1, sharded_checkpoint=sharded_checkpoint)
+
+
+def resumed(rank: int, name: str, folder: Path) -> Any:
+    return sharded.fit(rank, name, 4, resume=folder / "one.ckpt")
+
+
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+def test_a_checkpoint_resumes_on_more_ranks(ranks, four_ranks, kind, tmp_path):
+    for name in ("GroupDRO", "DomainAdversarial"):
+        folder = tmp_path / name
+        ranks.run(_saved, name, folder, kind == "sharded")
+        for found in four_ranks.run(resumed, name, folder):
+            close(found, expected(name))
+
+
+def _saved(rank: int, name: str, folder: Path, sharded_checkpoint: bool) -> None:
+    saved(rank, name, folder, sharded_checkpoint=sharded_checkpoint)
+
+
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+def test_checkpoints_load_without_debias(ranks, kind, tmp_path):
+    """Nothing of the method's is among the module's weights; with plain torch, in one process."""
+    ranks.run(_saved, "DomainAdversarial", tmp_path, kind == "sharded")
+    path = tmp_path / "one.ckpt"
+    checkpoint = _load_distributed_checkpoint(path) if kind == "sharded" else torch.load(path, weights_only=True)
+    module = Classifier()
+    module.load_state_dict(checkpoint["state_dict"])
+    close(dict(module.named_parameters()), expected("DomainAdversarial", max_epochs=1)["parameters"])
+
+
+def test_a_full_checkpoint_resumes_in_one_process(ranks, tmp_path):
+    ranks.run(_saved, "DomainAdversarial", tmp_path, False)
+    wanted = expected("DomainAdversarial")
+    close(expected("DomainAdversarial", resume=tmp_path / "one.ckpt")["parameters"], wanted["parameters"])
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+class VocabularyParallel(sharded.Sharded):
+    """The head is sharded along its classes, and the loss is computed from the shards."""
 
     def configure_model(self) -> None:
         mesh: Any = self.device_mesh
-        if self.how == "tensor_parallel":
-            parallelize_module(self.head, mesh["tensor_parallel"], ColwiseParallel(output_layouts=Replicate()))
-        else:
-            for module in (self.backbone, self.head, self):
-                fsdp.fully_shard(module, mesh=mesh["data_parallel"])
+        plan = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+        parallelize_module(self.head, mesh["tensor_parallel"], plan)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        with loss_parallel():
+            return F.cross_entropy(self(batch[0]), batch[1])
 
 
-def whole(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
-        for name, p in module.named_parameters()
-    }
+def along_classes(rank: int, method: Any) -> None:
+    options = {"devices": 2, "strategy": sharded.strategy(1, 2), "use_distributed_sampler": False}
+    make_trainer([method], limit_val_batches=0, **options).fit(VocabularyParallel(), loader(), val_loader())
 
 
-def sharded(rank: int, name: str, how: str = "fsdp", **options: Any) -> dict[str, torch.Tensor]:
-    """Train on 39 rows with 5 + 11 and at last 4 + 3 rows a batch."""
-    sizes = (2, 1) if how == "fsdp" else (1, 2)
-    strategy = ModelParallelStrategy(*sizes, save_distributed_checkpoint=False, process_group_backend="gloo")
-    method = METHODS[name](**({"allow_untested_strategy": True} | options))
-    options = {"devices": 2, "strategy": strategy, "use_distributed_sampler": False}
-    trainer = make_trainer([method], max_epochs=2, limit_val_batches=0, **options)
-    module = Sharded(how)
-    trainer.fit(module, loader(sizes=(5, 11), last=(4, 3), rank=rank), val_loader())
-    return whole(module)
+@pytest.mark.parametrize("method", [GroupDRO("place", 3), Fishr("place", 3), HessianAlignment("place", 3, head="head")])
+def test_a_head_that_is_sharded_along_classes_is_refused(ranks, method):
+    message = r"logits of `cross_entropy` to be whole.*sharded along its classes.*output_layouts=Replicate\(\)"
+    ranks.raises(HeadNotFoundError, message, along_classes, method)
 
 
-@pytest.mark.parametrize("name", ["GroupDRO", "VREx", "IRM", "CORAL", "MMD", "DomainAdversarial"])
-def test_two_shards_train_as_one_process(ranks, name):
-    module = Classifier()
-    make_trainer([METHODS[name]()], max_epochs=2, limit_val_batches=0).fit(
-        module, loader(sizes=(16,), last=(7,)), val_loader()
-    )
-    for found in ranks.run(sharded, name):
-        torch.testing.assert_close(found, whole(module), rtol=0, atol=1e-10)
+@pytest.mark.parametrize(("shards", "head"), [((2, 1), None), ((1, 2), "head")])
+def test_derivatives_by_autograd_need_a_whole_head(ranks, shards, head):
+    options: Any = {"method": {"derivatives": "autograd", "head": head}}
+    message = r"whole on every process for `derivatives='autograd'`.*`derivatives='closed_form'`.*fully_shard"
+    ranks.raises(HeadNotFoundError, message, sharded.fits, [("Fishr", options)], *shards)
 
 
-@pytest.mark.parametrize("name", ["Fishr", "Fishr, head named", "HessianAlignment", "CORAL, no features named"])
-def test_a_head_that_is_sharded_is_refused_on_all_ranks(ranks, name):
-    ranks.raises(HeadNotFoundError, r"parameters of the module are sharded.*`features='dotted.path'`", sharded, name)
+class WholeHead(sharded.Sharded):
+    """The way out that the message names."""
+
+    def configure_model(self) -> None:
+        mesh: Any = self.device_mesh
+        fsdp.fully_shard(self, mesh=mesh["data_parallel"], ignored_params=set(self.head.parameters()))
+        for p in self.head.parameters():  # nobody else averages their gradients
+            p.register_post_accumulate_grad_hook(_average)
 
 
-@pytest.mark.parametrize("name", ["GroupDRO", "CORAL"])
-def test_processes_that_see_the_same_batch_are_refused(ranks, name):
-    """Also at the user's own risk: CORAL divides by numbers of samples less one, and was silently wrong."""
-    message = r"another part of the batch.*tensor_parallel_size=2"
-    ranks.raises(UnsupportedStrategyError, message, sharded, name, "tensor_parallel")
+def _average(p: torch.Tensor) -> None:
+    torch.distributed.all_reduce(p.grad)
+    p.grad /= torch.distributed.get_world_size()
 
 
-def without_leave(rank: int) -> None:
-    sharded(rank, "GroupDRO", allow_untested_strategy=False)
+def test_a_tensor_parallel_head_is_named(ranks):
+    message = r"tensor-parallel heads are not\). Name it: `head='dotted.path'`"
+    ranks.raises(HeadNotFoundError, message, sharded.fit, "Fishr", 1, 2)
 
 
-def test_sharding_needs_the_users_leave(ranks):
-    ranks.raises(UnsupportedStrategyError, "ModelParallelStrategy.*`allow_untested_strategy=True`", without_leave)
+def copying(rank: int, method: Any) -> None:
+    options = {"devices": 2, "strategy": sharded.strategy(2), "use_distributed_sampler": False}
+    make_trainer([method], **options).fit(sharded.Sharded(), loader(), val_loader())
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda: LearningFromFailure(n_samples=39),
+        lambda: InferGroups(method="eiil", stage_one_epochs=1),
+        lambda: LastLayerRetraining("place", 3),
+    ],
+)
+def test_methods_that_copy_the_model_are_refused(ranks, method):
+    ranks.raises(UnsupportedStrategyError, r"keeps the model whole on every process.*strategy='ddp'", copying, method())
+
+
+def without_data_dimension(rank: int) -> None:
+    strategy = sharded.strategy(1, 2)
+    setup = strategy.setup_environment
+
+    def other() -> None:
+        setup()
+        strategy._device_mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor_parallel",))
+        strategy.lightning_module._device_mesh = strategy._device_mesh
+
+    strategy.setup_environment = other
+    train(sharded.Sharded(), [GroupDRO("place", 3)], devices=2, strategy=strategy, use_distributed_sampler=False)
+
+
+def test_a_mesh_without_a_data_dimension_is_refused(ranks):
+    message = r"to have a dimension 'data_parallel' for GroupDRO, but got \('tensor_parallel',\)"
+    ranks.raises(UnsupportedStrategyError, message, without_data_dimension)
+
+
+# -- loops of your own -----------------------------------------------------------------------------
+
+
+def in_a_loop(rank: int) -> tuple[float, int, int]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    with data_parallel(mesh["data_parallel"].get_group()):
+        inside = float(global_sum(torch.tensor(1.0 + rank // 2))), global_rank(), world_size()
+    assert world_size() == 4
+    return inside
+
+
+def test_a_loop_of_your_own_names_the_ranks_that_see_different_samples(four_ranks):
+    assert four_ranks.run(in_a_loop) == [(3.0, 0, 2), (3.0, 0, 2), (3.0, 1, 2), (3.0, 1, 2)]

@@ -15,8 +15,18 @@ from debias.errors import DebiasError, HeadNotFoundError, RowsError
 from debias.ops.head_losses import HeadLoss, make_head_loss
 from debias.ops.penalties import LOSS_OPTIONS
 from debias.tap.calls import LossCall
+from debias.tap.sharded import has_shards, whole
 
-__all__ = ["check_head", "check_linear", "features_of", "float32", "head_loss", "refuse_batch_norm", "rows_of"]
+__all__ = [
+    "check_head",
+    "check_linear",
+    "features_of",
+    "float32",
+    "head_loss",
+    "refuse_batch_norm",
+    "refuse_sharded",
+    "rows_of",
+]
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -135,7 +145,7 @@ def check_linear(call: LossCall, features: Tensor, logits: Tensor) -> None:
         HeadNotFoundError: they are not.
     """
     with _steady(call.head):
-        weight, bias = getattr(call.head, "weight", None), getattr(call.head, "bias", None)
+        weight, bias = (whole(getattr(call.head, name, None)) for name in ("weight", "bias"))
     who = type(call.head).__name__
     if not isinstance(weight, Tensor) or weight.flatten(1).shape != (logits.shape[1], features.shape[1]):
         raise HeadNotFoundError(
@@ -178,6 +188,20 @@ def _steady(head: nn.Module | None) -> Iterator[None]:
     finally:
         for module in modules:
             module.training = True
+
+
+def refuse_sharded(head: nn.Module) -> None:
+    """Derivatives by autograd run the head again, with parameters of their own.
+
+    Raises:
+        HeadNotFoundError: the parameters of the head are spread over processes.
+    """
+    if has_shards(head):
+        raise HeadNotFoundError(
+            f"Expected a head whose parameters are whole on every process for `derivatives='autograd'`, but those of"
+            f" {type(head).__name__} are sharded. Take `derivatives='closed_form'`, or leave the head out of"
+            " `fully_shard`: `fully_shard(self, ignored_params=set(self.head.parameters()))`."
+        )
 
 
 def refuse_batch_norm(head: nn.Module) -> None:

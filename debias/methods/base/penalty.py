@@ -17,6 +17,7 @@ from debias.methods.base.head import (
     float32,
     head_loss,
     refuse_batch_norm,
+    refuse_sharded,
     rows_of,
 )
 from debias.methods.base.method import KeyedMethod
@@ -244,6 +245,7 @@ class HeadPenalty(DomainPenalty):
             assert call.head is not None
             assert call.features is not None
             features = float32(call.features)
+            refuse_sharded(call.head)
             if check:
                 refuse_batch_norm(call.head)
                 check_head(call, features, logits)
