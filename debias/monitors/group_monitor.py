@@ -243,10 +243,10 @@ class GroupMonitor(EpochMonitor):
         )
 
     def _rows(self, logits: Tensor, call: LossCall | None) -> Tensor | None:
-        engine = self.engine
-        if engine is None or callable(self.logits) or logits.ndim == 0:
+        seen = None if self.engine is None else self.engine.seen
+        if seen is None or callable(self.logits) or logits.ndim == 0:
             return None
-        times = engine.forward_calls if self.logits is None else self._captures
+        times = seen.calls if self.logits is None else self._captures
         if call is None and times > 1:
             what = "the module's `forward`" if self.logits is None else f"`{self.logits}`"
             raise AmbiguousLossError(
@@ -254,8 +254,8 @@ class GroupMonitor(EpochMonitor):
                 " predicts from the outputs cannot be seen. Return the logits from the step and pass"
                 " `logits=callable(step_output)`."
             )
-        inputs = engine.forward_inputs if self.logits is None else self._captured_inputs
-        return engine.rows_of(logits, call, "GroupMonitor", inputs)
+        inputs = seen.inputs if self.logits is None else self._captured_inputs
+        return seen.rows_of(logits, call, "GroupMonitor", inputs)
 
     def _target(
         self, step: Step, calls: list[LossCall], call: LossCall | None, logits: Tensor, rows: Tensor | None

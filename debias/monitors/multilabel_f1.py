@@ -124,7 +124,8 @@ class MultilabelF1Monitor(EpochMonitor):
                 " `target`."
             )
         groups = targets.new_zeros(len(targets)).long() if self.group is None else step.ids(self.group, self.n_groups)
-        rows = None if self.engine is None else self.engine.rows_of(logits, call, type(self).__name__)
+        seen = None if self.engine is None else self.engine.seen
+        rows = None if seen is None else seen.rows_of(logits, call, type(self).__name__)
         if rows is not None:
             targets, groups = targets[rows], groups[rows]
         if (counted := counted_like(call.counted, targets)) is not None:

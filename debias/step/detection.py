@@ -22,16 +22,18 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, RowsError
 from debias.step.context import Step
-from debias.step.contract import Method
 from debias.step.proxy import attach, detach
 from debias.tap.calls import LossCall
+
+if TYPE_CHECKING:
+    from debias.step.watcher import Debiaser
 
 __all__ = ["DetectionLosses", "DetectorStep", "detection_losses", "detectors", "one_pass"]
 
@@ -304,7 +306,7 @@ class DetectorStep:
     """
 
     def __init__(
-        self, step: Step, reweigher: Method, select: Callable[[list[LossCall], Any, str], list[LossCall]]
+        self, step: Step, reweigher: Debiaser, select: Callable[[list[LossCall], Any, str], list[LossCall]]
     ) -> None:
         self.step = step
         self.reweigher = reweigher

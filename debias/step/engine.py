@@ -8,32 +8,34 @@ Lightning does so at one of five places: the step methods, the hook before batch
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from debias.errors import DebiasError, HeadNotFoundError, RowsError, UnsupportedStrategyError
+from debias.errors import DebiasError, UnsupportedStrategyError
 from debias.ops.distributed import is_distributed, use_group
 from debias.step.agreement import Agreement, flat_loaders, refuse_contradictions
 from debias.step.batch import TagCollate
 from debias.step.context import Step
-from debias.step.contract import Method, Watcher
 from debias.step.detection import DetectorStep, detectors
 from debias.step.guards import data_group, refuse_duplicating_sampler, runs_again, takes_iterator
 from debias.step.loaders import Part, open_batch
 from debias.step.proxy import StepProxy, attach, detach
+from debias.step.seen import Seen
 from debias.step.settle import Learned, Settlement, with_loss
 from debias.step.split import split_losses
 from debias.tap import adapters
-from debias.tap.calls import LossCall, LossRecord
 from debias.tap.evaluated import Evaluated
-from debias.tap.head import FeatureTap, HeadTap, check_features
+from debias.tap.head import FeatureTap, HeadTap
 from debias.tap.hooks import Hook
 from debias.tap.rows import RowTracker
-from debias.tap.selection import select_call, select_calls
+from debias.tap.selection import select_calls
 from debias.tap.tap import LossTap
+
+if TYPE_CHECKING:
+    from debias.step.watcher import Debiaser, StepWatcher
 
 __all__ = ["StepEngine"]
 
@@ -55,11 +57,7 @@ class StepEngine:
         self._heads: dict[Any, HeadTap | FeatureTap] = {}
         self._tap: LossTap | None = None
         self._detector: DetectorStep | None = None
-        self._forward_output: Any = None
-        self.forward_inputs: list[Tensor] = []
-        self._tracker: RowTracker | None = None
-        # How often the evaluation step has called the module's `forward`.
-        self.forward_calls = 0
+        self.seen: Seen | None = None
         self._learned = Learned()
         self._rows_needed_in: dict[str, bool] = {}  # by stage, in evaluation
         self._counter: int | None = None
@@ -100,15 +98,14 @@ class StepEngine:
         for head in self._heads.values():
             head.close()
         self._heads.clear()
-        self._tap, self._detector, self._forward_output, self.parts = None, None, None, []
-        self.forward_inputs, self._tracker = [], None
+        self._tap, self._detector, self.seen, self.parts = None, None, None, []
 
-    def check_optimizers(self, watcher: Watcher) -> None:
+    def check_optimizers(self, watcher: StepWatcher) -> None:
         """LBFGS calls the step several times per batch, which would update a method's state several times."""
         if watcher.stateful and any(isinstance(o, torch.optim.LBFGS) for o in self.trainer.optimizers):
             raise runs_again(watcher, "LBFGS")
 
-    def _check_counter(self, step: Step, debiasers: list[Method]) -> None:
+    def _check_counter(self, step: Step, debiasers: list[Debiaser]) -> None:
         """Other optimisers that do (SAM) are known when they do it."""
         again, self._counter = step.counter == self._counter, step.counter
         stateful = next((watcher for watcher in debiasers if watcher.stateful), None)
@@ -150,9 +147,8 @@ class StepEngine:
             each.counts = len(self._training_collates[1]) > 1
 
     def _keep_forward_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.in_evaluation_step:
-            self._forward_output, self.forward_inputs = output, [x for x in args if isinstance(x, Tensor)]
-            self.forward_calls += 1
+        if self.in_evaluation_step and self.seen is not None:
+            self.seen.keep(args, output)
             self._keep_prediction(module, args, {}, output)
 
     def _keep_prediction(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -196,7 +192,7 @@ class StepEngine:
         # Also while a tuner has taken our callbacks away, or a validation step calls this one: the user's own step.
         if not self.trainer.training or not (watchers := self.watchers()):
             return original(*args, **kwargs)
-        debiasers: list[Method] = [w for w in watchers if w.trains]  # type: ignore[misc]
+        debiasers: list[Debiaser] = [w for w in watchers if w.trains]  # type: ignore[misc]
         if debiasers:
             step = self._step(stage, args, kwargs)
             self._check_counter(step, debiasers)
@@ -211,7 +207,7 @@ class StepEngine:
         self._agreement.end()
         return output
 
-    def _begin(self, step: Step, debiasers: list[Method]) -> None:
+    def _begin(self, step: Step, debiasers: list[Debiaser]) -> None:
         """Augment the batch and read ids; in the first step of an epoch one rank's refusal is that of all."""
         first, problem = self._agreement.begins(step.epoch), None
         try:
@@ -233,7 +229,7 @@ class StepEngine:
     def _changed(
         self,
         step: Step,
-        debiasers: list[Method],
+        debiasers: list[Debiaser],
         original: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -324,7 +320,7 @@ class StepEngine:
             adapters._active.pop()
             self._tap = None
 
-    def _end_forward(self, debiasers: list[Method]) -> None:
+    def _end_forward(self, debiasers: list[Debiaser]) -> None:
         for watcher in debiasers:
             watcher.random.end_forward()
 
@@ -335,121 +331,34 @@ class StepEngine:
         if not monitors or self.trainer.training:  # a training step may call the validation step
             return original(*args, **kwargs)
         step = self._step(stage, args, kwargs)
-        self._forward_output, self.forward_inputs, self.forward_calls = None, [], 0
         for monitor in monitors:
             step.asking = monitor
             monitor.begin(step)
         step.asking = None
-        if step.n is not None:
-            self._tracker = self._row_tracker(step, everything=self._rows_needed_in.get(stage, True))
+        everything = self._rows_needed_in.get(stage, True)
+        tracker = None if step.n is None else self._row_tracker(step, everything=everything)
+        self.seen = seen = Seen(tracker)
         # Apart from those of training, whose losses may have another head.
         heads = {w.reads: self._head(*w.reads, stage) for w in monitors if w.needs_features}
-        joining = self._tracker if step.of_several else None  # else rows are those of the logits
+        joining = tracker if step.of_several else None  # else rows are those of the logits
         finders = [finder for head in heads.values() if (finder := head.start(joining)) is not None]
         finder = finders[0] if finders else None
-        tap = LossTap(training=False, tracker=self._tracker, finder=finder, evaluated=Evaluated())
+        tap = LossTap(training=False, tracker=tracker, finder=finder, evaluated=Evaluated())
         try:
             output = self._watched(tap, original, args, kwargs)
             for head in heads.values():
                 head.stop()
             for monitor in monitors:
                 if monitor.needs_features:
-                    step.features = self._features(monitor, heads[monitor.reads], tap, step)
-                monitor.observe(step, tap.calls, self._forward_output, output)
-            self._rows_needed_in[stage] = self._tracker is not None and self._tracker.needed
+                    step.features = seen.features(monitor, heads[monitor.reads], tap, step)
+                monitor.observe(step, tap.calls, seen.output, output)
+            self._rows_needed_in[stage] = tracker is not None and tracker.needed
         finally:
-            self._forward_output, self.forward_inputs, self._tracker = None, [], None
+            self.seen = None
             tap.close()
             for head in heads.values():
                 head.forget()
         return output
-
-    def rows_of(self, tensor: Tensor, call: LossCall | None, who: str, inputs: Sequence[Tensor] = ()) -> Tensor | None:
-        """Sample of each row of what a monitor reads in an evaluation step; None where row i is sample i.
-
-        Args:
-            tensor: the logits or features.
-            call: the loss that was computed from them; None where none was.
-            who: name of the monitor, for messages.
-            inputs: what the network that made them was given.
-
-        Returns:
-            int64 ``(rows,)``.
-
-        Raises:
-            RowsError: rows come from samples in a way that cannot be followed.
-        """
-        tracker = self._tracker
-        if tracker is None or not tensor.ndim:
-            return None
-        count = tensor.shape[0]
-        candidates = [tensor, *inputs] if call is None else [call.target, tensor]
-        rows = [x for x in candidates if isinstance(x, Tensor) and x.ndim and x.shape[0] == count]
-        if any(tracker.strange(x) for x in candidates if isinstance(x, Tensor)):
-            raise RowsError(
-                f"Expected what {who} reads to be of samples that have ids, but its rows are of a loader without them."
-                " Tag that loader too (-1 = unlabelled), or evaluate the loaders one after the other, which Lightning"
-                " does with a list of them."
-            )
-        index = tracker.resolve(rows, count)
-        if isinstance(index, bool):
-            if count != tracker.n:
-                raise RowsError(
-                    f"Expected the rows of what {who} reads to be those of the {tracker.n} samples of the batch, or"
-                    f" views of them, but got shape {tuple(tensor.shape)}, and where its rows come from cannot be"
-                    " followed. Make them of tensors of the batch by reshapes and indexing; a `collate_fn` must not"
-                    " leave samples out, as ids cannot follow."
-                )
-            if not tracker.reordered(read=True) and not any(map(tracker.is_sorted, rows)):
-                return None
-            raise _out_of_order(who)
-        if index is None:
-            return None
-        tracker.needed = True
-        index = index.flatten(1) if index.ndim > 1 else index.unsqueeze(1)
-        if not torch.equal(index, index[:, :1].expand_as(index)):
-            raise _out_of_order(who)
-        return index[:, 0]
-
-    def _features(self, monitor: Watcher, head: HeadTap | FeatureTap, tap: LossTap, step: Step) -> Tensor | None:
-        """Features of the loss that the monitor means, or of what the module's ``forward`` returned."""
-        if step.of_several:
-            if isinstance(head, FeatureTap):
-                return self._joined_features(monitor, head, step)
-            raise HeadNotFoundError(
-                f"Expected the features that {type(monitor).__name__} reads to be named where a batch is of several"
-                " loaders: nothing else tells whose samples they are of. Pass `features='dotted.path'`."
-            )
-        if tap.calls and isinstance(head, HeadTap):
-            call = select_call(tap.calls, monitor.loss, type(monitor).__name__)
-            read, of_call = call.logits, call
-        else:
-            call = LossCall("forward", 0, self._forward_output, None, LossRecord(tuple))  # type: ignore[arg-type]
-            if tap.finder is not None and isinstance(self._forward_output, Tensor):
-                call.record.linear = tap.finder.match(self._forward_output)
-            read, of_call = self._forward_output, None
-        if isinstance(read, Tensor) and read.ndim:
-            rows = self.rows_of(read, of_call, type(monitor).__name__, self.forward_inputs)
-            if rows is not None and not torch.equal(rows, torch.arange(len(rows), device=rows.device)):
-                raise _out_of_order(type(monitor).__name__)
-        head.resolve(call)
-        return call.features
-
-    def _joined_features(self, monitor: Watcher, head: FeatureTap, step: Step) -> Tensor:
-        """Features of all runs on the samples that have ids, in the order of the samples."""
-        call = LossCall("features", 0, None, None, LossRecord(tuple))  # type: ignore[arg-type]
-        parts = [*step.numbered, *step.strangers]
-        asked = step.asked.get(monitor, parts)
-        head.resolve(call, join=True, having={i: part.name for i, part in enumerate(parts) if part in asked})
-        features = check_features(call.features)
-        rows = call.of_features(torch.arange(step.n or 0, device=features.device))
-        if not torch.equal(rows.sort().values, torch.arange(step.n or 0, device=rows.device)):
-            raise RowsError(
-                f"Expected one row of features for each of the {step.n} samples that have ids for"
-                f" {type(monitor).__name__}, but got {len(rows)} rows of `features={head.path!r}`. Run it once on the"
-                " samples of each loader in evaluation, or leave the tag of the others out."
-            )
-        return features[rows.argsort()]
 
     # -- shared ------------------------------------------------------------------------------------
 
@@ -458,7 +367,7 @@ class StepEngine:
         """Whether an evaluation step of the user's is running; monitors may run the module when it has ended."""
         return self._tap is not None and not self._tap.training
 
-    def watchers(self) -> list[Watcher]:
+    def watchers(self) -> list[StepWatcher]:
         """The watchers that are in the Trainer's list right now; a tuner may have taken them out."""
         return [callback for callback in self.trainer.callbacks if getattr(callback, "engine", None) is self]
 
@@ -523,10 +432,3 @@ def _with_batch(args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any) -> tu
     if args:
         return (batch, *args[1:]), kwargs
     return args, {name: batch if i == 0 else value for i, (name, value) in enumerate(kwargs.items())}
-
-
-def _out_of_order(who: str) -> RowsError:
-    return RowsError(
-        f"Expected the evaluation step to keep the samples in the order of the batch for {who}, but it puts them in"
-        " another one, where that cannot be followed to what is read. Leave the order as it is."
-    )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.utils.data import BatchSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from debias.errors import DebiasWarning, RowsError, UnsupportedStrategyError
-from debias.step.contract import Watcher
+
+if TYPE_CHECKING:
+    from debias.step.watcher import StepWatcher
 
 __all__ = [
     "data_group",
@@ -29,7 +31,7 @@ def takes_iterator(module: Any) -> bool:
     return is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True)
 
 
-def refuse_unsupported(trainer: Any, module: Any, watcher: Watcher, stage: str) -> None:
+def refuse_unsupported(trainer: Any, module: Any, watcher: StepWatcher, stage: str) -> None:
     """Refuse, before anything has run, what a method cannot do."""
     if stage == "fit" or watcher.monitors:  # else it does nothing in this stage
         _check_strategy(trainer.strategy, watcher)
@@ -80,7 +82,7 @@ def data_group(strategy: Any) -> Any:
     return mesh[_DATA].get_group() if mesh is not None and _DATA in (mesh.mesh_dim_names or ()) else None
 
 
-def _check_strategy(strategy: Any, watcher: Watcher) -> None:
+def _check_strategy(strategy: Any, watcher: StepWatcher) -> None:
     mesh: Any = getattr(strategy, "_device_mesh", None)
     who, kind = type(watcher).__name__, type(strategy).__name__
     if mesh is not None and _DATA not in (mesh.mesh_dim_names or ()):
@@ -117,7 +119,7 @@ def _check_rows(callbacks: list[Any]) -> None:
             )
 
 
-def runs_again(watcher: Watcher, optimizer: str) -> UnsupportedStrategyError:
+def runs_again(watcher: StepWatcher, optimizer: str) -> UnsupportedStrategyError:
     """The error for an optimiser that runs the step several times a batch."""
     return UnsupportedStrategyError(
         f"Expected an optimiser that runs the step once per batch for {type(watcher).__name__}, but got {optimizer},"

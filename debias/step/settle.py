@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,13 +15,15 @@ from debias.errors import AmbiguousLossError, DebiasError, DebiasWarning, RowsEr
 from debias.ops.distributed import alike, gather_objects, is_distributed
 from debias.ops.groups import summed
 from debias.step.context import Step
-from debias.step.contract import Method
 from debias.tap import adapters
 from debias.tap.calls import LossCall, LossRecord, LossSum
 from debias.tap.head import FeatureTap, HeadTap, check_features, rows_of_features
 from debias.tap.selection import Reaching, ambiguous, height, means, reaching, select_calls, untapped
 from debias.tap.stated import check_stated, check_stated_losses, stated_losses
 from debias.tap.tap import LossTap, no_loss_error
+
+if TYPE_CHECKING:
+    from debias.step.watcher import Debiaser
 
 __all__ = ["Learned", "Settlement", "with_loss"]
 
@@ -62,8 +64,8 @@ class Settlement:
     def __init__(
         self,
         step: Step,
-        reweigher: Method | None,
-        penalisers: list[Method],
+        reweigher: Debiaser | None,
+        penalisers: list[Debiaser],
         heads: dict[Any, HeadTap | FeatureTap],
         learned: Learned,
     ) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,15 +17,17 @@ from torch import Tensor
 from debias.errors import DebiasError, LossNotFoundError, RowsError
 from debias.step.batch import map_samples
 from debias.step.context import Step
-from debias.step.contract import Method
 from debias.step.proxy import attach, detach
 from debias.tap.calls import LossCall
+
+if TYPE_CHECKING:
+    from debias.step.watcher import Debiaser
 
 __all__ = ["split_losses", "take_samples"]
 
 
 def split_losses(
-    original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], step: Step, reweigher: Method
+    original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], step: Step, reweigher: Debiaser
 ) -> tuple[Tensor, Any]:
     """Run the step on the samples of each group, or on each sample, and combine the losses.
 
