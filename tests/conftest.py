@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -21,6 +22,11 @@ if importlib.util.find_spec("kornia") is None:  # it needs Python 3.11
         "monitors/test_shifted_validation.py",
         "ops/test_shifts.py",
     ]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave torch, Lightning and thousands of tests out of every later garbage collection, of which there are many."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
