@@ -128,12 +128,13 @@ class Settlement:
         return loss
 
     def _settled(self, found: Reaching, tap: LossTap, output: Any) -> Tensor:
-        if found.lost:
-            raise untapped(found.lost, bool(found.calls))
         plain = None
-        if not found.calls:
-            if (stated := stated_losses(output, tap)) is None:
-                raise no_loss_error(_set_losses(self.step.module), reweighs=self.reweigher is not None)
+        stated = stated_losses(output, tap, beside=bool(found.calls))
+        if stated is None and found.lost:
+            raise untapped(found.lost, bool(found.calls))
+        if stated is None and not found.calls:
+            raise no_loss_error(_set_losses(self.step.module), reweighs=self.reweigher is not None)
+        if stated is not None:
             call, plain = stated
             if self.checks:
                 (check_stated if call.name == "logits" else check_stated_losses)(found.loss, call, plain)

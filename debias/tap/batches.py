@@ -25,7 +25,7 @@ def roots_of(
         children = list(batch.values())
     elif isinstance(batch, tuple | list):
         children = list(batch)
-        if n is not None and sample is None and depth and one_per_sample(children, n):
+        if n is not None and sample is None and (depth or not _of_lists(children, n)) and one_per_sample(children, n):
             for i, child in enumerate(children):
                 yield from roots_of(child, n, i, depth + 1)
             return
@@ -42,6 +42,11 @@ def one_per_sample(children: list[Any], n: int) -> bool:
     if len(children) != n or len({type(child) for child in children}) != 1:
         return False
     return not any(isinstance(x, Tensor) and x.ndim and x.shape[0] == n for x in children)
+
+
+def _of_lists(children: list[Any], n: int) -> bool:
+    """Whether a batch holds lists with an element for each sample, as images and targets, of which there may be n."""
+    return any(isinstance(x, tuple | list) and len(x) == n for x in children)
 
 
 def arranged_rows(how: str, n: int, times: int, device: torch.device) -> Tensor:

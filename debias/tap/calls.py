@@ -39,6 +39,7 @@ class LossRecord:
         function: the loss as torch's function computed it, where the step took it unreduced.
         scale: what the step multiplied the elements of that by; None for 1, False if it did something else to them.
         reordered: whether their rows are not where they were.
+        of_batch: whether the step has multiplied them by a number that it made of the values of the whole batch.
         linear: of the layer that made the logits, while it is looked for: output, input, weight, and the moves between.
         feature_rows: tells the sample of each row of the features.
         targets: of the rows, where samples were mixed.
@@ -60,6 +61,7 @@ class LossRecord:
     function: LossCall | None = None
     scale: Any = None
     reordered: bool = False
+    of_batch: bool = False
     linear: Any = None
     feature_rows: Callable[[LossCall], Tensor | None] | None = None
     targets: Any = None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from debias.errors import RowsError
 from debias.tap.calls import LossCall
-from debias.tap.moves import CASTS, ELEMENTWISE, INPLACE, MOVES, apply_move, axes_of, keeps_rows, named
+from debias.tap.moves import CASTS, ELEMENTWISE, INPLACE, MOVES, REDUCTIONS, apply_move, axes_of, keeps_rows, named
 
 if TYPE_CHECKING:
     from debias.tap.tap import LossTap
@@ -35,7 +35,12 @@ _SELECTING = named(
     "__getitem__ index_select narrow select masked_select take take_along_dim gather diagonal repeat tile"
     " repeat_interleave chunk split tensor_split unbind"
 )
-FOLLOWED = MOVES | CASTS | ELEMENTWISE | INPLACE | _SUM | _MEAN
+# Make numbers of the batch out of its values.
+_STATISTICS = REDUCTIONS | named(
+    "var std norm quantile nanquantile median nanmedian mode bincount histc logsumexp unique"
+)
+_REDUCED = MOVES | CASTS | ELEMENTWISE | INPLACE | _SUM | _MEAN
+FOLLOWED = _REDUCED | _STATISTICS
 
 
 @dataclass(eq=False)
@@ -49,6 +54,7 @@ class Unreduced:
         scale: see :class:`debias.tap.calls.LossRecord`.
         reordered: whether rows are not where they were.
         mask: by which elements were selected; None if all are there, False if it is not known.
+        of_batch: whether a number of the whole batch is in it.
     """
 
     tensor: Tensor
@@ -57,6 +63,7 @@ class Unreduced:
     scale: Any = None
     reordered: bool = False
     mask: Any = None
+    of_batch: bool = False
 
 
 @dataclass(eq=False)
@@ -79,6 +86,7 @@ class Following:
         self.tap = tap
         self._unreduced: list[Unreduced] = []
         self._totals: list[_Total] = []
+        self._numbers: list[Tensor] = []  # made of the values of the whole batch, and what was made of these
         self._divisible: list[tuple[Tensor, list[LossCall]]] = []  # what is proportional to a loss, so far
         self._ended: list[tuple[LossCall, Unreduced]] = []
 
@@ -86,7 +94,7 @@ class Following:
         """Let go of every tensor."""
         for losses in self._unreduced:
             losses.function.forget()
-        self._unreduced, self._totals, self._divisible, self._ended = [], [], [], []
+        self._unreduced, self._totals, self._divisible, self._ended, self._numbers = [], [], [], [], []
 
     def add(self, losses: Unreduced) -> None:
         """Follow losses from now on."""
@@ -94,11 +102,14 @@ class Following:
 
     def divide_later(self, out: Tensor, call: LossCall) -> None:
         """Look out for what the step divides a loss by that it received as ``out``."""
-        if call.record.is_sum or call.record.function is not None:
-            self._divisible.append((out, [call]))
+        self._divisible.append((out, [call]))
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Follow losses through one operation; returns what the step is to receive of it."""
+        if isinstance(out, Tensor) and not out.requires_grad and args and self._is_number(func, args, out):
+            self._numbers.append(out)
+        if func not in _REDUCED:
+            return out
         reduces = func in _SUM or func in _MEAN
         if self._unreduced and args and (found := self._find(args)) is not None:
             if reduces and (axes := self._over_samples(found, args, kwargs)) is not None:
@@ -109,6 +120,23 @@ class Following:
         elif args and isinstance(args[0], Tensor) and isinstance(out, Tensor) and args[0].numel() == 1:
             self._scalar(func, args, out)
         return out
+
+    def _is_number(self, func: Any, args: tuple[Any, ...], out: Tensor) -> bool:
+        """Whether a number is made of the values of the whole batch, or of its losses: a group's own is another one."""
+        if func in _STATISTICS:
+            data = args[0]
+            tracker = self.tap.tracker
+            if not isinstance(data, Tensor) or tracker is None or data.numel() < 2:
+                return False
+            of_batch = tracker.is_of_batch(data) or any(losses.tensor is data for losses in self._unreduced)
+            return of_batch and (not out.ndim or tracker.index(out) is None)
+        if self.is_number(*args):
+            return True
+        return func in CASTS and any(tensor is args[0] for tensor, _ in self._divisible)
+
+    def is_number(self, *args: Any) -> bool:
+        """Whether one of these is a number of the whole batch."""
+        return bool(self._numbers) and any(x is number for x in args for number in self._numbers)
 
     # -- elements ----------------------------------------------------------------------------------
 
@@ -125,6 +153,7 @@ class Following:
         """Follow losses through an operation that does not end them."""
         if func is _T.__setitem__ or out is found.tensor:  # in place
             found.scale = self._scaled(func, args, kwargs, found)
+            found.of_batch = found.of_batch or self.is_number(*args)
             for part in found.parts:
                 func(*(part if x is found.tensor else x for x in args), **kwargs)
             return
@@ -133,7 +162,10 @@ class Following:
             if not isinstance(x, Tensor):
                 continue
             place = None if x is out else i
+            if not x.requires_grad and found.tensor.requires_grad and func not in CASTS:
+                continue  # a mask, such as that of the largest losses
             made = Unreduced(x, found.function, scale=found.scale, reordered=found.reordered, mask=found.mask)
+            made.of_batch = found.of_batch or self.is_number(*args)
             if func in MOVES:
                 made.reordered = found.reordered or not keeps_rows(func, args, x)
                 made.scale = self._moved_scale(func, args, kwargs, found, place)
@@ -243,6 +275,7 @@ class Following:
         record.samples, record.scale, record.reordered = samples, found.scale, found.reordered
         call.arguments, record.function, record.linear = first.arguments, first, first.record.linear
         record.is_sum = record.undivided = func in _SUM
+        record.of_batch = found.of_batch
         if others:
             record.kept = torch.Size(1 if a in axes else s for a, s in enumerate(num.shape))
         if parts:
@@ -264,23 +297,28 @@ class Following:
         calls = [call for x in operands for tensor, of in self._divisible if tensor is x for call in of]
         if not calls:
             return
-        if func in _DIV and any(args[0] is tensor for tensor, _ in self._divisible):
-            for call in calls:
-                self._divide(call, args[1] if len(args) > 1 else None)
+        divides = func in _DIV and any(args[0] is tensor for tensor, _ in self._divisible)
+        for call in calls:
+            if not (divides and self._divide(call, args[1] if len(args) > 1 else None)) and func not in _ADD:
+                call.record.of_batch = call.record.of_batch or self.is_number(*args[:2])
         if out is not args[0]:
             self._divisible.append((out, calls))
 
-    def _divide(self, call: LossCall, by: Any) -> None:
+    def _divide(self, call: LossCall, by: Any) -> bool:
         """The step divides a loss by a number, or by a sum of weights: is it what the loss runs over?"""
         record = call.record
         if record.divisor is not None or (record.is_sum and not record.undivided):
-            return  # by what it runs over already; this is another factor
+            return False  # by what it runs over already; this is another factor
         found = next((losses for of, losses in self._ended if of is call), None)
         total = next((total for total in reversed(self._totals) if total.tensor is by), None)
         if total is not None and total.is_mean != record.is_sum:
+            if not record.is_sum and record.function is None and record.computed[1].ndim:
+                return False  # a mean of its own weights already
             record.divisor, record.undivided = functools.partial(self._weights, call, found, total.source), False
-        elif isinstance(by, int | float) and record.is_sum:
+            return True
+        if isinstance(by, int | float) and record.is_sum:
             record.undivided = not self._counts(call, found, by)
+        return False
 
     def _counts(self, call: LossCall, found: Unreduced | None, by: float) -> bool:
         """Whether a number is that of the samples, rows or elements of a loss."""
@@ -288,9 +326,25 @@ class Following:
         if not shape.numel():  # of nothing, whatever it is divided by
             return True
         counts = {1} if not shape else {shape[: i + 1].numel() for i in range(len(shape))}
-        if self.tap.tracker is not None and (found is None or found.mask is None):
-            counts.add(self.tap.tracker.n)
-        return by in counts
+        return by in counts or (self.tap.tracker is not None and by == self.tap.tracker.n and self._even(call, found))
+
+    def _even(self, call: LossCall, found: Unreduced | None) -> bool:
+        """Whether each sample has as many rows, so that their number counts the rows."""
+        tracker = self.tap.tracker
+        assert tracker is not None
+        if found is not None and found.mask is not None:
+            return False
+        try:
+            shape = call.record.computed[0].shape if found is None else found.tensor.shape
+            index = call.record.samples(shape)
+        except RowsError:  # said where a method reads it
+            return True
+        if index is None:
+            return True
+        if index.numel() % tracker.n or not tracker.reads(index):
+            return not index.numel() % tracker.n
+        counts = index.flatten().bincount(minlength=tracker.n)
+        return bool((counts == counts[0]).all())
 
     def _weights(self, call: LossCall, found: Unreduced | None, source: Tensor) -> Tensor | None:
         """Weights in the shape of the elements of a loss, whose sum is that of ``source``; None if they do not fit."""
@@ -299,17 +353,18 @@ class Following:
             same = isinstance(found.mask, Tensor) and self._same_mask(source, found.mask)
             return source.new_ones((), dtype=torch.float32).expand(shape) if same else None
         weights = source.detach()
-        if weights.shape == shape:
-            return weights
         if weights.numel() == shape.numel():
             own, theirs = (None, None) if found is None else (self._index(found.tensor), self._index(source))
-            if (
-                isinstance(own, Tensor)
-                and isinstance(theirs, Tensor)
-                and not self._equal(own.flatten(), theirs.flatten())
-            ):
-                return None
+            if isinstance(own, Tensor) and isinstance(theirs, Tensor) and own.numel() == theirs.numel():
+                return weights.reshape(shape) if self._equal(own.flatten(), theirs.flatten()) else None
             return weights.reshape(shape)
+        tracker = self.tap.tracker
+        if (
+            weights.ndim == 1
+            and shape.count(shape[0]) > 1
+            and not (tracker is not None and tracker.is_of_batch(source))
+        ):
+            return None  # of the rows, or of the columns
         if weights.ndim and weights.shape == shape[: weights.ndim]:
             weights = weights.view(*weights.shape, *[1] * (len(shape) - weights.ndim))
         if weights.ndim != len(shape) or not shape or weights.shape[0] != shape[0]:

@@ -14,7 +14,9 @@ __all__ = [
     "CASTS",
     "ELEMENTWISE",
     "INPLACE",
+    "LOOKUPS",
     "MOVES",
+    "PACKING",
     "PUTTING",
     "RECORDED",
     "REDUCTIONS",
@@ -24,6 +26,7 @@ __all__ = [
     "apply_move",
     "axes_of",
     "keeps_rows",
+    "looked_up",
     "named",
     "sorts_rows",
     "takes_rows",
@@ -80,10 +83,15 @@ REDUCTIONS = named("sum mean argmax argmin max min amax amin any all prod count_
 ALONG = named("softmax log_softmax cumsum")
 # After these nobody knows where a row is.
 SORTING = named("sort topk msort argsort")
+# Take the rows of sequences apart, or put them together.
+PACKING = frozenset({torch._VF._pack_padded_sequence, torch._VF._pad_packed_sequence})  # type: ignore[attr-defined]
+# Make a value, or a row of values, of each element of integers.
+LOOKUPS = frozenset({F.one_hot, F.embedding})
 # Leave every row in its place whenever they keep the number of rows.
 _ROW_KEEPING = named("reshape flatten squeeze unsqueeze unflatten") | frozenset(
     {_T.view, _T.expand, _T.view_as, _T.reshape_as, _T.expand_as}
 )
+_LOOKING_UP = named("index_select gather take") | frozenset({_T.__getitem__})
 # Move whole rows, unless told of another axis than the first.
 _ROW_WISE = named("index_select cat concat concatenate")
 # Along axes in which every element is the same they change nothing.
@@ -92,7 +100,7 @@ STILL = named("flip fliplr flipud roll")
 # Moves by which steps and networks put rows in another order, not merely axes.
 REORDERING = SORTING | named("__getitem__ flip flipud roll index_select gather take take_along_dim")
 
-RECORDED = MOVES | CASTS | ELEMENTWISE | INPLACE | PUTTING | REDUCTIONS | ALONG | SORTING | {F.one_hot}
+RECORDED = MOVES | CASTS | ELEMENTWISE | INPLACE | PUTTING | PACKING | REDUCTIONS | ALONG | SORTING | LOOKUPS
 
 
 class Move(NamedTuple):
@@ -141,6 +149,15 @@ def keeps_rows(move: Callable[..., Any], args: tuple[Any, ...], out: Any) -> boo
         keeps = first is Ellipsis or (isinstance(first, slice) and first == slice(None))
         return keeps and not any(isinstance(key, Tensor | list) for key in args[1])
     return move in _ROW_KEEPING
+
+
+def looked_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The integers by which values are looked up in a tensor, where these are the rows of what is made."""
+    if func not in _LOOKING_UP or not isinstance(args[0], Tensor):
+        return None
+    key = args[-1] if len(args) > 1 else kwargs.get("index")
+    one_each = isinstance(key, Tensor) and not key.is_floating_point() and key.dtype != torch.bool and key.ndim
+    return key if one_each and (func is not _T.gather or args[0].ndim == 1) else None  # type: ignore[return-value]
 
 
 def takes_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from debias.tap.moves import CASTS, MOVES, REDUCTIONS, axes_of, keeps_rows
+from debias.tap.moves import CASTS, LOOKUPS, MOVES, REDUCTIONS, axes_of, keeps_rows
 
 __all__ = ["CHANGED", "Note", "first_version", "same_rows", "version"]
 
@@ -69,7 +68,7 @@ class Note:
     @property
     def sources(self) -> list[Tensor]:
         """The tensors whose elements it holds."""
-        if self.func in MOVES or self.func in CASTS or self.reduces or self.func is F.one_hot:
+        if self.func in MOVES or self.func in CASTS or self.reduces or self.func in LOOKUPS:
             data = self.args[0]
             return [x for x in data if isinstance(x, Tensor)] if isinstance(data, tuple | list) else [data]
         return [x for x in self.args if isinstance(x, Tensor) and x.ndim and x.shape == self.out.shape]

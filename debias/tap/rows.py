@@ -21,7 +21,9 @@ from debias.tap.batches import arranged_rows, roots_of
 from debias.tap.moves import (
     ALONG,
     INPLACE,
+    LOOKUPS,
     MOVES,
+    PACKING,
     PUTTING,
     REORDERING,
     SORTING,
@@ -29,6 +31,7 @@ from debias.tap.moves import (
     apply_move,
     axes_of,
     keeps_rows,
+    looked_up,
     sorts_rows,
     takes_rows,
 )
@@ -54,6 +57,7 @@ class RowTracker(SampleNumbers):
     Attributes:
         needed: whether an answer has been other than "row i is sample i".
         mixed: whether samples were found mixed with each other.
+        guesses: whether rows of unknown origin may be those of a network's input; not where sequences were packed.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class RowTracker(SampleNumbers):
         super().__init__(n + sum(more for _, more in joined), several=bool(joined), everything=everything)
         self.arranged = arranged
         self.needed = self.mixed = False
+        self.guesses = True
         self._records: list[Note] = []
         first = 0
         for loader, (part, size) in enumerate([(batch, n), *joined]):
@@ -87,6 +92,9 @@ class RowTracker(SampleNumbers):
         """Remember one operation; called for every one in :data:`debias.tap.moves.RECORDED`."""
         if not args or (func in SORTING and not sorts_rows(func, args, kwargs)):
             return
+        if func in PACKING:
+            self.guesses = False
+            return
         if func in PUTTING:
             self._lose(args[0], out)
             return
@@ -94,6 +102,8 @@ class RowTracker(SampleNumbers):
             self._in_place(func, args, kwargs, out)
             return
         results = enumerate(out) if isinstance(out, tuple | list) else [(None, out)]
+        if (key := looked_up(func, args, kwargs)) is not None and self._tracked(key) and self._is_table(args[0]):
+            func, args, kwargs = F.embedding, (key,), {}
         made = [Note(x, first_version(x), func, args, kwargs, i) for i, x in results if isinstance(x, Tensor)]
         if not made:
             return
@@ -203,7 +213,7 @@ class RowTracker(SampleNumbers):
             None if row i is sample i, an int64 tensor shaped like the candidate it was found from, or False if unknown.
         """
         found_sorted = [self.is_sorted(tensor) for tensor in candidates]
-        if any(map(self.is_changed, candidates)):
+        if any(map(self.is_changed, candidates)) or (len(candidates) == 2 and self._compares_samples(*candidates)):
             self.mixed = True
             return False
         candidates = [x for x, is_sorted in zip(candidates, found_sorted, strict=True) if not is_sorted]
@@ -212,22 +222,52 @@ class RowTracker(SampleNumbers):
                 return None if self._keeps_rows(tensor) else _or_false(self.index(tensor))
         if any(map(self.is_strange, candidates)):
             return False
-        for tensor in candidates:  # moved from some tensor with one row per sample, e.g. logits (N, T, C)
-            record = self._find(tensor)
-            if record is not None and record.func is not None and (index := self.index(tensor)) is not None:
+        made = [x for x in candidates if (record := self._find(x)) is not None and record.func is not None]
+        in_order = not self.reordered() if made or rows == self.n else False
+        before, self.mixed = self.mixed, False
+        for tensor in made if in_order else []:  # of some tensor with one row per sample, e.g. logits (N, T, C)
+            index = self.index(tensor)
+            if self.mixed:
+                return False
+            if index is not None:
                 return None if self._keeps_rows(tensor) else index
+        self.mixed = before
         if any(found_sorted):
             return False
-        if rows == self.n and not self.reordered() and not self._ambiguous():
+        if rows == self.n and in_order and not self._ambiguous():
             return None
+        if self.guesses and (rows != self.n or self.several):
+            return self._as_inputs(made[0] if made else None, rows)
+        return False
+
+    def _compares_samples(self, target: Tensor, logits: Tensor) -> bool:
+        """Whether a loss compares samples with each other, as ``p`` with ``p.roll(1, 0)``."""
+        moves = self.moves(target, logits)
+        return moves is not None and not all(move.keeps_rows for move in moves)
+
+    def _as_inputs(self, tensor: Tensor | None, rows: int) -> Tensor | bool:
+        """The numbers of a network's input of as many rows, e.g. of two concatenated views: it keeps them.
+
+        Args:
+            tensor: what moves have made of the network's output; None where it is that.
+            rows: number of rows of it.
+        """
         found: list[Tensor] = []
-        for record in self._records:  # the network kept the rows of its input, e.g. two concatenated views
+        for record in self._records:
             out = record.out
             if out.ndim and out.shape[0] == rows and self._known(out) and (index := self._of_rows(out)) is not None:
                 found.append(index)
-        if found and (rows != self.n or self.several) and all(self._equal(found[0], other) for other in found[1:]):
-            return found[0]
-        return False
+        if not found or not all(self._equal(found[0], other) for other in found[1:]):
+            return False
+
+        def index_of(x: Tensor) -> Tensor | None:
+            record = self._find(x)
+            if record is None:
+                of_rows = x.ndim > 0 and x.shape[0] == rows
+                return found[0].view(-1, *[1] * (x.ndim - 1)).expand(x.shape) if of_rows else None
+            return self.index(x) if record.func is None else self.replay(record, index_of)
+
+        return found[0] if tensor is None else _or_false(index_of(tensor))
 
     def index(self, tensor: Tensor) -> Tensor | None:
         """Sample numbers in the shape of ``tensor``, or None where its origin is unknown."""
@@ -267,22 +307,20 @@ class RowTracker(SampleNumbers):
             inner = index(args[0])
             still = inner is not None and self.without(inner, axes_of(args, kwargs, inner.ndim)) is not None
             return inner if still else None
-        if func is F.one_hot:
+        if func in LOOKUPS:
             inner = index(args[0])
-            return None if inner is None else inner.unsqueeze(-1).expand(out.shape)
-        sources = record.sources
-        if not sources:
-            # A mask or weights of the rows, spread over the others: (N, 1) times (1, C).
-            wide = [x for x in args if isinstance(x, Tensor) and x.ndim == out.ndim and x.shape[0] == out.shape[0]]
-            sources = [x for x in wide if self._tracked(x)]
+            return None if inner is None else inner.view(*inner.shape, *[1] * (out.ndim - inner.ndim)).expand(out.shape)
+        # Also what is spread over other axes, such as a mask (N, 1); or (N,) over (N, N), of two samples each.
+        spread = [x for x in args if isinstance(x, Tensor) and x.ndim and x.shape != out.shape and self._tracked(x)]
+        sources = record.sources + spread
         found = [x for x in (index(source) for source in sources) if x is not None]
-        if len(found) != len(sources) or not found:
+        if len(found) < len(record.sources) or not found:
             return None
         try:
             first, *others = [x.expand(out.shape) for x in found]
         except RuntimeError:
             return None
-        moved = [x for x in sources if not self._keeps_rows(x)]
+        moved = spread or [x for x in sources if not self._keeps_rows(x)]
         if moved and others and not all(x is first or self._equal(first, x) for x in others):
             self.mixed = True  # each element is made of several samples
             return None
@@ -355,6 +393,10 @@ class RowTracker(SampleNumbers):
 
     def _tracked(self, tensor: Any) -> bool:
         return any(record.out is tensor for record in self._records) or any(x is tensor for x, _ in self._strangers)
+
+    def _is_table(self, tensor: Tensor) -> bool:
+        """Whether it holds constants that are no rows of the batch, such as the weights of the classes."""
+        return not (tensor.requires_grad or self._tracked(tensor)) and (not tensor.ndim or tensor.shape[0] != self.n)
 
     def _known(self, tensor: Tensor) -> bool:
         record = self._find(tensor)

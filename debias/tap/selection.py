@@ -58,25 +58,51 @@ class Reaching:
         for call in calls:
             if call.record.undivided or (call.record.divisor is not None and call.record.divisor() is None):
                 raise _undivided(call)
+            if call.record.of_batch:
+                raise _of_batch(call)
         if self.same:
             return
         edges = [call.record.edge for call in calls]
         factors = torch.autograd.grad(self.loss, edges, create_graph=True)
         learned = [factor for factor in factors if factor.requires_grad]
-        if learned and any(
+        bends = self._bend() or any(
             x is not None
             for factor in learned
             for x in torch.autograd.grad(factor.sum(), edges, retain_graph=True, allow_unused=True)
-        ):
+        )
+        if bends:
             raise UntappedLossError(
                 f"Expected the returned loss to be linear in `{calls[0].name}`, a sum with factors, but the step makes"
-                " something else of it (a root, a power, flooding), so that the loss of a group is not known. Apply it"
-                " to the losses of the samples (`reduction='none'`), or pass `losses='split'`, which runs the step"
-                " once per group."
+                f" something else of it ({bends if isinstance(bends, str) else 'a root, a power, flooding'}), so that"
+                " the loss of a group is not known. Apply it to the losses of the samples (`reduction='none'`), or"
+                " pass `losses='split'`, which runs the step once per group."
             )
         for call, factor in zip(calls, factors, strict=True):
             self._factors[call] = factor
             call.multiply(factor)
+
+    def _bend(self) -> str:
+        """What lies between the losses and the returned one that is not linear, such as a maximum; "" for nothing.
+
+        In a batch a clamp, a maximum or a choice may look like a factor.
+        """
+        ends = {call.record.edge.node for call in self.calls}
+        leads = dict.fromkeys(ends, True)
+        todo = [self.loss.grad_fn]
+        while todo:
+            node = todo[-1]
+            parents = [parent for parent, _ in node.next_functions if parent is not None]
+            if node in leads or not (new := [parent for parent in parents if parent not in leads]):
+                leads.setdefault(node, any(leads[parent] for parent in parents))
+                todo.pop()
+            else:
+                todo += new
+        for node, leading in leads.items():
+            kind = type(node).__name__.rstrip("0123456789").removesuffix("Backward")
+            own = isinstance(node, torch.autograd.function.BackwardCFunction)  # may be anything, compiled code too
+            if leading and node not in ends and not own and kind not in _LINEAR:
+                return f"`{kind.lower()}`"
+        return ""
 
     def replaced(self, calls: list[LossCall], value: Tensor) -> Tensor:
         """The returned loss with ``value`` where it has these losses, whose factors are known."""
@@ -89,6 +115,15 @@ class Reaching:
             value = value - (self._factors[call] * received).sum()
         return self.loss + value
 
+
+# What autograd calls that which is linear in each of its arguments, or does nothing to numbers that are finite.
+_LINEAR = frozenset(
+    {"Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Sum", "Mean", "Dot", "Mv", "Mm", "Addmm", "Addmv", "Bmm", "Lerp"}
+    | {"Stack", "Cat", "View", "UnsafeView", "ReshapeAlias", "AsStrided", "Unsqueeze", "Squeeze", "Expand", "Repeat"}
+    | {"Select", "Slice", "Index", "IndexSelect", "Gather", "Narrow", "Split", "SplitWithSizes", "Unbind", "Clone"}
+    | {"T", "Transpose", "Permute", "Alias", "ToCopy", "CopySlices", "Copy", "CopyBackwards", "NanToNum", "Cumsum"}
+    | {"Addcmul", "Addcdiv", "Linear", "LinalgVecdot", "Fill", "SelectScatter", "Identity", "Error", "Trace"}
+)
 
 # Where layers of each kind have their data, among what they differentiate; None for anywhere.
 _DATA = {
@@ -204,6 +239,16 @@ def untapped(lost: list[str], beside: bool) -> DebiasError:
         f" `{lost[0]}` reaches it in a way that cannot be followed, {what}. Reduce it by `.mean()`, or by `.sum()`"
         " divided by the sum of the mask or weights; or return {'loss': loss, 'losses': per_sample}, or"
         " `debias.register_loss(...)`."
+    )
+
+
+def _of_batch(call: LossCall) -> DebiasError:
+    return UntappedLossError(
+        f"Expected what the step multiplies `{call.name}` by to be a constant, or of each sample, but got a number that"
+        " is made of the whole batch (a mean, a maximum, a count): that of a group is another one, so that the loss of"
+        " a group is not known. Divide a sum by the sum of its weights, `(losses * w).sum() / w.sum()`; pass"
+        " `losses='split'`, which makes the number anew for each group; or return {'loss': loss, 'losses': per_sample},"
+        " which are taken as they are."
     )
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,11 +22,20 @@ from debias.tap.tap import LossTap
 __all__ = ["check_stated", "check_stated_losses", "stated_losses"]
 
 
-def stated_losses(output: Any, tap: LossTap) -> tuple[LossCall, Tensor] | None:
-    """The loss of a step that returns its per-sample losses, or its logits and targets; and its mean as it stands."""
+def stated_losses(output: Any, tap: LossTap, *, beside: bool = False) -> tuple[LossCall, Tensor] | None:
+    """The loss of a step that returns its per-sample losses, or its logits and targets; and its mean as it stands.
+
+    Args:
+        output: what the step has returned.
+        tap: of the step.
+        beside: the step has computed losses that can be taken apart. Then those are meant, unless the losses of the
+            samples are returned, with gradients.
+    """
     if not isinstance(output, Mapping):
         return None
     logits, target = output.get("logits"), output.get("targets")
+    if beside and not _are_losses(output.get("losses"), tap):
+        return None
     if isinstance(losses := output.get("losses"), Tensor):
         elements, name = losses, "losses"
         if tap.mixture is not None and tap.mixture.mixes:
@@ -46,9 +56,21 @@ def stated_losses(output: Any, tap: LossTap) -> tuple[LossCall, Tensor] | None:
         )
     args = (logits, target)
     call, _ = tap.stated(name, args, _loss_of if name == "logits" else lambda *_: elements)
-    if tap.mixture is None or not tap.mixture.meant(call):
+    if tap.tracker is None:
         call.record.samples, call.record.untracked = (lambda shape: None), False
+    elif name == "losses":
+        call.record.samples = functools.partial(tap.samples, call, trusted=[elements])
     return call, elements.mean()
+
+
+def _are_losses(losses: Any, tap: LossTap) -> bool:
+    """Whether a step states one loss for each sample, and not something of this name that it only logs."""
+    return (
+        isinstance(losses, Tensor)
+        and losses.requires_grad
+        and losses.ndim > 0
+        and (tap.tracker is None or losses.shape[0] == tap.tracker.n)
+    )
 
 
 def _differs(a: Tensor, b: Tensor) -> Tensor:

@@ -150,6 +150,7 @@ class LossTap(TorchFunctionMode):
         if not self.training:
             call.counts.append(counted_by(func, arguments))
         call.record.is_sum = call.record.undivided = reduction == "sum"
+        call.record.of_batch = self._following.is_number(arguments.get("weight"), arguments.get("pos_weight"))
         mixed = self.training and self.mixture is not None and self.mixture.meant(call)
         if mixed and (SECOND[func] != "target" or not isinstance(call.target, Tensor)):
             raise unmixable(call.name, "it compares inputs with each other")
@@ -214,7 +215,7 @@ class LossTap(TorchFunctionMode):
 
     def _call(self, name: str, logits: Any, target: Any, compute: Callable[[], tuple[Tensor, Tensor]]) -> LossCall:
         call = LossCall(name, len(self.calls), logits, target, LossRecord(compute))
-        call.record.samples = functools.partial(self._samples, call)
+        call.record.samples = functools.partial(self.samples, call)
         call.record.untracked = self.tracker is None
         if self.tracker is not None:
             # Before the step may change them in place for something else.
@@ -247,7 +248,7 @@ class LossTap(TorchFunctionMode):
 
     # -- samples of rows ---------------------------------------------------------------------------
 
-    def _samples(self, call: LossCall, shape: torch.Size) -> Tensor | None:
+    def samples(self, call: LossCall, shape: torch.Size, trusted: list[Tensor] | None = None) -> Tensor | None:
         """Sample numbers of losses (of their shape, or one per row); None if row i is sample i or nobody asks."""
         if self.tracker is None:
             return None
@@ -255,12 +256,15 @@ class LossTap(TorchFunctionMode):
         if self.rows is not None:
             return _given_rows(self.rows, call, n, shape, device)
         index: Tensor | bool | None = False
-        if not call.record.changed:
+        trusted = trusted or _trusted(call)
+        # Broadcast over each other, each row is of all samples.
+        crossed = len(shape) == 2 and n > 1 and {tuple(x.shape) for x in trusted} == {(n,), (n, 1)}
+        if not (call.record.changed or crossed):
             # A single number is no row that could be found among others of the step.
             single = n > 1 and shape.numel() == 1 and call.record.elements[0].ndim == 0
-            index = self.tracker.resolve(_trusted(call), 0 if single else shape[0] if shape else 1)
+            index = self.tracker.resolve(trusted, 0 if single else shape[0] if shape else 1)
         if isinstance(index, bool):
-            raise _rows_error(call, n, shape, mixed=call.record.changed or self.tracker.mixed)
+            raise _rows_error(call, n, shape, mixed=call.record.changed or crossed or self.tracker.mixed)
         if index is None:
             return None
         self.tracker.needed = True
@@ -284,7 +288,7 @@ class LossTap(TorchFunctionMode):
     def element_samples(self, call: LossCall, shape: torch.Size, device: torch.device) -> Tensor | None:
         """Sample numbers in the shape of unreduced losses."""
         assert self.tracker is not None
-        index = self._samples(call, shape)
+        index = self.samples(call, shape)
         if not shape:
             return torch.zeros((), dtype=torch.long, device=device)
         if index is None:
