@@ -11,6 +11,7 @@ from torch.utils.data import ConcatDataset, IterableDataset, Subset
 from debias.errors import BatchKeyError, DebiasError
 from debias.step.context import Step
 from debias.tap.calls import LossCall
+from debias.tap.predictions import SOFTMAX
 
 __all__ = ["INDEX", "numbered_dataset", "predictions", "sample_losses", "sample_numbers", "train_set"]
 
@@ -108,10 +109,17 @@ def predictions(call: LossCall, n: int, who: str) -> tuple[Tensor, Tensor]:
     Raises:
         DebiasError: they are not one row a sample.
     """
-    logits, target = call.logits, call.target
-    if logits is None or target is None or call.rows is not None or len(logits) != n or len(target) != n:
+    logits, target = call.logits if call.predicted is None else call.predicted, call.target
+    if call.rows is not None:
+        raise DebiasError(
+            f"Expected the step to keep the samples in the order of the batch for {who}, one row for each of the {n},"
+            f" but the rows of `{call.name}` are others. Leave the order as it is, or choose another loss, `loss=`."
+        )
+    if logits is None or target is None or len(logits) != n or len(target) != n:
         raise DebiasError(
             f"Expected logits and targets with one row for each of the {n} samples for {who}, but `{call.name}` has"
             f" logits {None if logits is None else tuple(logits.shape)}. Choose another loss, `loss=`."
         )
+    if call.name in SOFTMAX and target.is_floating_point() and target.shape == logits.shape:
+        target = target.argmax(1)  # shares of the classes, and no labels of which several may hold
     return logits.detach(), target.detach()

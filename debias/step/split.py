@@ -121,7 +121,10 @@ def _logged_once(module: Any, sizes: list[int]) -> Iterator[Callable[[int], None
             original(*args, **kwargs)
             return
         value = value.detach() if isinstance(value, Tensor) else value
-        collected.setdefault(name, ([], named))[0].append((value, sizes[now]))
+        values, options = collected.setdefault(name, ([], named))
+        if values and options.get("batch_size") and named.get("batch_size"):
+            options["batch_size"] += named["batch_size"]  # of all passes
+        values.append((value, sizes[now]))
 
     def log_dict(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = dict(zip(("dictionary", "prog_bar", "logger", "on_step", "on_epoch"), args, strict=False)) | kwargs

@@ -256,7 +256,8 @@ class HeadTap:
             if len(runs) != 1 and not (join and runs and self._named):
                 raise HeadNotFoundError(
                     f"Expected the head to run once in a step, but it ran {_times(runs)}. Name the layer that"
-                    " makes the logits of the loss: `head='dotted.path'`."
+                    " makes the logits of the loss, `head='dotted.path'`; where that runs on parts of the batch, let it"
+                    " run once on all, `head(torch.cat(parts))`, or use a penalty that needs losses only (VREx)."
                 )
             call.head = self.head
             deliver(call, self._tracker, [(run, run.given) for run in runs])

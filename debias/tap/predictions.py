@@ -25,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from debias.tap.counted import functions
 from debias.tap.moves import CASTS, MOVES
 
-__all__ = ["CLASSIFYING", "Predictions"]
+__all__ = ["CLASSIFYING", "SOFTMAX", "Predictions"]
 
 # Losses whose logits may be changed without changing what is predicted; numbers are predicted as the loss reads them.
 CLASSIFYING = frozenset(
@@ -33,10 +33,20 @@ CLASSIFYING = frozenset(
     | {"LabelSmoothingCrossEntropy", "SoftTargetCrossEntropy"}  # timm's
 )
 
+# Those in which one class is predicted.
+SOFTMAX = frozenset({"cross_entropy", "nll_loss", "LabelSmoothingCrossEntropy", "SoftTargetCrossEntropy"})
+
 _SUM = functions("add sub subtract rsub")
 _PRODUCT = functions("mul multiply div true_divide truediv divide")
 _CHOICE = functions("where scatter scatter_add index_add index_put index_copy setitem")
-_KEPT = MOVES | CASTS | functions("softmax log_softmax sigmoid logsigmoid log exp masked_fill")
+_KEPT = (
+    MOVES
+    | CASTS
+    | functions(
+        "softmax log_softmax sigmoid logsigmoid log exp masked_fill acos arccos cos asin arcsin sin clamp clamp_min"
+        " clamp_max clip pow sqrt square tanh"
+    )
+)
 _KEPT |= {F.softmax, F.log_softmax, F.logsigmoid}
 _FOLLOWED = _SUM | _PRODUCT | _CHOICE | _KEPT
 
@@ -159,9 +169,18 @@ def _kind(func: Any, args: tuple[Any, ...], others: list[Tensor], origins: list[
         return "changed" if isinstance(value, Tensor) and value.ndim else "kept"
     if len({id(origin.output) for origin in origins}) > 1:
         return "output"
+    if len(origins) > 1 and not any(origin.changed for origin in origins):
+        return "output"  # of several parts of one, such as a difference of two columns
+    if func in _SUM and others and all(map(_leaves_out, others)):
+        return "kept"
     one_number = not any(x.ndim and x.dtype != torch.bool for x in others)
     masks = func.__name__ == "where" and len(origins) == 1
     return "kept" if func in _KEPT or (one_number and (func in _PRODUCT or masks)) else "changed"
+
+
+def _leaves_out(x: Tensor) -> bool:
+    """Whether what is added leaves classes out, and all others as they are."""
+    return bool(x.ndim and ((x == 0) | (x.abs() >= 1e4)).all())
 
 
 _HERE = object()

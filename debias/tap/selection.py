@@ -88,7 +88,7 @@ class Reaching:
         """
         ends = {call.record.edge.node for call in self.calls}
         leads = dict.fromkeys(ends, True)
-        todo = [self.loss.grad_fn]
+        todo: list[Any] = [self.loss.grad_fn]
         while todo:
             node = todo[-1]
             parents = [parent for parent, _ in node.next_functions if parent is not None]

@@ -364,7 +364,7 @@ def _rows_error(call: LossCall, n: int, shape: torch.Size, *, mixed: bool = Fals
             f"{expected}, and the step mixes samples with each other (mixup? a change in place?), so that a row is of"
             " several. Mix with `GroupMixup`, which tells whose labels count, or compute a loss with each label:"
             " `share * cross_entropy(logits, labels) + (1 - share) * cross_entropy(logits, labels[partners])`, with"
-            " `loss='sum'`."
+            " `loss='sum'`, which methods that reweigh can take. Penalties need unmixed samples."
         )
     if shape and shape[0] < n:
         return RowsError(

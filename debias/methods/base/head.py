@@ -57,8 +57,8 @@ def _rebuilt(call: LossCall) -> HeadLoss:
     logits, target, name = call.logits, call.target, call.name
     if logits is None or target is None:
         raise DebiasError(
-            f"Expected logits and targets of the loss, but the step states `{call.name}` only. Return {{'loss',"
-            " 'logits', 'targets'}}, or use a penalty that only needs losses (VREx)."
+            f"Expected the logits and targets of one loss, but got `{call.name}` without. Choose one of several losses,"
+            " `loss=<index>`; return {'loss', 'logits', 'targets'}; or use a penalty that needs losses only (VREx)."
         )
     if name == "logits":  # stated by the step as {"logits", "targets"}
         binary = target.is_floating_point() and target.shape == logits.shape
@@ -248,7 +248,7 @@ def _check_logits(call: LossCall, made: Tensor, logits: Tensor, who: str, *, mas
     if error > (0.05 if half else 1e-3):
         raise HeadNotFoundError(
             f"Expected the logits of `{call.name}` to be what the head {who} makes of its input, but they differ by"
-            f" {error:.1%} of the largest. Something stands between them (a temperature, a mean over heads, dropout)."
+            f" {error:.1%} of the largest. Something stands between them (a temperature, a mean over heads, dropout, another order of rows)."
             " Move it in front of the head, or use a penalty that needs no head (IRM, VREx)."
         )
 
