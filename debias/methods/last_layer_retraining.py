@@ -27,11 +27,9 @@ Costs: one pass over the held-out set, N d doubles of memory on every rank, and 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -57,6 +55,7 @@ from debias.ops.last_layer import (
 from debias.step.batch import BatchKey, read
 from debias.step.ids import check_keys
 from debias.step.random import undisturbed
+from debias.step.reference import second_network
 from debias.step.watcher import StepWatcher
 
 __all__ = ["LastLayerFit", "LastLayerRetraining"]
@@ -160,7 +159,7 @@ def retrain_last_layer(
     """
     chosen = _check_arguments(method, group, n_groups, strengths, early)
     keys = Keys(input, target, group, n_groups)
-    other = _network(module, early) if method == "self" else None
+    other = second_network(module, early, "early") if method == "self" else None
     found, data = held_out(module, loader, head, keys, transfer, other)
     path = next(name for name, m in module.named_modules() if m is found)
     old = LinearHead(found.weight.detach().double().cpu(), _double(found.bias))
@@ -363,28 +362,6 @@ def _no_samples(empty: str) -> DebiasError:
         f"Expected held-out samples of every group, but there is none of {empty}. Take a larger held-out set, correct"
         " `n_groups`, or choose `method='afr'`, which needs no groups."
     )
-
-
-def _network(module: nn.Module, early: Any) -> nn.Module:
-    """The earlier network."""
-    if isinstance(early, nn.Module):
-        return early
-    if not isinstance(early, Mapping):
-        path = early
-        try:
-            early = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
-            raise DebiasError(
-                f"Expected `early` to be a checkpoint that can be read, but reading {path} failed: {error}. Correct the"
-                " path, or load it yourself and pass the state dict."
-            ) from error
-    state = early.get("state_dict", early) if isinstance(early, Mapping) else early
-    twin = copy.deepcopy(module)
-    try:
-        twin.load_state_dict(state)
-    except (RuntimeError, TypeError) as error:
-        raise DebiasError(f"Expected `early` to hold the weights of the same network, but got: {error}.") from None
-    return twin
 
 
 def _double(bias: Tensor | None) -> Tensor | None:
