@@ -122,13 +122,8 @@ def test_pretrained_weights_come_from_timm(tmp_path):
 
 
 def test_frozen_layers_and_their_batch_norms_stay_as_they_are(tmp_path):
-    model = Classifier(
-        "test_resnet",
-        2,
-        image_size=8,
-        freeze=["conv1", "bn1", "layer1"],
-        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
-    )
+    frozen = ["conv1", "bn1", "layer1"]
+    model = Classifier("test_resnet", 2, freeze=frozen, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     before = {name: value.clone() for name, value in model.network.state_dict().items()}
     trainer(tmp_path).fit(model, loader(), loader())
     changed = {
