@@ -22,7 +22,8 @@ tuned; several classes are one multinomial fit. AFR: its held-out set is what is
 of the training set, and there is no early stopping by groups. SELF: full-batch steps with class weights, where the
 authors draw balanced batches. Published for AFR on Waterbirds: ``lr=0.01, steps=500``, gamma 4 to 20, ridge 0 to 0.3.
 
-Costs: one pass over the held-out set, N d doubles of memory on every rank, and seconds of fitting.
+Costs: one pass over the held-out set, N d doubles of memory on every rank, and seconds of fitting. The callback reads
+the labels of the held-out set before training, too, so that a set that will not do is an error then.
 """
 
 from __future__ import annotations
@@ -36,15 +37,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from debias.data.counting import empty_groups, tag_counts
+from debias.data.counting import empty_groups, whole_batches
 from debias.errors import BadRowsError, DebiasError
-from debias.methods._held_out import Evaluating, Keys, find_head, held_out, moved
+from debias.methods._held_out import Evaluating, Keys, find_head, held_out, labels, moved
 from debias.ops.arguments import checked, shown
 from debias.ops.distributed import is_distributed
 from debias.ops.groups import check_n_groups, name_groups
 from debias.ops.last_layer import (
     LinearHead,
     afr_weights,
+    check_fit,
     class_balance,
     descend,
     disagreement_scores,
@@ -260,18 +262,29 @@ class LastLayerRetraining(StepWatcher):
         self.fit: LastLayerFit | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse now what would fail at the end: no set, no linear head, a group that the tags do not hold."""
+        """Refuse now what would fail at the end: no set, no linear head, a group or a class without samples."""
         self.fit = None
         loader, options = self._loader(trainer), self.options
-        if options["group"] is not None:
-            counts = tag_counts(trainer, loader, options["group"], options["n_groups"])
-            if empty := empty_groups(counts, name_groups(options["n_groups"], None)):
-                raise _no_samples(empty)
         keys = Keys(options["input"], options["target"], options["group"], options["n_groups"])
         with undisturbed():
             batch, _ = moved(next(iter(loader)), pl_module, trainer.strategy.batch_to_device)
             with Evaluating(pl_module):
-                find_head(pl_module, options["head"], read(batch, keys.input, {}, argument="input"))
+                head = find_head(pl_module, options["head"], read(batch, keys.input, {}, argument="input"))
+        found = []
+        for batch, tags in whole_batches(loader):
+            n = len(read(batch, keys.input, {}, argument="input"))
+            found.append(labels(batch, tags, keys, torch.empty(n, head.out_features)))
+        if found:
+            targets, groups = (torch.cat(parts) for parts in zip(*found, strict=True))
+            self._check_labels(targets, groups if keys.group is not None else None, head.out_features)
+
+    def _check_labels(self, targets: Tensor, groups: Tensor | None, n_classes: int) -> None:
+        options = self.options
+        if groups is not None:
+            tuned = options["strengths"] is None or len(options["strengths"]) > 1
+            _refuse_empty(groups, options["n_groups"], twice=options["method"] == "dfr" and tuned)
+        if options["method"] in ("dfr", "balanced", "plain"):
+            check_fit(targets, n_classes)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Refit, on all ranks."""
@@ -285,7 +298,7 @@ class LastLayerRetraining(StepWatcher):
         loaders = trainer.val_dataloaders if self.on == "val" else trainer.train_dataloader
         while isinstance(loaders, list | tuple | dict) and loaders:
             loaders = next(iter(loaders.values() if isinstance(loaders, dict) else loaders))
-        if not loaders:
+        if loaders is None or isinstance(loaders, list | tuple | dict):  # not its truth value, the length of a stream
             raise DebiasError(
                 f"Expected a {'validation' if self.on == 'val' else 'training'} set to refit the last layer on"
                 f" (`on={self.on!r}`), but got none. Give `trainer.fit` one, or refit afterwards by"
