@@ -240,11 +240,10 @@ class LearningFromFailure(Debiaser):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Make the table, and the twin before the first step changes the module."""
         size = len(train_set(trainer, self.state_key))
-        saved = None if self._stash is None else len(self._stash["stamps"]) - 1
-        if saved is None and self.module is not None:
-            saved = self.module.size
-        if saved is not None:
-            check_length(trainer, saved, self.state_key)
+        saved: Any = self.module.size if self.module is not None else size
+        if self._stash is not None:
+            saved = len(self._stash["stamps"]) - 1
+        check_length(trainer, saved, self.state_key)
         if self.module is None:
             self.module = FailureTable(size, self.rate, self.running)
         if self._stash is not None:
@@ -256,7 +255,8 @@ class LearningFromFailure(Debiaser):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse a training set that was loaded anew with another length."""
-        check_length(trainer, self.module.size, self.state_key)
+        table: Any = self.module
+        check_length(trainer, table.size, self.state_key)
 
     def begin(self, step: Step) -> None:
         """Run the twin on the batch that the network is about to see."""
