@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from debias.step.batch import split_tags
 from debias.step.ids import read_ids
 from debias.step.random import undisturbed
 
-__all__ = ["can_count", "count_groups", "empty_groups", "flat_loaders", "tag_counts", "whole_batches"]
+__all__ = ["can_count", "count_groups", "empty_groups", "flat_loaders", "tag_counts"]
 
 
 def count_groups(trainer: Any, key: Any, n_groups: int | Sequence[int], *, argument: str = "group") -> Tensor:
@@ -89,16 +89,6 @@ def can_count(trainer: Any) -> bool:
     return all(_has_rows(getattr(loader, "dataset", None)) for loader in flat_loaders(trainer.train_dataloader))
 
 
-def whole_batches(loader: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Batches of the whole set of a loader, the same on every rank, and their tags, one at a time; of a stream none.
-
-    Draws nothing from anybody's generators.
-    """
-    if _has_rows(getattr(loader, "dataset", None)):
-        with undisturbed():
-            yield from map(split_tags, DataLoader(_drawn_from(loader), batch_size=256, collate_fn=loader.collate_fn))
-
-
 def flat_loaders(loaders: Any) -> list[Any]:
     """The loaders in lists, tuples and dictionaries of them, in the order of their numbers."""
     return list((loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)).flattened)
@@ -112,7 +102,9 @@ def _count(loader: Any, key: Any, n_groups: Any, argument: str) -> Tensor:
     dataset = _drawn_from(loader)
     if (tags := _tags(dataset, key)) is not None:
         return _sum_up([(None, tags)], key, n_groups, argument)
-    return _sum_up(whole_batches(loader), key, n_groups, argument)
+    with undisturbed():
+        batches = DataLoader(dataset, batch_size=256, collate_fn=loader.collate_fn)
+        return _sum_up(map(split_tags, batches), key, n_groups, argument)
 
 
 # By name: torchdata has some of its own that share no base class with PyTorch's.

@@ -37,11 +37,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from debias.data.counting import empty_groups, whole_batches
+from debias.data.counting import empty_groups
 from debias.errors import BadRowsError, DebiasError
 from debias.methods._held_out import Evaluating, Keys, find_head, held_out, labels, moved
 from debias.ops.arguments import checked, shown
-from debias.ops.distributed import is_distributed
+from debias.ops.distributed import gather, is_distributed
 from debias.ops.groups import check_n_groups, name_groups
 from debias.ops.last_layer import (
     LinearHead,
@@ -266,17 +266,19 @@ class LastLayerRetraining(StepWatcher):
         self.fit = None
         loader, options = self._loader(trainer), self.options
         keys = Keys(options["input"], options["target"], options["group"], options["n_groups"])
-        with undisturbed():
-            batch, _ = moved(next(iter(loader)), pl_module, trainer.strategy.batch_to_device)
-            with Evaluating(pl_module):
-                head = find_head(pl_module, options["head"], read(batch, keys.input, {}, argument="input"))
         found = []
-        for batch, tags in whole_batches(loader):
-            n = len(read(batch, keys.input, {}, argument="input"))
-            found.append(labels(batch, tags, keys, torch.empty(n, head.out_features)))
+        with undisturbed():
+            for raw in loader:
+                batch, tags = moved(raw, pl_module, trainer.strategy.batch_to_device)
+                given = read(batch, keys.input, {}, argument="input")
+                if not found:
+                    with Evaluating(pl_module):
+                        head = find_head(pl_module, options["head"], given)
+                    n_classes = head.out_features
+                found.append(labels(batch, tags, keys, torch.empty(len(given), n_classes, device=pl_module.device)))
         if found:
-            targets, groups = (torch.cat(parts) for parts in zip(*found, strict=True))
-            self._check_labels(targets, groups if keys.group is not None else None, head.out_features)
+            targets, groups = (gather(torch.cat(parts)).cpu() for parts in zip(*found, strict=True))
+            self._check_labels(targets, groups if keys.group is not None else None, n_classes)
 
     def _check_labels(self, targets: Tensor, groups: Tensor | None, n_classes: int) -> None:
         options = self.options

@@ -431,7 +431,7 @@ def test_what_would_fail_at_the_end_fails_at_the_start(options, fitted, match):
     assert same(before, model.state_dict())
 
 
-def test_labels_are_read_of_any_set_but_a_stream():
+def test_the_held_out_set_may_be_a_stream():
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
             return iter(val_loader(bare=True).dataset)
