@@ -266,7 +266,7 @@ class LastLayerRetraining(StepWatcher):
         self.fit = None
         loader, options = self._loader(trainer), self.options
         keys = Keys(options["input"], options["target"], options["group"], options["n_groups"])
-        found = []
+        found: list[tuple[Tensor, Tensor]] = []
         with undisturbed():
             for raw in loader:
                 batch, tags = moved(raw, pl_module, trainer.strategy.batch_to_device)
