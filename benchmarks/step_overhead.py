@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import TensorDataset
 
 import debias
 from debias.step.batch import TaggedBatch
@@ -76,8 +77,7 @@ DETAILS = {
 
 
 def registered():
-    """Every exported method, with the arguments that any of them may ask for; not those that need a dataset, whose
-    samples are numbered."""
+    """Every exported method, with the arguments that any of them may ask for; not those that train in two stages."""
     given = {"n_groups": N_GROUPS, "group_counts": [10 + i for i in range(N_GROUPS)], "group": "group"}
     given |= {"domain": "group", "n_domains": N_GROUPS, "identity": "group", "n_identities": N_GROUPS, "target": 1}
     given |= {"n_classes": 2, "class_counts": [10, 11]}
@@ -86,9 +86,9 @@ def registered():
         cls = getattr(debias, name)
         if not (inspect.isclass(cls) and issubclass(cls, debias.Debiaser) and cls is not debias.Debiaser):
             continue
-        if "index" in cls.needs:
-            continue
         parameters = inspect.signature(cls).parameters
+        if "epochs" in parameters:
+            continue
         arguments = {key: value for key, value in given.items() if key in parameters and key != "target"}
         if "target" in parameters and parameters["target"].default is inspect.Parameter.empty:
             arguments["target"] = given["target"]
@@ -148,10 +148,11 @@ class Around(L.Callback):
 
 
 class Repeated:
-    """A loader of ready-made batches."""
+    """A loader of ready-made batches, and the dataset that they would be of, for methods that number its samples."""
 
-    def __init__(self, batches, steps):
+    def __init__(self, batches, steps, n_samples):
         self.batches, self.steps = batches, steps
+        self.dataset = debias.tag(TensorDataset(torch.zeros(n_samples)))
 
     def __len__(self):
         return self.steps
@@ -170,9 +171,12 @@ class Arm:
         self.methods = [make()] if make is not None else []
         self.accelerator = accelerator
         self.batches = []
-        for _ in range(4):
+        self.n_samples = 4 * size
+        for i in range(4):
             batch = (torch.randn(size, *shape), torch.randint(2, (size,)))
             tags = {"group": torch.randint(N_GROUPS, (size,))}
+            if any("index" in method.needs for method in self.methods):
+                tags["index"] = torch.arange(i * size, (i + 1) * size)
             self.batches.append(TaggedBatch(batch, tags) if self.methods else batch)
 
     def run(self, steps, *callbacks):
@@ -188,7 +192,7 @@ class Arm:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(self.module, Repeated(self.batches, steps))
+        trainer.fit(self.module, Repeated(self.batches, steps, self.n_samples))
 
     def durations(self, steps):
         """Nanoseconds of each of ``steps`` steps."""

@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     # monitors
     "GroupMonitor": "debias.monitors.group_monitor",
+    "EnvironmentMonitor": "debias.monitors.environment_monitor",
     "MultilabelF1Monitor": "debias.monitors.multilabel_f1",
     "AttributeProbe": "debias.monitors.attribute_probe",
     "SampleRecorder": "debias.monitors.sample_recorder",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from debias.monitors.attribute_probe import AttributeProbe
     from debias.monitors.box_stability import BoxStability
     from debias.monitors.detection_monitor import DetectionMonitor
+    from debias.monitors.environment_monitor import EnvironmentMonitor
     from debias.monitors.group_monitor import GroupMonitor
     from debias.monitors.multilabel_f1 import MultilabelF1Monitor
     from debias.monitors.sample_recorder import SampleRecorder

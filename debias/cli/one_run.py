@@ -167,6 +167,8 @@ def make_run(
         # Training ended between two validations, and what the one before logged is not of the last checkpoint.
         trainer.validate(model, datamodule=data, ckpt_path=str(keeper.last), verbose=False, weights_only=True)
         candidates["last"] = replace(candidates["last"], val=validation_metrics(trainer))
+        # All there is by any rule, where a method has changed the network when training had ended.
+        candidates = dict.fromkeys(keeper.scores(candidates["last"].val), candidates["last"]) | candidates
     if spec.get("held_out") is None:
         candidates = _test(trainer, model, data, candidates, predictions, folder)
     return {

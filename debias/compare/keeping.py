@@ -84,15 +84,18 @@ class Keeper(Checkpoint):
             return
         # The one place where the device is waited for; an epoch has ended.
         self.val, self.validated = validation_metrics(trainer), trainer.global_step
-        found = measures(self.val, "val", self.direction)
-        scores = {"val_average": found.average, "val_worst_group": found.worst, "val_shift": shift_score(self.val)}
-        for rule, name in (("val_worst_class", "class"), ("val_worst_inferred", "inferred")):
-            scores[rule] = worst_of(self.val, name)
-        for rule, score in scores.items():
+        for rule, score in self.scores(self.val).items():
             sign = 1 if self.direction == "max" or rule == "val_shift" else -1
             known = self.best.get(rule)
-            if not math.isnan(score) and (known is None or sign * score > sign * known["score"]):
+            if known is None or sign * score > sign * known["score"]:
                 self._keep(trainer, rule, score)
+
+    def scores(self, val: dict[str, float]) -> dict[str, float]:
+        """The score of a validation by each rule that it serves, from what it logged."""
+        found = measures(val, "val", self.direction)
+        scores = {"val_average": found.average, "val_worst_group": found.worst, "val_shift": shift_score(val)}
+        scores |= {f"val_worst_{name}": worst_of(val, name) for name in ("class", "inferred")}
+        return {rule: score for rule, score in scores.items() if not math.isnan(score)}
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """After a resume: see that what it refers to is whole, and take up the random streams where they were.

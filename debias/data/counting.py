@@ -97,8 +97,8 @@ def _count(loader: Any, key: Any, n_groups: Any, argument: str) -> Tensor:
     if (tags := _tags(dataset, key)) is not None:
         return _sum_up([(None, tags)], key, n_groups, argument)
     with undisturbed():
-        parts = [split_tags(b) for b in DataLoader(dataset, batch_size=256, collate_fn=loader.collate_fn)]
-    return _sum_up(parts, key, n_groups, argument)
+        batches = DataLoader(dataset, batch_size=256, collate_fn=loader.collate_fn)
+        return _sum_up(map(split_tags, batches), key, n_groups, argument)
 
 
 # By name: torchdata has some of its own that share no base class with PyTorch's.

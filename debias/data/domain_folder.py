@@ -198,12 +198,12 @@ def _images(folder: Path) -> list[Path]:
     )
 
 
-def _eval_transform(size: int) -> Callable[[Any], Any]:
+def _eval_transform(size: int, mean: Any = IMAGENET_MEAN, std: Any = IMAGENET_STD) -> Callable[[Any], Any]:
     T = transforms()
-    return T.Compose([T.Resize((size, size)), T.ToTensor(), T.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    return T.Compose([T.Resize((size, size)), T.ToTensor(), T.Normalize(mean, std)])
 
 
-def _train_transform(size: int) -> Callable[[Any], Any]:
+def _train_transform(size: int, mean: Any = IMAGENET_MEAN, std: Any = IMAGENET_STD) -> Callable[[Any], Any]:
     T = transforms()
     views = [
         T.RandomResizedCrop(size, scale=(0.7, 1.0)),
@@ -211,4 +211,4 @@ def _train_transform(size: int) -> Callable[[Any], Any]:
         T.ColorJitter(0.3, 0.3, 0.3, 0.3),
         T.RandomGrayscale(0.1),
     ]
-    return T.Compose([*views, T.ToTensor(), T.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    return T.Compose([*views, T.ToTensor(), T.Normalize(mean, std)])

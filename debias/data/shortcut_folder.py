@@ -10,7 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from debias.data._common import GroupDataModule, check_fraction, check_stated, nearest, tagged_images
+from debias.data._common import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    GroupDataModule,
+    check_fraction,
+    check_stated,
+    nearest,
+    tagged_images,
+)
 from debias.data.domain_folder import _eval_transform, _read_tree, _train_transform
 from debias.errors import DataError, DebiasError
 from debias.ops.arguments import check_count, checked
@@ -25,9 +33,9 @@ class ShortcutFolder(GroupDataModule):
     as there can be with a share ``agreement`` of each label in its own style, and of both labels as many; validation
     likewise, so that its worst group is small. The test set holds as many of each label in each style.
 
-    Batches are ``(x, y)``: ``x`` float32 ``(N, 3, image_size, image_size)``, normalised by ImageNet's mean and standard
-    deviation, ``y`` int64 ``(N,)``. Tags, int64 ``(N,)``: ``style``, ``domain`` = style, ``label`` = y, ``group`` = 2 *
-    label + style. After ``setup``: ``group_names``, ``train_groups`` ``(N,)``, ``group_counts`` ``(4,)``.
+    Batches are ``(x, y)``: ``x`` float32 ``(N, 3, image_size, image_size)``, normalised by ``mean`` and ``std``, ``y``
+    int64 ``(N,)``. Tags, int64 ``(N,)``: ``style``, ``domain`` = style, ``label`` = y, ``group`` = 2 * label + style.
+    After ``setup``: ``group_names``, ``train_groups`` ``(N,)``, ``group_counts`` ``(4,)``.
 
     Args:
         root: folder of the styles.
@@ -37,6 +45,9 @@ class ShortcutFolder(GroupDataModule):
         agreement: share of each label in its own style, in training and validation.
         batch_size: samples per batch and rank.
         image_size: height and width of the inputs.
+        mean: of each colour channel, for pixels in [0, 1]; by default ImageNet's. Some pretrained networks expect
+            inputs in [-1, 1]: a mean of 0.5 and an ``std`` of 0.5.
+        std: likewise.
         augment: crops, flips and colours as in :class:`debias.data.DomainFolder`.
         n_groups: 4; so that other parts of a configuration can refer to it.
         n_domains: 2, likewise.
@@ -61,6 +72,8 @@ class ShortcutFolder(GroupDataModule):
         agreement: float = 0.95,
         batch_size: int = 32,
         image_size: int = 128,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
         augment: bool = False,
         n_groups: int = 4,
         n_domains: int = 2,
@@ -83,6 +96,7 @@ class ShortcutFolder(GroupDataModule):
         self.classes = tuple(classes_0), tuple(classes_1)
         self.agreement = agreement
         self.image_size = image_size
+        self.mean, self.std = tuple(mean), tuple(std)
         self.augment = augment
         self.n_groups, self.n_domains = n_groups, n_domains
 
@@ -110,7 +124,8 @@ class ShortcutFolder(GroupDataModule):
         fifth = {cell: len(paths) // 5 for cell, paths in cells.items()}
         test = {cell: min(fifth.values()) for cell in cells}
         val, train = self._shares(fifth), self._shares({cell: len(cells[cell]) - 2 * fifth[cell] for cell in cells})
-        transform = _eval_transform(self.image_size)
+        views = self.image_size, self.mean, self.std
+        transform = _eval_transform(*views)
         parts: dict[str, list[tuple[Path, int, int]]] = {"test": [], "val": [], "train": []}
         for (label, style), paths in cells.items():
             start = 0
@@ -120,7 +135,7 @@ class ShortcutFolder(GroupDataModule):
                 # Each split has its own images, however many of them it draws.
                 start += fifth[label, style]
         self.test_set, self.val_set = self._make(parts["test"], transform), self._make(parts["val"], transform)
-        self.train_set = self._make(parts["train"], _train_transform(self.image_size) if self.augment else transform)
+        self.train_set = self._make(parts["train"], _train_transform(*views) if self.augment else transform)
         titles = ["+".join(names) for names in self.classes]
         self._describe_groups([f"{label} in {style}" for label in titles for style in self.styles])
 

@@ -87,7 +87,18 @@ class TaggedDataset(_Wrapping):
         # A dataset that is tagged twice carries both sets of tags, side by side.
         inner = sample.tags if isinstance(sample, TaggedSample) else {}
         sample = sample.sample if isinstance(sample, TaggedSample) else sample
-        return TaggedSample(sample, inner | {k: v(sample) if callable(v) else v[index] for k, v in self.tags.items()})
+        tags = {k: v(sample) if callable(v) else self._tag(v, index) for k, v in self.tags.items()}
+        return TaggedSample(sample, inner | tags)
+
+    @staticmethod
+    def _tag(values: Any, index: int) -> Any:
+        try:
+            return values[index]
+        except IndexError:
+            raise DataError(
+                f"Expected the dataset to keep the length that it had when it was tagged, {len(values)}, but it yields"
+                f" sample {index}. Tag it anew when it has grown."
+            ) from None
 
 
 class TaggedIterableDataset(IterableDataset):

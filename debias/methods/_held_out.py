@@ -17,7 +17,7 @@ from debias.step.ids import plain_n_groups
 from debias.step.samples import INDEX
 from debias.tap.head import HeadFinder, submodule
 
-__all__ = ["Evaluating", "HeldOut", "Keys", "find_head", "held_out", "moved"]
+__all__ = ["Evaluating", "HeldOut", "Keys", "find_head", "held_out", "labels", "moved"]
 
 
 class Keys(NamedTuple):
@@ -79,17 +79,8 @@ def held_out(
             features, logits = _run(module, head, given)
             n, device = len(features), features.device
             others = logits if second is None else _run(other, second, given)[1]  # type: ignore[arg-type]
-            targets = _targets(
-                torch.as_tensor(read(batch, keys.target, tags, argument="target"), device=device), logits
-            )
-            groups = numbers = torch.full((n,), -1, device=device)
-            if keys.group is not None:
-                groups = Step(None, features, "validate", batch, tags).ids(keys.group, plain_n_groups(keys.n_groups))
-                if groups.shape != (n,):
-                    raise BatchKeyError(
-                        f"Expected `group={keys.group!r}` to hold one id for each of {n} samples, but got shape"
-                        f" {tuple(groups.shape)}."
-                    )
+            targets, groups = labels(batch, tags, keys, logits)
+            numbers = torch.full((n,), -1, device=device)
             if isinstance(tags.get(INDEX), Tensor):
                 numbers = tags[INDEX].to(device)
             parts.append((features, logits, others, targets, groups, numbers))
@@ -116,6 +107,28 @@ def held_out(
         None if keys.group is None else groups[rows],
         None if other is None else others.double()[rows],
     )
+
+
+def labels(batch: Any, tags: dict[str, Any], keys: Keys, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Targets of a batch, and groups ``(N,)``, -1 where nobody asked.
+
+    Args:
+        batch: the batch.
+        tags: its tags.
+        keys: where things are in it.
+        logits: of its samples, or anything of their shape and device.
+    """
+    n, device = len(logits), logits.device
+    targets = _targets(torch.as_tensor(read(batch, keys.target, tags, argument="target"), device=device), logits)
+    if keys.group is None:
+        return targets, torch.full((n,), -1, device=device)
+    groups = Step(None, logits, "validate", batch, tags).ids(keys.group, plain_n_groups(keys.n_groups))
+    if groups.shape != (n,):
+        raise BatchKeyError(
+            f"Expected `group={keys.group!r}` to hold one id for each of {n} samples, but got shape"
+            f" {tuple(groups.shape)}."
+        )
+    return targets, groups
 
 
 class Evaluating:

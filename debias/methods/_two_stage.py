@@ -28,7 +28,7 @@ from debias.step.batch import split_tags
 from debias.step.context import Step
 from debias.step.proxy import attach, detach
 from debias.step.random import undisturbed
-from debias.step.samples import predictions, sample_losses, sample_numbers, train_set
+from debias.step.samples import check_length, predictions, sample_losses, sample_numbers, train_set
 from debias.step.watcher import Debiaser
 from debias.tap.calls import LossCall
 from debias.tap.head import HeadFinder, check_features, submodule
@@ -125,16 +125,12 @@ class TwoStage(Debiaser):
         """Make the table, and keep the state that stage two starts from."""
         size = len(train_set(trainer, self.state_key))
         if self.stage == 1:
-            self._check_length(trainer)
+            self._check_epochs(trainer)
         if self._stash is not None:
             saved = len(self._stash["module"]["stamps"]) - 1
         else:
             saved = size if self.module is None else self.module.size
-        if saved != size:
-            raise DebiasError(
-                f"Expected the training set to keep its length, {saved} samples when {self.state_key} saw it first,"
-                f" but got {size}: numbers of samples would mean other ones. Use the same set, or a new instance."
-            )
+        check_length(trainer, saved, self.state_key)
         resumed, fresh = self._stash is not None, self.module is None or self.stage == 1
         if resumed or fresh:  # a fit that was broken off in stage one, and is not resumed, begins anew
             self.module = SampleTable(size)
@@ -153,7 +149,11 @@ class TwoStage(Debiaser):
         self._min_epochs = trainer.fit_loop.min_epochs
         trainer.fit_loop.min_epochs = max(self._min_epochs or 0, self.epochs + 1)
 
-    def _check_length(self, trainer: Any) -> None:
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse a training set that was loaded anew with another length."""
+        check_length(trainer, self.module.size, self.state_key)
+
+    def _check_epochs(self, trainer: Any) -> None:
         last, steps = trainer.max_epochs, trainer.max_steps
         if last is not None and last != -1 and self.epochs >= last:
             raise DebiasError(

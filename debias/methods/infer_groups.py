@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from debias.errors import BatchKeyError, DebiasError
+from debias.extras import needs_extra
 from debias.methods._two_stage import TwoStage
 from debias.ops.arguments import check_options, checked
 from debias.ops.group_inference import eiil_groups, error_groups, george_groups, spare_groups, useful_groups
@@ -47,6 +48,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "useful": useful_groups,
 }
 BY_SAMPLE = ("errors", "eiil")  # these say the group of any sample, of the validation set too
+CLUSTERING = ("spare", "george", "useful")
 # What waits with a method that reads the tag.
 _HOOKS = ("on_train_start", "on_train_epoch_end", "on_before_optimizer_step")
 _KEYS = {"group": "n_groups", "domain": "n_domains", "identity": "n_identities", "attribute": "n_values"}
@@ -222,14 +224,21 @@ class InferGroups(TwoStage):
             return george_groups(record["features"], targets, **options)[0]
         return useful_groups(logits, targets, record["loss"], **options)
 
-    def _infer_validation(self, trainer: Any) -> Tensor:
-        from debias.ops.samples import SampleTable
-
+    def _validation_loader(self, trainer: Any) -> Any:
         loaders = trainer.val_dataloaders
         loader = loaders[0] if isinstance(loaders, list | tuple) else loaders
         if loader is None:
-            raise DebiasError(f"Expected a validation set for `validation=True` of {self.state_key}, but got none.")
-        dataset = numbered_dataset(loader.dataset, self.state_key)
+            raise DebiasError(
+                f"Expected a validation set for `validation=True` of {self.state_key}, but got none. Give `trainer.fit`"
+                " one, or leave it out."
+            )
+        return loader
+
+    def _infer_validation(self, trainer: Any) -> Tensor:
+        from debias.ops.samples import SampleTable
+
+        loader = self._validation_loader(trainer)
+        dataset = numbered_dataset(loader.dataset, self.state_key, "validation")
         table, training = SampleTable(len(dataset)), self.module
         self.module = table.to(training.stamps.device)
         try:
@@ -305,6 +314,12 @@ class InferGroups(TwoStage):
                 f"Expected the training set to have no tag `{self.tag}` of its own, which {self.state_key} gives it."
                 " Pass another name, `tag=`, or leave the inference out."
             )
+        if self.stage == 1:  # what would fail after it
+            if self.method in CLUSTERING:
+                with needs_extra("sklearn"):
+                    import sklearn  # noqa: F401
+            if self.validation:
+                numbered_dataset(self._validation_loader(trainer).dataset, self.state_key, "validation")
         super().on_train_start(trainer, pl_module)
         if self.validation_ids is not None:
             self.validation_ids = self.validation_ids.to(pl_module.device)

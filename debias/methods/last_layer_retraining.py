@@ -22,31 +22,31 @@ tuned; several classes are one multinomial fit. AFR: its held-out set is what is
 of the training set, and there is no early stopping by groups. SELF: full-batch steps with class weights, where the
 authors draw balanced batches. Published for AFR on Waterbirds: ``lr=0.01, steps=500``, gamma 4 to 20, ridge 0 to 0.3.
 
-Costs: one pass over the held-out set, N d doubles of memory on every rank, and seconds of fitting.
+Costs: one pass over the held-out set, N d doubles of memory on every rank, and seconds of fitting. The callback reads
+the labels of the held-out set before training, too, so that a set that will not do is an error then.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from debias.data.counting import empty_groups, tag_counts
+from debias.data.counting import empty_groups
 from debias.errors import BadRowsError, DebiasError
-from debias.methods._held_out import Evaluating, Keys, find_head, held_out, moved
+from debias.methods._held_out import Evaluating, Keys, find_head, held_out, labels, moved
 from debias.ops.arguments import checked, shown
-from debias.ops.distributed import is_distributed
+from debias.ops.distributed import gather, is_distributed
 from debias.ops.groups import check_n_groups, name_groups
 from debias.ops.last_layer import (
     LinearHead,
     afr_weights,
+    check_fit,
     class_balance,
     descend,
     disagreement_scores,
@@ -57,6 +57,7 @@ from debias.ops.last_layer import (
 from debias.step.batch import BatchKey, read
 from debias.step.ids import check_keys
 from debias.step.random import undisturbed
+from debias.step.reference import second_network
 from debias.step.watcher import StepWatcher
 
 __all__ = ["LastLayerFit", "LastLayerRetraining"]
@@ -160,7 +161,7 @@ def retrain_last_layer(
     """
     chosen = _check_arguments(method, group, n_groups, strengths, early)
     keys = Keys(input, target, group, n_groups)
-    other = _network(module, early) if method == "self" else None
+    other = second_network(module, early, "early") if method == "self" else None
     found, data = held_out(module, loader, head, keys, transfer, other)
     path = next(name for name, m in module.named_modules() if m is found)
     old = LinearHead(found.weight.detach().double().cpu(), _double(found.bias))
@@ -262,18 +263,31 @@ class LastLayerRetraining(StepWatcher):
         self.fit: LastLayerFit | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse now what would fail at the end: no set, no linear head, a group that the tags do not hold."""
+        """Refuse now what would fail at the end: no set, no linear head, a group or a class without samples."""
         self.fit = None
         loader, options = self._loader(trainer), self.options
-        if options["group"] is not None:
-            counts = tag_counts(trainer, loader, options["group"], options["n_groups"])
-            if empty := empty_groups(counts, name_groups(options["n_groups"], None)):
-                raise _no_samples(empty)
         keys = Keys(options["input"], options["target"], options["group"], options["n_groups"])
+        found: list[tuple[Tensor, Tensor]] = []
         with undisturbed():
-            batch, _ = moved(next(iter(loader)), pl_module, trainer.strategy.batch_to_device)
-            with Evaluating(pl_module):
-                find_head(pl_module, options["head"], read(batch, keys.input, {}, argument="input"))
+            for raw in loader:
+                batch, tags = moved(raw, pl_module, trainer.strategy.batch_to_device)
+                given = read(batch, keys.input, {}, argument="input")
+                if not found:
+                    with Evaluating(pl_module):
+                        head = find_head(pl_module, options["head"], given)
+                    n_classes = head.out_features
+                found.append(labels(batch, tags, keys, torch.empty(len(given), n_classes, device=pl_module.device)))
+        if found:
+            targets, groups = (gather(torch.cat(parts)).cpu() for parts in zip(*found, strict=True))
+            self._check_labels(targets, groups if keys.group is not None else None, n_classes)
+
+    def _check_labels(self, targets: Tensor, groups: Tensor | None, n_classes: int) -> None:
+        options = self.options
+        if groups is not None:
+            tuned = options["strengths"] is None or len(options["strengths"]) > 1
+            _refuse_empty(groups, options["n_groups"], twice=options["method"] == "dfr" and tuned)
+        if options["method"] in ("dfr", "balanced", "plain"):
+            check_fit(targets, n_classes)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Refit, on all ranks."""
@@ -287,7 +301,7 @@ class LastLayerRetraining(StepWatcher):
         loaders = trainer.val_dataloaders if self.on == "val" else trainer.train_dataloader
         while isinstance(loaders, list | tuple | dict) and loaders:
             loaders = next(iter(loaders.values() if isinstance(loaders, dict) else loaders))
-        if not loaders:
+        if loaders is None or isinstance(loaders, list | tuple | dict):  # not its truth value, the length of a stream
             raise DebiasError(
                 f"Expected a {'validation' if self.on == 'val' else 'training'} set to refit the last layer on"
                 f" (`on={self.on!r}`), but got none. Give `trainer.fit` one, or refit afterwards by"
@@ -364,28 +378,6 @@ def _no_samples(empty: str) -> DebiasError:
         f"Expected held-out samples of every group, but there is none of {empty}. Take a larger held-out set, correct"
         " `n_groups`, or choose `method='afr'`, which needs no groups."
     )
-
-
-def _network(module: nn.Module, early: Any) -> nn.Module:
-    """The earlier network."""
-    if isinstance(early, nn.Module):
-        return early
-    if not isinstance(early, Mapping):
-        path = early
-        try:
-            early = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
-            raise DebiasError(
-                f"Expected `early` to be a checkpoint that can be read, but reading {path} failed: {error}. Correct the"
-                " path, or load it yourself and pass the state dict."
-            ) from error
-    state = early.get("state_dict", early) if isinstance(early, Mapping) else early
-    twin = copy.deepcopy(module)
-    try:
-        twin.load_state_dict(state)
-    except (RuntimeError, TypeError) as error:
-        raise DebiasError(f"Expected `early` to hold the weights of the same network, but got: {error}.") from None
-    return twin
 
 
 def _double(bias: Tensor | None) -> Tensor | None:

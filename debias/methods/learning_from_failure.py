@@ -36,7 +36,7 @@ from debias.ops.distributed import as_global, gather, global_sum, world_size
 from debias.ops.samples import SampleTable
 from debias.step.context import Step
 from debias.step.owned import OwnedModule
-from debias.step.samples import predictions, sample_losses, sample_numbers, train_set
+from debias.step.samples import check_length, predictions, sample_losses, sample_numbers, train_set
 from debias.step.watcher import Debiaser
 from debias.tap.calls import LossCall
 from debias.tap.rows import RowTracker
@@ -241,7 +241,11 @@ class LearningFromFailure(Debiaser):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Make the table, and the twin before the first step changes the module."""
         size = len(train_set(trainer, self.state_key))
-        if self.module is None or self.module.size != size:
+        saved: Any = self.module.size if self.module is not None else size
+        if self._stash is not None:
+            saved = len(self._stash["stamps"]) - 1
+        check_length(trainer, saved, self.state_key)
+        if self.module is None:
             self.module = FailureTable(size, self.rate, self.running)
         if self._stash is not None:
             self.module.load_state_dict(self._stash)
@@ -249,6 +253,11 @@ class LearningFromFailure(Debiaser):
         self.module.to(pl_module.device)
         self._source = pl_module
         self._twin(pl_module)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse a training set that was loaded anew with another length."""
+        table: Any = self.module
+        check_length(trainer, table.size, self.state_key)
 
     def begin(self, step: Step) -> None:
         """Run the twin on the batch that the network is about to see."""

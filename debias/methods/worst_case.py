@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from debias.errors import BadRowsError, DebiasError
-from debias.methods.base import LossOptions, Method
+from debias.methods.base import LossOptions, Method, configures
 from debias.ops.arguments import check_number, checked
 from debias.ops.distributed import gather
 from debias.ops.fields import arguments
@@ -35,7 +35,16 @@ from debias.ops.precision import autocast_off
 from debias.step.context import Step
 from debias.tap.calls import LossCall
 
-__all__ = ["CVaRDRO", "CVaRLoss", "ChiSquareDRO", "ChiSquareLoss", "chi_square_weights", "cvar_weights"]
+__all__ = [
+    "CVaRDRO",
+    "CVaRDROMixin",
+    "CVaRLoss",
+    "ChiSquareDRO",
+    "ChiSquareDROMixin",
+    "ChiSquareLoss",
+    "chi_square_weights",
+    "cvar_weights",
+]
 
 
 @checked("losses: float m, shares: float m", alpha="(0, 1]", temperature="[0, inf)")
@@ -303,6 +312,41 @@ class ChiSquareDRO(ChiSquareOptions, WorstCase):
     """
 
     module_class = ChiSquareLoss
+
+
+class CVaRDROMixin:
+    """The worst fraction of each batch inside a LightningModule.
+
+    Example:
+        >>> import lightning as L, torch
+        >>> from debias import CVaRDROMixin
+        >>> class Model(CVaRDROMixin, L.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.net = torch.nn.Linear(2, 2)
+        ...         self.configure_cvar_dro(alpha=0.2)
+        ...     def training_step(self, batch, batch_idx):
+        ...         x, y = batch
+        ...         return self.cvar_dro_loss(torch.nn.functional.cross_entropy(self.net(x), y, reduction="none"))
+    """
+
+    cvar_dro: CVaRLoss
+    configure_cvar_dro = configures("cvar_dro", CVaRLoss)
+
+    def cvar_dro_loss(self, losses: Tensor) -> Tensor:
+        """The objective for losses ``(N,)``."""
+        return self.cvar_dro(losses)
+
+
+class ChiSquareDROMixin:
+    """The worst distribution in a chi-square ball around each batch inside a LightningModule."""
+
+    chi_square_dro: ChiSquareLoss
+    configure_chi_square_dro = configures("chi_square_dro", ChiSquareLoss)
+
+    def chi_square_dro_loss(self, losses: Tensor) -> Tensor:
+        """The objective for losses ``(N,)``."""
+        return self.chi_square_dro(losses)
 
 
 def _batch(losses: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -34,14 +34,17 @@ class Classifier(pl.LightningModule):
         l2: added to the training loss, not to the one that is logged: ``l2`` times the sum of all squared parameters,
             biases included. Its gradient is that of Adam's ``weight_decay=2 * l2``, but as a part of the loss it is
             scaled with it.
-        pretrained: start from timm's weights.
+        pretrained: start from timm's weights. Those of a file with timm's names take
+            ``backbone_args={"pretrained_cfg_overlay": {"file": "weights.pth"}}``, and no network.
         backbone_args: further arguments of ``timm.create_model``, such as ``drop_rate``.
+        freeze: submodules of a timm backbone that are not trained, by their dotted paths; their batch norms keep their
+            statistics (``timm.utils.freeze``).
         optimizer: builds the optimiser from the parameters.
         lr_scheduler: builds a learning-rate scheduler, stepped once an epoch, from the optimiser.
 
     Raises:
-        ValueError: ``pretrained`` or ``backbone_args`` with a backbone that is not timm's, ``init`` with one that is,
-            or ``l2`` below zero.
+        ValueError: ``pretrained``, ``backbone_args`` or ``freeze`` with a backbone that is not timm's, ``init`` with
+            one that is, a path in ``freeze`` that is not there, or ``l2`` below zero.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Classifier(pl.LightningModule):
         l2: float = 0.0,
         pretrained: bool = False,
         backbone_args: dict[str, Any] | None = None,
+        freeze: list[str] | None = None,
         optimizer: OptimizerCallable = torch.optim.Adam,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -70,9 +74,10 @@ class Classifier(pl.LightningModule):
         self.l2 = l2
         self.optimizer_factory, self.lr_scheduler_factory = optimizer, lr_scheduler
         if backbone in _OWN:
-            if pretrained or backbone_args:
+            if pretrained or backbone_args or freeze:
                 raise ValueError(
-                    f"Expected `pretrained` and `backbone_args` only with a timm backbone, but got `{backbone}`."
+                    "Expected `pretrained`, `backbone_args` and `freeze` only with a timm backbone, but got"
+                    f" `{backbone}`."
                 )
             self.network = _OWN[backbone](in_channels, image_size, width, num_classes)
             if init == "xavier_uniform":
@@ -83,6 +88,8 @@ class Classifier(pl.LightningModule):
             )
         else:
             self.network = _timm(backbone, pretrained, num_classes, in_channels, backbone_args or {})
+            if freeze:
+                _freeze(self.network, freeze)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute logits of shape ``(N, num_classes)``."""
@@ -181,3 +188,12 @@ def _timm(name: str, pretrained: bool, num_classes: int, in_channels: int, optio
         import timm
 
     return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels, **options)
+
+
+def _freeze(network: nn.Module, paths: list[str]) -> None:
+    from timm.utils import freeze
+
+    known = {name for name, _ in network.named_modules()}
+    if missing := [path for path in paths if path not in known]:
+        raise ValueError(f"Expected `freeze` to name submodules of the backbone, but there is no `{missing[0]}`.")
+    freeze(network, paths)

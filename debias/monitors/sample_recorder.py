@@ -119,7 +119,7 @@ class SampleRecorder(Debiaser):
         """Make the table of the validation set."""
         if self.on == "val" and not trainer.sanity_checking:
             loader = evaluation_loaders(trainer)[0]
-            self._make(len(numbered_dataset(loader.dataset, self.state_key)), pl_module.device)
+            self._make(len(numbered_dataset(loader.dataset, self.state_key, "validation")), pl_module.device)
 
     def _make(self, size: int, device: torch.device) -> None:
         if self.module is None or self.module.size != size:

@@ -22,6 +22,7 @@ __all__ = [
     "LinearHead",
     "afr_weights",
     "balanced_subset",
+    "check_fit",
     "class_balance",
     "descend",
     "disagreement_scores",
@@ -177,11 +178,48 @@ def fit_logistic(
         for k in range(y.shape[1]):
             known = y[:, k] >= 0
             of_label = None if w is None else w[known, k] if w.ndim == 2 else w[known]
-            what = f"label {k}: value" if y.shape[1] > 1 else "class"
-            fits.append(_logistic(x[known], y[known, k].long(), of_label, 2, what, **options))
+            fits.append(_logistic(x[known], y[known, k].long(), of_label, 2, _name_of(k, y), **options))
         weight, intercept = (torch.cat(parts) for parts in zip(*fits, strict=True))
     weight = weight / deviation
     return LinearHead(weight, intercept - weight @ mean if bias else None)
+
+
+def check_fit(targets: Tensor, n_classes: int) -> None:
+    """Refuse what :func:`fit_logistic` would, before there are features.
+
+    Args:
+        targets: as there.
+        n_classes: as there.
+
+    Raises:
+        DebiasError: a class has no sample.
+        ImportError: scikit-learn is not installed.
+    """
+    with needs_extra("sklearn"):
+        import sklearn  # noqa: F401
+    if targets.ndim == 1:
+        _check_classes(targets[targets >= 0], n_classes, "class")
+        return
+    for k, column in enumerate(targets.T):
+        _check_classes(column[column >= 0], 2, _name_of(k, targets))
+
+
+def _name_of(label: int, targets: Tensor) -> str:
+    return f"label {label}: value" if targets.shape[1] > 1 else "class"
+
+
+def _check_classes(y: Tensor, n_classes: int, what: str) -> None:
+    counts = torch.bincount(y, minlength=n_classes)
+    if len(counts) > n_classes:
+        raise DebiasError(
+            f"Expected class ids below {n_classes}, the number of the head's classes, but got {int(y.max())}. Correct"
+            " the targets, or name another head."
+        )
+    if empty := (counts == 0).nonzero().flatten().tolist():
+        raise DebiasError(
+            f"Expected samples of each of the {n_classes} classes to fit the head on, but there is none of {what}"
+            f" {', '.join(map(str, empty))}. Give a held-out set that holds all of them."
+        )
 
 
 def _logistic(
@@ -196,12 +234,7 @@ def _logistic(
     bias: bool,
     max_iter: int,
 ) -> tuple[Tensor, Tensor]:
-    counts = torch.bincount(y, minlength=n_classes)
-    if empty := (counts == 0).nonzero().flatten().tolist():
-        raise DebiasError(
-            f"Expected samples of each of the {n_classes} classes to fit the head on, but there is none of {what}"
-            f" {', '.join(map(str, empty))}. Give a held-out set that holds all of them."
-        )
+    _check_classes(y, n_classes, what)
     with needs_extra("sklearn"):
         from sklearn.linear_model import LogisticRegression
     lasso = penalty == "l1"

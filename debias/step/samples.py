@@ -13,7 +13,7 @@ from debias.step.context import Step
 from debias.tap.calls import LossCall
 from debias.tap.predictions import SOFTMAX
 
-__all__ = ["INDEX", "numbered_dataset", "predictions", "sample_losses", "sample_numbers", "train_set"]
+__all__ = ["INDEX", "check_length", "numbered_dataset", "predictions", "sample_losses", "sample_numbers", "train_set"]
 
 INDEX = "index"
 """The tag that holds the number of a sample in its dataset."""
@@ -50,15 +50,38 @@ def train_set(trainer: Any, who: str) -> Any:
     return numbered_dataset(getattr(loaders[0], "dataset", None), who)
 
 
-def numbered_dataset(dataset: Any, who: str) -> Any:
+def check_length(trainer: Any, size: int, who: str) -> None:
+    """Refuse a training set of another length than before.
+
+    Args:
+        trainer: the Trainer.
+        size: number of samples before.
+        who: the method, for messages.
+
+    Raises:
+        DebiasError: its length is another one.
+    """
+    if (found := len(train_set(trainer, who))) != size:
+        raise DebiasError(
+            f"Expected the training set to keep its length, {size} samples when {who} saw it first, but got {found}:"
+            " numbers of samples would mean other ones. Use the same set, or a new instance."
+        )
+
+
+def numbered_dataset(dataset: Any, who: str, what: str = "training") -> Any:
     """The tagged dataset inside of ``dataset`` whose numbers its samples carry.
+
+    Args:
+        dataset: what a loader draws from.
+        who: the method, for messages.
+        what: which set it is, likewise.
 
     Raises:
         DebiasError: there is none, or more than one.
     """
     if isinstance(dataset, IterableDataset):
         raise DebiasError(
-            f"Expected a map-style training set for {who}, which knows samples by their number, but got the stream"
+            f"Expected a map-style {what} set for {who}, which knows samples by their number, but got the stream"
             f" {type(dataset).__name__}. Use a dataset with `__len__` and `__getitem__`."
         )
     inner = dataset
@@ -66,14 +89,14 @@ def numbered_dataset(dataset: Any, who: str) -> Any:
         inner = inner.dataset
     if isinstance(inner, ConcatDataset):
         raise DebiasError(
-            f"Expected one numbering of the training samples for {who}, but the training set joins"
+            f"Expected one numbering of the {what} samples for {who}, but the {what} set joins"
             f" {len(inner.datasets)} sets. Tag the joined one, `tag(ConcatDataset([...]))`, outside of everything else."
         )
     tags = vars(inner).get("tags") if hasattr(inner, "__dict__") else None
     if not isinstance(tags, dict) or not isinstance(tags.get(INDEX), Tensor):
         raise DebiasError(
-            f"Expected every training sample to carry its number in the dataset for {who}, but got"
-            f" {type(dataset).__name__} without. Wrap it, `train = tag(train)`, outside of everything else."
+            f"Expected every {what} sample to carry its number in the dataset for {who}, but got"
+            f" {type(dataset).__name__} without. Wrap it, `tag(dataset)`, outside of everything else."
         )
     return inner
 

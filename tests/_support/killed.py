@@ -1,4 +1,7 @@
-"""A training run that is killed again and again: ``python -m _support.killed FOLDER LAUNCHER METHOD``."""
+"""A training run that is killed again and again: ``python -m _support.killed FOLDER LAUNCHER METHOD``.
+
+A method ``InferGroups`` is that with ``GroupDRO`` on what it infers: two stages.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from _support.cases import build
 from _support.fits import Classifier, make_trainer, parameters, problem, tagged, val_loader
-from debias import GroupMonitor
+from debias import GroupDRO, GroupMonitor, InferGroups
 from debias.compare.keeping import Keeper
 
 EPOCHS, ROWS, BATCH = 4, 72, 6
@@ -62,7 +65,9 @@ def main(folder: Path, launcher: str, method: str) -> None:
     if STARTS[launcher]:
         strategy: Any = DDPStrategy(process_group_backend="gloo", start_method=STARTS[launcher])  # type: ignore[arg-type]
         options = {"devices": 2, "strategy": strategy}
-    callbacks = [*build(method), GroupMonitor("place", 3), Tell(folder), keeper]
+    two_stages = [InferGroups("errors", 2), GroupDRO("inferred", 2, step_size=0.1)]
+    methods = two_stages if method == "InferGroups" else build(method)
+    callbacks = [*methods, GroupMonitor("place", 3), Tell(folder), keeper]
     trainer = make_trainer(callbacks, max_epochs=EPOCHS, enable_checkpointing=True, **options)
     trainer.fit(Model(), ckpt_path=keeper.last if keeper.last.exists() else None, weights_only=True)
 

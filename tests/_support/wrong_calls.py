@@ -123,6 +123,7 @@ RIGHT: dict[str, Callable[[], Any]] = {
     "values": lambda: torch.rand(N),
     "wrong": lambda: torch.tensor([0, 1, 0, 1, 0, 0]),
     "x": lambda: torch.randn(N, 3, 8, 8),
+    "reference": lambda: "erm.ckpt",
     "root": lambda: "nowhere",
     "in_features": lambda: D,
 }

@@ -32,6 +32,7 @@ from debias.compare.grid import RunSpec, prepare, spec_hash
 from debias.compare.held_out import hold_out
 from debias.compare.predictions import Predictions
 from debias.compare.records import Measures, measures, read_record, read_spec, shift_score
+from debias.compare.selection import select
 from debias.data import ColoredDigits
 from debias.data._common import GroupDataModule
 from debias.errors import DataError, DebiasError
@@ -440,6 +441,18 @@ def test_metrics_of_the_last_checkpoint_are_its_own(tmp_path, monkeypatch, kille
     assert found["last"] == expected["last"]
     assert found["val_average"].epoch == 2
     assert found["val_average"].val != found["last"].val
+
+
+def test_a_network_that_changes_at_the_end_is_the_last_by_every_rule(tmp_path):
+    folder = one(tmp_path, "afr")
+    assert one_run.main(folder) == 0
+    record = read_record(folder / "result.json")
+    kept = record.candidates
+    assert set(kept) == {"val_average", "val_worst_group", "last"}
+    assert all(candidate == kept["last"] for candidate in kept.values())
+    assert kept["last"].checkpoint == "checkpoints/last.ckpt"
+    # Of the network with its new head, in validation too.
+    assert select([record], "val_worst_group")[0].score == kept["last"].val["val/worst_group_accuracy"]
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning")

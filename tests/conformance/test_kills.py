@@ -2,8 +2,8 @@
 
     pytest -m slow -s tests/conformance/test_kills.py
 
-``KILLS`` (100 by default) says how often training is killed, over all launchers; a comparison is killed a fifth as
-often. Seeds are printed; ``SEED`` sets the first.
+``KILLS`` (100 by default) says how often training is killed, over all launchers; training in two stages, by each of two
+launchers, and a comparison are killed a fifth as often. Seeds are printed; ``SEED`` sets the first.
 """
 
 import json
@@ -71,22 +71,31 @@ def train(folder, launcher, method, draw, kills):
     return done
 
 
-@pytest.mark.parametrize("launcher", STARTS)
-def test_training_that_is_killed_ends_as_if_undisturbed(tmp_path, launcher):
-    wanted, done, seed = KILLS // len(STARTS), 0, SEED
-    undisturbed = {}
+def kill_at_random(folder, launcher, methods, wanted):
+    """Kill runs of these methods ``wanted`` times in all; each ends as if undisturbed."""
+    done, seed, undisturbed = 0, SEED, {}
     while done < wanted:
         draw = random.Random(f"{seed}/{launcher}")
-        method = draw.choice(METHODS)
+        method = draw.choice(methods)
         if method not in undisturbed:
-            train(tmp_path / method, launcher, method, draw, 0)
-            undisturbed[method] = torch.load(tmp_path / method / "end.pt", weights_only=True)
-            assert steps(tmp_path / method) == EPOCHS * ROWS // BATCH // (2 if STARTS[launcher] else 1)
-        folder = tmp_path / f"{method}-{seed}"
-        kills = train(folder, launcher, method, draw, min(draw.randint(1, 4), wanted - done))
+            train(folder / method, launcher, method, draw, 0)
+            undisturbed[method] = torch.load(folder / method / "end.pt", weights_only=True)
+            assert steps(folder / method) == EPOCHS * ROWS // BATCH // (2 if STARTS[launcher] else 1)
+        run = folder / f"{method}-{seed}"
+        kills = train(run, launcher, method, draw, min(draw.randint(1, 4), wanted - done))
         print(f"{launcher}, {method}, seed {seed}: killed {kills} times")
-        assert same(torch.load(folder / "end.pt", weights_only=True), undisturbed[method]), (launcher, method, seed)
+        assert same(torch.load(run / "end.pt", weights_only=True), undisturbed[method]), (launcher, method, seed)
         done, seed = done + kills, seed + 1
+
+
+@pytest.mark.parametrize("launcher", STARTS)
+def test_training_that_is_killed_ends_as_if_undisturbed(tmp_path, launcher):
+    kill_at_random(tmp_path, launcher, METHODS, KILLS // len(STARTS))
+
+
+@pytest.mark.parametrize("launcher", ["one process", "ddp"])
+def test_two_stages_that_are_killed_end_as_if_undisturbed(tmp_path, launcher):
+    kill_at_random(tmp_path, launcher, ["InferGroups"], KILLS // 5)
 
 
 def compare(out, log):

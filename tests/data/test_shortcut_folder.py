@@ -52,6 +52,16 @@ def test_no_image_is_in_two_sets(root):
     assert sets[0] == set(map(str, make(root, seed=3).train_set.paths)) != set(map(str, make(root).train_set.paths))
 
 
+def test_images_are_normalised_as_the_network_expects(root):
+    pixel = Image.open(make(root).val_set.paths[0]).getpixel((0, 0))[0] / 255
+    for options, value in (({}, (pixel - 0.485) / 0.229), ({"mean": (0.5,) * 3, "std": (0.5,) * 3}, 2 * pixel - 1)):
+        for augment in (False, True):
+            data = make(root, augment=augment, **options)
+            assert data.val_set[0].sample[0][0, 0, 0].item() == pytest.approx(value, abs=1e-6)
+        x = make(root, **options).train_set[0].sample[0]
+        assert x[0].std() < 1e-6  # one colour
+
+
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [

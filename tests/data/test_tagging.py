@@ -147,6 +147,15 @@ def test_every_sample_carries_its_number_in_the_dataset(workers):
         tag(Stream())
 
 
+def test_a_dataset_that_grows_after_it_was_tagged_says_so():
+    x = [1.0, 2.0]
+    dataset = tag(x)
+    assert dataset[-1].tags["index"] == 1
+    x.append(3.0)
+    with pytest.raises(DataError, match="keep the length that it had when it was tagged, 2, but it yields sample 2"):
+        dataset[2]
+
+
 def test_iterable_datasets_take_callables():
     batch = next(iter(DataLoader(tag(Stream(), place=place_of), batch_size=4)))
     assert batch.tags["place"].tolist() == [10, 11, 12, 13]

@@ -32,6 +32,7 @@ from debias import (
     IdentityAdversarial,
     InferGroups,
     JustTrainTwice,
+    LearningFromFailure,
     VREx,
     tag,
 )
@@ -337,7 +338,7 @@ def test_bad_lists_are_refused_before_training(callbacks, match):
 @pytest.mark.parametrize(
     ("data", "match"),
     [
-        (lambda: problem(), r"`train = tag\(train\)`"),
+        (lambda: problem(), r"every training sample .*`tag\(dataset\)`"),
         (lambda: Stream(), "map-style training set for InferGroups"),
         (lambda: ConcatDataset([tag(problem()), tag(problem())]), "joins 2 sets"),
     ],
@@ -372,3 +373,31 @@ def test_a_set_that_changes_its_length_is_refused(tmp_path):
         make_trainer([InferGroups(), again], max_epochs=3, enable_checkpointing=True).fit(
             Classifier(), loader(45), val_loader(), ckpt_path=save.best_model_path
         )
+
+
+class Growing(Classifier):
+    """Loads its training set anew every epoch, ten samples longer."""
+
+    rows = 29
+
+    def train_dataloader(self):
+        self.rows += 10
+        return DataLoader(tag(problem(self.rows)), 16)
+
+
+@pytest.mark.parametrize("make", [lambda: InferGroups(epochs=1), lambda: JustTrainTwice(1), LearningFromFailure])
+def test_a_set_that_grows_within_a_fit_is_refused(make):
+    trainer = make_trainer([make()], max_epochs=3, reload_dataloaders_every_n_epochs=1)
+    with pytest.raises(DebiasError, match=r"keep its length, 39 samples when .* saw it first, but got 49"):
+        trainer.fit(Growing(), val_dataloaders=val_loader())
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+def test_a_validation_set_that_will_not_do_is_said_before_training():
+    model = Classifier()
+    before = parameters(model)
+    with pytest.raises(DebiasError, match="a validation set for `validation=True`"):
+        make_trainer([InferGroups(validation=True)], max_epochs=2, limit_val_batches=0).fit(model, loader())
+    with pytest.raises(DebiasError, match="every validation sample to carry its number"):
+        make_trainer([InferGroups(validation=True)], max_epochs=2).fit(model, loader(), val_loader(bare=True))
+    assert same(before, parameters(model))

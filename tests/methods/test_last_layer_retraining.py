@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from _support.fits import Classifier, loader, make_trainer, problem, same, val_loader
+from _support.fits import Classifier, loader, make_trainer, problem, same, tagged, val_loader
 from _support.runs import ddp
 from debias import LastLayerRetraining, retrain_last_layer, tag
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, HeadNotFoundError
@@ -414,11 +414,28 @@ def test_the_callback_changes_nothing_in_training():
         ({"method": "plain"}, "nothing", "a validation set to refit"),
         ({"method": "plain", "head": "backbone.3"}, "val", "plain `nn.Linear`"),
         ({"group": "place", "n_groups": 5}, "val", "(?s)every group.*none of groups 3, 4"),
+        ({"group": "person", "n_groups": 5}, "few", "two held-out samples of each group.*group 4 has one"),
+        ({"group": "nowhere", "n_groups": 3}, "val", "`group='nowhere'` to name a part of the batch or a tag"),
+        ({"method": "balanced"}, "one class", "samples of each of the 2 classes.*none of class 1"),
+        ({"method": "plain"}, "another class", "class ids below 2, the number of the head's classes, but got 2"),
     ],
 )
 def test_what_would_fail_at_the_end_fails_at_the_start(options, fitted, match):
+    x, y = problem(9, seed=1)[:]
+    targets = {"one class": torch.zeros_like(y), "another class": y.clamp(min=0) + torch.tensor([1] * 9)}.get(fitted, y)
+    val = {"nothing": None, "val": val_loader()}.get(fitted, DataLoader(tagged(TensorDataset(x, targets)), 4))
     model = Classifier()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(DebiasError, match=match):
-        make_trainer([LastLayerRetraining(**options)]).fit(model, loader(), val_loader() if fitted == "val" else None)
+        make_trainer([LastLayerRetraining(**options)]).fit(model, loader(), val)
     assert same(before, model.state_dict())
+
+
+def test_the_held_out_set_may_be_a_stream():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(val_loader(bare=True).dataset)
+
+    callback, model = LastLayerRetraining(method="plain"), Classifier()
+    make_trainer([callback]).fit(model, loader(), DataLoader(Stream(), 4))
+    assert callback.fit.n_samples == 21

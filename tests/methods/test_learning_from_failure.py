@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from _support.fits import Classifier, deviation, parameters, problem, same, train
+from _support.fits import Classifier, deviation, loader, make_trainer, parameters, problem, same, train, val_loader
 from debias import LearningFromFailure
 from debias.errors import DebiasError
 from debias.functional import failure_weights, generalized_cross_entropy
@@ -173,6 +173,10 @@ def test_bad_input():
 
     with pytest.raises((DebiasError, RuntimeError), match=r"one optimiser|multiple optimizers"):
         train(Two(), [LearningFromFailure()])
+    method = LearningFromFailure()
+    train(model := Classifier(), [method])
+    with pytest.raises(DebiasError, match=r"keep its length, 39 samples.*but got 20"):
+        make_trainer([method]).fit(model, loader(20, last=(4,)), val_loader())
 
 
 def test_maxima_that_are_kept_are_those_of_a_look_at_all_samples():

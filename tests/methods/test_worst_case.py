@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from _support.fits import Classifier, deviation, parameters, problem, train
-from debias import ChiSquareDRO, CVaRDRO, CVaRLoss
+from _support.fits import Classifier, deviation, loader, make_trainer, parameters, problem, train, val_loader
+from debias import ChiSquareDRO, ChiSquareDROMixin, CVaRDRO, CVaRDROMixin, CVaRLoss
 from debias.errors import BadRowsError, DebiasError
 from debias.functional import chi_square_weights, cvar_weights
 
@@ -193,6 +193,37 @@ def test_a_callback_against_a_loop(name):
             optimizer.step()
     train(watched, [make()], max_epochs=3)
     assert deviation(parameters(own), parameters(watched)) < 1e-12
+
+
+class Worst(CVaRDROMixin, Classifier):
+    def __init__(self):
+        super().__init__()
+        self.configure_cvar_dro(alpha=0.3)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return self.cvar_dro_loss(F.cross_entropy(self(x), y, reduction="none"))
+
+
+class Ball(ChiSquareDROMixin, Classifier):
+    def __init__(self):
+        super().__init__()
+        self.configure_chi_square_dro(radius=0.5)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return self.chi_square_dro_loss(F.cross_entropy(self(x), y, reduction="none"))
+
+
+@pytest.mark.parametrize(("mixed", "callback"), [(Worst, lambda: CVaRDRO(0.3)), (Ball, lambda: ChiSquareDRO(0.5))])
+def test_a_mixin_is_the_callback(mixed, callback):
+    explicit, watched, untouched = mixed(), Classifier(), Classifier()
+    make_trainer([], max_epochs=3).fit(explicit, loader(bare=True), val_loader(bare=True))
+    for model, callbacks in ((watched, [callback()]), (untouched, [])):
+        make_trainer(callbacks, max_epochs=3).fit(model, loader(bare=True), val_loader(bare=True))
+    own = {name: value for name, value in parameters(explicit).items() if name in parameters(watched)}
+    assert deviation(own, parameters(watched)) < 1e-13
+    assert deviation(own, parameters(untouched)) > 1e-3
 
 
 def test_losses_that_are_not_finite_raise_before_anything_has_changed():

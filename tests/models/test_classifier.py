@@ -121,6 +121,22 @@ def test_pretrained_weights_come_from_timm(tmp_path):
     assert model.network.fc.out_features == 2
 
 
+def test_frozen_layers_and_their_batch_norms_stay_as_they_are(tmp_path):
+    frozen = ["conv1", "bn1", "layer1"]
+    model = Classifier("test_resnet", 2, freeze=frozen, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    before = {name: value.clone() for name, value in model.network.state_dict().items()}
+    trainer(tmp_path).fit(model, loader(), loader())
+    changed = {
+        name.split(".")[0]
+        for name, value in model.network.state_dict().items()
+        if name in before and not torch.equal(value, before[name])
+    }
+    assert not changed.intersection(frozen)
+    assert {"layer2", "layer4", "fc"} <= changed
+    with pytest.raises(ValueError, match=r"submodules of the backbone, but there is no `blocks.9`"):
+        Classifier("test_resnet", 2, freeze=["conv1", "blocks.9"])
+
+
 def test_pretrained_without_timm_backbone_is_refused():
     with pytest.raises(ValueError, match="only with a timm backbone, but got `mlp`"):
         Classifier("mlp", pretrained=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from debias.errors import BadRowsError, DebiasError
+from debias.functional import focal_loss, generalized_cross_entropy, ldam_loss
 from debias.ops.arguments import MOST, check_count, check_ids, check_number, check_options, checked
 
 
@@ -99,3 +100,22 @@ def test_what_takes_long_is_checked_before_it_runs_and_options_before_they_are_u
     with pytest.raises(DebiasError, match="`options` to hold options of `function`, 'rate', 'rates', but got 'loader'"):
         check_options("options", {"loader": []}, function)
     assert check_options("options", {"rate": 0.5}, function) == {"rate": 0.5}
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z, y: focal_loss(z, y),
+        lambda z, y: generalized_cross_entropy(z, y),
+        lambda z, y: ldam_loss(z, y, torch.tensor([0.1, 0.2, 0.5])),
+    ],
+    ids=["focal", "generalized", "ldam"],
+)
+def test_a_missing_label_is_said_by_a_criterion_that_has_no_use_for_it(loss):
+    logits, targets = torch.zeros(3, 3), torch.tensor([0, -1, 2])
+    for _ in range(2):  # of the same shapes a second time, too
+        with pytest.raises(BadRowsError, match=r"`targets` to hold ids from 0 to 2, but got -1 at position 1"):
+            loss(logits, targets)
+    assert loss(logits, targets.clamp(min=0)).shape == (3,)
+    with pytest.raises(BadRowsError, match="-1 at position 1"):
+        loss(logits, targets)
