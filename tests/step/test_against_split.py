@@ -1,0 +1,324 @@
+"""Steps as people write them, whole against ``losses="split"``: the loss of a group is what the step returns for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from debias import GroupDRO, GroupMonitor, JustTrainTwice, SampleRecorder, tag
+from debias.errors import DebiasError, RowsError, UntappedLossError
+
+N, T, D, C = 8, 3, 4, 3
+G = torch.tensor([0, 1, 0, 1, 1, 0, 0, 0])
+ORDER = torch.tensor([3, 1, 0, 7, 5, 2, 6, 4])
+ALPHA = torch.tensor([0.2, 0.5, 0.3]).double()
+Step = Callable[..., Any]
+
+
+def data(tokens: int = T) -> tuple[Tensor, ...]:
+    """Inputs, classes, classes of tokens, weights of samples, masks of tokens, soft targets."""
+    random = torch.Generator().manual_seed(0)
+    return (
+        torch.randn(N, tokens, D, generator=random).double(),
+        torch.randint(0, C, (N,), generator=random),
+        torch.randint(0, C, (N, tokens), generator=random),
+        0.2 + torch.rand(N, generator=random).double(),
+        (torch.rand(N, tokens, generator=random) > 0.4).double(),
+        torch.rand(N, C, generator=random).double(),
+    )
+
+
+class Model(L.LightningModule):
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(D, C), nn.Tanh(), nn.Linear(C, C)).double()
+        self.step = step
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.step(self.net, *batch)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.step(self.net, *batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def trainer(*callbacks: Any, **options: Any) -> L.Trainer:
+    quiet: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    quiet |= {"max_epochs": 1, "log_every_n_steps": 1, "enable_model_summary": False, "callbacks": list(callbacks)}
+    return L.Trainer(**quiet | options)
+
+
+def fit(step: Step, dataset: Any = None, collate: Any = None, **options: Any) -> tuple[dict[str, Tensor], Tensor]:
+    """Losses of the groups, and parameters after one step of GroupDRO."""
+    model, run = Model(step), trainer(GroupDRO("g", 2, step_size=0.5, **options))
+    dataset = TensorDataset(*data()) if dataset is None else dataset
+    run.fit(model, DataLoader(tag(dataset, g=G), batch_size=N, collate_fn=collate))
+    logged = {k: v for k, v in run.callback_metrics.items() if "loss_by_group" in k}
+    return logged, nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def same(step: Step, dataset: Any = None, collate: Any = None, **options: Any) -> None:
+    whole = fit(step, dataset, collate, **options)
+    split = fit(step, dataset, collate, losses="split")
+    torch.testing.assert_close(whole, split, rtol=1e-6, atol=1e-9)  # values are logged in single precision
+    torch.testing.assert_close(whole[1], split[1], rtol=1e-9, atol=1e-9)
+
+
+def ce(net: Any, x: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
+    return F.cross_entropy(net(x).mean(1), y, reduction=reduction)
+
+
+def losses(net: Any, x: Tensor, y: Tensor) -> Tensor:
+    return ce(net, x, y, "none")
+
+
+def tokens(net: Any, x: Tensor, yt: Tensor) -> Tensor:
+    return F.cross_entropy(net(x).transpose(1, 2), yt, reduction="none")
+
+
+def crops(net: Any, x: Tensor) -> Tensor:
+    """Logits of all crops, one crop of all samples after the other, though the network has seen them otherwise."""
+    return net(x.flatten(0, 1)).view(-1, T, C).transpose(0, 1).flatten(0, 1)
+
+
+def over_its_own_sum(values: Tensor, weights: Tensor) -> Tensor:
+    return (values * weights).sum() / weights.sum()
+
+
+def stated(values: Tensor) -> dict[str, Tensor]:
+    return {"loss": values.mean(), "losses": values}
+
+
+RIGHT: dict[str, Step] = {
+    "masked inputs over the mean of the mask": lambda net, x, y, yt, w, k, z: (
+        F.mse_loss(net(x)[..., 0] * k, yt.double() * k) / k.mean()
+    ),
+    "weights of the classes, looked up": lambda net, x, y, yt, w, k, z: (ALPHA[y] * losses(net, x, y)).mean(),
+    "gathered": lambda net, x, y, yt, w, k, z: (ALPHA.gather(0, y) * losses(net, x, y)).mean(),
+    "of tokens": lambda net, x, y, yt, w, k, z: (ALPHA[yt] * tokens(net, x, yt)).mean(),
+    "over their sum": lambda net, x, y, yt, w, k, z: over_its_own_sum(losses(net, x, y), ALPHA[y]),
+    "in another order": lambda net, x, y, yt, w, k, z: (ALPHA[y[ORDER.argsort()[: len(y)]] if len(y) == N else y]).mean()
+    * 0
+    + losses(net, x, y).mean(),
+    "focal": lambda net, x, y, yt, w, k, z: (
+        lambda ce: (ALPHA[y] * (1 - torch.exp(-ce)).square() * ce).mean()
+    )(losses(net, x, y)),
+    "large losses alone": lambda net, x, y, yt, w, k, z: (lambda ce: over_its_own_sum(ce, ce > 0.9))(losses(net, x, y)),
+    "crops in another order after the network": lambda net, x, y, yt, w, k, z: (
+        F.cross_entropy(crops(net, x), torch.tensor(y.tolist() * T))
+    ),
+    "stated beside a loss": lambda net, x, y, yt, w, k, z: stated(tokens(net, x, yt).max(1).values),
+    "stated with more than the loss": lambda net, x, y, yt, w, k, z: stated(
+        tokens(net, x, yt).mean(1) + 1 - (net(x).softmax(-1) * F.one_hot(yt, C)).mean((1, 2))
+    ),
+}
+UNDIVIDED, OF_BATCH, BENT = "by what it runs over", "made of the whole batch", "to be linear"
+REFUSED: dict[str, tuple[str, Step]] = {
+    "selected rows over all": (
+        UNDIVIDED, lambda net, x, y, yt, w, k, z: ce(net, x[w > 0.6], y[w > 0.6], "sum") / len(x)
+    ),
+    "selected tokens over all samples": (
+        UNDIVIDED, lambda net, x, y, yt, w, k, z: F.cross_entropy(net(x)[k > 0], yt[k > 0], reduction="sum") / len(x)
+    ),
+    "over the mean of weights": (
+        OF_BATCH, lambda net, x, y, yt, w, k, z: (losses(net, x, y) * (w / w.mean())).mean()
+    ),
+    "over a variance": (OF_BATCH, lambda net, x, y, yt, w, k, z: ce(net, x, y) / w.var()),
+    "by a share": (
+        OF_BATCH, lambda net, x, y, yt, w, k, z: ce(net, x[w > 0.6], y[w > 0.6]) * (w > 0.6).double().mean()
+    ),
+    "weights of the batch's classes": (
+        OF_BATCH,
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(
+            net(x).mean(1), y, weight=1 / (torch.bincount(y, minlength=C) + 1.0).double()
+        ),
+    ),
+    "over the largest loss": (
+        OF_BATCH, lambda net, x, y, yt, w, k, z: (lambda ce: (ce / ce.detach().max()).mean())(losses(net, x, y))
+    ),
+    "balanced tasks": (
+        OF_BATCH,
+        lambda net, x, y, yt, w, k, z: (lambda a, b: a + a.detach() / b.detach() * b)(
+            ce(net, x, y), F.mse_loss(net(x).mean(1), z)
+        ),
+    ),
+    "clamped": (BENT, lambda net, x, y, yt, w, k, z: ce(net, x, y).clamp(max=9.0)),
+    "larger of two": (
+        BENT, lambda net, x, y, yt, w, k, z: torch.max(ce(net, x, y), F.mse_loss(net(x).mean(1), z))
+    ),
+    "chosen by its value": (
+        BENT, lambda net, x, y, yt, w, k, z: (lambda ce: torch.where(ce > 9, 2 * ce, ce))(ce(net, x, y))
+    ),
+    "worst output": (
+        BENT, lambda net, x, y, yt, w, k, z: F.mse_loss(net(x).mean(1), z, reduction="none").mean(0).max()
+    ),
+    "a column over a row": ("mixes samples", lambda net, x, y, yt, w, k, z: F.mse_loss(net(x).mean(1)[:, :1], w)),
+    "losses over weights in a column": (
+        "cannot be followed", lambda net, x, y, yt, w, k, z: (losses(net, x, y) * w[:, None]).mean()
+    ),
+    "all pairs": (
+        "mixes samples",
+        lambda net, x, y, yt, w, k, z: (
+            lambda p: F.binary_cross_entropy_with_logits(p[:, None] - p[None], (w[:, None] > w[None]).double())
+        )(net(x).mean(1)[:, 0]),
+    ),
+    "with the next one": (
+        "mixes samples",
+        lambda net, x, y, yt, w, k, z: (lambda p: F.mse_loss(p, p.roll(1, 0).detach()))(net(x).mean(1)[:, 0]),
+    ),
+    "stated in another order": (
+        "`losses`",
+        lambda net, x, y, yt, w, k, z: stated(-net(x[ORDER]).mean(1).log_softmax(1).gather(1, y[ORDER][:, None])[:, 0]),
+    ),
+    "packed": (
+        "cross_entropy",
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(
+            *(
+                pack_padded_sequence(v, torch.full((len(x),), T), batch_first=True, enforce_sorted=False).data
+                for v in (net(x.reshape(-1, D)).view(-1, T, C), yt)
+            )
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.filterwarnings("ignore:The training step adds a term")
+def test_a_group_has_the_loss_that_the_step_returns_for_it(name):
+    same(RIGHT[name])
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_what_a_group_would_have_otherwise_is_refused(name):
+    said, step = REFUSED[name]
+    options = {"loss": "sum"} if name in ("larger of two", "balanced tasks") else {}
+    with pytest.raises((UntappedLossError, RowsError), match=said):
+        fit(step, **options)
+
+
+def test_as_many_tokens_as_samples():
+    def time_first(net: Any, x: Tensor, y: Tensor, yt: Tensor, w: Tensor, k: Tensor, z: Tensor) -> Tensor:
+        of_tokens = F.cross_entropy(net(x.transpose(0, 1)).transpose(1, 2), yt.t(), reduction="none")
+        return (of_tokens * k.t()).sum() / k.sum()
+
+    with pytest.raises(UntappedLossError, match=UNDIVIDED):
+        fit(time_first, TensorDataset(*data(N)))
+
+
+class Samples(Dataset):
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        x, y, _, w, *_ = data()
+        return {"x": x[i], "y": y[i], "w": w[i]}
+
+
+def test_a_batch_that_is_a_list_of_samples_may_be_sorted():
+    def step(net: Any, *batch: dict[str, Tensor]) -> Tensor:
+        ordered = sorted(batch, key=lambda sample: -float(sample["w"]))
+        return ce(net, torch.stack([s["x"] for s in ordered]), torch.stack([s["y"] for s in ordered]))
+
+    same(step, Samples(), collate=list)
+
+
+def test_the_batch_size_that_a_user_logs_with_is_that_of_all_passes():
+    random = torch.Generator().manual_seed(0)
+    x, y = torch.randn(16, T, D, generator=random).double() * 3, torch.randint(0, C, (16,), generator=random)
+    groups = torch.tensor([0] * 7 + [1, 0] + [1] * 7)
+
+    def logged(**options: Any) -> Tensor:
+        model = Model(lambda net, x, y: None)
+
+        def step(batch: Any, batch_idx: int) -> Tensor:
+            loss = ce(model.net, *batch) * (1 if len(batch[1]) else 0)
+            model.log("mine", loss, batch_size=len(batch[1]), on_step=False, on_epoch=True)
+            return loss
+
+        model.training_step = step  # type: ignore[method-assign]
+        model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), 0.0)  # type: ignore[method-assign]
+        run = trainer(GroupDRO("g", 2, **options))
+        run.fit(model, DataLoader(tag(TensorDataset(x, y), g=groups), batch_size=8))
+        return run.callback_metrics["mine"]
+
+    torch.testing.assert_close(logged(losses="split"), logged())
+
+
+# ------------------------------------------------------------ what is predicted
+
+
+def arc(net: Any, x: Tensor, y: Tensor) -> Tensor:
+    cosines, own = net(x).mean(1).clamp(-0.99, 0.99), F.one_hot(y, C).double()
+    return F.cross_entropy(10 * (own * torch.cos(cosines.acos() + 0.5) + (1 - own) * cosines), y)
+
+
+def mask(z: Tensor) -> Tensor:
+    return (z < 0.3) * -1e9
+
+
+PREDICTED: dict[str, tuple[Step, Step]] = {
+    "difference of two columns": (
+        lambda net, x, y, yt, w, k, z: F.binary_cross_entropy_with_logits(
+            net(x).mean(1)[:, 1] - net(x).mean(1)[:, 0], (w > 0.6).double()
+        ),
+        lambda net, x, y, yt, w, k, z: (net(x).mean(1)[:, 1] > net(x).mean(1)[:, 0]) == (w > 0.6),
+    ),
+    "classes left out by addition": (
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(net(x).mean(1) + mask(z), z.argmax(1)),
+        lambda net, x, y, yt, w, k, z: (net(x).mean(1) + mask(z)).argmax(1) == z.argmax(1),
+    ),
+    "a margin written out": (
+        lambda net, x, y, yt, w, k, z: arc(net, x, y),
+        lambda net, x, y, yt, w, k, z: net(x).mean(1).argmax(1) == y,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PREDICTED)
+def test_monitors_score_what_the_network_predicts(name):
+    step, right = PREDICTED[name]
+    model, monitor = Model(step), GroupMonitor("g", 2)
+    dataset = TensorDataset(*data())
+    loader = DataLoader(tag(dataset, g=G), batch_size=N)
+    (found,) = trainer(monitor).validate(model, loader, verbose=False)
+    with torch.no_grad():
+        hits = right(model.net, *data()).double()
+    for g in (0, 1):
+        assert found[f"val/accuracy_by_group/{g}"] == pytest.approx(hits[g == G].mean().item())
+
+
+def test_shares_of_classes_are_one_label(tmp_path):
+    def recorded(soft: bool) -> Any:
+        import numpy as np
+
+        model = Model(lambda net, x, y, *_: ce(net, x, F.one_hot(y, C).double() if soft else y))
+        model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), 0.0)  # type: ignore[method-assign]
+        path = tmp_path / f"{soft}.npz"
+        twice = JustTrainTwice(epochs=1, upweight=5.0)
+        loader = DataLoader(tag(TensorDataset(*data())), batch_size=N)
+        trainer(SampleRecorder(str(path))).fit(model, loader)
+        trainer(twice, max_epochs=2).fit(Model(model.step), loader)
+        with np.load(path) as table:
+            return table["prediction"].tolist(), table["correct"].tolist(), twice.ids.tolist()
+
+    assert recorded(soft=True) == recorded(soft=False)
+
+
+def test_other_rows_are_said_to_be_others(tmp_path):
+    model = Model(lambda net, x, y, *_: ce(net, x[ORDER], y[ORDER]))
+    loader = DataLoader(tag(TensorDataset(*data())), batch_size=N)
+    with pytest.raises(DebiasError, match=r"in the order of the batch for SampleRecorder"):
+        trainer(SampleRecorder(str(tmp_path / "table.npz"))).fit(model, loader)
