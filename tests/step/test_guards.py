@@ -50,7 +50,10 @@ class FSDPStrategy(SingleDeviceStrategy):
 @pytest.mark.parametrize("watcher", [lambda **o: GroupDRO("place", 3, **o), lambda **o: GroupMonitor("place", 3, **o)])
 def test_untested_strategy(watcher):
     strategy = FSDPStrategy(device="cpu", accelerator=None)
-    match = r"to be single-device, DDP or `ModelParallelStrategy` for Group\w+, but got FSDPStrategy.*`allow_untested_strategy=True`"
+    match = (
+        r"to be single-device, DDP or `ModelParallelStrategy` for Group\w+, but got FSDPStrategy"
+        r".*`allow_untested_strategy=True`.*To shard the model, choose `ModelParallelStrategy` with `fully_shard`"
+    )
     refused(UnsupportedStrategyError, match, [watcher()], strategy=strategy)
     model = Classifier()
     train(model, [watcher(allow_untested_strategy=True)], strategy=FSDPStrategy(device="cpu", accelerator=None))

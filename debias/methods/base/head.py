@@ -199,8 +199,7 @@ def refuse_sharded(head: nn.Module) -> None:
     if has_shards(head):
         raise HeadNotFoundError(
             f"Expected a head whose parameters are whole on every process for `derivatives='autograd'`, but those of"
-            f" {type(head).__name__} are sharded. Take `derivatives='closed_form'`, or leave the head out of"
-            " `fully_shard`: `fully_shard(self, ignored_params=set(self.head.parameters()))`."
+            f" {type(head).__name__} are sharded. Take `derivatives='closed_form'`, or `strategy='ddp'`."
         )
 
 
