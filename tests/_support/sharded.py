@@ -94,8 +94,8 @@ def fit(
         options["strategy"] = strategy(data, tensor, save_distributed_checkpoint=sharded_checkpoint)
     extra = []
     if save is not None or resume is not None:  # Lightning warns where a run is resumed without it
-        folder, file = (save, "one") if resume is None else (resume.parent, "two")
-        extra = [ModelCheckpoint(folder, filename=file, every_n_epochs=1, save_top_k=-1, monitor=None)]
+        folder, keep = (save, -1) if resume is None else (resume.parent, 0)
+        extra = [ModelCheckpoint(folder, filename="one", every_n_epochs=1, save_top_k=keep, monitor=None)]
         options["enable_checkpointing"] = True
     trainer = make_trainer([*callbacks, *extra], **options)
     network = kind(**(module or {}))

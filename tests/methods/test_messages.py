@@ -53,7 +53,7 @@ def batches(setting: dict[str, int], rank: int) -> DataLoader:
 def sent(
     rank: int, given: list[tuple[type[Debiaser], dict[str, Any]]], setting: dict[str, int], *, epochs: int = 1
 ) -> tuple[int, int]:
-    """Messages and bytes of a step with these classes and options, forward and backward, without those of DDP itself."""
+    """Messages and bytes of a step of these methods, forward and backward, without those of DDP itself."""
     seen: list[int] = []
 
     def counted(name: str) -> Any:

@@ -96,6 +96,15 @@ def test_a_mixed_precision_policy(ranks, name):
         assert deviation(found["parameters"], wanted["parameters"]) > 1e-10  # else nothing was cast
 
 
+@pytest.mark.parametrize("name", ["GroupDRO", "Fishr", "DomainAdversarial"])
+def test_half_precision_inside_of_layers(ranks, name):
+    """Logits come out in float64, and the head is still known to be linear."""
+    options: Any = {"module": {"policy": torch.bfloat16}}
+    wanted = expected(name)
+    for (found,) in ranks.run(sharded.fits, [(name, options)], 2, 1):
+        assert 1e-6 < deviation(found["parameters"], wanted["parameters"]) < 0.05
+
+
 # -- checkpoints -----------------------------------------------------------------------------------
 
 
