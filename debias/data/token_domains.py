@@ -1,4 +1,4 @@
-"""Documents of several domains, of which most are of one: a small form of the mixtures that language models learn from."""
+"""Documents of several domains, of which most are of one: in small what language models learn from."""
 
 from __future__ import annotations
 

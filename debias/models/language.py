@@ -18,8 +18,8 @@ __all__ = ["LanguageModel"]
 class LanguageModel(pl.LightningModule):
     """Train a causal language model on batches of token ids, int64 ``(N, length)``, by the mean loss of all tokens.
 
-    Under ``ModelParallelStrategy`` each block, and what is around the blocks, is sharded by FSDP2 along the data-parallel
-    dimension. Logs ``train/loss``, ``val/loss`` and ``test/loss``.
+    Under ``ModelParallelStrategy`` each block, and what is around the blocks, is sharded by FSDP2 along the
+    data-parallel dimension. Logs ``train/loss``, ``val/loss`` and ``test/loss``.
 
     Args:
         model_type: an architecture of ``transformers``, for random weights.

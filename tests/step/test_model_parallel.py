@@ -105,13 +105,17 @@ def test_half_precision_inside_of_layers(ranks, name):
         assert 1e-6 < deviation(found["parameters"], wanted["parameters"]) < 0.05
 
 
+# A ramp would be as long as the run that is to be resumed.
+CONSTANT: Any = {"method": {"schedule": "constant"}}
+
+
 # -- checkpoints -----------------------------------------------------------------------------------
 
 
 def saved_and_resumed(rank: int, name: str, folder: Path, kind: str, worlds: tuple[tuple[int, int], ...]) -> Any:
     """One epoch on one mesh, the second on another."""
     first, second = worlds
-    distributed: Any = {"sharded_checkpoint": kind == "sharded"} | NAMED
+    distributed: Any = {"sharded_checkpoint": kind == "sharded", "method": {"head": "head", "schedule": "constant"}}
     sharded.fit(rank, name, *first, save=folder, max_epochs=1, **distributed)
     return sharded.fit(rank, name, *second, resume=folder / "one.ckpt", max_epochs=2, **distributed)
 
@@ -120,17 +124,17 @@ def saved_and_resumed(rank: int, name: str, folder: Path, kind: str, worlds: tup
 @pytest.mark.parametrize("name", ["GroupDRO", "Fishr", "DomainAdversarial"])
 def test_a_checkpoint_resumes_on_another_mesh(ranks, name, kind, tmp_path):
     """From two shards to two halves of each layer: the state of method and adversary, too."""
-    wanted = expected(name, **NAMED)
+    wanted = expected(name, **CONSTANT)
     for found in ranks.run(saved_and_resumed, name, tmp_path, kind, ((2, 1), (1, 2))):
         close(found, wanted)
 
 
 def saved(rank: int, name: str, folder: Path, kind: str) -> None:
-    sharded.fit(rank, name, 2, save=folder, max_epochs=1, sharded_checkpoint=kind == "sharded")
+    sharded.fit(rank, name, 2, save=folder, max_epochs=1, sharded_checkpoint=kind == "sharded", **CONSTANT)
 
 
 def resumed(rank: int, name: str, folder: Path) -> Any:
-    return sharded.fit(rank, name, 4, resume=folder / "one.ckpt")
+    return sharded.fit(rank, name, 4, resume=folder / "one.ckpt", **CONSTANT)
 
 
 @pytest.mark.parametrize("kind", ["sharded", "full"])
@@ -139,7 +143,7 @@ def test_a_checkpoint_resumes_on_more_ranks(ranks, four_ranks, kind, tmp_path):
         folder = tmp_path / name
         ranks.run(saved, name, folder, kind)
         for found in four_ranks.run(resumed, name, folder):
-            close(found, expected(name))
+            close(found, expected(name, **CONSTANT))
 
 
 @pytest.mark.parametrize("kind", ["sharded", "full"])
@@ -150,13 +154,15 @@ def test_checkpoints_load_without_debias(ranks, kind, tmp_path):
     checkpoint = _load_distributed_checkpoint(path) if kind == "sharded" else torch.load(path, weights_only=True)
     module = Classifier()
     module.load_state_dict(checkpoint["state_dict"])
-    close(dict(module.named_parameters()), expected("DomainAdversarial", max_epochs=1)["parameters"])
+    close(dict(module.named_parameters()), expected("DomainAdversarial", max_epochs=1, **CONSTANT)["parameters"])
 
 
 def test_a_full_checkpoint_resumes_in_one_process(ranks, tmp_path):
     ranks.run(saved, "DomainAdversarial", tmp_path, "full")
-    wanted = expected("DomainAdversarial")
-    close(expected("DomainAdversarial", resume=tmp_path / "one.ckpt")["parameters"], wanted["parameters"])
+    close(
+        expected("DomainAdversarial", resume=tmp_path / "one.ckpt", **CONSTANT),
+        expected("DomainAdversarial", **CONSTANT),
+    )
 
 
 # -- what is refused -------------------------------------------------------------------------------
@@ -204,15 +210,12 @@ def copying(rank: int, method: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "method",
-    [
-        lambda: LearningFromFailure(n_samples=39),
-        lambda: InferGroups(method="eiil", stage_one_epochs=1),
-        lambda: LastLayerRetraining("place", 3),
-    ],
+    ("method", "options"),
+    [(LearningFromFailure, {}), (InferGroups, {}), (LastLayerRetraining, {"group": "place", "n_groups": 3})],
 )
-def test_methods_that_copy_the_model_are_refused(ranks, method):
-    ranks.raises(UnsupportedStrategyError, r"keeps the model whole on every process.*strategy='ddp'", copying, method())
+def test_methods_that_copy_the_model_are_refused(ranks, method, options):
+    message = r"keeps the model whole on every process.*strategy='ddp'"
+    ranks.raises(UnsupportedStrategyError, message, copying, method(**options))
 
 
 def without_data_dimension(rank: int) -> None:
