@@ -17,6 +17,7 @@ from _support import sharded
 from _support.cases import exact, names_where
 from _support.fits import Classifier, deviation, loader, make_trainer, train, val_loader
 from debias import (
+    EvalSampler,
     Fishr,
     GroupDRO,
     HessianAlignment,
@@ -239,13 +240,18 @@ def test_a_mesh_without_a_data_dimension_is_refused(ranks):
 # -- loops of your own -----------------------------------------------------------------------------
 
 
-def in_a_loop(rank: int) -> tuple[float, int, int]:
+def in_a_loop(rank: int) -> tuple[float, int, int, int]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data_parallel", "tensor_parallel"))
     with data_parallel(mesh["data_parallel"].get_group()):
-        inside = float(global_sum(torch.tensor(1.0 + rank // 2))), global_rank(), world_size()
+        inside = (
+            float(global_sum(torch.tensor(1.0 + rank // 2))),
+            global_rank(),
+            world_size(),
+            len(EvalSampler(range(9))),
+        )
     assert world_size() == 4
     return inside
 
 
 def test_a_loop_of_your_own_names_the_ranks_that_see_different_samples(four_ranks):
-    assert four_ranks.run(in_a_loop) == [(3.0, 0, 2), (3.0, 0, 2), (3.0, 1, 2), (3.0, 1, 2)]
+    assert four_ranks.run(in_a_loop) == [(3.0, 0, 2, 5), (3.0, 0, 2, 5), (3.0, 1, 2, 4), (3.0, 1, 2, 4)]
