@@ -73,7 +73,7 @@ def test_a_domains_loss_is_the_mean_over_its_tokens():
     data.setup()
     network, twin, method = model(), model(), METHODS["GroupDRO"]()
     loader = DataLoader(data.train_set, 60)
-    make_trainer([method], max_steps=1, limit_val_batches=0).fit(network, loader)
+    make_trainer([method], max_steps=1, limit_val_batches=0).fit(network, loader, data.val_dataloader())
     tokens, group = data.train_set.dataset.tokens, data.train_set.tags["group"]
     losses = F.cross_entropy(twin(tokens)[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
     by_domain = torch.stack([losses[group == g].mean() for g in range(3)])
