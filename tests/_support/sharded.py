@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,9 @@ def fit(
     network = kind(**(module or {}))
     sizes, last = SIZES[data]
     batches = loader(sizes=sizes, last=last, rank=rank // tensor)
-    trainer.fit(network, batches, val_loader(), ckpt_path=resume)
+    with warnings.catch_warnings():  # torch's, of a layer that is sharded both ways: nothing here works in place
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        trainer.fit(network, batches, val_loader(), ckpt_path=resume)
     return result(trainer, network, callbacks)
 
 
