@@ -29,6 +29,7 @@ EXTRAS = {
     "torchdata": "stateful",
     "torchvision": "images",
     "tqdm": "audit",
+    "transformers": "loops",
     "wandb": "wandb",
     "yaml": "cli",
 }

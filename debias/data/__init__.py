@@ -23,6 +23,7 @@ _EXPORTS = {
     "TagCollate": "debias.step.batch",
     "TaggedDataset": "debias.data.tagging",
     "TaggedIterableDataset": "debias.data.tagging",
+    "TokenDomains": "debias.data.token_domains",
     "VOCFolder": "debias.data.voc_folder",
     "Waterbirds": "debias.data.waterbirds",
     "tag": "debias.data.tagging",
@@ -47,6 +48,7 @@ __all__ = [
     "TagCollate",
     "TaggedDataset",
     "TaggedIterableDataset",
+    "TokenDomains",
     "VOCFolder",
     "Waterbirds",
     "tag",
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
     from debias.data.shapes_detection import ShapesDetection
     from debias.data.shortcut_folder import ShortcutFolder
     from debias.data.tagging import TaggedDataset, TaggedIterableDataset, tag, untag
+    from debias.data.token_domains import TokenDomains
     from debias.data.voc_folder import VOCFolder
     from debias.data.waterbirds import Waterbirds
     from debias.step.batch import TagCollate

@@ -63,6 +63,8 @@ def use_group(group: Any) -> None:
 def data_parallel(group: Any) -> Iterator[None]:
     """Inside, sums are over these ranks: for loops of your own in which others see the same samples.
 
+    Both the forward and the backward pass have to be inside.
+
     Args:
         group: the process group of the ranks that see different samples, as ``mesh["data_parallel"].get_group()``.
     """

@@ -127,30 +127,36 @@ def refuse_contradictions(loaders: Sequence[Any], keys: Iterable[str]) -> None:
     Raises:
         BatchKeyError: naming the sample and both ids.
     """
-    datasets = [(i, getattr(loader, "dataset", None)) for i, loader in enumerate(loaders)]
     for key in keys:
-        said: dict[int, Tensor] = {}  # by dataset: what has been said of its samples
-        known: dict[int, Tensor] = {}  # and by which loader, -1 = nobody
-        for i, dataset in datasets:
+        said: dict[int, tuple[Tensor, Tensor]] = {}  # by dataset: the ids of its samples, and the loader that said them
+        for number, loader in enumerate(loaders):
+            dataset = getattr(loader, "dataset", None)
             ids = tag_array(dataset, key)
-            for base, places, rows in [] if ids is None or ids.is_floating_point() else _origins(dataset):
+            if ids is None or ids.is_floating_point():
+                continue
+            for base, places, rows in _origins(dataset):
                 here = ids[rows]
-                tells = here >= 0 if here.ndim == 1 else here.flatten(1).any(1)
-                if id(base) not in said:
-                    said[id(base)] = here.new_zeros((len(base), *here.shape[1:]))
-                    known[id(base)] = torch.full((len(base),), -1)
-                other = said[id(base)][places] if said[id(base)].shape[1:] == here.shape[1:] else here
-                differ = (other != here).flatten(1).any(1) if here.ndim > 1 else other != here
-                wrong = (differ & tells & (known[id(base)][places] >= 0) & (known[id(base)][places] != i)).nonzero()
+                if id(base) not in said or said[id(base)][0].shape[1:] != here.shape[1:]:
+                    said[id(base)] = here.new_zeros((len(base), *here.shape[1:])), torch.full((len(base),), -1)
+                before, by = said[id(base)]
+                tells = _by_row(here if here.dtype == torch.bool else here >= 0)
+                elsewhere = (by[places] >= 0) & (by[places] != number)
+                wrong = (_by_row(before[places] != here) & tells & elsewhere).nonzero()
                 if len(wrong):
-                    at = int(wrong[0])
+                    row = int(wrong[0])
+                    place = int(places[row])
                     raise BatchKeyError(
-                        f"Expected one id of each sample, but the tag `{key}` of sample {int(places[at])} of"
-                        f" {type(base).__name__} is {other[at].tolist()} in loader {int(known[id(base)][places[at]])}"
-                        f" and {here[at].tolist()} in loader {i}. Give it the same id in both, or -1 in one, which"
+                        f"Expected one id of each sample, but the tag `{key}` of sample {place} of"
+                        f" {type(base).__name__} is {before[place].tolist()} in loader {int(by[place])} and"
+                        f" {here[row].tolist()} in loader {number}. Give it the same id in both, or -1 in one, which"
                         " stands for unlabelled; to tell the loaders apart, name `'loader'`."
                     )
-                said[id(base)][places[tells]], known[id(base)][places[tells]] = here[tells], i
+                before[places[tells]], by[places[tells]] = here[tells], number
+
+
+def _by_row(x: Tensor) -> Tensor:
+    """Whether anything in a row is true, ``(rows,)``."""
+    return x.flatten(1).any(1) if x.ndim > 1 else x
 
 
 def _origins(dataset: Any) -> list[tuple[Any, Tensor, Tensor]]:

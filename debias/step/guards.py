@@ -88,13 +88,13 @@ def _check_strategy(strategy: Any, watcher: StepWatcher) -> None:
     if mesh is not None and _DATA not in (mesh.mesh_dim_names or ()):
         raise UnsupportedStrategyError(
             f"Expected the mesh of {kind} to have a dimension {_DATA!r} for {who}, but got {mesh.mesh_dim_names}:"
-            " nothing tells which ranks see different samples. Name that dimension so, with size 1 where all see the same."
+            " nothing tells which ranks see different samples. Name it so, of size 1 where all see the same."
         )
     names = {cls.__name__ for cls in type(strategy).__mro__}
     if "ModelParallelStrategy" in names and not watcher.shardable:
         raise UnsupportedStrategyError(
-            f"Expected a strategy that keeps the model whole on every process for {who}, which copies it or sets it back,"
-            f" but got {kind}. Choose `strategy='ddp'`."
+            f"Expected a strategy that keeps the model whole on every process for {who}, which copies it or sets it"
+            f" back, but got {kind}. Choose `strategy='ddp'`."
         )
     supported = {"SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy"} & names
     excluded = {"DeepSpeedStrategy", "FSDPStrategy", "SingleDeviceXLAStrategy"} & names

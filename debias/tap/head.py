@@ -269,8 +269,8 @@ class HeadTap:
         if not found:
             raise HeadNotFoundError(
                 f"Expected the logits of `{call.name}` to be the output of a linear layer of the module, but no layer"
-                " was found (averaged heads, `logits / temperature`, cosine and tensor-parallel heads are not). Name it:"
-                " `head='dotted.path'`."
+                " was found (averaged heads, `logits / temperature`, cosine and tensor-parallel heads are not). Name"
+                " it: `head='dotted.path'`."
             )
         call.head = found[0]
         if join and having and not having.keys() <= (of_loss or set()):

@@ -43,10 +43,14 @@ def tagged(dataset: Dataset, **changed: Any) -> Any:
 
 
 class Tokens(nn.Module):
-    """Three tokens of width two from each row."""
+    """Three tokens from each row."""
+
+    def __init__(self, width: int = 2) -> None:
+        super().__init__()
+        self.width = width
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.reshape(-1, 3, 2)
+        return x.reshape(-1, 3, self.width)
 
 
 class _Steps:

@@ -47,13 +47,21 @@ class FSDPStrategy(SingleDeviceStrategy):
     """Stands in, by its name, for a strategy that splits the module."""
 
 
+class DeepSpeedStrategy(SingleDeviceStrategy):
+    """Another one."""
+
+
 @pytest.mark.parametrize("watcher", [lambda **o: GroupDRO("place", 3, **o), lambda **o: GroupMonitor("place", 3, **o)])
-def test_untested_strategy(watcher):
-    strategy = FSDPStrategy(device="cpu", accelerator=None)
-    match = r"to be single-device, DDP or `ModelParallelStrategy` for Group\w+, but got FSDPStrategy.*`allow_untested_strategy=True`"
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy])
+def test_untested_strategy(watcher, kind):
+    strategy = kind(device="cpu", accelerator=None)
+    match = (
+        rf"to be single-device, DDP or `ModelParallelStrategy` for Group\w+, but got {kind.__name__}"
+        r".*`allow_untested_strategy=True`.*To shard the model, choose `ModelParallelStrategy` with `fully_shard`"
+    )
     refused(UnsupportedStrategyError, match, [watcher()], strategy=strategy)
     model = Classifier()
-    train(model, [watcher(allow_untested_strategy=True)], strategy=FSDPStrategy(device="cpu", accelerator=None))
+    train(model, [watcher(allow_untested_strategy=True)], strategy=kind(device="cpu", accelerator=None))
     assert not same(parameters(model), parameters(Classifier()))
 
 

@@ -121,7 +121,7 @@ def rows_of(call: LossCall, per_sample: Tensor, rows: int) -> Tensor:
 
 
 def features_of(call: LossCall, rows: int) -> Tensor:
-    """Input of the head as ``(rows, d)``, at least float32.
+    """Input of the head as ``(rows, d)``, at least float32, and as precise as the logits.
 
     Raises:
         HeadNotFoundError: it has another number of rows.
@@ -134,8 +134,8 @@ def features_of(call: LossCall, rows: int) -> Tensor:
             f"Expected the head to have one input row for each of the {rows} rows of the loss, but got features of"
             f" shape {tuple(features.shape)}. Name the layer that makes the logits of the loss: `head='dotted.path'`."
         )
-    features = features.reshape(rows, width)
-    return float32(features)
+    precise = torch.float32 if call.logits is None else torch.promote_types(torch.float32, call.logits.dtype)
+    return features.reshape(rows, width).to(torch.promote_types(features.dtype, precise))
 
 
 def check_linear(call: LossCall, features: Tensor, logits: Tensor) -> None:
@@ -199,8 +199,7 @@ def refuse_sharded(head: nn.Module) -> None:
     if has_shards(head):
         raise HeadNotFoundError(
             f"Expected a head whose parameters are whole on every process for `derivatives='autograd'`, but those of"
-            f" {type(head).__name__} are sharded. Take `derivatives='closed_form'`, or leave the head out of"
-            " `fully_shard`: `fully_shard(self, ignored_params=set(self.head.parameters()))`."
+            f" {type(head).__name__} are sharded. Take `derivatives='closed_form'`, or `strategy='ddp'`."
         )
 
 
@@ -240,8 +239,8 @@ def _check_losses(call: LossCall, loss: HeadLoss) -> None:
 def _check_logits(call: LossCall, made: Tensor, logits: Tensor, who: str, *, masked: Tensor) -> None:
     if not logits.numel():
         return
-    given = call.logits
-    half = (given is not None and given.dtype in _HALF) or torch.is_autocast_enabled(made.device.type)
+    given = [x for x in (call.logits, call.features) if x is not None]  # a sharded head may compute in half precision
+    half = any(x.dtype in _HALF for x in given) or torch.is_autocast_enabled(made.device.type)
     made, logits = made.masked_fill(masked, 0), logits.masked_fill(masked, 0)
     scale = made.abs().max().clamp_min(1e-6)
     error = float((made - logits).abs().max() / scale)
