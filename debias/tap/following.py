@@ -106,7 +106,7 @@ class Following:
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Follow losses through one operation; returns what the step is to receive of it."""
-        if isinstance(out, Tensor) and not out.requires_grad and args and self._is_number(func, args, out):
+        if isinstance(out, Tensor) and args and self._is_number(func, args, out):
             self._numbers.append(out)
         if func not in _REDUCED:
             return out
@@ -128,11 +128,13 @@ class Following:
             tracker = self.tap.tracker
             if not isinstance(data, Tensor) or tracker is None or data.numel() < 2:
                 return False
-            of_batch = tracker.is_of_batch(data) or any(losses.tensor is data for losses in self._unreduced)
-            return of_batch and (not out.ndim or tracker.index(out) is None)
-        if self.is_number(*args):
-            return True
-        return func in CASTS and any(tensor is args[0] for tensor, _ in self._divisible)
+            of_losses = any(losses.tensor is data for losses in self._unreduced)
+            if not (of_losses or tracker.is_of_batch(data)) or (out.requires_grad and func in _SUM | _MEAN):
+                return False
+            return not out.ndim or tracker.index(out) is None
+        # As soon as nothing is differentiated any more a loss of the batch is such a number, too.
+        of_loss = any(x is tensor for x in args if isinstance(x, Tensor) for tensor, _ in self._divisible)
+        return not out.requires_grad and (self.is_number(*args) or of_loss)
 
     def is_number(self, *args: Any) -> bool:
         """Whether one of these is a number of the whole batch."""
