@@ -360,12 +360,8 @@ class Following:
             if isinstance(own, Tensor) and isinstance(theirs, Tensor) and own.numel() == theirs.numel():
                 return weights.reshape(shape) if self._equal(own.flatten(), theirs.flatten()) else None
             return weights.reshape(shape)
-        tracker = self.tap.tracker
-        if (
-            weights.ndim == 1
-            and shape.count(shape[0]) > 1
-            and not (tracker is not None and tracker.is_of_batch(source))
-        ):
+        known = self.tap.tracker is not None and self.tap.tracker.is_of_batch(source)
+        if weights.ndim == 1 and shape.count(shape[0]) > 1 and not known:
             return None  # of the rows, or of the columns
         if weights.ndim and weights.shape == shape[: weights.ndim]:
             weights = weights.view(*weights.shape, *[1] * (len(shape) - weights.ndim))

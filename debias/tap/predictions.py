@@ -6,8 +6,8 @@ network makes: the outputs of the module's ``forward`` and of its direct childre
 these. Logits that are one output with something that the network has not made added, subtracted, put in or multiplied
 have that output, brought to their shape, as their prediction.
 
-Part of the network, and kept, are: reshapes, softmax and sigmoid, factors that are one number (a scale, a temperature),
-and classes that are masked with a number. What is made of two outputs or parameters (two networks, a residual, a bias)
+Part of the network, and kept, are: reshapes, functions of each number (softmax, a cosine), factors that are one number (a
+scale, a temperature), and classes that are masked, with a number or by adding a very large one. What is made of two outputs or parameters (two networks, a residual, a bias)
 is an output of its own. What a direct child returns is one as a whole, unless it is given the labels.
 """
 
@@ -39,14 +39,8 @@ SOFTMAX = frozenset({"cross_entropy", "nll_loss", "LabelSmoothingCrossEntropy", 
 _SUM = functions("add sub subtract rsub")
 _PRODUCT = functions("mul multiply div true_divide truediv divide")
 _CHOICE = functions("where scatter scatter_add index_add index_put index_copy setitem")
-_KEPT = (
-    MOVES
-    | CASTS
-    | functions(
-        "softmax log_softmax sigmoid logsigmoid log exp masked_fill acos arccos cos asin arcsin sin clamp clamp_min"
-        " clamp_max clip pow sqrt square tanh"
-    )
-)
+_SMOOTH = "softmax log_softmax sigmoid logsigmoid log exp acos arccos cos asin arcsin sin pow sqrt square tanh"
+_KEPT = MOVES | CASTS | functions(f"{_SMOOTH} clamp clamp_min clamp_max clip masked_fill")
 _KEPT |= {F.softmax, F.log_softmax, F.logsigmoid}
 _FOLLOWED = _SUM | _PRODUCT | _CHOICE | _KEPT
 

@@ -247,8 +247,8 @@ def _check_logits(call: LossCall, made: Tensor, logits: Tensor, who: str, *, mas
     if error > (0.05 if half else 1e-3):
         raise HeadNotFoundError(
             f"Expected the logits of `{call.name}` to be what the head {who} makes of its input, but they differ by"
-            f" {error:.1%} of the largest. Something stands between them (a temperature, a mean over heads, dropout, another order of rows)."
-            " Move it in front of the head, or use a penalty that needs no head (IRM, VREx)."
+            f" {error:.1%} of the largest. Something stands between them (a temperature, a mean over heads, dropout,"
+            " another order of rows). Move it in front of the head, or use a penalty that needs no head (IRM, VREx)."
         )
 
 
