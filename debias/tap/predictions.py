@@ -6,9 +6,10 @@ network makes: the outputs of the module's ``forward`` and of its direct childre
 these. Logits that are one output with something that the network has not made added, subtracted, put in or multiplied
 have that output, brought to their shape, as their prediction.
 
-Part of the network, and kept, are: reshapes, functions of each number (softmax, a cosine), factors that are one number (a
-scale, a temperature), and classes that are masked, with a number or by adding a very large one. What is made of two outputs or parameters (two networks, a residual, a bias)
-is an output of its own. What a direct child returns is one as a whole, unless it is given the labels.
+Part of the network, and kept, are: reshapes, functions of each number (softmax, a cosine), factors that are one number
+(a scale, a temperature), and classes that are masked, with a number or by adding a very large one. What is made of two
+outputs or parameters (two networks, a residual, a bias) is an output of its own. What a direct child returns is one as
+a whole, unless it is given the labels.
 """
 
 from __future__ import annotations

@@ -27,7 +27,6 @@ from debias.tap.moves import (
     PUTTING,
     REORDERING,
     SORTING,
-    Move,
     apply_move,
     axes_of,
     keeps_rows,
@@ -36,12 +35,12 @@ from debias.tap.moves import (
     takes_rows,
 )
 from debias.tap.notes import CHANGED, Note, first_version, same_rows, version
-from debias.tap.numbers import SampleNumbers
+from debias.tap.origins import Origins
 
 __all__ = ["RowTracker"]
 
 
-class RowTracker(SampleNumbers):
+class RowTracker(Origins):
     """Records the operations of one step and answers which sample each row of a tensor comes from.
 
     Args:
@@ -75,14 +74,13 @@ class RowTracker(SampleNumbers):
         self.arranged = arranged
         self.needed = self.mixed = False
         self.guesses = True
-        self._records: list[Note] = []
         first = 0
         for loader, (part, size) in enumerate([(batch, n), *joined]):
             for x, i in roots_of(part, size):
                 sample = None if i is None else first + i
                 self._records.append(Note(x, version(x), sample=sample, first=first, loader=loader))
             first += size
-        self._strangers: list[tuple[Tensor, int]] = [
+        self._strangers = [
             (x, loader) for loader, part in enumerate(strangers, 1 + len(joined)) for x, _ in roots_of(part, None)
         ]
 
@@ -155,22 +153,6 @@ class RowTracker(SampleNumbers):
 
     # -- answers -----------------------------------------------------------------------------------
 
-    def moves(self, tensor: Tensor, source: Tensor) -> list[Move] | None:
-        """The moves that made ``tensor`` of ``source``, first to last; None where it was made in another way."""
-        made: list[Move] = []
-        while tensor is not source:
-            record = self._find(tensor)
-            if record is None or record.func is None or len(record.sources) != 1:
-                return None
-            if record.func in SORTING or record.reduces:
-                return None
-            if record.func in MOVES:
-                if not isinstance(record.args[0], Tensor):
-                    return None
-                made.append(Move(record.func, record.args, record.kwargs, record.part, same_rows(record)))
-            tensor = record.sources[0]
-        return made[::-1]
-
     def of_layer(self, output: Tensor, inputs: list[Tensor]) -> Tensor | bool | None:
         """Sample numbers for the rows of what a layer reads or makes, ``(rows, ...)``.
 
@@ -189,7 +171,7 @@ class RowTracker(SampleNumbers):
                 tensor = record.sources[0]
             if tensor.ndim == 0 or tensor.shape[0] != rows:
                 continue
-            known = self._known(tensor)
+            known = self.is_of_batch(tensor)
             if known and self._keeps_rows(tensor):
                 return None
             index = self._of_rows(tensor) if known or (record is not None and record.func is not None) else None
@@ -218,7 +200,7 @@ class RowTracker(SampleNumbers):
             return False
         candidates = [x for x, is_sorted in zip(candidates, found_sorted, strict=True) if not is_sorted]
         for tensor in candidates:  # derived from the batch itself
-            if self._known(tensor):
+            if self.is_of_batch(tensor):
                 return None if self._keeps_rows(tensor) else _or_false(self.index(tensor))
         if any(map(self.is_strange, candidates)):
             return False
@@ -255,7 +237,7 @@ class RowTracker(SampleNumbers):
         found: list[Tensor] = []
         for record in self._records:
             out = record.out
-            if out.ndim and out.shape[0] == rows and self._known(out) and (index := self._of_rows(out)) is not None:
+            if out.ndim and out.shape[0] == rows and self.is_of_batch(out) and (index := self._of_rows(out)) is not None:
                 found.append(index)
         if not found or not all(self._equal(found[0], other) for other in found[1:]):
             return False
@@ -326,48 +308,6 @@ class RowTracker(SampleNumbers):
             return None
         return first
 
-    def is_of_batch(self, tensor: Tensor) -> bool:
-        """Whether it is a tensor of the batch, or was made of such alone."""
-        return self._known(tensor)
-
-    def is_sorted(self, tensor: Tensor) -> bool:
-        """Whether its rows are in an order of values."""
-        record = self._find(tensor)
-        if record is None or record.func is None:
-            return False
-        return record.func in SORTING or any(map(self.is_sorted, record.sources))
-
-    def is_changed(self, tensor: Tensor) -> bool:
-        """Whether something was done to it in place that may have put its rows, or their samples, elsewhere."""
-        record = self._find(tensor)
-        if record is None:
-            return False
-        return record.version != version(tensor) or any(map(self.is_changed, record.sources))
-
-    def is_strange(self, tensor: Tensor) -> bool:
-        """Whether it is made of samples that the numbers are not of."""
-        if any(x is tensor for x, _ in self._strangers):
-            return True
-        record = self._find(tensor)
-        return record is not None and any(map(self.is_strange, record.sources))
-
-    def loaders_of(self, tensor: Tensor) -> set[int] | None:
-        """Which loaders the rows of a tensor come from, strangers too; None where its origin is unknown."""
-        for x, loader in self._strangers:
-            if x is tensor:
-                return {loader}
-        record = self._find(tensor)
-        if record is None or (record.func is None and not record.known):
-            return None
-        if record.func is None:
-            return {record.loader}
-        found = [self.loaders_of(x) for x in record.sources]
-        return None if not found or None in found else set[int]().union(*found)  # type: ignore[arg-type]
-
-    def strange(self, tensor: Tensor) -> bool:
-        """Whether rows of a tensor are known to come from loaders whose samples are not numbered."""
-        return bool((self.loaders_of(tensor) or set()) & {loader for _, loader in self._strangers})
-
     def reordered(self, *, read: bool | None = None) -> bool:
         """Whether the step has put samples of the batch in another order.
 
@@ -379,7 +319,7 @@ class RowTracker(SampleNumbers):
             return True
         for record in self._records:
             out = record.out
-            if record.func not in MOVES or not out.ndim or self.n not in out.shape or not self._known(out):
+            if record.func not in MOVES or not out.ndim or self.n not in out.shape or not self.is_of_batch(out):
                 continue
             index = self.index(out)
             if index is None or (len(out) == self.n and self._axis(index, read) is None):
@@ -388,21 +328,9 @@ class RowTracker(SampleNumbers):
 
     # -- the rest ----------------------------------------------------------------------------------
 
-    def _find(self, tensor: Any) -> Note | None:
-        return next((record for record in reversed(self._records) if record.out is tensor), None)
-
-    def _tracked(self, tensor: Any) -> bool:
-        return any(record.out is tensor for record in self._records) or any(x is tensor for x, _ in self._strangers)
-
     def _is_table(self, tensor: Tensor) -> bool:
         """Whether it holds constants that are no rows of the batch, such as the weights of the classes."""
         return not (tensor.requires_grad or self._tracked(tensor)) and (not tensor.ndim or tensor.shape[0] != self.n)
-
-    def _known(self, tensor: Tensor) -> bool:
-        record = self._find(tensor)
-        if record is None or record.func is None:
-            return record is not None and record.known
-        return bool(record.sources) and all(map(self._known, record.sources))
 
     def _keeps_rows(self, tensor: Tensor) -> bool:
         record = self._find(tensor)
@@ -442,7 +370,7 @@ class RowTracker(SampleNumbers):
         if not isinstance(data, tuple | list):
             return False
         dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
-        known = [self._known(x) for x in data]
+        known = [self.is_of_batch(x) for x in data]
         return dim == 0 and any(known) and not all(known)
 
     def _reorders(self, args: tuple[Any, ...], out: Tensor, move: Any) -> bool:
