@@ -25,6 +25,7 @@ from debias.cli.errors import readable_errors
 from debias.cli.suggest import explain
 from debias.errors import DebiasError
 from debias.extras import needs_extra
+from debias.step.loggers import is_wandb
 
 __all__ = ["DebiasCLI", "config_words", "offline_without_login", "refuse_bad_checkpoint", "train"]
 
@@ -144,7 +145,7 @@ class DebiasCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Send W&B offline where nobody is logged in."""
-        if any(_is_wandb(path) for path in _logger_classes(self.config)):
+        if any(is_wandb(path) for path in _logger_classes(self.config)):
             offline_without_login()
 
     def run_stage(self) -> None:
@@ -205,12 +206,7 @@ def _say_where_offline_runs_lie(trainer: Trainer) -> None:
 
 
 def _wandb_loggers(trainer: Trainer) -> list[Any]:
-    return [logger for logger in trainer.loggers if _is_wandb(type(logger))]
-
-
-def _is_wandb(logger: type) -> bool:
-    """Recognise WandbLogger of either Lightning package, and its subclasses, without importing wandb."""
-    return any(base.__name__ == "WandbLogger" for base in logger.__mro__)
+    return [logger for logger in trainer.loggers if is_wandb(type(logger))]
 
 
 def _logger_classes(config: Any) -> Iterator[type]:

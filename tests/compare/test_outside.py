@@ -203,4 +203,4 @@ def test_the_log_of_a_run_has_its_epochs(compared):
     cwd, _ = compared
     for run in (cwd / "out" / "runs").iterdir():
         log = (run / "log.txt").read_text()
-        assert [int(n) for n in re.findall(r"^Epoch (\d) of 3: step \d+, ", log, re.MULTILINE)] == [1, 2, 3]
+        assert [int(n) for n in re.findall(r"^Epoch (\d)/3: step \d+, ", log, re.MULTILINE)] == [1, 2, 3]
