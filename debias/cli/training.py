@@ -144,7 +144,8 @@ class DebiasCLI(LightningCLI):
         self.config.pop("search", None)
 
     def before_instantiate_classes(self) -> None:
-        """Send W&B offline where nobody is logged in."""
+        """Refuse a missing data folder before weights are looked for; send W&B offline where nobody is logged in."""
+        _refuse_missing_data(self.config.get("data"))
         if any(is_wandb(path) for path in _logger_classes(self.config)):
             offline_without_login()
 
@@ -175,6 +176,18 @@ def refuse_bad_checkpoint(path: Any, weights_only: Any = True) -> None:
         )
     if weights_only is not False:
         check_checkpoint(Path(path), "Name another one, or pass `--weights_only false` if you trust that file.")
+
+
+def _refuse_missing_data(data: Any) -> None:
+    """Refuse a `root` of a data module of debias where nothing is; those of others may make theirs."""
+    arguments = getattr(data, "init_args", None) or {}
+    root = arguments.get("root")
+    ours = str(getattr(data, "class_path", "")).startswith("debias.data.")
+    if ours and root is not None and not arguments.get("download", False) and not Path(root).exists():
+        raise DebiasError(
+            f"Expected the data in {root}, but there is nothing there. Put them there, or set `data.init_args.root` to"
+            " their folder."
+        )
 
 
 @rank_zero_only

@@ -115,13 +115,18 @@ def test_w_and_b_holds_the_same(compared):
         method, seed = name.split("-")
         run = runs[name]
         assert run.job_type == method
-        assert set(run.tags) == {method, f"seed-{seed.removeprefix('seed')}", "colored_digits"}
-        assert run.config["seed_everything"] == int(seed.removeprefix("seed"))
-        tested = json.loads((out / "runs" / name / "result.json").read_text())["candidates"]["val_worst_group"]["test"]
-        worst = run.summary["val_worst_group/test/worst_group_accuracy"]
-        assert worst == pytest.approx(tested["test/worst_group_accuracy"], abs=1e-6)
+        number = int(seed.removeprefix("seed"))
+        assert set(run.tags) == {method, f"seed-{number}", "setting-own", "colored_digits"}
+        assert run.config["seed_everything"] == run.config["compare/seed"] == number
+        assert (run.config["compare/method"], run.config["compare/setting"]) == (method, "own")
+        if method == "group_dro":
+            assert run.config["GroupDRO/step_size"] == 0.01
+        chosen = json.loads((out / "runs" / name / "result.json").read_text())["candidates"]["val_worst_group"]
+        for key in ("val/worst_group_accuracy", "test/worst_group_accuracy"):
+            best = (chosen["val"] | chosen["test"])[key]
+            assert run.summary[f"val_worst_group/{key}"] == pytest.approx(best, abs=1e-6)
         assert sum("val/worst_group_accuracy" in row for row in run.history) == 2  # over time
-    assert any("group_weight" in key for row in runs["group_dro-seed0"].history for key in row)
+    assert any("group_weight/digit 0-4 red" in key for row in runs["group_dro-seed0"].history for key in row)
     summary = runs["comparison"]
     assert summary.job_type == "summary"
     for logged, written in zip(summary.table("table"), rows(out / "table.csv"), strict=True):
