@@ -8,7 +8,7 @@ from urllib.request import urlopen
 from debias import __version__
 
 sys.path.insert(0, str(Path(__file__).parent))
-from methods_listing import fill
+import method_pages
 
 project = "debias"
 author = "The debias authors"
@@ -27,7 +27,7 @@ html_theme = "furo"
 html_title = f"debias {release}"
 html_static_path = ["_static"]
 html_css_files = ["debias.css"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "notes"]
 
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
@@ -67,5 +67,6 @@ intersphinx_mapping = inventories(
 
 
 def setup(app):
-    """List the registered methods on the API page."""
-    app.connect("source-read", fill)
+    """Write the pages of the methods, and the table of them where a page asks for it."""
+    method_pages.write()
+    app.connect("source-read", lambda app, name, source: source.__setitem__(0, method_pages.filled(source[0])))

@@ -62,6 +62,8 @@ class CraftedShifts(Method):
 
     needs: ClassVar[tuple[str, ...]] = ("images",)
     reference: ClassVar[str] = "Efthymiadis et al., WACV 2025, arXiv 2409.19774"
+    works: ClassVar[str] = "One source is all there is, and the target differs in quality, colour or scene."
+    fails: ClassVar[str] = "The target looks like the validation set, or a shift changes the label."
 
     families: str | list[str] = "all"
     original: float | None = None

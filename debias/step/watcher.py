@@ -53,6 +53,8 @@ class StepWatcher(Callback):
     needs_features: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[str] = ""
+    works: ClassVar[str] = ""  # when, in a sentence or two of Markdown
+    fails: ClassVar[str] = ""
 
     @checked()
     def __init__(self, *, name: str | None = None, allow_untested_strategy: bool = False) -> None:
