@@ -7,7 +7,6 @@ import inspect
 import os
 import re
 import sys
-import textwrap
 from pathlib import Path
 
 import debias.methods
@@ -28,6 +27,11 @@ GUIDES = {
         " ClassBalanced LDAM FocalLoss",
     ),
 }
+# Values of arguments without a default.
+SAMPLE = {
+    "group": "place", "n_groups": 4, "domain": "hospital", "n_domains": 3, "identity": "person", "n_identities": 41,
+    "n_classes": 10, "epochs": 2,
+}  # fmt: skip
 NUMBERS = {"compare": "a comparison on coloured digits", "no_group_labels": "a comparison without group labels"}
 SECTION = re.compile(r"(?:^|(?<=[.;)] ))(?=(?:Published[: ]|Published for|Differences from|Costs[: ]|Needs |Memory ))")
 
@@ -72,6 +76,16 @@ def rows(page, wanted):
     return []
 
 
+def code(name):
+    """How the callback is made, with what it cannot do without."""
+    parameters = inspect.signature(methods()[name]).parameters.values()
+    given = ", ".join(f"{p.name}={SAMPLE[p.name]!r}" for p in parameters if p.default is p.empty)
+    infer = 'InferGroups("errors", epochs=2)'
+    callbacks = f'{infer}, GroupDRO(group="inferred", n_groups=2)' if name == "InferGroups" else f"{name}({given})"
+    names = "GroupDRO, InferGroups" if name == "InferGroups" else name
+    return f"import lightning as L\n\nfrom debias import {names}\n\ntrainer = L.Trainer(callbacks=[{callbacks}])"
+
+
 def capital(text):
     """A sentence that has lost its beginning."""
     return text[:1].upper() + text[1:]
@@ -100,16 +114,16 @@ def page(name):
     }
     parts = [f"# {name}\n", f"{summary}\n", "| | |\n|---|---|"]
     parts += [f"| **{key}** | {value} |" for key, value in facts.items() if value]
-    first = next(n for n in vars(debias.methods) if getattr(vars(debias.methods)[n], "__module__", "") == cls.__module__)
+    first = next(
+        n for n in vars(debias.methods) if getattr(vars(debias.methods)[n], "__module__", "") == cls.__module__
+    )
     target = "" if first != own[0] else f".. py:module:: {cls.__module__}\n\n"
-    parts += ["\n## How it works\n", rst(f"{target}{said['']}")]
+    formulas = f".. highlight:: none\n\n{said['']}\n\n.. highlight:: default"  # which are no code
+    parts += ["\n## How it works\n", rst(f"{target}{formulas}")]
     costs = " ".join(said[key] for key in ("Needs", "Costs") if key in said)
     if costs:
         parts += ["## What it needs and costs\n", rst(costs)]
-    example = re.search(r"(?ms)^Example:\n(.*?)(?=^\S|\Z)", inspect.getdoc(cls) or "")
-    parts += ["## Code\n"]
-    if example:
-        parts += [rst(textwrap.dedent(example[1]))]
+    parts += ["## Code\n", f"```python\n{code(name)}\n```\n"]
     if files:
         config = f"--config recipes/colored_digits/base.yaml --config recipes/methods/{files[0]}.yaml"
         parts += ["From YAML, on a recipe that has what the method needs:\n", f"```bash\ndebias fit {config}\n```\n"]
@@ -120,9 +134,16 @@ def page(name):
         parts.append(rst(said["Published"]))
     for place, lines in numbers.items():
         if lines:
-            parts += [f"Our own, from [{NUMBERS[place]}](../{place}.md), where it says how they were made:\n", *lines, ""]
+            parts += [
+                f"Our own, from [{NUMBERS[place]}](../{place}.md), where it says how they were made:\n",
+                *lines,
+                "",
+            ]
     if "Differences from" in said:
-        parts += ["## Differences from published code\n", rst(capital(re.sub(r"^[^:]*: ", "", said["Differences from"])))]
+        parts += [
+            "## Differences from published code\n",
+            rst(capital(re.sub(r"^[^:]*: ", "", said["Differences from"]))),
+        ]
     notes = DOCS / "notes" / f"{name}.md"
     if notes.exists():
         parts.append(re.sub(r"\]\((?=[\w/.]+\.md)", "](../", notes.read_text()))
@@ -135,7 +156,9 @@ def table():
     lines = ["| method | what it does | needs | reference |", "|---|---|---|---|"]
     for name, cls in methods().items():
         summary = (inspect.getdoc(cls) or "").partition("\n\n")[0].replace("\n", " ")
-        lines.append(f"| [{name}](method/{name}.md) | {summary} | {', '.join(cls.needs) or 'nothing'} | {cls.reference} |")
+        lines.append(
+            f"| [{name}](method/{name}.md) | {summary} | {', '.join(cls.needs) or 'nothing'} | {cls.reference} |"
+        )
     for name, does, needs, source in list_monitors():
         lines.append(f"| {{py:class}}`debias.{name}` | {does} | {', '.join(needs) or 'nothing'} | {source} |")
     return "\n".join(lines)

@@ -9,6 +9,9 @@ With N_c training samples of class c, ``pi_c = N_c / N`` and logits z::
 
 LDAM's logits are cosines, of a head with normalised features and weights: on ordinary logits its margins mean nothing.
 Its deferred reweighting (DRW) leaves all class weights at 1 until a given epoch, then they are class-balanced.
+
+Needs the logits and classes of a cross-entropy; all but focal loss the classes of the training set, which are counted
+once. Costs a few kernels on the logits; no second pass.
 """
 
 from __future__ import annotations
