@@ -20,6 +20,7 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "sphinx_gallery.gen_gallery",
     "mathml",
 ]
 html_math_renderer = "mathml"
@@ -27,7 +28,17 @@ html_theme = "furo"
 html_title = f"debias {release}"
 html_static_path = ["_static"]
 html_css_files = ["debias.css"]
-exclude_patterns = ["_build", "notes"]
+exclude_patterns = ["_build", "notes", "examples", "sg_execution_times.rst"]
+
+sphinx_gallery_conf = {
+    "examples_dirs": "examples",
+    "gallery_dirs": "gallery",
+    "filename_pattern": r"plot_",
+    "within_subsection_order": "FileNameSortKey",
+    "download_all_examples": False,
+    "show_signature": False,
+    "abort_on_example_error": True,
+}
 
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3

@@ -4,9 +4,9 @@ What only prose can say stands in ``notes/<class>.md`` and is put into the page.
 """
 
 import inspect
-import os
 import re
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import debias.methods
@@ -50,12 +50,17 @@ def sections(docstring):
     return {key: "\n\n".join(parts) for key, parts in found.items() if parts}
 
 
+def alike(one, other):
+    """How many letters two names begin with that are the same."""
+    return len([*takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))])
+
+
 def classes(name):
     """The callback's class, its module, mixin and layer: those of its file whose names are nearest to its own."""
     module = methods()[name].__module__
     mine = [n for n, value in methods().items() if value.__module__ == module]
     others = [n for n, value in vars(debias.methods).items() if inspect.isclass(value) and value.__module__ == module]
-    nearest = {n: max(mine, key=lambda each: len(os.path.commonprefix([each, n])) // 3) for n in others}
+    nearest = {n: max(mine, key=lambda each: alike(each, n) // 3) for n in others}
     return sorted((n for n in others if nearest[n] == name), key=lambda n: n != name)
 
 
