@@ -1,5 +1,6 @@
 """Sphinx settings: warnings are errors, and the build needs no network."""
 
+import re
 import sys
 from pathlib import Path
 from urllib.error import URLError
@@ -77,7 +78,21 @@ intersphinx_mapping = inventories(
 )
 
 
+def documented_as(app, page, template, context, doctree):
+    """Lead from the source back to the names that are documented: viewcode takes the module that names them last."""
+    if page.startswith("_modules/debias/") and "body" in context:
+        known = app.env.domaindata["py"]["objects"]
+
+        def lead(link):
+            found = [n for n in known if n.endswith(f".{link[2]}") and link[1].endswith(f"{known[n].docname}.html")]
+            return f"{link[1]}#{min(found, key=len)}" if found else link[0]
+
+        body = re.sub(r'(?<=href=")([^"#]*)#debias\.(?:functional\.)?([\w.]+)(?=")', lead, context["body"])
+        context["body"] = body
+
+
 def setup(app):
     """Write the pages of the methods, and the table of them where a page asks for it."""
     method_pages.write()
+    app.connect("html-page-context", documented_as)
     app.connect("source-read", lambda app, name, source: source.__setitem__(0, method_pages.filled(source[0])))

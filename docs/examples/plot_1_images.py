@@ -17,14 +17,14 @@ GROUPS = ["landbird on land", "landbird on water", "waterbird on land", "waterbi
 
 
 def draw(n, belongs, seed):
-    """Images of 16 pixels: the bird is a bright bar, upright on land by nature; the background is green or blue."""
+    """Images of 16 pixels: a bird is a bright bar, lying or upright; the background is green or blue."""
     random = torch.Generator().manual_seed(seed)
     bird = torch.randint(2, (n,), generator=random)
     water = torch.where(torch.rand(n, generator=random) < belongs, bird, 1 - bird)
-    x = 0.3 * torch.rand(n, 3, 16, 16, generator=random)
+    x = 0.6 * torch.rand(n, 3, 16, 16, generator=random)
     x[torch.arange(n), 1 + water] += 0.4
-    x[bird == 0, :, 3:13, 7:9] += 0.25
-    x[bird == 1, :, 7:9, 3:13] += 0.25
+    x[bird == 0, :, 3:13, 7:9] += 0.2
+    x[bird == 1, :, 7:9, 3:13] += 0.2
     return tag(TensorDataset(x, bird), group=2 * bird + water)
 
 
@@ -62,7 +62,7 @@ def accuracies(*methods):
     return [100 * float(trainer.callback_metrics[f"val/accuracy_by_group/{name}"]) for name in GROUPS]
 
 
-results = {"ERM": accuracies(), "GroupDRO": accuracies(GroupDRO("group", 4, step_size=0.1))}
+results = {"ERM": accuracies(), "GroupDRO": accuracies(GroupDRO("group", 4, step_size=0.3))}
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), width_ratios=(1, 2), layout="constrained")
 sample = draw(12, 0.5, 2)

@@ -29,15 +29,16 @@ scores = {name: trainer.callback_metrics[f"val/map_by_domain/{name}"] for name i
 # Each image below is from one domain, with the boxes that were found; the bars are the weights of the last epoch.
 
 domains = data.val_set.tags["domain"].tolist()
+full = [len(data.val_set[i].sample[1]["boxes"]) > 0 for i in range(len(domains))]
 figure, axes = plt.subplots(1, 5, figsize=(11, 2.6), width_ratios=(1, 1, 1, 1, 1.4), layout="constrained")
 model.eval()
 for domain, (name, axis) in enumerate(zip(data.domain_names, axes[:4], strict=True)):
-    image, _ = data.val_set[domains.index(domain)].sample
+    image, _ = data.val_set[list(zip(domains, full, strict=True)).index((domain, True))].sample
     with torch.no_grad():
         found = model([image])[0]
     axis.imshow(image.permute(1, 2, 0).numpy())
     for (left, top, right, bottom), score in zip(found["boxes"].tolist(), found["scores"].tolist(), strict=True):
-        if score > 0.4:
+        if score > 0.3:
             axis.add_patch(plt.Rectangle((left, top), right - left, bottom - top, fill=False, color="tab:orange"))
     axis.set_title(f"{name}: mAP {100 * float(scores[name]):.0f} %", fontsize=9)
     axis.set_axis_off()

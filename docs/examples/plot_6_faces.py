@@ -17,13 +17,13 @@ from debias.models.classifier import Classifier
 
 def measured(*methods):
     L.seed_everything(0, verbose=False)
-    data = IdentityShortcut(n_identities=16, n_test_identities=12, images=30, seed=0)
+    data = IdentityShortcut(n_identities=24, n_test_identities=12, images=30, seed=0)
     model = Classifier(
         "strided", num_classes=2, in_channels=1, image_size=24, width=16,
         optimizer=lambda parameters: torch.optim.Adam(parameters, 2e-3),
     )  # fmt: skip
     trainer = L.Trainer(
-        max_epochs=6, accelerator="cpu", callbacks=[*methods, AttributeProbe("identity", 12, every_n_epochs=6)],
+        max_epochs=15, accelerator="cpu", callbacks=[*methods, AttributeProbe("identity", 12, every_n_epochs=15)],
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         log_every_n_steps=5,
     )  # fmt: skip
@@ -39,7 +39,7 @@ def damped(parameters, lr):
     return torch.optim.SGD(parameters, lr=lr, weight_decay=0.03)
 
 
-adversary = IdentityAdversarial("identity", 16, strength=0.3, identity_loss="ce", lr=1.0, optimizer=damped)
+adversary = IdentityAdversarial("identity", 24, strength=0.3, identity_loss="ce", lr=1.0, optimizer=damped)
 data, plain, chance = measured()
 _, hidden, _ = measured(adversary)
 
