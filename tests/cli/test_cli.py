@@ -203,6 +203,13 @@ def test_an_untrained_network_is_said_to_be_one(stage, tmp_path, monkeypatch, ca
     assert f"note: `debias {stage}` got no `--ckpt_path`, so it runs an untrained network" in said
 
 
+def test_missing_data_are_said_before_weights_are_looked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("timm.create_model", lambda *_, **__: pytest.fail("weights were looked for"))
+    error = refused(capsys, "fit", "--config", str(ROOT / "recipes" / "waterbirds" / "base.yaml"), *QUIET)
+    assert "Expected the data in data/waterbirds, but there is nothing there." in error
+
+
 def test_a_method_file_without_its_base(capsys):
     error = refused(capsys, "fit", "--config", GROUP_DRO, *QUIET)
     assert "to set `data.init_args.n_groups`, which `trainer.callbacks[0].init_args.n_groups` refers to" in error
