@@ -4,6 +4,7 @@ What only prose can say stands in ``notes/<class>.md`` and is put into the page.
 """
 
 import inspect
+import json
 import re
 import sys
 from itertools import takewhile
@@ -27,11 +28,16 @@ GUIDES = {
         " ClassBalanced LDAM FocalLoss",
     ),
 }
-# Values of arguments without a default.
+# Values of arguments without a default, and callbacks that need something else.
 SAMPLE = {
     "group": "place", "n_groups": 4, "domain": "hospital", "n_domains": 3, "identity": "person", "n_identities": 41,
     "n_classes": 10, "epochs": 2,
 }  # fmt: skip
+CALLS = {
+    "InferGroups": 'InferGroups("errors", epochs=2), GroupDRO(group="inferred", n_groups=2)',
+    "LastLayerRetraining": 'LastLayerRetraining(group="place", n_groups=4)',
+    "GroupMixup": 'GroupMixup(domain="hospital")',
+}
 NUMBERS = {"compare": "a comparison on coloured digits", "no_group_labels": "a comparison without group labels"}
 SECTION = re.compile(r"(?:^|(?<=[.;)] ))(?=(?:Published[: ]|Published for|Differences from|Costs[: ]|Needs |Memory ))")
 
@@ -84,10 +90,9 @@ def rows(page, wanted):
 def code(name):
     """How the callback is made, with what it cannot do without."""
     parameters = inspect.signature(methods()[name]).parameters.values()
-    given = ", ".join(f"{p.name}={SAMPLE[p.name]!r}" for p in parameters if p.default is p.empty)
-    infer = 'InferGroups("errors", epochs=2)'
-    callbacks = f'{infer}, GroupDRO(group="inferred", n_groups=2)' if name == "InferGroups" else f"{name}({given})"
-    names = "GroupDRO, InferGroups" if name == "InferGroups" else name
+    given = ", ".join(f"{p.name}={json.dumps(SAMPLE[p.name])}" for p in parameters if p.default is p.empty)
+    callbacks = CALLS.get(name, f"{name}({given})")
+    names = ", ".join(sorted(set(re.findall(r"([A-Z]\w+)\(", callbacks))))
     return f"import lightning as L\n\nfrom debias import {names}\n\ntrainer = L.Trainer(callbacks=[{callbacks}])"
 
 
