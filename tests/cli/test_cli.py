@@ -186,7 +186,7 @@ def test_other_messages_pass_unchanged():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--data.n_groups", "5"], "error: Expected `group_names` to hold 5 different names"),
+        (["--data.n_groups", "5"], "error: Expected argument `n_groups` to be 4, label x colour, but got 5"),
         (["--config", GROUP_DRO, "--trainer.callbacks.step_size", "-1"], "error: Expected `step_size`"),
     ],
 )
