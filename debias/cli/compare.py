@@ -234,8 +234,7 @@ def _only(runs: Sequence[RunSpec], name: str) -> list[RunSpec]:
     found = [run for run in runs if run.id == name]
     if not found:
         raise DebiasError(
-            f"Expected `only` to be a run of the grid, but got `{name}`{nearest(name, [r.id for r in runs])} There are:"
-            f" {', '.join(run.id for run in runs)}."
+            f"Expected `only` to be a run of the grid, but got `{name}`. Its runs are {', '.join(r.id for r in runs)}."
         )
     return found
 
