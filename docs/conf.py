@@ -2,6 +2,7 @@
 
 import re
 import sys
+import warnings
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -30,6 +31,10 @@ html_title = f"debias {release}"
 html_static_path = ["_static"]
 html_css_files = ["debias.css"]
 exclude_patterns = ["_build", "notes", "examples", "sg_execution_times.rst"]
+
+# What Lightning says of loaders and of torch is no output of an example, and begins with a folder of this machine.
+warnings.filterwarnings("ignore", category=UserWarning)
+warnings.filterwarnings("ignore", category=FutureWarning)
 
 sphinx_gallery_conf = {
     "examples_dirs": "examples",
