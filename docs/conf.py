@@ -1,6 +1,8 @@
 """Sphinx settings: warnings are errors, and the build needs no network."""
 
+import re
 import sys
+import warnings
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -8,7 +10,7 @@ from urllib.request import urlopen
 from debias import __version__
 
 sys.path.insert(0, str(Path(__file__).parent))
-from methods_listing import fill
+import method_pages
 
 project = "debias"
 author = "The debias authors"
@@ -20,6 +22,7 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "sphinx_gallery.gen_gallery",
     "mathml",
 ]
 html_math_renderer = "mathml"
@@ -27,7 +30,21 @@ html_theme = "furo"
 html_title = f"debias {release}"
 html_static_path = ["_static"]
 html_css_files = ["debias.css"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "notes", "examples", "sg_execution_times.rst"]
+
+# What Lightning says of loaders and of torch is no output of an example, and begins with a folder of this machine.
+warnings.filterwarnings("ignore", category=UserWarning)
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+sphinx_gallery_conf = {
+    "examples_dirs": "examples",
+    "gallery_dirs": "gallery",
+    "filename_pattern": r"plot_",
+    "within_subsection_order": "FileNameSortKey",
+    "download_all_examples": False,
+    "show_signature": False,
+    "abort_on_example_error": True,
+}
 
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
@@ -66,6 +83,21 @@ intersphinx_mapping = inventories(
 )
 
 
+def documented_as(app, page, template, context, doctree):
+    """Lead from the source back to the names that are documented: viewcode takes the module that names them last."""
+    if page.startswith("_modules/debias/") and "body" in context:
+        known = app.env.domaindata["py"]["objects"]
+
+        def lead(link):
+            found = [n for n in known if n.endswith(f".{link[2]}") and link[1].endswith(f"{known[n].docname}.html")]
+            return f"{link[1]}#{min(found, key=len)}" if found else link[0]
+
+        body = re.sub(r'(?<=href=")([^"#]*)#debias\.(?:functional\.)?([\w.]+)(?=")', lead, context["body"])
+        context["body"] = body
+
+
 def setup(app):
-    """List the registered methods on the API page."""
-    app.connect("source-read", fill)
+    """Write the pages of the methods, and the table of them where a page asks for it."""
+    method_pages.write()
+    app.connect("html-page-context", documented_as)
+    app.connect("source-read", lambda app, name, source: source.__setitem__(0, method_pages.filled(source[0])))

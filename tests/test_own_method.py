@@ -16,12 +16,12 @@ CHECKS = """
 import inspect, sys
 import debias, debias.functional, debias.mixins, debias.cli
 sys.path.insert(0, "docs")
-from methods_listing import filled
+from method_pages import page
 assert {"LossRange", "LossRangePenalty", "LossRangeMixin"} <= set(debias.__all__)
 assert "loss_range_penalty" in debias.functional.__all__ and "LossRangeMixin" in debias.mixins.__all__
 assert inspect.signature(debias.LossRange).parameters["power"].default == 2.0
 assert "    power: what the range is raised to.\\n" in debias.LossRange.__doc__
-assert ":: debias.LossRange\\n" in filled(open("docs/api.md").read())
+assert ":: debias.LossRange\\n" in page("LossRange")
 debias.cli.main(["methods"])
 """
 

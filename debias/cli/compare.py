@@ -19,19 +19,20 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from yaml import YAMLError, safe_dump
 
 from debias.cli.errors import readable_errors
 from debias.cli.recipes import METHODS, recipes, recipes_folder
 from debias.cli.suggest import nearest
+from debias.cli.sweep import make_sweep, read_trial, sweep_spaces
 from debias.cli.training import DebiasCLI, config_words, offline_without_login
 from debias.compare.escape import plain
 from debias.compare.grid import BASELINES, Recipe, RunSpec, expand, prepare, settings_of, spec_hash
 from debias.compare.records import RECORD, default_group, read_record, read_spec
 from debias.compare.report import report
 from debias.compare.runner import Interrupted, run_all
-from debias.compare.search import read_config
+from debias.compare.search import Space, read_config
 from debias.errors import DebiasError
 from debias.extras import needs_extra
 from debias.ops.arguments import check_count
@@ -62,23 +63,23 @@ def compare(options: argparse.Namespace) -> None:
     fixed = {key: values[0] for key, values in _pairs("set", options.set).items()}
     recipe = find_recipe(options.recipe, tuple(options.config), fixed)
     methods = _methods(recipe, options.methods, console)
-    settings = settings_of(
-        recipe, methods, vary=_pairs("vary", options.vary), draws=options.draws, draw_seed=options.draw_seed
-    )
+    vary = _pairs("vary", options.vary)
+    settings = settings_of(recipe, methods, vary=vary, draws=options.draws, draw_seed=options.draw_seed)
     _check_settings(recipe, settings)
     domains = _n_domains(recipe) if options.select == LEFT_OUT else None
+    spaces = sweep_spaces(recipe, methods, vary, ranges=not vary or options.draws > 1)
+    if options.print_wandb_sweep:
+        _print_sweep(options, recipe, spaces, seeds, domains)
+        return
     runs = expand(settings, seeds, domains)
     if options.only is not None:
         runs = _only(runs, options.only)
-    if options.print_wandb_sweep:
-        if options.project is None:
-            raise DebiasError(
-                "Expected `--project` with `--print-wandb-sweep`: the agents' runs log there, but got none."
-            )
-        print(_sweep(recipe, runs, options), end="")
-        return
+    elif options.trial:
+        words = {key: values[0] for key, values in _pairs("trial", options.trial).items()}
+        runs = [read_trial(words, spaces, seeds, domains)]
+    alone = options.only is not None or bool(options.trial)
 
-    if options.only is None:
+    if not alone:
         # What an agent of W&B says is for one run; of several, all would become the same.
         for name in ("WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_RUN_ID"):
             os.environ.pop(name, None)
@@ -93,7 +94,7 @@ def compare(options: argparse.Namespace) -> None:
     if there:
         console.print(f"{there} of {len(folders)} runs have finished before.", highlight=False)
     doing = TextColumn("{task.description}", markup=False)
-    columns = (BarColumn(20), MofNCompleteColumn(), "runs", TimeElapsedColumn(), doing)
+    columns = (BarColumn(20), MofNCompleteColumn(), "runs", TimeElapsedColumn(), "left", TimeRemainingColumn(), doing)
     try:
         with Progress(*columns, console=console, transient=True) as progress:
             records = run_all(folders, lambda f: _command(f, checked[f], logging), jobs=options.jobs, progress=progress)
@@ -101,7 +102,7 @@ def compare(options: argparse.Namespace) -> None:
         done = sum((folder / RECORD).exists() and read_record(folder / RECORD).finished for folder in folders)
         console.print(f"Interrupted: {done} of {len(folders)} runs are done. The same command goes on from there.")
         raise SystemExit(130) from None
-    if options.only is None:
+    if not alone:
         where = {"project": options.project, "entity": options.entity, "group": logging.get("group")}
         report([out], options.select, **where, console=console)
         _say_where_offline_runs_lie(out, console)
@@ -233,7 +234,7 @@ def _only(runs: Sequence[RunSpec], name: str) -> list[RunSpec]:
     found = [run for run in runs if run.id == name]
     if not found:
         raise DebiasError(
-            f"Expected `only` to be a run of the grid, but got `{name}`{nearest(name, [r.id for r in runs])}"
+            f"Expected `only` to be a run of the grid, but got `{name}`. Its runs are {', '.join(r.id for r in runs)}."
         )
     return found
 
@@ -262,17 +263,21 @@ def _command(folder: Path, checked: str, logging: dict[str, Any]) -> list[str]:
     return [sys.executable, "-m", "debias.cli.one_run", str(folder), checked, json.dumps(logging)]
 
 
-def _sweep(recipe: Recipe, runs: Sequence[RunSpec], options: argparse.Namespace) -> str:
-    """The grid as W&B reads it: each agent calls this command for one run of it."""
+def _print_sweep(
+    options: argparse.Namespace,
+    recipe: Recipe,
+    spaces: dict[str, dict[str, Space]],
+    seeds: Sequence[int],
+    domains: int | None,
+) -> None:
+    """Print the sweep; each agent calls this command for one trial."""
+    if options.project is None:
+        raise DebiasError("Expected `--project` with `--print-wandb-sweep`: the agents' runs log there, but got none.")
     again = [word for word in options.words if word != "--print-wandb-sweep"]
-    sweep = {
-        "name": f"debias compare {recipe.name}",
-        "project": options.project,
-        "method": "grid",
-        "parameters": {"only": {"values": [run.id for run in runs]}},
-        "command": ["${env}", "debias", "compare", *again, "${args}"],
-    }
-    return safe_dump(sweep, sort_keys=False)
+    runs = options.draws * len(spaces) * len(seeds) * (1 + (domains or 0)) if options.draws > 1 else None
+    sweep = make_sweep(recipe, spaces, seeds, domains=domains, rule=options.select, runs=runs)
+    command = ["${env}", "debias", "compare", *again, "--trial", "${args_no_hyphens}"]
+    print(safe_dump(sweep | {"project": options.project, "command": command}, sort_keys=False), end="")
 
 
 def _submit(

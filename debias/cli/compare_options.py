@@ -31,9 +31,13 @@ def add_compare_options(parser: argparse.ArgumentParser, rules: Sequence[str]) -
     add("--group", default=None, metavar="NAME", help="W&B group of the runs: by default the recipe and a short hash")
     add("--tensorboard", action="store_true", help="log to TensorBoard, too; a CSV there is always")
     add("--only", default=None, metavar="RUN", help="make this run of the grid and no other, here or on any machine")
+    add(
+        "--trial", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+        help="make one run of the sweep and no other: method=group_dro seed=0 GroupDRO.step_size=0.1",
+    )  # fmt: skip
     add("--launcher", choices=("local", "submitit"), default="local", help="submitit hands the grid to SLURM")
     add(
         "--launcher-args", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
         help="parameters of submitit: timeout_min=60 slurm_partition=gpu gpus_per_node=1",
     )  # fmt: skip
-    add("--print-wandb-sweep", action="store_true", help="print the grid as a W&B sweep instead of running it")
+    add("--print-wandb-sweep", action="store_true", help="print a W&B sweep of the `search:` ranges, or of --vary")

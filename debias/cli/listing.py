@@ -139,7 +139,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
         table = Table(show_lines=True)
         for i, column in enumerate(header):
-            table.add_column(column, no_wrap=i == 0)  # what is typed stays whole, however narrow the terminal
+            table.add_column(column, no_wrap=i == 0, overflow="fold")  # what is typed stays, however narrow it gets
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         Console().print(table)

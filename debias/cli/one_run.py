@@ -27,7 +27,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from debias import __version__
-from debias.compare.grid import LOCK, spec_hash
+from debias.compare.grid import LOCK, setting_id, spec_hash
 from debias.compare.records import RECORD, SPEC, Candidate, RunRecord, configs_hash, read_record, read_spec
 from debias.compare.runner import BUSY
 from debias.errors import DebiasError, DebiasWarning
@@ -137,7 +137,7 @@ def make_run(
     from debias.cli.training import DebiasCLI
     from debias.compare.held_out import hold_out
     from debias.compare.keeping import Keeper, begin_again, check_checkpoint, validation_metrics
-    from debias.compare.meter import EpochLines, Meter
+    from debias.compare.meter import EpochLines, Labels, Meter
     from debias.compare.predictions import Predictions
     from debias.monitors.group_monitor import GroupMonitor
 
@@ -150,7 +150,8 @@ def make_run(
     predictions = next((Predictions(c) for c in trainer.callbacks if isinstance(c, GroupMonitor)), None)
     # The rules of the comparison keep checkpoints instead of the recipe's own rule.
     others = [c for c in trainer.callbacks if c not in chosen_by]
-    trainer.callbacks = [*others, *([predictions] if predictions else []), meter, EpochLines(direction), keeper]
+    own = [Labels(_labels(spec)), meter, EpochLines(direction), keeper]
+    trainer.callbacks = [*others, *([predictions] if predictions else []), *own]
     if spec.get("held_out") is not None:
         hold_out(data, spec["held_out"])
     if trainer.is_global_zero:
@@ -216,7 +217,7 @@ def _loggers(folder: Path, spec: dict[str, Any], logging: dict[str, Any]) -> lis
         group, project = logging["group"], logging["project"]
         names: dict[str, Any] = {
             "project": project, "group": group, "job_type": spec["method"], "name": spec["id"],
-            "tags": [spec["method"], f"seed-{spec['seed']}", spec["recipe"]], "save_dir": str(folder),
+            "tags": _tags(spec), "save_dir": str(folder),
         }  # fmt: skip
         if logging.get("entity"):
             names["entity"] = logging["entity"]
@@ -225,6 +226,24 @@ def _loggers(folder: Path, spec: dict[str, Any], logging: dict[str, Any]) -> lis
             names |= {"id": logging["ids"].format(spec["id"]), "resume": "allow"}
         loggers.append({"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": names})
     return loggers
+
+
+def _labels(spec: dict[str, Any]) -> dict[str, Any]:
+    """What runs are filtered and grouped by, as hyper-parameters: flat, beside those of the method."""
+    keys = ("recipe", "method", "seed", "held_out")
+    labels = {f"compare/{key}": spec.get(key) for key in keys} | {"compare/setting": _setting(spec)}
+    return labels | {key.replace(".", "/"): value for key, value in spec["params"].items()}
+
+
+def _tags(spec: dict[str, Any]) -> list[str]:
+    held_out = [] if spec.get("held_out") is None else [f"without-{spec['held_out']}"]
+    tags = [spec["method"], f"seed-{spec['seed']}", f"setting-{_setting(spec)}", *held_out, spec["recipe"]]
+    return [tag[:64] for tag in tags]  # W&B refuses longer ones
+
+
+def _setting(spec: dict[str, Any]) -> str:
+    """As the name of the run has it."""
+    return setting_id(spec["params"]) or "own"
 
 
 def _test(
@@ -248,7 +267,8 @@ def _test(
             tested[candidate.step] = {key: value for key, value in metrics.items() if key.startswith("test")}
         found[rule] = replace(candidate, test=tested[candidate.step])
         for logger in loggers:
-            logger.log_metrics({f"{rule}/{key}": value for key, value in tested[candidate.step].items()})
+            measured = candidate.val | tested[candidate.step]
+            logger.log_metrics({f"{rule}/{key}": value for key, value in measured.items()})
     for logger in loggers:
         logger.finalize("success")
     return found

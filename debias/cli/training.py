@@ -25,6 +25,7 @@ from debias.cli.errors import readable_errors
 from debias.cli.suggest import explain
 from debias.errors import DebiasError
 from debias.extras import needs_extra
+from debias.step.loggers import is_wandb
 
 __all__ = ["DebiasCLI", "config_words", "offline_without_login", "refuse_bad_checkpoint", "train"]
 
@@ -143,8 +144,9 @@ class DebiasCLI(LightningCLI):
         self.config.pop("search", None)
 
     def before_instantiate_classes(self) -> None:
-        """Send W&B offline where nobody is logged in."""
-        if any(_is_wandb(path) for path in _logger_classes(self.config)):
+        """Refuse a missing data folder before weights are looked for; send W&B offline where nobody is logged in."""
+        _refuse_missing_data(self.config.get("data"))
+        if any(is_wandb(path) for path in _logger_classes(self.config)):
             offline_without_login()
 
     def run_stage(self) -> None:
@@ -176,6 +178,18 @@ def refuse_bad_checkpoint(path: Any, weights_only: Any = True) -> None:
         check_checkpoint(Path(path), "Name another one, or pass `--weights_only false` if you trust that file.")
 
 
+def _refuse_missing_data(data: Any) -> None:
+    """Refuse a `root` of a data module of debias where nothing is; those of others may make theirs."""
+    arguments = getattr(data, "init_args", None) or {}
+    root = arguments.get("root")
+    ours = str(getattr(data, "class_path", "")).startswith("debias.data.")
+    if ours and root is not None and not arguments.get("download", False) and not Path(root).exists():
+        raise DebiasError(
+            f"Expected the data in {root}, but there is nothing there. Put them there, or set `data.init_args.root` to"
+            " their folder."
+        )
+
+
 @rank_zero_only
 def _say_that_nothing_was_trained(stage: str) -> None:
     print(
@@ -205,12 +219,7 @@ def _say_where_offline_runs_lie(trainer: Trainer) -> None:
 
 
 def _wandb_loggers(trainer: Trainer) -> list[Any]:
-    return [logger for logger in trainer.loggers if _is_wandb(type(logger))]
-
-
-def _is_wandb(logger: type) -> bool:
-    """Recognise WandbLogger of either Lightning package, and its subclasses, without importing wandb."""
-    return any(base.__name__ == "WandbLogger" for base in logger.__mro__)
+    return [logger for logger in trainer.loggers if is_wandb(type(logger))]
 
 
 def _logger_classes(config: Any) -> Iterator[type]:

@@ -21,7 +21,7 @@ from debias.compare.schema import digest, refuse_links
 from debias.compare.search import applies, draw_settings, override, read_config, read_spaces
 from debias.errors import DebiasError
 
-__all__ = ["BASELINES", "LOCK", "Recipe", "RunSpec", "expand", "prepare", "settings_of", "spec_hash"]
+__all__ = ["BASELINES", "LOCK", "Recipe", "RunSpec", "expand", "prepare", "setting_id", "settings_of", "spec_hash"]
 
 # Always compared: without plain training on balanced batches nobody can tell a method from resampling.
 BASELINES = ("erm", "balanced")
@@ -168,10 +168,15 @@ def expand(
     runs = []
     for seed, (method, own), domain in itertools.product(seeds, settings.items(), held_out):
         for params in own:
-            parts = [method, _hash(params)[:6] if params else "", "" if domain is None else f"without{domain}"]
+            parts = [method, setting_id(params), "" if domain is None else f"without{domain}"]
             name = "-".join([*filter(None, parts), f"seed{seed}"])
             runs.append(RunSpec(name, method, seed, dict(params), domain))
     return runs
+
+
+def setting_id(params: Mapping[str, Any]) -> str:
+    """What a setting is called in the name of a run; nothing where it is the recipe's own."""
+    return _hash(params)[:6] if params else ""
 
 
 def prepare(recipe: Recipe, runs: Sequence[RunSpec], out: Path) -> list[Path]:

@@ -15,8 +15,10 @@ from lightning.pytorch.callbacks import Callback
 
 from debias.compare.keeping import validation_metrics
 from debias.compare.records import measures
+from debias.compare.runner import duration
+from debias.step.loggers import log_hyperparameters
 
-__all__ = ["EpochLines", "Meter", "peak_memory"]
+__all__ = ["EpochLines", "Labels", "Meter", "peak_memory"]
 
 
 class Meter(Callback):
@@ -93,6 +95,22 @@ class Meter(Callback):
             self._paused = None
 
 
+class Labels(Callback):
+    """Tell the loggers which run of a comparison this is, with the arguments of its methods.
+
+    Args:
+        labels: by flat key.
+    """
+
+    def __init__(self, labels: dict[str, Any]) -> None:
+        self.labels = labels
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Before any other callback tells a part of it: TensorBoard shows what it is told first."""
+        if stage == "fit":
+            log_hyperparameters(trainer, pl_module, self.labels)
+
+
 class EpochLines(Callback):
     """Print a line at the end of each epoch: there is no progress bar in the log of a run.
 
@@ -103,6 +121,7 @@ class EpochLines(Callback):
     def __init__(self, direction: str = "max") -> None:
         self.direction = direction
         self._start = 0.0
+        self._seconds: list[float] = []
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the clock."""
@@ -119,8 +138,12 @@ class EpochLines(Callback):
             return
         words = [f"step {trainer.global_step}", *(f"{key} {value:.4g}" for key, value in values.items())]
         words.append(f"{time.monotonic() - self._start:.1f} s")
-        end = f" of {trainer.max_epochs}" if (trainer.max_epochs or 0) > 0 else ""
-        print(f"Epoch {trainer.current_epoch + 1}{end}: {', '.join(words)}", flush=True)
+        done, total = trainer.current_epoch + 1, trainer.max_epochs or 0
+        self._seconds.append(time.monotonic() - self._start)
+        end = f"/{total}" if total > 0 else ""
+        if total > done:
+            words.append(f"{duration((total - done) * sum(self._seconds) / len(self._seconds))} left")
+        print(f"Epoch {done}{end}: {', '.join(words)}", flush=True)
 
 
 def _is_loss(key: str) -> bool:

@@ -21,7 +21,7 @@ from debias.compare.grid import LOCK
 from debias.compare.records import PROGRESS, RECORD, RunRecord, read_record, read_spec
 from debias.errors import DebiasError
 
-__all__ = ["BUSY", "LOCK", "Interrupted", "run_all"]
+__all__ = ["BUSY", "LOCK", "Interrupted", "duration", "run_all"]
 
 BUSY = 75  # EX_TEMPFAIL: another process makes this run
 PAUSE = 0.2
@@ -114,6 +114,20 @@ def run_all(
         _end(running)
         display.close()
     return [read_record(folder / RECORD) for folder in folders]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them.
+
+    Example:
+        >>> from debias.compare.runner import duration
+        >>> duration(42.4), duration(200), duration(7300)
+        ('42 s', '3 min', '2 h 2 min')
+    """
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _finished(folder: Path) -> bool:
@@ -221,7 +235,9 @@ class _Display:
     def __init__(self, progress: Any, total: int, finished: int) -> None:
         self.progress, self.finished, self.total = progress, finished, total
         self.plain = progress is not None and not progress.console.is_terminal
-        self.said = time.monotonic()
+        self.said = self.begun = time.monotonic()
+        self.found = float(finished)  # before this command
+        self.work = float(finished)  # runs that are done, and shares of those in progress
         self.task = None if progress is None else progress.add_task("", total=total, completed=finished)
 
     def done(self, record: RunRecord) -> None:
@@ -235,20 +251,30 @@ class _Display:
 
     def started(self, folder: Path) -> None:
         if self.plain:
-            self._print(f"{folder.name} started; {self.finished} of {self.total} runs are done")
+            self._print(f"{folder.name} started")
 
     def _print(self, text: str) -> None:
         self.said = time.monotonic()
-        self.progress.console.print(plain(text), highlight=False, markup=False, soft_wrap=True)
+        where = f"{self.finished}/{self.total}{self._left()}: " if self.plain else ""
+        self.progress.console.print(plain(where + text), highlight=False, markup=False, soft_wrap=True)
+
+    def _left(self) -> str:
+        """How long it will take at the pace of this command, once there is one."""
+        self.work = max(self.work, self.finished)
+        done, missing = self.work - self.found, self.total - self.work
+        if done <= 0 or missing <= 0:
+            return ""
+        return f", {duration((time.monotonic() - self.begun) * missing / done)} left"
 
     def show(self, folders: Sequence[Path], elsewhere: int) -> None:
         if self.progress is None:
             return
         shares = {folder.name: _share(folder) for folder in folders}
+        self.work = self.finished + sum(shares.values())
         words = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
         if elsewhere:
             words = ", ".join(filter(None, [words, f"{elsewhere} run elsewhere"]))
-        self.progress.update(self.task, completed=self.finished + sum(shares.values()), description=plain(words))
+        self.progress.update(self.task, completed=self.work, description=plain(words))
         if self.plain and words and time.monotonic() - self.said > EVERY:
             self._print(words)
 

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from debias.errors import DebiasError
 
-__all__ = ["Space", "applies", "draw_settings", "override", "read_config", "read_spaces"]
+__all__ = ["Space", "applies", "callbacks", "class_name", "draw_settings", "override", "read_config", "read_spaces"]
 
 KINDS = ("choices", "uniform", "log_uniform", "integers")
 DIGITS = 4
@@ -124,10 +124,10 @@ def override(files: Sequence[dict[str, Any]], key: str, value: Any) -> None:
     if not _names_callback(key):
         _set(files[-1], [first, *rest], value, key)
         return
-    listed = list(_callbacks(files))
-    found = [(entries, i) for entries, i in listed if _class_name(entries[i]) == first]
+    listed = list(callbacks(files))
+    found = [(entries, i) for entries, i in listed if class_name(entries[i]) == first]
     if not found:
-        names = sorted({name for entries, i in listed if (name := _class_name(entries[i]))})
+        names = sorted({name for entries, i in listed if (name := class_name(entries[i]))})
         close = difflib.get_close_matches(first, names, n=1, cutoff=0.5)
         there = f"the nearest is `{close[0]}` of" if close else "there are"
         raise DebiasError(
@@ -155,7 +155,7 @@ def applies(files: Sequence[dict[str, Any]], key: str) -> bool:
         key: of the hyperparameter.
     """
     name = key.partition(".")[0]
-    return not _names_callback(key) or any(_class_name(entries[i]) == name for entries, i in _callbacks(files))
+    return not _names_callback(key) or any(class_name(entries[i]) == name for entries, i in callbacks(files))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def _names_callback(key: str) -> bool:
     return key[:1].isupper()
 
 
-def _callbacks(files: Sequence[dict[str, Any]]) -> Iterator[tuple[Any, Any]]:
+def callbacks(files: Sequence[dict[str, Any]]) -> Iterator[tuple[Any, Any]]:
     """The callbacks that are left once the files are merged, each as what holds it and its place there."""
     trainers = [file["trainer"] for file in files if isinstance(file.get("trainer"), dict)]
     replacing = [i for i, trainer in enumerate(trainers) if "callbacks" in trainer]
@@ -231,7 +231,8 @@ def _callbacks(files: Sequence[dict[str, Any]]) -> Iterator[tuple[Any, Any]]:
                 yield trainer, name
 
 
-def _class_name(callback: Any) -> str:
+def class_name(callback: Any) -> str:
+    """The class of a callback in a config, without its module; empty where it names none."""
     path = callback.get("class_path") if isinstance(callback, dict) else callback
     return path.rpartition(".")[2] if isinstance(path, str) else ""
 

@@ -20,7 +20,7 @@ from debias.ops.arguments import checked
 
 __all__ = ["ColoredDigits"]
 
-_GROUP_NAMES = ("digit<5 red", "digit<5 green", "digit>=5 red", "digit>=5 green")
+_GROUP_NAMES = ("digit 0-4 red", "digit 0-4 green", "digit 5-9 red", "digit 5-9 green")
 
 
 class ColoredDigits(GroupDataModule):
@@ -60,7 +60,7 @@ class ColoredDigits(GroupDataModule):
         >>> digits = ColoredDigits(batch_size=32)
         >>> digits.setup()
         >>> digits.group_names[0], len(digits.train_set)
-        ('digit<5 red', 719)
+        ('digit 0-4 red', 719)
     """
 
     @checked()

@@ -26,7 +26,7 @@ from debias.step.batch import TaggedBatch
 __all__ = ["ColoredMNIST"]
 
 _SIDE = 28
-_GROUP_NAMES = ("digit>=5 red", "digit>=5 green", "digit<5 red", "digit<5 green")
+_GROUP_NAMES = ("digit 5-9 red", "digit 5-9 green", "digit 0-4 red", "digit 0-4 green")
 _SPLITS = ("even", "imbalanced", "imbalanced_reference")
 _SHARE = 0.97  # of the digits below 5 that the first class-imbalanced environment holds
 _GET = (

@@ -229,6 +229,8 @@ class AdvStyle(AdvStyleOptions, LayerAugmenter):
 
     stateful: ClassVar[bool] = True
     reference: ClassVar[str] = "Zhang et al., arXiv 2301.12643"
+    works: ClassVar[str] = "The target differs in style from a single source."
+    fails: ClassVar[str] = "Style tells the class. Optimisation is manual, which is refused."
     resnet_layers: ClassVar[tuple[str, ...]] = ("conv1", "maxpool", "layer1", "layer2", "layer3", "layer4")
     vit_blocks: ClassVar[tuple[float, ...]] = (0.25, 0.5, 0.75, 1.0)
 

@@ -9,6 +9,9 @@ With N_c training samples of class c, ``pi_c = N_c / N`` and logits z::
 
 LDAM's logits are cosines, of a head with normalised features and weights: on ordinary logits its margins mean nothing.
 Its deferred reweighting (DRW) leaves all class weights at 1 until a given epoch, then they are class-balanced.
+
+Needs the logits and classes of a cross-entropy; all but focal loss the classes of the training set, which are counted
+once. Costs a few kernels on the logits; no second pass.
 """
 
 from __future__ import annotations
@@ -177,6 +180,10 @@ class LogitAdjustment(ClassCriterion):
     """
 
     reference: ClassVar[str] = "Menon et al., ICLR 2021; Ren et al., NeurIPS 2020"
+    works: ClassVar[str] = "Classes are rare in training and count the same at test."
+    fails: ClassVar[str] = (
+        "Classes are as frequent at test as in training. It balances classes, not groups inside them."
+    )
 
     tau: float = 1.0
 
@@ -204,6 +211,8 @@ class ClassBalanced(ClassCriterion):
     """
 
     reference: ClassVar[str] = "Cui et al., CVPR 2019"
+    works: ClassVar[str] = "Classes have very different numbers of samples."
+    fails: ClassVar[str] = "It balances classes, not groups inside them."
 
     beta: float = 0.9999
     start_epoch: int = 0  # type: ignore[misc]
@@ -237,6 +246,10 @@ class LDAM(ClassCriterion):
     """
 
     reference: ClassVar[str] = "Cao et al., NeurIPS 2019"
+    works: ClassVar[str] = "Classes are rare and the head compares directions: normalised features and weights."
+    fails: ClassVar[str] = (
+        "Ordinary logits, on which its margins mean nothing. It balances classes, not groups inside them."
+    )
 
     max_margin: float = 0.5
     scale: float = 30.0
@@ -281,6 +294,10 @@ class FocalLoss(Criterion):
     """
 
     reference: ClassVar[str] = "Lin et al., ICCV 2017"
+    works: ClassVar[str] = "Many easy samples drown the hard ones, as in dense detection."
+    fails: ClassVar[str] = (
+        "Labels are noisy: what the network is unsure of then counts more. It knows neither classes nor groups."
+    )
 
     gamma: float = field(default=2.0, kw_only=False)
 

@@ -133,6 +133,11 @@ class CORAL(FeaturePenalty):
     """
 
     reference: ClassVar[str] = "Sun & Saenko 2016, arXiv 1607.01719; DomainBed's form"
+    works: ClassVar[str] = "Domains have the same classes in the same shares, and differ in how inputs look."
+    fails: ClassVar[str] = (
+        "Classes are spread unevenly over domains: features that tell the class then differ by domain, and are "
+        "punished for it."
+    )
     only_features: ClassVar[bool] = True
     key: ClassVar[str] = "coral"
     module_class = CORALPenalty

@@ -6,6 +6,8 @@ strength by a key of the sample: x_i' = x_i or T_{f(i), key(i)}(x_i). Labels sta
 Crafting Distribution Shifts for Validation and Training in Single Source Domain Generalization, WACV 2025,
 arXiv 2409.19774, sec. 4. The authors write one version of each image and family to disk and train on these; here every
 epoch draws anew. Their second view, of edges, is a method of its own. The families: ``debias.ops.shifts``.
+
+Needs batches of images, ``(N, C, H, W)``. Costs a transform of each image in every step.
 """
 
 from __future__ import annotations
@@ -62,6 +64,8 @@ class CraftedShifts(Method):
 
     needs: ClassVar[tuple[str, ...]] = ("images",)
     reference: ClassVar[str] = "Efthymiadis et al., WACV 2025, arXiv 2409.19774"
+    works: ClassVar[str] = "One source is all there is, and the target differs in quality, colour or scene."
+    fails: ClassVar[str] = "The target looks like the validation set, or a shift changes the label."
 
     families: str | list[str] = "all"
     original: float | None = None

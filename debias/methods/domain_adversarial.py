@@ -201,6 +201,11 @@ class DomainAdversarial(DomainAdversarialOptions, AdversarialDebiaser):
     ids: ClassVar[tuple[str, str]] = ("domain", "n_domains")
     needs: ClassVar[tuple[str, ...]] = ("domain", "features")
     reference: ClassVar[str] = "Ganin et al., JMLR 2016, arXiv 1505.07818; Li et al., ECCV 2018"
+    works: ClassVar[str] = "Domains have the same classes in the same shares (else CDANN), and the layers below train."
+    fails: ClassVar[str] = (
+        "Classes are spread unevenly over domains and the discriminator is not conditional. A frozen backbone: "
+        "then it is plain training."
+    )
     module_class = DomainAdversarialLoss
 
     domain: BatchKey = field(kw_only=False)

@@ -216,6 +216,13 @@ class DomainPenalisation(DomainPenalisationOptions, DomainDebiaser):
     """
 
     reference: ClassVar[str] = "Jena et al., 2024, arXiv 2408.01746"
+    works: ClassVar[str] = (
+        "Domains differ in how hard they are, and the loss has a scale on which these differences matter."
+    )
+    fails: ClassVar[str] = (
+        "A domain is hard for its label noise. At temperature 1 it is gentle; doubling the loss squares the "
+        "ratios of the weights."
+    )
     module_class = DomainPenalisationLoss
 
     def new_epoch(self, epoch: int) -> None:

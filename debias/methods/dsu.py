@@ -116,6 +116,8 @@ class DSU(DSUOptions, LayerAugmenter):
     """
 
     reference: ClassVar[str] = "Li et al., ICLR 2022, arXiv 2202.03958"
+    works: ClassVar[str] = "The target differs in style, and no domain labels are there."
+    fails: ClassVar[str] = "Style tells the class, or batches are small: the spread is that of the batch."
     resnet_layers: ClassVar[tuple[str, ...]] = ("conv1", "maxpool", "layer1", "layer2", "layer3", "layer4")
     vit_blocks: ClassVar[tuple[float, ...]] = (0.25, 0.5, 0.75, 1.0)
 

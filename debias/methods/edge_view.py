@@ -266,6 +266,8 @@ class EdgeView(EdgeViewOptions, ImageInput):
 
     needs: ClassVar[tuple[str, ...]] = ("images",)
     reference: ClassVar[str] = "Efthymiadis et al., WACV 2025, arXiv 2409.19774"
+    works: ClassVar[str] = "Shape tells the class and colour or texture misleads."
+    fails: ClassVar[str] = "Colour or texture tells the class."
     module_class = EdgeViewLayer
 
     weight: float = 1.0

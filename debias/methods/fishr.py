@@ -155,6 +155,10 @@ class Fishr(FishrOptions, HeadPenalty):
     """
 
     reference: ClassVar[str] = "Rame et al., ICML 2022, arXiv 2109.02934"
+    works: ClassVar[str] = "Each domain has all classes, and several domains are in a batch."
+    fails: ClassVar[str] = (
+        "The shortcut pays in every domain. The published weight belongs to an average of several hundred steps."
+    )
     stateful: ClassVar[bool] = True
     key: ClassVar[str] = "fishr"
     module_class = FishrPenalty

@@ -262,6 +262,14 @@ class GroupDRO(GroupDROOptions, GroupDebiaser):
     """
 
     reference: ClassVar[str] = "Sagawa et al., ICLR 2020, arXiv 1911.08731"
+    works: ClassVar[str] = (
+        "Groups are known, small ones are in most batches, and weight decay or early stopping keeps the network "
+        "from fitting its training set."
+    )
+    fails: ClassVar[str] = (
+        "The network fits its training set: then no group is worse than another. Groups that are rare stay out of "
+        "most batches; balance them. Label noise looks like a hard group."
+    )
     module_class = GroupDROLoss
 
 

@@ -223,6 +223,8 @@ class GroupMixup(GroupMixupOptions, DomainsIfNeeded):
 
     needs: ClassVar[tuple[str, ...]] = ("domain", "target")
     reference: ClassVar[str] = "Yao et al., ICML 2022, arXiv 2201.00299; Mixup 1710.09412; CutMix 1905.04899"
+    works: ClassVar[str] = "Domains or groups are known, and each batch has samples to pair."
+    fails: ClassVar[str] = "Labels say something about parts of the input. A sample without a partner stays as it is."
     module_class = GroupMixupLayer
 
     p: float = 1.0

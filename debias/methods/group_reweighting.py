@@ -134,6 +134,13 @@ class GroupReweighting(GroupReweightingOptions, GroupDebiaser):
     """
 
     reference: ClassVar[str] = "inverse-frequency weighting; e.g. Yang et al., ICML 2023 (ReWeight, SqrtReWeight)"
+    works: ClassVar[str] = (
+        "Groups are known and each has enough samples. It is the baseline that other methods should beat."
+    )
+    fails: ClassVar[str] = (
+        "A large network without regularisation fits all samples, and fixed weights then change little. A group "
+        "of a few samples gets a large weight."
+    )
     module_class = GroupReweightingLoss
 
 

@@ -244,6 +244,11 @@ class HessianAlignment(HessianAlignmentOptions, HeadPenalty):
     """
 
     reference: ClassVar[str] = "Hemati et al., ICCV 2023, arXiv 2308.11778"
+    works: ClassVar[str] = "Each domain has all classes, and several domains are in a batch."
+    fails: ClassVar[str] = (
+        "The shortcut pays in every domain. A published weight means something else on other features; "
+        "`scale_free=True` makes it relative."
+    )
     key: ClassVar[str] = "hessian_alignment"
     module_class = HessianAlignmentPenalty
 

@@ -210,6 +210,11 @@ class IdentityAdversarial(IdentityAdversarialOptions, AdversarialDebiaser):
     ids: ClassVar[tuple[str, str]] = ("identity", "n_identities")
     needs: ClassVar[tuple[str, ...]] = ("identity", "features")
     reference: ClassVar[str] = "Ning et al., FG 2025, arXiv 2407.11243"
+    works: ClassVar[str] = "Few people recur in training, and the network can recognise them."
+    fails: ClassVar[str] = (
+        "The layers below are frozen. Too much strength makes the features easier to read, and worse; watch "
+        "`AttributeProbe`."
+    )
     module_class = IdentityAdversarialLoss
 
     identity: BatchKey = field(kw_only=False)

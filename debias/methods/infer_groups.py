@@ -78,6 +78,14 @@ class InferGroups(TwoStage):
     """
 
     reference: ClassVar[str] = "Creager et al., ICML 2021 (EIIL); Liu et al., ICML 2021; Sohoni et al., NeurIPS 2020"
+    works: ClassVar[str] = (
+        "A shortcut is easy to learn and labels are clean, so that the first network goes wrong where the "
+        "shortcut misleads."
+    )
+    fails: ClassVar[str] = (
+        "The first network makes no errors or does not lean on the shortcut. Where labels are noisy, its errors "
+        "are noise."
+    )
 
     @checked()
     def __init__(

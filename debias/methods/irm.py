@@ -173,6 +173,10 @@ class IRM(IRMOptions, LossPenalty):
     """
 
     reference: ClassVar[str] = "Arjovsky et al. 2019, arXiv 1907.02893"
+    works: ClassVar[str] = "Domains differ in how much the shortcut pays, and the penalty starts after some training."
+    fails: ClassVar[str] = (
+        "The shortcut pays alike in every domain; large networks make the penalty small without giving it up."
+    )
     key: ClassVar[str] = "irm"
     of_one_domain: ClassVar[str] = ", of which alone the penalty will be"
     module_class = IRMPenalty

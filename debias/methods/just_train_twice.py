@@ -71,6 +71,11 @@ class JustTrainTwice(TwoStage):
     """
 
     reference: ClassVar[str] = "Liu et al., ICML 2021, arXiv 2107.09044"
+    works: ClassVar[str] = "A shortcut is easy to learn, labels are clean, and the first training stops early."
+    fails: ClassVar[str] = (
+        "Labels are noisy: errors are then noise, and count more. A first network without errors leaves nothing "
+        "to weigh up."
+    )
 
     @checked()
     def __init__(

@@ -216,6 +216,10 @@ class LastLayerRetraining(StepWatcher):
     shardable: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ("features", "head")
     reference: ClassVar[str] = "Kirichenko et al. (DFR), Qiu et al. (AFR), LaBonte et al. (SELF), 2023"
+    works: ClassVar[str] = (
+        "The features of a trained network hold what matters, and only its last layer leans on the shortcut."
+    )
+    fails: ClassVar[str] = "The features do not hold it, or few held-out samples of a group are there."
 
     @checked(first=True, **_RANGES)
     def __init__(

@@ -190,6 +190,10 @@ class LearningFromFailure(Debiaser):
     shardable: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ("index", "target")
     reference: ClassVar[str] = "Nam et al., NeurIPS 2020, arXiv 2007.02561"
+    works: ClassVar[str] = (
+        "The shortcut is easier than the task, so that the biased twin falls for it; labels are clean."
+    )
+    fails: ClassVar[str] = "Labels are noisy, or the twin does not fall for the shortcut."
 
     @checked()
     def __init__(

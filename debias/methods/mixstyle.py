@@ -140,6 +140,8 @@ class MixStyle(MixStyleOptions, LayerAugmenter):
     """
 
     reference: ClassVar[str] = "Zhou et al., ICLR 2021, arXiv 2104.02008"
+    works: ClassVar[str] = "Domains differ in style: colour, contrast, texture."
+    fails: ClassVar[str] = "Style tells the class, or domains differ in shape and content."
 
     domain: BatchKey | None = None
     sync_stats: bool = False

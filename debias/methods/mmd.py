@@ -160,6 +160,11 @@ class MMD(MMDOptions, FeaturePenalty):
     """
 
     reference: ClassVar[str] = "Gretton et al., JMLR 2012; Li et al., CVPR 2018; DomainBed's form"
+    works: ClassVar[str] = "Domains have the same classes in the same shares, and differ in how inputs look."
+    fails: ClassVar[str] = (
+        "Classes are spread unevenly over domains. Raw features of large norm, on which the fixed kernels are 0: "
+        'take `kernel="scaled_gaussian"`.'
+    )
     only_features: ClassVar[bool] = True
     key: ClassVar[str] = "mmd"
     module_class = MMDPenalty

@@ -92,6 +92,12 @@ class VREx(VRExOptions, DomainPenalty):
     """
 
     reference: ClassVar[str] = "Krueger et al., ICML 2021, arXiv 2003.00688"
+    works: ClassVar[str] = (
+        "Domains differ in how much the shortcut pays, so that leaning on it makes their losses differ."
+    )
+    fails: ClassVar[str] = (
+        "The shortcut pays alike in every domain, or domains are hard for reasons of their own, as noise."
+    )
     key: ClassVar[str] = "vrex"
     module_class = VRExPenalty
 

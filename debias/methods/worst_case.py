@@ -300,6 +300,8 @@ class CVaRDRO(CVaROptions, WorstCase):
     ``train/average_loss``, unweighted, on logging steps.
     """
 
+    works: ClassVar[str] = "A fixed share of the samples is hard, and batches are large."
+    fails: ClassVar[str] = "Labels are noisy, or batches small: `alpha` times the batch must be much larger than one."
     module_class = CVaRLoss
 
 
@@ -311,6 +313,8 @@ class ChiSquareDRO(ChiSquareOptions, WorstCase):
     ``train/average_loss``, unweighted, on logging steps.
     """
 
+    works: ClassVar[str] = "Hard samples are to count more without a fixed share of them, and batches are large."
+    fails: ClassVar[str] = "Labels are noisy, or batches small: the worst distribution is that of the batch."
     module_class = ChiSquareLoss
 
 

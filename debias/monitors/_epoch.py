@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from debias.errors import DebiasError
+from debias.step.ids import names_in_data
 from debias.step.indices import evaluation_sets
+from debias.step.loggers import safe_names
 from debias.step.watcher import MAX_LOGGED_GROUPS, StepWatcher
 
 __all__ = ["EpochMonitor", "by_group"]
@@ -39,7 +41,7 @@ class EpochMonitor(StepWatcher):
         return f"{stage}/{self.name}/" if self.name else f"{stage}/"
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Join the engine, unless another monitor logs under the same names."""
+        """Join the engine, unless another monitor logs under the same names; learn the names of the groups."""
         mine = [self._prefix("val") + value for value in self._value_names]
         for other in trainer.callbacks:
             if isinstance(other, EpochMonitor) and other is not self:
@@ -50,6 +52,10 @@ class EpochMonitor(StepWatcher):
                         f" and {other.state_key} would both log `{both[0]}`. Pass e.g. `name='second'` to one of them."
                     )
         super().setup(trainer, pl_module, stage)
+        given = vars(self)
+        for kind in ("group", "domain"):
+            if names := given.get(f"{kind}_names"):
+                given[f"{kind}_names"] = names_in_data(trainer, given[kind], names, given[f"n_{kind}s"])
 
     def _in_step(self, module: nn.Module) -> bool:
         """Whether the evaluation step itself calls this module: monitors may run it again when the step has ended."""
@@ -85,7 +91,7 @@ class EpochMonitor(StepWatcher):
 
 
 def by_group(values: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    """Scalars as they are, and ``<key>/<name>`` for each value of a vector ``(G,)``.
+    """Scalars as they are, and ``<key>/<name>`` for each value of a vector ``(G,)``, named as loggers take it.
 
     Of more than ``MAX_LOGGED_GROUPS`` groups vectors are left out: logging takes about a millisecond a value.
     """
@@ -94,5 +100,5 @@ def by_group(values: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Te
         if value.ndim == 0:
             table[key] = value
         elif len(names) <= MAX_LOGGED_GROUPS:
-            table |= {f"{key}/{name}": part for name, part in zip(names, value.unbind(), strict=True)}
+            table |= {f"{key}/{name}": part for name, part in zip(safe_names(names), value.unbind(), strict=True)}
     return table

@@ -21,6 +21,7 @@ from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
 from debias.step.ids import check_keys, plain_key, plain_n_groups
+from debias.step.loggers import safe_names
 from debias.step.watcher import check_loss
 from debias.tap.calls import LossCall
 
@@ -155,7 +156,8 @@ class MultilabelF1Monitor(EpochMonitor):
         place = (self.thresholds - 1) // 2 if self.chosen is None else self.chosen
         by_label, f1_by_group = table[-1, place], table[:-1, place].nanmean(1)
         values = {"f1": by_label.nanmean(), "threshold": torch.tensor((place + 1) / (self.thresholds + 1))}
-        values |= {f"f1_by_label/{k}": v for k, v in zip(self.label_names, by_label.unbind(), strict=True)}
+        names = safe_names(self.label_names)
+        values |= {f"f1_by_label/{k}": v for k, v in zip(names, by_label.unbind(), strict=True)}
         if self.group is not None:
             values |= {"worst_group_f1": worst_group(f1_by_group), "f1_by_group": f1_by_group}
         return [by_group(values | not_finite, self.group_names)]

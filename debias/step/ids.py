@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from debias.errors import BatchKeyError, DebiasError
+from debias.ops.groups import name_groups
 from debias.step import batch as batches
 from debias.step.batch import BatchKey, plain_key
 
-__all__ = ["check_keys", "plain_key", "plain_n_groups", "read_ids"]
+__all__ = ["check_keys", "names_in_data", "plain_key", "plain_n_groups", "read_ids"]
 
 
 def plain_n_groups(n_groups: Any) -> Any:
@@ -38,6 +39,26 @@ def check_keys(key: Any, n_groups: Any, argument: str = "group") -> None:
             f"Expected `n_{argument}s` to hold one number for each key of `{argument}={key!r}`, but got {n_groups!r}."
             f" Write e.g. `{argument}=('target', 'place'), n_{argument}s=(2, 2)`."
         )
+
+
+def names_in_data(trainer: Any, key: Any, names: Sequence[str], n_groups: Any) -> list[str]:
+    """Names of the groups of a key: given ones, else those that the data module holds as ``<key>_names``.
+
+    Another number of names there is of something else, so that the numbers stay.
+
+    Args:
+        trainer: whose data module may hold them.
+        key: where the ids are.
+        names: what the groups are called now: their numbers, where nobody named them.
+        n_groups: number of groups, one per key.
+
+    Raises:
+        DebiasError: two of the data module's names are the same.
+    """
+    held = getattr(getattr(trainer, "datamodule", None), f"{key}_names", None) if isinstance(key, str) else None
+    if list(names) != name_groups(n_groups, None) or not isinstance(held, Sequence) or len(held) != len(names):
+        return list(names)
+    return name_groups(n_groups, held, str(key))
 
 
 def read_ids(

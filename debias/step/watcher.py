@@ -24,6 +24,7 @@ from debias.step.context import Step
 from debias.step.engine import StepEngine
 from debias.step.guards import refuse_unsupported, warn_padding
 from debias.step.indices import evaluation_loaders
+from debias.step.loggers import log_best, log_hyperparameters
 from debias.step.owned import OwnedModule
 from debias.step.random import StepRandom
 from debias.tap.calls import LossCall
@@ -55,6 +56,8 @@ class StepWatcher(Callback):
     needs: ClassVar[tuple[str, ...]] = ()
     shardable: ClassVar[bool] = True  # whether the model may be sharded: False where it is copied or set back
     reference: ClassVar[str] = ""
+    works: ClassVar[str] = ""  # when, in a sentence or two of Markdown
+    fails: ClassVar[str] = ""
 
     @checked()
     def __init__(self, *, name: str | None = None, allow_untested_strategy: bool = False) -> None:
@@ -84,7 +87,7 @@ class StepWatcher(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Join the engine of this run; the first watcher makes it."""
         own_memory({name: value for name, value in vars(self).items() if name != "engine"})
-        leader = next(callback for callback in trainer.callbacks if isinstance(callback, StepWatcher))
+        leader = _leader(trainer)
         engine = leader.engine
         if engine is None or engine.trainer is not trainer or engine.module is not pl_module:
             if engine is not None:
@@ -97,6 +100,16 @@ class StepWatcher(Callback):
             self.teardown(trainer, pl_module, stage)
             raise
         engine.open(stage)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Let the loggers know the arguments of all methods."""
+        if _leader(trainer) is self:
+            log_hyperparameters(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Let W&B know the best values."""
+        if _leader(trainer) is self:
+            log_best(trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the module as it was."""
@@ -334,6 +347,7 @@ class Debiaser(StepWatcher):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse optimisers the method cannot work with, now that they exist."""
+        super().on_fit_start(trainer, pl_module)
         if self.engine is not None:
             self.engine.check_optimizers(self)
 
@@ -369,6 +383,11 @@ class Debiaser(StepWatcher):
                 ) from None
         for name, owned in self.owned.items():
             owned.load_state_dict(state_dict["owned"][name])
+
+
+def _leader(trainer: Any) -> StepWatcher:
+    """The first watcher of a run, which does what is done once."""
+    return next(callback for callback in trainer.callbacks if isinstance(callback, StepWatcher))
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:

@@ -234,11 +234,8 @@ class RowTracker(Origins):
             tensor: what moves have made of the network's output; None where it is that.
             rows: number of rows of it.
         """
-        found: list[Tensor] = []
-        for record in self._records:
-            out = record.out
-            if out.ndim and out.shape[0] == rows and self.is_of_batch(out) and (index := self._of_rows(out)) is not None:
-                found.append(index)
+        outs = [record.out for record in self._records if record.out.ndim and record.out.shape[0] == rows]
+        found = [index for x in outs if self.is_of_batch(x) and (index := self._of_rows(x)) is not None]
         if not found or not all(self._equal(found[0], other) for other in found[1:]):
             return False
 

@@ -186,7 +186,7 @@ def test_other_messages_pass_unchanged():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--data.n_groups", "5"], "error: Expected `group_names` to hold 5 different names"),
+        (["--data.n_groups", "5"], "error: Expected argument `n_groups` to be 4, label x colour, but got 5"),
         (["--config", GROUP_DRO, "--trainer.callbacks.step_size", "-1"], "error: Expected `step_size`"),
     ],
 )
@@ -201,6 +201,13 @@ def test_an_untrained_network_is_said_to_be_one(stage, tmp_path, monkeypatch, ca
     main([stage, "--config", BASE, *QUIET, "--trainer.logger=false"])
     said = capsys.readouterr().err
     assert f"note: `debias {stage}` got no `--ckpt_path`, so it runs an untrained network" in said
+
+
+def test_missing_data_are_said_before_weights_are_looked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("timm.create_model", lambda *_, **__: pytest.fail("weights were looked for"))
+    error = refused(capsys, "fit", "--config", str(ROOT / "recipes" / "waterbirds" / "base.yaml"), *QUIET)
+    assert "Expected the data in data/waterbirds, but there is nothing there." in error
 
 
 def test_a_method_file_without_its_base(capsys):

@@ -19,7 +19,7 @@ from debias.data import ColoredDigits
 from debias.errors import DebiasError
 from debias.models.classifier import Classifier
 
-GROUPS = ["digit<5 red", "digit<5 green", "digit>=5 red", "digit>=5 green"]
+GROUPS = ["digit 0-4 red", "digit 0-4 green", "digit 5-9 red", "digit 5-9 green"]
 
 
 def read(path):

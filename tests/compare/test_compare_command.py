@@ -115,13 +115,18 @@ def test_w_and_b_holds_the_same(compared):
         method, seed = name.split("-")
         run = runs[name]
         assert run.job_type == method
-        assert set(run.tags) == {method, f"seed-{seed.removeprefix('seed')}", "colored_digits"}
-        assert run.config["seed_everything"] == int(seed.removeprefix("seed"))
-        tested = json.loads((out / "runs" / name / "result.json").read_text())["candidates"]["val_worst_group"]["test"]
-        worst = run.summary["val_worst_group/test/worst_group_accuracy"]
-        assert worst == pytest.approx(tested["test/worst_group_accuracy"], abs=1e-6)
+        number = int(seed.removeprefix("seed"))
+        assert set(run.tags) == {method, f"seed-{number}", "setting-own", "colored_digits"}
+        assert run.config["seed_everything"] == run.config["compare/seed"] == number
+        assert (run.config["compare/method"], run.config["compare/setting"]) == (method, "own")
+        if method == "group_dro":
+            assert run.config["GroupDRO/step_size"] == 0.01
+        chosen = json.loads((out / "runs" / name / "result.json").read_text())["candidates"]["val_worst_group"]
+        for key in ("val/worst_group_accuracy", "test/worst_group_accuracy"):
+            best = (chosen["val"] | chosen["test"])[key]
+            assert run.summary[f"val_worst_group/{key}"] == pytest.approx(best, abs=1e-6)
         assert sum("val/worst_group_accuracy" in row for row in run.history) == 2  # over time
-    assert any("group_weight" in key for row in runs["group_dro-seed0"].history for key in row)
+    assert any("group_weight/digit 0-4 red" in key for row in runs["group_dro-seed0"].history for key in row)
     summary = runs["comparison"]
     assert summary.job_type == "summary"
     for logged, written in zip(summary.table("table"), rows(out / "table.csv"), strict=True):
@@ -323,14 +328,13 @@ def test_as_many_domains_are_left_out_as_are_set(tmp_path, monkeypatch, capsys):
         "p",
     ]
     main(["compare", *words, "--set", "data.init_args.n_domains=3", "--print-wandb-sweep"])
-    names = yaml.safe_load(capsys.readouterr().out)["parameters"]["only"]["values"]
-    assert [name for name in names if name.startswith("erm-")] == [
-        "erm-seed0", "erm-without0-seed0", "erm-without1-seed0", "erm-without2-seed0",
-    ]  # fmt: skip
+    assert yaml.safe_load(capsys.readouterr().out)["parameters"]["held_out"] == {"values": ["none", 0, 1, 2]}
+    words += ["--set", "data.init_args.n_domains=3", "--trial", "method=erm", "seed=0", "held_out=1"]
+    assert [run.id for run in trial_of(monkeypatch, *words)] == ["erm-without1-seed0"]
 
 
-@pytest.mark.parametrize("only", [False, True])
-def test_an_agents_run_is_that_of_one_run_alone(tmp_path, monkeypatch, only):
+@pytest.mark.parametrize("alone", [[], ["--only", "erm-seed0"], ["--trial", "method=erm", "seed=0"]])
+def test_an_agents_run_is_that_of_one_run_alone(tmp_path, monkeypatch, alone):
     """W&B takes the agent's id for every run that is started with it in the environment."""
     monkeypatch.chdir(tmp_path)
     names = {"WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "r", "WANDB_SWEEP_PARAM_PATH": "p"}
@@ -345,8 +349,8 @@ def test_an_agents_run_is_that_of_one_run_alone(tmp_path, monkeypatch, only):
     monkeypatch.setattr("debias.cli.compare.run_all", run_all)
     words = ["colored_digits", "--methods", "erm", "--seeds", "0", "--project", "p"]
     with pytest.raises(SystemExit):
-        main(["compare", *words, *(["--only", "erm-seed0"] if only else [])])
-    assert seen == (names if only else {})
+        main(["compare", *words, *alone])
+    assert seen == (names if alone else {})
 
 
 @pytest.mark.parametrize("words", [["cluster=nowhere"], ["cluster=local", "timeout=3"], ["cluster=local", "name=7"]])
@@ -370,18 +374,88 @@ def test_submitit_without_slurm_is_refused(tmp_path, monkeypatch, capsys):
     assert "Expected SLURM's `sbatch`" in refused(capsys, *words, "--launcher-args", "timeout_min=2")
 
 
-def test_the_grid_as_a_sweep(tmp_path, monkeypatch, capsys):
+def sweep_of(capsys, *words):
+    main(["compare", *words, "--project", "p", "--print-wandb-sweep"])
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_a_sweep_draws_from_the_declared_ranges(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = ["colored_digits", "--methods", "group_dro", "--seeds", "0", "--vary", "GroupDRO.step_size=0.01,0.1"]
-    words += ["--project", "p"]
-    main(["compare", *words, "--print-wandb-sweep"])
-    sweep = yaml.safe_load(capsys.readouterr().out)
-    assert (sweep["method"], sweep["project"]) == ("grid", "p")
-    names = sweep["parameters"]["only"]["values"]
-    assert len(names) == 4
-    assert len({name for name in names if name.startswith("group_dro-")}) == 2
-    assert sweep["command"] == ["${env}", "debias", "compare", *words, "${args}"]
+    words = ["colored_digits", "--methods", "group_dro", "--seeds", "0", "4"]
+    sweep = sweep_of(capsys, *words)
+    parameters = sweep["parameters"]
+    assert (sweep["method"], sweep["project"]) == ("random", "p")
+    assert sweep["metric"] == {"name": "val_worst_group/val/worst_group_accuracy", "goal": "maximize"}
+    assert parameters.pop("method") == {"values": ["erm", "balanced", "group_dro"]}
+    assert parameters.pop("seed") == {"values": [0, 4]}
+    drawn = {"distribution": "log_uniform_values", "min": 0.001, "max": 0.1}
+    assert parameters.pop("GroupDRO.step_size") == drawn
+    assert set(parameters) == {"model.init_args.optimizer.init_args.lr", "data.init_args.batch_size"}
+    again = ["debias", "compare", *words, "--project", "p", "--trial"]
+    assert sweep["command"] == ["${env}", *again, "${args_no_hyphens}"]
+    assert "run_cap" not in sweep
     assert not list(tmp_path.iterdir())  # nothing was run or written
+
+
+def test_draws_end_a_sweep_and_values_make_it_a_grid(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["colored_digits", "--methods", "eiil", "spare", "--seeds", "0", "1"]
+    sweep = sweep_of(capsys, *words, "--draws", "5")
+    assert sweep["run_cap"] == 5 * 4 * 2
+    # Both infer groups, and search another number of epochs for it.
+    assert sweep["parameters"]["eiil:InferGroups.epochs"] == {"values": [1, 2, 5]}
+    assert sweep["parameters"]["spare:InferGroups.epochs"] == {"values": [1, 2]}
+    sweep = sweep_of(capsys, *words, "--vary", "GroupDRO.step_size=0.01,0.1")
+    assert (sweep["method"], set(sweep["parameters"])) == ("grid", {"method", "seed", "GroupDRO.step_size"})
+
+
+def trial_of(monkeypatch, *words):
+    """What the run of a trial is, without making it."""
+    seen = []
+
+    def prepare(recipe, runs, out):
+        seen.extend(runs)
+        raise SystemExit
+
+    monkeypatch.setattr("debias.cli.compare.prepare", prepare)
+    with pytest.raises(SystemExit):
+        main(["compare", *words])
+    return seen
+
+
+def test_an_agent_makes_the_run_that_it_has_drawn(tmp_path, monkeypatch, capsys):
+    """Its words are those that W&B makes of the sweep's command."""
+    pytest.importorskip("wandb")
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+    monkeypatch.chdir(tmp_path)
+    words = ["waterbirds", "--methods", "group_dro", "--seeds", "0", "1"]
+    sweep = sweep_of(capsys, *words)
+    drawn = {"method": "group_dro", "seed": 1, "GroupDRO.step_size": 0.0123, "data.init_args.balance": None}
+    drawn |= {"GroupDRO.adjustment": 2.0, "model.init_args.optimizer.init_args.lr": 1e-05}
+    assert set(drawn) <= set(sweep["parameters"])
+    args = create_sweep_command_args({"args": {key: {"value": value} for key, value in drawn.items()}})
+    (run,) = trial_of(monkeypatch, *words, "--trial", *args["args_no_hyphens"])
+    assert (run.method, run.seed) == ("group_dro", 1)
+    assert run.params == {key: value for key, value in drawn.items() if key not in ("method", "seed")}
+    args["args_no_hyphens"][0] = "method=erm"  # which has neither the callback nor the balance in its ranges
+    (run,) = trial_of(monkeypatch, *words, "--trial", *args["args_no_hyphens"])
+    assert run.params == {"model.init_args.optimizer.init_args.lr": 1e-05}
+
+
+@pytest.mark.parametrize(
+    ("trial", "message"),
+    [
+        (["method=vrex"], "Expected `trial` to set `method` to one of"),
+        (["seed=7"], "Expected `trial` to set `seed` to one of"),
+        (["GroupDRO.step_sise=0.1"], "got `GroupDRO.step_sise`; the nearest is `GroupDRO.step_size`"),
+    ],
+)
+def test_a_trial_of_another_sweep_is_refused(tmp_path, monkeypatch, capsys, trial, message):
+    monkeypatch.chdir(tmp_path)
+    words = ["colored_digits", "--methods", "group_dro", "--seeds", "0", "--trial", *trial]
+    assert message in refused(capsys, *words)
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_run_of_the_grid(tmp_path):
@@ -429,7 +503,7 @@ def test_every_method_takes_part_by_itself(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main(["compare", "colored_digits", "--seeds", "0", "--project", "p", "--print-wandb-sweep"])
     said = capsys.readouterr()
-    names = {name.removesuffix("-seed0") for name in yaml.safe_load(said.out)["parameters"]["only"]["values"]}
+    names = set(yaml.safe_load(said.out)["parameters"]["method"]["values"])
     shared = {file.stem for file in (recipes_folder() / "methods").glob("*.yaml")}
     assert names == shared - {"identity_adversarial"}
     assert "Left out identity_adversarial: its base does not set `data.init_args.n_identities`" in said.err

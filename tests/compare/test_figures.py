@@ -310,11 +310,11 @@ def test_weights_are_read_as_lightning_writes_them(tmp_path):
     logger = CSVLogger(tmp_path, name="csv", version="")
     for step in (0, 5):
         logger.log_metrics({"train/loss": 1.0, "train/average_loss": 2.0}, step)
-        values = {"train/group_weight/digit<5, red": 0.25 + step, "train/place/group_weight/b": 0.5}
+        values = {"train/group_weight/digit 0-4, red": 0.25 + step, "train/place/group_weight/b": 0.5}
         logger.log_metrics(values | {"train/loss_by_group/b": 3.0, "train/vrex_penalty_weight": 4.0}, step + 1)
     logger.save()
     assert (tmp_path / "csv" / "metrics.csv").exists()
-    assert read_weights(tmp_path) == {"digit<5, red": {1: 0.25, 6: 5.25}, "b": {1: 0.5, 6: 0.5}}
+    assert read_weights(tmp_path) == {"digit 0-4, red": {1: 0.25, 6: 5.25}, "b": {1: 0.5, 6: 0.5}}
     assert read_weights(tmp_path / "csv" / "nothing") == {}
 
 

@@ -215,7 +215,7 @@ def test_the_log_has_a_line_for_each_epoch(tmp_path, capfd):
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("Epoch ")]
     val = read_record(folder / "result.json").candidates["last"].val
     assert len(lines) == 2
-    assert lines[0].startswith("Epoch 1 of 2: step 12, train/loss ")
+    assert lines[0].startswith("Epoch 1/2: step 12, train/loss ")
     assert f"val/accuracy {val['val/accuracy']:.4g}, worst group {val['val/worst_group_accuracy']:.4g}" in lines[1]
     assert lines[1].endswith(" s")
 

@@ -65,7 +65,7 @@ def test_noise_and_agreement_are_the_shares_that_are_promised(digits):
 
 
 def test_group_names_and_counts(digits):
-    assert digits.group_names == ["digit<5 red", "digit<5 green", "digit>=5 red", "digit>=5 green"]
+    assert digits.group_names == ["digit 0-4 red", "digit 0-4 green", "digit 5-9 red", "digit 5-9 green"]
     assert digits.group_counts.tolist() == torch.bincount(digits.train_groups, minlength=4).tolist()
     assert digits.group_counts.sum() == 719
     assert digits.group_counts.min() > 20
@@ -106,7 +106,7 @@ def test_balanced_batches():
 def test_a_group_without_training_samples_is_named():
     data = ColoredDigits(agreement=(1.0, 1.0), balance="group")
     data.setup()
-    with pytest.raises(DataError, match=r"got none of digit<5 green, digit>=5 red"):
+    with pytest.raises(DataError, match=r"got none of digit 0-4 green, digit 5-9 red"):
         data.train_dataloader()
 
 

@@ -201,7 +201,7 @@ def test_batches(npz):
     assert set(batch.tags) == {"group", "color", "domain", "environment", "index"}
     assert torch.equal(batch.tags["domain"], batch.tags["environment"])
     assert data.group_counts.tolist() == torch.bincount(data.train_groups, minlength=4).tolist()
-    assert data.group_names[3] == "digit<5 green"
+    assert data.group_names[3] == "digit 0-4 green"
     color, grey = data.test_dataloader()
     assert (next(iter(color)).tags["group"] >= 0).all()
     assert (next(iter(grey)).tags["group"] < 0).all()

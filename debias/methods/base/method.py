@@ -14,7 +14,7 @@ from debias.data.counting import tag_counts
 from debias.errors import BatchKeyError, DebiasWarning
 from debias.ops.fields import arguments, field_values
 from debias.step.context import Step
-from debias.step.ids import check_keys, plain_key, plain_n_groups
+from debias.step.ids import check_keys, names_in_data, plain_key, plain_n_groups
 from debias.step.reach import Reach
 from debias.step.watcher import Debiaser, default_name
 from debias.tap.calls import LossCall
@@ -85,8 +85,10 @@ class KeyedMethod(LossOptions, Method):
         self._said_unlabelled = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Join the engine; what was said in another fit is said again."""
+        """Join the engine and learn the names of the ids; what was said in another fit is said again."""
         super().setup(trainer, pl_module, stage)
+        key, count = self._ids()
+        self.module.group_names = names_in_data(trainer, key, self.module.group_names, count)
         if stage == "fit":
             self.reach.start()
 

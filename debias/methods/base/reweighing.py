@@ -16,6 +16,7 @@ from debias.ops.fields import arguments
 from debias.ops.precision import autocast_off
 from debias.step.batch import BatchKey
 from debias.step.context import Step
+from debias.step.loggers import safe_names
 from debias.step.watcher import MAX_LOGGED_GROUPS, Losses
 from debias.tap.calls import LossCall
 
@@ -56,7 +57,7 @@ class ReweighingMethod(ReweighingOptions, KeyedMethod):
                     known = torch.where(values.isnan(), -torch.inf, values)  # not of groups that the batch lacks
                     self.log_value(_largest(key), known.amax(), step)
                     continue
-                for name, value in zip(self.module.group_names, values.unbind(), strict=True):
+                for name, value in zip(safe_names(self.module.group_names), values.unbind(), strict=True):
                     self.log_value(f"{key}/{name}", value, step)
             # What the step logs itself may be the reweighed loss.
             self.log_value("average_loss", torch.stack([call.mean().detach() for call in calls]).sum(), step)
