@@ -282,7 +282,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
             ["colored_digits", "--methods", "group_dro", "--vary", "GroupDRO.stepsize=1,2"],
             "to set what `group_dro` has, but `stepsize` is not an argument of debias",
         ),
-        (["colored_digits", "--methods", "erm", "--only", "erm-seed9"], "the nearest is `erm-seed"),
+        (["colored_digits", "--methods", "erm", "--only", "erm-seed9"], "Its runs are erm-seed0, balanced-seed0"),
         (
             ["colored_digits", "--methods", "erm", "--jobs", "0"],
             "Expected `jobs` to be an integer >= 1 and <= 1000, but got 0.",

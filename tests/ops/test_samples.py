@@ -113,7 +113,7 @@ def test_which_dataset_is_numbered():
     joined = tag(ConcatDataset([tagged, tagged]))
     assert numbered_dataset(joined, "X") is joined
     for dataset, match in (
-        (plain, r"its number in the dataset for X, but got TensorDataset.*`train = tag\(train\)`"),
+        (plain, r"its number in the dataset for X, but got TensorDataset.*`tag\(dataset\)`"),
         (Stream(), "map-style training set for X.*the stream Stream"),
         (ConcatDataset([tagged, tagged]), "joins 2 sets"),
     ):
