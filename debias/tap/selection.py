@@ -122,7 +122,8 @@ _LINEAR = frozenset(
     | {"Stack", "Cat", "View", "UnsafeView", "ReshapeAlias", "AsStrided", "Unsqueeze", "Squeeze", "Expand", "Repeat"}
     | {"Select", "Slice", "Index", "IndexSelect", "Gather", "Narrow", "Split", "SplitWithSizes", "Unbind", "Clone"}
     | {"T", "Transpose", "Permute", "Alias", "ToCopy", "CopySlices", "Copy", "CopyBackwards", "NanToNum", "Cumsum"}
-    | {"Addcmul", "Addcdiv", "Linear", "LinalgVecdot", "Fill", "SelectScatter", "Identity", "Error", "Trace"}
+    | {"Addcmul", "Addcdiv", "Linear", "LinalgVecdot", "Fill", "SelectScatter", "Identity", "Error", "Trace", "Nansum"}
+    | {"IndexAdd", "ScatterAdd", "MaskedSelect", "Take", "Flip", "Roll", "Diagonal"}
 )
 
 # Where layers of each kind have their data, among what they differentiate; None for anywhere.
