@@ -5,6 +5,8 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from _support.cases import METHODS, augments, build
@@ -137,3 +139,31 @@ def test_crafted_shifts_are_those_of_the_cpu():
         keys = sample_keys(torch.arange(24), family)
         expected, found = crafted_shift(x, family, keys), crafted_shift(x.cuda(), family, keys).cpu()
         assert ((expected - found).abs() > 1e-3).float().mean() < 0.01, family
+
+
+class Shards(Classifier):
+    """Its parameters are DTensors, here of one shard."""
+
+    def configure_model(self):
+        for module in (self.backbone, self.head, self):
+            fully_shard(module, mesh=self.device_mesh["data_parallel"])
+
+
+def sharded(name, accelerator, backend):
+    """Parameters after training of a whole module, and of a sharded one."""
+    whole, shards = Classifier(), Shards()
+    options = {"accelerator": accelerator, "devices": 1}
+    train(whole, build(name), **options)
+    try:
+        train(shards, build(name), strategy=ModelParallelStrategy(1, 1, process_group_backend=backend), **options)
+        found = {key: x.full_tensor().cpu() for key, x in shards.state_dict().items()}
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return {key: x.cpu() for key, x in whole.state_dict().items()}, found
+
+
+@pytest.mark.parametrize("name", ["GroupDRO", "Fishr", "CORAL", "DomainAdversarial"])
+def test_a_sharded_module_gives_the_numbers_of_a_whole_one(name):
+    whole, found = sharded(name, "cuda", "nccl")
+    assert deviation(whole, found) < 1e-10
