@@ -25,8 +25,6 @@ from debias.tap.calls import LossCall
 
 __all__ = ["EnvironmentMonitor"]
 
-TAG = "environment"
-
 
 class EnvironmentMonitor(GroupMonitor):
     """Log the accuracy of each class where a plainly trained network is right, and where it is wrong.
@@ -70,7 +68,7 @@ class EnvironmentMonitor(GroupMonitor):
             raise DebiasError(f"Expected `method` to be 'eiil' or 'errors', but got {method!r}.")
         self.n_classes = check_count("n_classes", n_classes, 2)
         super().__init__(
-            TAG,
+            f"{name} by the reference",  # no tag of the user's, nor of another of these
             2 * n_classes,
             group_names=[f"class {c} {side}" for c in range(n_classes) for side in ("easy", "hard")],
             loss=loss,
@@ -109,7 +107,7 @@ class EnvironmentMonitor(GroupMonitor):
         groups = eiil_groups if self.method == "eiil" else error_groups
         known = target >= 0
         ids = groups(logits, torch.where(known, target, 0), per_class=True).to(target.device)
-        step.tags[TAG] = torch.where(known, ids, -1)
+        step.tags[self.group] = torch.where(known, ids, -1)
         super().begin(step)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:

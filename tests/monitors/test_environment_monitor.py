@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader
 
 from _support.fits import Classifier, loader, make_trainer, parameters, problem, same, val_loader
 from _support.runs import ddp
-from debias import EnvironmentMonitor, EvalSampler, tag
+from debias import EnvironmentMonitor, EvalSampler, GroupMonitor, tag
 from debias.errors import DebiasError
 
 N = 21
@@ -72,6 +72,22 @@ def test_training_is_as_without_it(checkpoint):
     plain = Classifier()
     make_trainer([], max_epochs=3).fit(plain, loader(bare=True), val_loader(bare=True))
     assert same(parameters(run(checkpoint)[0]), parameters(plain))
+
+
+def test_several_of_them_and_a_users_own_environments_stay_apart(checkpoint):
+    """A tag of the data may be called like what this monitor makes."""
+    data = tag(problem(N, seed=1), environment=torch.arange(N) // 11)
+    own = GroupMonitor("environment", 2)
+    monitors = [EnvironmentMonitor(checkpoint, 2), EnvironmentMonitor(checkpoint, 2, method="errors", name="errors")]
+    found = []
+    for callbacks in ([*monitors, own], [monitors[1]], [own]):
+        trainer = make_trainer(callbacks)
+        trainer.validate(Classifier(), DataLoader(data, 4), verbose=False)
+        found.append({k: v.item() for k, v in trainer.callback_metrics.items()})
+    together, *alone = found
+    for metrics in alone:
+        assert metrics == pytest.approx({k: v for k, v in together.items() if k in metrics}, abs=0, nan_ok=True)
+    assert [together[f"val/environment/accuracy_count/{g}"] for g in (0, 1)] == [11, 10]
 
 
 def test_a_target_that_is_missing_is_in_no_part(checkpoint):
