@@ -87,7 +87,7 @@ def test_several_of_them_and_a_users_own_environments_stay_apart(checkpoint):
     together, *alone = found
     for metrics in alone:
         assert metrics == pytest.approx({k: v for k, v in together.items() if k in metrics}, abs=0, nan_ok=True)
-    assert [together[f"val/environment/accuracy_count/{g}"] for g in (0, 1)] == [11, 10]
+    assert [together[f"val/accuracy_count/{g}"] for g in (0, 1)] == [11, 10]
 
 
 def test_a_target_that_is_missing_is_in_no_part(checkpoint):
