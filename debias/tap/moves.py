@@ -155,9 +155,11 @@ def looked_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
     """The integers by which values are looked up in a tensor, where these are the rows of what is made."""
     if func not in _LOOKING_UP or not isinstance(args[0], Tensor):
         return None
-    key = args[-1] if len(args) > 1 else kwargs.get("index")
-    one_each = isinstance(key, Tensor) and not key.is_floating_point() and key.dtype != torch.bool and key.ndim
-    return key if one_each and (func is not _T.gather or args[0].ndim == 1) else None  # type: ignore[return-value]
+    key = kwargs.get("index", args[-1])
+    if not isinstance(key, Tensor) or not key.ndim or key.is_floating_point() or key.dtype == torch.bool:
+        return None
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    return None if func.__name__ == "index_select" and dim != 0 else key
 
 
 def takes_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from debias.tap.batches import arranged_rows, roots_of
 from debias.tap.moves import (
@@ -327,7 +328,13 @@ class RowTracker(Origins):
 
     def _is_table(self, tensor: Tensor) -> bool:
         """Whether it holds constants that are no rows of the batch, such as the weights of the classes."""
-        return not (tensor.requires_grad or self._tracked(tensor)) and (not tensor.ndim or tensor.shape[0] != self.n)
+        if tensor.requires_grad or self._tracked(tensor):
+            return False
+        if tensor.ndim and tensor.shape[0] == self.n:  # of rows, unless another batch has told
+            return not torch.compiler.is_compiling() and tensor in _TABLES
+        if not torch.compiler.is_compiling():
+            _TABLES[tensor] = True
+        return True
 
     def _keeps_rows(self, tensor: Tensor) -> bool:
         record = self._find(tensor)
@@ -384,6 +391,10 @@ class RowTracker(Origins):
     def _plain(self, tensor: Tensor) -> Tensor | None:
         of_samples = tensor.ndim > 0 and tensor.shape[0] == self.n and not self.several
         return self.start(tensor.shape, tensor.device) if of_samples else None
+
+
+# Constants in which values were looked up, known again in a batch of as many samples.
+_TABLES: Any = WeakTensorKeyDictionary()
 
 
 def _or_false(index: Tensor | None) -> Tensor | bool:

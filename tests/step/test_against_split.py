@@ -20,6 +20,7 @@ N, T, D, C = 8, 3, 4, 3
 G = torch.tensor([0, 1, 0, 1, 1, 0, 0, 0])
 ORDER = torch.tensor([3, 1, 0, 7, 5, 2, 6, 4])
 ALPHA = torch.tensor([0.2, 0.5, 0.3]).double()
+ROWS = ALPHA.repeat(N + 1, 1)
 Step = Callable[..., Any]
 
 
@@ -109,6 +110,9 @@ RIGHT: dict[str, Step] = {
     ),
     "weights of the classes, looked up": lambda net, x, y, yt, w, k, z: (ALPHA[y] * losses(net, x, y)).mean(),
     "gathered": lambda net, x, y, yt, w, k, z: (ALPHA.gather(0, y) * losses(net, x, y)).mean(),
+    "looked up in rows": lambda net, x, y, yt, w, k, z: (
+        ROWS.gather(1, y[:, None]).squeeze(1) * losses(net, x, y)
+    ).mean(),
     "of tokens": lambda net, x, y, yt, w, k, z: (ALPHA[yt] * tokens(net, x, yt)).mean(),
     "over their sum": lambda net, x, y, yt, w, k, z: over_its_own_sum(losses(net, x, y), ALPHA[y]),
     "looked up and sorted": lambda net, x, y, yt, w, k, z: (
@@ -200,6 +204,20 @@ REFUSED: dict[str, tuple[str, Step]] = {
 @pytest.mark.filterwarnings("ignore:The training step adds a term")
 def test_a_group_has_the_loss_that_the_step_returns_for_it(name):
     same(RIGHT[name])
+
+
+def test_a_batch_of_as_many_samples_as_classes_has_their_weights_too():
+    def step(net: Any, x: Tensor, y: Tensor, *others: Tensor) -> Tensor:
+        return (ALPHA[y] * losses(net, x, y)).mean()
+
+    def trained(**options: Any) -> Tensor:
+        model, groups = Model(step), torch.tensor([0, 1, 0, 1, 1, 0, 1])
+        dataset = TensorDataset(*(column[: N - 1] for column in data()))
+        run = trainer(GroupDRO("g", 2, step_size=0.5, **options))
+        run.fit(model, DataLoader(tag(dataset, g=groups), batch_size=N - 1 - C))  # then C
+        return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+    torch.testing.assert_close(trained(), trained(losses="split"), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", REFUSED)
