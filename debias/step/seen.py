@@ -66,7 +66,7 @@ class Seen:
         count = tensor.shape[0]
         candidates = [tensor, *inputs] if call is None else [call.target, tensor]
         rows = [x for x in candidates if isinstance(x, Tensor) and x.ndim and x.shape[0] == count]
-        if any(tracker.strange(x) for x in candidates if isinstance(x, Tensor)):
+        if any(tracker.is_strange(x) for x in candidates if isinstance(x, Tensor)):
             raise RowsError(
                 f"Expected what {who} reads to be of samples that have ids, but its rows are of a loader without them."
                 " Tag that loader too (-1 = unlabelled), or evaluate the loaders one after the other, which Lightning"

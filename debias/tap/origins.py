@@ -78,10 +78,6 @@ class Origins(SampleNumbers):
         found = [self.loaders_of(x) for x in record.sources]
         return None if not found or None in found else set[int]().union(*found)  # type: ignore[arg-type]
 
-    def strange(self, tensor: Tensor) -> bool:
-        """Whether rows of a tensor are known to come from loaders whose samples are not numbered."""
-        return bool((self.loaders_of(tensor) or set()) & {loader for _, loader in self._strangers})
-
     def _find(self, tensor: Any) -> Note | None:
         return next((record for record in reversed(self._records) if record.out is tensor), None)
 
