@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -67,7 +68,7 @@ class Step:
     _ids: dict[Any, Tensor] = field(default_factory=dict)
     _made: dict[Any, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def of_several(self) -> bool:
         """Whether the batch is of several loaders."""
         return any(part.path for part in self.parts)

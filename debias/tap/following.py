@@ -132,9 +132,10 @@ class Following:
             if not (of_losses or tracker.is_of_batch(data)) or (out.requires_grad and func in _SUM | _MEAN):
                 return False
             return not out.ndim or tracker.index(out) is None
+        if out.requires_grad:
+            return False
         # As soon as nothing is differentiated any more a loss of the batch is such a number, too.
-        of_loss = any(x is tensor for x in args if isinstance(x, Tensor) for tensor, _ in self._divisible)
-        return not out.requires_grad and (self.is_number(*args) or of_loss)
+        return self.is_number(*args) or any(x is tensor for x in args for tensor, _ in self._divisible)
 
     def is_number(self, *args: Any) -> bool:
         """Whether one of these is a number of the whole batch."""
