@@ -8,8 +8,8 @@ order every other round, so that a busy machine slows both alike. A step is the 
 the next: tags taken off the batch, transfer, step, backward, optimiser, callbacks. The batches are made beforehand, so
 what the DataLoader's workers do is not in it, and nothing is logged: these are the steps between logging steps.
 
-``Nothing`` is a method that does nothing, and ``Reading`` one that takes the loss apart, with the groups of its rows, and
-puts it together again: what a method costs before its own mathematics. ``--floor`` times the tensor operations of
+``Nothing`` is a method that does nothing, and ``Reading`` one that takes the loss apart, with the groups of its rows,
+and puts it together again: what a method costs before its own mathematics. ``--floor`` times the tensor operations of
 GroupDRO alone, in a loop without Lightning and without debias.
 """
 

@@ -355,9 +355,12 @@ class Following:
         if found is not None and found.mask is not None:
             same = isinstance(found.mask, Tensor) and self._same_mask(source, found.mask)
             return source.new_ones((), dtype=torch.float32).expand(shape) if same else None
-        weights = source.detach()
+        weights, ndim = source.detach(), len(shape)
+        own, theirs = (None, None) if found is None else (self._index(found.tensor), self._index(source))
+        if ndim and weights.ndim > ndim and weights.shape[:ndim] == shape:  # a mask of tokens, of losses per sample
+            weights = weights.flatten(ndim).sum(ndim)
+            theirs = theirs.flatten(ndim).select(ndim, 0) if isinstance(theirs, Tensor) else theirs
         if weights.numel() == shape.numel():
-            own, theirs = (None, None) if found is None else (self._index(found.tensor), self._index(source))
             if isinstance(own, Tensor) and isinstance(theirs, Tensor) and own.numel() == theirs.numel():
                 return weights.reshape(shape) if self._equal(own.flatten(), theirs.flatten()) else None
             return weights.reshape(shape)

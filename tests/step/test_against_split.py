@@ -115,6 +115,10 @@ RIGHT: dict[str, Step] = {
     ).mean(),
     "of tokens": lambda net, x, y, yt, w, k, z: (ALPHA[yt] * tokens(net, x, yt)).mean(),
     "over their sum": lambda net, x, y, yt, w, k, z: over_its_own_sum(losses(net, x, y), ALPHA[y]),
+    "a sum of a sample's tokens over all of them": lambda net, x, y, yt, w, k, z: (
+        (losses(net, x, y) * k.sum(1)).sum() / k.sum()
+    ),
+    "a mean of them": lambda net, x, y, yt, w, k, z: (losses(net, x, y) * k.mean(1)).mean() / k.mean(),
     "looked up and sorted": lambda net, x, y, yt, w, k, z: (
         ALPHA[y[w.argsort()]] * losses(net, x[w.argsort()], y[w.argsort()])
     ).mean(),
