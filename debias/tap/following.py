@@ -16,7 +16,8 @@ from torch import Tensor
 
 from debias.errors import RowsError
 from debias.tap.calls import LossCall
-from debias.tap.moves import CASTS, ELEMENTWISE, INPLACE, MOVES, REDUCTIONS, apply_move, axes_of, keeps_rows, named
+from debias.tap.moves import CASTS, ELEMENTWISE, INPLACE, MOVES, apply_move, axes_of, keeps_rows, named
+from debias.tap.whole_batch import STATISTICS, WholeBatch, tensors_in
 
 if TYPE_CHECKING:
     from debias.tap.tap import LossTap
@@ -35,12 +36,8 @@ _SELECTING = named(
     "__getitem__ index_select narrow select masked_select take take_along_dim gather diagonal repeat tile"
     " repeat_interleave chunk split tensor_split unbind"
 )
-# Make numbers of the batch out of its values.
-_STATISTICS = REDUCTIONS | named(
-    "var std norm quantile nanquantile median nanmedian mode bincount histc logsumexp unique"
-)
 _REDUCED = MOVES | CASTS | ELEMENTWISE | INPLACE | _SUM | _MEAN
-FOLLOWED = _REDUCED | _STATISTICS
+FOLLOWED = _REDUCED | STATISTICS
 
 
 @dataclass(eq=False)
@@ -86,15 +83,16 @@ class Following:
         self.tap = tap
         self._unreduced: list[Unreduced] = []
         self._totals: list[_Total] = []
-        self._numbers: list[Tensor] = []  # made of the values of the whole batch, and what was made of these
         self._divisible: list[tuple[Tensor, list[LossCall]]] = []  # what is proportional to a loss, so far
         self._ended: list[tuple[LossCall, Unreduced]] = []
+        self.batch = WholeBatch(tap.tracker, self._is_loss, careful=tap.careful)
 
     def close(self) -> None:
         """Let go of every tensor."""
         for losses in self._unreduced:
             losses.function.forget()
-        self._unreduced, self._totals, self._divisible, self._ended, self._numbers = [], [], [], [], []
+        self._unreduced, self._totals, self._divisible, self._ended = [], [], [], []
+        self.batch.close()
 
     def add(self, losses: Unreduced) -> None:
         """Follow losses from now on."""
@@ -106,8 +104,7 @@ class Following:
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Follow losses through one operation; returns what the step is to receive of it."""
-        if isinstance(out, Tensor) and args and self._is_number(func, args, out):
-            self._numbers.append(out)
+        self.batch.see(func, args, kwargs, out)
         if func not in _REDUCED:
             return out
         reduces = func in _SUM or func in _MEAN
@@ -117,29 +114,12 @@ class Following:
             self._followed(func, args, kwargs, found, out)
         elif reduces and isinstance(out, Tensor) and not out.ndim and not out.requires_grad:
             self._totals.append(_Total(out, args[0], func in _MEAN))
-        elif args and isinstance(args[0], Tensor) and isinstance(out, Tensor) and args[0].numel() == 1:
-            self._scalar(func, args, out)
+        elif isinstance(out, Tensor):
+            self._proportional(func, args, kwargs, out)
         return out
 
-    def _is_number(self, func: Any, args: tuple[Any, ...], out: Tensor) -> bool:
-        """Whether a number is made of the values of the whole batch, or of its losses: a group's own is another one."""
-        if func in _STATISTICS:
-            data = args[0]
-            tracker = self.tap.tracker
-            if not isinstance(data, Tensor) or tracker is None or data.numel() < 2:
-                return False
-            of_losses = any(losses.tensor is data for losses in self._unreduced)
-            if not (of_losses or tracker.is_of_batch(data)) or (out.requires_grad and func in _SUM | _MEAN):
-                return False
-            return not out.ndim or tracker.index(out) is None
-        if out.requires_grad:
-            return False
-        # As soon as nothing is differentiated any more a loss of the batch is such a number, too.
-        return self.is_number(*args) or any(x is tensor for x in args for tensor, _ in self._divisible)
-
-    def is_number(self, *args: Any) -> bool:
-        """Whether one of these is a number of the whole batch."""
-        return bool(self._numbers) and any(x is number for x in args for number in self._numbers)
+    def _is_loss(self, x: Tensor) -> bool:
+        return any(losses.tensor is x for losses in self._unreduced) or any(x is y for y, _ in self._divisible)
 
     # -- elements ----------------------------------------------------------------------------------
 
@@ -156,7 +136,7 @@ class Following:
         """Follow losses through an operation that does not end them."""
         if func is _T.__setitem__ or out is found.tensor:  # in place
             found.scale = self._scaled(func, args, kwargs, found)
-            found.of_batch = found.of_batch or self.is_number(*args)
+            found.of_batch = found.of_batch or self.batch.holds(args, kwargs)
             for part in found.parts:
                 func(*(part if x is found.tensor else x for x in args), **kwargs)
             return
@@ -168,7 +148,7 @@ class Following:
             if not x.requires_grad and found.tensor.requires_grad and func not in CASTS:
                 continue  # a mask, such as that of the largest losses
             made = Unreduced(x, found.function, scale=found.scale, reordered=found.reordered, mask=found.mask)
-            made.of_batch = found.of_batch or self.is_number(*args)
+            made.of_batch = found.of_batch or self.batch.changes(func, args, kwargs, x)
             if func in MOVES:
                 made.reordered = found.reordered or not keeps_rows(func, args, x)
                 made.scale = self._moved_scale(func, args, kwargs, found, place)
@@ -287,25 +267,31 @@ class Following:
         self._ended.append((call, found))
         return tap.add(call, out)
 
-    def _scalar(self, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
-        """Follow what is proportional to a loss, and what losses are divided by, through single numbers."""
+    def _proportional(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+        """Follow what is proportional to losses, and what losses are divided by."""
         for total in self._totals:
-            if total.tensor is args[0] and (func in CASTS or func in ELEMENTWISE or func in INPLACE):
-                if not any(isinstance(x, Tensor) for x in args[1:]):
+            if args and total.tensor is args[0] and (func in CASTS or func in ELEMENTWISE or func in INPLACE):
+                if not any(isinstance(x, Tensor) for x in args[1:]) and self._is_same(func, args[0], out):
                     self._totals.append(_Total(out, total.source, total.is_mean))
                 return
-        if func not in _MUL | _DIV | _ADD | CASTS:
+        if not out.requires_grad:
             return
-        operands = [x for x in args[:2] if isinstance(x, Tensor)]
-        calls = [call for x in operands for tensor, of in self._divisible if tensor is x for call in of]
+        given = tensors_in((args, kwargs))
+        calls = [call for x in given for tensor, of in self._divisible if tensor is x for call in of]
         if not calls:
             return
         divides = func in _DIV and any(args[0] is tensor for tensor, _ in self._divisible)
         for call in calls:
             if not (divides and self._divide(call, args[1] if len(args) > 1 else None)) and func not in _ADD:
-                call.record.of_batch = call.record.of_batch or self.is_number(*args[:2])
-        if out is not args[0]:
+                call.record.of_batch = call.record.of_batch or self.batch.holds(given)
+        if not any(out is x for x in given):
             self._divisible.append((out, calls))
+
+    def _is_same(self, func: Any, before: Tensor, after: Tensor) -> bool:
+        """Whether a sum that losses are divided by is what it was: a guard against 0 has changed nothing."""
+        if func in CASTS or func in _MUL or func in _DIV or not self._reads(before):
+            return True
+        return bool((before == 0) | ((after - before).abs() <= 1e-4 * before.abs()))
 
     def _divide(self, call: LossCall, by: Any) -> bool:
         """The step divides a loss by a number, or by a sum of weights: is it what the loss runs over?"""
@@ -384,8 +370,10 @@ class Following:
 
     def _equal(self, a: Tensor, b: Tensor) -> bool:
         """Reading waits for the device, so beyond the CPU only the step that records everything looks."""
-        reads = a.device.type == "cpu" or (self.tap.tracker is not None and self.tap.tracker.everything)
-        return not reads or torch.equal(a, b)
+        return not self._reads(a) or torch.equal(a, b)
+
+    def _reads(self, x: Tensor) -> bool:
+        return x.device.type == "cpu" or (self.tap.tracker is not None and self.tap.tracker.everything)
 
 
 def _samples_of(tap: LossTap, tensor: Tensor) -> Tensor:

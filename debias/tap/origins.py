@@ -21,6 +21,11 @@ class Origins(SampleNumbers):
         self._records: list[Note] = []
         self._strangers: list[tuple[Tensor, int]] = []  # of samples without numbers, and the loader they come from
 
+    @property
+    def roots(self) -> list[Tensor]:
+        """The tensors of the batch, those of strangers too."""
+        return [record.out for record in self._records if record.func is None] + [x for x, _ in self._strangers]
+
     def moves(self, tensor: Tensor, source: Tensor) -> list[Move] | None:
         """The moves that made ``tensor`` of ``source``, first to last; None where it was made in another way."""
         made: list[Move] = []

@@ -59,6 +59,7 @@ class LossTap(TorchFunctionMode):
         mixture: which labels the samples count with; None where augmentation has mixed none.
         evaluated: in evaluation, follows what counts and what was predicted.
         strict: refuse losses that cannot be taken apart.
+        careful: look for numbers of the whole batch in all operations, as in the first step.
         at_once: makes what a loss is replaced by while the step runs, for steps that use their losses up themselves.
 
     Attributes:
@@ -75,6 +76,7 @@ class LossTap(TorchFunctionMode):
     mixture: Mixture | None = None
     at_once: Callable[[LossCall], Tensor | None] | None = None
     strict: bool = True
+    careful: bool = False
     evaluated: Evaluated | None = None
     calls: list[LossCall] = field(default_factory=list)
     untapped: list[tuple[str, Any]] = field(default_factory=list)
@@ -100,7 +102,8 @@ class LossTap(TorchFunctionMode):
         if self.suspended:
             return func(*args, **kwargs)
         run = _run if self.evaluated is None else self.evaluated.run
-        if func not in _WATCHED and self.finder is None:
+        looks = self._following.batch.looks
+        if func not in _WATCHED and self.finder is None and not looks:
             return run(func, args, kwargs)
         if func in LOSSES:
             return self._loss(func, args, kwargs)
@@ -115,7 +118,7 @@ class LossTap(TorchFunctionMode):
             self._normalised.append((out, args[0]))
         if self.finder is not None:
             self.finder.record(func, args, kwargs, out)
-        return self._following.see(func, args, kwargs, out) if self.training and func in FOLLOWED else out
+        return self._following.see(func, args, kwargs, out) if self.training and (func in FOLLOWED or looks) else out
 
     # -- losses ------------------------------------------------------------------------------------
 
@@ -124,7 +127,9 @@ class LossTap(TorchFunctionMode):
         # Without `strict=`, which Dynamo cannot follow in torch 2.9 where the whole module is compiled.
         arguments = dict(zip(NAMES[func], args)) | kwargs  # noqa: B905
         if self.training and not (torch.is_grad_enabled() and _requires_grad(*arguments.values())):
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            self._following.batch.see(func, args, kwargs, out)
+            return out
         if self.training and _requires_grad(arguments.get("weight"), arguments.get("pos_weight")):
             if not self.strict:
                 return func(*args, **kwargs)
@@ -150,7 +155,7 @@ class LossTap(TorchFunctionMode):
         if not self.training:
             call.counts.append(counted_by(func, arguments))
         call.record.is_sum = call.record.undivided = reduction == "sum"
-        call.record.of_batch = self._following.is_number(arguments.get("weight"), arguments.get("pos_weight"))
+        call.record.of_batch = self._following.batch.holds(arguments.get("weight"), arguments.get("pos_weight"))
         mixed = self.training and self.mixture is not None and self.mixture.meant(call)
         if mixed and (SECOND[func] != "target" or not isinstance(call.target, Tensor)):
             raise unmixable(call.name, "it compares inputs with each other")

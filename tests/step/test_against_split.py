@@ -169,7 +169,7 @@ REFUSED: dict[str, tuple[str, Step]] = {
         BENT, lambda net, x, y, yt, w, k, z: torch.max(ce(net, x, y), F.mse_loss(net(x).mean(1), z))
     ),
     "chosen by its value": (
-        BENT, lambda net, x, y, yt, w, k, z: (lambda ce: torch.where(ce > 9, 2 * ce, ce))(ce(net, x, y))
+        OF_BATCH, lambda net, x, y, yt, w, k, z: (lambda ce: torch.where(ce > 9, 2 * ce, ce))(ce(net, x, y))
     ),
     "worst output": (
         BENT, lambda net, x, y, yt, w, k, z: F.mse_loss(net(x).mean(1), z, reduction="none").mean(0).max()

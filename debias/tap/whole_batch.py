@@ -1,0 +1,148 @@
+"""Numbers that a step makes of the whole batch: the mean of weights, counts of classes, a threshold, a loss itself.
+
+A group alone has another one. So a loss that is multiplied by it, selected by it or weighed with it has no value for a
+group. In the first step every operation is looked at: what is computed of rows of the batch is such a number, unless
+the operation is known to keep the rows, or gives the same where it is done to a part of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from debias.tap.moves import ALONG, MOVES, PUTTING, RECORDED, REDUCTIONS, SORTING, named, sorts_rows
+from debias.tap.rows import RowTracker
+
+__all__ = ["STATISTICS", "WholeBatch", "tensors_in"]
+
+# Make numbers of the batch out of its values.
+STATISTICS = REDUCTIONS | named(
+    "var std norm quantile nanquantile median nanmedian mode bincount histc logsumexp unique"
+)
+_DIFFERENTIABLE = named("sum mean")
+# Read the shape of what they are given, not its values.
+_SHAPED = named("zeros_like ones_like empty_like full_like rand_like randn_like randint_like") | named(
+    "new_zeros new_ones new_empty new_full new_tensor"
+)
+
+
+class WholeBatch:
+    """Finds the numbers of the whole batch in one step.
+
+    Args:
+        tracker: of the step; None where nobody reads ids.
+        is_loss: whether a tensor is a loss of the step, or proportional to one.
+        careful: look at every operation, as in the first step.
+    """
+
+    def __init__(self, tracker: RowTracker | None, is_loss: Callable[[Tensor], bool], *, careful: bool) -> None:
+        self.tracker = tracker
+        self.careful = careful and tracker is not None
+        self._is_loss = is_loss
+        self._numbers: list[Tensor] = []
+        self._of_rows: Any = WeakTensorKeyDictionary()  # what was made of rows of the batch
+        if tracker is not None and self.careful:
+            for x in tracker.roots:
+                self._of_rows[x] = True
+
+    @property
+    def looks(self) -> bool:
+        """Whether every operation is looked at; not those inside a compiled graph."""
+        return not torch.compiler.is_compiling() and self.careful
+
+    def close(self) -> None:
+        """Let go of every tensor."""
+        self._numbers, self._of_rows = [], WeakTensorKeyDictionary()
+
+    def holds(self, *values: Any) -> bool:
+        """Whether one of these is a number of the whole batch."""
+        return bool(self._numbers) and any(x is number for x in tensors_in(values) for number in self._numbers)
+
+    def changes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
+        """Whether a number of the whole batch is in what an operation makes; putting all rows in another order is not."""
+        if func in MOVES and isinstance(args[0], Tensor) and args[0].ndim and out.shape[:1] == args[0].shape[:1]:
+            return self.holds(args[0])
+        return self.holds(args, kwargs)
+
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Look at what an operation has made."""
+        given = tensors_in((args, kwargs))
+        rows = self.looks and any(map(self._is_made_of_rows, given))
+        for x in tensors_in(out):
+            if self._is_number(func, args, kwargs, given, x, rows):
+                self._numbers.append(x)
+            if rows:
+                self._of_rows[x] = True
+
+    def _is_made_of_rows(self, x: Tensor) -> bool:
+        """Whether values of samples are in it; they are in what a network has made, which may not have been seen."""
+        assert self.tracker is not None
+        by_network = x.grad_fn is not None and x.ndim > 0 and len(x) == self.tracker.n
+        return by_network or x in self._of_rows
+
+    def _is_number(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], out: Tensor, rows: bool
+    ) -> bool:
+        differentiable = out.requires_grad
+        if self._numbers and not differentiable and self.changes(func, args, kwargs, out):
+            return func not in _SHAPED
+        data, tracker = args[0] if args else None, self.tracker
+        if func in STATISTICS and isinstance(data, Tensor) and not (len(args) > 1 and isinstance(args[1], Tensor)):
+            if tracker is None or data.numel() < 2 or (differentiable and func in _DIFFERENTIABLE):
+                return False
+            made_of_rows = tracker.is_of_batch(data) or self._is_loss(data) or (rows and not differentiable)
+            return made_of_rows and (not out.ndim or tracker.index(out) is None)
+        if differentiable:
+            return False
+        # As soon as nothing is differentiated any more a loss of the batch is such a number, too.
+        if any(not x.ndim and self._is_loss(x) for x in given):
+            return func not in _SHAPED
+        if not rows or tracker is None or func in _SHAPED:
+            return False
+        if func in SORTING:
+            return sorts_rows(func, args, kwargs)
+        if func in ALONG:
+            return tracker.index(out) is None
+        if func in PUTTING:
+            return True
+        return func not in RECORDED and not _does_the_same_to_parts(func, args, kwargs, out)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in lists, tuples and dictionaries."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [x for part in value for x in tensors_in(part)] if isinstance(value, tuple | list) else []
+
+
+@torch.no_grad()
+def _does_the_same_to_parts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
+    """Whether an operation makes each row of the rows in its place: half of them alone give half of the result."""
+    name = getattr(func, "__name__", "")
+    if not out.ndim or len(out) < 2 or (name.endswith("_") and not name.endswith("__")):
+        return False
+    half = len(out) // 2
+    size = out.abs().amax() if out.numel() and not out.is_complex() and out.dtype != torch.bool else 0
+    for part in (slice(half), slice(half, None)):
+
+        def cut(value: Any, part: slice = part) -> Any:
+            if isinstance(value, Tensor):  # a copy, as running means are changed in place
+                return value[part] if value.ndim and len(value) == len(out) else value.clone()
+            return type(value)(map(cut, value)) if type(value) in (tuple, list) else value
+
+        try:
+            with torch.random.fork_rng(devices=[out.device] if out.is_cuda else []):
+                alone = func(*map(cut, args), **{key: cut(value) for key, value in kwargs.items()})
+        except Exception:  # whatever it says, it cannot be done to a part
+            return False
+        if not isinstance(alone, Tensor) or alone.shape != out[part].shape:
+            return False
+        if bool(((alone.double() - out[part].double()).abs() > 1e-4 * size).any()):
+            return False
+    return True
