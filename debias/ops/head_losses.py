@@ -17,7 +17,7 @@ squared error         2 w (z - t)             2 w v                             
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -50,6 +50,7 @@ class HeadLoss:
         weight: what an element's loss is multiplied by, broadcastable to ``(rows, C)``; 1 for cross-entropy.
         positive: ``pos_weight`` of the binary cross-entropy, broadcastable to ``(rows, C)``.
         den: denominators, ``(rows,)``; the mean loss is ``num.sum() / den.sum()``.
+        summed: whether the loss of a sample is the sum over its elements, and not their mean.
     """
 
     kind: Literal["cross_entropy", "binary_cross_entropy", "squared_error"]
@@ -58,11 +59,12 @@ class HeadLoss:
     den: Tensor
     weight: Tensor | float = 1.0
     positive: Tensor | float = 1.0
+    summed: bool = False
 
     @property
     def elements(self) -> int:
         """How many terms the loss of one sample is the mean of."""
-        return 1 if self.kind == "cross_entropy" else self.logits.shape[1]
+        return 1 if self.kind == "cross_entropy" or self.summed else self.logits.shape[1]
 
     def num(self, logits: Tensor) -> Tensor:
         """Numerators ``(rows,)`` for other logits of the same rows."""
@@ -156,9 +158,8 @@ class HeadLoss:
         """
         num, den = (x.unsqueeze(1) if x.ndim == 1 else x for x in (factors, factors if den is None else den))
         if self.kind == "cross_entropy":
-            return HeadLoss(self.kind, self.logits, self.target * num, self.den * den[:, 0])
-        of_rows = (self.element_den * den).sum(1)
-        return HeadLoss(self.kind, self.logits, self.target, of_rows, self.weight * num, self.positive)
+            return replace(self, target=self.target * num, den=self.den * den[:, 0])
+        return replace(self, den=(self.element_den * den).sum(1), weight=self.weight * num)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> HeadLoss:
         """The same loss with every tensor changed row by row, e.g. detached or gathered over ranks."""
@@ -167,9 +168,8 @@ class HeadLoss:
         def of(x: Tensor | float) -> Tensor | float:
             return change(x.expand(rows)) if isinstance(x, Tensor) else x
 
-        return HeadLoss(
-            self.kind, change(self.logits), change(self.target), change(self.den), of(self.weight), of(self.positive)
-        )
+        of_rows = {name: change(getattr(self, name)) for name in ("logits", "target", "den")}
+        return replace(self, **of_rows, weight=of(self.weight), positive=of(self.positive))
 
 
 def numerators(

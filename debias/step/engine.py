@@ -59,7 +59,7 @@ class StepEngine:
         self._detector: DetectorStep | None = None
         self.seen: Seen | None = None
         self._learned = Learned()
-        self._rows_needed_in: dict[str, bool] = {}  # by stage, in evaluation
+        self._rows_needed_in: dict[tuple[str, int], bool] = {}  # by stage and loader, in evaluation
         self._counter: int | None = None
         self._agreement = Agreement()
 
@@ -336,7 +336,8 @@ class StepEngine:
             step.asking = monitor
             monitor.begin(step)
         step.asking = None
-        everything = self._rows_needed_in.get(stage, True)
+        of_loader = stage, step.dataloader_idx
+        everything = self._rows_needed_in.get(of_loader, True)
         tracker = None if step.n is None else self._row_tracker(step, everything=everything)
         self.seen = seen = Seen(tracker)
         # Apart from those of training, whose losses may have another head.
@@ -353,7 +354,7 @@ class StepEngine:
                 if monitor.needs_features:
                     step.features = seen.features(monitor, heads[monitor.reads], tap, step)
                 monitor.observe(step, tap.calls, seen.output, output)
-            self._rows_needed_in[stage] = tracker is not None and tracker.needed
+            self._rows_needed_in[of_loader] = tracker is not None and tracker.needed
         finally:
             self.seen = None
             tap.close()

@@ -127,7 +127,7 @@ def sample_losses(call: LossCall, n: int) -> tuple[Tensor, Tensor]:
 
 
 def predictions(call: LossCall, n: int, who: str) -> tuple[Tensor, Tensor]:
-    """Logits and targets of the samples of a batch, in their order.
+    """Logits and targets of the samples of a batch, in their order; of probabilities the logits that they have.
 
     Raises:
         DebiasError: they are not one row a sample.
@@ -145,4 +145,6 @@ def predictions(call: LossCall, n: int, who: str) -> tuple[Tensor, Tensor]:
         )
     if call.name in SOFTMAX and target.is_floating_point() and target.shape == logits.shape:
         target = target.argmax(1)  # shares of the classes, and no labels of which several may hold
+    if call.name == "binary_cross_entropy":
+        logits = logits.logit()  # it reads probabilities
     return logits.detach(), target.detach()

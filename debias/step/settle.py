@@ -18,7 +18,7 @@ from debias.step.context import Step
 from debias.tap import adapters
 from debias.tap.calls import LossCall, LossRecord, LossSum
 from debias.tap.head import FeatureTap, HeadTap, check_features, rows_of_features
-from debias.tap.selection import Reaching, ambiguous, height, means, reaching, select_calls, untapped
+from debias.tap.selection import Reaching, ambiguous, height, means, of_batch, reaching, select_calls, untapped
 from debias.tap.stated import check_stated, check_stated_losses, stated_losses
 from debias.tap.tap import LossTap, no_loss_error
 
@@ -95,6 +95,8 @@ class Settlement:
                 f"Expected a mean under manual optimisation, but `{call.name}` is a sum, and what the step divides it"
                 " by comes too late. Use `.mean()` or `reduction='mean'`, or automatic optimisation."
             )
+        if call.record.of_batch:
+            raise of_batch(call)
         self._check_name([call], method.loss, type(method).__name__)
         self.used.append(call)
         return method.reweigh([call], self.step)[0]

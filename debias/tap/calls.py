@@ -46,6 +46,7 @@ class LossRecord:
         shares: what the losses of these rows were multiplied by, shaped like the elements.
         own_rows: sample of each row with its own label, where samples were mixed.
         untracked: nobody asked for the samples of the rows.
+        by_first_axis: whether it is divided by the length of its first axis alone.
         changed: whether what tells its rows was changed in place in a way that is not understood.
     """
 
@@ -67,6 +68,7 @@ class LossRecord:
     targets: Any = None
     shares: Tensor | None = None
     own_rows: Tensor | None = None
+    by_first_axis: bool = False
     changed: bool = False
     untracked: bool = False
 
@@ -76,6 +78,15 @@ class LossRecord:
         with torch.enable_grad():
             num, den = self.compute()
             return (num.float() if num.dtype in _HALF else num), den
+
+    def keep_samples(self, shape: torch.Size) -> None:
+        """Ask now for the samples of the rows; an error is raised where they are read."""
+        try:
+            index = self.samples(shape)
+        except RowsError as error:
+            self.samples = functools.partial(_raise, error)
+        else:
+            self.samples = lambda shape: index
 
     @cached_property
     def elements(self) -> tuple[Tensor, Tensor]:
@@ -104,6 +115,12 @@ class LossRecord:
             if num.ndim == 0:
                 num, den = num.reshape(1), den.reshape(1)
             index = self.samples(num.shape)
+            if index is not None and index.shape == num.shape and self.by_first_axis and num.ndim > 1:
+                raise RowsError(
+                    f"Expected samples along the first axis of a loss of shape {tuple(num.shape)} with"
+                    " `reduction='batchmean'`, which divides by its length, but they lie along another one, so that"
+                    " nothing divides by their number. Put them first: `x.transpose(0, 1)`."
+                )
             if index is not None and index.shape == num.shape:
                 return num.flatten(), den.flatten(), index.flatten()
             if num.ndim > 1:
@@ -165,6 +182,19 @@ class LossCall:
     def of(cls, name: str, num: Tensor, den: Tensor, rows: Tensor | None = None, position: int = 0) -> LossCall:
         """A loss from numerators and denominators of its rows, ``(rows,)``, and the sample of each row."""
         return cls(name, position, None, None, LossRecord(lambda: (num, den), lambda shape: rows))
+
+    def keep(self, changed: Any) -> None:
+        """Keep what was read of a tensor, which the step is about to change in place for something else."""
+        read = [name for name in ("logits", "target") if _shares_memory(getattr(self, name), changed)]
+        if not read and self.record.function is None:
+            return
+        with torch.enable_grad():
+            num, den = self.record.computed
+            if read or _shares_memory(num, changed):
+                vars(self.record)["computed"] = num.clone(), den.clone()
+                self.record.keep_samples(num.shape)
+        for name in read:
+            setattr(self, name, getattr(self, name).clone())
 
     def forget(self) -> None:
         """Let go of every tensor of the step: a loss and its notes refer to each other."""
@@ -247,6 +277,20 @@ class LossCall:
         # What the step divides by itself it may have guarded against nothing.
         guarded = self.record.function is not None or self.record.is_sum
         return weighted_mean(num if factor is None else num * factor, den, guarded=guarded)
+
+
+def _shares_memory(x: Any, changed: Any) -> bool:
+    if x is changed or not (isinstance(x, Tensor) and isinstance(changed, Tensor)):
+        return x is changed
+    try:
+        start = x.untyped_storage().data_ptr()
+        return bool(start) and start == changed.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # of a tensor without memory of its own, as under vmap
+        return False
+
+
+def _raise(error: Exception, shape: torch.Size) -> None:
+    raise error
 
 
 class LossSum(LossCall):

@@ -85,7 +85,7 @@ class Following:
         self._totals: list[_Total] = []
         self._divisible: list[tuple[Tensor, list[LossCall]]] = []  # what is proportional to a loss, so far
         self._ended: list[tuple[LossCall, Unreduced]] = []
-        self.batch = WholeBatch(tap.tracker, self._is_loss, careful=tap.careful)
+        self.batch = WholeBatch(tap.tracker, self, careful=tap.careful)
 
     def close(self) -> None:
         """Let go of every tensor."""
@@ -106,6 +106,8 @@ class Following:
         """Follow losses through one operation; returns what the step is to receive of it."""
         self.batch.see(func, args, kwargs, out)
         if func not in _REDUCED:
+            for x in tensors_in(out) if self._divisible else ():
+                self._proportional(func, args, kwargs, x)
             return out
         reduces = func in _SUM or func in _MEAN
         if self._unreduced and args and (found := self._find(args)) is not None:
@@ -114,12 +116,18 @@ class Following:
             self._followed(func, args, kwargs, found, out)
         elif reduces and isinstance(out, Tensor) and not out.ndim and not out.requires_grad:
             self._totals.append(_Total(out, args[0], func in _MEAN))
-        elif isinstance(out, Tensor):
-            self._proportional(func, args, kwargs, out)
+        else:
+            for x in tensors_in(out):
+                self._proportional(func, args, kwargs, x)
         return out
 
-    def _is_loss(self, x: Tensor) -> bool:
-        return any(losses.tensor is x for losses in self._unreduced) or any(x is y for y, _ in self._divisible)
+    def is_unreduced(self, x: Tensor) -> bool:
+        """Whether it holds losses that nobody has reduced yet."""
+        return any(losses.tensor is x for losses in self._unreduced)
+
+    def is_proportional(self, x: Tensor) -> bool:
+        """Whether it is a loss, or what is proportional to some."""
+        return any(x is y for y, _ in self._divisible)
 
     # -- elements ----------------------------------------------------------------------------------
 
@@ -245,7 +253,7 @@ class Following:
             return torch.cat(of_parts), torch.cat([share.den.to(num.dtype)[own] for share in shares]) / size
 
         def samples(shape: torch.Size) -> Tensor | None:
-            if tap.tracker is None:
+            if tap.tracker is None or (num.ndim == 1 and not parts and tap.tracker.keeps_rows(num)):
                 return None
             own = _samples_of(tap, num)
             if parts:
@@ -291,6 +299,8 @@ class Following:
         """Whether a sum that losses are divided by is what it was: a guard against 0 has changed nothing."""
         if func in CASTS or func in _MUL or func in _DIV or not self._reads(before):
             return True
+        if after.dtype == torch.bool:
+            return False
         return bool((before == 0) | ((after - before).abs() <= 1e-4 * before.abs()))
 
     def _divide(self, call: LossCall, by: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 __all__ = [
     "ALONG",
     "CASTS",
+    "CHANGING",
     "ELEMENTWISE",
     "INPLACE",
     "LOOKUPS",
@@ -72,6 +74,12 @@ INPLACE = named(
     " nan_to_num_ zero_ fill_ relu_ tanh_ threshold_ __setitem__ __iadd__ __isub__ __imul__ __itruediv__ __iand__"
     " __ior__"
 )
+# Everything that changes a tensor in place.
+CHANGING = frozenset(
+    getattr(_T, name)
+    for name in dir(_T)
+    if name in ("__setitem__", "set_data") or re.fullmatch("[a-z].*[^_]_|__i(add|sub|mul|truediv|and|or|pow)__", name)
+) - {_T.requires_grad_}
 # Put elements elsewhere in place: after them nobody knows where a row is.
 PUTTING = named(
     "copy_ put_ index_put_ index_copy_ index_add_ index_reduce_ masked_scatter_ scatter_ scatter_add_ scatter_reduce_"

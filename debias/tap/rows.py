@@ -173,7 +173,7 @@ class RowTracker(Origins):
             if tensor.ndim == 0 or tensor.shape[0] != rows:
                 continue
             known = self.is_of_batch(tensor)
-            if known and self._keeps_rows(tensor):
+            if known and self.keeps_rows(tensor):
                 return None
             index = self._of_rows(tensor) if known or (record is not None and record.func is not None) else None
             if known or index is not None:  # moved; where nobody knows of what, of rows in the order of the batch
@@ -202,7 +202,7 @@ class RowTracker(Origins):
         candidates = [x for x, is_sorted in zip(candidates, found_sorted, strict=True) if not is_sorted]
         for tensor in candidates:  # derived from the batch itself
             if self.is_of_batch(tensor):
-                return None if self._keeps_rows(tensor) else _or_false(self.index(tensor))
+                return None if self.keeps_rows(tensor) else _or_false(self.index(tensor))
         if any(map(self.is_strange, candidates)):
             return False
         made = [x for x in candidates if (record := self._find(x)) is not None and record.func is not None]
@@ -213,7 +213,7 @@ class RowTracker(Origins):
             if self.mixed:
                 return False
             if index is not None:
-                return None if self._keeps_rows(tensor) else index
+                return None if self.keeps_rows(tensor) else index
         self.mixed = before
         if any(found_sorted):
             return False
@@ -300,7 +300,7 @@ class RowTracker(Origins):
             first, *others = [x.expand(out.shape) for x in found]
         except RuntimeError:
             return None
-        moved = spread or [x for x in sources if not self._keeps_rows(x)]
+        moved = spread or [x for x in sources if not self.keeps_rows(x)]
         if moved and others and not all(x is first or self._equal(first, x) for x in others):
             self.mixed = True  # each element is made of several samples
             return None
@@ -336,7 +336,8 @@ class RowTracker(Origins):
             _TABLES[tensor] = True
         return True
 
-    def _keeps_rows(self, tensor: Tensor) -> bool:
+    def keeps_rows(self, tensor: Tensor) -> bool:
+        """Whether row i of it is known to be of sample i."""
         record = self._find(tensor)
         if record is not None and record.func is None and record.index is None:
             return record.sample is None and not self.several
@@ -347,10 +348,10 @@ class RowTracker(Origins):
         if record.version != version(tensor):
             return False
         if record.func is not None and same_rows(record):
-            return self._keeps_rows(record.sources[0])
+            return self.keeps_rows(record.sources[0])
         if record.func is None or record.func in MOVES or record.reduces:
             return (index := self.index(tensor)) is not None and self._axis(index) == 0
-        return all(map(self._keeps_rows, record.sources))
+        return all(map(self.keeps_rows, record.sources))
 
     def _of_rows(self, tensor: Tensor) -> Tensor | None:
         """Sample numbers along the first axis, or None where its origin is unknown or a row is of several samples."""

@@ -13,7 +13,7 @@ from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, Un
 from debias.tap.calls import LossCall
 from debias.tap.tap import LossTap
 
-__all__ = ["Reaching", "height", "means", "reaching", "select_call", "select_calls", "untapped"]
+__all__ = ["Reaching", "height", "means", "of_batch", "reaching", "select_call", "select_calls", "untapped"]
 
 
 @dataclass(eq=False)
@@ -59,7 +59,7 @@ class Reaching:
             if call.record.undivided or (call.record.divisor is not None and call.record.divisor() is None):
                 raise _undivided(call)
             if call.record.of_batch:
-                raise _of_batch(call)
+                raise of_batch(call)
         if self.same:
             return
         edges = [call.record.edge for call in calls]
@@ -243,7 +243,8 @@ def untapped(lost: list[str], beside: bool) -> DebiasError:
     )
 
 
-def _of_batch(call: LossCall) -> DebiasError:
+def of_batch(call: LossCall) -> DebiasError:
+    """The error for a loss that is multiplied by a number of the whole batch."""
     return UntappedLossError(
         f"Expected what the step multiplies `{call.name}` by to be a constant, or of each sample, but got a number that"
         " is made of the whole batch (a mean, a maximum, a count): that of a group is another one, so that the loss of"

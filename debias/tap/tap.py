@@ -24,7 +24,7 @@ from debias.tap.evaluated import Evaluated, counted_by
 from debias.tap.following import FOLLOWED, Following, Unreduced
 from debias.tap.losses import COMPARING, FORM, LOSSES, NAMES, NOT_PER_SAMPLE, SECOND, SYMMETRIC, reduction_of, unreduced
 from debias.tap.mixing import Mixture, mix_parts, unmixable
-from debias.tap.moves import RECORDED, Move
+from debias.tap.moves import CHANGING, RECORDED, Move
 from debias.tap.predictions import CLASSIFYING
 from debias.tap.rows import RowTracker
 from debias.tap.sharded import refuse_sharded_loss
@@ -32,7 +32,7 @@ from debias.tap.sharded import refuse_sharded_loss
 __all__ = ["Finder", "LossTap", "no_loss_error"]
 
 _LOG_SOFTMAX = frozenset({F.log_softmax, torch.log_softmax, Tensor.log_softmax})
-_WATCHED = frozenset(LOSSES) | FOLLOWED | RECORDED | NOT_PER_SAMPLE | _LOG_SOFTMAX
+_WATCHED = frozenset(LOSSES) | FOLLOWED | RECORDED | CHANGING | NOT_PER_SAMPLE | _LOG_SOFTMAX
 
 
 class Finder(Protocol):
@@ -101,6 +101,8 @@ class LossTap(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.suspended:
             return func(*args, **kwargs)
+        if func is Tensor.__iter__ and args[0].ndim:  # `a, b = losses`
+            return iter(self.__torch_function__(Tensor.unbind, types, args))
         run = _run if self.evaluated is None else self.evaluated.run
         looks = self._following.batch.looks
         if func not in _WATCHED and self.finder is None and not looks:
@@ -109,6 +111,9 @@ class LossTap(TorchFunctionMode):
             return self._loss(func, args, kwargs)
         if not args and func in _WATCHED:
             args, kwargs = _first_by_position(func, kwargs)
+        if self.calls and func in CHANGING and args and not torch.compiler.is_compiling():
+            for call in self.calls:
+                call.keep(args[0])
         out = run(func, args, kwargs)
         if self.tracker is not None and func in RECORDED:
             self.tracker.record(func, args, kwargs, out)
@@ -155,6 +160,8 @@ class LossTap(TorchFunctionMode):
         if not self.training:
             call.counts.append(counted_by(func, arguments))
         call.record.is_sum = call.record.undivided = reduction == "sum"
+        call.record.by_first_axis = reduction == "batchmean"
+        call.record.changed = call.record.changed or any(map(self._following.batch.of_pairs, arguments.values()))
         call.record.of_batch = self._following.batch.holds(arguments.get("weight"), arguments.get("pos_weight"))
         mixed = self.training and self.mixture is not None and self.mixture.meant(call)
         if mixed and (SECOND[func] != "target" or not isinstance(call.target, Tensor)):
@@ -366,8 +373,9 @@ def _rows_error(call: LossCall, n: int, shape: torch.Size, *, mixed: bool = Fals
     )
     if mixed:
         return RowsError(
-            f"{expected}, and the step mixes samples with each other (mixup? a change in place?), so that a row is of"
-            " several. Mix with `GroupMixup`, which tells whose labels count, or compute a loss with each label:"
+            f"{expected}, and the step mixes samples with each other (mixup? similarities of pairs? a change in"
+            " place?), so that a row is of several. `losses='split'` takes the samples of each group alone. Or mix with"
+            " `GroupMixup`, which tells whose labels count, or compute a loss with each label:"
             " `share * cross_entropy(logits, labels) + (1 - share) * cross_entropy(logits, labels[partners])`, with"
             " `loss='sum'`, which methods that reweigh can take. Penalties need unmixed samples."
         )

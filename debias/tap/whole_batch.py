@@ -7,8 +7,7 @@ the operation is known to keep the rows, or gives the same where it is done to a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,10 +23,24 @@ STATISTICS = REDUCTIONS | named(
     "var std norm quantile nanquantile median nanmedian mode bincount histc logsumexp unique"
 )
 _DIFFERENTIABLE = named("sum mean")
+# Compare the rows of two tensors.
+_PAIRING = named("matmul mm __matmul__ __rmatmul__ addmm linear einsum cdist inner outer")
 # Read the shape of what they are given, not its values.
 _SHAPED = named("zeros_like ones_like empty_like full_like rand_like randn_like randint_like") | named(
     "new_zeros new_ones new_empty new_full new_tensor"
 )
+
+
+class Losses(Protocol):
+    """Tells losses; see :mod:`debias.tap.following`."""
+
+    def is_unreduced(self, x: Tensor) -> bool:
+        """Whether it holds losses that nobody has reduced yet."""
+        ...
+
+    def is_proportional(self, x: Tensor) -> bool:
+        """Whether it is a loss, or what is proportional to some."""
+        ...
 
 
 class WholeBatch:
@@ -35,16 +48,17 @@ class WholeBatch:
 
     Args:
         tracker: of the step; None where nobody reads ids.
-        is_loss: whether a tensor is a loss of the step, or proportional to one.
+        losses: tells losses.
         careful: look at every operation, as in the first step.
     """
 
-    def __init__(self, tracker: RowTracker | None, is_loss: Callable[[Tensor], bool], *, careful: bool) -> None:
+    def __init__(self, tracker: RowTracker | None, losses: Losses, *, careful: bool) -> None:
         self.tracker = tracker
         self.careful = careful and tracker is not None
-        self._is_loss = is_loss
+        self._losses = losses
         self._numbers: list[Tensor] = []
         self._of_rows: Any = WeakTensorKeyDictionary()  # what was made of rows of the batch
+        self._pairs: Any = WeakTensorKeyDictionary()  # a number for each two samples, or what was made of such
         if tracker is not None and self.careful:
             for x in tracker.roots:
                 self._of_rows[x] = True
@@ -56,14 +70,14 @@ class WholeBatch:
 
     def close(self) -> None:
         """Let go of every tensor."""
-        self._numbers, self._of_rows = [], WeakTensorKeyDictionary()
+        self._numbers, self._of_rows, self._pairs = [], WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
 
     def holds(self, *values: Any) -> bool:
         """Whether one of these is a number of the whole batch."""
         return bool(self._numbers) and any(x is number for x in tensors_in(values) for number in self._numbers)
 
     def changes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
-        """Whether a number of the whole batch is in what an operation makes; putting all rows in another order is not."""
+        """Whether a number of the whole batch is in what an operation makes; another order of all rows is none."""
         if func in MOVES and isinstance(args[0], Tensor) and args[0].ndim and out.shape[:1] == args[0].shape[:1]:
             return self.holds(args[0])
         return self.holds(args, kwargs)
@@ -77,6 +91,20 @@ class WholeBatch:
                 self._numbers.append(x)
             if rows:
                 self._of_rows[x] = True
+                if self._compares(func, given, x):
+                    self._pairs[x] = True
+
+    def of_pairs(self, x: Any) -> bool:
+        """Whether it has a number for each two samples, such as their similarity; a group alone has fewer."""
+        return self.looks and isinstance(x, Tensor) and x in self._pairs
+
+    def _compares(self, func: Any, given: list[Tensor], out: Tensor) -> bool:
+        assert self.tracker is not None
+        if out.ndim != 2 or out.shape[0] != out.shape[1] or out.shape[0] % self.tracker.n or self.tracker.n < 2:
+            return False
+        if func in _PAIRING:
+            return sum(map(self._is_made_of_rows, given)) > 1 or (len(given) == 2 and given[0] is given[1])
+        return any(x in self._pairs for x in given)
 
     def _is_made_of_rows(self, x: Tensor) -> bool:
         """Whether values of samples are in it; they are in what a network has made, which may not have been seen."""
@@ -94,12 +122,13 @@ class WholeBatch:
         if func in STATISTICS and isinstance(data, Tensor) and not (len(args) > 1 and isinstance(args[1], Tensor)):
             if tracker is None or data.numel() < 2 or (differentiable and func in _DIFFERENTIABLE):
                 return False
-            made_of_rows = tracker.is_of_batch(data) or self._is_loss(data) or (rows and not differentiable)
+            of_losses = self._losses.is_unreduced(data)
+            made_of_rows = of_losses or tracker.is_of_batch(data) or (rows and not differentiable)
             return made_of_rows and (not out.ndim or tracker.index(out) is None)
         if differentiable:
             return False
         # As soon as nothing is differentiated any more a loss of the batch is such a number, too.
-        if any(not x.ndim and self._is_loss(x) for x in given):
+        if any(map(self._losses.is_proportional, given)):
             return func not in _SHAPED
         if not rows or tracker is None or func in _SHAPED:
             return False
@@ -115,7 +144,7 @@ class WholeBatch:
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in lists, tuples and dictionaries."""
     if isinstance(value, Tensor):
-        return [value]
+        return [] if value.is_nested else [value]
     if isinstance(value, dict):
         value = list(value.values())
     return [x for part in value for x in tensors_in(part)] if isinstance(value, tuple | list) else []

@@ -100,6 +100,32 @@ def over_its_own_sum(values: Tensor, weights: Tensor) -> Tensor:
     return (values * weights).sum() / weights.sum()
 
 
+def sure(net: Any, x: Tensor) -> Tensor:
+    """How sure the network is of each sample."""
+    return net(x).mean(1).softmax(1).max(1).values.detach()
+
+
+def counts(y: Tensor) -> Tensor:
+    return 1 / (torch.bincount(y, minlength=C) + 1).double()
+
+
+def tasks(net: Any, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    return torch.stack([ce(net, x, y), F.mse_loss(net(x).mean(1), z)])
+
+
+def zeroed(values: Tensor, loss: Tensor) -> Tensor:
+    """The loss, after what it was computed from has been changed in place."""
+    with torch.no_grad():
+        values[:, :1] = -9
+    return loss
+
+
+def without_gradient(values: Tensor) -> Tensor:
+    with torch.no_grad():
+        weights = 1 - torch.exp(-values)
+        return weights / weights.mean()
+
+
 def stated(values: Tensor) -> dict[str, Tensor]:
     return {"loss": values.mean(), "losses": values}
 
@@ -119,6 +145,22 @@ RIGHT: dict[str, Step] = {
         (losses(net, x, y) * k.sum(1)).sum() / k.sum()
     ),
     "a mean of them": lambda net, x, y, yt, w, k, z: (losses(net, x, y) * k.mean(1)).mean() / k.mean(),
+    "functions of each row": lambda net, x, y, yt, w, k, z: (
+        losses(net, x, y) * torch.linalg.vector_norm(x.flatten(1), dim=1) * torch.erf(w)
+    ).mean(),
+    "over a guarded sum": lambda net, x, y, yt, w, k, z: (tokens(net, x, yt) * k).sum() / (k.sum().clamp(min=1) + 1e-8),
+    "logits changed afterwards": lambda net, x, y, yt, w, k, z: (lambda out: zeroed(out, F.cross_entropy(out, y)))(
+        net(x).mean(1)
+    ),
+    "logits changed afterwards, without history": lambda net, x, y, yt, w, k, z: (
+        lambda out: zeroed(out.detach(), F.cross_entropy(out, y))
+    )(net(x).mean(1)),
+    "labels changed afterwards": lambda net, x, y, yt, w, k, z: (
+        lambda labels: zeroed(labels, tokens(net, x, labels.clone()).mean())
+    )(yt.clone()),
+    "losses changed afterwards": lambda net, x, y, yt, w, k, z: (
+        lambda values: zeroed(values, (values * k).sum() / k.sum())
+    )(tokens(net, x, yt)),
     "looked up and sorted": lambda net, x, y, yt, w, k, z: (
         ALPHA[y[w.argsort()]] * losses(net, x[w.argsort()], y[w.argsort()])
     ).mean(),
@@ -162,6 +204,81 @@ REFUSED: dict[str, tuple[str, Step]] = {
         OF_BATCH,
         lambda net, x, y, yt, w, k, z: (lambda a, b: a + a.detach() / b.detach() * b)(
             ce(net, x, y), F.mse_loss(net(x).mean(1), z)
+        ),
+    ),
+    "sure of a sample": (
+        OF_BATCH, lambda net, x, y, yt, w, k, z: (losses(net, x, y) * (sure(net, x) / sure(net, x).mean())).mean()
+    ),
+    "by the accuracy": (
+        OF_BATCH,
+        lambda net, x, y, yt, w, k, z: ce(net, x, y) * (1.5 - (net(x).mean(1).argmax(1) == y).double().mean()),
+    ),
+    "weights made without gradients": (
+        OF_BATCH,
+        lambda net, x, y, yt, w, k, z: (lambda ce: (without_gradient(ce) * ce).mean())(losses(net, x, y)),
+    ),
+    "normalised weights": (
+        OF_BATCH, lambda net, x, y, yt, w, k, z: (losses(net, x, y) * F.normalize(w, p=1, dim=0)).mean()
+    ),
+    "largest losses by their places": (
+        OF_BATCH,
+        lambda net, x, y, yt, w, k, z: (lambda ce: ce[ce.detach().topk(4).indices].mean())(losses(net, x, y)),
+    ),
+    "from a rank on": (
+        OF_BATCH,
+        lambda net, x, y, yt, w, k, z: (lambda ce: over_its_own_sum(ce, ce >= ce.detach().kthvalue(2).values))(
+            losses(net, x, y)
+        ),
+    ),
+    "classes counted by unique": (
+        OF_BATCH,
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(
+            net(x).mean(1), y, weight=1 / torch.cat([y, torch.arange(C)]).unique(return_counts=True)[1].double()
+        ),
+    ),
+    "classes counted in place": (
+        OF_BATCH,
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(
+            net(x).mean(1), y, weight=1 / torch.ones(C).double().scatter_add_(0, y, torch.ones(len(y)).double())
+        ),
+    ),
+    "counts by embedding": (
+        OF_BATCH, lambda net, x, y, yt, w, k, z: (F.embedding(y, counts(y)[:, None])[:, 0] * losses(net, x, y)).mean()
+    ),
+    "counts by a product": (
+        OF_BATCH, lambda net, x, y, yt, w, k, z: ((F.one_hot(y, C).double() @ counts(y)) * losses(net, x, y)).mean()
+    ),
+    "over the larger of two": (
+        OF_BATCH, lambda net, x, y, yt, w, k, z: ce(net, x, y) / torch.max(w.mean(), torch.tensor(0.01).double())
+    ),
+    "by keyword": (OF_BATCH, lambda net, x, y, yt, w, k, z: torch.mul(ce(net, x, y), other=w.mean())),
+    "tasks by their softmax": (
+        OF_BATCH,
+        lambda net, x, y, yt, w, k, z: (lambda both: (both.detach().softmax(0) * both).sum())(tasks(net, x, y, z)),
+    ),
+    "tasks over themselves": (
+        OF_BATCH, lambda net, x, y, yt, w, k, z: (lambda both: (both / both.data).sum())(tasks(net, x, y, z))
+    ),
+    "between two tasks": (OF_BATCH, lambda net, x, y, yt, w, k, z: torch.lerp(*tasks(net, x, y, z), w.mean())),
+    "over a sum and one": (
+        UNDIVIDED, lambda net, x, y, yt, w, k, z: (tokens(net, x, yt) * k).sum() / (k.sum() + 1)
+    ),
+    "over a root": (UNDIVIDED, lambda net, x, y, yt, w, k, z: (tokens(net, x, yt) * k).sum() / k.sum().sqrt()),
+    "over more than the sum": (
+        UNDIVIDED, lambda net, x, y, yt, w, k, z: (tokens(net, x, yt) * k).sum() / k.sum().clamp(min=99)
+    ),
+    "image and text": (
+        "mixes samples",
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(net(x).mean(1) @ net(x)[:, 0].t(), torch.arange(len(x))),
+    ),
+    "distances of pairs": (
+        "mixes samples",
+        lambda net, x, y, yt, w, k, z: F.mse_loss(torch.cdist(net(x).mean(1), net(x).mean(1)), torch.cdist(z, z)),
+    ),
+    "mean over the first axis": (
+        "along the first axis",
+        lambda net, x, y, yt, w, k, z: F.kl_div(
+            net(x.transpose(0, 1)).log_softmax(-1), F.one_hot(yt.t(), C).double(), reduction="batchmean"
         ),
     ),
     "clamped": (BENT, lambda net, x, y, yt, w, k, z: ce(net, x, y).clamp(max=9.0)),
@@ -228,7 +345,7 @@ def test_a_batch_of_as_many_samples_as_classes_has_their_weights_too():
 @pytest.mark.filterwarnings("ignore:Using a target size")
 def test_what_a_group_would_have_otherwise_is_refused(name):
     said, step = REFUSED[name]
-    options = {"loss": "sum"} if name in ("larger of two", "balanced tasks") else {}
+    options = {"loss": "sum"} if "task" in name or name == "larger of two" else {}
     with pytest.raises((UntappedLossError, RowsError), match=said):
         fit(step, **options)
 

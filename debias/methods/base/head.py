@@ -60,6 +60,12 @@ def _rebuilt(call: LossCall) -> HeadLoss:
             f"Expected the logits and targets of one loss, but got `{call.name}` without. Choose one of several losses,"
             " `loss=<index>`; return {'loss', 'logits', 'targets'}; or use a penalty that needs losses only (VREx)."
         )
+    if name == "binary_cross_entropy":
+        raise DebiasError(
+            "Expected a loss of logits, but `binary_cross_entropy` reads probabilities, of which the derivatives are"
+            " others. Use `binary_cross_entropy_with_logits` (and no sigmoid before it), or a penalty that needs losses"
+            " only (VREx)."
+        )
     if name == "logits":  # stated by the step as {"logits", "targets"}
         binary = target.is_floating_point() and target.shape == logits.shape
         name = "binary_cross_entropy" if binary else "cross_entropy"
@@ -71,6 +77,8 @@ def _rebuilt(call: LossCall) -> HeadLoss:
         logits, target = call.of_logits(logits), record.targets
     loss = make_head_loss(name, logits, target, **_options(name, call.arguments))
     rows, den = len(loss.logits), call.den.to(logits.dtype)
+    if followed and loss.kind != "cross_entropy":  # the step may have summed the labels of a sample
+        loss = replace(loss, summed=record.computed[0].ndim == 1)
     scale = record.shares if mixed else record.scale
     factors = _factors(loss, scale) if followed or mixed else None
     unknown = followed and (scale is False or (scale is not None and factors is None))
@@ -116,7 +124,13 @@ def rows_of(call: LossCall, per_sample: Tensor, rows: int) -> Tensor:
     if index is None:
         return per_sample
     if count != rows:  # one number per element of a multi-label loss, all of a row the same
-        index = index.view(rows, -1)[:, 0]
+        of_rows = index.view(rows, -1)
+        index = of_rows[:, 0]
+        if index.device.type == "cpu" and not torch.equal(of_rows, index.unsqueeze(1).expand_as(of_rows)):
+            raise RowsError(
+                f"Expected a row of the logits of `{call.name}` to be of one sample, but the samples lie along another"
+                " axis. Put them first: `logits.transpose(0, 1)`, and the targets likewise."
+            )
     return per_sample[index]
 
 
