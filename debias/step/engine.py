@@ -342,8 +342,10 @@ class StepEngine:
         self.seen = seen = Seen(tracker)
         # Apart from those of training, whose losses may have another head.
         heads = {w.reads: self._head(*w.reads, stage) for w in monitors if w.needs_features}
-        joining = tracker if step.of_several else None  # else rows are those of the logits
-        finders = [finder for head in heads.values() if (finder := head.start(joining)) is not None]
+        finders = []
+        for head in heads.values():  # the rows of a head that is looked for are those of the logits
+            follows = tracker if step.of_several or isinstance(head, FeatureTap) else None
+            finders += [finder for finder in [head.start(follows)] if finder is not None]
         finder = finders[0] if finders else None
         tap = LossTap(training=False, tracker=tracker, finder=finder, evaluated=Evaluated())
         try:

@@ -114,6 +114,10 @@ class Seen:
             if rows is not None and not torch.equal(rows, torch.arange(len(rows), device=rows.device)):
                 raise _out_of_order(type(monitor).__name__)
         head.resolve(call)
+        if isinstance(head, FeatureTap) and self.tracker is not None and isinstance(call.features, Tensor):
+            samples = torch.arange(self.tracker.n, device=call.features.device)
+            if len(call.features) == len(samples) and not torch.equal(call.of_features(samples), samples):
+                raise _out_of_order(type(monitor).__name__)
         return call.features
 
 

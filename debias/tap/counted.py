@@ -39,7 +39,8 @@ _ELEMENTWISE = CASTS | functions(
     " clamp_min clamp_max clip minimum maximum tanh sigmoid"
 )
 _KEEPS_PLACES = _MUL | _WHERE | _FILL | _SET | _NAN | _ELEMENTWISE
-_FOLLOWED = MOVES | _REDUCE | _KEEPS_PLACES
+_COMPARES = functions("gt ge lt le eq ne greater less")
+_FOLLOWED = MOVES | _REDUCE | _KEEPS_PLACES | _COMPARES
 
 
 @dataclass(eq=False)
@@ -70,6 +71,7 @@ class CountedElements:
 
     def __init__(self) -> None:
         self._traces: list[_Trace] = []
+        self._choices: list[Tensor] = []  # of hard examples: masks that the losses decide leave no label out
         self._losses = 0
 
     def start(self, losses: Tensor) -> Callable[[], Tensor | None]:
@@ -80,7 +82,7 @@ class CountedElements:
 
     def close(self) -> None:
         """Let go of every tensor."""
-        self._traces = []
+        self._traces, self._choices = [], []
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation, and follow what it makes of the losses."""
@@ -88,6 +90,11 @@ class CountedElements:
         found = [trace for trace in self._traces if any(trace.tensor is x for x in operands)]
         masks = [self._mask(func, args, kwargs, trace) if func in _KEEPS_PLACES else None for trace in found]
         out = func(*args, **kwargs)
+        if (func in _COMPARES and found) or (func in CASTS and self._chooses(args)):
+            self._choices.append(out)
+            return out
+        if self._chooses(args):
+            return out
         for trace, mask in zip(found, masks, strict=True):
             if func in _SET or out is args[0]:
                 if trace.tensor is args[0]:
@@ -97,6 +104,9 @@ class CountedElements:
             trace.used = trace.used or bool(made)
             self._traces.extend(made)
         return out
+
+    def _chooses(self, args: tuple[Any, ...]) -> bool:
+        return any(x is choice for x in args for choice in self._choices)
 
     def _made(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], trace: _Trace, mask: Tensor | None, out: Any
