@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from debias import GroupDRO, GroupMonitor, JustTrainTwice, SampleRecorder, tag
+from debias import IRM, AttributeProbe, Fishr, GroupDRO, GroupMonitor, JustTrainTwice, SampleRecorder, tag
 from debias.errors import DebiasError, RowsError, UntappedLossError
 
 N, T, D, C = 8, 3, 4, 3
@@ -421,6 +422,14 @@ PREDICTED: dict[str, tuple[Step, Step]] = {
         lambda net, x, y, yt, w, k, z: F.cross_entropy(net(x).mean(1) + mask(z), z.argmax(1)),
         lambda net, x, y, yt, w, k, z: (net(x).mean(1) + mask(z)).argmax(1) == z.argmax(1),
     ),
+    "hard examples alone": (
+        lambda net, x, y, yt, w, k, z: (lambda ce: ce[ce > 0.9].mean())(losses(net, x, y)),
+        lambda net, x, y, yt, w, k, z: net(x).mean(1).argmax(1) == y,
+    ),
+    "hard examples by a factor": (
+        lambda net, x, y, yt, w, k, z: (lambda ce: (ce * (ce > 0.9).double()).mean())(losses(net, x, y)),
+        lambda net, x, y, yt, w, k, z: net(x).mean(1).argmax(1) == y,
+    ),
     "a margin written out": (
         lambda net, x, y, yt, w, k, z: arc(net, x, y),
         lambda net, x, y, yt, w, k, z: net(x).mean(1).argmax(1) == y,
@@ -441,21 +450,36 @@ def test_monitors_score_what_the_network_predicts(name):
         assert found[f"val/accuracy_by_group/{g}"] == pytest.approx(hits[g == G].mean().item())
 
 
+def recorded(step: Step, folder: Any) -> Any:
+    """What a recorder and Just Train Twice have seen of a step."""
+    model, twice = Model(step), JustTrainTwice(epochs=1, upweight=5.0)
+    model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), 0.0)  # type: ignore[method-assign]
+    loader = DataLoader(tag(TensorDataset(*data())), batch_size=N)
+    trainer(SampleRecorder(str(folder / "table.npz"))).fit(model, loader)
+    trainer(twice, max_epochs=2).fit(Model(step), loader)
+    with np.load(folder / "table.npz") as table:
+        return table["prediction"].tolist(), table["correct"].tolist(), twice.ids.tolist()
+
+
 def test_shares_of_classes_are_one_label(tmp_path):
-    def recorded(soft: bool) -> Any:
-        import numpy as np
+    soft = recorded(lambda net, x, y, *_: ce(net, x, F.one_hot(y, C).double()), tmp_path)
+    assert soft == recorded(lambda net, x, y, *_: ce(net, x, y), tmp_path)
 
-        model = Model(lambda net, x, y, *_: ce(net, x, F.one_hot(y, C).double() if soft else y))
-        model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), 0.0)  # type: ignore[method-assign]
-        path = tmp_path / f"{soft}.npz"
-        twice = JustTrainTwice(epochs=1, upweight=5.0)
-        loader = DataLoader(tag(TensorDataset(*data())), batch_size=N)
-        trainer(SampleRecorder(str(path))).fit(model, loader)
-        trainer(twice, max_epochs=2).fit(Model(model.step), loader)
-        with np.load(path) as table:
-            return table["prediction"].tolist(), table["correct"].tolist(), twice.ids.tolist()
 
-    assert recorded(soft=True) == recorded(soft=False)
+def test_losses_that_the_step_reduces_are_recorded_too(tmp_path):
+    reduced = recorded(lambda net, x, y, *_: losses(net, x, y).mean(), tmp_path)
+    assert reduced == recorded(lambda net, x, y, *_: ce(net, x, y), tmp_path)
+
+
+def test_probabilities_are_no_logits(tmp_path):
+    def binary(loss: Any, last: Any) -> Step:
+        return lambda net, x, y, yt, w, k, z: loss(last(net(x).mean(1)[:, 0]), (w > 0.6).double())
+
+    stated = recorded(binary(F.binary_cross_entropy, torch.sigmoid), tmp_path)
+    assert stated == recorded(binary(F.binary_cross_entropy_with_logits, torch.clone), tmp_path)
+    model = Model(binary(F.binary_cross_entropy, torch.sigmoid))
+    with pytest.raises(DebiasError, match="reads probabilities"):
+        trainer(IRM("g", 2)).fit(model, DataLoader(tag(TensorDataset(*data()), g=G), batch_size=N))
 
 
 def test_other_rows_are_said_to_be_others(tmp_path):
@@ -463,3 +487,31 @@ def test_other_rows_are_said_to_be_others(tmp_path):
     loader = DataLoader(tag(TensorDataset(*data())), batch_size=N)
     with pytest.raises(DebiasError, match=r"in the order of the batch for SampleRecorder"):
         trainer(SampleRecorder(str(tmp_path / "table.npz"))).fit(model, loader)
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, F.binary_cross_entropy_with_logits])
+def test_the_gradient_of_a_sample_is_that_of_its_own_loss(loss):
+    """The same loss, summed by the step over the elements of a sample, and by torch over all."""
+
+    def penalised(step: Step) -> Tensor:
+        model, loader = Model(step), DataLoader(tag(TensorDataset(*data()), g=G), batch_size=N)
+        trainer(Fishr("g", 2, penalty_weight=1.0, start_step=0)).fit(model, loader)
+        return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+    own = penalised(lambda net, x, y, yt, w, k, z: loss(net(x[:, 0]), z, reduction="none").sum(1).mean())
+    whole = penalised(lambda net, x, y, yt, w, k, z: loss(net(x[:, 0]), z, reduction="sum") / len(x))
+    torch.testing.assert_close(own, whole, rtol=1e-10, atol=1e-12)
+
+
+def test_samples_on_another_axis_than_the_rows_are_refused():
+    step = lambda net, x, y, yt, w, k, z: F.mse_loss(net(x.transpose(0, 1))[..., 0], k.t())  # noqa: E731
+    with pytest.raises(RowsError, match="the samples lie along another"):
+        trainer(IRM("g", 2)).fit(Model(step), DataLoader(tag(TensorDataset(*data()), g=G), batch_size=N))
+
+
+def test_features_of_samples_in_another_order_are_refused():
+    probe = AttributeProbe("g", 2, features="net")
+    model = Validated(lambda net, x, y, *_: ce(net, x[ORDER], y[ORDER]))
+    loader = DataLoader(tag(TensorDataset(*data()), g=G), batch_size=N)
+    with pytest.raises(RowsError, match="order of the batch"):
+        trainer(probe).validate(model, loader, verbose=False)
