@@ -168,8 +168,9 @@ class HeadLoss:
         def of(x: Tensor | float) -> Tensor | float:
             return change(x.expand(rows)) if isinstance(x, Tensor) else x
 
-        of_rows = {name: change(getattr(self, name)) for name in ("logits", "target", "den")}
-        return replace(self, **of_rows, weight=of(self.weight), positive=of(self.positive))
+        logits, target, den = change(self.logits), change(self.target), change(self.den)
+        weight, positive = of(self.weight), of(self.positive)
+        return replace(self, logits=logits, target=target, den=den, weight=weight, positive=positive)
 
 
 def numerators(
