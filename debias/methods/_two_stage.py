@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -56,10 +56,10 @@ class TwoStage(Debiaser):
         **options: see :class:`debias.Debiaser`.
     """
 
-    stateful: ClassVar[bool] = True
-    shardable: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ("index",)
-    records_features: ClassVar[bool] = False
+    stateful = True
+    shardable = False
+    needs = ("index",)
+    records_features = False
     module: Any
 
     def __init__(self, epochs: int, observe: Literal["training", "pass"], **options: Any) -> None:

@@ -23,7 +23,7 @@ DSU costs, ``2 C`` numbers a layer and one all-reduce of them a layer and optimi
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -212,7 +212,7 @@ class AdvStyleLayer(AdvStyleOptions, _Channels):
 class AdvStyle(AdvStyleOptions, LayerAugmenter):
     """Perturb channel statistics adversarially at chosen layers, during training only.
 
-    The method and its formula are described at the top of :mod:`debias.methods.adv_style`. By default the layers are
+    By default the layers are
     those of :class:`debias.DSU`; each draws its own branch in a step. The spreads ascend in steps of their own SGD when
     the network's optimiser steps; under manual optimisation it is refused.
 
@@ -227,12 +227,12 @@ class AdvStyle(AdvStyleOptions, LayerAugmenter):
         'AdvStyle'
     """
 
-    stateful: ClassVar[bool] = True
-    reference: ClassVar[str] = "Zhang et al., arXiv 2301.12643"
-    works: ClassVar[str] = "The target differs in style from a single source."
-    fails: ClassVar[str] = "Style tells the class. Optimisation is manual, which is refused."
-    resnet_layers: ClassVar[tuple[str, ...]] = ("conv1", "maxpool", "layer1", "layer2", "layer3", "layer4")
-    vit_blocks: ClassVar[tuple[float, ...]] = (0.25, 0.5, 0.75, 1.0)
+    stateful = True
+    reference = "Zhang et al., arXiv 2301.12643"
+    works = "The target differs in style from a single source."
+    fails = "Style tells the class. Optimisation is manual, which is refused."
+    resnet_layers = ("conv1", "maxpool", "layer1", "layer2", "layer3", "layer4")
+    vit_blocks = (0.25, 0.5, 0.75, 1.0)
 
     lr: float | None = None
     lr_ratio: float = 1.0

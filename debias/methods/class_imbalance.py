@@ -62,7 +62,7 @@ class CosineLinear(nn.Module):
 class ClassState(GroupState):
     """Training counts of the classes, and what follows from them."""
 
-    kind: ClassVar[str] = "class"
+    kind = "class"
     counts: Tensor
 
     def __init__(self, n_classes: int, class_counts: Any = None) -> None:
@@ -127,8 +127,8 @@ class ClassOptions:
 class ClassCriterion(ClassOptions, Criterion):
     """A criterion that depends on the training counts of the classes."""
 
-    stateful: ClassVar[bool] = True
-    needs: ClassVar[tuple[str, ...]] = ("target",)
+    stateful = True
+    needs = ("target",)
 
     def make_module(self) -> ClassState:
         """The counts."""
@@ -172,18 +172,16 @@ class ClassCriterion(ClassOptions, Criterion):
 class LogitAdjustment(ClassCriterion):
     """Add the logarithm of the class frequencies to the logits while training: the balanced softmax.
 
-    The formula stands at the top of :mod:`debias.methods.class_imbalance`. The module's own logits then are those of
+    The module's own logits then are those of
     balanced classes: nothing is to be done at the test.
 
     Args:
         tau: strength; 1 for the balanced softmax.
     """
 
-    reference: ClassVar[str] = "Menon et al., ICLR 2021; Ren et al., NeurIPS 2020"
-    works: ClassVar[str] = "Classes are rare in training and count the same at test."
-    fails: ClassVar[str] = (
-        "Classes are as frequent at test as in training. It balances classes, not groups inside them."
-    )
+    reference = "Menon et al., ICLR 2021; Ren et al., NeurIPS 2020"
+    works = "Classes are rare in training and count the same at test."
+    fails = "Classes are as frequent at test as in training. It balances classes, not groups inside them."
 
     tau: float = 1.0
 
@@ -202,7 +200,7 @@ class LogitAdjustment(ClassCriterion):
 class ClassBalanced(ClassCriterion):
     """Weigh classes by their effective number of samples.
 
-    The formula stands at the top of :mod:`debias.methods.class_imbalance`; like torch's weighted cross-entropy the loss
+    like torch's weighted cross-entropy the loss
     is divided by the sum of the weights, of the global batch.
 
     Args:
@@ -210,9 +208,9 @@ class ClassBalanced(ClassCriterion):
         start_epoch: deferred reweighting (DRW): the first epoch with weights.
     """
 
-    reference: ClassVar[str] = "Cui et al., CVPR 2019"
-    works: ClassVar[str] = "Classes have very different numbers of samples."
-    fails: ClassVar[str] = "It balances classes, not groups inside them."
+    reference = "Cui et al., CVPR 2019"
+    works = "Classes have very different numbers of samples."
+    fails = "It balances classes, not groups inside them."
 
     beta: float = 0.9999
     start_epoch: int = 0  # type: ignore[misc]
@@ -234,7 +232,7 @@ class ClassBalanced(ClassCriterion):
 class LDAM(ClassCriterion):
     """Margins that grow as classes are rarer, optionally with deferred reweighting.
 
-    The formula stands at the top of :mod:`debias.methods.class_imbalance`. The head has to give cosines
+    The head has to give cosines
     (:class:`debias.CosineLinear`); at the test the largest cosine decides, as ever.
 
     Args:
@@ -245,11 +243,9 @@ class LDAM(ClassCriterion):
         check_logits: refuse logits beyond [-1, 1], of which margins would mean nothing; False for those who want it.
     """
 
-    reference: ClassVar[str] = "Cao et al., NeurIPS 2019"
-    works: ClassVar[str] = "Classes are rare and the head compares directions: normalised features and weights."
-    fails: ClassVar[str] = (
-        "Ordinary logits, on which its margins mean nothing. It balances classes, not groups inside them."
-    )
+    reference = "Cao et al., NeurIPS 2019"
+    works = "Classes are rare and the head compares directions: normalised features and weights."
+    fails = "Ordinary logits, on which its margins mean nothing. It balances classes, not groups inside them."
 
     max_margin: float = 0.5
     scale: float = 30.0
@@ -286,18 +282,16 @@ class LDAM(ClassCriterion):
 class FocalLoss(Criterion):
     """Weigh samples down that the network is sure of.
 
-    The formula stands at the top of :mod:`debias.methods.class_imbalance`; under label smoothing or class weights p_y
+    under label smoothing or class weights p_y
     is ``exp`` of minus the loss, less its weight. Counts nothing; every loss that is minus a log-probability will do.
 
     Args:
         gamma: 1 or 2; 0 is plain training.
     """
 
-    reference: ClassVar[str] = "Lin et al., ICCV 2017"
-    works: ClassVar[str] = "Many easy samples drown the hard ones, as in dense detection."
-    fails: ClassVar[str] = (
-        "Labels are noisy: what the network is unsure of then counts more. It knows neither classes nor groups."
-    )
+    reference = "Lin et al., ICCV 2017"
+    works = "Many easy samples drown the hard ones, as in dense detection."
+    fails = "Labels are noisy: what the network is unsure of then counts more. It knows neither classes nor groups."
 
     gamma: float = field(default=2.0, kw_only=False)
 

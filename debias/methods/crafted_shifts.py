@@ -12,8 +12,6 @@ Needs batches of images, ``(N, C, H, W)``. Costs a transform of each image in ev
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -62,10 +60,10 @@ class CraftedShifts(Method):
         ('arithmetic', 'artistic', 'blur', 'colour', 'contrast')
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("images",)
-    reference: ClassVar[str] = "Efthymiadis et al., WACV 2025, arXiv 2409.19774"
-    works: ClassVar[str] = "One source is all there is, and the target differs in quality, colour or scene."
-    fails: ClassVar[str] = "The target looks like the validation set, or a shift changes the label."
+    needs = ("images",)
+    reference = "Efthymiadis et al., WACV 2025, arXiv 2409.19774"
+    works = "One source is all there is, and the target differs in quality, colour or scene."
+    fails = "The target looks like the validation set, or a shift changes the label."
 
     families: str | list[str] = "all"
     original: float | None = None

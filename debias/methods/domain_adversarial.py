@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +86,7 @@ class DomainLoss(AdversaryLoss):
         n_domains: number of domains E, numbered 0 .. E - 1.
     """
 
-    ids: ClassVar[tuple[str, str]] = ("domain", "n_domains")
+    ids = ("domain", "n_domains")
     in_features: int | None = field(kw_only=False)
     n_domains: int = field(kw_only=False)
 
@@ -172,8 +172,6 @@ class DomainAdversarialLoss(DomainAdversarialOptions, DomainLoss):
 class DomainAdversarial(DomainAdversarialOptions, AdversarialDebiaser):
     """Keep the domain out of the features, by a discriminator that tries to tell it (DANN, CDANN).
 
-    The methods and their formulas are described at the top of :mod:`debias.methods.domain_adversarial`.
-
     Args:
         domain: where the domains are: a tag, an index, a name, a dotted path or a callable; ids int64 ``(N,)``,
             negative = unknown, left out.
@@ -198,11 +196,11 @@ class DomainAdversarial(DomainAdversarialOptions, AdversarialDebiaser):
         'DomainAdversarial(hospital)'
     """
 
-    ids: ClassVar[tuple[str, str]] = ("domain", "n_domains")
-    needs: ClassVar[tuple[str, ...]] = ("domain", "features")
-    reference: ClassVar[str] = "Ganin et al., JMLR 2016, arXiv 1505.07818; Li et al., ECCV 2018"
-    works: ClassVar[str] = "Domains have the same classes in the same shares (else CDANN), and the layers below train."
-    fails: ClassVar[str] = (
+    ids = ("domain", "n_domains")
+    needs = ("domain", "features")
+    reference = "Ganin et al., JMLR 2016, arXiv 1505.07818; Li et al., ECCV 2018"
+    works = "Domains have the same classes in the same shares (else CDANN), and the layers below train."
+    fails = (
         "Classes are spread unevenly over domains and the discriminator is not conditional. A frozen backbone: "
         "then it is plain training."
     )

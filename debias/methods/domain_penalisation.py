@@ -24,14 +24,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from debias.data.counting import can_count
 from debias.methods.base import DomainDebiaser, configures
-from debias.ops.arguments import check_count, check_number, checked
+from debias.ops.arguments import check_count, checked
 from debias.ops.fields import arguments
 from debias.ops.groups import GroupSums, summed
 from debias.ops.reweighing import DomainLoss
@@ -72,7 +72,7 @@ def domain_penalisation_weights(
     return weights * len(losses) if normalize == "mean" else weights
 
 
-@arguments(kw_only=False)
+@arguments(kw_only=False, temperature="(0, inf)", ema="[0, 1)")
 class DomainPenalisationOptions:
     """Options of domain penalisation.
 
@@ -132,8 +132,6 @@ class DomainPenalisationLoss(DomainPenalisationOptions, DomainLoss):
         super().__post_init__()
         D, batches = len(self.counts), "'epoch' or a number of batches"
         self.update = self.update if self.update == "epoch" else check_count("update", self.update, what=batches)
-        self.temperature = check_number("temperature", self.temperature, "(0, inf)")
-        self.ema = check_number("ema", self.ema, "[0, 1)")
         self.register_buffer("weights", torch.ones(D, dtype=torch.float64))
         self.register_buffer("losses", torch.zeros(D, dtype=torch.float64))  # of the last epoch, or averaged
         self.register_buffer("seen", torch.zeros(D, dtype=torch.bool))
@@ -202,8 +200,6 @@ class DomainPenalisationLoss(DomainPenalisationOptions, DomainLoss):
 class DomainPenalisation(DomainPenalisationOptions, DomainDebiaser):
     """Weigh each domain by its training loss of the last epoch.
 
-    The method and its formula are described at the top of :mod:`debias.methods.domain_penalisation`.
-
     Logs ``train/domain_weight/<name>`` and ``train/loss_by_domain/<name>`` on logging steps, and
     ``train/average_loss``, unweighted: the loss that the step logs itself is the reweighted one. Of more than 100
     domains only ``train/max_domain_weight`` and ``train/worst_domain_loss``, the largest ones, stand for the values by
@@ -215,11 +211,9 @@ class DomainPenalisation(DomainPenalisationOptions, DomainDebiaser):
         'DomainPenalisation(session)'
     """
 
-    reference: ClassVar[str] = "Jena et al., 2024, arXiv 2408.01746"
-    works: ClassVar[str] = (
-        "Domains differ in how hard they are, and the loss has a scale on which these differences matter."
-    )
-    fails: ClassVar[str] = (
+    reference = "Jena et al., 2024, arXiv 2408.01746"
+    works = "Domains differ in how hard they are, and the loss has a scale on which these differences matter."
+    fails = (
         "A domain is hard for its label noise. At temperature 1 it is gentle; doubling the loss squares the "
         "ratios of the weights."
     )

@@ -21,7 +21,6 @@ the statistics and their gradient, which are three passes over the output of eac
 from __future__ import annotations
 
 from dataclasses import KW_ONLY
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +101,7 @@ class DSULayer(DSUOptions, nn.Module):
 class DSU(DSUOptions, LayerAugmenter):
     """Draw the channel statistics of samples anew at chosen layers, during training only.
 
-    The method and its formula are described at the top of :mod:`debias.methods.dsu`. By default the layers are
+    By default the layers are
     ``conv1``, ``maxpool`` and the four stages of a ResNet, the blocks at each quarter of the depth of a vision
     transformer. A layer of a frozen part of the network that is in eval mode stays as it is.
 
@@ -115,11 +114,11 @@ class DSU(DSUOptions, LayerAugmenter):
         'DSU'
     """
 
-    reference: ClassVar[str] = "Li et al., ICLR 2022, arXiv 2202.03958"
-    works: ClassVar[str] = "The target differs in style, and no domain labels are there."
-    fails: ClassVar[str] = "Style tells the class, or batches are small: the spread is that of the batch."
-    resnet_layers: ClassVar[tuple[str, ...]] = ("conv1", "maxpool", "layer1", "layer2", "layer3", "layer4")
-    vit_blocks: ClassVar[tuple[float, ...]] = (0.25, 0.5, 0.75, 1.0)
+    reference = "Li et al., ICLR 2022, arXiv 2202.03958"
+    works = "The target differs in style, and no domain labels are there."
+    fails = "Style tells the class, or batches are small: the spread is that of the batch."
+    resnet_layers = ("conv1", "maxpool", "layer1", "layer2", "layer3", "layer4")
+    vit_blocks = (0.25, 0.5, 0.75, 1.0)
 
     sync_stats: bool = False
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import field
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -250,7 +250,7 @@ class ImageInput(LossOptions, Method):
 class EdgeView(EdgeViewOptions, ImageInput):
     """Add the edge map of every image to the batch, with the same label.
 
-    The method and its formula are described at the top of :mod:`debias.methods.edge_view`. Every tensor of the batch
+    Every tensor of the batch
     with N rows, every list of N and every tag is repeated.
 
     Args:
@@ -264,10 +264,10 @@ class EdgeView(EdgeViewOptions, ImageInput):
         0.5
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("images",)
-    reference: ClassVar[str] = "Efthymiadis et al., WACV 2025, arXiv 2409.19774"
-    works: ClassVar[str] = "Shape tells the class and colour or texture misleads."
-    fails: ClassVar[str] = "Colour or texture tells the class."
+    needs = ("images",)
+    reference = "Efthymiadis et al., WACV 2025, arXiv 2409.19774"
+    works = "Shape tells the class and colour or texture misleads."
+    fails = "Colour or texture tells the class."
     module_class = EdgeViewLayer
 
     weight: float = 1.0

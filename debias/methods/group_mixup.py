@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import field
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -207,8 +207,6 @@ class DomainsIfNeeded(LossOptions, Method):
 class GroupMixup(GroupMixupOptions, DomainsIfNeeded):
     """Train on mixtures of two samples, chosen by label and domain, with hard labels left in the batch.
 
-    The method and its formula are described at the top of :mod:`debias.methods.group_mixup`.
-
     Args:
         p: probability that a batch is mixed.
         input: where the input is in the batch, a floating-point tensor ``(N, ...)``.
@@ -221,10 +219,10 @@ class GroupMixup(GroupMixupOptions, DomainsIfNeeded):
         >>> callbacks = [GroupMixup(domain="place"), GroupDRO(group="place", n_groups=2)]
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("domain", "target")
-    reference: ClassVar[str] = "Yao et al., ICML 2022, arXiv 2201.00299; Mixup 1710.09412; CutMix 1905.04899"
-    works: ClassVar[str] = "Domains or groups are known, and each batch has samples to pair."
-    fails: ClassVar[str] = "Labels say something about parts of the input. A sample without a partner stays as it is."
+    needs = ("domain", "target")
+    reference = "Yao et al., ICML 2022, arXiv 2201.00299; Mixup 1710.09412; CutMix 1905.04899"
+    works = "Domains or groups are known, and each batch has samples to pair."
+    fails = "Labels say something about parts of the input. A sample without a partner stays as it is."
     module_class = GroupMixupLayer
 
     p: float = 1.0

@@ -41,14 +41,14 @@ all ranks; ``"hgp"`` and ``"hutchinson"`` take one for the gradients and one of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
-from debias.methods.base import HeadPenalty, configures
-from debias.ops.arguments import check_count, check_number, checked
+from debias.methods.base import HeadPenalty, calls, configures
+from debias.ops.arguments import checked
 from debias.ops.distributed import global_rank, global_sum
 from debias.ops.domains import make_members
 from debias.ops.fields import arguments
@@ -181,7 +181,7 @@ def _hutchinson(
     return distances_from(estimates[:-1], estimates[-1], detach_target, statistics.scale(relative))
 
 
-@arguments
+@arguments(alpha="[0, inf)", beta="[0, inf)", n_samples="[1, inf)")
 class HessianAlignmentOptions(PenaltyOptions):
     """Options of Hessian alignment.
 
@@ -210,9 +210,7 @@ class HessianAlignmentPenalty(HessianAlignmentOptions, HeadPenaltyModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.alpha = check_number("alpha", PUBLISHED_ALPHA[self.statistic] if self.alpha is None else self.alpha)
-        self.beta = check_number("beta", self.beta)
-        self.n_samples = check_count("n_samples", self.n_samples)
+        self.alpha = PUBLISHED_ALPHA[self.statistic] if self.alpha is None else self.alpha
 
     def weight_in_words(self) -> str:
         """The weights under which losses may have diverged, for messages."""
@@ -230,9 +228,11 @@ class HessianAlignmentPenalty(HessianAlignmentOptions, HeadPenaltyModule):
 class HessianAlignment(HessianAlignmentOptions, HeadPenalty):
     """Align the classifier head's gradients and Hessians across domains.
 
-    The formula stands at the top of :mod:`debias.methods.hessian_alignment`. ``derivatives="autograd"`` goes with
-    ``"hgp"`` and ``"hutchinson"``. Logs ``train/hessian_alignment_penalty`` on logging steps, before its weight, and
-    the weight where it changes; with ``/name`` behind where there are several of them.
+    A shortcut that pays differently in each domain makes each of them pull the head another way; a head that all agree
+    on has to use something else.
+
+    ``derivatives="autograd"`` goes with
+    ``"hgp"`` and ``"hutchinson"``.
 
     Args:
         seed: seed of the Rademacher vectors.
@@ -243,13 +243,13 @@ class HessianAlignment(HessianAlignmentOptions, HeadPenalty):
         'HessianAlignment(hospital)'
     """
 
-    reference: ClassVar[str] = "Hemati et al., ICCV 2023, arXiv 2308.11778"
-    works: ClassVar[str] = "Each domain has all classes, and several domains are in a batch."
-    fails: ClassVar[str] = (
+    reference = "Hemati et al., ICCV 2023, arXiv 2308.11778"
+    works = "Each domain has all classes, and several domains are in a batch."
+    fails = (
         "The shortcut pays in every domain. A published weight means something else on other features; "
         "`scale_free=True` makes it relative."
     )
-    key: ClassVar[str] = "hessian_alignment"
+    key = "hessian_alignment"
     module_class = HessianAlignmentPenalty
 
     seed: int = 0
@@ -292,10 +292,4 @@ class HessianAlignmentMixin:
 
     hessian_alignment: HessianAlignmentPenalty
     configure_hessian_alignment = configures("hessian_alignment", HessianAlignmentPenalty)
-
-    def hessian_alignment_penalty(
-        self, features: Tensor, logits: Tensor, targets: Tensor, domains: Tensor, **options: Any
-    ) -> Tensor:
-        """The weighted penalty of one batch at this optimiser step."""
-        step = self.global_step  # type: ignore[attr-defined]
-        return self.hessian_alignment(features, logits, targets, domains, step=step, **options)
+    hessian_alignment_penalty = calls("hessian_alignment", HessianAlignmentPenalty.forward)

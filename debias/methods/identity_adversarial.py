@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import field
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -125,7 +125,7 @@ class IdentityLoss(AdversaryLoss):
         n_identities: number of identities S, numbered 0 .. S - 1.
     """
 
-    ids: ClassVar[tuple[str, str]] = ("identity", "n_identities")
+    ids = ("identity", "n_identities")
     in_features: int | None = field(kw_only=False)
     n_identities: int = field(kw_only=False)
 
@@ -185,8 +185,6 @@ class IdentityAdversarialLoss(IdentityAdversarialOptions, IdentityLoss):
 class IdentityAdversarial(IdentityAdversarialOptions, AdversarialDebiaser):
     """Keep identity out of the features, by an adversary that tries to recognise people.
 
-    The method and its formula are described at the top of :mod:`debias.methods.identity_adversarial`.
-
     Args:
         identity: where the identities are: a tag, an index, a name, a dotted path or a callable; ids int64 ``(N,)``,
             negative = unknown, left out.
@@ -207,11 +205,11 @@ class IdentityAdversarial(IdentityAdversarialOptions, AdversarialDebiaser):
         'IdentityAdversarial(subject)'
     """
 
-    ids: ClassVar[tuple[str, str]] = ("identity", "n_identities")
-    needs: ClassVar[tuple[str, ...]] = ("identity", "features")
-    reference: ClassVar[str] = "Ning et al., FG 2025, arXiv 2407.11243"
-    works: ClassVar[str] = "Few people recur in training, and the network can recognise them."
-    fails: ClassVar[str] = (
+    ids = ("identity", "n_identities")
+    needs = ("identity", "features")
+    reference = "Ning et al., FG 2025, arXiv 2407.11243"
+    works = "Few people recur in training, and the network can recognise them."
+    fails = (
         "The layers below are frozen. Too much strength makes the features easier to read, and worse; watch "
         "`AttributeProbe`."
     )

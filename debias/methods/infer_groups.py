@@ -22,7 +22,7 @@ lies the start, as large again as the module. Two runs do the same: infer with a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -77,12 +77,12 @@ class InferGroups(TwoStage):
         ids: group of each training sample, int64 ``(N,)``, -1 where it was not seen; None in stage one.
     """
 
-    reference: ClassVar[str] = "Creager et al., ICML 2021 (EIIL); Liu et al., ICML 2021; Sohoni et al., NeurIPS 2020"
-    works: ClassVar[str] = (
+    reference = "Creager et al., ICML 2021 (EIIL); Liu et al., ICML 2021; Sohoni et al., NeurIPS 2020"
+    works = (
         "A shortcut is easy to learn and labels are clean, so that the first network goes wrong where the "
         "shortcut misleads."
     )
-    fails: ClassVar[str] = (
+    fails = (
         "The first network makes no errors or does not lean on the shortcut. Where labels are noisy, its errors "
         "are noise."
     )

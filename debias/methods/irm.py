@@ -21,12 +21,12 @@ or squared error, and domain ids; no features.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from debias.methods.base import LossPenalty, configures
+from debias.methods.base import LossPenalty, calls, configures
 from debias.ops.arguments import checked
 from debias.ops.distributed import global_rank, global_sum, is_distributed, world_size
 from debias.ops.domains import check_domains, domain_shares
@@ -163,8 +163,8 @@ class IRMPenalty(IRMOptions, LossPenaltyModule):
 class IRM(IRMOptions, LossPenalty):
     """Ask that no domain alone wants to rescale the logits.
 
-    The formula stands at the top of :mod:`debias.methods.irm`. Logs ``train/irm_penalty`` on logging steps, before its
-    weight, and the weight where it changes; with ``/name`` behind where there are several of them.
+    A shortcut deserves more trust in one domain than in another, so that each domain would scale its logits
+    differently; what all of them trust alike remains.
 
     Example:
         >>> from debias import IRM
@@ -172,13 +172,11 @@ class IRM(IRMOptions, LossPenalty):
         'IRM(hospital)'
     """
 
-    reference: ClassVar[str] = "Arjovsky et al. 2019, arXiv 1907.02893"
-    works: ClassVar[str] = "Domains differ in how much the shortcut pays, and the penalty starts after some training."
-    fails: ClassVar[str] = (
-        "The shortcut pays alike in every domain; large networks make the penalty small without giving it up."
-    )
-    key: ClassVar[str] = "irm"
-    of_one_domain: ClassVar[str] = ", of which alone the penalty will be"
+    reference = "Arjovsky et al. 2019, arXiv 1907.02893"
+    works = "Domains differ in how much the shortcut pays, and the penalty starts after some training."
+    fails = "The shortcut pays alike in every domain; large networks make the penalty small without giving it up."
+    key = "irm"
+    of_one_domain = ", of which alone the penalty will be"
     module_class = IRMPenalty
 
 
@@ -187,7 +185,4 @@ class IRMMixin:
 
     irm: IRMPenalty
     configure_irm = configures("irm", IRMPenalty)
-
-    def irm_penalty(self, logits: Tensor, targets: Tensor, domains: Tensor) -> Tensor:
-        """The weighted penalty for logits ``(N, C)``, their targets and domains ``(N,)`` at this optimiser step."""
-        return self.irm(logits, targets, domains, step=self.global_step)  # type: ignore[attr-defined]
+    irm_penalty = calls("irm", IRMPenalty.forward)

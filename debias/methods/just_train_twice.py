@@ -18,7 +18,7 @@ up-weighting them hurts. Costs: stage one. Needs the numbers of samples (``tag(t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -58,8 +58,6 @@ def error_weights(wrong: Tensor, *, upweight: float) -> Tensor:
 class JustTrainTwice(TwoStage):
     """Train twice in one fit, the second time with the errors of the first up-weighted; needs no group labels.
 
-    The method and its formula are described at the top of :mod:`debias.methods.just_train_twice`.
-
     Args:
         epochs: epochs of stage one.
         upweight: how often an error is added: it weighs ``1 + upweight``.
@@ -70,9 +68,9 @@ class JustTrainTwice(TwoStage):
     two.
     """
 
-    reference: ClassVar[str] = "Liu et al., ICML 2021, arXiv 2107.09044"
-    works: ClassVar[str] = "A shortcut is easy to learn, labels are clean, and the first training stops early."
-    fails: ClassVar[str] = (
+    reference = "Liu et al., ICML 2021, arXiv 2107.09044"
+    works = "A shortcut is easy to learn, labels are clean, and the first training stops early."
+    fails = (
         "Labels are noisy: errors are then noise, and count more. A first network without errors leaves nothing "
         "to weigh up."
     )

@@ -31,7 +31,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -213,13 +213,11 @@ class LastLayerRetraining(StepWatcher):
         fit: what was fitted, None before the end.
     """
 
-    shardable: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ("features", "head")
-    reference: ClassVar[str] = "Kirichenko et al. (DFR), Qiu et al. (AFR), LaBonte et al. (SELF), 2023"
-    works: ClassVar[str] = (
-        "The features of a trained network hold what matters, and only its last layer leans on the shortcut."
-    )
-    fails: ClassVar[str] = "The features do not hold it, or few held-out samples of a group are there."
+    shardable = False
+    needs = ("features", "head")
+    reference = "Kirichenko et al. (DFR), Qiu et al. (AFR), LaBonte et al. (SELF), 2023"
+    works = "The features of a trained network hold what matters, and only its last layer leans on the shortcut."
+    fails = "The features do not hold it, or few held-out samples of a group are there."
 
     @checked(first=True, **_RANGES)
     def __init__(

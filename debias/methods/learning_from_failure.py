@@ -23,7 +23,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -173,8 +173,6 @@ class FailureTable(SampleTable):
 class LearningFromFailure(Debiaser):
     """Train a biased twin, and let the network learn what the twin fails at; needs no group labels.
 
-    The method and its formula are described at the top of :mod:`debias.methods.learning_from_failure`.
-
     Args:
         q: of the twin's generalised cross-entropy, in (0, 1]; 0.7 published, searched over (0.05, 0.95).
         rate: share of the old value in a running loss.
@@ -186,14 +184,12 @@ class LearningFromFailure(Debiaser):
     Logs ``train/failure_weight``, the mean weight, ``train/biased_loss`` and ``train/average_loss`` on logging steps.
     """
 
-    stateful: ClassVar[bool] = True
-    shardable: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ("index", "target")
-    reference: ClassVar[str] = "Nam et al., NeurIPS 2020, arXiv 2007.02561"
-    works: ClassVar[str] = (
-        "The shortcut is easier than the task, so that the biased twin falls for it; labels are clean."
-    )
-    fails: ClassVar[str] = "Labels are noisy, or the twin does not fall for the shortcut."
+    stateful = True
+    shardable = False
+    needs = ("index", "target")
+    reference = "Nam et al., NeurIPS 2020, arXiv 2007.02561"
+    works = "The shortcut is easier than the task, so that the biased twin falls for it; labels are clean."
+    fails = "Labels are noisy, or the twin does not fall for the shortcut."
 
     @checked()
     def __init__(

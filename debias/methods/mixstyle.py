@@ -22,7 +22,7 @@ the batch, keeps its style; so does a batch of one. Costs two passes over the ou
 from __future__ import annotations
 
 from dataclasses import KW_ONLY
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +124,7 @@ class MixStyleLayer(MixStyleOptions, nn.Module):
 class MixStyle(MixStyleOptions, LayerAugmenter):
     """Mix the channel statistics of samples at chosen layers, during training only.
 
-    The method and its formula are described at the top of :mod:`debias.methods.mixstyle`. By default the layers are
+    By default the layers are
     ``layer1`` and ``layer2`` of a ResNet, the blocks at a quarter and half the depth of a vision transformer. A layer
     of a frozen part of the network that is in eval mode stays as it is.
 
@@ -139,9 +139,9 @@ class MixStyle(MixStyleOptions, LayerAugmenter):
         'MixStyle'
     """
 
-    reference: ClassVar[str] = "Zhou et al., ICLR 2021, arXiv 2104.02008"
-    works: ClassVar[str] = "Domains differ in style: colour, contrast, texture."
-    fails: ClassVar[str] = "Style tells the class, or domains differ in shape and content."
+    reference = "Zhou et al., ICLR 2021, arXiv 2104.02008"
+    works = "Domains differ in style: colour, contrast, texture."
+    fails = "Style tells the class, or domains differ in shape and content."
 
     domain: BatchKey | None = None
     sync_stats: bool = False

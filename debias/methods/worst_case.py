@@ -20,7 +20,7 @@ per-sample losses only; keeps no state.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,7 +142,7 @@ def chi_square_weights(
 class WorstCaseLoss(GroupState):
     """What both objectives share: the global batch, and rows that are not finite."""
 
-    kind: ClassVar[str] = "sample"
+    kind = "sample"
 
     def __post_init__(self) -> None:
         super().__init__(1)
@@ -268,7 +268,7 @@ class ChiSquareLoss(ChiSquareOptions, WorstCaseLoss):
 class WorstCase(LossOptions, Method):
     """The callback of both: reads the losses, calls the module, logs."""
 
-    reference: ClassVar[str] = "Levy et al., NeurIPS 2020, arXiv 2010.05893"
+    reference = "Levy et al., NeurIPS 2020, arXiv 2010.05893"
     module: Any
 
     def reweigh(self, calls: list[LossCall], step: Step) -> list[Tensor]:
@@ -296,12 +296,12 @@ class WorstCase(LossOptions, Method):
 class CVaRDRO(CVaROptions, WorstCase):
     """Train on the worst fraction of each batch; needs no group labels.
 
-    The formula stands at the top of :mod:`debias.methods.worst_case`. Rows of one sample count one by one. Logs
+    Rows of one sample count one by one. Logs
     ``train/average_loss``, unweighted, on logging steps.
     """
 
-    works: ClassVar[str] = "A fixed share of the samples is hard, and batches are large."
-    fails: ClassVar[str] = "Labels are noisy, or batches small: `alpha` times the batch must be much larger than one."
+    works = "A fixed share of the samples is hard, and batches are large."
+    fails = "Labels are noisy, or batches small: `alpha` times the batch must be much larger than one."
     module_class = CVaRLoss
 
 
@@ -309,12 +309,12 @@ class CVaRDRO(CVaROptions, WorstCase):
 class ChiSquareDRO(ChiSquareOptions, WorstCase):
     """Train on the worst distribution in a chi-square ball around each batch; needs no group labels.
 
-    The formula stands at the top of :mod:`debias.methods.worst_case`. Rows of one sample count one by one. Logs
+    Rows of one sample count one by one. Logs
     ``train/average_loss``, unweighted, on logging steps.
     """
 
-    works: ClassVar[str] = "Hard samples are to count more without a fixed share of them, and batches are large."
-    fails: ClassVar[str] = "Labels are noisy, or batches small: the worst distribution is that of the batch."
+    works = "Hard samples are to count more without a fixed share of them, and batches are large."
+    fails = "Labels are noisy, or batches small: the worst distribution is that of the batch."
     module_class = ChiSquareLoss
 
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from inspect import Parameter, Signature, cleandoc
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints, overload
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
 from debias.errors import DebiasError, UnknownArgumentError
-from debias.ops.arguments import checked
+from debias.ops.annotations import is_number
+from debias.ops.arguments import check_count, check_number, checked
 
 if sys.version_info >= (3, 11):
     from typing import dataclass_transform
@@ -29,8 +31,8 @@ T = TypeVar("T")
 
 _ARGS = re.compile(r"^Args:\n((?: +.*\n|\n(?= ))*)", re.M)
 _ENTRY = re.compile(r"^    (\w+): ?((?:.*\n)(?:     +.*\n)*)", re.M)
-_INHERITED = [re.compile(rf"^{name}:\n(?: +.*\n)+", re.M) for name in ("Shape", "Raises")]
-_SECTION = re.compile(r"^(?:Shape|Returns|Raises|Example):$", re.M)
+_INHERITED = [re.compile(rf"^{name}:\n(?: +.*\n)+", re.M) for name in ("Logs", "Shape", "Raises")]
+_SECTION = re.compile(r"^(?:Logs|Shape|Returns|Raises|Example):$", re.M)
 
 
 @overload
@@ -38,24 +40,27 @@ def arguments(cls: type[T], /) -> type[T]: ...
 
 
 @overload
-def arguments(*, kw_only: bool = True) -> Callable[[type[T]], type[T]]: ...
+def arguments(*, kw_only: bool = True, **within: str) -> Callable[[type[T]], type[T]]: ...
 
 
 @dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(field,))
-def arguments(cls: type | None = None, /, *, kw_only: bool = True) -> Any:
+def arguments(cls: type | None = None, /, *, kw_only: bool = True, **within: str) -> Any:
     """Make ``__init__`` of a class from its annotations and those of its decorated bases.
 
-    The constructor refuses values that a ``Literal`` does not hold, sets every field and calls ``__post_init__``, which
-    checks the others and makes the rest. A class with an ``__init__`` of its own keeps it. Arguments that the docstring
-    leaves out of its ``Args:`` are described there as in the bases' docstrings, whose ``Shape:`` and ``Raises:`` stand
-    for those that it lacks.
+    The constructor refuses values that a ``Literal`` does not hold and numbers outside of their intervals, sets every
+    field and calls ``__post_init__``, which checks the others and makes the rest. A class with an ``__init__`` of its
+    own keeps it. Arguments that the docstring leaves out of its ``Args:`` are described there as in the bases'
+    docstrings, whose ``Logs:``, ``Shape:`` and ``Raises:`` stand for those that it lacks; ``<key>`` in them is the
+    class's own ``key``.
 
     Args:
         cls: the class.
         kw_only: whether its own fields are keyword-only; if not, those behind ``_: KW_ONLY`` are.
+        **within: intervals of numbers by name, ``alpha="(0, 1]"``, as :func:`debias.ops.arguments.checked` takes them;
+            classes that inherit the field inherit its interval. A None that is allowed is left alone.
 
     Example:
-        >>> @arguments
+        >>> @arguments(rate="[0, inf)")
         ... class Options:
         ...     '''Options.
         ...
@@ -77,6 +82,7 @@ def arguments(cls: type | None = None, /, *, kw_only: bool = True) -> Any:
 
     def decorate(cls: type) -> type:
         made: Any = dataclass(init=False, repr=False, eq=False, match_args=False, kw_only=kw_only)(cls)
+        made._within = within
         if "__init__" not in vars(made):
             made.__init__ = _constructor(made)
             made.__doc__ = _documented(made)
@@ -114,6 +120,7 @@ def _constructor(cls: type) -> Callable[..., None]:
         parameters.append(Parameter(name, kind, default=default, annotation=types[name]))
     signature = Signature(parameters, return_annotation=None)
     choices = {name: get_args(types[name]) for name in stated if get_origin(types[name]) is Literal}
+    checks = {name: _check_of(name, types[name], interval) for name, interval in _intervals(cls).items()}
 
     def construct(self: Any, *args: Any, **kwargs: Any) -> None:
         if unknown := [name for name in kwargs if name not in signature.parameters]:
@@ -133,16 +140,42 @@ def _constructor(cls: type) -> Callable[..., None]:
                 raise DebiasError(
                     f"Expected `{name}` to be {', '.join(others)} or {last}, but got {bound.arguments[name]!r}."
                 )
+        for name, check in checks.items():
+            bound.arguments[name] = check(bound.arguments[name])
         # Past nn.Module.__setattr__: a network among the arguments is no part of the module, nor is there one yet.
         vars(self).update(list(bound.arguments.items())[1:])
-        if check := getattr(self, "__post_init__", None):
-            check()
+        if finish := getattr(self, "__post_init__", None):
+            finish()
 
     construct.__signature__ = signature  # type: ignore[attr-defined]
     construct.__name__, construct.__qualname__ = "__init__", f"{cls.__qualname__}.__init__"
     construct.__module__ = cls.__module__
     construct.__annotations__ = {name: hint for name, hint in types.items() if name in signature.parameters}
     return checked()(construct)
+
+
+def _intervals(cls: type) -> dict[str, str]:
+    """Intervals of the numbers among the arguments, of the bases too."""
+    stated = {name: x for base in reversed(cls.__mro__) for name, x in vars(base).get("_within", {}).items()}
+    return {name: stated[name] for name in _order(cls) if name in stated}
+
+
+def _check_of(name: str, hint: Any, interval: str) -> Callable[[Any], Any]:
+    """The check of one argument: of a number, an integer, or each number of a sequence."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    sequence = any(get_origin(kind) for kind in kinds)
+
+    def check(value: Any) -> Any:
+        if value is None and NoneType in kinds:
+            return None
+        if sequence and not is_number(value):  # of another kind it is left to the annotation
+            several = isinstance(value, Sequence) and not isinstance(value, str)
+            return [check_number(name, number, interval) for number in value] if several else value
+        if int in kinds and float not in kinds:
+            return check_count(name, value, int(interval[1:].split(",")[0]))
+        return check_number(name, value, interval)
+
+    return check
 
 
 def _documented(cls: type) -> str | None:
@@ -160,7 +193,8 @@ def _documented(cls: type) -> str | None:
         if found and not section.search(text):
             example = text.find("\nExample:\n")
             head, tail = (text, "") if example < 0 else (text[:example], text[example:])
-            text = f"{head.rstrip()}\n\n{found[0].rstrip()}\n{tail}"
+            said = found[0].rstrip().replace("<key>", getattr(cls, "key", "<key>"))
+            text = f"{head.rstrip()}\n\n{said}\n{tail}"
     known = "".join(f"    {name}: {described[name]}" for name in _order(cls) if name in described)
     if not known:
         return text

@@ -13,8 +13,8 @@ A :class:`LayerAugmenter` changes what layers put out.
 from debias.methods.base.adversary import AdversarialDebiaser
 from debias.methods.base.adversary_loss import AdversaryLoss, AdversaryOptions, make_mlp
 from debias.methods.base.layers import LayerAugmenter
-from debias.methods.base.method import InstanceOptions, KeyedMethod, LossOptions, Method
-from debias.methods.base.mixins import configures
+from debias.methods.base.method import InstanceOptions, KeyedMethod, LossOptions, Method, OneLossMethod
+from debias.methods.base.mixins import calls, configures
 from debias.methods.base.owned import users_optimizer
 from debias.methods.base.penalty import DomainPenalty, FeaturePenalty, HeadPenalty, LossPenalty
 from debias.methods.base.reweighing import DomainDebiaser, GroupDebiaser, ReweighingMethod
@@ -34,7 +34,9 @@ __all__ = [
     "LossOptions",
     "LossPenalty",
     "Method",
+    "OneLossMethod",
     "ReweighingMethod",
+    "calls",
     "configures",
     "make_mlp",
     "users_optimizer",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -65,9 +65,9 @@ class AdversarialDebiaser(AdversaryTraining, KeyedMethod):
     has the same name.
     """
 
-    stateful: ClassVar[bool] = True
-    needs_features: ClassVar[bool] = True
-    only_features: ClassVar[bool] = True
+    stateful = True
+    needs_features = True
+    only_features = True
     schedule: Literal["constant", "dann"]
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from debias.data.counting import tag_counts
-from debias.errors import BatchKeyError, DebiasWarning
+from debias.errors import BatchKeyError, DebiasError, DebiasWarning
 from debias.ops.fields import arguments, field_values
 from debias.step.context import Step
 from debias.step.ids import check_keys, names_in_data, plain_key, plain_n_groups
@@ -19,7 +19,7 @@ from debias.step.reach import Reach
 from debias.step.watcher import Debiaser, default_name
 from debias.tap.calls import LossCall
 
-__all__ = ["InstanceOptions", "KeyedMethod", "LossOptions", "Method"]
+__all__ = ["InstanceOptions", "KeyedMethod", "LossOptions", "Method", "OneLossMethod", "OneLossOptions"]
 
 # The arguments of a Debiaser, of which a method takes as many as make sense for it.
 _DEBIASER = tuple(inspect.signature(Debiaser).parameters)
@@ -38,6 +38,14 @@ class LossOptions(InstanceOptions):
     """What a method takes that changes the loss."""
 
     loss: int | str | Callable[[LossCall], bool] | None = None
+    rows: str | Callable[[LossCall, int], Tensor] | None = None
+
+
+@arguments
+class OneLossOptions(InstanceOptions):
+    """What a method takes that changes one of a step's losses."""
+
+    loss: int | Callable[[LossCall], bool] | None = None
     rows: str | Callable[[LossCall, int], Tensor] | None = None
 
 
@@ -62,6 +70,15 @@ class Method(InstanceOptions, Debiaser):
     def make_module(self) -> Any:
         """The module that does the maths."""
         return self.module_class(**field_values(self, self.module_class))
+
+
+class OneLossMethod(OneLossOptions, Method):
+    """A method that works with one of a step's losses."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss == "sum":
+            raise DebiasError("Expected `loss` to choose one loss, but got 'sum'. Pass its position.")
 
 
 class KeyedMethod(LossOptions, Method):

@@ -40,9 +40,7 @@ __all__ = ["DomainPenalty", "FeaturePenalty", "HeadPenalty", "LossPenalty"]
 class DomainPenalty(PenaltyOptions, KeyedMethod):
     """A method that adds a penalty on how domains differ: in their losses, or in what a subclass of it reads.
 
-    Its module, a :class:`debias.ops.penalties.DomainPenaltyModule`, does the maths. It logs ``train/<key>_penalty``,
-    before its weight, on logging steps, and ``train/<key>_penalty_weight`` where that changes; with ``/name`` behind
-    where there are several of a class.
+    Its module, a :class:`debias.ops.penalties.DomainPenaltyModule`, does the maths.
 
     Args:
         domain: where the domain ids are: a tag, an index, a name, a dotted path, a callable, or a tuple of these whose
@@ -50,11 +48,15 @@ class DomainPenalty(PenaltyOptions, KeyedMethod):
         n_domains: number of domains, one per key; at least 2 in all.
         divide_loss: while the weight is above 1, divide the whole loss by it, as the IRM protocol does.
         reset_optimizer: forget the optimiser's running averages at ``start_step``, as DomainBed does.
+
+    Logs:
+        On logging steps ``train/<key>_penalty``, before its weight, and ``train/<key>_penalty_weight`` where that
+        changes; with ``/name`` behind where there are several of the class.
     """
 
-    ids: ClassVar[tuple[str, str]] = ("domain", "n_domains")
-    unlabelled: ClassVar[str] = "so there was no penalty"
-    needs: ClassVar[tuple[str, ...]] = ("domain",)
+    ids = ("domain", "n_domains")
+    unlabelled = "so there was no penalty"
+    needs = ("domain",)
     of_one_domain: ClassVar[str] = ": the penalty will be 0"  # what becomes of it without others
     key: ClassVar[str]  # what its values are called in logs
 
@@ -178,8 +180,8 @@ class FeaturePenalty(DomainPenalty):
         head: dotted path of the layer whose input the features are, where it is not found.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("domain", "features")
-    needs_features: ClassVar[bool] = True
+    needs = ("domain", "features")
+    needs_features = True
 
     features: str | None = None
     pool: Pool = None
@@ -220,8 +222,8 @@ class HeadPenalty(DomainPenalty):
         head: dotted path of the head; found by default.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("domain", "features")
-    needs_features: ClassVar[bool] = True
+    needs = ("domain", "features")
+    needs_features = True
 
     derivatives: Literal["closed_form", "autograd"] = "closed_form"
     head: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class ReweighingMethod(ReweighingOptions, KeyedMethod):
     ``train/max_<key>`` for another.
     """
 
-    stateful: ClassVar[bool] = True
+    stateful = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,8 +98,8 @@ class DomainDebiaser(ReweighingMethod):
         n_domains: number of domains, one per key.
     """
 
-    ids: ClassVar[tuple[str, str]] = ("domain", "n_domains")
-    needs: ClassVar[tuple[str, ...]] = ("domain",)
+    ids = ("domain", "n_domains")
+    needs = ("domain",)
 
     domain: tuple[BatchKey, ...] | BatchKey = field(kw_only=False)
     n_domains: int | tuple[int, ...] = field(kw_only=False)
@@ -115,7 +115,7 @@ class GroupDebiaser(ReweighingMethod):
         n_groups: number of groups, one per key.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("group",)
+    needs = ("group",)
 
     group: tuple[BatchKey, ...] | BatchKey = field(kw_only=False)
     n_groups: int | tuple[int, ...] = field(kw_only=False)
