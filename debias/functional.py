@@ -4,13 +4,6 @@ import inspect
 
 from debias.methods import *
 from debias.monitors.attribute_probe import ledoit_wolf_shrinkage, probe_attribute
-from debias.ops.class_counts import (
-    class_balanced_weights,
-    focal_loss,
-    ldam_loss,
-    ldam_margins,
-    logit_adjustment,
-)
 from debias.ops.gradient_reversal import dann_ramp, gradient_reversal
 from debias.ops.group_inference import (
     cluster_weights,

@@ -51,8 +51,8 @@ def domain_penalisation_weights(
 
     Args:
         losses: mean loss by domain, ``(D,)``.
-        temperature: T; larger is closer to equal weights.
-        normalize: ``"mean"``: the weights average 1; ``"sum"``: they sum to 1, the paper's formula.
+        temperature: T > 0 of the softmax; larger is closer to equal weights, the paper has 1.
+        normalize: ``"mean"``: weights average 1; ``"sum"``: they sum to 1 after the first update (the paper).
         seen: boolean ``(D,)``; the other domains count with the mean loss of these.
 
     Returns:
@@ -72,14 +72,12 @@ def domain_penalisation_weights(
     return weights * len(losses) if normalize == "mean" else weights
 
 
-@arguments(kw_only=False, temperature="(0, inf)", ema="[0, 1)")
+@arguments(kw_only=False, of=domain_penalisation_weights, ema="[0, 1)")
 class DomainPenalisationOptions:
     """Options of domain penalisation.
 
     Args:
         update: when the weights follow the losses: ``"epoch"`` (the paper) or after every so many batches.
-        temperature: T > 0 of the softmax; the paper has 1.
-        normalize: ``"mean"``: weights average 1; ``"sum"``: they sum to 1 after the first update (the paper).
         ema: share of the earlier loss that stays at an update, in [0, 1); the paper has 0. The first is taken whole.
         domain_counts: training samples per domain, ``(D,)``; only checked: a domain without one is an error. The
             callback counts them if not given (tags without reading a sample), but not in a stream.

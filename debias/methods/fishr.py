@@ -70,7 +70,7 @@ def fishr_penalty(variances: Tensor, present: Tensor, *, reduction: Literal["mea
     return domain_mean(squared, present) / flat.shape[1]
 
 
-@arguments(ema="[0, 1)")
+@arguments(of=fishr_penalty, ema="[0, 1)")
 class FishrOptions(PenaltyOptions):
     """Options of Fishr, at DomainBed's values; the averages are kept from the first step on, whatever the weight.
 
@@ -78,7 +78,6 @@ class FishrOptions(PenaltyOptions):
         ema: share of the past in the running average of the variances, in [0, 1).
         ema_bias: ``"reference"`` or ``"corrected"``, what the average is divided by, see :mod:`debias.methods.fishr`;
             published weights are of the first.
-        reduction: mean or sum, over domains and parameters.
     """
 
     penalty_weight: float = 1000.0

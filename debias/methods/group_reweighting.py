@@ -38,7 +38,7 @@ def inverse_frequency_weights(group_counts: Tensor, *, power: float = 1.0) -> Te
 
     Args:
         group_counts: training samples per group, ``(G,)``, all positive.
-        power: 1 for inverse frequency, 0.5 for its square root.
+        power: 1 for inverse frequency, 0.5 for its square root, 0 for none.
 
     Returns:
         Weights ``(G,)``, in the dtype of the counts.
@@ -53,12 +53,11 @@ def inverse_frequency_weights(group_counts: Tensor, *, power: float = 1.0) -> Te
     return raw * group_counts.sum() / (raw * group_counts).sum()
 
 
-@arguments(kw_only=False, power="[0, inf)", group_weights="[0, inf)")
+@arguments(kw_only=False, of=inverse_frequency_weights, group_weights="[0, inf)")
 class GroupReweightingOptions:
     """Options of fixed group weights.
 
     Args:
-        power: 1 for inverse frequency, 0.5 for its square root, 0 for none.
         group_counts: training samples per group, ``(G,)``; the callback counts them in the training set if not given.
         group_weights: weights of your own instead, ``(G,)``, at least 0, taken as they are.
         group_names: one name per group, for logs and messages.

@@ -71,6 +71,7 @@ PUBLISHED_ALPHA: dict[str, float] = {"hgp": 1e-4, "diagonal": 1e-3, "hutchinson"
     "domains: int N < n_domains | bool N n_domains",
     alpha="[0, inf)",
     beta="[0, inf)",
+    n_samples="[1, inf)",
 )
 @in_full_precision
 def hessian_alignment_penalty(
@@ -102,9 +103,9 @@ def hessian_alignment_penalty(
         n_domains: number of domains E.
         loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` or ``"squared_error"``.
         head_bias: whether the head adds a bias.
-        statistic: what of the Hessians is compared.
-        alpha: weight of the Hessians' distance; by default the published value of the statistic.
-        beta: weight of the gradients' distance.
+        statistic: what of the Hessians is compared: ``"hgp"``, ``"diagonal"``, ``"hutchinson"`` or ``"frobenius"``.
+        alpha: weight of the Hessians' distance, >= 0; by default the published value of the statistic.
+        beta: weight of the gradients' distance, >= 0.
         detach_target: take no gradient through the means over domains.
         scale_free: divide each distance by the mean squared norm of what is compared.
         reduction: mean or sum over domains.
@@ -181,19 +182,9 @@ def _hutchinson(
     return distances_from(estimates[:-1], estimates[-1], detach_target, statistics.scale(relative))
 
 
-@arguments(alpha="[0, inf)", beta="[0, inf)", n_samples="[1, inf)")
+@arguments(of=hessian_alignment_penalty)
 class HessianAlignmentOptions(PenaltyOptions):
-    """Options of Hessian alignment.
-
-    Args:
-        statistic: what of the Hessians is compared: ``"hgp"``, ``"diagonal"``, ``"hutchinson"`` or ``"frobenius"``.
-        alpha: weight of the Hessians' distance, >= 0; by default the published value of the statistic.
-        beta: weight of the gradients' distance, >= 0.
-        detach_target: take no gradient through the means over domains.
-        scale_free: divide each distance by the mean squared norm of what is compared.
-        reduction: mean or sum over domains.
-        n_samples: Rademacher vectors of ``"hutchinson"``.
-    """
+    """Options of Hessian alignment."""
 
     statistic: Statistic = "hgp"
     alpha: float | None = None

@@ -30,14 +30,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from debias.errors import DebiasError, UnsupportedStrategyError
-from debias.ops import arguments
-from debias.ops.arguments import check_number, checked
+from debias.methods.base import OneLossMethod
+from debias.ops.arguments import check_number, checked, on_host
 from debias.ops.distributed import as_global, gather, global_sum, world_size
+from debias.ops.fields import arguments
 from debias.ops.samples import SampleTable
 from debias.step.context import Step
 from debias.step.owned import OwnedModule
 from debias.step.samples import check_length, predictions, sample_losses, sample_numbers, train_set
-from debias.step.watcher import Debiaser
 from debias.tap.calls import LossCall
 from debias.tap.rows import RowTracker
 from debias.tap.selection import reaching, select_calls
@@ -156,7 +156,7 @@ class FailureTable(SampleTable):
         """
         running: Any = self._buffers[name]
         largest = self._largest.get(name)
-        if largest is not None and len(largest) == n_classes and name in before and arguments.on_host(running):
+        if largest is not None and len(largest) == n_classes and name in before and on_host(running):
             replaced = (before[name] >= largest[labels]) | (before["classes"] != labels)
             if not bool((replaced & known).any()):
                 largest.scatter_reduce_(0, labels, running[place] * (place < self.size), "amax")
@@ -170,8 +170,12 @@ class FailureTable(SampleTable):
         self._largest.clear()
 
 
-class LearningFromFailure(Debiaser):
+@arguments(q="(0, 1]", rate="[0, 1)")
+class LearningFromFailure(OneLossMethod):
     """Train a biased twin, and let the network learn what the twin fails at; needs no group labels.
+
+    The twin picks up the shortcut first, as it is easier; what it then fails at contradicts the shortcut, and counts
+    more for the network.
 
     Args:
         q: of the twin's generalised cross-entropy, in (0, 1]; 0.7 published, searched over (0.05, 0.95).
@@ -179,9 +183,9 @@ class LearningFromFailure(Debiaser):
         running: the authors' weights; False for SubpopBench's.
         optimizer: makes the twin's optimiser from parameters and ``lr=``; by default one of the user's class and
             options, whose learning rates follow the user's.
-        loss, rows, seed, name, allow_untested_strategy: see :class:`debias.Debiaser`.
 
-    Logs ``train/failure_weight``, the mean weight, ``train/biased_loss`` and ``train/average_loss`` on logging steps.
+    Logs:
+        On logging steps ``train/failure_weight``, the mean weight, ``train/biased_loss`` and ``train/average_loss``.
     """
 
     stateful = True
@@ -191,27 +195,14 @@ class LearningFromFailure(Debiaser):
     works = "The shortcut is easier than the task, so that the biased twin falls for it; labels are clean."
     fails = "Labels are noisy, or the twin does not fall for the shortcut."
 
-    @checked()
-    def __init__(
-        self,
-        *,
-        q: float = 0.7,
-        rate: float = 0.7,
-        running: bool = True,
-        optimizer: Callable[[Iterable], Optimizer] | None = None,
-        loss: int | Callable[[LossCall], bool] | None = None,
-        rows: str | Callable[[LossCall, int], Tensor] | None = None,
-        seed: int = 0,
-        name: str | None = None,
-        allow_untested_strategy: bool = False,
-    ) -> None:
-        super().__init__(loss=loss, rows=rows, seed=seed, name=name, allow_untested_strategy=allow_untested_strategy)
-        if loss == "sum":
-            raise DebiasError("Expected `loss` to choose one loss, but got 'sum'. Pass its position.")
-        self.q = check_number("q", q, "(0, 1]")
-        self.rate = check_number("rate", rate, "[0, 1)")
-        self.running = running
-        self.optimizer = optimizer
+    q: float = 0.7
+    rate: float = 0.7
+    running: bool = True
+    optimizer: Callable[[Iterable], Optimizer] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.owned = {"twin": OwnedModule(self._copy, lr=1.0, optimizer=self._make_optimizer)}
         self._stash: dict[str, Any] | None = None
         self._source: Any = None

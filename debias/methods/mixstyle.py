@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from debias.errors import DebiasError
 from debias.methods.base import LayerAugmenter
-from debias.ops.arguments import check_number, checked
+from debias.ops.arguments import checked
 from debias.ops.distributed import gather, global_rank, is_distributed
 from debias.ops.fields import arguments
-from debias.ops.pairs import beta_shares, random_partners
+from debias.ops.pairs import beta_shares, other_domains, random_partners
 from debias.ops.styles import restyle, style
 from debias.step.batch import BatchKey
 
@@ -67,31 +67,19 @@ def mix_style(x: Tensor, partners: Tensor, shares: Tensor, *, eps: float = 1e-6)
     return restyle(x, mean, std, new_mean, new_std)
 
 
-def other_domains(domains: Tensor) -> Tensor:
-    """Who may be the partner of whom: those of another known domain, boolean ``(N, N)``."""
-    known = domains >= 0
-    return (domains.unsqueeze(1) != domains) & known & known.unsqueeze(1)
-
-
-@arguments(kw_only=False)
+@arguments(kw_only=False, of=mix_style, p="[0, 1]", alpha="(0, inf)")
 class MixStyleOptions:
     """Options of MixStyle, at the published values.
 
     Args:
         p: probability that a pass is changed.
         alpha: parameter of the Beta distribution; small values rarely mix, but then strongly.
-        eps: added to variances.
     """
 
     p: float = 0.5
     alpha: float = 0.1
     _: KW_ONLY
     eps: float = 1e-6
-
-    def check(self) -> None:
-        """Refuse numbers that are out of range."""
-        self.eps = check_number("eps", self.eps)
-        self.p, self.alpha = check_number("p", self.p, "[0, 1]"), check_number("alpha", self.alpha, "(0, inf)")
 
 
 @arguments
@@ -104,7 +92,6 @@ class MixStyleLayer(MixStyleOptions, nn.Module):
 
     def __post_init__(self) -> None:
         nn.Module.__init__(self)
-        self.check()
 
     def forward(self, x: Tensor, domains: Tensor | None = None) -> Tensor:
         """Mix styles, with probability ``p``."""
@@ -124,9 +111,11 @@ class MixStyleLayer(MixStyleOptions, nn.Module):
 class MixStyle(MixStyleOptions, LayerAugmenter):
     """Mix the channel statistics of samples at chosen layers, during training only.
 
-    By default the layers are
-    ``layer1`` and ``layer2`` of a ResNet, the blocks at a quarter and half the depth of a vision transformer. A layer
-    of a frozen part of the network that is in eval mode stays as it is.
+    Channel statistics carry style, such as colour and contrast, while labels stay; a style that changes at random is no
+    clue to the label.
+
+    By default the layers are ``layer1`` and ``layer2`` of a ResNet, the blocks at a quarter and half the depth of a
+    vision transformer. A layer of a frozen part of the network that is in eval mode stays as it is.
 
     Args:
         domain: where the domain ids are, for partners from another domain; None for partners of any domain.
@@ -149,7 +138,6 @@ class MixStyle(MixStyleOptions, LayerAugmenter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check()
         if isinstance(self.domain, tuple | list):
             raise DebiasError(
                 f"Expected `domain` of MixStyle to be one key, but got {self.domain!r}. Tag the crossed ids: which are"

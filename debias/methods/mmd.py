@@ -26,7 +26,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from debias.errors import DebiasError
 from debias.methods.base import FeaturePenalty, calls, configures
 from debias.ops.arguments import checked
 from debias.ops.distributed import gathers
@@ -117,14 +116,9 @@ def _kernels(distances: Tensor, gammas: Sequence[float]) -> tuple[Tensor, Tensor
     return values, slopes
 
 
-@arguments(gammas="[0, inf)")
+@arguments(of=mmd_penalty)
 class MMDOptions(PenaltyOptions):
-    """Options of MMD.
-
-    Args:
-        kernel: ``"gaussian"``, or ``"scaled_gaussian"`` on distances divided by their mean.
-        gammas: inverse widths of the kernels, which are added; positive, by default DomainBed's seven.
-    """
+    """Options of MMD; ``gammas`` are by default DomainBed's seven."""
 
     kernel: Kernel = "gaussian"
     gammas: Sequence[float] | None = None
@@ -137,8 +131,6 @@ class MMDPenalty(MMDOptions, FeaturePenaltyModule):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.gammas = list(GAMMAS) if self.gammas is None else self.gammas
-        if not self.gammas:
-            raise DebiasError("Expected `gammas` to hold one inverse width or more, but got none.")
 
     def of(self, features: Tensor, domains: Tensor) -> Tensor:
         """The penalty, not yet weighted."""

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from debias.errors import DebiasError, UnknownArgumentError
 from debias.ops.annotations import is_number
-from debias.ops.arguments import check_count, check_number, checked
+from debias.ops.arguments import check_count, check_number, checked, shown
 
 if sys.version_info >= (3, 11):
     from typing import dataclass_transform
@@ -40,11 +40,15 @@ def arguments(cls: type[T], /) -> type[T]: ...
 
 
 @overload
-def arguments(*, kw_only: bool = True, **within: str) -> Callable[[type[T]], type[T]]: ...
+def arguments(
+    *, kw_only: bool = True, of: Callable[..., Any] | None = None, **within: str
+) -> Callable[[type[T]], type[T]]: ...
 
 
 @dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(field,))
-def arguments(cls: type | None = None, /, *, kw_only: bool = True, **within: str) -> Any:
+def arguments(
+    cls: type | None = None, /, *, kw_only: bool = True, of: Callable[..., Any] | None = None, **within: str
+) -> Any:
     """Make ``__init__`` of a class from its annotations and those of its decorated bases.
 
     The constructor refuses values that a ``Literal`` does not hold and numbers outside of their intervals, sets every
@@ -56,6 +60,8 @@ def arguments(cls: type | None = None, /, *, kw_only: bool = True, **within: str
     Args:
         cls: the class.
         kw_only: whether its own fields are keyword-only; if not, those behind ``_: KW_ONLY`` are.
+        of: a :func:`debias.ops.arguments.checked` function that takes some of its own fields, too: their descriptions
+            and intervals are those of the function.
         **within: intervals of numbers by name, ``alpha="(0, 1]"``, as :func:`debias.ops.arguments.checked` takes them;
             classes that inherit the field inherit its interval. A None that is allowed is left alone.
 
@@ -82,7 +88,8 @@ def arguments(cls: type | None = None, /, *, kw_only: bool = True, **within: str
 
     def decorate(cls: type) -> type:
         made: Any = dataclass(init=False, repr=False, eq=False, match_args=False, kw_only=kw_only)(cls)
-        made._within = within
+        own = vars(cls).get("__annotations__", ())
+        made._of, made._within = of, {k: v for k, v in getattr(of, "within", {}).items() if k in own} | within
         if "__init__" not in vars(made):
             made.__init__ = _constructor(made)
             made.__doc__ = _documented(made)
@@ -118,19 +125,19 @@ def _constructor(cls: type) -> Callable[..., None]:
         default = Parameter.empty if stated[name].default is MISSING else stated[name].default
         kind = Parameter.KEYWORD_ONLY if stated[name].kw_only else Parameter.POSITIONAL_OR_KEYWORD
         parameters.append(Parameter(name, kind, default=default, annotation=types[name]))
-    signature = Signature(parameters, return_annotation=None)
+    takes = Signature(parameters, return_annotation=None)
     choices = {name: get_args(types[name]) for name in stated if get_origin(types[name]) is Literal}
     checks = {name: _check_of(name, types[name], interval) for name, interval in _intervals(cls).items()}
 
     def construct(self: Any, *args: Any, **kwargs: Any) -> None:
-        if unknown := [name for name in kwargs if name not in signature.parameters]:
-            near = get_close_matches(unknown[0], list(signature.parameters), 1)
+        if unknown := [name for name in kwargs if name not in takes.parameters]:
+            near = get_close_matches(unknown[0], list(takes.parameters), 1)
             raise UnknownArgumentError(
-                f"Expected arguments of {type(self).__name__} ({', '.join(list(signature.parameters)[1:])}), but got"
+                f"Expected arguments of {type(self).__name__} ({', '.join(list(takes.parameters)[1:])}), but got"
                 f" `{unknown[0]}`. {f'Did you mean `{near[0]}`?' if near else 'Remove it.'}"
             )
         try:
-            bound = signature.bind(self, *args, **kwargs)
+            bound = takes.bind(self, *args, **kwargs)
         except TypeError as error:
             raise TypeError(f"{type(self).__name__}() {error}") from None
         bound.apply_defaults()
@@ -147,10 +154,10 @@ def _constructor(cls: type) -> Callable[..., None]:
         if finish := getattr(self, "__post_init__", None):
             finish()
 
-    construct.__signature__ = signature  # type: ignore[attr-defined]
+    construct.__signature__ = takes  # type: ignore[attr-defined]
     construct.__name__, construct.__qualname__ = "__init__", f"{cls.__qualname__}.__init__"
     construct.__module__ = cls.__module__
-    construct.__annotations__ = {name: hint for name, hint in types.items() if name in signature.parameters}
+    construct.__annotations__ = {name: hint for name, hint in types.items() if name in takes.parameters}
     return checked()(construct)
 
 
@@ -169,8 +176,11 @@ def _check_of(name: str, hint: Any, interval: str) -> Callable[[Any], Any]:
         if value is None and NoneType in kinds:
             return None
         if sequence and not is_number(value):  # of another kind it is left to the annotation
-            several = isinstance(value, Sequence) and not isinstance(value, str)
-            return [check_number(name, number, interval) for number in value] if several else value
+            if not isinstance(value, Sequence) or isinstance(value, str):
+                return value
+            if not value:
+                raise DebiasError(f"Expected `{name}` to hold at least one number, but got {shown(value)}.")
+            return [check_number(name, number, interval) for number in value]
         if int in kinds and float not in kinds:
             return check_count(name, value, int(interval[1:].split(",")[0]))
         return check_number(name, value, interval)
@@ -182,10 +192,6 @@ def _documented(cls: type) -> str | None:
     """The docstring with all arguments in ``Args:``, each as the nearest class that has it describes it."""
     if not vars(cls).get("__doc__"):  # python -OO
         return None
-    described: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        for entries in _ARGS.findall(cleandoc(vars(base).get("__doc__") or "") + "\n"):
-            described |= dict(_ENTRY.findall(entries))
     text = cleandoc(vars(cls)["__doc__"]) + "\n"
     for section in _INHERITED:
         inherited = (section.search(cleandoc(vars(base).get("__doc__") or "") + "\n") for base in cls.__mro__)
@@ -195,6 +201,7 @@ def _documented(cls: type) -> str | None:
             head, tail = (text, "") if example < 0 else (text[:example], text[example:])
             said = found[0].rstrip().replace("<key>", getattr(cls, "key", "<key>"))
             text = f"{head.rstrip()}\n\n{said}\n{tail}"
+    described = _described(cls)
     known = "".join(f"    {name}: {described[name]}" for name in _order(cls) if name in described)
     if not known:
         return text
@@ -204,3 +211,19 @@ def _documented(cls: type) -> str | None:
     if found := _SECTION.search(text):
         return f"{text[: found.start()]}{made}\n{text[found.start() :]}"
     return f"{text}\n{made}"
+
+
+def _described(cls: type) -> dict[str, str]:
+    """What is said of each argument: by the nearest class that has it, or the function that this one goes by."""
+    described: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        of = vars(base).get("_of")
+        own = vars(base).get("__annotations__", ())
+        described |= {name: said for name, said in _entries(of).items() if name in own} | _entries(base)
+    return described
+
+
+def _entries(documented: Any) -> dict[str, str]:
+    """The entries of ``Args:`` in a docstring, by argument."""
+    text = cleandoc(vars(documented).get("__doc__") or getattr(documented, "__doc__", None) or "") if documented else ""
+    return dict(_ENTRY.findall("".join(_ARGS.findall(text + "\n"))))

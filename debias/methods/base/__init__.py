@@ -12,17 +12,21 @@ A :class:`LayerAugmenter` changes what layers put out.
 
 from debias.methods.base.adversary import AdversarialDebiaser
 from debias.methods.base.adversary_loss import AdversaryLoss, AdversaryOptions, make_mlp
+from debias.methods.base.criterion import ClassCriterion, Criterion
 from debias.methods.base.layers import LayerAugmenter
 from debias.methods.base.method import InstanceOptions, KeyedMethod, LossOptions, Method, OneLossMethod
 from debias.methods.base.mixins import calls, configures
 from debias.methods.base.owned import users_optimizer
 from debias.methods.base.penalty import DomainPenalty, FeaturePenalty, HeadPenalty, LossPenalty
 from debias.methods.base.reweighing import DomainDebiaser, GroupDebiaser, ReweighingMethod
+from debias.methods.base.worst_case import WorstCase
 
 __all__ = [
     "AdversarialDebiaser",
     "AdversaryLoss",
     "AdversaryOptions",
+    "ClassCriterion",
+    "Criterion",
     "DomainDebiaser",
     "DomainPenalty",
     "FeaturePenalty",
@@ -36,6 +40,7 @@ __all__ = [
     "Method",
     "OneLossMethod",
     "ReweighingMethod",
+    "WorstCase",
     "calls",
     "configures",
     "make_mlp",

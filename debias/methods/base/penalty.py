@@ -56,7 +56,7 @@ class DomainPenalty(PenaltyOptions, KeyedMethod):
 
     ids = ("domain", "n_domains")
     unlabelled = "so there was no penalty"
-    needs = ("domain",)
+    needs: ClassVar[tuple[str, ...]] = ("domain",)
     of_one_domain: ClassVar[str] = ": the penalty will be 0"  # what becomes of it without others
     key: ClassVar[str]  # what its values are called in logs
 

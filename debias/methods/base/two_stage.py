@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from debias.errors import DebiasError, UnsupportedStrategyError
-from debias.ops.arguments import check_count
+from debias.methods.base.held_out import Evaluating
+from debias.methods.base.method import OneLossMethod
 from debias.ops.distributed import global_rank, is_distributed, world_size
 from debias.ops.samples import SampleTable
 from debias.step.batch import split_tags
@@ -29,14 +30,13 @@ from debias.step.context import Step
 from debias.step.proxy import attach, detach
 from debias.step.random import undisturbed
 from debias.step.samples import check_length, predictions, sample_losses, sample_numbers, train_set
-from debias.step.watcher import Debiaser
 from debias.tap.calls import LossCall
 from debias.tap.head import HeadFinder, check_features, submodule
 from debias.tap.rows import RowTracker
 from debias.tap.selection import select_calls
 from debias.tap.tap import LossTap
 
-__all__ = ["TwoStage"]
+__all__ = ["TwoStage", "nothing"]
 
 # They keep weights of stage one, or change the schedule by the length of the whole run.
 _AVERAGING = {"StochasticWeightAveraging", "WeightAveraging"}
@@ -44,32 +44,23 @@ _AVERAGING = {"StochasticWeightAveraging", "WeightAveraging"}
 _RESET = {"StepWatcher", "ModelCheckpoint", "EarlyStopping"}
 
 
-class TwoStage(Debiaser):
+class TwoStage(OneLossMethod):
     """A method whose first epochs are a network to be watched.
 
-    A subclass says in :meth:`decide` what follows from the record of stage one.
-
-    Args:
-        epochs: epochs of stage one.
-        observe: ``"training"``: what the last epoch of stage one makes of the samples, in training mode, each by
-            other weights; ``"pass"``: a pass over the training set in evaluation mode when stage one has ended.
-        **options: see :class:`debias.Debiaser`.
+    A subclass has the fields ``epochs`` and ``observe``, and says in :meth:`decide` what follows from the record of
+    stage one.
     """
 
     stateful = True
     shardable = False
     needs = ("index",)
-    records_features = False
+    records_features: ClassVar[bool] = False
+    epochs: int
     module: Any
 
-    def __init__(self, epochs: int, observe: Literal["training", "pass"], **options: Any) -> None:
-        super().__init__(**options)
-        if options.get("loss") == "sum":
-            raise DebiasError("Expected `loss` to choose one loss, but got 'sum'. Pass its position.")
-        if observe not in ("training", "pass"):
-            raise DebiasError(f"Expected `observe` to be 'training' or 'pass', but got {observe!r}.")
-        self.epochs = check_count("epochs", epochs)
-        self.observe_by = observe
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.observe_by = vars(self).pop("observe")  # the callback has a function of that name
         self.stage = 1
         self.ids: Tensor | None = None  # by sample, int64 (N,), once stage two has begun
         self._start: dict[str, Any] | None = None
@@ -355,19 +346,17 @@ def _on_cpu(state: Any) -> Any:
     return copy.deepcopy(state)
 
 
-def _nothing(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    return None
+def nothing(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """What stands in for a function that is not to run."""
 
 
 @contextmanager
 def _evaluating(module: Any) -> Iterator[None]:
-    modes = [(m, m.training) for m in module.modules()]
-    proxies = [attach(module, name, _nothing) for name in ("log", "log_dict")]
-    module.eval()
+    """Evaluation mode, without logs."""
+    proxies = [attach(module, name, nothing) for name in ("log", "log_dict")]
     try:
-        yield
+        with Evaluating(module):
+            yield
     finally:
         for proxy in proxies:
             detach(proxy)
-        for m, mode in modes:
-            m.training = mode
