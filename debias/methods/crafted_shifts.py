@@ -32,6 +32,8 @@ _HOST = torch.device("cpu")
 class CraftedShifts(Method):
     """Train on images as they are and under crafted distribution shifts.
 
+    The shifts change quality, colour and scene but not the label; clues that do not survive them stop paying.
+
     With a :class:`ShiftedValidation` in the same list, ``val_shift/held_out_mean`` leaves out the families that this
     trains on. The two-fold protocol trains a setting with ``families="first"`` and with ``families="second"``, scores
     it by :func:`debias.functional.two_fold_score`, and trains the best one with ``families="all"``.

@@ -198,10 +198,13 @@ class DomainPenalisationLoss(DomainPenalisationOptions, DomainLoss):
 class DomainPenalisation(DomainPenalisationOptions, DomainDebiaser):
     """Weigh each domain by its training loss of the last epoch.
 
-    Logs ``train/domain_weight/<name>`` and ``train/loss_by_domain/<name>`` on logging steps, and
-    ``train/average_loss``, unweighted: the loss that the step logs itself is the reweighted one. Of more than 100
-    domains only ``train/max_domain_weight`` and ``train/worst_domain_loss``, the largest ones, stand for the values by
-    domain.
+    Domains in which a shortcut fails have higher losses while the network relies on it; as they count more, it cannot
+    neglect them.
+
+    Logs:
+        On logging steps ``train/domain_weight/<name>`` and ``train/loss_by_domain/<name>``, of more than 100 domains
+        ``train/max_domain_weight`` and ``train/worst_domain_loss``, the largest ones, instead; and
+        ``train/average_loss``, unweighted: the loss that the step logs itself is the reweighted one.
 
     Example:
         >>> from debias import DomainPenalisation

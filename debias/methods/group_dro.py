@@ -245,9 +245,13 @@ class GroupDROLoss(GroupDROOptions, GroupLoss):
 class GroupDRO(GroupDROOptions, GroupDebiaser):
     """Reweigh groups online towards the worst one.
 
-    Logs ``train/group_weight/<name>`` and ``train/loss_by_group/<name>`` on logging steps, and ``train/average_loss``,
-    unweighted: the loss that the step logs itself is the reweighted one. Of more than 100 groups only
-    ``train/max_group_weight`` and ``train/worst_group_loss``, the largest ones, stand for the values by group.
+    A shortcut fails in some groups, whose loss stays high while the network relies on it; as they count more, the
+    network has to learn what serves them, too.
+
+    Logs:
+        On logging steps ``train/group_weight/<name>`` and ``train/loss_by_group/<name>``, of more than 100 groups
+        ``train/max_group_weight`` and ``train/worst_group_loss``, the largest ones, instead; and
+        ``train/average_loss``, unweighted: the loss that the step logs itself is the reweighted one.
 
     Example:
         >>> from debias import GroupDRO

@@ -126,8 +126,11 @@ class GroupReweightingLoss(GroupReweightingOptions, GroupLoss):
 class GroupReweighting(GroupReweightingOptions, GroupDebiaser):
     """Weigh every group by its inverse frequency: fixed, the baseline.
 
-    Logs ``train/group_weight/<name>`` on logging steps, of more than 100 groups ``train/max_group_weight``, the largest
-    one, instead; and ``train/average_loss``, unweighted.
+    A shortcut pays because the groups that contradict it are rare; where all groups count the same, it pays less.
+
+    Logs:
+        On logging steps ``train/group_weight/<name>``, of more than 100 groups ``train/max_group_weight``, the largest
+        one, instead; and ``train/average_loss``, unweighted.
     """
 
     reference = "inverse-frequency weighting; e.g. Yang et al., ICML 2023 (ReWeight, SqrtReWeight)"

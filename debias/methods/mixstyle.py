@@ -61,10 +61,14 @@ def mix_style(x: Tensor, partners: Tensor, shares: Tensor, *, eps: float = 1e-6)
     """
     with torch.no_grad():
         mean, std = style(x, eps=eps)
-        kept = shares.to(mean.dtype).view(-1, *[1] * (x.ndim - 1))
-        new_mean = torch.lerp(mean[partners], mean, kept)
-        new_std = torch.lerp(std[partners], std, kept)
-    return restyle(x, mean, std, new_mean, new_std)
+        mixed = _mixed(mean, std, mean[partners], std[partners], shares)
+    return restyle(x, mean, std, *mixed)
+
+
+def _mixed(mean: Tensor, std: Tensor, means: Tensor, stds: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Styles mixed with those of partners."""
+    kept = shares.to(mean.dtype).view(-1, *[1] * (mean.ndim - 1))
+    return torch.lerp(means, mean, kept), torch.lerp(stds, std, kept)
 
 
 @arguments(kw_only=False, of=mix_style, p="[0, 1]", alpha="(0, inf)")
@@ -157,11 +161,9 @@ class MixStyle(MixStyleOptions, LayerAugmenter):
         if self.domain is not None:
             ids = self.step.ids(self.domain, 1, argument="domain")  # type: ignore[union-attr]
             domains = self.ids_of_rows(ids, x.shape[0])
-        sync = self.sync_stats and is_distributed()
-        if not sync:
-            partners, shares = self._draw(path, x.device, x.shape[0], domains, shared=False)
-            return mix_style(x, partners, shares, eps=self.eps)
-        return self._among_all(x, path, domains)
+        if self.sync_stats and is_distributed():
+            return self._among_all(x, path, domains)
+        return mix_style(x, *self._draw(path, x.device, x.shape[0], domains, shared=False), eps=self.eps)
 
     def _draw(
         self, path: str, device: torch.device, n: int, domains: Tensor | None, *, shared: bool
@@ -187,7 +189,5 @@ class MixStyle(MixStyleOptions, LayerAugmenter):
             # Rows lie in the order of ranks.
             own = (pool[:, -2] < global_rank()).sum() + torch.arange(x.shape[0], device=x.device)
             means, stds = (part.view(-1, *mean.shape[1:]) for part in pool[:, :-2].chunk(2, dim=1))
-            kept = shares[own].to(mean.dtype).view(-1, *[1] * (x.ndim - 1))
-            new_mean = torch.lerp(means[partners[own]], mean, kept)
-            new_std = torch.lerp(stds[partners[own]], std, kept)
-        return restyle(x, mean, std, new_mean, new_std)
+            mixed = _mixed(mean, std, means[partners[own]], stds[partners[own]], shares[own])
+        return restyle(x, mean, std, *mixed)

@@ -118,19 +118,15 @@ def _kernels(distances: Tensor, gammas: Sequence[float]) -> tuple[Tensor, Tensor
 
 @arguments(of=mmd_penalty)
 class MMDOptions(PenaltyOptions):
-    """Options of MMD; ``gammas`` are by default DomainBed's seven."""
+    """Options of MMD, at DomainBed's values."""
 
     kernel: Kernel = "gaussian"
-    gammas: Sequence[float] | None = None
+    gammas: Sequence[float] | None = GAMMAS
 
 
 @arguments
 class MMDPenalty(MMDOptions, FeaturePenaltyModule):
     """The penalty for any training loop."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.gammas = list(GAMMAS) if self.gammas is None else self.gammas
 
     def of(self, features: Tensor, domains: Tensor) -> Tensor:
         """The penalty, not yet weighted."""
