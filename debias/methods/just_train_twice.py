@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
-from debias.methods.base.two_stage import TwoStage
+from debias.methods.base import TwoStage
 from debias.ops.arguments import checked
 from debias.ops.distributed import as_global, global_sum, world_size
 from debias.ops.fields import arguments

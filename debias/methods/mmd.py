@@ -44,12 +44,7 @@ Kernel = Literal["gaussian", "scaled_gaussian"]
 @checked("features: float N D, domains: int N < n_domains | bool N n_domains", gammas="[0, inf)")
 @in_full_precision
 def mmd_penalty(
-    features: Tensor,
-    domains: Tensor,
-    n_domains: int,
-    *,
-    kernel: Kernel = "gaussian",
-    gammas: Sequence[float] = GAMMAS,
+    features: Tensor, domains: Tensor, n_domains: int, *, kernel: Kernel = "gaussian", gammas: Sequence[float] = GAMMAS
 ) -> Tensor:
     """Squared maximum mean discrepancy between domains, averaged over pairs.
 
