@@ -26,7 +26,7 @@ from torch import Tensor
 from debias.errors import DebiasError
 from debias.methods.base import TwoStage
 from debias.ops.arguments import checked
-from debias.ops.distributed import as_global, global_sum, world_size
+from debias.ops.distributed import weighted_mean
 from debias.ops.fields import arguments
 from debias.ops.group_inference import error_groups
 from debias.step.context import Step
@@ -113,14 +113,11 @@ class JustTrainTwice(TwoStage):
             return [call.mean()]
         weights: Any = self._weights
         of_samples = torch.where(numbers < len(weights), weights[numbers.clamp(0, len(weights) - 1)], 1.0)
-        local = (call.num * call.of_rows(of_samples).to(call.num.dtype)).sum()
-        summed, total = global_sum(torch.stack((local.detach(), call.den.detach().sum())))
-        total = total + (total == 0)
         if step.logging:
             ids: Any = self.ids
             self.log_value("error_share", (ids > 0).double().mean(), step)
             self.log_value("average_loss", call.mean().detach(), step)
-        return [as_global(local * (world_size() / total), summed / total)]
+        return [weighted_mean(call.num * call.of_rows(of_samples).to(call.num.dtype), call.den.detach())]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_weights": None}

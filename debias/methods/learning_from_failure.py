@@ -30,14 +30,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from debias.errors import DebiasError, UnsupportedStrategyError
-from debias.methods.base import OneLossMethod
+from debias.methods.base import NumberedMethod
 from debias.ops.arguments import check_number, checked, on_host
-from debias.ops.distributed import as_global, gather, global_sum, world_size
+from debias.ops.distributed import gather, weighted_mean
 from debias.ops.fields import arguments
 from debias.ops.samples import SampleTable
 from debias.step.context import Step
 from debias.step.owned import OwnedModule
-from debias.step.samples import check_length, predictions, sample_losses, sample_numbers, train_set
+from debias.step.samples import check_length, predictions, sample_losses, train_set
 from debias.tap.calls import LossCall
 from debias.tap.rows import RowTracker
 from debias.tap.selection import reaching, select_calls
@@ -171,7 +171,7 @@ class FailureTable(SampleTable):
 
 
 @arguments(q="(0, 1]", rate="[0, 1)")
-class LearningFromFailure(OneLossMethod):
+class LearningFromFailure(NumberedMethod):
     """Train a biased twin, and let the network learn what the twin fails at; needs no group labels.
 
     The twin picks up the shortcut first, as it is easier; what it then fails at contradicts the shortcut, and counts
@@ -188,8 +188,6 @@ class LearningFromFailure(OneLossMethod):
         On logging steps ``train/failure_weight``, the mean weight, ``train/biased_loss`` and ``train/average_loss``.
     """
 
-    stateful = True
-    shardable = False
     needs = ("index", "target")
     reference = "Nam et al., NeurIPS 2020, arXiv 2007.02561"
     works = "The shortcut is easier than the task, so that the biased twin falls for it; labels are clean."
@@ -208,10 +206,6 @@ class LearningFromFailure(OneLossMethod):
         self._source: Any = None
         self._twins: LossCall | None = None
         self._tap: Any = None
-
-    def sample_ids(self, step: Step) -> Tensor:
-        """Numbers of the samples."""
-        return sample_numbers(step, self.state_key)
 
     def _new_fit(self, pl_module: Any) -> None:
         """Twin and losses are about one module: another one begins with a copy of its own."""
@@ -245,11 +239,6 @@ class LearningFromFailure(OneLossMethod):
         self._source = pl_module
         self._twin(pl_module)
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse a training set that was loaded anew with another length."""
-        table: Any = self.module
-        check_length(trainer, table.size, self.state_key)
-
     def begin(self, step: Step) -> None:
         """Run the twin on the batch that the network is about to see."""
         super().begin(step)
@@ -276,7 +265,6 @@ class LearningFromFailure(OneLossMethod):
     def reweigh(self, calls: list[LossCall], step: Step) -> list[Tensor]:
         """The network's losses, weighted by relative difficulty."""
         (call,) = calls
-        table: Any = self.module
         numbers, twins = self.sample_ids(step), self._twins
         assert twins is not None  # begin() has run
         n = len(numbers)
@@ -289,8 +277,8 @@ class LearningFromFailure(OneLossMethod):
         classes = targets if several else (targets.view(n, -1)[:, 0] > 0.5)
         n_classes = logits.shape[1] if several else 2
         classes = classes.long().clamp(0, n_classes - 1)
-        weights = table.weigh(numbers, biased, main, classes, n_classes, stamp=step.counter + 1)
-        loss = _global_mean(call, call.of_rows(weights))
+        weights = self.module.weigh(numbers, biased, main, classes, n_classes, stamp=step.counter + 1)
+        loss = weighted_mean(call.num * call.of_rows(weights).to(call.num.dtype), call.den.detach())
         if step.logging:
             self.log_value("failure_weight", weights.mean(), step)
             self.log_value("biased_loss", twins.mean().detach(), step)
@@ -304,7 +292,7 @@ class LearningFromFailure(OneLossMethod):
         self._twins = None
         num, den, _ = twins.record.rows  # of the criterion itself, whatever the step multiplies it by
         certain = torch.exp(-self.q * num.detach() / torch.where(den == 0, 1, den))
-        loss = _global_mean(twins, self.q * certain)
+        loss = weighted_mean(twins.num * (self.q * certain).to(twins.num.dtype), twins.den.detach())
         tap, self._tap = self._tap, None
         tap.close()
         return (loss - loss.detach()).to(call.num.dtype)
@@ -381,11 +369,3 @@ def _arguments(step: Step) -> tuple[Any, ...]:
 
     takes = len(inspect.signature(type(step.module).training_step).parameters) - 1
     return (step.batch, step.batch_idx)[:takes]
-
-
-def _global_mean(call: LossCall, weights: Tensor) -> Tensor:
-    """``sum w num / sum den`` of the global batch; its gradient is this rank's share."""
-    local, total = (call.num * weights.to(call.num.dtype)).sum(), call.den.detach().sum()
-    summed, total = global_sum(torch.stack((local.detach(), total)))
-    total = total + (total == 0)
-    return as_global(local * (world_size() / total), summed / total)

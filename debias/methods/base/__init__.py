@@ -1,7 +1,7 @@
 """The base classes that methods are made of.
 
 All of them are a :class:`Method`, whose arguments are fields; a :class:`OneLossMethod` works with one of a step's
-losses. One that works with ids is a :class:`KeyedMethod`:
+losses, a :class:`NumberedMethod` keeps something of each sample. One that works with ids is a :class:`KeyedMethod`:
 
 - a :class:`GroupDebiaser` or :class:`DomainDebiaser` reweighs the loss;
 - a :class:`DomainPenalty` adds a penalty on how the losses of domains differ, a :class:`FeaturePenalty` on features, a
@@ -16,7 +16,7 @@ from debias.methods.base.adversary import AdversarialDebiaser
 from debias.methods.base.adversary_loss import AdversaryLoss, AdversaryOptions, make_mlp
 from debias.methods.base.criterion import ClassCriterion, Criterion
 from debias.methods.base.layers import LayerAugmenter
-from debias.methods.base.method import InstanceOptions, KeyedMethod, LossOptions, Method, OneLossMethod
+from debias.methods.base.method import InstanceOptions, KeyedMethod, LossOptions, Method, NumberedMethod, OneLossMethod
 from debias.methods.base.mixins import calls, configures
 from debias.methods.base.owned import users_optimizer
 from debias.methods.base.penalty import DomainPenalty, FeaturePenalty, HeadPenalty, LossPenalty
@@ -41,6 +41,7 @@ __all__ = [
     "LossOptions",
     "LossPenalty",
     "Method",
+    "NumberedMethod",
     "OneLossMethod",
     "ReweighingMethod",
     "TwoStage",

@@ -16,10 +16,19 @@ from debias.ops.fields import arguments, field_values
 from debias.step.context import Step
 from debias.step.ids import check_keys, names_in_data, plain_key, plain_n_groups
 from debias.step.reach import Reach
+from debias.step.samples import check_length, sample_numbers
 from debias.step.watcher import Debiaser, default_name
 from debias.tap.calls import LossCall
 
-__all__ = ["InstanceOptions", "KeyedMethod", "LossOptions", "Method", "OneLossMethod", "OneLossOptions"]
+__all__ = [
+    "InstanceOptions",
+    "KeyedMethod",
+    "LossOptions",
+    "Method",
+    "NumberedMethod",
+    "OneLossMethod",
+    "OneLossOptions",
+]
 
 # The arguments of a Debiaser, of which a method takes as many as make sense for it.
 _DEBIASER = tuple(inspect.signature(Debiaser).parameters)
@@ -79,6 +88,24 @@ class OneLossMethod(OneLossOptions, Method):
         super().__post_init__()
         if self.loss == "sum":
             raise DebiasError("Expected `loss` to choose one loss, but got 'sum'. Pass its position.")
+
+
+class NumberedMethod(OneLossMethod):
+    """A method that keeps something of each training sample, by its number; its module is a
+    :class:`debias.ops.samples.SampleTable`.
+    """
+
+    stateful = True
+    shardable = False
+    needs: ClassVar[tuple[str, ...]] = ("index",)
+
+    def sample_ids(self, step: Step) -> Tensor:
+        """Numbers of the samples."""
+        return sample_numbers(step, self.state_key)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse a training set that was loaded anew with another length."""
+        check_length(trainer, self.module.size, self.state_key)
 
 
 class KeyedMethod(LossOptions, Method):

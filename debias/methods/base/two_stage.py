@@ -22,14 +22,14 @@ from torch.utils.data import DataLoader
 
 from debias.errors import DebiasError, UnsupportedStrategyError
 from debias.methods.base.held_out import Evaluating
-from debias.methods.base.method import OneLossMethod
+from debias.methods.base.method import NumberedMethod
 from debias.ops.distributed import global_rank, is_distributed, world_size
 from debias.ops.samples import SampleTable
 from debias.step.batch import split_tags
 from debias.step.context import Step
 from debias.step.proxy import attach, detach
 from debias.step.random import undisturbed
-from debias.step.samples import check_length, predictions, sample_losses, sample_numbers, train_set
+from debias.step.samples import check_length, predictions, sample_losses, train_set
 from debias.tap.calls import LossCall
 from debias.tap.head import HeadFinder, check_features, submodule
 from debias.tap.rows import RowTracker
@@ -44,16 +44,13 @@ _AVERAGING = {"StochasticWeightAveraging", "WeightAveraging"}
 _RESET = {"StepWatcher", "ModelCheckpoint", "EarlyStopping"}
 
 
-class TwoStage(OneLossMethod):
+class TwoStage(NumberedMethod):
     """A method whose first epochs are a network to be watched.
 
     A subclass has the fields ``epochs`` and ``observe``, and says in :meth:`decide` what follows from the record of
     stage one.
     """
 
-    stateful = True
-    shardable = False
-    needs = ("index",)
     records_features: ClassVar[bool] = False
     epochs: int
     module: Any
@@ -108,10 +105,6 @@ class TwoStage(OneLossMethod):
             self.module = self._start = self._stash = self._epoch = None
         self._fitted = weakref.ref(pl_module)
 
-    def sample_ids(self, step: Step) -> Tensor:
-        """Numbers of the samples."""
-        return sample_numbers(step, self.state_key)
-
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Make the table, and keep the state that stage two starts from."""
         size = len(train_set(trainer, self.state_key))
@@ -139,10 +132,6 @@ class TwoStage(OneLossMethod):
         # A stage-one network that no longer improves must not end the run.
         self._min_epochs = trainer.fit_loop.min_epochs
         trainer.fit_loop.min_epochs = max(self._min_epochs or 0, self.epochs + 1)
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse a training set that was loaded anew with another length."""
-        check_length(trainer, self.module.size, self.state_key)
 
     def _check_epochs(self, trainer: Any) -> None:
         last, steps = trainer.max_epochs, trainer.max_steps
