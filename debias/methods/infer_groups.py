@@ -329,6 +329,9 @@ class InferGroups(TwoStage):
         return {**super().__getstate__(), "_waiting": [], "_proxies": [], "_tagged": None}
 
 
+del InferGroups.observe  # the default: a callback has a function of that name
+
+
 def _reads(callback: Any, tag: str) -> int:
     """The number of groups of the tag that a callback reads; 0 if it reads none."""
     for key, number in _KEYS.items():

@@ -121,3 +121,6 @@ class JustTrainTwice(TwoStage):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_weights": None}
+
+
+del JustTrainTwice.observe  # the default: a callback has a function of that name
