@@ -89,7 +89,7 @@ class CosineLinear(nn.Module):
 
 @arguments(max_margin="(0, inf)", scale="(0, inf)", reweight_epoch="[0, inf)", beta="[0, 1)")
 class LDAM(ClassCriterion):
-    """Margins that grow as classes are rarer, optionally with deferred reweighting.
+    """Ask for margins that grow as classes are rarer, optionally with deferred reweighting.
 
     Guessing frequent classes is a shortcut, and the few samples of a rare class are soon fitted without giving it any
     room; a wider margin makes room for it.

@@ -52,7 +52,12 @@ class LossOptions(InstanceOptions):
 
 @arguments
 class OneLossOptions(InstanceOptions):
-    """What a method takes that changes one of a step's losses."""
+    """What a method takes that changes one of a step's losses.
+
+    Args:
+        loss: which of a step's losses is meant: None if there is one; the position of one; or a callable of
+            :class:`LossCall` that says whether it is meant.
+    """
 
     loss: int | Callable[[LossCall], bool] | None = None
     rows: str | Callable[[LossCall, int], Tensor] | None = None
