@@ -75,7 +75,6 @@ PUBLISHED_ALPHA: dict[str, float] = {"hgp": 1e-4, "diagonal": 1e-3, "hutchinson"
     "domains: int N < n_domains | bool N n_domains",
     alpha="[0, inf)",
     beta="[0, inf)",
-    n_samples="[1, inf)",
 )
 @in_full_precision
 def hessian_alignment_penalty(

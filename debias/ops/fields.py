@@ -17,7 +17,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
 from debias.errors import DebiasError, UnknownArgumentError
-from debias.ops.annotations import is_number
+from debias.ops.annotations import LARGEST, is_number
 from debias.ops.arguments import check_count, check_number, checked, shown
 
 if sys.version_info >= (3, 11):
@@ -171,6 +171,7 @@ def _check_of(name: str, hint: Any, interval: str) -> Callable[[Any], Any]:
     """The check of one argument: of a number, an integer, or each number of a sequence."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     sequence = any(get_origin(kind) for kind in kinds)
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
 
     def check(value: Any) -> Any:
         if value is None and NoneType in kinds:
@@ -182,7 +183,7 @@ def _check_of(name: str, hint: Any, interval: str) -> Callable[[Any], Any]:
                 raise DebiasError(f"Expected `{name}` to hold at least one number, but got {shown(value)}.")
             return [check_number(name, number, interval) for number in value]
         if int in kinds and float not in kinds:
-            return check_count(name, value, int(interval[1:].split(",")[0]))
+            return check_count(name, value, int(low), int(min(high, LARGEST)))
         return check_number(name, value, interval)
 
     return check
@@ -225,5 +226,5 @@ def _described(cls: type) -> dict[str, str]:
 
 def _entries(documented: Any) -> dict[str, str]:
     """The entries of ``Args:`` in a docstring, by argument."""
-    text = cleandoc(vars(documented).get("__doc__") or getattr(documented, "__doc__", None) or "") if documented else ""
-    return dict(_ENTRY.findall("".join(_ARGS.findall(text + "\n"))))
+    text = cleandoc(documented.__doc__ or "") + "\n"
+    return dict(_ENTRY.findall("".join(_ARGS.findall(text))))
