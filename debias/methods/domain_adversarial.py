@@ -37,11 +37,14 @@ from torch import Tensor, nn
 from debias.errors import DebiasError, RowsError
 from debias.methods.base import AdversarialDebiaser, AdversaryLoss, AdversaryOptions, configures, make_mlp
 from debias.ops.fields import arguments
+from debias.ops.gradient_reversal import dann_ramp, gradient_reversal
 from debias.step.batch import BatchKey, describe
 from debias.step.context import Step
 from debias.tap.calls import LossCall
 
-__all__ = ["DomainAdversarial", "DomainAdversarialLoss", "DomainAdversarialMixin"]
+__all__ = [
+    "DomainAdversarial", "DomainAdversarialLoss", "DomainAdversarialMixin", "dann_ramp", "gradient_reversal",
+]  # fmt: skip
 
 
 class ClassConditional(nn.Module):

@@ -102,10 +102,8 @@ class FishrPenalty(FishrOptions, HeadPenaltyModule):
 
     def of(self, statistics: HeadStatistics) -> Tensor:
         """The penalty, not yet weighted, from statistics of any head; in training mode the averages are updated."""
-        return fishr_penalty(
-            self.averaged(statistics.gradient_variances, statistics.present), statistics.present,
-            reduction=self.reduction,
-        )  # fmt: skip
+        variances = self.averaged(statistics.gradient_variances, statistics.present)
+        return fishr_penalty(variances, statistics.present, reduction=self.reduction)
 
     def averaged(self, variances: Tensor, present: Tensor) -> Tensor:
         """The running averages after this batch, ``(E, P)``, with a gradient to its variances ``(E, ...)``."""

@@ -33,7 +33,15 @@ from debias.extras import needs_extra
 from debias.methods.base.two_stage import TwoStage, nothing
 from debias.ops.arguments import check_options
 from debias.ops.fields import arguments
-from debias.ops.group_inference import eiil_groups, error_groups, george_groups, spare_groups, useful_groups
+from debias.ops.group_inference import (
+    cluster_weights,
+    eiil_groups,
+    eiil_scores,
+    error_groups,
+    george_groups,
+    spare_groups,
+    useful_groups,
+)
 from debias.ops.samples import SampleTable
 from debias.step.context import Step
 from debias.step.proxy import attach, detach
@@ -41,7 +49,10 @@ from debias.step.samples import INDEX, numbered_dataset, train_set
 from debias.step.watcher import Debiaser
 from debias.tap.calls import LossCall
 
-__all__ = ["InferGroups"]
+__all__ = [
+    "InferGroups", "cluster_weights", "eiil_groups", "eiil_scores", "error_groups", "george_groups", "spare_groups",
+    "useful_groups",
+]  # fmt: skip
 
 METHODS: dict[str, Callable[..., Any]] = {
     "errors": error_groups,

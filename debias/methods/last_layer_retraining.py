@@ -46,6 +46,7 @@ from debias.ops.groups import check_n_groups
 from debias.ops.last_layer import (
     LinearHead,
     afr_weights,
+    balanced_subset,
     check_fit,
     class_balance,
     descend,
@@ -60,7 +61,7 @@ from debias.step.random import undisturbed
 from debias.step.reference import second_network
 from debias.step.watcher import StepWatcher
 
-__all__ = ["LastLayerFit", "LastLayerRetraining"]
+__all__ = ["LastLayerFit", "LastLayerRetraining", "afr_weights", "balanced_subset", "disagreement_scores"]
 
 RetrainMethod: TypeAlias = Literal["dfr", "afr", "self", "balanced", "plain"]
 """How the last layer is refitted."""
