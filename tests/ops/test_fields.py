@@ -239,7 +239,7 @@ def test_a_callback_has_what_its_module_has(name):
 def test_the_type_checker_sees_every_argument(tmp_path):
     pytest.importorskip("mypy", reason="the type checker is one of the developers' tools")
     (tmp_path / "user.py").write_text(
-        "from debias import GroupDRO, GroupDROLoss, VREx, GroupDROMixin, VRExMixin\n"
+        "import torch; from debias import GroupDRO, GroupDROLoss, VREx, GroupDROMixin, VRExMixin\n"
         "GroupDRO('place', 4, ema_rate=0.5, minimum_weight=0.1, loss='sum')\n"
         "VREx(('a', 'b'), (2, 3), penalty_weight=1.0, divide_loss=True)\n"
         "GroupDROMixin().configure_group_dro(n_groups=4, step_size=0.1)\n"
@@ -247,8 +247,10 @@ def test_the_type_checker_sees_every_argument(tmp_path):
         "VREx('place', 4, penalty_wieght=1.0)\n"
         "GroupDROLoss()\n"
         "VRExMixin().configure_vrex(4, penalty_weight='much')\n"
+        "VRExMixin().vrex_penalty(torch.zeros(2), domains=torch.zeros(2), step=3)\n"
+        "VRExMixin().vrex_penalty(torch.zeros(2), groups=torch.zeros(2))\n"
     )
     command = [sys.executable, "-m", "mypy", "--no-error-summary", "--ignore-missing-imports", "user.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     lines = [line.split(":")[1] for line in done.stdout.splitlines() if ": error:" in line]
-    assert lines == ["5", "6", "7", "8"], done.stdout + done.stderr
+    assert lines == ["5", "6", "7", "8", "10"], done.stdout + done.stderr

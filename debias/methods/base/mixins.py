@@ -50,7 +50,8 @@ def calls(attribute: str, forward: Callable[Concatenate[Any, P], Tensor]) -> Cal
         return getattr(self, attribute)(*args, **kwargs)
 
     call.__name__ = f"{attribute}_{'penalty' if counts else 'loss'}"
-    call.__doc__ = forward.__doc__
+    default = "\n\n``step`` is by default the ``global_step`` of this module." if counts else ""
+    call.__doc__ = f"{inspect.getdoc(forward)}{default}"
     return _with_signature(call, takes)
 
 
