@@ -143,8 +143,7 @@ class Fishr(FishrOptions, HeadPenalty):
     Where the network leans on a shortcut, its gradients vary more in domains in which the shortcut fails; equal
     variances leave what works alike in all domains.
 
-    ``loss="sum"`` goes with ``ema=0`` only, as the
-    averages are those of one loss.
+    ``loss="sum"`` goes with ``ema=0`` only, as the averages are those of one loss.
 
     Example:
         >>> from debias import Fishr
