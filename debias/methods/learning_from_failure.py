@@ -31,7 +31,8 @@ from torch.optim import Optimizer
 
 from debias.errors import DebiasError, UnsupportedStrategyError
 from debias.methods.base import NumberedMethod
-from debias.ops.arguments import check_number, checked, on_host
+from debias.ops import arguments as checks
+from debias.ops.arguments import check_number, checked
 from debias.ops.distributed import gather, weighted_mean
 from debias.ops.fields import arguments
 from debias.ops.samples import SampleTable
@@ -156,7 +157,7 @@ class FailureTable(SampleTable):
         """
         running: Any = self._buffers[name]
         largest = self._largest.get(name)
-        if largest is not None and len(largest) == n_classes and name in before and on_host(running):
+        if largest is not None and len(largest) == n_classes and name in before and checks.on_host(running):
             replaced = (before[name] >= largest[labels]) | (before["classes"] != labels)
             if not bool((replaced & known).any()):
                 largest.scatter_reduce_(0, labels, running[place] * (place < self.size), "amax")
