@@ -161,8 +161,6 @@ class EdgeView(EdgeViewOptions, ImageInput):
 
     Args:
         weight: of an edge map's loss against an image's.
-        loss: which loss is meant, if the step computes several; see :class:`debias.Debiaser`.
-        seed: seed of its own random numbers.
 
     Example:
         >>> from debias import EdgeView

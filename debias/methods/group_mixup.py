@@ -141,7 +141,6 @@ class GroupMixup(GroupMixupOptions, DomainsIfNeeded):
         input: where the input is in the batch, a floating-point tensor ``(N, ...)``.
         target: where the labels are, int64 ``(N,)``; not needed for ``pairs="any"``.
         loss: which loss the labels belong to, if the step computes several; see :class:`debias.Debiaser`.
-        seed: seed of its own random numbers.
 
     Example:
         >>> from debias import GroupDRO, GroupMixup

@@ -31,10 +31,6 @@ class AdversaryTraining(LossOptions):
     Args:
         warmup_steps: optimiser steps during which the adversary learns and nothing is reversed.
         ramp_steps: length of the "dann" ramp in optimiser steps; by default what is left of training.
-        features: dotted path of the module whose output ``(N, D)`` is meant; by default the input of the classifier
-            head, which is found.
-        pool: how tokens ``(N, T, D)`` or maps ``(N, D, H, W)`` that ``features`` names become one row a sample:
-            ``"mean"`` of all, padding too, or ``"first"`` token.
         lr: the adversary's learning rate; by default the user's current one (of several groups the highest) times
             ``lr_ratio``.
         lr_ratio: see ``lr``.

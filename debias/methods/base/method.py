@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from dataclasses import field
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from debias.data.counting import tag_counts
 from debias.errors import BatchKeyError, DebiasError, DebiasWarning
 from debias.ops.fields import arguments, field_values
+from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.ids import check_keys, names_in_data, plain_key, plain_n_groups
 from debias.step.reach import Reach
@@ -111,6 +113,20 @@ class NumberedMethod(OneLossMethod):
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse a training set that was loaded anew with another length."""
         check_length(trainer, self.module.size, self.state_key)
+
+
+@arguments
+class DomainKeys:
+    """Which domains there are.
+
+    Args:
+        domain: where the domain ids are: a tag, an index, a name, a dotted path, a callable, or a tuple of these whose
+            ids are crossed.
+        n_domains: number of domains, one per key.
+    """
+
+    domain: tuple[BatchKey, ...] | BatchKey = field(kw_only=False)
+    n_domains: int | tuple[int, ...] = field(kw_only=False)
 
 
 class KeyedMethod(LossOptions, Method):

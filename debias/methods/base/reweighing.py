@@ -11,7 +11,7 @@ from torch import Tensor
 
 from debias.data.counting import count_groups, empty_groups
 from debias.errors import DebiasWarning
-from debias.methods.base.method import KeyedMethod
+from debias.methods.base.method import DomainKeys, KeyedMethod
 from debias.ops.fields import arguments
 from debias.ops.precision import autocast_off
 from debias.step.batch import BatchKey
@@ -88,21 +88,11 @@ class ReweighingMethod(ReweighingOptions, KeyedMethod):
         self._counted = None
 
 
-@arguments
-class DomainDebiaser(ReweighingMethod):
-    """A method that reweighs the loss by domain.
-
-    Args:
-        domain: where the domain ids are: a tag, an index, a name, a dotted path, a callable, or a tuple of these whose
-            ids are crossed.
-        n_domains: number of domains, one per key.
-    """
+class DomainDebiaser(ReweighingMethod, DomainKeys):
+    """A method that reweighs the loss by domain."""
 
     ids = ("domain", "n_domains")
     needs = ("domain",)
-
-    domain: tuple[BatchKey, ...] | BatchKey = field(kw_only=False)
-    n_domains: int | tuple[int, ...] = field(kw_only=False)
 
 
 @arguments
