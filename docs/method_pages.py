@@ -7,7 +7,6 @@ import inspect
 import json
 import re
 import sys
-from itertools import takewhile
 from pathlib import Path
 
 import debias.methods
@@ -56,18 +55,17 @@ def sections(docstring):
     return {key: "\n\n".join(parts) for key, parts in found.items() if parts}
 
 
-def alike(one, other):
-    """How many letters two names begin with that are the same."""
-    return len([*takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))])
+def idea(cls):
+    """What the method does and why that helps against shortcuts: the first two paragraphs of its docstring."""
+    what, why, *_ = inspect.getdoc(cls).split("\n\n")
+    return [" ".join(part.split()) for part in (what, why)]
 
 
 def classes(name):
-    """The callback's class, its module, mixin and layer: those of its file whose names are nearest to its own."""
+    """The callback's class, its module, mixin and layer: all public ones of its file."""
     module = methods()[name].__module__
-    mine = [n for n, value in methods().items() if value.__module__ == module]
-    others = [n for n, value in vars(debias.methods).items() if inspect.isclass(value) and value.__module__ == module]
-    nearest = {n: max(mine, key=lambda each: alike(each, n) // 3) for n in others}
-    return sorted((n for n in others if nearest[n] == name), key=lambda n: n != name)
+    found = [n for n, value in vars(debias.methods).items() if inspect.isclass(value) and value.__module__ == module]
+    return sorted(found, key=lambda n: n != name)
 
 
 def recipes(name):
@@ -111,7 +109,6 @@ def page(name):
     cls, own = methods()[name], classes(name)
     module = sys.modules[cls.__module__]
     said = sections(inspect.getdoc(module) or "")
-    summary = (inspect.getdoc(cls) or "").partition("\n\n")[0].replace("\n", " ")
     guides = [f"[{title}](../{page}.md)" for page, (title, names) in GUIDES.items() if name in names.split()]
     files = recipes(name)
     facts = {
@@ -122,14 +119,10 @@ def page(name):
         "reference": cls.reference,
         "read on": ", ".join(guides),
     }
-    parts = [f"# {name}\n", f"{summary}\n", "| | |\n|---|---|"]
+    parts = [f"# {name}\n", f"{' '.join(idea(cls))}\n", "| | |\n|---|---|"]
     parts += [f"| **{key}** | {value} |" for key, value in facts.items() if value]
-    first = next(
-        n for n in vars(debias.methods) if getattr(vars(debias.methods)[n], "__module__", "") == cls.__module__
-    )
-    target = "" if first != own[0] else f".. py:module:: {cls.__module__}\n\n"
     formulas = f".. highlight:: none\n\n{said['']}\n\n.. highlight:: default"  # which are no code
-    parts += ["\n## How it works\n", rst(f"{target}{formulas}")]
+    parts += ["\n## How it works\n", rst(f".. py:module:: {cls.__module__}\n\n{formulas}")]
     costs = " ".join(said[key] for key in ("Needs", "Costs") if key in said)
     if costs:
         parts += ["## What it needs and costs\n", rst(costs)]
@@ -165,10 +158,8 @@ def table():
     """Methods and monitors with what each does, needs and where it is from."""
     lines = ["| method | what it does | needs | reference |", "|---|---|---|---|"]
     for name, cls in methods().items():
-        summary = (inspect.getdoc(cls) or "").partition("\n\n")[0].replace("\n", " ")
-        lines.append(
-            f"| [{name}](method/{name}.md) | {summary} | {', '.join(cls.needs) or 'nothing'} | {cls.reference} |"
-        )
+        needs = ", ".join(cls.needs) or "nothing"
+        lines.append(f"| [{name}](method/{name}.md) | {idea(cls)[0]} | {needs} | {cls.reference} |")
     for name, does, needs, source in list_monitors():
         lines.append(f"| {{py:class}}`debias.{name}` | {does} | {', '.join(needs) or 'nothing'} | {source} |")
     return "\n".join(lines)

@@ -145,6 +145,13 @@ def test_every_method_has_a_page_in_the_scheme(method_pages):
         exec(method_pages.code(name).replace("L.Trainer", "dict"), {})
 
 
+def test_every_method_says_in_two_sentences_what_it_does_and_why_that_helps(method_pages):
+    for name, cls in method_pages.methods().items():
+        for sentence in method_pages.idea(cls):
+            assert re.fullmatch(r"[A-Z][^.`]*\.", sentence), (name, sentence)
+            assert len(sentence) < 220, (name, sentence)
+
+
 def test_numbers_of_a_method_are_those_of_the_tables(method_pages):
     table = (ROOT / "docs" / "compare.md").read_text()
     (row,) = re.findall(r"^\| `vrex` \|.*$", table, re.M)

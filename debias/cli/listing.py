@@ -99,8 +99,9 @@ def _stated(name: str, attribute: str, classes: dict[str, ast.ClassDef], default
     """The value of a class attribute, which may be inherited."""
     for ancestor in _ancestors(name, classes):
         for node in classes[ancestor].body if ancestor in classes else []:
-            if isinstance(node, ast.AnnAssign) and node.value and ast.unparse(node.target) == attribute:
-                return ast.literal_eval(node.value)
+            target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+            if isinstance(target, ast.Name) and target.id == attribute and (value := getattr(node, "value", None)):
+                return ast.literal_eval(value)
     return default
 
 

@@ -16,8 +16,14 @@ from debias.methods.group_reweighting import *
 from debias.methods.infer_groups import *
 from debias.methods.just_train_twice import *
 from debias.methods.learning_from_failure import *
-from debias.methods.worst_case import *
-from debias.methods.class_imbalance import *
+from debias.methods.cvar_dro import *
+from debias.methods.chi_square_dro import *
+
+# class imbalance
+from debias.methods.logit_adjustment import *
+from debias.methods.class_balanced import *
+from debias.methods.ldam import *
+from debias.methods.focal_loss import *
 
 # last layer
 from debias.methods.last_layer_retraining import *

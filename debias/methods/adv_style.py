@@ -23,23 +23,23 @@ DSU costs, ``2 C`` numbers a layer and one all-reduce of them a layer and optimi
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from debias.errors import DebiasError
 from debias.methods.base import LayerAugmenter
-from debias.methods.dsu import style_shape, uncertain_style
-from debias.ops.arguments import MOST, check_count, check_number, checked
+from debias.ops.arguments import MOST, check_count, checked
 from debias.ops.distributed import global_sum, is_distributed
 from debias.ops.fields import arguments, field_values
-from debias.ops.styles import batch_std, restyle, style
+from debias.ops.styles import batch_std, restyle, style, style_shape, uncertain_style
 from debias.step.owned import OwnedModule
 
 __all__ = ["AdvStyle", "AdvStyleLayer", "adversarial_style"]
 
 Branch = Literal["adversarial", "dsu", "identity"]
+_SHARES = {"learned": (1 / 3, 1 / 3), "direction": (1 / 2, 0.0)}  # of adversarial and plain DSU passes, as published
 
 
 class _Ascend(torch.autograd.Function):
@@ -100,7 +100,9 @@ def adversarial_style(
     return restyle(x, mean, std, mean + moves[0], std + moves[1])
 
 
-@arguments(kw_only=False)
+@arguments(
+    kw_only=False, p_adversarial="[0, 1]", p_dsu="[0, 1]", adv_weight="[0, inf)", mix_weight="[0, inf)", eps="[0, inf)",
+)  # fmt: skip
 class AdvStyleOptions:
     """Options of AdvStyle.
 
@@ -149,20 +151,15 @@ class AdvStyleLayer(AdvStyleOptions, _Channels):
     def __post_init__(self) -> None:
         nn.Module.__init__(self)
         self.num_channels = check_count("num_channels", self.num_channels, 1, MOST)
-        self.eps = check_number("eps", self.eps)
-        learned = self.intensity == "learned"
-        p_adversarial = (1 / 3 if learned else 1 / 2) if self.p_adversarial is None else self.p_adversarial
-        p_dsu = (1 / 3 if learned else 0.0) if self.p_dsu is None else self.p_dsu
-        self.p_adversarial = check_number("p_adversarial", p_adversarial, "[0, 1]")
-        self.p_dsu = check_number("p_dsu", p_dsu, "[0, 1]")
+        adversarial, dsu = _SHARES[self.intensity]
+        self.p_adversarial = adversarial if self.p_adversarial is None else self.p_adversarial
+        self.p_dsu = dsu if self.p_dsu is None else self.p_dsu
         if self.p_adversarial + self.p_dsu > 1 + 1e-9:
             raise DebiasError(
                 f"Expected `p_adversarial` and `p_dsu` to sum to at most 1, but got {self.p_adversarial!r} and"
                 f" {self.p_dsu!r}. What is left is the share of unchanged passes."
             )
-        self.mix_weight = check_number("mix_weight", self.mix_weight)
-        self.adv_weight = check_number("adv_weight", self.adv_weight)
-        self.length = None if learned else self.mix_weight
+        self.length = None if self.intensity == "learned" else self.mix_weight
         self.spreads = nn.Parameter(torch.full((2, self.num_channels), 0.1))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
         self._ready = False  # the same on the host, where asking does not wait
@@ -208,13 +205,15 @@ class AdvStyleLayer(AdvStyleOptions, _Channels):
         self._ready = bool(self.initialized)
 
 
-@arguments
+@arguments(lr="[0, inf)", lr_ratio="[0, inf)")
 class AdvStyle(AdvStyleOptions, LayerAugmenter):
     """Perturb channel statistics adversarially at chosen layers, during training only.
 
-    The method and its formula are described at the top of :mod:`debias.methods.adv_style`. By default the layers are
-    those of :class:`debias.DSU`; each draws its own branch in a step. The spreads ascend in steps of their own SGD when
-    the network's optimiser steps; under manual optimisation it is refused.
+    Channel statistics carry style, such as colour and contrast; the network meets the styles that it copes with worst,
+    so that relying on style does not pay.
+
+    By default the layers are those of :class:`debias.DSU`; each draws its own branch in a step. The spreads ascend in
+    steps of their own SGD when the network's optimiser steps; under manual optimisation it is refused.
 
     Args:
         lr: learning rate of the spreads, or None for the network's times ``lr_ratio``.
@@ -227,12 +226,12 @@ class AdvStyle(AdvStyleOptions, LayerAugmenter):
         'AdvStyle'
     """
 
-    stateful: ClassVar[bool] = True
-    reference: ClassVar[str] = "Zhang et al., arXiv 2301.12643"
-    works: ClassVar[str] = "The target differs in style from a single source."
-    fails: ClassVar[str] = "Style tells the class. Optimisation is manual, which is refused."
-    resnet_layers: ClassVar[tuple[str, ...]] = ("conv1", "maxpool", "layer1", "layer2", "layer3", "layer4")
-    vit_blocks: ClassVar[tuple[float, ...]] = (0.25, 0.5, 0.75, 1.0)
+    stateful = True
+    reference = "Zhang et al., arXiv 2301.12643"
+    works = "The target differs in style from a single source."
+    fails = "Style tells the class. Optimisation is manual, which is refused."
+    resnet_layers = ("conv1", "maxpool", "layer1", "layer2", "layer3", "layer4")
+    vit_blocks = (0.25, 0.5, 0.75, 1.0)
 
     lr: float | None = None
     lr_ratio: float = 1.0
@@ -241,8 +240,6 @@ class AdvStyle(AdvStyleOptions, LayerAugmenter):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._make(1)  # refuses wrong arguments now
-        self.lr = None if self.lr is None else check_number("lr", self.lr)
-        self.lr_ratio = check_number("lr_ratio", self.lr_ratio)
         self._saved: dict[str, Any] = {}
 
     def _make(self, num_channels: int) -> AdvStyleLayer:

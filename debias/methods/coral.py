@@ -18,12 +18,10 @@ the head or the output of a named module, and domain ids; no targets.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from debias.methods.base import FeaturePenalty, configures
+from debias.methods.base import FeaturePenalty, calls, configures
 from debias.ops.arguments import checked
 from debias.ops.distributed import global_sum, global_sums, is_distributed, world_size
 from debias.ops.domains import deviations, make_members
@@ -123,8 +121,8 @@ class CORALPenalty(FeaturePenaltyModule):
 class CORAL(FeaturePenalty):
     """Make features have the same mean and covariance in every domain.
 
-    The formula stands at the top of :mod:`debias.methods.coral`. Logs ``train/coral_penalty`` on logging steps, before
-    its weight, and the weight where it changes; with ``/name`` behind where there are several of them.
+    Features that look different by domain can carry clues that hold in some domains only; features that are distributed
+    alike carry less of them.
 
     Example:
         >>> from debias import CORAL
@@ -132,14 +130,14 @@ class CORAL(FeaturePenalty):
         'CORAL(hospital)'
     """
 
-    reference: ClassVar[str] = "Sun & Saenko 2016, arXiv 1607.01719; DomainBed's form"
-    works: ClassVar[str] = "Domains have the same classes in the same shares, and differ in how inputs look."
-    fails: ClassVar[str] = (
+    reference = "Sun & Saenko 2016, arXiv 1607.01719; DomainBed's form"
+    works = "Domains have the same classes in the same shares, and differ in how inputs look."
+    fails = (
         "Classes are spread unevenly over domains: features that tell the class then differ by domain, and are "
         "punished for it."
     )
-    only_features: ClassVar[bool] = True
-    key: ClassVar[str] = "coral"
+    only_features = True
+    key = "coral"
     module_class = CORALPenalty
 
 
@@ -148,7 +146,4 @@ class CORALMixin:
 
     coral: CORALPenalty
     configure_coral = configures("coral", CORALPenalty)
-
-    def coral_penalty(self, features: Tensor, domains: Tensor) -> Tensor:
-        """The weighted penalty for features ``(N, d)`` and domains ``(N,)`` at this optimiser step."""
-        return self.coral(features, domains, step=self.global_step)  # type: ignore[attr-defined]
+    coral_penalty = calls("coral", CORALPenalty.forward)

@@ -12,8 +12,6 @@ Needs batches of images, ``(N, C, H, W)``. Costs a transform of each image in ev
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -33,6 +31,8 @@ _HOST = torch.device("cpu")
 @arguments
 class CraftedShifts(Method):
     """Train on images as they are and under crafted distribution shifts.
+
+    The shifts change quality, colour and scene but not the label; clues that do not survive them stop paying.
 
     With a :class:`ShiftedValidation` in the same list, ``val_shift/held_out_mean`` leaves out the families that this
     trains on. The two-fold protocol trains a setting with ``families="first"`` and with ``families="second"``, scores
@@ -62,10 +62,10 @@ class CraftedShifts(Method):
         ('arithmetic', 'artistic', 'blur', 'colour', 'contrast')
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("images",)
-    reference: ClassVar[str] = "Efthymiadis et al., WACV 2025, arXiv 2409.19774"
-    works: ClassVar[str] = "One source is all there is, and the target differs in quality, colour or scene."
-    fails: ClassVar[str] = "The target looks like the validation set, or a shift changes the label."
+    needs = ("images",)
+    reference = "Efthymiadis et al., WACV 2025, arXiv 2409.19774"
+    works = "One source is all there is, and the target differs in quality, colour or scene."
+    fails = "The target looks like the validation set, or a shift changes the label."
 
     families: str | list[str] = "all"
     original: float | None = None

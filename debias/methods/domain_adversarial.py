@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,13 +36,15 @@ from torch import Tensor, nn
 
 from debias.errors import DebiasError, RowsError
 from debias.methods.base import AdversarialDebiaser, AdversaryLoss, AdversaryOptions, configures, make_mlp
-from debias.ops.arguments import check_count, check_number
 from debias.ops.fields import arguments
+from debias.ops.gradient_reversal import dann_ramp, gradient_reversal
 from debias.step.batch import BatchKey, describe
 from debias.step.context import Step
 from debias.tap.calls import LossCall
 
-__all__ = ["DomainAdversarial", "DomainAdversarialLoss", "DomainAdversarialMixin"]
+__all__ = [
+    "DomainAdversarial", "DomainAdversarialLoss", "DomainAdversarialMixin", "dann_ramp", "gradient_reversal",
+]  # fmt: skip
 
 
 class ClassConditional(nn.Module):
@@ -58,7 +60,7 @@ class ClassConditional(nn.Module):
         return self.discriminator(features + self.embedding(targets))
 
 
-@arguments
+@arguments(n_classes="[1, inf)", gradient_penalty="[0, inf)")
 class DomainAdversarialOptions(AdversaryOptions):
     """Options of domain-adversarial training.
 
@@ -86,7 +88,8 @@ class DomainLoss(AdversaryLoss):
         n_domains: number of domains E, numbered 0 .. E - 1.
     """
 
-    ids: ClassVar[tuple[str, str]] = ("domain", "n_domains")
+    ids = ("domain", "n_domains")
+    adversary_field = "discriminator"
     in_features: int | None = field(kw_only=False)
     n_domains: int = field(kw_only=False)
 
@@ -102,11 +105,6 @@ class DomainAdversarialLoss(DomainAdversarialOptions, DomainLoss):
         features ``(N, D)`` floating point; domains ``(N,)`` integer, negative = unknown, left out; targets ``(N,)``
         int64 with ``n_classes``; output: scalar. Under DDP its value and its gradient are those of the global batch.
 
-    Raises:
-        DebiasError: an argument is out of range, or targets are missing.
-        HeadNotFoundError: features are not ``(N, D)``.
-        BadRowsError: an id is out of range or a feature is not finite.
-
     Example:
         >>> import torch
         >>> from debias import DomainAdversarialLoss
@@ -119,29 +117,19 @@ class DomainAdversarialLoss(DomainAdversarialOptions, DomainLoss):
 
     strength: float = field(default=1.0, kw_only=False)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.discriminator, str) and self.discriminator not in ("linear", "mlp"):
-            raise DebiasError(
-                "Expected `discriminator` to be 'mlp', 'linear', a module or a function of the features' width, but got"
-                f" {self.discriminator!r}."
-            )
-        self.n_classes = None if self.n_classes is None else check_count("n_classes", self.n_classes)
-        self.gradient_penalty = float(check_number("gradient_penalty", self.gradient_penalty))
-        self.network = None if self.in_features is None else self.build(self.in_features)
-
     @property
     def n_strata(self) -> int:
         """Classes within which the domain is looked for."""
         return self.n_classes or 1
 
+    def networks(self, width: int) -> dict[str, Callable[[], nn.Module]]:
+        """DomainBed's discriminator, and a linear one."""
+        widths = [width, 256, 256, self.n_groups]
+        return {"mlp": lambda: make_mlp(widths, nn.ReLU), "linear": lambda: nn.Linear(width, self.n_groups)}
+
     def build(self, width: int) -> nn.Module:
         """The discriminator for features of this width."""
-        made: dict[str, Callable[[int], nn.Module]] = {
-            "linear": lambda width: nn.Linear(width, self.n_groups),
-            "mlp": lambda width: make_mlp([width, 256, 256, self.n_groups], nn.ReLU),
-        }
-        network = self.network_of(self.discriminator, width, made)
+        network = super().build(width)
         return network if self.n_classes is None else ClassConditional(self.n_classes, width, network)
 
     def losses(
@@ -172,7 +160,8 @@ class DomainAdversarialLoss(DomainAdversarialOptions, DomainLoss):
 class DomainAdversarial(DomainAdversarialOptions, AdversarialDebiaser):
     """Keep the domain out of the features, by a discriminator that tries to tell it (DANN, CDANN).
 
-    The methods and their formulas are described at the top of :mod:`debias.methods.domain_adversarial`.
+    What gives a domain away, such as its background, can be a shortcut to the label; features from which nobody can
+    tell the domain hold no such clue.
 
     Args:
         domain: where the domains are: a tag, an index, a name, a dotted path or a callable; ids int64 ``(N,)``,
@@ -184,25 +173,17 @@ class DomainAdversarial(DomainAdversarialOptions, AdversarialDebiaser):
         schedule: ``"dann"``: from 0 to ``strength`` by :func:`debias.functional.dann_ramp` (Ganin et al.), or
             ``"constant"``.
 
-    Logs ``train/domain_adversary/loss``, ``.../accuracy`` (of the discriminator, on the global batch) and
-    ``.../strength`` on logging steps; the first part is the instance's name, ``domain`` if that is the key; with the
-    class behind (``.../loss/DomainAdversarial``) where an adversary of another class has the same name.
-
-    Raises:
-        BadRowsError: a domain is out of range, a feature is not finite, or a whole epoch had no known domain.
-        HeadNotFoundError: the features are not found or not ``(N, D)``.
-
     Example:
         >>> from debias import DomainAdversarial
         >>> DomainAdversarial(domain="hospital", n_domains=3, conditional=True).state_key
         'DomainAdversarial(hospital)'
     """
 
-    ids: ClassVar[tuple[str, str]] = ("domain", "n_domains")
-    needs: ClassVar[tuple[str, ...]] = ("domain", "features")
-    reference: ClassVar[str] = "Ganin et al., JMLR 2016, arXiv 1505.07818; Li et al., ECCV 2018"
-    works: ClassVar[str] = "Domains have the same classes in the same shares (else CDANN), and the layers below train."
-    fails: ClassVar[str] = (
+    ids = ("domain", "n_domains")
+    needs = ("domain", "features")
+    reference = "Ganin et al., JMLR 2016, arXiv 1505.07818; Li et al., ECCV 2018"
+    works = "Domains have the same classes in the same shares (else CDANN), and the layers below train."
+    fails = (
         "Classes are spread unevenly over domains and the discriminator is not conditional. A frozen backbone: "
         "then it is plain training."
     )

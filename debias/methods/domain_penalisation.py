@@ -24,14 +24,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from debias.data.counting import can_count
 from debias.methods.base import DomainDebiaser, configures
-from debias.ops.arguments import check_count, check_number, checked
+from debias.ops.arguments import check_count, checked
 from debias.ops.fields import arguments
 from debias.ops.groups import GroupSums, summed
 from debias.ops.reweighing import DomainLoss
@@ -51,8 +51,8 @@ def domain_penalisation_weights(
 
     Args:
         losses: mean loss by domain, ``(D,)``.
-        temperature: T; larger is closer to equal weights.
-        normalize: ``"mean"``: the weights average 1; ``"sum"``: they sum to 1, the paper's formula.
+        temperature: T > 0 of the softmax; larger is closer to equal weights, the paper has 1.
+        normalize: ``"mean"``: weights average 1; ``"sum"``: they sum to 1 after the first update (the paper).
         seen: boolean ``(D,)``; the other domains count with the mean loss of these.
 
     Returns:
@@ -72,14 +72,12 @@ def domain_penalisation_weights(
     return weights * len(losses) if normalize == "mean" else weights
 
 
-@arguments(kw_only=False)
+@arguments(kw_only=False, of=domain_penalisation_weights, ema="[0, 1)")
 class DomainPenalisationOptions:
     """Options of domain penalisation.
 
     Args:
         update: when the weights follow the losses: ``"epoch"`` (the paper) or after every so many batches.
-        temperature: T > 0 of the softmax; the paper has 1.
-        normalize: ``"mean"``: weights average 1; ``"sum"``: they sum to 1 after the first update (the paper).
         ema: share of the earlier loss that stays at an update, in [0, 1); the paper has 0. The first is taken whole.
         domain_counts: training samples per domain, ``(D,)``; only checked: a domain without one is an error. The
             callback counts them if not given (tags without reading a sample), but not in a stream.
@@ -132,8 +130,6 @@ class DomainPenalisationLoss(DomainPenalisationOptions, DomainLoss):
         super().__post_init__()
         D, batches = len(self.counts), "'epoch' or a number of batches"
         self.update = self.update if self.update == "epoch" else check_count("update", self.update, what=batches)
-        self.temperature = check_number("temperature", self.temperature, "(0, inf)")
-        self.ema = check_number("ema", self.ema, "[0, 1)")
         self.register_buffer("weights", torch.ones(D, dtype=torch.float64))
         self.register_buffer("losses", torch.zeros(D, dtype=torch.float64))  # of the last epoch, or averaged
         self.register_buffer("seen", torch.zeros(D, dtype=torch.bool))
@@ -202,12 +198,13 @@ class DomainPenalisationLoss(DomainPenalisationOptions, DomainLoss):
 class DomainPenalisation(DomainPenalisationOptions, DomainDebiaser):
     """Weigh each domain by its training loss of the last epoch.
 
-    The method and its formula are described at the top of :mod:`debias.methods.domain_penalisation`.
+    Domains in which a shortcut fails have higher losses while the network relies on it; as they count more, it cannot
+    neglect them.
 
-    Logs ``train/domain_weight/<name>`` and ``train/loss_by_domain/<name>`` on logging steps, and
-    ``train/average_loss``, unweighted: the loss that the step logs itself is the reweighted one. Of more than 100
-    domains only ``train/max_domain_weight`` and ``train/worst_domain_loss``, the largest ones, stand for the values by
-    domain.
+    Logs:
+        On logging steps ``train/domain_weight/<name>`` and ``train/loss_by_domain/<name>``, of more than 100 domains
+        ``train/max_domain_weight`` and ``train/worst_domain_loss``, the largest ones, instead; and
+        ``train/average_loss``, unweighted: the loss that the step logs itself is the reweighted one.
 
     Example:
         >>> from debias import DomainPenalisation
@@ -215,11 +212,9 @@ class DomainPenalisation(DomainPenalisationOptions, DomainDebiaser):
         'DomainPenalisation(session)'
     """
 
-    reference: ClassVar[str] = "Jena et al., 2024, arXiv 2408.01746"
-    works: ClassVar[str] = (
-        "Domains differ in how hard they are, and the loss has a scale on which these differences matter."
-    )
-    fails: ClassVar[str] = (
+    reference = "Jena et al., 2024, arXiv 2408.01746"
+    works = "Domains differ in how hard they are, and the loss has a scale on which these differences matter."
+    fails = (
         "A domain is hard for its label noise. At temperature 1 it is gentle; doubling the loss squares the "
         "ratios of the weights."
     )

@@ -21,61 +21,30 @@ the statistics and their gradient, which are three passes over the output of eac
 from __future__ import annotations
 
 from dataclasses import KW_ONLY
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from debias.methods.base import LayerAugmenter
-from debias.ops.arguments import check_number, checked
 from debias.ops.distributed import is_distributed
 from debias.ops.fields import arguments
-from debias.ops.styles import batch_std, restyle, style
+from debias.ops.styles import style_shape, uncertain_style
 
 __all__ = ["DSU", "DSULayer", "uncertain_style"]
 
 
-@checked("x: float N C H W | float N T C, noise: float 2 N C", factor="[0, inf)", eps="[0, inf)")
-def uncertain_style(
-    x: Tensor, noise: Tensor, *, factor: float = 1.0, eps: float = 1e-6, sync_stats: bool = False
-) -> Tensor:
-    """Feature maps whose styles are drawn anew.
-
-    Args:
-        x: feature maps ``(N, C, H, W)`` or tokens ``(N, T, D)``.
-        noise: standard normal numbers for means and standard deviations, ``(2, N, C)`` or ``(2, N, D)``.
-        factor: scales the noise.
-        eps: added to variances.
-        sync_stats: take the spread over the batches of all ranks; then all ranks have to call this.
-
-    Returns:
-        The same shape and dtype; differentiable, also through the statistics.
-    """
-    mean, std = style(x, eps=eps)
-    spread = batch_std(torch.stack((mean, std), dim=1), eps=eps, sync=sync_stats).unbind(1)
-    for_mean, for_std = (factor * noise.to(mean.dtype)).view(2, *mean.shape)
-    return restyle(x, mean, std, mean + for_mean * spread[0], std + for_std * spread[1])
-
-
-@arguments(kw_only=False)
+@arguments(kw_only=False, of=uncertain_style, p="[0, 1]")
 class DSUOptions:
     """Options of DSU, at the published values.
 
     Args:
         p: probability that a pass is changed.
-        factor: scales the noise.
-        eps: added to variances.
     """
 
     p: float = 0.5
     factor: float = 1.0
     _: KW_ONLY
     eps: float = 1e-6
-
-    def check(self) -> None:
-        """Refuse numbers that are out of range."""
-        self.eps = check_number("eps", self.eps)
-        self.p, self.factor = check_number("p", self.p, "[0, 1]"), check_number("factor", self.factor)
 
 
 @arguments
@@ -88,7 +57,6 @@ class DSULayer(DSUOptions, nn.Module):
 
     def __post_init__(self) -> None:
         nn.Module.__init__(self)
-        self.check()
 
     def forward(self, x: Tensor) -> Tensor:
         """Draw the styles anew, with probability ``p``."""
@@ -102,9 +70,11 @@ class DSULayer(DSUOptions, nn.Module):
 class DSU(DSUOptions, LayerAugmenter):
     """Draw the channel statistics of samples anew at chosen layers, during training only.
 
-    The method and its formula are described at the top of :mod:`debias.methods.dsu`. By default the layers are
-    ``conv1``, ``maxpool`` and the four stages of a ResNet, the blocks at each quarter of the depth of a vision
-    transformer. A layer of a frozen part of the network that is in eval mode stays as it is.
+    Channel statistics carry style, such as colour and contrast; a network that sees styles beyond those of its training
+    set cannot rely on any of them.
+
+    By default the layers are ``conv1``, ``maxpool`` and the four stages of a ResNet, the blocks at each quarter of the
+    depth of a vision transformer. A layer of a frozen part of the network that is in eval mode stays as it is.
 
     Args:
         sync_stats: under DDP, take the spread over the batches of all ranks.
@@ -115,17 +85,13 @@ class DSU(DSUOptions, LayerAugmenter):
         'DSU'
     """
 
-    reference: ClassVar[str] = "Li et al., ICLR 2022, arXiv 2202.03958"
-    works: ClassVar[str] = "The target differs in style, and no domain labels are there."
-    fails: ClassVar[str] = "Style tells the class, or batches are small: the spread is that of the batch."
-    resnet_layers: ClassVar[tuple[str, ...]] = ("conv1", "maxpool", "layer1", "layer2", "layer3", "layer4")
-    vit_blocks: ClassVar[tuple[float, ...]] = (0.25, 0.5, 0.75, 1.0)
+    reference = "Li et al., ICLR 2022, arXiv 2202.03958"
+    works = "The target differs in style, and no domain labels are there."
+    fails = "Style tells the class, or batches are small: the spread is that of the batch."
+    resnet_layers = ("conv1", "maxpool", "layer1", "layer2", "layer3", "layer4")
+    vit_blocks = (0.25, 0.5, 0.75, 1.0)
 
     sync_stats: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check()
 
     def change(self, x: Tensor, path: str) -> Tensor:
         """Draw the styles of the rows of a layer anew."""
@@ -138,8 +104,3 @@ class DSU(DSUOptions, LayerAugmenter):
         )
         sync = self.sync_stats and is_distributed()
         return uncertain_style(x, noise, factor=self.factor, eps=self.eps, sync_stats=sync)
-
-
-def style_shape(x: Tensor) -> tuple[int, int]:
-    """Samples and channels of feature maps ``(N, C, H, W)`` or tokens ``(N, T, D)``."""
-    return x.shape[0], x.shape[1] if x.ndim == 4 else x.shape[2]

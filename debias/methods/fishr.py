@@ -29,14 +29,14 @@ has variance 0. Costs one all-reduce of ``2 E (P + 1)`` floats and none in backw
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
-from debias.methods.base import HeadPenalty, configures
-from debias.ops.arguments import check_number, checked
+from debias.methods.base import HeadPenalty, calls, configures
+from debias.ops.arguments import checked
 from debias.ops.domains import domain_mean
 from debias.ops.fields import arguments
 from debias.ops.head_statistics import HeadStatistics
@@ -70,7 +70,7 @@ def fishr_penalty(variances: Tensor, present: Tensor, *, reduction: Literal["mea
     return domain_mean(squared, present) / flat.shape[1]
 
 
-@arguments
+@arguments(of=fishr_penalty, ema="[0, 1)")
 class FishrOptions(PenaltyOptions):
     """Options of Fishr, at DomainBed's values; the averages are kept from the first step on, whatever the weight.
 
@@ -78,7 +78,6 @@ class FishrOptions(PenaltyOptions):
         ema: share of the past in the running average of the variances, in [0, 1).
         ema_bias: ``"reference"`` or ``"corrected"``, what the average is divided by, see :mod:`debias.methods.fishr`;
             published weights are of the first.
-        reduction: mean or sum, over domains and parameters.
     """
 
     penalty_weight: float = 1000.0
@@ -91,23 +90,20 @@ class FishrOptions(PenaltyOptions):
 class FishrPenalty(FishrOptions, HeadPenaltyModule):
     """The penalty for any training loop, with its running averages."""
 
-    always: ClassVar[bool] = True
+    always = True
     averages: Tensor = field(init=False)
     updates: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.ema = check_number("ema", self.ema, "[0, 1)")
         # Its size is the head's, which is not known yet.
         self.register_buffer("averages", torch.zeros(self.n_groups, 0, dtype=torch.float64))
         self.register_buffer("updates", torch.zeros(self.n_groups, dtype=torch.float64))
 
     def of(self, statistics: HeadStatistics) -> Tensor:
         """The penalty, not yet weighted, from statistics of any head; in training mode the averages are updated."""
-        return fishr_penalty(
-            self.averaged(statistics.gradient_variances, statistics.present), statistics.present,
-            reduction=self.reduction,
-        )  # fmt: skip
+        variances = self.averaged(statistics.gradient_variances, statistics.present)
+        return fishr_penalty(variances, statistics.present, reduction=self.reduction)
 
     def averaged(self, variances: Tensor, present: Tensor) -> Tensor:
         """The running averages after this batch, ``(E, P)``, with a gradient to its variances ``(E, ...)``."""
@@ -144,9 +140,10 @@ class FishrPenalty(FishrOptions, HeadPenaltyModule):
 class Fishr(FishrOptions, HeadPenalty):
     """Make the variance of the samples' head gradients equal across domains.
 
-    The formula stands at the top of :mod:`debias.methods.fishr`. ``loss="sum"`` goes with ``ema=0`` only, as the
-    averages are those of one loss. Logs ``train/fishr_penalty`` on logging steps, before its weight, and the weight
-    where it changes; with ``/name`` behind where there are several of them.
+    Where the network leans on a shortcut, its gradients vary more in domains in which the shortcut fails; equal
+    variances leave what works alike in all domains.
+
+    ``loss="sum"`` goes with ``ema=0`` only, as the averages are those of one loss.
 
     Example:
         >>> from debias import Fishr
@@ -154,13 +151,11 @@ class Fishr(FishrOptions, HeadPenalty):
         'Fishr(hospital)'
     """
 
-    reference: ClassVar[str] = "Rame et al., ICML 2022, arXiv 2109.02934"
-    works: ClassVar[str] = "Each domain has all classes, and several domains are in a batch."
-    fails: ClassVar[str] = (
-        "The shortcut pays in every domain. The published weight belongs to an average of several hundred steps."
-    )
-    stateful: ClassVar[bool] = True
-    key: ClassVar[str] = "fishr"
+    reference = "Rame et al., ICML 2022, arXiv 2109.02934"
+    works = "Each domain has all classes, and several domains are in a batch."
+    fails = "The shortcut pays in every domain. The published weight belongs to an average of several hundred steps."
+    stateful = True
+    key = "fishr"
     module_class = FishrPenalty
 
     def __post_init__(self) -> None:
@@ -177,7 +172,4 @@ class FishrMixin:
 
     fishr: FishrPenalty
     configure_fishr = configures("fishr", FishrPenalty)
-
-    def fishr_penalty(self, features: Tensor, logits: Tensor, targets: Tensor, domains: Tensor) -> Tensor:
-        """The weighted penalty of one batch at this optimiser step."""
-        return self.fishr(features, logits, targets, domains, step=self.global_step)  # type: ignore[attr-defined]
+    fishr_penalty = calls("fishr", FishrPenalty.forward)

@@ -23,14 +23,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, field
 from numbers import Real
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
-from debias.methods.base import GroupDebiaser, configures
-from debias.ops.arguments import check_number, checked
+from debias.methods.base import GroupDebiaser, calls, configures
+from debias.ops.arguments import checked
 from debias.ops.fields import arguments
 from debias.ops.groups import GroupSums, summed
 from debias.ops.reweighing import GroupLoss
@@ -109,7 +109,7 @@ def greedy_group_weights(losses: Tensor, fractions: Tensor, *, alpha: float, min
     return minimum_weight * fractions + (1 - minimum_weight) * weights
 
 
-@arguments(kw_only=False)
+@arguments(kw_only=False, step_size="[0, inf)", alpha="(0, 1]", ema_rate="(0, 1]", minimum_weight="[0, 1]")
 class GroupDROOptions:
     """Options of Group DRO.
 
@@ -172,10 +172,6 @@ class GroupDROLoss(GroupDROOptions, GroupLoss):
         constants = [self.adjustment] * total if isinstance(self.adjustment, float) else self.adjustment
         if len(constants) != total:
             raise DebiasError(f"Expected `adjustment` to be one number or {total}, but got {len(constants)}.")
-        self.step_size = check_number("step_size", self.step_size)
-        self.alpha = None if self.alpha is None else check_number("alpha", self.alpha, "(0, 1]")
-        self.ema_rate = check_number("ema_rate", self.ema_rate, "(0, 1]")
-        self.minimum_weight = check_number("minimum_weight", self.minimum_weight, "[0, 1]")
         self.adjusts = any(constants)
         self.register_buffer("constants", torch.tensor(constants, dtype=torch.float64), persistent=False)
         self.register_buffer("log_weights", torch.full((total,), 1 / total, dtype=torch.float64).log())
@@ -249,11 +245,13 @@ class GroupDROLoss(GroupDROOptions, GroupLoss):
 class GroupDRO(GroupDROOptions, GroupDebiaser):
     """Reweigh groups online towards the worst one.
 
-    The method and its formula are described at the top of :mod:`debias.methods.group_dro`.
+    A shortcut fails in some groups, whose loss stays high while the network relies on it; as they count more, the
+    network has to learn what serves them, too.
 
-    Logs ``train/group_weight/<name>`` and ``train/loss_by_group/<name>`` on logging steps, and ``train/average_loss``,
-    unweighted: the loss that the step logs itself is the reweighted one. Of more than 100 groups only
-    ``train/max_group_weight`` and ``train/worst_group_loss``, the largest ones, stand for the values by group.
+    Logs:
+        On logging steps ``train/group_weight/<name>`` and ``train/loss_by_group/<name>``, of more than 100 groups
+        ``train/max_group_weight`` and ``train/worst_group_loss``, the largest ones, instead; and
+        ``train/average_loss``, unweighted: the loss that the step logs itself is the reweighted one.
 
     Example:
         >>> from debias import GroupDRO
@@ -261,12 +259,12 @@ class GroupDRO(GroupDROOptions, GroupDebiaser):
         'GroupDRO(target_place)'
     """
 
-    reference: ClassVar[str] = "Sagawa et al., ICLR 2020, arXiv 1911.08731"
-    works: ClassVar[str] = (
+    reference = "Sagawa et al., ICLR 2020, arXiv 1911.08731"
+    works = (
         "Groups are known, small ones are in most batches, and weight decay or early stopping keeps the network "
         "from fitting its training set."
     )
-    fails: ClassVar[str] = (
+    fails = (
         "The network fits its training set: then no group is worse than another. Groups that are rare stay out of "
         "most batches; balance them. Label noise looks like a hard group."
     )
@@ -292,7 +290,4 @@ class GroupDROMixin:
 
     group_dro: GroupDROLoss
     configure_group_dro = configures("group_dro", GroupDROLoss)
-
-    def group_dro_loss(self, losses: Tensor, groups: Tensor) -> Tensor:
-        """The objective for losses ``(N,)`` and groups ``(N,)`` or ``(N, G)``."""
-        return self.group_dro(losses, groups)
+    group_dro_loss = calls("group_dro", GroupDROLoss.forward)

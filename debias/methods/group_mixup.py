@@ -27,9 +27,8 @@ table for selective pairs, and the loss twice (not the network).
 
 from __future__ import annotations
 
-import math
 from dataclasses import field
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -37,86 +36,15 @@ from torch import Tensor, nn
 
 from debias.errors import BatchKeyError, DebiasError
 from debias.methods.base import LossOptions, Method
-from debias.ops.arguments import check_number, checked
 from debias.ops.fields import arguments
-from debias.ops.pairs import random_partners
+from debias.ops.pairs import cutmix, cutmix_box, mixup, random_partners, selective_pairs
 from debias.step.batch import BatchKey, describe, replace
 from debias.step.context import Step
 
 __all__ = ["GroupMixup", "GroupMixupLayer", "cutmix", "mixup", "selective_pairs"]
 
-_RULES = ("any", "same_label", "same_domain", "selective")
 
-
-@checked("labels: int N, domains: int N")
-def selective_pairs(labels: Tensor, domains: Tensor, *, same_label: bool) -> Tensor:
-    """Who may be mixed with whom under LISA's two rules.
-
-    Args:
-        labels: int64 ``(N,)``, negative = unknown.
-        domains: int64 ``(N,)``, negative = unknown.
-        same_label: pairs of one label from two domains; otherwise of one domain with two labels.
-
-    Returns:
-        Boolean ``(N, N)``; nowhere for samples whose label or domain is unknown.
-
-    Example:
-        >>> import torch
-        >>> from debias.functional import selective_pairs
-        >>> selective_pairs(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), same_label=True).nonzero().tolist()
-        [[0, 1], [1, 0]]
-    """
-    known = (labels >= 0) & (domains >= 0)
-    one_label = labels.unsqueeze(1) == labels
-    one_domain = domains.unsqueeze(1) == domains
-    pairs = one_label & ~one_domain if same_label else one_domain & ~one_label
-    return pairs & known & known.unsqueeze(1)
-
-
-@checked("x: float N ..., partners: int N < N, shares: float N")
-def mixup(x: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
-    """``share x_i + (1 - share) x_partner``.
-
-    Args:
-        x: inputs ``(N, ...)``, floating point.
-        partners: int64 ``(N,)``.
-        shares: ``(N,)`` in [0, 1].
-
-    Returns:
-        The same shape and dtype.
-    """
-    kept = shares.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
-    return torch.lerp(x[partners], x, kept)
-
-
-@checked("x: float N C H W, partners: int N < N")
-def cutmix(x: Tensor, partners: Tensor, box: tuple[int, int, int, int]) -> tuple[Tensor, float]:
-    """Images with a box of their partners pasted.
-
-    Args:
-        x: images ``(N, C, H, W)``.
-        partners: int64 ``(N,)``.
-        box: top, bottom, left and right of the box, in pixels; bottom and right are outside.
-
-    Returns:
-        New images, and the share of an image's area that is left of it.
-    """
-    top, bottom, left, right = box
-    out = x.clone()
-    out[:, :, top:bottom, left:right] = x[partners, :, top:bottom, left:right]
-    return out, 1 - (bottom - top) * (right - left) / (x.shape[2] * x.shape[3])
-
-
-def cutmix_box(share: float, center: tuple[float, float], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The box of CutMix (its algorithm 1): an area of ``1 - share`` around a centre in [0, 1)^2, cut at the border."""
-    ends: list[int] = []
-    for where, length in zip(center, size, strict=True):
-        middle, half = int(where * length), int(length * math.sqrt(1 - share)) // 2
-        ends += [max(middle - half, 0), min(middle + half, length)]
-    return ends[0], ends[1], ends[2], ends[3]
-
-
-@arguments(kw_only=False)
+@arguments(kw_only=False, alpha="(0, inf)", p_same_label="[0, 1]")
 class GroupMixupOptions:
     """Who is mixed with whom, and how.
 
@@ -147,8 +75,6 @@ class GroupMixupLayer(GroupMixupOptions, nn.Module):
 
     def __post_init__(self) -> None:
         nn.Module.__init__(self)
-        self.alpha = check_number("alpha", self.alpha, "(0, inf)")
-        self.p_same_label = check_number("p_same_label", self.p_same_label, "[0, 1]")
 
     def forward(
         self, x: Tensor, labels: Tensor | None = None, domains: Tensor | None = None
@@ -203,28 +129,28 @@ class DomainsIfNeeded(LossOptions, Method):
     n_domains: int | tuple[int, ...] | None = field(default=None, kw_only=False)
 
 
-@arguments
+@arguments(p="[0, 1]")
 class GroupMixup(GroupMixupOptions, DomainsIfNeeded):
     """Train on mixtures of two samples, chosen by label and domain, with hard labels left in the batch.
 
-    The method and its formula are described at the top of :mod:`debias.methods.group_mixup`.
+    Pairs of one label from two domains, and of two labels from one domain, loosen the link between domain and label
+    that a shortcut uses.
 
     Args:
         p: probability that a batch is mixed.
         input: where the input is in the batch, a floating-point tensor ``(N, ...)``.
         target: where the labels are, int64 ``(N,)``; not needed for ``pairs="any"``.
         loss: which loss the labels belong to, if the step computes several; see :class:`debias.Debiaser`.
-        seed: seed of its own random numbers.
 
     Example:
         >>> from debias import GroupDRO, GroupMixup
         >>> callbacks = [GroupMixup(domain="place"), GroupDRO(group="place", n_groups=2)]
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("domain", "target")
-    reference: ClassVar[str] = "Yao et al., ICML 2022, arXiv 2201.00299; Mixup 1710.09412; CutMix 1905.04899"
-    works: ClassVar[str] = "Domains or groups are known, and each batch has samples to pair."
-    fails: ClassVar[str] = "Labels say something about parts of the input. A sample without a partner stays as it is."
+    needs = ("domain", "target")
+    reference = "Yao et al., ICML 2022, arXiv 2201.00299; Mixup 1710.09412; CutMix 1905.04899"
+    works = "Domains or groups are known, and each batch has samples to pair."
+    fails = "Labels say something about parts of the input. A sample without a partner stays as it is."
     module_class = GroupMixupLayer
 
     p: float = 1.0
@@ -245,7 +171,6 @@ class GroupMixup(GroupMixupOptions, DomainsIfNeeded):
             raise DebiasError(
                 f"Expected `n_domains` to hold one number for each key of `domain={domain!r}`, but got {n_domains!r}."
             )
-        self.p = check_number("p", self.p, "[0, 1]")
 
     def augment(self, step: Step) -> None:
         """Mix the input, and say whose labels it now stands for."""

@@ -18,14 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
-from debias.methods.base import GroupDebiaser, configures
-from debias.ops.arguments import check_number, checked
+from debias.methods.base import GroupDebiaser, calls, configures
+from debias.ops.arguments import checked
 from debias.ops.fields import arguments
 from debias.ops.reweighing import GroupLoss
 
@@ -38,7 +38,7 @@ def inverse_frequency_weights(group_counts: Tensor, *, power: float = 1.0) -> Te
 
     Args:
         group_counts: training samples per group, ``(G,)``, all positive.
-        power: 1 for inverse frequency, 0.5 for its square root.
+        power: 1 for inverse frequency, 0.5 for its square root, 0 for none.
 
     Returns:
         Weights ``(G,)``, in the dtype of the counts.
@@ -53,12 +53,11 @@ def inverse_frequency_weights(group_counts: Tensor, *, power: float = 1.0) -> Te
     return raw * group_counts.sum() / (raw * group_counts).sum()
 
 
-@arguments(kw_only=False)
+@arguments(kw_only=False, of=inverse_frequency_weights, group_weights="[0, inf)")
 class GroupReweightingOptions:
     """Options of fixed group weights.
 
     Args:
-        power: 1 for inverse frequency, 0.5 for its square root, 0 for none.
         group_counts: training samples per group, ``(G,)``; the callback counts them in the training set if not given.
         group_weights: weights of your own instead, ``(G,)``, at least 0, taken as they are.
         group_names: one name per group, for logs and messages.
@@ -87,18 +86,16 @@ class GroupReweightingLoss(GroupReweightingOptions, GroupLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.power = check_number("power", self.power)
         self.register_buffer("weights", torch.zeros(len(self.counts), dtype=torch.float64), persistent=False)
         if self.group_counts is not None:
             self.set_counts(self.group_counts)
         if self.group_weights is not None:
-            given = [check_number("group_weights", weight) for weight in self.group_weights]
-            if len(given) != len(self.counts) or not any(given):
+            if len(self.group_weights) != len(self.counts) or not any(self.group_weights):
                 raise DebiasError(
                     f"Expected `group_weights` to be {len(self.counts)} numbers >= 0, one per group and not all 0, but"
-                    f" got {given}."
+                    f" got {self.group_weights}."
                 )
-            self.weights.copy_(torch.tensor(given, dtype=torch.float64))
+            self.weights.copy_(torch.tensor(self.group_weights, dtype=torch.float64))
 
     @property
     def needs_counts(self) -> bool:
@@ -129,15 +126,16 @@ class GroupReweightingLoss(GroupReweightingOptions, GroupLoss):
 class GroupReweighting(GroupReweightingOptions, GroupDebiaser):
     """Weigh every group by its inverse frequency: fixed, the baseline.
 
-    Logs ``train/group_weight/<name>`` on logging steps, of more than 100 groups ``train/max_group_weight``, the largest
-    one, instead; and ``train/average_loss``, unweighted.
+    A shortcut pays because the groups that contradict it are rare; where all groups count the same, it pays less.
+
+    Logs:
+        On logging steps ``train/group_weight/<name>``, of more than 100 groups ``train/max_group_weight``, the largest
+        one, instead; and ``train/average_loss``, unweighted.
     """
 
-    reference: ClassVar[str] = "inverse-frequency weighting; e.g. Yang et al., ICML 2023 (ReWeight, SqrtReWeight)"
-    works: ClassVar[str] = (
-        "Groups are known and each has enough samples. It is the baseline that other methods should beat."
-    )
-    fails: ClassVar[str] = (
+    reference = "inverse-frequency weighting; e.g. Yang et al., ICML 2023 (ReWeight, SqrtReWeight)"
+    works = "Groups are known and each has enough samples. It is the baseline that other methods should beat."
+    fails = (
         "A large network without regularisation fits all samples, and fixed weights then change little. A group "
         "of a few samples gets a large weight."
     )
@@ -149,7 +147,4 @@ class GroupReweightingMixin:
 
     group_reweighting: GroupReweightingLoss
     configure_group_reweighting = configures("group_reweighting", GroupReweightingLoss)
-
-    def group_reweighting_loss(self, losses: Tensor, groups: Tensor) -> Tensor:
-        """The objective for losses ``(N,)`` and groups ``(N,)`` or ``(N, G)``."""
-        return self.group_reweighting(losses, groups)
+    group_reweighting_loss = calls("group_reweighting", GroupReweightingLoss.forward)

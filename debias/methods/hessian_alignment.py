@@ -40,19 +40,16 @@ all ranks; ``"hgp"`` and ``"hutchinson"`` take one for the gradients and one of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
-from debias.methods.base import HeadPenalty, configures
-from debias.ops.arguments import check_count, check_number, checked
-from debias.ops.distributed import global_rank, global_sum
+from debias.methods.base import HeadPenalty, calls, configures
+from debias.ops.arguments import checked
 from debias.ops.domains import make_members
 from debias.ops.fields import arguments
-from debias.ops.head_distances import distances_from
 from debias.ops.head_losses import make_head_loss
 from debias.ops.head_statistics import HeadStatistics
 from debias.ops.penalties import HeadPenaltyModule, PenaltyOptions
@@ -63,6 +60,13 @@ from debias.tap.calls import LossCall
 __all__ = ["HessianAlignment", "HessianAlignmentMixin", "HessianAlignmentPenalty", "hessian_alignment_penalty"]
 
 Statistic = Literal["hgp", "diagonal", "hutchinson", "frobenius"]
+# The distances of each, functions of :class:`debias.ops.head_statistics.HeadStatistics`, and its published weight.
+_DISTANCES: dict[str, str] = {
+    "hgp": "product_distances",
+    "diagonal": "diagonal_distances",
+    "hutchinson": "estimated_diagonal_distances",
+    "frobenius": "hessian_distances",
+}
 PUBLISHED_ALPHA: dict[str, float] = {"hgp": 1e-4, "diagonal": 1e-3, "hutchinson": 1e-3, "frobenius": 1e-3}
 
 
@@ -102,9 +106,9 @@ def hessian_alignment_penalty(
         n_domains: number of domains E.
         loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` or ``"squared_error"``.
         head_bias: whether the head adds a bias.
-        statistic: what of the Hessians is compared.
-        alpha: weight of the Hessians' distance; by default the published value of the statistic.
-        beta: weight of the gradients' distance.
+        statistic: what of the Hessians is compared: ``"hgp"``, ``"diagonal"``, ``"hutchinson"`` or ``"frobenius"``.
+        alpha: weight of the Hessians' distance, >= 0; by default the published value of the statistic.
+        beta: weight of the gradients' distance, >= 0.
         detach_target: take no gradient through the means over domains.
         scale_free: divide each distance by the mean squared norm of what is compared.
         reduction: mean or sum over domains.
@@ -127,30 +131,29 @@ def hessian_alignment_penalty(
     statistics = HeadStatistics(features, make_head_loss(loss, logits, targets, **loss_options), members, head_bias)
     alpha = PUBLISHED_ALPHA[statistic] if alpha is None else alpha
     return alignment(
-        statistics, statistic, alpha, beta, detach_target, scale_free, reduction, n_samples=n_samples,
-        generator=generator,
+        statistics, statistic=statistic, alpha=alpha, beta=beta, detach_target=detach_target, scale_free=scale_free,
+        reduction=reduction, n_samples=n_samples, generator=generator,
     )  # fmt: skip
 
 
 def alignment(
     statistics: HeadStatistics,
+    *,
     statistic: str,
     alpha: float,
     beta: float,
     detach_target: bool,
     scale_free: bool,
     reduction: str,
-    *,
-    n_samples: int = 300,
-    generator: torch.Generator | None = None,
+    n_samples: int,
+    generator: torch.Generator | None,
 ) -> Tensor:
     """The penalty from statistics of any head."""
     distances: Any = 0
-    options = {"detach_target": detach_target, "relative": scale_free}
-    if alpha and statistic == "hutchinson":
-        distances = distances + alpha * _hutchinson(statistics, n_samples, generator, **options)
-    elif alpha:
-        distances = distances + alpha * _DISTANCES[statistic](statistics, **options)
+    options: dict[str, Any] = {"detach_target": detach_target, "relative": scale_free}
+    if alpha:
+        drawn = {"n_samples": n_samples, "generator": generator} if statistic == "hutchinson" else {}
+        distances = alpha * getattr(statistics, _DISTANCES[statistic])(**options, **drawn)
     if beta:  # after the products, whose inner products of samples it takes up
         distances = distances + beta * statistics.gradient_distances(**options)
     if not isinstance(distances, Tensor):
@@ -158,42 +161,9 @@ def alignment(
     return distances @ (statistics.present.to(distances.dtype) if reduction == "sum" else statistics.domain_shares)
 
 
-_DISTANCES: dict[str, Callable[..., Tensor]] = {
-    "hgp": lambda statistics, **options: statistics.product_distances(**options),
-    "diagonal": lambda statistics, **options: statistics.diagonal_distances(**options),
-    "frobenius": lambda statistics, **options: statistics.hessian_distances(**options),
-}
-
-
-def _hutchinson(
-    statistics: HeadStatistics, n_samples: int, generator: torch.Generator | None, detach_target: bool, relative: bool
-) -> Tensor:
-    """Distances of the diagonals' estimates, one product after the other as published."""
-    features, shape = statistics.features, statistics.gradients.shape
-    estimates: Any = 0  # for each domain and, last, for the mean over them
-    for _ in range(n_samples):
-        bits = torch.randint(0, 2, (shape[0] + 1, *shape[1:]), generator=generator, device=features.device)
-        signs = (2 * bits - 1).to(features.dtype)
-        if generator is None:  # that of the process, which need not be where those of the other ranks are
-            signs = global_sum(signs * (global_rank() == 0))
-        estimates = estimates + signs * statistics.local_products(signs)
-    estimates = global_sum(estimates, shared=True) / n_samples
-    return distances_from(estimates[:-1], estimates[-1], detach_target, statistics.scale(relative))
-
-
-@arguments
+@arguments(of=hessian_alignment_penalty)
 class HessianAlignmentOptions(PenaltyOptions):
-    """Options of Hessian alignment.
-
-    Args:
-        statistic: what of the Hessians is compared: ``"hgp"``, ``"diagonal"``, ``"hutchinson"`` or ``"frobenius"``.
-        alpha: weight of the Hessians' distance, >= 0; by default the published value of the statistic.
-        beta: weight of the gradients' distance, >= 0.
-        detach_target: take no gradient through the means over domains.
-        scale_free: divide each distance by the mean squared norm of what is compared.
-        reduction: mean or sum over domains.
-        n_samples: Rademacher vectors of ``"hutchinson"``.
-    """
+    """Options of Hessian alignment."""
 
     statistic: Statistic = "hgp"
     alpha: float | None = None
@@ -210,9 +180,7 @@ class HessianAlignmentPenalty(HessianAlignmentOptions, HeadPenaltyModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.alpha = check_number("alpha", PUBLISHED_ALPHA[self.statistic] if self.alpha is None else self.alpha)
-        self.beta = check_number("beta", self.beta)
-        self.n_samples = check_count("n_samples", self.n_samples)
+        self.alpha = PUBLISHED_ALPHA[self.statistic] if self.alpha is None else self.alpha
 
     def weight_in_words(self) -> str:
         """The weights under which losses may have diverged, for messages."""
@@ -221,8 +189,9 @@ class HessianAlignmentPenalty(HessianAlignmentOptions, HeadPenaltyModule):
     def of(self, statistics: HeadStatistics, generator: torch.Generator | None = None) -> Tensor:
         """The penalty, not yet weighted, from statistics of any head."""
         return alignment(
-            statistics, self.statistic, float(self.alpha or 0), self.beta, self.detach_target, self.scale_free,
-            self.reduction, n_samples=self.n_samples, generator=generator,
+            statistics, statistic=self.statistic, alpha=float(self.alpha or 0), beta=self.beta,
+            detach_target=self.detach_target, scale_free=self.scale_free, reduction=self.reduction,
+            n_samples=self.n_samples, generator=generator,
         )  # fmt: skip
 
 
@@ -230,9 +199,11 @@ class HessianAlignmentPenalty(HessianAlignmentOptions, HeadPenaltyModule):
 class HessianAlignment(HessianAlignmentOptions, HeadPenalty):
     """Align the classifier head's gradients and Hessians across domains.
 
-    The formula stands at the top of :mod:`debias.methods.hessian_alignment`. ``derivatives="autograd"`` goes with
-    ``"hgp"`` and ``"hutchinson"``. Logs ``train/hessian_alignment_penalty`` on logging steps, before its weight, and
-    the weight where it changes; with ``/name`` behind where there are several of them.
+    A shortcut that pays differently in each domain makes each of them pull the head another way; a head that all agree
+    on has to use something else.
+
+    ``derivatives="autograd"`` goes with
+    ``"hgp"`` and ``"hutchinson"``.
 
     Args:
         seed: seed of the Rademacher vectors.
@@ -243,13 +214,13 @@ class HessianAlignment(HessianAlignmentOptions, HeadPenalty):
         'HessianAlignment(hospital)'
     """
 
-    reference: ClassVar[str] = "Hemati et al., ICCV 2023, arXiv 2308.11778"
-    works: ClassVar[str] = "Each domain has all classes, and several domains are in a batch."
-    fails: ClassVar[str] = (
+    reference = "Hemati et al., ICCV 2023, arXiv 2308.11778"
+    works = "Each domain has all classes, and several domains are in a batch."
+    fails = (
         "The shortcut pays in every domain. A published weight means something else on other features; "
         "`scale_free=True` makes it relative."
     )
-    key: ClassVar[str] = "hessian_alignment"
+    key = "hessian_alignment"
     module_class = HessianAlignmentPenalty
 
     seed: int = 0
@@ -292,10 +263,4 @@ class HessianAlignmentMixin:
 
     hessian_alignment: HessianAlignmentPenalty
     configure_hessian_alignment = configures("hessian_alignment", HessianAlignmentPenalty)
-
-    def hessian_alignment_penalty(
-        self, features: Tensor, logits: Tensor, targets: Tensor, domains: Tensor, **options: Any
-    ) -> Tensor:
-        """The weighted penalty of one batch at this optimiser step."""
-        step = self.global_step  # type: ignore[attr-defined]
-        return self.hessian_alignment(features, logits, targets, domains, step=step, **options)
+    hessian_alignment_penalty = calls("hessian_alignment", HessianAlignmentPenalty.forward)

@@ -28,13 +28,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import field
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from debias.errors import DebiasError
 from debias.methods.base import AdversarialDebiaser, AdversaryLoss, AdversaryOptions, configures, make_mlp
 from debias.ops.arguments import checked
 from debias.ops.fields import arguments
@@ -125,7 +124,8 @@ class IdentityLoss(AdversaryLoss):
         n_identities: number of identities S, numbered 0 .. S - 1.
     """
 
-    ids: ClassVar[tuple[str, str]] = ("identity", "n_identities")
+    ids = ("identity", "n_identities")
+    adversary_field = "adversary"
     in_features: int | None = field(kw_only=False)
     n_identities: int = field(kw_only=False)
 
@@ -137,11 +137,6 @@ class IdentityAdversarialLoss(IdentityAdversarialOptions, IdentityLoss):
     Shape:
         features ``(N, D)`` floating point; identities ``(N,)`` integer, negative = unknown, left out; output: scalar.
         Under DDP its value and its gradient are those of the global batch.
-
-    Raises:
-        DebiasError: an argument is out of range.
-        HeadNotFoundError: features are not ``(N, D)``.
-        BadRowsError: an id is out of range or a feature is not finite.
 
     Example:
         >>> import torch
@@ -155,23 +150,10 @@ class IdentityAdversarialLoss(IdentityAdversarialOptions, IdentityLoss):
 
     strength: float = field(default=1.0, kw_only=False)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.adversary, str) and self.adversary not in ("linear", "mlp"):
-            raise DebiasError(
-                f"Expected `adversary` to be 'linear', 'mlp', a module or a function of the features' width, but got"
-                f" {self.adversary!r}."
-            )
-        self.network = None if self.in_features is None else self.build(self.in_features)
-
-    def build(self, width: int) -> nn.Module:
-        """The identity head for features of this width."""
+    def networks(self, width: int) -> dict[str, Callable[[], nn.Module]]:
+        """The paper's linear head, and its ablation."""
         widths = [width, max(width // 2, 1), max(width // 4, 1), self.n_groups]
-        made: dict[str, Callable[[int], nn.Module]] = {
-            "linear": lambda width: nn.Linear(width, self.n_groups),
-            "mlp": lambda width: make_mlp(widths, nn.GELU),
-        }
-        return self.network_of(self.adversary, width, made)
+        return {"linear": lambda: nn.Linear(width, self.n_groups), "mlp": lambda: make_mlp(widths, nn.GELU)}
 
     def losses(
         self, network: nn.Module, features: Tensor, ids: Tensor, strata: Tensor | None
@@ -185,7 +167,8 @@ class IdentityAdversarialLoss(IdentityAdversarialOptions, IdentityLoss):
 class IdentityAdversarial(IdentityAdversarialOptions, AdversarialDebiaser):
     """Keep identity out of the features, by an adversary that tries to recognise people.
 
-    The method and its formula are described at the top of :mod:`debias.methods.identity_adversarial`.
+    With few people in training, to know the person is a shortcut to the label; features that do not tell who it is
+    offer none.
 
     Args:
         identity: where the identities are: a tag, an index, a name, a dotted path or a callable; ids int64 ``(N,)``,
@@ -193,25 +176,17 @@ class IdentityAdversarial(IdentityAdversarialOptions, AdversarialDebiaser):
         n_identities: number of identities S, numbered 0 .. S - 1 over the whole training set.
         schedule: ``"constant"`` (paper), or ``"dann"``: from 0 to ``strength`` by :func:`debias.functional.dann_ramp`.
 
-    Logs ``train/identity_adversary/loss``, ``.../accuracy`` (of the head, on the global batch) and ``.../strength`` on
-    logging steps; the first part is the instance's name, ``identity`` if that is the key; with the class behind
-    (``.../loss/IdentityAdversarial``) where an adversary of another class has the same name.
-
-    Raises:
-        BadRowsError: an identity is out of range, a feature is not finite, or a whole epoch had no known identity.
-        HeadNotFoundError: the features are not found or not ``(N, D)``.
-
     Example:
         >>> from debias import IdentityAdversarial
         >>> IdentityAdversarial(identity="subject", n_identities=41, strength=2.0).state_key
         'IdentityAdversarial(subject)'
     """
 
-    ids: ClassVar[tuple[str, str]] = ("identity", "n_identities")
-    needs: ClassVar[tuple[str, ...]] = ("identity", "features")
-    reference: ClassVar[str] = "Ning et al., FG 2025, arXiv 2407.11243"
-    works: ClassVar[str] = "Few people recur in training, and the network can recognise them."
-    fails: ClassVar[str] = (
+    ids = ("identity", "n_identities")
+    needs = ("identity", "features")
+    reference = "Ning et al., FG 2025, arXiv 2407.11243"
+    works = "Few people recur in training, and the network can recognise them."
+    fails = (
         "The layers below are frozen. Too much strength makes the features easier to read, and worse; watch "
         "`AttributeProbe`."
     )

@@ -22,23 +22,37 @@ lies the start, as large again as the module. Two runs do the same: infer with a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from dataclasses import KW_ONLY
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from debias.errors import BatchKeyError, DebiasError
 from debias.extras import needs_extra
-from debias.methods._two_stage import TwoStage
-from debias.ops.arguments import check_options, checked
-from debias.ops.group_inference import eiil_groups, error_groups, george_groups, spare_groups, useful_groups
+from debias.methods.base.two_stage import TwoStage, nothing
+from debias.ops.arguments import check_options
+from debias.ops.fields import arguments
+from debias.ops.group_inference import (
+    cluster_weights,
+    eiil_groups,
+    eiil_scores,
+    error_groups,
+    george_groups,
+    spare_groups,
+    useful_groups,
+)
+from debias.ops.samples import SampleTable
 from debias.step.context import Step
 from debias.step.proxy import attach, detach
 from debias.step.samples import INDEX, numbered_dataset, train_set
 from debias.step.watcher import Debiaser
 from debias.tap.calls import LossCall
 
-__all__ = ["InferGroups"]
+__all__ = [
+    "InferGroups", "cluster_weights", "eiil_groups", "eiil_scores", "error_groups", "george_groups", "spare_groups",
+    "useful_groups",
+]  # fmt: skip
 
 METHODS: dict[str, Callable[..., Any]] = {
     "errors": error_groups,
@@ -54,10 +68,13 @@ _HOOKS = ("on_train_start", "on_train_epoch_end", "on_before_optimizer_step")
 _KEYS = {"group": "n_groups", "domain": "n_domains", "identity": "n_identities", "attribute": "n_values"}
 
 
+@arguments(kw_only=False, epochs="[1, inf)")
 class InferGroups(TwoStage):
     """Infer groups from a plainly trained network, and train with them from the start; needs no group labels.
 
-    What it does, and what becomes of other callbacks, is described at the top of :mod:`debias.methods.infer_groups`.
+    A plain network leans on the shortcut, so that its errors and features show which samples contradict it; methods for
+    known groups then do the rest.
+
     It stands before the methods that read its groups.
 
     Args:
@@ -71,49 +88,41 @@ class InferGroups(TwoStage):
             ``"training"``: what its last epoch has made of the samples.
         validation: infer groups of the validation set too, for monitors; of ``"errors"`` and ``"eiil"``.
         tag: name of the tag.
-        loss, rows, head, name, allow_untested_strategy: see :class:`debias.Debiaser`.
 
     Attributes:
         ids: group of each training sample, int64 ``(N,)``, -1 where it was not seen; None in stage one.
     """
 
-    reference: ClassVar[str] = "Creager et al., ICML 2021 (EIIL); Liu et al., ICML 2021; Sohoni et al., NeurIPS 2020"
-    works: ClassVar[str] = (
+    reference = "Creager et al., ICML 2021 (EIIL); Liu et al., ICML 2021; Sohoni et al., NeurIPS 2020"
+    works = (
         "A shortcut is easy to learn and labels are clean, so that the first network goes wrong where the "
         "shortcut misleads."
     )
-    fails: ClassVar[str] = (
+    fails = (
         "The first network makes no errors or does not lean on the shortcut. Where labels are noisy, its errors "
         "are noise."
     )
 
-    @checked()
-    def __init__(
-        self,
-        method: str | Callable[[dict[str, Tensor], Tensor], Any] = "eiil",
-        epochs: int = 1,
-        *,
-        per_class: bool = False,
-        options: dict[str, Any] | None = None,
-        observe: Literal["pass", "training"] = "pass",
-        validation: bool = False,
-        tag: str = "inferred",
-        loss: int | Callable[[LossCall], bool] | None = None,
-        rows: str | Callable[[LossCall, int], Tensor] | None = None,
-        head: str | None = None,
-        name: str | None = None,
-        allow_untested_strategy: bool = False,
-    ) -> None:
-        super().__init__(
-            epochs, observe, loss=loss, rows=rows, head=head, name=name, allow_untested_strategy=allow_untested_strategy
-        )
+    method: str | Callable[[dict[str, Tensor], Tensor], Any] = "eiil"
+    epochs: int = 1
+    _: KW_ONLY
+    per_class: bool = False
+    options: dict[str, Any] | None = None
+    observe: Literal["training", "pass"] = "pass"  # type: ignore[assignment]
+    validation: bool = False
+    tag: str = "inferred"
+    head: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        method, options = self.method, self.options
         if not callable(method) and method not in METHODS:
             raise DebiasError(
                 f"Expected `method` to be one of {', '.join(map(repr, METHODS))} or a callable, but got {method!r}."
             )
-        if per_class and method not in ("errors", "eiil", "useful"):
+        if self.per_class and method not in ("errors", "eiil", "useful"):
             raise DebiasError(f"Expected `per_class` for 'errors', 'eiil' or 'useful' only, but got it for {method!r}.")
-        if validation and method not in BY_SAMPLE:
+        if self.validation and method not in BY_SAMPLE:
             raise DebiasError(
                 f"Expected `validation=True` for 'errors' or 'eiil' only, which say the group of any sample, but got it"
                 f" for {method!r}: clusters of the training set have no say in the validation set."
@@ -123,13 +132,10 @@ class InferGroups(TwoStage):
                 f"Expected no `options` where `method` is a callable, but got {options}. Bind them to it:"
                 " `functools.partial(method, ...)`."
             )
-        self.method = method
-        given = ({"per_class": True} if per_class else {}) | (options or {})
+        given = ({"per_class": True} if self.per_class else {}) | (options or {})
         # A wrong option is an error now, not after stage one.
         self.inference_options = {} if callable(method) else check_options("options", given, METHODS[method])
-        self.validation = validation
-        self.tag = tag
-        self.monitors = validation  # type: ignore[misc]
+        self.monitors = self.validation  # type: ignore[misc]
         self.records_features = method == "george" or bool(getattr(method, "needs_features", False))  # type: ignore[misc]
         self.validation_ids: Tensor | None = None
         self._waiting: list[Any] = []
@@ -167,7 +173,7 @@ class InferGroups(TwoStage):
             for callback in self._waiting:
                 self.engine.check_optimizers(callback)  # type: ignore[union-attr]
                 callback.engine = None  # as while a tuner has taken it out of the list
-                self._proxies += [attach(callback, name, _nothing) for name in _HOOKS]
+                self._proxies += [attach(callback, name, nothing) for name in _HOOKS]
 
     def begin_stage_two(self, trainer: Any, pl_module: Any) -> None:
         """Give the training set its tag, and wake those that have waited."""
@@ -243,8 +249,6 @@ class InferGroups(TwoStage):
         return loader
 
     def _infer_validation(self, trainer: Any) -> Tensor:
-        from debias.ops.samples import SampleTable
-
         loader = self._validation_loader(trainer)
         dataset = numbered_dataset(loader.dataset, self.state_key, "validation")
         table, training = SampleTable(len(dataset)), self.module
@@ -336,8 +340,7 @@ class InferGroups(TwoStage):
         return {**super().__getstate__(), "_waiting": [], "_proxies": [], "_tagged": None}
 
 
-def _nothing(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    return None
+del InferGroups.observe  # the default: a callback has a function of that name
 
 
 def _reads(callback: Any, tag: str) -> int:

@@ -21,15 +21,14 @@ or squared error, and domain ids; no features.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from debias.methods.base import LossPenalty, configures
+from debias.methods.base import LossPenalty, calls, configures
 from debias.ops.arguments import checked
-from debias.ops.distributed import global_rank, global_sum, is_distributed, world_size
-from debias.ops.domains import check_domains, domain_shares
+from debias.ops.domains import check_domains, domain_shares, halves
 from debias.ops.fields import arguments
 from debias.ops.groups import GroupSums, group_losses
 from debias.ops.head_losses import HeadLoss, make_head_loss
@@ -106,44 +105,9 @@ def derivative_product(sums: GroupSums, form: Form) -> Tensor:
     return product.dot(domain_shares(present, product.dtype)).to(sums.rows.dtype)
 
 
-@torch.no_grad()
-def halves(domains: Tensor, n_domains: int, counts: Tensor) -> Tensor:
-    """Samples of even and of odd position in their domain, over all ranks in their order, as groups 2 e and 2 e + 1.
-
-    Args:
-        domains: ids ``(N,)`` or a membership ``(N, E)``.
-        n_domains: number of domains E.
-        counts: which samples have a position, ``(N,)``.
-    """
-    if domains.dtype == torch.bool:
-        counted = domains & counts.unsqueeze(1)
-        odd = (counted.cumsum(0) - 1 + _before(counted.sum(0))) % 2 == 1
-        return torch.stack((domains & ~odd, domains & odd), 2).flatten(1)
-    # A position is the place in the order by domain less that of the domain's first sample.
-    domains = domains.long()
-    counted = torch.where(counts, domains, -1)
-    ordered, order = counted.sort(stable=True)
-    position = order.argsort() - torch.searchsorted(ordered, counted)
-    if is_distributed():
-        ends = torch.searchsorted(ordered, torch.arange(n_domains + 1, device=domains.device))
-        position = position + _before(ends.diff())[counted.clamp(0, n_domains - 1)]
-    return torch.add(position % 2, domains, alpha=2)
-
-
-def _before(counts: Tensor) -> Tensor:
-    """How many samples of each domain are on the ranks before this one, from this rank's numbers ``(E,)``."""
-    of_ranks = counts.new_zeros(world_size(), len(counts))
-    of_ranks[global_rank()] = counts
-    return global_sum(of_ranks)[: global_rank()].sum(0)
-
-
-@arguments
+@arguments(of=irm_penalty)
 class IRMOptions(PenaltyOptions):
-    """Options of IRM, at DomainBed's values.
-
-    Args:
-        form: ``"unbiased"`` or ``"squared"``.
-    """
+    """Options of IRM, at DomainBed's values."""
 
     penalty_weight: float = 100.0
     weight_before: float = 1.0
@@ -163,8 +127,8 @@ class IRMPenalty(IRMOptions, LossPenaltyModule):
 class IRM(IRMOptions, LossPenalty):
     """Ask that no domain alone wants to rescale the logits.
 
-    The formula stands at the top of :mod:`debias.methods.irm`. Logs ``train/irm_penalty`` on logging steps, before its
-    weight, and the weight where it changes; with ``/name`` behind where there are several of them.
+    A shortcut deserves more trust in one domain than in another, so that each domain would scale its logits
+    differently; what all of them trust alike remains.
 
     Example:
         >>> from debias import IRM
@@ -172,13 +136,11 @@ class IRM(IRMOptions, LossPenalty):
         'IRM(hospital)'
     """
 
-    reference: ClassVar[str] = "Arjovsky et al. 2019, arXiv 1907.02893"
-    works: ClassVar[str] = "Domains differ in how much the shortcut pays, and the penalty starts after some training."
-    fails: ClassVar[str] = (
-        "The shortcut pays alike in every domain; large networks make the penalty small without giving it up."
-    )
-    key: ClassVar[str] = "irm"
-    of_one_domain: ClassVar[str] = ", of which alone the penalty will be"
+    reference = "Arjovsky et al. 2019, arXiv 1907.02893"
+    works = "Domains differ in how much the shortcut pays, and the penalty starts after some training."
+    fails = "The shortcut pays alike in every domain; large networks make the penalty small without giving it up."
+    key = "irm"
+    of_one_domain = ", of which alone the penalty will be"
     module_class = IRMPenalty
 
 
@@ -187,7 +149,4 @@ class IRMMixin:
 
     irm: IRMPenalty
     configure_irm = configures("irm", IRMPenalty)
-
-    def irm_penalty(self, logits: Tensor, targets: Tensor, domains: Tensor) -> Tensor:
-        """The weighted penalty for logits ``(N, C)``, their targets and domains ``(N,)`` at this optimiser step."""
-        return self.irm(logits, targets, domains, step=self.global_step)  # type: ignore[attr-defined]
+    irm_penalty = calls("irm", IRMPenalty.forward)

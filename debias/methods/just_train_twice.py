@@ -17,16 +17,17 @@ up-weighting them hurts. Costs: stage one. Needs the numbers of samples (``tag(t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from dataclasses import KW_ONLY
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
-from debias.methods._two_stage import TwoStage
-from debias.ops.arguments import check_number, checked
-from debias.ops.distributed import as_global, global_sum, world_size
+from debias.methods.base import TwoStage
+from debias.ops.arguments import checked
+from debias.ops.distributed import weighted_mean
+from debias.ops.fields import arguments
 from debias.ops.group_inference import error_groups
 from debias.step.context import Step
 from debias.tap.calls import LossCall
@@ -40,7 +41,7 @@ def error_weights(wrong: Tensor, *, upweight: float) -> Tensor:
 
     Args:
         wrong: boolean or 0 / 1 ``(N,)``, negative for samples that were not seen, which weigh as the right ones.
-        upweight: how often an error is added.
+        upweight: how often an error is added: it weighs ``1 + upweight``.
 
     Returns:
         float64 ``(N,)``, mean 1.
@@ -55,43 +56,36 @@ def error_weights(wrong: Tensor, *, upweight: float) -> Tensor:
     return raw / raw.mean()
 
 
+@arguments(kw_only=False, of=error_weights, epochs="[1, inf)")
 class JustTrainTwice(TwoStage):
     """Train twice in one fit, the second time with the errors of the first up-weighted; needs no group labels.
 
-    The method and its formula are described at the top of :mod:`debias.methods.just_train_twice`.
+    A short plain training leans on the shortcut, so its errors are mostly samples that contradict it; as these count
+    more, the second network has to do without.
 
     Args:
         epochs: epochs of stage one.
-        upweight: how often an error is added: it weighs ``1 + upweight``.
         observe: ``"training"``, the predictions of the last epoch of stage one, or ``"pass"``, those of its end.
-        loss, rows, name, allow_untested_strategy: see :class:`debias.Debiaser`.
 
-    Logs ``train/error_share``, the share of errors, and ``train/average_loss``, unweighted, on logging steps of stage
-    two.
+    Logs:
+        On logging steps of stage two ``train/error_share``, the share of errors, and ``train/average_loss``,
+        unweighted.
     """
 
-    reference: ClassVar[str] = "Liu et al., ICML 2021, arXiv 2107.09044"
-    works: ClassVar[str] = "A shortcut is easy to learn, labels are clean, and the first training stops early."
-    fails: ClassVar[str] = (
+    reference = "Liu et al., ICML 2021, arXiv 2107.09044"
+    works = "A shortcut is easy to learn, labels are clean, and the first training stops early."
+    fails = (
         "Labels are noisy: errors are then noise, and count more. A first network without errors leaves nothing "
         "to weigh up."
     )
 
-    @checked()
-    def __init__(
-        self,
-        epochs: int,
-        upweight: float = 20.0,
-        *,
-        observe: Literal["training", "pass"] = "training",
-        loss: int | Callable[[LossCall], bool] | None = None,
-        rows: str | Callable[[LossCall, int], Tensor] | None = None,
-        name: str | None = None,
-        allow_untested_strategy: bool = False,
-    ) -> None:
-        options: dict[str, Any] = {"loss": loss, "rows": rows, "name": name}
-        super().__init__(epochs, observe, allow_untested_strategy=allow_untested_strategy, **options)
-        self.upweight = check_number("upweight", upweight)
+    epochs: int
+    upweight: float = 20.0
+    _: KW_ONLY
+    observe: Literal["training", "pass"] = "training"  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._weights: Tensor | None = None
 
     def decide(self, record: dict[str, Tensor], trainer: Any) -> Tensor:
@@ -119,14 +113,14 @@ class JustTrainTwice(TwoStage):
             return [call.mean()]
         weights: Any = self._weights
         of_samples = torch.where(numbers < len(weights), weights[numbers.clamp(0, len(weights) - 1)], 1.0)
-        local = (call.num * call.of_rows(of_samples).to(call.num.dtype)).sum()
-        summed, total = global_sum(torch.stack((local.detach(), call.den.detach().sum())))
-        total = total + (total == 0)
         if step.logging:
             ids: Any = self.ids
             self.log_value("error_share", (ids > 0).double().mean(), step)
             self.log_value("average_loss", call.mean().detach(), step)
-        return [as_global(local * (world_size() / total), summed / total)]
+        return [weighted_mean(call.num * call.of_rows(of_samples).to(call.num.dtype), call.den.detach())]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_weights": None}
+
+
+del JustTrainTwice.observe  # the default: a callback has a function of that name

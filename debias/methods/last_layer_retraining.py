@@ -31,21 +31,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from debias.data.counting import empty_groups
-from debias.errors import BadRowsError, DebiasError
-from debias.methods._held_out import Evaluating, Keys, find_head, held_out, labels, moved
+from debias.errors import DebiasError
+from debias.methods.base.held_out import Evaluating, Keys, find_head, held_out, labels, moved, refuse_empty
 from debias.ops.arguments import checked, shown
 from debias.ops.distributed import gather, is_distributed
-from debias.ops.groups import check_n_groups, name_groups
+from debias.ops.fields import arguments, field_values
+from debias.ops.groups import check_n_groups
 from debias.ops.last_layer import (
     LinearHead,
     afr_weights,
+    balanced_subset,
     check_fit,
     class_balance,
     descend,
@@ -60,15 +61,11 @@ from debias.step.random import undisturbed
 from debias.step.reference import second_network
 from debias.step.watcher import StepWatcher
 
-__all__ = ["LastLayerFit", "LastLayerRetraining"]
+__all__ = ["LastLayerFit", "LastLayerRetraining", "afr_weights", "balanced_subset", "disagreement_scores"]
 
 RetrainMethod: TypeAlias = Literal["dfr", "afr", "self", "balanced", "plain"]
 """How the last layer is refitted."""
 
-_RANGES: dict[str, Any] = {
-    "strengths": "(0, inf)", "refits": "[1, inf)", "gamma": "[0, inf)", "ridge": "[0, inf)", "lr": "(0, inf)",
-    "steps": "[1, inf)",
-}  # fmt: skip
 DFR_STRENGTHS = (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)  # the authors' for Waterbirds
 
 
@@ -97,7 +94,10 @@ class LastLayerFit:
     selected: Tensor | None = None
 
 
-@checked(first=True, **_RANGES)
+@checked(
+    first=True, strengths="(0, inf)", refits="[1, inf)", gamma="[0, inf)", ridge="[0, inf)", lr="(0, inf)",
+    steps="[1, inf)",
+)  # fmt: skip
 def retrain_last_layer(
     module: nn.Module,
     loader: Iterable[Any],
@@ -168,7 +168,7 @@ def retrain_last_layer(
     options: dict[str, Any] = {"n_classes": found.out_features, "bias": found.bias is not None}
     fit = LastLayerFit(path, method, len(data.targets), old.weight, old.bias)
     if data.groups is not None:
-        _refuse_empty(data.groups, n_groups, twice=method == "dfr" and len(chosen) > 1)
+        refuse_empty(data.groups, n_groups, twice=method == "dfr" and len(chosen) > 1)
     x, y = data.features, data.targets
     if method == "dfr":
         groups: Any = data.groups
@@ -195,75 +195,59 @@ def retrain_last_layer(
     return fit
 
 
-class LastLayerRetraining(StepWatcher):
+@arguments(of=retrain_last_layer)
+class RetrainingOptions:
+    """How the last layer is refitted."""
+
+    method: RetrainMethod = "dfr"
+    group: tuple[BatchKey, ...] | BatchKey | None = None
+    n_groups: int | tuple[int, ...] | None = None
+    head: str | None = None
+    input: BatchKey = 0
+    target: BatchKey = 1
+    strengths: list[float] | None = None
+    refits: int = 20
+    gamma: float = 4.0
+    ridge: float = 0.0
+    lr: float = 0.01
+    steps: int = 500
+    early: Any = None
+    n_selected: int = 100
+    seed: int = 0
+
+
+@arguments
+class LastLayerRetraining(RetrainingOptions, StepWatcher):
     """Refit the last layer on held-out samples at the end of the fit.
 
-    What it does is described at the top of :mod:`debias.methods.last_layer_retraining`. It changes the module when
-    training has ended: checkpoints that were saved before hold the old head. Save the new one by
-    ``trainer.save_checkpoint(path)``, or refit a checkpoint by ``debias retrain --ckpt_path``.
+    A network that leans on a shortcut has often learnt what else tells the class; a last layer that is fitted where the
+    shortcut fails reads that instead.
+
+    It changes the module when training has ended: checkpoints that were saved before hold the old head. Save the new
+    one by ``trainer.save_checkpoint(path)``, or refit a checkpoint by ``debias retrain --ckpt_path``.
 
     Args:
         on: ``"val"``, the validation set, or ``"train"``, the training set; of several loaders the first.
-        method, group, n_groups, head, input, target, strengths, refits: see :func:`debias.retrain_last_layer`.
-        gamma, ridge, lr, steps, early, n_selected, seed: see :func:`debias.retrain_last_layer`.
-        name: tells several instances apart.
-        allow_untested_strategy: run under a strategy that was not tested, at your own risk.
 
     Attributes:
         fit: what was fitted, None before the end.
     """
 
-    shardable: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ("features", "head")
-    reference: ClassVar[str] = "Kirichenko et al. (DFR), Qiu et al. (AFR), LaBonte et al. (SELF), 2023"
-    works: ClassVar[str] = (
-        "The features of a trained network hold what matters, and only its last layer leans on the shortcut."
-    )
-    fails: ClassVar[str] = "The features do not hold it, or few held-out samples of a group are there."
+    shardable = False
+    needs = ("features", "head")
+    reference = "Kirichenko et al. (DFR), Qiu et al. (AFR), LaBonte et al. (SELF), 2023"
+    works = "The features of a trained network hold what matters, and only its last layer leans on the shortcut."
+    fails = "The features do not hold it, or few held-out samples of a group are there."
 
-    @checked(first=True, **_RANGES)
-    def __init__(
-        self,
-        on: Literal["val", "train"] = "val",
-        *,
-        method: RetrainMethod = "dfr",
-        group: tuple[BatchKey, ...] | BatchKey | None = None,
-        n_groups: int | tuple[int, ...] | None = None,
-        head: str | None = None,
-        input: BatchKey = 0,
-        target: BatchKey = 1,
-        strengths: list[float] | None = None,
-        refits: int = 20,
-        gamma: float = 4.0,
-        ridge: float = 0.0,
-        lr: float = 0.01,
-        steps: int = 500,
-        early: str | None = None,
-        n_selected: int = 100,
-        seed: int = 0,
-        name: str | None = None,
-        allow_untested_strategy: bool = False,
-    ) -> None:
-        super().__init__(name=name, allow_untested_strategy=allow_untested_strategy)
-        _check_arguments(method, group, n_groups, strengths, early)
-        self.on = on
-        self.options: dict[str, Any] = {
-            "method": method,
-            "group": group,
-            "n_groups": n_groups,
-            "head": head,
-            "input": input,
-            "target": target,
-            "strengths": strengths,
-            "refits": refits,
-            "gamma": gamma,
-            "ridge": ridge,
-            "lr": lr,
-            "steps": steps,
-            "early": early,
-            "n_selected": n_selected,
-            "seed": seed,
-        }
+    on: Literal["val", "train"] = field(default="val", kw_only=False)
+    early: str | None = None
+    name: str | None = None
+    allow_untested_strategy: bool = False
+
+    def __post_init__(self) -> None:
+        self.options = field_values(self, RetrainingOptions)
+        StepWatcher.__init__(self, name=self.name, allow_untested_strategy=self.allow_untested_strategy)
+        _check_arguments(self.method, self.group, self.n_groups, self.strengths, self.early)
         self.fit: LastLayerFit | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -289,7 +273,7 @@ class LastLayerRetraining(StepWatcher):
         options = self.options
         if groups is not None:
             tuned = options["strengths"] is None or len(options["strengths"]) > 1
-            _refuse_empty(groups, options["n_groups"], twice=options["method"] == "dfr" and tuned)
+            refuse_empty(groups, options["n_groups"], twice=options["method"] == "dfr" and tuned)
         if options["method"] in ("dfr", "balanced", "plain"):
             check_fit(targets, n_classes)
 
@@ -357,31 +341,6 @@ def _class_logits(logits: Any, targets: Tensor) -> Tensor:
 def _group_balance(groups: Tensor) -> Tensor:
     counts = torch.bincount(groups.clamp_min(0)[groups >= 0]).double()
     return torch.where(groups >= 0, 1 / counts[groups.clamp_min(0)], 0).unsqueeze(1)
-
-
-def _refuse_empty(groups: Tensor, n_groups: Any, *, twice: bool) -> None:
-    total = check_n_groups(n_groups)
-    if bool((groups >= total).any()):
-        raise BadRowsError(
-            f"Expected group ids below `n_groups={total}`, but got {int(groups.max())}. Number the groups 0 .."
-            " n_groups - 1 (-1 = unlabelled), or raise `n_groups`."
-        )
-    counts = torch.bincount(groups[groups >= 0], minlength=total)
-    names = name_groups(n_groups, None)
-    if empty := empty_groups(counts, names):
-        raise _no_samples(empty)
-    if twice and int(counts.min()) < 2:
-        raise DebiasError(
-            "Expected at least two held-out samples of each group, one to fit on and one to choose the strength by, but"
-            f" group {names[int(counts.argmin())]} has one. Give one strength, `strengths=[0.1]`, to choose none."
-        )
-
-
-def _no_samples(empty: str) -> DebiasError:
-    return DebiasError(
-        f"Expected held-out samples of every group, but there is none of {empty}. Take a larger held-out set, correct"
-        " `n_groups`, or choose `method='afr'`, which needs no groups."
-    )
 
 
 def _double(bias: Tensor | None) -> Tensor | None:

@@ -23,21 +23,22 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from debias.errors import DebiasError, UnsupportedStrategyError
-from debias.ops import arguments
+from debias.methods.base import NumberedMethod
+from debias.ops import arguments as checks
 from debias.ops.arguments import check_number, checked
-from debias.ops.distributed import as_global, gather, global_sum, world_size
+from debias.ops.distributed import gather, weighted_mean
+from debias.ops.fields import arguments
 from debias.ops.samples import SampleTable
 from debias.step.context import Step
 from debias.step.owned import OwnedModule
-from debias.step.samples import check_length, predictions, sample_losses, sample_numbers, train_set
-from debias.step.watcher import Debiaser
+from debias.step.samples import check_length, predictions, sample_losses, train_set
 from debias.tap.calls import LossCall
 from debias.tap.rows import RowTracker
 from debias.tap.selection import reaching, select_calls
@@ -156,7 +157,7 @@ class FailureTable(SampleTable):
         """
         running: Any = self._buffers[name]
         largest = self._largest.get(name)
-        if largest is not None and len(largest) == n_classes and name in before and arguments.on_host(running):
+        if largest is not None and len(largest) == n_classes and name in before and checks.on_host(running):
             replaced = (before[name] >= largest[labels]) | (before["classes"] != labels)
             if not bool((replaced & known).any()):
                 largest.scatter_reduce_(0, labels, running[place] * (place < self.size), "amax")
@@ -170,10 +171,12 @@ class FailureTable(SampleTable):
         self._largest.clear()
 
 
-class LearningFromFailure(Debiaser):
+@arguments(q="(0, 1]", rate="[0, 1)")
+class LearningFromFailure(NumberedMethod):
     """Train a biased twin, and let the network learn what the twin fails at; needs no group labels.
 
-    The method and its formula are described at the top of :mod:`debias.methods.learning_from_failure`.
+    The twin picks up the shortcut first, as it is easier; what it then fails at contradicts the shortcut, and counts
+    more for the network.
 
     Args:
         q: of the twin's generalised cross-entropy, in (0, 1]; 0.7 published, searched over (0.05, 0.95).
@@ -181,50 +184,29 @@ class LearningFromFailure(Debiaser):
         running: the authors' weights; False for SubpopBench's.
         optimizer: makes the twin's optimiser from parameters and ``lr=``; by default one of the user's class and
             options, whose learning rates follow the user's.
-        loss, rows, seed, name, allow_untested_strategy: see :class:`debias.Debiaser`.
 
-    Logs ``train/failure_weight``, the mean weight, ``train/biased_loss`` and ``train/average_loss`` on logging steps.
+    Logs:
+        On logging steps ``train/failure_weight``, the mean weight, ``train/biased_loss`` and ``train/average_loss``.
     """
 
-    stateful: ClassVar[bool] = True
-    shardable: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ("index", "target")
-    reference: ClassVar[str] = "Nam et al., NeurIPS 2020, arXiv 2007.02561"
-    works: ClassVar[str] = (
-        "The shortcut is easier than the task, so that the biased twin falls for it; labels are clean."
-    )
-    fails: ClassVar[str] = "Labels are noisy, or the twin does not fall for the shortcut."
+    needs = ("index", "target")
+    reference = "Nam et al., NeurIPS 2020, arXiv 2007.02561"
+    works = "The shortcut is easier than the task, so that the biased twin falls for it; labels are clean."
+    fails = "Labels are noisy, or the twin does not fall for the shortcut."
 
-    @checked()
-    def __init__(
-        self,
-        *,
-        q: float = 0.7,
-        rate: float = 0.7,
-        running: bool = True,
-        optimizer: Callable[[Iterable], Optimizer] | None = None,
-        loss: int | Callable[[LossCall], bool] | None = None,
-        rows: str | Callable[[LossCall, int], Tensor] | None = None,
-        seed: int = 0,
-        name: str | None = None,
-        allow_untested_strategy: bool = False,
-    ) -> None:
-        super().__init__(loss=loss, rows=rows, seed=seed, name=name, allow_untested_strategy=allow_untested_strategy)
-        if loss == "sum":
-            raise DebiasError("Expected `loss` to choose one loss, but got 'sum'. Pass its position.")
-        self.q = check_number("q", q, "(0, 1]")
-        self.rate = check_number("rate", rate, "[0, 1)")
-        self.running = running
-        self.optimizer = optimizer
+    q: float = 0.7
+    rate: float = 0.7
+    running: bool = True
+    optimizer: Callable[[Iterable], Optimizer] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.owned = {"twin": OwnedModule(self._copy, lr=1.0, optimizer=self._make_optimizer)}
         self._stash: dict[str, Any] | None = None
         self._source: Any = None
         self._twins: LossCall | None = None
         self._tap: Any = None
-
-    def sample_ids(self, step: Step) -> Tensor:
-        """Numbers of the samples."""
-        return sample_numbers(step, self.state_key)
 
     def _new_fit(self, pl_module: Any) -> None:
         """Twin and losses are about one module: another one begins with a copy of its own."""
@@ -258,11 +240,6 @@ class LearningFromFailure(Debiaser):
         self._source = pl_module
         self._twin(pl_module)
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse a training set that was loaded anew with another length."""
-        table: Any = self.module
-        check_length(trainer, table.size, self.state_key)
-
     def begin(self, step: Step) -> None:
         """Run the twin on the batch that the network is about to see."""
         super().begin(step)
@@ -289,7 +266,6 @@ class LearningFromFailure(Debiaser):
     def reweigh(self, calls: list[LossCall], step: Step) -> list[Tensor]:
         """The network's losses, weighted by relative difficulty."""
         (call,) = calls
-        table: Any = self.module
         numbers, twins = self.sample_ids(step), self._twins
         assert twins is not None  # begin() has run
         n = len(numbers)
@@ -302,8 +278,8 @@ class LearningFromFailure(Debiaser):
         classes = targets if several else (targets.view(n, -1)[:, 0] > 0.5)
         n_classes = logits.shape[1] if several else 2
         classes = classes.long().clamp(0, n_classes - 1)
-        weights = table.weigh(numbers, biased, main, classes, n_classes, stamp=step.counter + 1)
-        loss = _global_mean(call, call.of_rows(weights))
+        weights = self.module.weigh(numbers, biased, main, classes, n_classes, stamp=step.counter + 1)
+        loss = weighted_mean(call.num * call.of_rows(weights).to(call.num.dtype), call.den.detach())
         if step.logging:
             self.log_value("failure_weight", weights.mean(), step)
             self.log_value("biased_loss", twins.mean().detach(), step)
@@ -317,7 +293,7 @@ class LearningFromFailure(Debiaser):
         self._twins = None
         num, den, _ = twins.record.rows  # of the criterion itself, whatever the step multiplies it by
         certain = torch.exp(-self.q * num.detach() / torch.where(den == 0, 1, den))
-        loss = _global_mean(twins, self.q * certain)
+        loss = weighted_mean(twins.num * (self.q * certain).to(twins.num.dtype), twins.den.detach())
         tap, self._tap = self._tap, None
         tap.close()
         return (loss - loss.detach()).to(call.num.dtype)
@@ -394,11 +370,3 @@ def _arguments(step: Step) -> tuple[Any, ...]:
 
     takes = len(inspect.signature(type(step.module).training_step).parameters) - 1
     return (step.batch, step.batch_idx)[:takes]
-
-
-def _global_mean(call: LossCall, weights: Tensor) -> Tensor:
-    """``sum w num / sum den`` of the global batch; its gradient is this rank's share."""
-    local, total = (call.num * weights.to(call.num.dtype)).sum(), call.den.detach().sum()
-    summed, total = global_sum(torch.stack((local.detach(), total)))
-    total = total + (total == 0)
-    return as_global(local * (world_size() / total), summed / total)

@@ -22,17 +22,17 @@ the batch, keeps its style; so does a batch of one. Costs two passes over the ou
 from __future__ import annotations
 
 from dataclasses import KW_ONLY
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from debias.errors import DebiasError
 from debias.methods.base import LayerAugmenter
-from debias.ops.arguments import check_number, checked
+from debias.ops.arguments import checked
 from debias.ops.distributed import gather, global_rank, is_distributed
 from debias.ops.fields import arguments
-from debias.ops.pairs import beta_shares, random_partners
+from debias.ops.pairs import beta_shares, other_domains, random_partners
 from debias.ops.styles import restyle, style
 from debias.step.batch import BatchKey
 
@@ -61,37 +61,29 @@ def mix_style(x: Tensor, partners: Tensor, shares: Tensor, *, eps: float = 1e-6)
     """
     with torch.no_grad():
         mean, std = style(x, eps=eps)
-        kept = shares.to(mean.dtype).view(-1, *[1] * (x.ndim - 1))
-        new_mean = torch.lerp(mean[partners], mean, kept)
-        new_std = torch.lerp(std[partners], std, kept)
-    return restyle(x, mean, std, new_mean, new_std)
+        mixed = _mixed(mean, std, mean[partners], std[partners], shares)
+    return restyle(x, mean, std, *mixed)
 
 
-def other_domains(domains: Tensor) -> Tensor:
-    """Who may be the partner of whom: those of another known domain, boolean ``(N, N)``."""
-    known = domains >= 0
-    return (domains.unsqueeze(1) != domains) & known & known.unsqueeze(1)
+def _mixed(mean: Tensor, std: Tensor, means: Tensor, stds: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Styles mixed with those of partners."""
+    kept = shares.to(mean.dtype).view(-1, *[1] * (mean.ndim - 1))
+    return torch.lerp(means, mean, kept), torch.lerp(stds, std, kept)
 
 
-@arguments(kw_only=False)
+@arguments(kw_only=False, of=mix_style, p="[0, 1]", alpha="(0, inf)")
 class MixStyleOptions:
     """Options of MixStyle, at the published values.
 
     Args:
         p: probability that a pass is changed.
         alpha: parameter of the Beta distribution; small values rarely mix, but then strongly.
-        eps: added to variances.
     """
 
     p: float = 0.5
     alpha: float = 0.1
     _: KW_ONLY
     eps: float = 1e-6
-
-    def check(self) -> None:
-        """Refuse numbers that are out of range."""
-        self.eps = check_number("eps", self.eps)
-        self.p, self.alpha = check_number("p", self.p, "[0, 1]"), check_number("alpha", self.alpha, "(0, inf)")
 
 
 @arguments
@@ -104,7 +96,6 @@ class MixStyleLayer(MixStyleOptions, nn.Module):
 
     def __post_init__(self) -> None:
         nn.Module.__init__(self)
-        self.check()
 
     def forward(self, x: Tensor, domains: Tensor | None = None) -> Tensor:
         """Mix styles, with probability ``p``."""
@@ -124,9 +115,11 @@ class MixStyleLayer(MixStyleOptions, nn.Module):
 class MixStyle(MixStyleOptions, LayerAugmenter):
     """Mix the channel statistics of samples at chosen layers, during training only.
 
-    The method and its formula are described at the top of :mod:`debias.methods.mixstyle`. By default the layers are
-    ``layer1`` and ``layer2`` of a ResNet, the blocks at a quarter and half the depth of a vision transformer. A layer
-    of a frozen part of the network that is in eval mode stays as it is.
+    Channel statistics carry style, such as colour and contrast, while labels stay; a style that changes at random is no
+    clue to the label.
+
+    By default the layers are ``layer1`` and ``layer2`` of a ResNet, the blocks at a quarter and half the depth of a
+    vision transformer. A layer of a frozen part of the network that is in eval mode stays as it is.
 
     Args:
         domain: where the domain ids are, for partners from another domain; None for partners of any domain.
@@ -139,9 +132,9 @@ class MixStyle(MixStyleOptions, LayerAugmenter):
         'MixStyle'
     """
 
-    reference: ClassVar[str] = "Zhou et al., ICLR 2021, arXiv 2104.02008"
-    works: ClassVar[str] = "Domains differ in style: colour, contrast, texture."
-    fails: ClassVar[str] = "Style tells the class, or domains differ in shape and content."
+    reference = "Zhou et al., ICLR 2021, arXiv 2104.02008"
+    works = "Domains differ in style: colour, contrast, texture."
+    fails = "Style tells the class, or domains differ in shape and content."
 
     domain: BatchKey | None = None
     sync_stats: bool = False
@@ -149,7 +142,6 @@ class MixStyle(MixStyleOptions, LayerAugmenter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check()
         if isinstance(self.domain, tuple | list):
             raise DebiasError(
                 f"Expected `domain` of MixStyle to be one key, but got {self.domain!r}. Tag the crossed ids: which are"
@@ -169,11 +161,9 @@ class MixStyle(MixStyleOptions, LayerAugmenter):
         if self.domain is not None:
             ids = self.step.ids(self.domain, 1, argument="domain")  # type: ignore[union-attr]
             domains = self.ids_of_rows(ids, x.shape[0])
-        sync = self.sync_stats and is_distributed()
-        if not sync:
-            partners, shares = self._draw(path, x.device, x.shape[0], domains, shared=False)
-            return mix_style(x, partners, shares, eps=self.eps)
-        return self._among_all(x, path, domains)
+        if self.sync_stats and is_distributed():
+            return self._among_all(x, path, domains)
+        return mix_style(x, *self._draw(path, x.device, x.shape[0], domains, shared=False), eps=self.eps)
 
     def _draw(
         self, path: str, device: torch.device, n: int, domains: Tensor | None, *, shared: bool
@@ -199,7 +189,5 @@ class MixStyle(MixStyleOptions, LayerAugmenter):
             # Rows lie in the order of ranks.
             own = (pool[:, -2] < global_rank()).sum() + torch.arange(x.shape[0], device=x.device)
             means, stds = (part.view(-1, *mean.shape[1:]) for part in pool[:, :-2].chunk(2, dim=1))
-            kept = shares[own].to(mean.dtype).view(-1, *[1] * (x.ndim - 1))
-            new_mean = torch.lerp(means[partners[own]], mean, kept)
-            new_std = torch.lerp(stds[partners[own]], std, kept)
-        return restyle(x, mean, std, new_mean, new_std)
+            mixed = _mixed(mean, std, means[partners[own]], stds[partners[own]], shares[own])
+        return restyle(x, mean, std, *mixed)

@@ -21,14 +21,13 @@ features in front of the head or the output of a named module, and domain ids; n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from debias.errors import DebiasError
-from debias.methods.base import FeaturePenalty, configures
-from debias.ops.arguments import check_number, checked
+from debias.methods.base import FeaturePenalty, calls, configures
+from debias.ops.arguments import checked
 from debias.ops.distributed import gathers
 from debias.ops.domains import make_members
 from debias.ops.fields import arguments
@@ -45,12 +44,7 @@ Kernel = Literal["gaussian", "scaled_gaussian"]
 @checked("features: float N D, domains: int N < n_domains | bool N n_domains", gammas="[0, inf)")
 @in_full_precision
 def mmd_penalty(
-    features: Tensor,
-    domains: Tensor,
-    n_domains: int,
-    *,
-    kernel: Kernel = "gaussian",
-    gammas: Sequence[float] = GAMMAS,
+    features: Tensor, domains: Tensor, n_domains: int, *, kernel: Kernel = "gaussian", gammas: Sequence[float] = GAMMAS
 ) -> Tensor:
     """Squared maximum mean discrepancy between domains, averaged over pairs.
 
@@ -117,29 +111,17 @@ def _kernels(distances: Tensor, gammas: Sequence[float]) -> tuple[Tensor, Tensor
     return values, slopes
 
 
-@arguments
+@arguments(of=mmd_penalty)
 class MMDOptions(PenaltyOptions):
-    """Options of MMD.
-
-    Args:
-        kernel: ``"gaussian"``, or ``"scaled_gaussian"`` on distances divided by their mean.
-        gammas: inverse widths of the kernels, which are added; positive, by default DomainBed's seven.
-    """
+    """Options of MMD, at DomainBed's values."""
 
     kernel: Kernel = "gaussian"
-    gammas: Sequence[float] | None = None
+    gammas: Sequence[float] | None = GAMMAS
 
 
 @arguments
 class MMDPenalty(MMDOptions, FeaturePenaltyModule):
     """The penalty for any training loop."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        gammas = GAMMAS if self.gammas is None else self.gammas
-        if not gammas:
-            raise DebiasError("Expected `gammas` to hold one inverse width or more, but got none.")
-        self.gammas = [check_number("gammas", gamma) for gamma in gammas]
 
     def of(self, features: Tensor, domains: Tensor) -> Tensor:
         """The penalty, not yet weighted."""
@@ -150,8 +132,8 @@ class MMDPenalty(MMDOptions, FeaturePenaltyModule):
 class MMD(MMDOptions, FeaturePenalty):
     """Make features have the same distribution in every domain.
 
-    The formula stands at the top of :mod:`debias.methods.mmd`. Logs ``train/mmd_penalty`` on logging steps, before its
-    weight, and the weight where it changes; with ``/name`` behind where there are several of them.
+    Clues that hold in some domains only make features differ by domain; features that are distributed alike carry less
+    of them.
 
     Example:
         >>> from debias import MMD
@@ -159,14 +141,14 @@ class MMD(MMDOptions, FeaturePenalty):
         'MMD(hospital)'
     """
 
-    reference: ClassVar[str] = "Gretton et al., JMLR 2012; Li et al., CVPR 2018; DomainBed's form"
-    works: ClassVar[str] = "Domains have the same classes in the same shares, and differ in how inputs look."
-    fails: ClassVar[str] = (
+    reference = "Gretton et al., JMLR 2012; Li et al., CVPR 2018; DomainBed's form"
+    works = "Domains have the same classes in the same shares, and differ in how inputs look."
+    fails = (
         "Classes are spread unevenly over domains. Raw features of large norm, on which the fixed kernels are 0: "
         'take `kernel="scaled_gaussian"`.'
     )
-    only_features: ClassVar[bool] = True
-    key: ClassVar[str] = "mmd"
+    only_features = True
+    key = "mmd"
     module_class = MMDPenalty
 
 
@@ -175,7 +157,4 @@ class MMDMixin:
 
     mmd: MMDPenalty
     configure_mmd = configures("mmd", MMDPenalty)
-
-    def mmd_penalty(self, features: Tensor, domains: Tensor) -> Tensor:
-        """The weighted penalty for features ``(N, d)`` and domains ``(N,)`` at this optimiser step."""
-        return self.mmd(features, domains, step=self.global_step)  # type: ignore[attr-defined]
+    mmd_penalty = calls("mmd", MMDPenalty.forward)

@@ -14,12 +14,10 @@ backward. Needs per-sample losses of any kind, and domain ids; no features, no h
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from debias.methods.base import DomainPenalty, configures
+from debias.methods.base import DomainPenalty, calls, configures
 from debias.ops.arguments import checked
 from debias.ops.domains import domain_shares
 from debias.ops.fields import arguments
@@ -82,8 +80,8 @@ class VRExPenalty(VRExOptions, DomainPenaltyModule):
 class VREx(VRExOptions, DomainPenalty):
     """Make the domains' losses equal.
 
-    The formula stands at the top of :mod:`debias.methods.vrex`. Logs ``train/vrex_penalty`` on logging steps, before
-    its weight, and the weight where it changes; with ``/name`` behind where there are several of them.
+    A shortcut that pays more in one domain than in another makes their losses differ; equal losses are reached by what
+    works in all of them.
 
     Example:
         >>> from debias import VREx
@@ -91,14 +89,10 @@ class VREx(VRExOptions, DomainPenalty):
         'VREx(hospital)'
     """
 
-    reference: ClassVar[str] = "Krueger et al., ICML 2021, arXiv 2003.00688"
-    works: ClassVar[str] = (
-        "Domains differ in how much the shortcut pays, so that leaning on it makes their losses differ."
-    )
-    fails: ClassVar[str] = (
-        "The shortcut pays alike in every domain, or domains are hard for reasons of their own, as noise."
-    )
-    key: ClassVar[str] = "vrex"
+    reference = "Krueger et al., ICML 2021, arXiv 2003.00688"
+    works = "Domains differ in how much the shortcut pays, so that leaning on it makes their losses differ."
+    fails = "The shortcut pays alike in every domain, or domains are hard for reasons of their own, as noise."
+    key = "vrex"
     module_class = VRExPenalty
 
 
@@ -107,7 +101,4 @@ class VRExMixin:
 
     vrex: VRExPenalty
     configure_vrex = configures("vrex", VRExPenalty)
-
-    def vrex_penalty(self, losses: Tensor, domains: Tensor) -> Tensor:
-        """The weighted penalty for losses ``(N,)`` and domains ``(N,)`` at this optimiser step."""
-        return self.vrex(losses, domains, step=self.global_step)  # type: ignore[attr-defined]
+    vrex_penalty = calls("vrex", VRExPenalty.forward)

@@ -233,6 +233,7 @@ def checked(shapes: str = "", *, first: bool = False, **within: str) -> Callable
             return result
 
         call.check = functools.partial(_check, function, {}, within)  # type: ignore[attr-defined]
+        call.within = within  # type: ignore[attr-defined]
         return typing.cast(F, call)
 
     return decorate

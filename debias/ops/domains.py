@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
+from debias.ops.distributed import global_rank, global_sum, is_distributed, world_size
 
-__all__ = ["check_domains", "deviations", "domain_mean", "domain_shares", "make_members"]
+__all__ = ["check_domains", "deviations", "domain_mean", "domain_shares", "halves", "make_members"]
 
 
 def check_domains(domains: Tensor, n_domains: int, rows: int) -> None:
@@ -64,6 +65,37 @@ def deviations(values: Tensor, present: Tensor) -> Tensor:
         present: boolean ``(E,)``.
     """
     return (values - domain_mean(values, present)).masked_fill(_along(~present, values), 0)
+
+
+@torch.no_grad()
+def halves(domains: Tensor, n_domains: int, counts: Tensor) -> Tensor:
+    """Samples of even and of odd position in their domain, over all ranks in their order, as groups 2 e and 2 e + 1.
+
+    Args:
+        domains: ids ``(N,)`` or a membership ``(N, E)``.
+        n_domains: number of domains E.
+        counts: which samples have a position, ``(N,)``.
+    """
+    if domains.dtype == torch.bool:
+        counted = domains & counts.unsqueeze(1)
+        odd = (counted.cumsum(0) - 1 + _before(counted.sum(0))) % 2 == 1
+        return torch.stack((domains & ~odd, domains & odd), 2).flatten(1)
+    # A position is the place in the order by domain less that of the domain's first sample.
+    domains = domains.long()
+    counted = torch.where(counts, domains, -1)
+    ordered, order = counted.sort(stable=True)
+    position = order.argsort() - torch.searchsorted(ordered, counted)
+    if is_distributed():
+        ends = torch.searchsorted(ordered, torch.arange(n_domains + 1, device=domains.device))
+        position = position + _before(ends.diff())[counted.clamp(0, n_domains - 1)]
+    return torch.add(position % 2, domains, alpha=2)
+
+
+def _before(counts: Tensor) -> Tensor:
+    """How many samples of each domain are on the ranks before this one, from this rank's numbers ``(E,)``."""
+    of_ranks = counts.new_zeros(world_size(), len(counts))
+    of_ranks[global_rank()] = counts
+    return global_sum(of_ranks)[: global_rank()].sum(0)
 
 
 def _along(of_domains: Tensor, values: Tensor) -> Tensor:

@@ -20,12 +20,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from debias.ops.distributed import gathers, global_sum, global_sums, is_distributed
+from debias.ops.distributed import gathers, global_rank, global_sum, global_sums, is_distributed
 from debias.ops.domains import domain_shares
 from debias.ops.head_distances import (
     distances_by_pairs,
@@ -268,6 +269,21 @@ class HeadStatistics:
             return distances_by_pairs(own, gram, detach_target, self.scale(relative))
         self.ahead("gradients", "diagonals")
         return distances_from(self.diagonals, self.mean(self.diagonals), detach_target, self.scale(relative))
+
+    def estimated_diagonal_distances(
+        self, *, n_samples: int, generator: torch.Generator | None, detach_target: bool = False, relative: bool = False
+    ) -> Tensor:
+        """Those of Hutchinson's estimates by Rademacher vectors, one product after the other as published."""
+        shape = self.gradients.shape
+        estimates: Any = 0  # for each domain and, last, for the mean over them
+        for _ in range(n_samples):
+            bits = torch.randint(0, 2, (shape[0] + 1, *shape[1:]), generator=generator, device=self.features.device)
+            signs = (2 * bits - 1).to(self.features.dtype)
+            if generator is None:  # that of the process, which need not be where those of the other ranks are
+                signs = global_sum(signs * (global_rank() == 0))
+            estimates = estimates + signs * self.local_products(signs)
+        estimates = global_sum(estimates, shared=True) / n_samples
+        return distances_from(estimates[:-1], estimates[-1], detach_target, self.scale(relative))
 
     def hessian_distances(self, *, detach_target: bool = False, relative: bool = False) -> Tensor:
         """``|H_e - mean H|^2`` (Frobenius), from the Hessians or by the Gram identity, whichever is cheaper.

@@ -1,12 +1,30 @@
-"""Who is mixed with whom, and how much: random partners and shares, without a loop over samples."""
+"""Who is mixed with whom, how much, and the mixtures: Mixup and CutMix, without a loop over samples."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["beta_shares", "random_partners"]
+from debias.ops.arguments import checked
+
+__all__ = [
+    "beta_shares",
+    "cutmix",
+    "cutmix_box",
+    "mixup",
+    "other_domains",
+    "random_partners",
+    "selective_pairs",
+]
+
+
+def other_domains(domains: Tensor) -> Tensor:
+    """Who may be the partner of whom: those of another known domain, boolean ``(N, N)``."""
+    known = domains >= 0
+    return (domains.unsqueeze(1) != domains) & known & known.unsqueeze(1)
 
 
 def random_partners(allowed: Tensor, scores: Tensor) -> Tensor:
@@ -34,3 +52,71 @@ def beta_shares(generator: torch.Generator, alpha: float, size: int, device: tor
     numbers = np.random.default_rng(generator.initial_seed()).beta(alpha, alpha, size)
     dtype = torch.float32 if device.type == "mps" else torch.float64
     return torch.from_numpy(numbers).to(device, dtype, non_blocking=True)
+
+
+@checked("labels: int N, domains: int N")
+def selective_pairs(labels: Tensor, domains: Tensor, *, same_label: bool) -> Tensor:
+    """Who may be mixed with whom under LISA's two rules.
+
+    Args:
+        labels: int64 ``(N,)``, negative = unknown.
+        domains: int64 ``(N,)``, negative = unknown.
+        same_label: pairs of one label from two domains; otherwise of one domain with two labels.
+
+    Returns:
+        Boolean ``(N, N)``; nowhere for samples whose label or domain is unknown.
+
+    Example:
+        >>> import torch
+        >>> from debias.functional import selective_pairs
+        >>> selective_pairs(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), same_label=True).nonzero().tolist()
+        [[0, 1], [1, 0]]
+    """
+    known = (labels >= 0) & (domains >= 0)
+    one_label = labels.unsqueeze(1) == labels
+    one_domain = domains.unsqueeze(1) == domains
+    pairs = one_label & ~one_domain if same_label else one_domain & ~one_label
+    return pairs & known & known.unsqueeze(1)
+
+
+@checked("x: float N ..., partners: int N < N, shares: float N")
+def mixup(x: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
+    """``share x_i + (1 - share) x_partner``.
+
+    Args:
+        x: inputs ``(N, ...)``, floating point.
+        partners: int64 ``(N,)``.
+        shares: ``(N,)`` in [0, 1].
+
+    Returns:
+        The same shape and dtype.
+    """
+    kept = shares.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+    return torch.lerp(x[partners], x, kept)
+
+
+@checked("x: float N C H W, partners: int N < N")
+def cutmix(x: Tensor, partners: Tensor, box: tuple[int, int, int, int]) -> tuple[Tensor, float]:
+    """Images with a box of their partners pasted.
+
+    Args:
+        x: images ``(N, C, H, W)``.
+        partners: int64 ``(N,)``.
+        box: top, bottom, left and right of the box, in pixels; bottom and right are outside.
+
+    Returns:
+        New images, and the share of an image's area that is left of it.
+    """
+    top, bottom, left, right = box
+    out = x.clone()
+    out[:, :, top:bottom, left:right] = x[partners, :, top:bottom, left:right]
+    return out, 1 - (bottom - top) * (right - left) / (x.shape[2] * x.shape[3])
+
+
+def cutmix_box(share: float, center: tuple[float, float], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The box of CutMix (its algorithm 1): an area of ``1 - share`` around a centre in [0, 1)^2, cut at the border."""
+    ends: list[int] = []
+    for where, length in zip(center, size, strict=True):
+        middle, half = int(where * length), int(length * math.sqrt(1 - share)) // 2
+        ends += [max(middle - half, 0), min(middle + half, length)]
+    return ends[0], ends[1], ends[2], ends[3]

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from debias.errors import DebiasError
-from debias.ops.arguments import check_number
 from debias.ops.domains import check_domains, make_members
 from debias.ops.fields import arguments
 from debias.ops.groups import GroupState, GroupSums, group_losses
@@ -98,7 +97,9 @@ class DomainPenaltyModule(PenaltyOptions, GroupState):
         raise NotImplementedError
 
     def forward(self, losses: Tensor, domains: Tensor, *, step: int | None = None) -> Tensor:
-        """The weighted penalty of one batch; ``step`` is the number of optimiser steps taken so far."""
+        """The weighted penalty for losses ``(N,)`` and domains ``(N,)``; ``step`` is the number of optimiser steps
+        taken so far.
+        """
         self.check_shapes(losses, domains)
         sums = self.sums_of(losses, torch.ones_like(losses), domains)
         return self.weighted(step, lambda _: self.of(sums), sums.rows)
@@ -158,13 +159,15 @@ class FeaturePenaltyModule(DomainPenaltyModule):
     """
 
     def forward(self, features: Tensor, domains: Tensor, *, step: int | None = None) -> Tensor:
-        """The weighted penalty of one batch; ``step`` is the number of optimiser steps taken so far."""
+        """The weighted penalty for features ``(N, d)`` and domains ``(N,)``; ``step`` is the number of optimiser steps
+        taken so far.
+        """
         make_members(domains, self.n_groups, len(features))
         self.count_rows(domains, features)
         return self.weighted(step, lambda x: self.of(x, domains), features)
 
 
-@arguments
+@arguments(label_smoothing="[0, 1]")
 class LossPenaltyModule(DomainPenaltyModule):
     """A penalty that takes a loss apart, which it is told of.
 
@@ -212,7 +215,6 @@ class LossPenaltyModule(DomainPenaltyModule):
                 f"Expected arguments of {type(self).__name__}, or options of `loss={loss!r}`: {', '.join(known)}, but"
                 f" got {', '.join(sorted(unknown))}. Correct the name, or `loss`."
             )
-        self.label_smoothing = check_number("label_smoothing", self.label_smoothing, "[0, 1]")
         if type(self.ignore_index) is not int:
             raise DebiasError(f"Expected `ignore_index` to be an integer, but got {self.ignore_index!r}.")
         for name in ("weight", "pos_weight"):
@@ -239,7 +241,9 @@ class LossPenaltyModule(DomainPenaltyModule):
     def forward(  # type: ignore[override]
         self, logits: Tensor, targets: Tensor, domains: Tensor, *, step: int | None = None
     ) -> Tensor:
-        """The weighted penalty of one batch; ``step`` is the number of optimiser steps taken so far."""
+        """The weighted penalty for logits ``(N, C)``, their targets and domains ``(N,)``; ``step`` is the number of
+        optimiser steps taken so far.
+        """
         check_domains(domains, self.n_groups, len(logits))
         loss = self.counted_loss(logits, targets, domains)
         return self.weighted(step, lambda _: self.of(loss, domains), loss.logits)

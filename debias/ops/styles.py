@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from debias.ops.arguments import checked
 from debias.ops.distributed import global_sum
 
-__all__ = ["batch_std", "restyle", "style"]
+__all__ = ["batch_std", "restyle", "style", "style_shape", "uncertain_style"]
 
 
 def style(x: Tensor, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -98,3 +99,30 @@ def batch_std(values: Tensor, *, eps: float = 1e-6, sync: bool = False) -> Tenso
     mean = (total[:-1] / count.clamp_min(1)).view(values.shape[1:])
     squares = global_sum(((values - mean) ** 2).sum(0, keepdim=True))
     return (squares / (count - 1).clamp_min(1) + eps).sqrt()
+
+
+def style_shape(x: Tensor) -> tuple[int, int]:
+    """Samples and channels of feature maps ``(N, C, H, W)`` or tokens ``(N, T, D)``."""
+    return x.shape[0], x.shape[1] if x.ndim == 4 else x.shape[2]
+
+
+@checked("x: float N C H W | float N T C, noise: float 2 N C", factor="[0, inf)", eps="[0, inf)")
+def uncertain_style(
+    x: Tensor, noise: Tensor, *, factor: float = 1.0, eps: float = 1e-6, sync_stats: bool = False
+) -> Tensor:
+    """Feature maps whose styles are drawn anew.
+
+    Args:
+        x: feature maps ``(N, C, H, W)`` or tokens ``(N, T, D)``.
+        noise: standard normal numbers for means and standard deviations, ``(2, N, C)`` or ``(2, N, D)``.
+        factor: scales the noise.
+        eps: added to variances.
+        sync_stats: take the spread over the batches of all ranks; then all ranks have to call this.
+
+    Returns:
+        The same shape and dtype; differentiable, also through the statistics.
+    """
+    mean, std = style(x, eps=eps)
+    spread = batch_std(torch.stack((mean, std), dim=1), eps=eps, sync=sync_stats).unbind(1)
+    for_mean, for_std = (factor * noise.to(mean.dtype)).view(2, *mean.shape)
+    return restyle(x, mean, std, mean + for_mean * spread[0], std + for_std * spread[1])

@@ -11,7 +11,7 @@ from _support.fits import N_GROUPS, N_PERSONS
 from _support.flat import EdgeView
 from debias import Debiaser
 from debias.cli.listing import methods
-from debias.methods._two_stage import TwoStage
+from debias.methods.base.two_stage import TwoStage
 
 # What an argument of this name is filled with, whether or not it has a default.
 FILLED = {

@@ -16,7 +16,7 @@ from _support.images import batches, images
 from debias import EdgeView, EdgeViewLayer, GroupDRO, GroupMixup, tag
 from debias.errors import BatchKeyError, DebiasError
 from debias.functional import canny_edges, otsu_threshold
-from debias.methods.edge_view import _gaussian, _is_maximum
+from debias.ops.edges import _gaussian, _is_maximum
 
 
 def picture(n=3, size=(17, 23), seed=0):

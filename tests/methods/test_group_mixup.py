@@ -14,9 +14,8 @@ from _support.images import Pictures, batches, train
 from debias import Debiaser, GroupDRO, GroupMixup, GroupMixupLayer, MixStyle
 from debias.errors import BatchKeyError, DebiasError
 from debias.functional import cutmix, mixup, selective_pairs
-from debias.methods.group_mixup import cutmix_box
 from debias.ops.distributed import global_sum
-from debias.ops.pairs import random_partners
+from debias.ops.pairs import cutmix_box, random_partners
 
 ids = st.lists(st.tuples(st.integers(-1, 2), st.integers(-1, 2)), min_size=1, max_size=12)
 

@@ -13,8 +13,7 @@ from _support.runs import ddp
 from debias import MixStyle, MixStyleLayer
 from debias.errors import BatchKeyError, DebiasError, RowsError
 from debias.functional import mix_style
-from debias.methods.mixstyle import other_domains
-from debias.ops.pairs import beta_shares, random_partners
+from debias.ops.pairs import beta_shares, other_domains, random_partners
 
 EPS = 1e-6
 

@@ -53,8 +53,7 @@ from debias import (
 )
 from debias.errors import BadRowsError, DebiasError, HeadNotFoundError, RowsError
 from debias.functional import coral_penalty, hessian_alignment_penalty, irm_penalty, mmd_penalty, vrex_penalty
-from debias.methods.irm import halves
-from debias.ops.domains import make_members
+from debias.ops.domains import halves, make_members
 from debias.ops.head_losses import make_head_loss
 from debias.ops.head_statistics import HeadStatistics
 

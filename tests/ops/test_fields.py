@@ -9,8 +9,10 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, field
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ import debias
 import debias.methods
 from debias.cli.listing import methods
 from debias.errors import DebiasError
+from debias.ops.arguments import checked
 from debias.ops.fields import arguments, field_values
 
 
@@ -111,6 +114,82 @@ def test_every_argument_is_described_once_as_the_nearest_class_does():
     assert "rate: how fast,\n        on two lines.\n" in Other.__doc__
 
 
+@checked(share="(0, 1]", count="[2, inf)", weights="[0, inf)")
+def formula(x, *, share=0.5, count=2, weights=None):
+    """A formula.
+
+    Args:
+        x: what it is of.
+        share: of the whole.
+        count: how many.
+        weights: one each.
+    """
+
+
+@arguments(of=formula, rate="[0, inf)")
+class Ranged:
+    """Options.
+
+    Args:
+        rate: how fast.
+        count: how many times.
+
+    Logs:
+        ``train/<key>``.
+    """
+
+    rate: float = 0.1
+    share: float | None = None
+    count: int = 3
+    weights: Sequence[float] | None = None
+
+
+@arguments(rate="(0, inf)")
+class Narrow(Ranged):
+    """Narrower."""
+
+    key = "narrow"
+
+
+def test_numbers_are_refused_outside_of_the_intervals_that_were_stated_once():
+    made = Ranged(rate=np.float32(0.5), share=1, count=np.int64(2), weights=[0, np.float64(0.5)])
+    assert [made.rate, made.share, made.count, made.weights] == [0.5, 1, 2, [0, 0.5]]
+    assert [type(x) for x in (made.rate, made.count, made.weights[1])] == [float, int, float]
+    assert Ranged(rate=0).share is None
+    for wrong, message in [
+        ({"rate": -1}, "`rate` to be a number >= 0, but got -1"),
+        ({"rate": None}, "`rate` to be a number >= 0, but got None"),
+        ({"share": 0.0}, r"`share` to be a number in \(0, 1], but got 0.0"),
+        ({"count": 2.5}, "`count` to be an integer >= 2, but got 2.5"),
+        ({"weights": [1, -1]}, "`weights` to be a number >= 0, but got -1"),
+        ({"weights": []}, "`weights` to hold at least one number"),
+        ({"weights": "many"}, "`weights` to be"),
+    ]:
+        with pytest.raises(DebiasError, match=message):
+            Ranged(**wrong)
+    with pytest.raises(DebiasError, match="`rate` to be a number > 0"):
+        Narrow(rate=0)
+    with pytest.raises(DebiasError, match="`share` to be"):
+        Narrow(share=2.0)
+
+
+def test_arguments_are_described_as_the_function_does_that_they_go_by():
+    assert Narrow.__doc__ == textwrap.dedent(
+        """\
+        Narrower.
+
+        Args:
+            rate: how fast.
+            share: of the whole.
+            count: how many times.
+            weights: one each.
+
+        Logs:
+            ``train/narrow``.
+        """
+    )
+
+
 def test_a_network_among_the_arguments_is_no_part_of_the_module():
     module = Whole(1, network=nn.Linear(2, 2))
     assert list(module.parameters()) == []
@@ -160,7 +239,7 @@ def test_a_callback_has_what_its_module_has(name):
 def test_the_type_checker_sees_every_argument(tmp_path):
     pytest.importorskip("mypy", reason="the type checker is one of the developers' tools")
     (tmp_path / "user.py").write_text(
-        "from debias import GroupDRO, GroupDROLoss, VREx, GroupDROMixin, VRExMixin\n"
+        "import torch; from debias import GroupDRO, GroupDROLoss, VREx, GroupDROMixin, VRExMixin\n"
         "GroupDRO('place', 4, ema_rate=0.5, minimum_weight=0.1, loss='sum')\n"
         "VREx(('a', 'b'), (2, 3), penalty_weight=1.0, divide_loss=True)\n"
         "GroupDROMixin().configure_group_dro(n_groups=4, step_size=0.1)\n"
@@ -168,8 +247,10 @@ def test_the_type_checker_sees_every_argument(tmp_path):
         "VREx('place', 4, penalty_wieght=1.0)\n"
         "GroupDROLoss()\n"
         "VRExMixin().configure_vrex(4, penalty_weight='much')\n"
+        "VRExMixin().vrex_penalty(torch.zeros(2), domains=torch.zeros(2), step=3)\n"
+        "VRExMixin().vrex_penalty(torch.zeros(2), groups=torch.zeros(2))\n"
     )
     command = [sys.executable, "-m", "mypy", "--no-error-summary", "--ignore-missing-imports", "user.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     lines = [line.split(":")[1] for line in done.stdout.splitlines() if ": error:" in line]
-    assert lines == ["5", "6", "7", "8"], done.stdout + done.stderr
+    assert lines == ["5", "6", "7", "8", "10"], done.stdout + done.stderr

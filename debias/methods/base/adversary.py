@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from debias.errors import BatchKeyError, DebiasError
 from debias.methods.base.adversary_loss import precise
 from debias.methods.base.method import KeyedMethod, LossOptions
 from debias.methods.base.owned import users_optimizer
-from debias.ops.arguments import check_count, check_number
 from debias.ops.fields import arguments, field_values
 from debias.ops.gradient_reversal import dann_ramp
 from debias.ops.precision import autocast_off
@@ -25,17 +24,13 @@ from debias.tap.features import Pool
 __all__ = ["AdversarialDebiaser"]
 
 
-@arguments
+@arguments(warmup_steps="[0, inf)", ramp_steps="[1, inf)", lr="(0, inf)", lr_ratio="(0, inf)")
 class AdversaryTraining(LossOptions):
     """How an adversary is trained.
 
     Args:
         warmup_steps: optimiser steps during which the adversary learns and nothing is reversed.
         ramp_steps: length of the "dann" ramp in optimiser steps; by default what is left of training.
-        features: dotted path of the module whose output ``(N, D)`` is meant; by default the input of the classifier
-            head, which is found.
-        pool: how tokens ``(N, T, D)`` or maps ``(N, D, H, W)`` that ``features`` names become one row a sample:
-            ``"mean"`` of all, padding too, or ``"first"`` token.
         lr: the adversary's learning rate; by default the user's current one (of several groups the highest) times
             ``lr_ratio``.
         lr_ratio: see ``lr``.
@@ -60,14 +55,21 @@ class AdversarialDebiaser(AdversaryTraining, KeyedMethod):
     """A method with an adversary on the features; its module is a :class:`~debias.methods.base.AdversaryLoss`.
 
     A subclass has the fields of the ids, those of its adversary, and ``schedule``: ``"constant"``, or ``"dann"``: the
-    strength grows from 0 by :func:`debias.functional.dann_ramp`. It logs ``train/<name>_adversary/loss``,
-    ``.../accuracy`` and ``.../strength`` on logging steps, with the class behind where an adversary of another class
-    has the same name.
+    strength grows from 0 by :func:`debias.functional.dann_ramp`.
+
+    Logs:
+        On logging steps ``train/<name>_adversary/loss``, ``.../accuracy`` (of the adversary, on the global batch) and
+        ``.../strength``; the name is the instance's, by default the key of the ids; with the class behind
+        (``.../loss/<class>``) where an adversary of another class has the same name.
+
+    Raises:
+        BadRowsError: an id is out of range, a feature is not finite, or a whole epoch had no known id.
+        HeadNotFoundError: the features are not found or not ``(N, D)``.
     """
 
-    stateful: ClassVar[bool] = True
-    needs_features: ClassVar[bool] = True
-    only_features: ClassVar[bool] = True
+    stateful = True
+    needs_features = True
+    only_features = True
     schedule: Literal["constant", "dann"]
 
     def __post_init__(self) -> None:
@@ -83,13 +85,8 @@ class AdversarialDebiaser(AdversaryTraining, KeyedMethod):
                 "Expected `loss` to choose the one loss whose features the adversary reads, but got 'sum'. Pass its"
                 " position."
             )
-        self.warmup_steps = check_count("warmup_steps", self.warmup_steps, 0)
-        self.ramp_steps = None if self.ramp_steps is None else check_count("ramp_steps", self.ramp_steps)
-        lr = None if self.lr is None else check_number("lr", self.lr, "(0, inf)")
-        lr_ratio = check_number("lr_ratio", self.lr_ratio, "(0, inf)")
-        network = OwnedModule(
-            self.module.build, seed=self.seed, lr=lr, lr_ratio=lr_ratio, optimizer=users_optimizer(self, self.optimizer)
-        )
+        make, optimizer = self.module.build, users_optimizer(self, self.optimizer)
+        network = OwnedModule(make, seed=self.seed, lr=self.lr, lr_ratio=self.lr_ratio, optimizer=optimizer)
         self.owned = {"adversary": network}
         self._end: int | None = None
 

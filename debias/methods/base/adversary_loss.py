@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from debias.errors import BadRowsError, DebiasError, RowsError
-from debias.ops.arguments import check_count, check_number
+from debias.ops.arguments import check_count
 from debias.ops.distributed import global_sum
 from debias.ops.fields import arguments
 from debias.ops.gradient_reversal import gradient_reversal
@@ -35,7 +35,7 @@ def make_mlp(widths: Sequence[int], activation: type[nn.Module]) -> nn.Sequentia
     return nn.Sequential(*layers[:-1])
 
 
-@arguments
+@arguments(strength="[0, inf)")
 class AdversaryOptions:
     """The strength of an adversary.
 
@@ -51,10 +51,18 @@ class AdversaryLoss(GroupState):
     """The loss of an adversary that guesses an attribute from reversed features: the mean over labelled rows.
 
     It has the fields ``in_features``, the width D of the features, or None where the network is handed to
-    :meth:`objective`, the number of ids, which ``ids`` names, and ``strength``. A subclass makes :attr:`network`.
+    :meth:`objective`; the number of ids, which ``ids`` names; ``strength``; and the adversary, which
+    ``adversary_field`` names: one of :meth:`networks`, a module of which a copy is trained, or a function that makes
+    one from D.
+
+    Raises:
+        DebiasError: an argument is out of range, or classes are missing that the loss needs.
+        HeadNotFoundError: features are not ``(N, D)``.
+        BadRowsError: an id is out of range or a feature is not finite.
     """
 
     ids: ClassVar[tuple[str, str]]  # the attribute, and the argument that holds the number of ids
+    adversary_field: ClassVar[str]
     in_features: int | None
     strength: float
     labelled: Tensor
@@ -65,14 +73,28 @@ class AdversaryLoss(GroupState):
         if self.in_features is not None:
             check_count("in_features", self.in_features)
         GroupState.__init__(self, count)
-        self.strength = float(check_number("strength", self.strength))
+        self.strength = float(self.strength)
         self.accuracy: Tensor | None = None
+        adversary, known = vars(self)[self.adversary_field], self.networks(1)
+        if isinstance(adversary, str) and adversary not in known:
+            raise DebiasError(
+                f"Expected `{self.adversary_field}` to be {', '.join(map(repr, known))}, a module or a function of the"
+                f" features' width, but got {adversary!r}."
+            )
         if self.in_features is None:  # only the callback knows epochs
             self.register_buffer("labelled", torch.zeros(1, dtype=torch.float64))
+        self.network = None if self.in_features is None else self.build(self.in_features)
+
+    def networks(self, width: int) -> dict[str, Callable[[], nn.Module]]:
+        """What makes the adversaries that have a name, for features of this width."""
+        raise NotImplementedError
 
     def build(self, width: int) -> nn.Module:
-        """The adversary for features of this width."""
-        raise NotImplementedError
+        """The adversary for features of this width: the named one, a copy of the user's, or what a function makes."""
+        adversary: Network = vars(self)[self.adversary_field]
+        if isinstance(adversary, str):
+            return self.networks(width)[adversary]()
+        return copy.deepcopy(adversary) if isinstance(adversary, nn.Module) else adversary(width)
 
     def losses(
         self, network: nn.Module, features: Tensor, ids: Tensor, strata: Tensor | None
@@ -155,12 +177,6 @@ class AdversaryLoss(GroupState):
         if network is None:
             raise DebiasError("Expected `in_features` to be given, but got None: there is no network to call.")
         return self.objective(network, features, ids, targets=targets)
-
-    def network_of(self, adversary: Network, width: int, made: dict[str, Callable[[int], nn.Module]]) -> nn.Module:
-        """The named network, a copy of the user's own, or what the user's function makes."""
-        if isinstance(adversary, str):
-            return made[adversary](width)
-        return copy.deepcopy(adversary) if isinstance(adversary, nn.Module) else adversary(width)
 
     def guess(self, network: nn.Module, *inputs: Tensor) -> Tensor:
         """The adversary's logits, in the dtype of the first input; the network is called in its own.

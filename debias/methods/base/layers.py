@@ -37,7 +37,6 @@ class LayerAugmenter(Method):
             (torchvision, timm) of the module.
         prefix_tokens: tokens of ``(N, T, D)`` before those of the patches, such as the class token, which stay as they
             are; found in timm and torchvision.
-        seed: seed of its own random numbers.
     """
 
     resnet_layers: ClassVar[tuple[str, ...]] = ("layer1", "layer2")

@@ -5,21 +5,32 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from dataclasses import field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from debias.data.counting import tag_counts
-from debias.errors import BatchKeyError, DebiasWarning
+from debias.errors import BatchKeyError, DebiasError, DebiasWarning
 from debias.ops.fields import arguments, field_values
+from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.step.ids import check_keys, names_in_data, plain_key, plain_n_groups
 from debias.step.reach import Reach
+from debias.step.samples import check_length, sample_numbers
 from debias.step.watcher import Debiaser, default_name
 from debias.tap.calls import LossCall
 
-__all__ = ["InstanceOptions", "KeyedMethod", "LossOptions", "Method"]
+__all__ = [
+    "InstanceOptions",
+    "KeyedMethod",
+    "LossOptions",
+    "Method",
+    "NumberedMethod",
+    "OneLossMethod",
+    "OneLossOptions",
+]
 
 # The arguments of a Debiaser, of which a method takes as many as make sense for it.
 _DEBIASER = tuple(inspect.signature(Debiaser).parameters)
@@ -38,6 +49,19 @@ class LossOptions(InstanceOptions):
     """What a method takes that changes the loss."""
 
     loss: int | str | Callable[[LossCall], bool] | None = None
+    rows: str | Callable[[LossCall, int], Tensor] | None = None
+
+
+@arguments
+class OneLossOptions(InstanceOptions):
+    """What a method takes that changes one of a step's losses.
+
+    Args:
+        loss: which of a step's losses is meant: None if there is one; the position of one; or a callable of
+            :class:`LossCall` that says whether it is meant.
+    """
+
+    loss: int | Callable[[LossCall], bool] | None = None
     rows: str | Callable[[LossCall, int], Tensor] | None = None
 
 
@@ -62,6 +86,47 @@ class Method(InstanceOptions, Debiaser):
     def make_module(self) -> Any:
         """The module that does the maths."""
         return self.module_class(**field_values(self, self.module_class))
+
+
+class OneLossMethod(OneLossOptions, Method):
+    """A method that works with one of a step's losses."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss == "sum":
+            raise DebiasError("Expected `loss` to choose one loss, but got 'sum'. Pass its position.")
+
+
+class NumberedMethod(OneLossMethod):
+    """A method that keeps something of each training sample, by its number; its module is a
+    :class:`debias.ops.samples.SampleTable`.
+    """
+
+    stateful = True
+    shardable = False
+    needs: ClassVar[tuple[str, ...]] = ("index",)
+
+    def sample_ids(self, step: Step) -> Tensor:
+        """Numbers of the samples."""
+        return sample_numbers(step, self.state_key)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse a training set that was loaded anew with another length."""
+        check_length(trainer, self.module.size, self.state_key)
+
+
+@arguments
+class DomainKeys:
+    """Which domains there are.
+
+    Args:
+        domain: where the domain ids are: a tag, an index, a name, a dotted path, a callable, or a tuple of these whose
+            ids are crossed.
+        n_domains: number of domains, one per key.
+    """
+
+    domain: tuple[BatchKey, ...] | BatchKey = field(kw_only=False)
+    n_domains: int | tuple[int, ...] = field(kw_only=False)
 
 
 class KeyedMethod(LossOptions, Method):

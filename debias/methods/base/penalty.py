@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,7 +19,7 @@ from debias.methods.base.head import (
     refuse_sharded,
     rows_of,
 )
-from debias.methods.base.method import KeyedMethod
+from debias.methods.base.method import DomainKeys, KeyedMethod
 from debias.ops.domains import check_domains, make_members
 from debias.ops.fields import arguments
 from debias.ops.groups import GroupSums, group_losses
@@ -28,7 +27,6 @@ from debias.ops.head_autograd import AutogradHeadStatistics
 from debias.ops.head_statistics import HeadStatistics
 from debias.ops.penalties import PenaltyOptions
 from debias.ops.precision import autocast_off
-from debias.step.batch import BatchKey
 from debias.step.context import Step
 from debias.tap.calls import LossCall
 from debias.tap.features import Pool, check_features, rows_of_features
@@ -37,29 +35,27 @@ __all__ = ["DomainPenalty", "FeaturePenalty", "HeadPenalty", "LossPenalty"]
 
 
 @arguments
-class DomainPenalty(PenaltyOptions, KeyedMethod):
+class DomainPenalty(PenaltyOptions, KeyedMethod, DomainKeys):
     """A method that adds a penalty on how domains differ: in their losses, or in what a subclass of it reads.
 
-    Its module, a :class:`debias.ops.penalties.DomainPenaltyModule`, does the maths. It logs ``train/<key>_penalty``,
-    before its weight, on logging steps, and ``train/<key>_penalty_weight`` where that changes; with ``/name`` behind
-    where there are several of a class.
+    Its module, a :class:`debias.ops.penalties.DomainPenaltyModule`, does the maths.
 
     Args:
-        domain: where the domain ids are: a tag, an index, a name, a dotted path, a callable, or a tuple of these whose
-            ids are crossed.
         n_domains: number of domains, one per key; at least 2 in all.
         divide_loss: while the weight is above 1, divide the whole loss by it, as the IRM protocol does.
         reset_optimizer: forget the optimiser's running averages at ``start_step``, as DomainBed does.
+
+    Logs:
+        On logging steps ``train/<key>_penalty``, before its weight, and ``train/<key>_penalty_weight`` where that
+        changes; with ``/name`` behind where there are several of the class.
     """
 
-    ids: ClassVar[tuple[str, str]] = ("domain", "n_domains")
-    unlabelled: ClassVar[str] = "so there was no penalty"
+    ids = ("domain", "n_domains")
+    unlabelled = "so there was no penalty"
     needs: ClassVar[tuple[str, ...]] = ("domain",)
     of_one_domain: ClassVar[str] = ": the penalty will be 0"  # what becomes of it without others
     key: ClassVar[str]  # what its values are called in logs
 
-    domain: tuple[BatchKey, ...] | BatchKey = field(kw_only=False)
-    n_domains: int | tuple[int, ...] = field(kw_only=False)
     divide_loss: bool = False
     reset_optimizer: bool = False
 
@@ -168,18 +164,10 @@ class LossPenalty(DomainPenalty):
 
 @arguments
 class FeaturePenalty(DomainPenalty):
-    """A penalty on features; its module is a :class:`debias.ops.penalties.FeaturePenaltyModule`.
+    """A penalty on features; its module is a :class:`debias.ops.penalties.FeaturePenaltyModule`."""
 
-    Args:
-        features: dotted path of the module whose output ``(N, d)`` is meant; by default the input of the classifier
-            head, which is found.
-        pool: how tokens ``(N, T, D)`` or maps ``(N, D, H, W)`` that ``features`` names become one row a sample:
-            ``"mean"`` of all, padding too, or ``"first"`` token.
-        head: dotted path of the layer whose input the features are, where it is not found.
-    """
-
-    needs: ClassVar[tuple[str, ...]] = ("domain", "features")
-    needs_features: ClassVar[bool] = True
+    needs = ("domain", "features")
+    needs_features = True
 
     features: str | None = None
     pool: Pool = None
@@ -217,11 +205,10 @@ class HeadPenalty(DomainPenalty):
 
     Args:
         derivatives: ``"closed_form"`` for a linear head, ``"autograd"`` for any head.
-        head: dotted path of the head; found by default.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("domain", "features")
-    needs_features: ClassVar[bool] = True
+    needs = ("domain", "features")
+    needs_features = True
 
     derivatives: Literal["closed_form", "autograd"] = "closed_form"
     head: str | None = None

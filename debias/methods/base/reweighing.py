@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from debias.data.counting import count_groups, empty_groups
 from debias.errors import DebiasWarning
-from debias.methods.base.method import KeyedMethod
+from debias.methods.base.method import DomainKeys, KeyedMethod
 from debias.ops.fields import arguments
 from debias.ops.precision import autocast_off
 from debias.step.batch import BatchKey
@@ -38,7 +38,7 @@ class ReweighingMethod(ReweighingOptions, KeyedMethod):
     ``train/max_<key>`` for another.
     """
 
-    stateful: ClassVar[bool] = True
+    stateful = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,21 +88,11 @@ class ReweighingMethod(ReweighingOptions, KeyedMethod):
         self._counted = None
 
 
-@arguments
-class DomainDebiaser(ReweighingMethod):
-    """A method that reweighs the loss by domain.
+class DomainDebiaser(ReweighingMethod, DomainKeys):
+    """A method that reweighs the loss by domain."""
 
-    Args:
-        domain: where the domain ids are: a tag, an index, a name, a dotted path, a callable, or a tuple of these whose
-            ids are crossed.
-        n_domains: number of domains, one per key.
-    """
-
-    ids: ClassVar[tuple[str, str]] = ("domain", "n_domains")
-    needs: ClassVar[tuple[str, ...]] = ("domain",)
-
-    domain: tuple[BatchKey, ...] | BatchKey = field(kw_only=False)
-    n_domains: int | tuple[int, ...] = field(kw_only=False)
+    ids = ("domain", "n_domains")
+    needs = ("domain",)
 
 
 @arguments
@@ -115,7 +105,7 @@ class GroupDebiaser(ReweighingMethod):
         n_groups: number of groups, one per key.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("group",)
+    needs = ("group",)
 
     group: tuple[BatchKey, ...] | BatchKey = field(kw_only=False)
     n_groups: int | tuple[int, ...] = field(kw_only=False)

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -21,22 +21,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from debias.errors import DebiasError, UnsupportedStrategyError
-from debias.ops.arguments import check_count
+from debias.methods.base.held_out import Evaluating
+from debias.methods.base.method import NumberedMethod
 from debias.ops.distributed import global_rank, is_distributed, world_size
 from debias.ops.samples import SampleTable
 from debias.step.batch import split_tags
 from debias.step.context import Step
 from debias.step.proxy import attach, detach
 from debias.step.random import undisturbed
-from debias.step.samples import check_length, predictions, sample_losses, sample_numbers, train_set
-from debias.step.watcher import Debiaser
+from debias.step.samples import check_length, predictions, sample_losses, train_set
 from debias.tap.calls import LossCall
 from debias.tap.head import HeadFinder, check_features, submodule
 from debias.tap.rows import RowTracker
 from debias.tap.selection import select_calls
 from debias.tap.tap import LossTap
 
-__all__ = ["TwoStage"]
+__all__ = ["TwoStage", "nothing"]
 
 # They keep weights of stage one, or change the schedule by the length of the whole run.
 _AVERAGING = {"StochasticWeightAveraging", "WeightAveraging"}
@@ -44,32 +44,20 @@ _AVERAGING = {"StochasticWeightAveraging", "WeightAveraging"}
 _RESET = {"StepWatcher", "ModelCheckpoint", "EarlyStopping"}
 
 
-class TwoStage(Debiaser):
+class TwoStage(NumberedMethod):
     """A method whose first epochs are a network to be watched.
 
-    A subclass says in :meth:`decide` what follows from the record of stage one.
-
-    Args:
-        epochs: epochs of stage one.
-        observe: ``"training"``: what the last epoch of stage one makes of the samples, in training mode, each by
-            other weights; ``"pass"``: a pass over the training set in evaluation mode when stage one has ended.
-        **options: see :class:`debias.Debiaser`.
+    A subclass has the fields ``epochs`` and ``observe``, and says in :meth:`decide` what follows from the record of
+    stage one.
     """
 
-    stateful: ClassVar[bool] = True
-    shardable: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ("index",)
     records_features: ClassVar[bool] = False
+    epochs: int
     module: Any
 
-    def __init__(self, epochs: int, observe: Literal["training", "pass"], **options: Any) -> None:
-        super().__init__(**options)
-        if options.get("loss") == "sum":
-            raise DebiasError("Expected `loss` to choose one loss, but got 'sum'. Pass its position.")
-        if observe not in ("training", "pass"):
-            raise DebiasError(f"Expected `observe` to be 'training' or 'pass', but got {observe!r}.")
-        self.epochs = check_count("epochs", epochs)
-        self.observe_by = observe
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.observe_by = vars(self).pop("observe")  # the callback has a function of that name
         self.stage = 1
         self.ids: Tensor | None = None  # by sample, int64 (N,), once stage two has begun
         self._start: dict[str, Any] | None = None
@@ -117,10 +105,6 @@ class TwoStage(Debiaser):
             self.module = self._start = self._stash = self._epoch = None
         self._fitted = weakref.ref(pl_module)
 
-    def sample_ids(self, step: Step) -> Tensor:
-        """Numbers of the samples."""
-        return sample_numbers(step, self.state_key)
-
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Make the table, and keep the state that stage two starts from."""
         size = len(train_set(trainer, self.state_key))
@@ -148,10 +132,6 @@ class TwoStage(Debiaser):
         # A stage-one network that no longer improves must not end the run.
         self._min_epochs = trainer.fit_loop.min_epochs
         trainer.fit_loop.min_epochs = max(self._min_epochs or 0, self.epochs + 1)
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse a training set that was loaded anew with another length."""
-        check_length(trainer, self.module.size, self.state_key)
 
     def _check_epochs(self, trainer: Any) -> None:
         last, steps = trainer.max_epochs, trainer.max_steps
@@ -355,19 +335,17 @@ def _on_cpu(state: Any) -> Any:
     return copy.deepcopy(state)
 
 
-def _nothing(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    return None
+def nothing(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """What stands in for a function that is not to run."""
 
 
 @contextmanager
 def _evaluating(module: Any) -> Iterator[None]:
-    modes = [(m, m.training) for m in module.modules()]
-    proxies = [attach(module, name, _nothing) for name in ("log", "log_dict")]
-    module.eval()
+    """Evaluation mode, without logs."""
+    proxies = [attach(module, name, nothing) for name in ("log", "log_dict")]
     try:
-        yield
+        with Evaluating(module):
+            yield
     finally:
         for proxy in proxies:
             detach(proxy)
-        for m, mode in modes:
-            m.training = mode

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from debias.data.counting import empty_groups
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, HeadNotFoundError
 from debias.ops.distributed import gather
+from debias.ops.groups import check_n_groups, name_groups
 from debias.step.batch import BatchKey, read, split_tags
 from debias.step.context import Step
 from debias.step.ids import plain_n_groups
 from debias.step.samples import INDEX
 from debias.tap.head import HeadFinder, submodule
 
-__all__ = ["Evaluating", "HeldOut", "Keys", "find_head", "held_out", "labels", "moved"]
+__all__ = ["Evaluating", "HeldOut", "Keys", "find_head", "held_out", "labels", "moved", "refuse_empty"]
 
 
 class Keys(NamedTuple):
@@ -182,6 +184,33 @@ def find_head(module: nn.Module, path: str | None, given: Any) -> nn.Linear:
             f" {type(found).__name__}. Name the last linear layer: `head='dotted.path'`."
         )
     return found
+
+
+def refuse_empty(groups: Tensor, n_groups: Any, *, twice: bool) -> None:
+    """Refuse held-out groups ``(N,)`` of which one has no sample, or one alone where they are fitted on in halves.
+
+    Raises:
+        BadRowsError: an id is out of range.
+        DebiasError: there are too few samples.
+    """
+    total = check_n_groups(n_groups)
+    if bool((groups >= total).any()):
+        raise BadRowsError(
+            f"Expected group ids below `n_groups={total}`, but got {int(groups.max())}. Number the groups 0 .."
+            " n_groups - 1 (-1 = unlabelled), or raise `n_groups`."
+        )
+    counts = torch.bincount(groups[groups >= 0], minlength=total)
+    names = name_groups(n_groups, None)
+    if empty := empty_groups(counts, names):
+        raise DebiasError(
+            f"Expected held-out samples of every group, but there is none of {empty}. Take a larger held-out set,"
+            " correct `n_groups`, or choose `method='afr'`, which needs no groups."
+        )
+    if twice and int(counts.min()) < 2:
+        raise DebiasError(
+            "Expected at least two held-out samples of each group, one to fit on and one to choose the strength by, but"
+            f" group {names[int(counts.argmin())]} has one. Give one strength, `strengths=[0.1]`, to choose none."
+        )
 
 
 def _run(module: nn.Module, head: nn.Linear, given: Any) -> tuple[Tensor, Tensor]:
