@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from _support.forked import run
 from debias.cli import main
 from debias.cli.listing import methods
 from debias.cli.recipes import recipes_folder
@@ -23,19 +24,14 @@ GROUP_DRO = str(RECIPES / "methods" / "group_dro.yaml")
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 
 
-def debias(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
-    """Run ``python -m debias`` with a home of its own, so that nobody is logged in anywhere."""
+def debias(*words: str, cwd: Path, new: bool = False, **env: str) -> subprocess.CompletedProcess:
+    """Run ``python -m debias`` with a home of its own, so that nobody is logged in anywhere; in a new interpreter?"""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     home = {"HOME": str(cwd), "NETRC": str(cwd / "netrc"), "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-m", "debias", *words],
-        cwd=cwd,
-        env={**inherited, **home, **env},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    command, options = [sys.executable, "-m", "debias", *words], {"cwd": cwd, "env": {**inherited, **home, **env}}
+    if not new:
+        return run(command, timeout=240, **options)
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240, **options)
 
 
 def printed_config(capsys, *words: str) -> dict:
@@ -284,10 +280,10 @@ def test_recipes_are_listed_and_copied_and_never_overwritten(tmp_path, capsys):
 
 
 def test_help_and_version_as_a_process(tmp_path):
-    done = debias("--help", cwd=tmp_path)
+    done = debias("--help", cwd=tmp_path, new=True)
     assert done.returncode == 0
     assert all(name in done.stdout for name in ("fit", "validate", "test", "demo", "methods", "recipes"))
-    assert debias("--version", cwd=tmp_path).stdout.startswith("debias ")
+    assert debias("--version", cwd=tmp_path, new=True).stdout.startswith("debias ")
 
 
 def test_fit_then_validate_and_test_a_copied_recipe(tmp_path):
@@ -329,7 +325,7 @@ def test_fit_then_validate_and_test_a_copied_recipe(tmp_path):
 
 def test_wandb_without_login_runs_offline_and_says_where_it_lies(tmp_path):
     logger = ["--trainer.logger", "WandbLogger", "--trainer.logger.project", "digits"]
-    done = debias("fit", "--config", BASE, "--trainer.max_epochs", "1", *logger, *QUIET, cwd=tmp_path)
+    done = debias("fit", "--config", BASE, "--trainer.max_epochs", "1", *logger, *QUIET, cwd=tmp_path, new=True)
     assert done.returncode == 0, done.stderr
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("W&B ran offline"))
     folder = tmp_path / line.rpartition(" ")[2]
