@@ -6,10 +6,8 @@ from importlib.util import find_spec
 import pytorch_lightning  # noqa: F401
 import torch
 
-import _support.cases
-import _support.runs
 import debias
-import debias.cli.compare  # noqa: F401
+import debias.cli.compare
 
 torch.set_num_threads(1)
 for name in ("matplotlib.pyplot", "sklearn.datasets", "torchdata.stateful_dataloader", "wandb"):
