@@ -1,11 +1,12 @@
 """What the server of :mod:`_support.forked` has imported when it forks; importing this computes nothing."""
 
+import gc
 from importlib import import_module
 from importlib.util import find_spec
 
-import pytorch_lightning  # noqa: F401
 import torch
 
+import _support.fits  # noqa: F401
 import debias
 import debias.cli.compare
 
@@ -15,3 +16,5 @@ for name in ("matplotlib.pyplot", "sklearn.datasets", "torchdata.stateful_datalo
         import_module(name)
 for name in debias.__all__:
     getattr(debias, name)
+gc.collect()
+gc.freeze()  # or the first collections of each child would copy all of it
