@@ -193,7 +193,9 @@ class Data(L.LightningDataModule):
         return val_loader()
 
 
-def test_batch_size_finder(method, tmp_path):
+def test_batch_size_finder(method, tmp_path, monkeypatch):
+    # Looking for garbage between its trials takes ten times as long as the rest.
+    monkeypatch.setattr("lightning.pytorch.tuner.batch_size_scaling.garbage_collection_cuda", lambda: None)
     callbacks, data, model = build(method), Data(), Classifier()
     start = AtStart(callbacks)
     finder = BatchSizeFinder(steps_per_trial=1, max_trials=2)
