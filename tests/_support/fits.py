@@ -162,9 +162,9 @@ def loader(
 
 
 def val_loader(n: int = 21, *, bare: bool = False) -> DataLoader:
-    """Validation rows, each exactly once over all ranks."""
+    """Validation rows, each exactly once over all ranks, in two whole batches and one that is not."""
     dataset = problem(n, seed=1) if bare else tagged(problem(n, seed=1))
-    return DataLoader(dataset, batch_size=4, sampler=EvalSampler(dataset))
+    return DataLoader(dataset, batch_size=8, sampler=EvalSampler(dataset))
 
 
 def make_trainer(callbacks: Any = (), *, package: Any = L, **options: Any) -> Any:

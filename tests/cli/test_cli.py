@@ -325,7 +325,7 @@ def test_fit_then_validate_and_test_a_copied_recipe(tmp_path):
 
 def test_wandb_without_login_runs_offline_and_says_where_it_lies(tmp_path):
     logger = ["--trainer.logger", "WandbLogger", "--trainer.logger.project", "digits"]
-    done = debias("fit", "--config", BASE, "--trainer.max_epochs", "1", *logger, *QUIET, cwd=tmp_path, new=True)
+    done = debias("fit", "--config", BASE, "--trainer.max_epochs", "1", *logger, *QUIET, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("W&B ran offline"))
     folder = tmp_path / line.rpartition(" ")[2]
