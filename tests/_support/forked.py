@@ -154,12 +154,13 @@ def _become(
     forkserver.ensure_running = forkserver._forkserver.ensure_running = lambda: None
     runner.subprocess = SimpleNamespace(**(vars(subprocess) | {"Popen": Forked}))
     atexit._clear()  # what imports have registered is the server's
+    _, how, what, *words = command
+    sys.argv = ["-c", *words]  # or, below, the module's file
     try:
-        sys.argv = command[2:]
-        if command[1] == "-m":
-            runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+        if how == "-m":
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
         else:
-            exec(command[2], {"__name__": "__main__"})
+            exec(what, {"__name__": "__main__"})
     finally:
         threading._shutdown()
         atexit._run_exitfuncs()
