@@ -290,7 +290,7 @@ def test_fit_then_validate_and_test_a_copied_recipe(tmp_path):
     main(["recipes", "copy", "colored_digits", str(tmp_path)])
     files = ["--config", "recipes/colored_digits/base.yaml", "--config", "recipes/methods/group_dro.yaml"]
     logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs"]
-    done = debias("fit", *files, "--trainer.max_epochs", "2", *logger, *QUIET, cwd=tmp_path)
+    done = debias("fit", *files, "--trainer.max_epochs", "2", *logger, *QUIET, cwd=tmp_path, new=True)
     assert done.returncode == 0, done.stderr
     checkpoint = next(tmp_path.rglob("*.ckpt"))
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("Best checkpoint: "))
