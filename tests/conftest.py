@@ -6,13 +6,15 @@ import gc
 import importlib.util
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a test process for each core already; before torch is imported
 
-from _support.ranks import Ranks
+if TYPE_CHECKING:
+    from _support.ranks import Ranks  # imports torch, which the process that only hands out tests does without
 
 if importlib.util.find_spec("kornia") is None:  # it needs Python 3.11
     collect_ignore = [
@@ -25,13 +27,22 @@ if importlib.util.find_spec("kornia") is None:  # it needs Python 3.11
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Leave torch, Lightning and thousands of tests out of every later garbage collection, of which there are many."""
+    """Look for garbage less often: after every 10,000 new objects, where a training step makes hundreds."""
+    gc.set_threshold(10_000)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> None:
+    """Leave torch, Lightning, thousands of tests, and what has been compiled out of every later garbage collection."""
+    gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def ranks(pytestconfig: pytest.Config) -> Iterator[Ranks]:
     """Two processes of one gloo group."""
+    from _support.ranks import Ranks
+
     two = Ranks(warning_filters=pytestconfig.getini("filterwarnings"))
     yield two
     two.close()
@@ -40,6 +51,8 @@ def ranks(pytestconfig: pytest.Config) -> Iterator[Ranks]:
 @pytest.fixture(scope="session")
 def four_ranks(pytestconfig: pytest.Config) -> Iterator[Ranks]:
     """Four processes of one gloo group."""
+    from _support.ranks import Ranks
+
     four = Ranks(4, warning_filters=pytestconfig.getini("filterwarnings"))
     yield four
     four.close()

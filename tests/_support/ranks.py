@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import multiprocessing
 import os
 import pickle
 import re
@@ -18,6 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from _support.forked import context
 
 __all__ = ["Outcome", "Ranks"]
 
@@ -114,22 +115,20 @@ class Ranks:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        server = context()
         for rank in range(self.world):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world, there, self.warning_filters), daemon=True)
+            here, there = server.Pipe()
+            process = server.Process(target=_serve, args=(rank, self.world, there, self.warning_filters), daemon=True)
             process.start()
             there.close()
             self._processes.append(process)
             self._pipes.append(here)
-        for pipe in self._pipes:  # importing torch and Lightning is no part of a task's time
+        for pipe in self._pipes:  # the imports of the server are no part of a task's time
             assert pipe.poll(120), "the processes did not start"
             pipe.recv_bytes()
 
 
 def _serve(rank: int, world: int, pipe: Any, warning_filters: list[str]) -> None:
-    import lightning.pytorch  # noqa: F401
-
     torch.set_num_threads(1)
     # As if a launcher had started this process, so that Lightning joins the group that is there.
     os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from _support.forked import run
 from debias.cli import main
 from debias.cli.listing import methods
 from debias.cli.recipes import recipes_folder
@@ -23,19 +24,14 @@ GROUP_DRO = str(RECIPES / "methods" / "group_dro.yaml")
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 
 
-def debias(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
-    """Run ``python -m debias`` with a home of its own, so that nobody is logged in anywhere."""
+def debias(*words: str, cwd: Path, new: bool = False, **env: str) -> subprocess.CompletedProcess:
+    """Run ``python -m debias`` with a home of its own, so that nobody is logged in anywhere; in a new interpreter?"""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     home = {"HOME": str(cwd), "NETRC": str(cwd / "netrc"), "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-m", "debias", *words],
-        cwd=cwd,
-        env={**inherited, **home, **env},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    command, options = [sys.executable, "-m", "debias", *words], {"cwd": cwd, "env": {**inherited, **home, **env}}
+    if not new:
+        return run(command, timeout=240, **options)
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240, **options)
 
 
 def printed_config(capsys, *words: str) -> dict:
@@ -284,17 +280,17 @@ def test_recipes_are_listed_and_copied_and_never_overwritten(tmp_path, capsys):
 
 
 def test_help_and_version_as_a_process(tmp_path):
-    done = debias("--help", cwd=tmp_path)
+    done = debias("--help", cwd=tmp_path, new=True)
     assert done.returncode == 0
     assert all(name in done.stdout for name in ("fit", "validate", "test", "demo", "methods", "recipes"))
-    assert debias("--version", cwd=tmp_path).stdout.startswith("debias ")
+    assert debias("--version", cwd=tmp_path, new=True).stdout.startswith("debias ")
 
 
 def test_fit_then_validate_and_test_a_copied_recipe(tmp_path):
     main(["recipes", "copy", "colored_digits", str(tmp_path)])
     files = ["--config", "recipes/colored_digits/base.yaml", "--config", "recipes/methods/group_dro.yaml"]
     logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs"]
-    done = debias("fit", *files, "--trainer.max_epochs", "2", *logger, *QUIET, cwd=tmp_path)
+    done = debias("fit", *files, "--trainer.max_epochs", "2", *logger, *QUIET, cwd=tmp_path, new=True)
     assert done.returncode == 0, done.stderr
     checkpoint = next(tmp_path.rglob("*.ckpt"))
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("Best checkpoint: "))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from _support.forked import run
 from debias.cli import demo
 from debias.data import ColoredDigits
 from debias.errors import DebiasError
@@ -161,7 +162,7 @@ def test_a_missing_package_is_named(package):
         f"    if name.split('.')[0] == {package!r}: sys.modules[name] = None\n"
         "from debias.cli import main; main(['demo'])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    done = run([sys.executable, "-c", code], timeout=200)
     assert done.returncode == 1
     assert "pip install 'lightning-debias[recipes]'" in done.stderr
     assert package in done.stderr.splitlines()[-1]

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
+from _support.forked import Forked
 from _support.offline_wandb import read_offline_runs
 from debias.cli import main
 from debias.cli.recipes import recipes_folder
@@ -32,8 +34,8 @@ def environment(home: Path) -> dict[str, str]:
     return {**inherited, **home_, "WANDB_SILENT": "true"}
 
 
-def start(*words: str, cwd: Path) -> subprocess.Popen:
-    return subprocess.Popen(
+def start(*words: str, cwd: Path, kind: Any = Forked) -> Any:
+    return kind(
         [sys.executable, "-m", "debias", "compare", *words],
         cwd=cwd, env=environment(cwd), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, start_new_session=True,
@@ -460,7 +462,7 @@ def test_a_trial_of_another_sweep_is_refused(tmp_path, monkeypatch, capsys, tria
 
 def test_one_run_of_the_grid(tmp_path):
     words = ["colored_digits", "--methods", "group_dro", *EPOCHS, "--out", "out", "--only", "group_dro-seed2"]
-    process = start(*words, cwd=tmp_path)
+    process = start(*words, cwd=tmp_path, kind=subprocess.Popen)  # as a user's shell starts it, and it its run
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said
     assert [path.parent.name for path in tmp_path.glob("out/runs/*/result.json")] == ["group_dro-seed2"]

@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from _support.fits import Classifier, make_trainer, parameters, problem, same, val_loader
+from _support.forked import Forked, run
 from _support.recipes import digits, one
 from _support.runs import ddp
 from debias import DetectionMonitor, GroupMonitor, tag
@@ -224,7 +225,7 @@ def test_the_start_of_the_process_counts():
     code = "import time; time.sleep(1)\nfrom debias.cli.one_run import _age\nprint(_age())"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     begin = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = run([sys.executable, "-c", code], env=environment, timeout=60)
     if Path("/proc/self/stat").exists():
         assert 1 <= float(done.stdout) <= time.monotonic() - begin + 0.02
 
@@ -408,7 +409,7 @@ def test_ranks_beyond_those_that_saved_begin_streams_of_their_own():
 def test_sigterm_leaves_no_failure_behind(tmp_path):
     folder = one(tmp_path, "erm", epochs=2000)
     words = [sys.executable, "-m", "debias.cli.one_run", str(folder), spec_hash(read_spec(folder))]
-    process = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
+    process = Forked(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
     limit = time.monotonic() + 120
     while not (folder / "progress.json").exists() and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.1)

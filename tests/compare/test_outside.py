@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+from _support.forked import Forked
+
 ROOT = Path(__file__).parents[2]
 COUNTS = (360, 40, 40, 360)
 SLEEP = 0.01
@@ -112,7 +114,7 @@ def compared(tmp_path_factory):
     (cwd / "birds").mkdir()
     (cwd / "birds" / "base.yaml").write_text(BASE)
     words = ["./birds", "--methods", "dann", "--seeds", "0", "1", "--out", "out", "--select", "val_worst_group"]
-    with subprocess.Popen(
+    with Forked(
         [sys.executable, "-m", "debias", "compare", *words],
         cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"},

@@ -15,6 +15,7 @@ from filelock import FileLock
 from rich.console import Console
 from rich.progress import Progress
 
+from _support.forked import Forked
 from debias.compare import runner
 from debias.compare.records import RunRecord, read_record, write_json
 from debias.compare.runner import LOCK, Interrupted, run_all
@@ -194,8 +195,7 @@ def test_what_another_process_finished_is_not_started(make):
 def test_ctrl_c_twice_ends_a_process_that_does_not_listen(make, tmp_path):
     folders, _ = make
     (run,) = folders("stubborn")
-    driver = tmp_path / "driver.py"
-    driver.write_text(
+    driver = (
         "import sys\nfrom pathlib import Path\nfrom debias.compare import runner\n"
         "from debias.compare.runner import Interrupted, run_all\nrunner.GRACE = 60\n"
         f"try:\n    run_all([Path({str(run)!r})], lambda f: [sys.executable, {str(tmp_path / 'fake.py')!r}, str(f)])\n"
@@ -215,8 +215,7 @@ def test_ctrl_c_twice_ends_a_process_that_does_not_listen(make, tmp_path):
 def test_ctrl_c_ends_the_processes_and_records_no_failure(make, tmp_path):
     folders, _ = make
     runs = folders("a", "slow")
-    driver = tmp_path / "driver.py"
-    driver.write_text(
+    driver = (
         "import sys\nfrom pathlib import Path\nfrom debias.compare.runner import Interrupted, run_all\n"
         f"try:\n    run_all([Path(p) for p in {[str(r) for r in runs]!r}],"
         f" lambda f: [sys.executable, {str(tmp_path / 'fake.py')!r}, str(f)])\n"
@@ -235,11 +234,11 @@ def test_ctrl_c_ends_the_processes_and_records_no_failure(make, tmp_path):
     assert not any("slow" in line for line in _processes())
 
 
-def in_a_terminal(script: Path) -> subprocess.Popen:
+def in_a_terminal(script: str) -> Forked:
     """Start a script that Ctrl-C reaches: what runs in the background, as tests may, ignores it and hands that on."""
     listen = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    script.write_text(listen + script.read_text())
-    return subprocess.Popen([sys.executable, str(script)])
+    started = "import subprocess\nfrom debias.compare import runner\nrunner.subprocess = subprocess\n"
+    return Forked([sys.executable, "-c", listen + started + script])
 
 
 def _processes() -> list[str]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import wandb
 
+from _support.forked import run
 from _support.offline_wandb import read_offline_runs
 from _support.records import GROUPS, failed, made_up, record, save
 from debias.cli import main
@@ -130,15 +130,9 @@ def test_no_login_is_one_message_and_the_report_stays(tmp_path):
     env |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
     env |= {"WANDB_BASE_URL": "http://localhost:9", "WANDB_SILENT": "true"}  # nobody is there, whatever happens
     # A process of its own: W&B reads its settings once.
-    done = subprocess.run(
-        [sys.executable, "-m", "debias", "report", str(folder), "--project", "p"],
-        cwd=tmp_path,
-        env={**env, "PYTHONPATH": str(Path(__file__).parents[2])},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    env["PYTHONPATH"] = str(Path(__file__).parents[2])
+    command = [sys.executable, "-m", "debias", "report", str(folder), "--project", "p"]
+    done = run(command, cwd=tmp_path, env=env, timeout=240)
     assert done.returncode == 1
     assert "error: Expected to log the comparison to the W&B project `p`, but W&B refused" in done.stderr
     assert "Traceback" not in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import pytest
@@ -43,14 +44,26 @@ def run(name, folder, *, ckpt_path=None, when="batch", optimizer="adam", **optio
     }
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Runs that nothing interrupts, each made once: what came out, and the folder of the checkpoints."""
+
+    @functools.cache
+    def made(name, when="batch"):
+        folder = tmp_path_factory.mktemp("whole")
+        return run(name, folder, when=when), folder
+
+    return made
+
+
 @pytest.mark.parametrize("name", [None, *METHODS])
 @pytest.mark.parametrize(("when", "step"), [("batch", 8), ("validation", 6), ("validation", 12)])
-def test_resuming_is_bitwise(name, when, step, tmp_path):
+def test_resuming_is_bitwise(name, when, step, whole, tmp_path):
     """An epoch has 6 batches: after batch 8, and at the end of the validation of the first and of the second epoch."""
-    whole = run(name, tmp_path / "whole", when=when)
-    resumed = run(name, tmp_path / "resumed", when=when, ckpt_path=tmp_path / "whole" / f"step={step}.ckpt")
-    assert whole["step"] == resumed["step"] == 18
-    assert same(whole, resumed)
+    expected, folder = whole(name, when)
+    resumed = run(name, tmp_path, when=when, ckpt_path=folder / f"step={step}.ckpt")
+    assert expected["step"] == resumed["step"] == 18
+    assert same(expected, resumed)
 
 
 def test_without_its_state_a_resumed_run_differs(tmp_path):
@@ -64,9 +77,9 @@ def test_without_its_state_a_resumed_run_differs(tmp_path):
     assert not same(whole, run("GroupDRO", tmp_path / "again", ckpt_path=path))
 
 
-def test_checkpoints_hold_the_bare_module_and_load_safely(method, tmp_path):
-    run(method, tmp_path, max_epochs=2)
-    checkpoint = torch.load(tmp_path / "step=8.ckpt", weights_only=True)
+def test_checkpoints_hold_the_bare_module_and_load_safely(method, whole):
+    _, folder = whole(method)
+    checkpoint = torch.load(folder / "step=8.ckpt", weights_only=True)
     assert list(checkpoint["state_dict"]) == list(Classifier().state_dict())
     assert len(checkpoint["optimizer_states"]) == 1
     assert build(method)[0].state_key in checkpoint["callbacks"]
@@ -74,18 +87,17 @@ def test_checkpoints_hold_the_bare_module_and_load_safely(method, tmp_path):
     model.load_state_dict(checkpoint["state_dict"])
 
 
-def test_a_run_with_a_method_goes_on_without_it(method, tmp_path):
-    run(method, tmp_path, max_epochs=2)
-    path = tmp_path / "step=8.ckpt"
+def test_a_run_with_a_method_goes_on_without_it(method, whole, tmp_path):
+    path = whole(method)[1] / "step=8.ckpt"
     with pytest.warns(UserWarning, match="callbacks used to create the checkpoint"):
         resumed = run(None, tmp_path / "without", ckpt_path=path, max_epochs=2)
     assert resumed["step"] == 12
 
 
-def test_a_run_without_a_method_goes_on_with_it(method, tmp_path):
+def test_a_run_without_a_method_goes_on_with_it(method, whole, tmp_path):
     """To the third epoch: a method may leave its first one, here the second, as it is."""
-    plain = run(None, tmp_path, max_epochs=3)
-    path = tmp_path / "step=8.ckpt"
+    plain, folder = whole(None)
+    path = folder / "step=8.ckpt"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         resumed = run(method, tmp_path / "with", ckpt_path=path, max_epochs=3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import json
 from unittest import mock
@@ -39,6 +40,12 @@ from debias.ops import arguments as checks
 from debias.ops.groups import GroupState
 
 
+@functools.cache
+def plainly(name, **options):
+    """What many tests compare with: :func:`trained`, done once."""
+    return trained(name, bare=name is None, **options)
+
+
 def trained(name, module=None, *, bare=False, extra=(), **options):
     """Parameters and method state after training."""
     model, callbacks = Classifier() if module is None else module, build(name)
@@ -51,16 +58,16 @@ def trained(name, module=None, *, bare=False, extra=(), **options):
 
 def test_a_method_changes_training(method):
     """Unless it does, none of the comparisons of this folder means anything."""
-    assert not same(trained(method)["parameters"], trained(None, bare=True)["parameters"])
+    assert not same(plainly(method)["parameters"], plainly(None)["parameters"])
 
 
 def test_a_monitor_changes_nothing():
-    assert same(trained(None, extra=[GroupMonitor("place", 3)]), trained(None, bare=True))
+    assert same(trained(None, extra=[GroupMonitor("place", 3)]), plainly(None))
 
 
 def test_accumulation_updates_state_per_micro_batch(method):
     """The parameters move once per two batches, the method sees every batch."""
-    once, accumulated = trained(method), trained(method, accumulate_grad_batches=2)
+    once, accumulated = plainly(method), trained(method, accumulate_grad_batches=2)
     assert all(torch.isfinite(p).all() for p in accumulated["parameters"].values())
     assert not same(once, accumulated)
 
@@ -116,7 +123,7 @@ def test_compiled_is_eager(method, what):
         model.backbone.compile(backend="aot_eager")
     # Of one size, and without validation: Dynamo traces a network again for each.
     short = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 0}
-    assert deviation(trained(method, **short), trained(method, compiled, **short)) < 1e-12
+    assert deviation(plainly(method, **short), trained(method, compiled, **short)) < 1e-12
 
 
 @pytest.mark.usefixtures("dynamo")
@@ -146,7 +153,7 @@ class Checkpointed(Classifier):
 
 
 def test_activation_checkpointing_changes_nothing(method):
-    assert same(trained(method), trained(method, Checkpointed()))
+    assert same(plainly(method), trained(method, Checkpointed()))
 
 
 # ------------------------------------------------------------ tuners
@@ -169,7 +176,7 @@ def test_learning_rate_finder(method, tmp_path):
     model = Classifier()
     before = copy.deepcopy([callback.state_dict() for callback in build(method)]), parameters(model)
     train(model, [*callbacks, finder, start], max_epochs=2, default_root_dir=tmp_path)
-    plain = trained(method, extra=[AtStart([])])
+    plain = plainly(method)
     assert finder.optimal_lr is not None
     assert same(start.seen[1], before[1])
     assert same(plain["parameters"], parameters(model))
@@ -186,7 +193,9 @@ class Data(L.LightningDataModule):
         return val_loader()
 
 
-def test_batch_size_finder(method, tmp_path):
+def test_batch_size_finder(method, tmp_path, monkeypatch):
+    # Looking for garbage between its trials takes ten times as long as the rest.
+    monkeypatch.setattr("lightning.pytorch.tuner.batch_size_scaling.garbage_collection_cuda", lambda: None)
     callbacks, data, model = build(method), Data(), Classifier()
     start = AtStart(callbacks)
     finder = BatchSizeFinder(steps_per_trial=1, max_trials=2)
@@ -214,7 +223,7 @@ def test_yaml_builds_the_same_method(method, tmp_path, monkeypatch):
         Classifier, run=False, args=["--config", str(path)], save_config_callback=None, seed_everything_default=False
     )
     (callback,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, cls)]
-    assert same(trained(method)["parameters"], parameters_of_run(callback))
+    assert same(plainly(method)["parameters"], parameters_of_run(callback))
 
 
 def parameters_of_run(callback):
@@ -235,7 +244,7 @@ def test_manual_optimisation(method):
         ):
             train(Manual(), [callback])
     else:
-        assert same(trained(method), trained(method, Manual()))
+        assert same(plainly(method), trained(method, Manual()))
 
 
 # ------------------------------------------------------------ odd batches
@@ -338,10 +347,15 @@ def syncs_of(callbacks, *, bare=False):
     return count.counts
 
 
+@functools.cache
+def plain_syncs():
+    return syncs_of([], bare=True)
+
+
 def test_no_host_sync_between_logging_steps(method):
     """On CPU a bad row raises at once, which reads a counter; the branch of other devices is put in its place."""
     with mock.patch.object(checks, "on_host", return_value=False):
-        ours, plain = syncs_of(build(method)), syncs_of([], bare=True)
+        ours, plain = syncs_of(build(method)), plain_syncs()
     assert ours[1:] == plain[1:]
     # Whether the head makes the logits from its input is looked at once, in the first step.
     assert ours[0] - plain[0] <= int(METHODS[method].needs_features)
@@ -356,7 +370,7 @@ def test_a_host_sync_is_counted(sync):
             sync(call.logits.detach())
             return super().penalise(call, step)
 
-    assert syncs_of([Waits()]) == [count + 1 for count in syncs_of([], bare=True)]
+    assert syncs_of([Waits()]) == [count + 1 for count in plain_syncs()]
 
 
 @pytest.mark.parametrize("name", REWEIGHING)

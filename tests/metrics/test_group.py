@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import pickle
-from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, roc_auc_score
@@ -353,10 +351,7 @@ def test_grouped_metric_says_what_it_cannot_do():
 # ---------------------------------------------------------------------------------------------------- two ranks
 
 
-def _two_ranks(rank, folder):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
+def _two_ranks(rank):
     logits, target, groups = data(n_classes=2)
     logits = logits.sigmoid()
     order = groups.argsort(stable=True)  # so that the ranks hold different groups: rank 0 no 2, rank 1 no 0
@@ -367,13 +362,10 @@ def _two_ranks(rank, folder):
         accuracy.update(logits[part], target[part], groups[part])
         auroc.update(logits[part, 1], target[part], groups[part])
         composed.update(logits[part, 1], target[part].float(), groups[part])
-    results = [accuracy.compute(), auroc.compute(), composed.compute()]
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return [accuracy.compute(), auroc.compute(), composed.compute()]
 
 
-def test_two_ranks_with_different_groups_are_one(tmp_path):
-    torch.multiprocessing.spawn(_two_ranks, args=(str(tmp_path),), nprocs=2)
+def test_two_ranks_with_different_groups_are_one(ranks):
     logits, target, groups = data(n_classes=2)
     logits = logits.sigmoid()
     accuracy, auroc = GroupAccuracy(5), GroupedMetric(BinaryAUROC(), 5)
@@ -383,8 +375,7 @@ def test_two_ranks_with_different_groups_are_one(tmp_path):
     composed.update(logits[:, 1], target.float(), groups)
     same = ("double_ratio", "double_count")
     doubled = {name: value if name in same else 2 * value for name, value in composed.compute().items()}
-    for rank in range(2):
-        results = torch.load(tmp_path / f"{rank}.pt")
+    for results in ranks.run(_two_ranks):
         for actual, expected in zip(results, [accuracy.compute(), auroc.compute(), doubled], strict=True):
             assert actual.keys() == expected.keys()
             for name, value in expected.items():

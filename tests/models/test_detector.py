@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ pytest.importorskip("pycocotools")
 pytest.importorskip("torchvision")
 
 from _support.fits import make_trainer
+from _support.forked import run
 from debias.cli import main
 from debias.data import ShapesDetection
 from debias.errors import DebiasError
@@ -99,7 +99,7 @@ def test_the_embedded_recipe_runs(method, tmp_path):
     words += ["--config", str(RECIPES / "shapes_detection" / f"{method}.yaml")]
     words += ["--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1", "--data.n_train=16", "--data.n_eval=8"]
     words += ["--trainer.accelerator=cpu", "--trainer.default_root_dir", str(tmp_path)]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    done = run(words, cwd=tmp_path, timeout=250)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.glob("detections/val-epoch=0.png"))
     assert list(tmp_path.rglob("best.ckpt"))
