@@ -67,7 +67,7 @@ class Classifier(L.LightningModule):
 
 def run(script, **names):
     """Metrics of a script with a model and a quiet trainer."""
-    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     model = Classifier()
     model.net(names.pop("example"))
     found = dict(names, model=model, DataLoader=DataLoader, Path=Path)

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,11 @@ def _only(runs: Sequence[RunSpec], name: str) -> list[RunSpec]:
 
 def _logging(options: argparse.Namespace, recipe: Recipe, out: Path, console: Console) -> dict[str, Any]:
     """How runs log: handed to each, no part of what is compared."""
+    if options.tensorboard and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
+        raise DebiasError(
+            "Expected the package `tensorboard` to be installed for `--tensorboard`, but it is not. Run"
+            " `pip install tensorboard`."
+        )
     loggers = ["tensorboard"] * options.tensorboard + ["wandb"] * (options.project is not None)
     if options.project is None:
         return {"loggers": loggers}
