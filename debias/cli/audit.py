@@ -146,10 +146,13 @@ def _of_checkpoint(options: argparse.Namespace, path: Path, settings: dict[str, 
 
     if not options.config:
         raise DebiasError(
-            "Expected `--config FILE` with a checkpoint, as the one that it was trained with, but got none."
+            "Expected `--config FILE` with a checkpoint, but got none. Pass the config that it was trained with."
         )
     if not path.exists():
-        raise DebiasError(f"Expected a checkpoint at {path}, but there is none.")
+        raise DebiasError(
+            f"Expected a checkpoint at {path}, but there is none. `debias fit` prints the path of the best one at its"
+            " end."
+        )
     metadata = None if options.metadata is None else read_csv(options.metadata, "--metadata")
     if metadata is not None and options.id is not None:
         metadata = metadata.drop(columns=options.id)
