@@ -75,6 +75,8 @@ def needs_extra(extra: str) -> Iterator[None]:
         name = (error.name or extra).partition(".")[0]
         if name in CORE:
             raise
+        if extra == "cli":  # a config names classes of any extra
+            extra = EXTRAS.get(name, extra)
         raise DebiasError(
             f"Expected the package `{PACKAGES.get(name, name)}` to be installed, but importing it failed: {error}. Run"
             f" `{install_command(extra)}`."

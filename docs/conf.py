@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import method_pages
 
 project = "debias"
-author = "The debias authors"
+author = copyright = "The debias authors"
 release = version = __version__
 
 extensions = [
@@ -30,7 +30,7 @@ html_theme = "furo"
 html_title = f"debias {release}"
 html_static_path = ["_static"]
 html_css_files = ["debias.css"]
-exclude_patterns = ["_build", "notes", "examples", "sg_execution_times.rst"]
+exclude_patterns = ["_build", "notes", "examples", "sg_execution_times.rst", "gallery/sg_execution_times.rst"]
 
 # What Lightning says of loaders and of torch is no output of an example, and begins with a folder of this machine.
 warnings.filterwarnings("ignore", category=UserWarning)

@@ -37,7 +37,7 @@ CALLS = {
     "LastLayerRetraining": 'LastLayerRetraining(group="place", n_groups=4)',
     "GroupMixup": 'GroupMixup(domain="hospital")',
 }
-NUMBERS = {"compare": "a comparison on coloured digits", "no_group_labels": "a comparison without group labels"}
+NUMBERS = {"compare": "a comparison on coloured digits", "no_group_results": "a comparison without group labels"}
 SECTION = re.compile(r"(?:^|(?<=[.;)] ))(?=(?:Published[: ]|Published for|Differences from|Costs[: ]|Needs |Memory ))")
 
 

@@ -13,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from debias.cli.errors import readable_errors
 from debias.extras import CORE as CORE_MODULES
 from debias.extras import EXTRAS, PACKAGES, install_hint, needs_extra
 
@@ -96,6 +97,20 @@ def test_an_import_that_fails_names_what_is_missing():
         needs_extra("images"),
     ):
         import nowhere.deep  # noqa: F401
+
+
+def test_a_class_of_a_config_names_the_extra_that_brings_its_package():
+    from debias.errors import DebiasError
+
+    with pytest.raises(DebiasError, match=r"'lightning-debias\[images\]'"), needs_extra("cli"):
+        raise ImportError("No module named 'torchvision'", name="torchvision")
+
+
+@pytest.mark.parametrize("kind", [ModuleNotFoundError, ValueError])  # jsonargparse puts it into an error of its own
+def test_a_loggers_missing_package_is_one_sentence(kind, capsys):
+    with pytest.raises(SystemExit), readable_errors():
+        raise kind("Problem with 'a.Logger':\n  Requirement 'mlflow>=1.0' not met. HINT: Try running `pip install`")
+    assert capsys.readouterr().err == "error: `mlflow` is not installed; `pip install mlflow` brings it.\n"
 
 
 def test_an_error_in_the_core_is_no_missing_extra():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from debias import __version__
 from debias.cli.audit import add_audit_options
-from debias.cli.compare_options import add_compare_options
+from debias.cli.compare_options import add_compare_options, add_rule
 from debias.cli.suggest import nearest
 from debias.extras import needs_extra
 
@@ -64,7 +64,7 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
     """Says defaults, where there are any, and leaves examples as they are."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, []):
+        if action.default is None or action.default is False or action.default == []:
             return action.help
         return super()._get_help_string(action)
 
@@ -118,50 +118,58 @@ def make_parser() -> argparse.ArgumentParser:
     for name, summary in TRAINING.items():  # listed here, handled by `train`
         commands.add_parser(name, help=summary)
 
-    demo = commands.add_parser("demo", help="compare methods on coloured digits: no network, no GPU, a minute or so")
+    demo = commands.add_parser(
+        "demo", help="compare ERM with GroupDRO on coloured digits; about a minute, without a GPU or a network"
+    )
     demo.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run per method and seed")
-    demo.add_argument("--epochs", type=int, default=None, help="epochs of a run, if not those it was tuned for")
+    demo.add_argument("--epochs", type=int, default=None, help="epochs of a run; by default those it was tuned for")
     demo.add_argument("--out", type=Path, default=Path("debias_demo"), help="folder of the table and the figure")
     demo.set_defaults(run=_demo)
 
     gallery = commands.add_parser("gallery", help="one picture of every crafted shift and style augmentation")
-    gallery.add_argument("--images", type=Path, nargs="+", default=[], help="image files; by default scikit-learn's")
+    gallery.add_argument(
+        "--images", type=Path, nargs="+", default=[], help="image files; by default those of scikit-learn"
+    )
     gallery.add_argument("--out", type=Path, default=Path("gallery.png"), help="the PNG file")
     gallery.add_argument("--size", type=int, default=160, help="side of the images in pixels")
     gallery.add_argument("--draws", type=int, default=2, help="columns for each image")
-    gallery.add_argument("--seed", type=int, default=0, help="another one gives other draws")
+    gallery.add_argument("--seed", type=int, default=0, help="seed of the random draws")
     gallery.set_defaults(run=_gallery)
 
     selection = commands.add_parser(
-        "shift-selection", help="do crafted shifts choose better than plain validation? a grid of 24 settings on digits"
+        "shift-selection", help="test whether crafted shifts choose better than plain validation: 24 settings on digits"
     )
-    selection.add_argument("--source", choices=("digits", "mnist"), default="digits", help="what is trained on")
+    selection.add_argument("--source", choices=("digits", "mnist"), default="digits", help="the training data")
     selection.add_argument("--mnist", default=None, help="an mnist.npz, for a real shift of writers and scanner")
-    selection.add_argument("--seeds", type=int, nargs="+", default=[0], help="scores are means over seeds")
+    selection.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds; scores are means over them")
     selection.add_argument("--epochs", type=int, default=None, help="epochs of a run")
     selection.add_argument("--out", type=Path, default=Path("shift_selection"), help="folder of the tables and figure")
     selection.set_defaults(run=_selection)
 
     compare = commands.add_parser(
-        "compare", help="methods x seeds on a recipe: one table, figures, W&B", allow_abbrev=False
+        "compare", help="train every method with every seed on a recipe; a table, figures, a page", allow_abbrev=False
     )  # a sweep's command repeats the words
     add_compare_options(compare, RULES)
     compare.set_defaults(run=_compare)
 
-    report = commands.add_parser("report", help="tables, figures and a page from finished runs of `debias compare`")
-    report.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="folders with runs, at any depth")
-    report.add_argument("--select", choices=RULES, default=None, help="the rule that chooses checkpoints and settings")
+    report = commands.add_parser("report", help="make tables, figures and a page of finished runs of `debias compare`")
+    report.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="folders that hold runs, at any depth")
+    add_rule(report, RULES)
     report.add_argument("--out", type=Path, default=None, help="folder of the results; by default the first DIR")
-    report.add_argument("--project", default=None, help="of W&B, to log the results to")
+    report.add_argument("--project", default=None, help="W&B project to log the results to")
     report.add_argument("--entity", default=None, help="user or team of the W&B project")
-    report.add_argument("--group", default=None, help="W&B group; by default that of `debias compare`")
+    report.add_argument("--group", default=None, help="W&B group; by default that of the runs")
     report.set_defaults(run=_report)
 
-    audit = commands.add_parser("audit", help="does a model use a shortcut, which one, whom does it hurt, what to do")
+    audit = commands.add_parser(
+        "audit", help="say whether a model uses a shortcut, which one, whom it hurts, and what to do"
+    )
     add_audit_options(audit)
     audit.set_defaults(run=_audit)
 
-    methods = commands.add_parser("methods", help="what is there, what each needs from a batch, its reference")
+    methods = commands.add_parser(
+        "methods", help="list methods and monitors: what each does, what it needs, its recipe and its reference"
+    )
     methods.set_defaults(run=_methods)
 
     recipes = commands.add_parser("recipes", help="list the recipes, or copy one to edit it")
@@ -169,7 +177,7 @@ def make_parser() -> argparse.ArgumentParser:
     actions = recipes.add_subparsers(metavar="action")
     copy = actions.add_parser("copy", help="copy a recipe and the method files: debias recipes copy colored_digits .")
     copy.add_argument("recipe", help="a name that `debias recipes` lists")
-    copy.add_argument("folder", type=Path, nargs="?", default=Path(), help="receives recipes/<recipe>")
+    copy.add_argument("folder", type=Path, nargs="?", default=Path(), help="where recipes/<recipe> is made")
     copy.set_defaults(run=_copy)
 
     for name, command in {"": parser, **commands.choices}.items():

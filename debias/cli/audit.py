@@ -17,9 +17,29 @@ SETTINGS = ("columns", "bins", "min_count", "alpha", "slices", "seed")
 def add_audit_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``debias audit`` to its parser; the standard library alone, so that it is quick."""
     add = parser.add_argument
-    add("--predictions", type=Path, default=None, metavar="CSV", help="one row a sample: target, prediction, metadata")
-    add("--compare", type=Path, nargs=2, default=None, metavar=("BEFORE", "AFTER"), help="two CSVs, or checkpoints")
-    add("--config", type=Path, action="append", default=[], metavar="FILE", help="as of `debias fit`, for a checkpoint")
+    add(
+        "--predictions",
+        type=Path,
+        default=None,
+        metavar="CSV",
+        help="table with a row for each sample: target, prediction, metadata",
+    )
+    add(
+        "--compare",
+        type=Path,
+        nargs=2,
+        default=None,
+        metavar=("BEFORE", "AFTER"),
+        help="two tables, or two checkpoints",
+    )
+    add(
+        "--config",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="config of the checkpoint, as for `debias fit`",
+    )
     add("--ckpt_path", type=Path, default=None, metavar="FILE", help="the checkpoint to audit")
     add(
         "--set",
@@ -27,32 +47,44 @@ def add_audit_options(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="changes the config: data.init_args.root=data",
+        help="values of the config: data.init_args.root=data",
     )
     add(
         "--metadata",
         type=Path,
         default=None,
         metavar="CSV",
-        help="more columns, in the order of the samples or by --id",
+        help="table with more columns: in the order of the samples, or joined by --id",
     )
-    add("--train", type=Path, default=None, metavar="CSV", help="target and metadata of the training samples")
-    add("--id", default=None, metavar="NAME", help="the column that names the samples")
+    add("--train", type=Path, default=None, metavar="CSV", help="table of the training samples: target and metadata")
+    add("--id", default=None, metavar="NAME", help="column with the name of each sample")
     add("--out", type=Path, default=Path("audit"), metavar="DIR", help="folder of the page, the JSON and the CSVs")
-    add("--title", default=None, help="of the page")
-    add("--columns", nargs="+", default=None, metavar="NAME", help="metadata to look at; all by default")
-    add("--target", default="target", metavar="NAME", help="column of the true label, or what precedes _<label>")
-    add("--prediction", default="prediction", metavar="NAME", help="column of the prediction, likewise")
-    add("--score", default="score", metavar="NAME", help="column of the score, or what precedes _<class>")
-    add("--scores", choices=("probabilities", "logits"), default=None, help="what the scores are")
-    add("--task", choices=("classification", "multilabel", "regression"), default=None, help="told by the columns")
-    add("--positive", default=None, metavar="NAME", help="the positive class of two; the last in order by default")
-    add("--bins", type=int, default=4, help="quantile bins of numeric columns")
-    add("--min-count", type=int, default=20, help="smaller groups are shown, and not ranked")
+    add("--title", default=None, help="title of the page")
+    add("--columns", nargs="+", default=None, metavar="NAME", help="metadata columns to look at; by default all")
+    add(
+        "--target", default="target", metavar="NAME", help="column of the true label; of many: the part before _<label>"
+    )
+    add(
+        "--prediction",
+        default="prediction",
+        metavar="NAME",
+        help="column of the prediction; of many: the part before _<label>",
+    )
+    add("--score", default="score", metavar="NAME", help="column of the score; of many: the part before _<class>")
+    add("--scores", choices=("probabilities", "logits"), default=None, help="say which of the two the scores are")
+    add(
+        "--task",
+        choices=("classification", "multilabel", "regression"),
+        default=None,
+        help="by default read from the columns",
+    )
+    add("--positive", default=None, metavar="NAME", help="the positive class; by default the last of two")
+    add("--bins", type=int, default=4, help="number of quantile bins of a numeric column")
+    add("--min-count", type=int, default=20, help="groups with fewer samples are shown, but not ranked")
     add("--alpha", type=float, default=0.05, help="false-discovery rate of each table")
-    add("--slices", type=int, default=5, help="slices of each kind to look for; 0 for none")
-    add("--layers", nargs="+", default=[], metavar="PATH", help="modules whose outputs are probed, too")
-    add("--seed", type=int, default=0, help="of all draws")
+    add("--slices", type=int, default=5, help="number of slices of each kind to look for; 0 for none")
+    add("--layers", nargs="+", default=[], metavar="PATH", help="modules whose outputs are probed as well")
+    add("--seed", type=int, default=0, help="seed of all random draws")
 
 
 def audit(options: argparse.Namespace) -> None:
@@ -114,10 +146,13 @@ def _of_checkpoint(options: argparse.Namespace, path: Path, settings: dict[str, 
 
     if not options.config:
         raise DebiasError(
-            "Expected `--config FILE` with a checkpoint, as the one that it was trained with, but got none."
+            "Expected `--config FILE` with a checkpoint, but got none. Pass the config that it was trained with."
         )
     if not path.exists():
-        raise DebiasError(f"Expected a checkpoint at {path}, but there is none.")
+        raise DebiasError(
+            f"Expected a checkpoint at {path}, but there is none. `debias fit` prints the path of the best one at its"
+            " end."
+        )
     metadata = None if options.metadata is None else read_csv(options.metadata, "--metadata")
     if metadata is not None and options.id is not None:
         metadata = metadata.drop(columns=options.id)

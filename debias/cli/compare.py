@@ -13,6 +13,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +226,7 @@ def _n_domains(recipe: Recipe) -> int:
     if not isinstance(number, int) or number < 2:
         raise DebiasError(
             f"Expected the recipe `{recipe.name}` to set `data.init_args.n_domains` to 2 or more, to leave one domain"
-            f" out after another, but got {number}. Choose by another rule."
+            f" out after another, but got {number}. Choose another rule with `--select`."
         )
     return number
 
@@ -241,6 +242,11 @@ def _only(runs: Sequence[RunSpec], name: str) -> list[RunSpec]:
 
 def _logging(options: argparse.Namespace, recipe: Recipe, out: Path, console: Console) -> dict[str, Any]:
     """How runs log: handed to each, no part of what is compared."""
+    if options.tensorboard and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
+        raise DebiasError(
+            "Expected the package `tensorboard` to be installed for `--tensorboard`, but it is not. Run"
+            " `pip install tensorboard`."
+        )
     loggers = ["tensorboard"] * options.tensorboard + ["wandb"] * (options.project is not None)
     if options.project is None:
         return {"loggers": loggers}
@@ -272,7 +278,10 @@ def _print_sweep(
 ) -> None:
     """Print the sweep; each agent calls this command for one trial."""
     if options.project is None:
-        raise DebiasError("Expected `--project` with `--print-wandb-sweep`: the agents' runs log there, but got none.")
+        raise DebiasError(
+            "Expected `--project` with `--print-wandb-sweep`, as the agents' runs log there, but got none. Add"
+            " `--project NAME`."
+        )
     again = [word for word in options.words if word != "--print-wandb-sweep"]
     runs = options.draws * len(spaces) * len(seeds) * (1 + (domains or 0)) if options.draws > 1 else None
     sweep = make_sweep(recipe, spaces, seeds, domains=domains, rule=options.select, runs=runs)

@@ -54,6 +54,9 @@ def readable_errors() -> Iterator[None]:
 
 
 def _readable(error: BaseException) -> str | None:
+    missing = re.findall(r"Requirement '([\w-]+)[^']*' not met", str(error))  # Lightning's, of a logger's package
+    if missing and isinstance(error, ModuleNotFoundError | ValueError):
+        return f"`{missing[-1]}` is not installed; `pip install {missing[-1]}` brings it."
     if isinstance(error, ModuleNotFoundError):
         return install_hint(error.name or "")
     if any(base.__name__ == "InterpolationResolutionError" for base in type(error).__mro__):  # omegaconf's

@@ -51,7 +51,10 @@ class RetrainCLI(DebiasCLI):
         self.model.load_state_dict(checkpoint["state_dict"])
         data: Any = self.datamodule
         if data is None:
-            raise DebiasError("Expected `data` to name the data module that the held-out set comes from, but got none.")
+            raise DebiasError(
+                "Expected `data` to name the data module of the held-out set, but got none. Add the base file,"
+                " `--config recipes/<name>/base.yaml`, or `--data <class>`."
+            )
         data.prepare_data()
         data.setup("fit")
         loader = data.val_dataloader() if self.config_init["on"] == "val" else data.train_dataloader()

@@ -171,8 +171,8 @@ def refuse_bad_checkpoint(path: Any, weights_only: Any = True) -> None:
         return
     if not Path(path).exists():
         raise DebiasError(
-            f"Expected `ckpt_path` to name a checkpoint, but there is none at {path}. `debias fit` says at its end"
-            " where the best one lies."
+            f"Expected `ckpt_path` to name a checkpoint, but there is none at {path}. `debias fit` prints the"
+            " path of the best one at its end."
         )
     if weights_only is not False:
         check_checkpoint(Path(path), "Name another one, or pass `--weights_only false` if you trust that file.")
@@ -194,7 +194,7 @@ def _refuse_missing_data(data: Any) -> None:
 def _say_that_nothing_was_trained(stage: str) -> None:
     print(
         f"note: `debias {stage}` got no `--ckpt_path`, so it runs an untrained network, as the module initialises it."
-        f" Pass `--ckpt_path <file>`; `debias fit` says at its end where the best one lies.",
+        f" Pass `--ckpt_path <file>`; `debias fit` prints the path of the best one at its end.",
         file=sys.stderr,
     )
 

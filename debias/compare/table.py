@@ -375,7 +375,7 @@ def _notes(
         )
     yield from _blanks(rows)
     if any(row.worst_vs_erm is not None and row.worst_vs_erm.n < 2 for row in rows):
-        yield "With fewer than two seeds in common with ERM, seed noise cannot be told."
+        yield "With fewer than two seeds in common with ERM, the noise of seeds cannot be measured."
     seeds = {row.seeds for row in rows if row.runs}
     if len(seeds) > 1:
         yield "Not all methods have the same seeds; differences to ERM are over those that both have."

@@ -1,9 +1,9 @@
 """
-Tokens: one label a token
-=========================
+Tokens: a label for each token
+==============================
 
-Is a token a name? In formal text names begin with a capital. In chats, which are rare in training, they do not, but
-stand behind a greeting. The loss flattens all tokens; groups are those of the texts.
+Is a token a name? In formal text names begin with a capital letter. In chats, which are rare in training, they do not,
+but follow a greeting. The loss flattens all tokens; each text has one group.
 """
 
 import lightning as L

@@ -1,6 +1,6 @@
 """
-Faces: who is it must not matter
-================================
+Faces: the person must not matter
+=================================
 
 A network that sees few people learns to recognise them. ``IdentityAdversarial`` works against that;
 ``AttributeProbe`` measures how well the identity can still be read from the features, on people never seen.

@@ -71,6 +71,7 @@ def test_help_shows_defaults(capsys):
         main(["compare", "--help"])
     printed = " ".join(capsys.readouterr().out.split())
     assert "one run per method, setting and seed (default: [0, 1, 2])" in printed
+    assert "seed of these draws (default: 0)" in printed
     assert "(default: None)" not in printed
 
 

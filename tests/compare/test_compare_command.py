@@ -302,6 +302,13 @@ def test_wrong_options(tmp_path, monkeypatch, capsys, words, message):
     assert not list(tmp_path.glob("**/result.json"))
 
 
+def test_a_missing_tensorboard_is_said_before_the_first_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("debias.cli.compare.find_spec", lambda name: None)
+    assert "Run `pip install tensorboard`." in refused(capsys, "colored_digits", "--methods", "erm", "--tensorboard")
+    assert not list(tmp_path.glob("**/log.txt"))
+
+
 def test_ctrl_c_outside_of_the_runs_is_no_traceback(monkeypatch, capsys):
     def pressed(*_):
         raise KeyboardInterrupt

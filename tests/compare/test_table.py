@@ -165,7 +165,7 @@ def test_both_averages_are_shown_where_training_counts_are_known():
 def test_one_seed_has_no_deviation():
     comparison = make_comparison([record("erm", 0), record("vrex", 0, test=[0.5, 0.6, 0.7, 0.8])], "val_average")
     assert comparison.rows[1].worst_vs_erm.more_than_seed_noise is None
-    assert "seed noise cannot be told" in " ".join(comparison.notes)
+    assert "the noise of seeds cannot be measured" in " ".join(comparison.notes)
     text = printed(comparison)
     assert "-10.0" in text
     assert "±" not in text.replace("mean ±", "")
