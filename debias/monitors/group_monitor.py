@@ -16,7 +16,7 @@ from torchmetrics import Metric, MetricCollection
 
 from debias.data.counting import empty_groups, tag_counts
 from debias.data.samplers import check_batches
-from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, DebiasWarning, LossNotFoundError
+from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, DebiasWarning, LossNotFoundError, RowsError
 from debias.metrics import GroupAccuracy, GroupedMetric
 from debias.monitors._epoch import EpochMonitor, by_group
 from debias.monitors.metric_inputs import ignoring, update_metric
@@ -244,8 +244,15 @@ class GroupMonitor(EpochMonitor):
 
     def _rows(self, logits: Tensor, call: LossCall | None) -> Tensor | None:
         seen = None if self.engine is None else self.engine.seen
-        if seen is None or callable(self.logits) or logits.ndim == 0:
+        if seen is None or logits.ndim == 0:
             return None
+        if callable(self.logits):
+            try:
+                return seen.rows_of(logits, None, "GroupMonitor", seen.inputs)
+            except RowsError:
+                if seen.tracker is None or not seen.tracker.reordered(read=True):
+                    return None  # in the order of the batch, as far as can be seen
+                raise
         times = seen.calls if self.logits is None else self._captures
         if call is None and times > 1:
             what = "the module's `forward`" if self.logits is None else f"`{self.logits}`"

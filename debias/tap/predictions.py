@@ -166,7 +166,8 @@ def _kind(func: Any, args: tuple[Any, ...], others: list[Tensor], origins: list[
         return "output"
     if len(origins) > 1 and not any(origin.changed for origin in origins):
         return "output"  # of several parts of one, such as a difference of two columns
-    if func in _SUM and others and all(map(_leaves_out, others)):
+    adds = len(origins) == 1 and not any(isinstance(x, int | float) and x for x in args)  # `sum(views)` begins with 0
+    if func in _SUM and adds and all(map(_leaves_out, others)):
         return "kept"
     one_number = not any(x.ndim and x.dtype != torch.bool for x in others)
     masks = func.__name__ == "where" and len(origins) == 1
@@ -175,7 +176,7 @@ def _kind(func: Any, args: tuple[Any, ...], others: list[Tensor], origins: list[
 
 def _leaves_out(x: Tensor) -> bool:
     """Whether what is added leaves classes out, and all others as they are."""
-    return bool(x.ndim and ((x == 0) | (x.abs() >= 1e4)).all())
+    return bool(x.ndim and ((x == 0) | (x.abs() >= 100)).all())
 
 
 _HERE = object()

@@ -162,7 +162,7 @@ class LossTap(TorchFunctionMode):
         call.record.is_sum = call.record.undivided = reduction == "sum"
         call.record.by_first_axis = reduction == "batchmean"
         call.record.changed = call.record.changed or any(map(self._following.batch.of_pairs, arguments.values()))
-        call.record.of_batch = self._following.batch.holds(arguments.get("weight"), arguments.get("pos_weight"))
+        call.record.of_batch = self._is_of_whole_batch(call, arguments)
         mixed = self.training and self.mixture is not None and self.mixture.meant(call)
         if mixed and (SECOND[func] != "target" or not isinstance(call.target, Tensor)):
             raise unmixable(call.name, "it compares inputs with each other")
@@ -186,6 +186,14 @@ class LossTap(TorchFunctionMode):
                 call.counts.append(self.evaluated.elements.start(out))
             self.calls.append(call)
         return out
+
+    def _is_of_whole_batch(self, call: LossCall, arguments: dict[str, Any]) -> bool:
+        """Whether the weights of a loss, or its targets, hold a number of the whole batch."""
+        holds, target = self._following.batch.holds, call.target
+        if holds(arguments.get("weight"), arguments.get("pos_weight")):
+            return True
+        # Chosen by rank, or standardised; what a teacher has made may depend on the batch, as the network itself.
+        return self.tracker is not None and target is not None and holds(target) and self.tracker.is_of_batch(target)
 
     def _is_prediction(self, second: Any, first: Any) -> bool:
         """Whether it is the second argument of a symmetric loss that is the prediction."""

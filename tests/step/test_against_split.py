@@ -201,6 +201,13 @@ REFUSED: dict[str, tuple[str, Step]] = {
     "over the largest loss": (
         OF_BATCH, lambda net, x, y, yt, w, k, z: (lambda ce: (ce / ce.detach().max()).mean())(losses(net, x, y))
     ),
+    "the smallest losses by their rank": (
+        OF_BATCH,
+        lambda net, x, y, yt, w, k, z: (lambda ids: ce(net, x[ids], y[ids]))(losses(net, x, y).argsort()[:4]),
+    ),
+    "standardised targets": (
+        OF_BATCH, lambda net, x, y, yt, w, k, z: F.mse_loss(net(x).mean(1)[:, 0], (w - w.mean()) / w.std())
+    ),
     "balanced tasks": (
         OF_BATCH,
         lambda net, x, y, yt, w, k, z: (lambda a, b: a + a.detach() / b.detach() * b)(
@@ -411,6 +418,10 @@ def mask(z: Tensor) -> Tensor:
     return (z < 0.3) * -1e9
 
 
+def views(net: Any, x: Tensor) -> Any:
+    return sum(net(torch.cat([x, x * 3])).mean(1).chunk(2)) / 2
+
+
 PREDICTED: dict[str, tuple[Step, Step]] = {
     "difference of two columns": (
         lambda net, x, y, yt, w, k, z: F.binary_cross_entropy_with_logits(
@@ -421,6 +432,14 @@ PREDICTED: dict[str, tuple[Step, Step]] = {
     "classes left out by addition": (
         lambda net, x, y, yt, w, k, z: F.cross_entropy(net(x).mean(1) + mask(z), z.argmax(1)),
         lambda net, x, y, yt, w, k, z: (net(x).mean(1) + mask(z)).argmax(1) == z.argmax(1),
+    ),
+    "the mean of two views by a sum": (
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(views(net, x), y),
+        lambda net, x, y, yt, w, k, z: views(net, x).argmax(1) == y,
+    ),
+    "classes left out by a hundred": (
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(net(x).mean(1) - 100.0 * (z < 0.3), z.argmax(1)),
+        lambda net, x, y, yt, w, k, z: (net(x).mean(1) - 100.0 * (z < 0.3)).argmax(1) == z.argmax(1),
     ),
     "hard examples alone": (
         lambda net, x, y, yt, w, k, z: (lambda ce: ce[ce > 0.9].mean())(losses(net, x, y)),
@@ -507,6 +526,17 @@ def test_samples_on_another_axis_than_the_rows_are_refused():
     step = lambda net, x, y, yt, w, k, z: F.mse_loss(net(x.transpose(0, 1))[..., 0], k.t())  # noqa: E731
     with pytest.raises(RowsError, match="the samples lie along another"):
         trainer(IRM("g", 2)).fit(Model(step), DataLoader(tag(TensorDataset(*data()), g=G), batch_size=N))
+
+
+def test_logits_that_are_named_in_another_order_are_refused():
+    class Sorted(Model):
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            return {"logits": self.net(batch[0][ORDER]).mean(1)}
+
+    monitor = GroupMonitor("g", 2, logits=lambda output: output["logits"], target=1)
+    loader = DataLoader(tag(TensorDataset(*data()), g=G), batch_size=N)
+    with pytest.raises(RowsError, match="order of the batch"):
+        trainer(monitor).validate(Sorted(lambda: None), loader, verbose=False)
 
 
 def test_features_of_samples_in_another_order_are_refused():
