@@ -63,6 +63,8 @@ ELEMENTWISE = named(
     " clamp_min clamp_max clip abs absolute neg negative round floor ceil sign square pow float_power sqrt rsqrt exp"
     " expm1 log log1p log2 reciprocal sigmoid tanh cosh sinh logical_not logical_and logical_or logical_xor"
     " bitwise_and bitwise_or where masked_fill minimum maximum isnan isfinite isinf nan_to_num relu relu6 leaky_relu"
+    " erf erfc erfinv sin cos tan asin acos atan atan2 hypot lgamma digamma logit xlogy logaddexp heaviside trunc frac"
+    " lerp addcmul addcdiv isclose bernoulli poisson"
     " elu selu silu gelu mish hardtanh hardswish hardsigmoid softplus logsigmoid dropout threshold __neg__ __pos__"
     " __pow__ __rpow__ __abs__ __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __rdiv__"
     " __floordiv__ __mod__ __invert__ __and__ __or__ __xor__ __gt__ __ge__ __lt__ __le__ __eq__ __ne__"

@@ -154,7 +154,8 @@ def tensors_in(value: Any) -> list[Tensor]:
 def _does_the_same_to_parts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
     """Whether an operation makes each row of the rows in its place: half of them alone give half of the result."""
     name = getattr(func, "__name__", "")
-    if not out.ndim or len(out) < 2 or (name.endswith("_") and not name.endswith("__")):
+    in_place = name.endswith("_") and not name.endswith("__")
+    if not out.ndim or len(out) < 2 or in_place or func is torch.autograd.grad:  # whose graph may be used up
         return False
     half = len(out) // 2
     size = out.abs().amax() if out.numel() and not out.is_complex() and out.dtype != torch.bool else 0
@@ -162,7 +163,7 @@ def _does_the_same_to_parts(func: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
         def cut(value: Any, part: slice = part) -> Any:
             if isinstance(value, Tensor):  # a copy, as running means are changed in place
-                return value[part] if value.ndim and len(value) == len(out) else value.clone()
+                return (value[part] if value.ndim and len(value) == len(out) else value).clone()
             return type(value)(map(cut, value)) if type(value) in (tuple, list) else value
 
         try:

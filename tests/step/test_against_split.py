@@ -406,6 +406,27 @@ def test_the_batch_size_that_a_user_logs_with_is_that_of_all_passes():
     torch.testing.assert_close(logged(losses="split"), logged())
 
 
+def test_looking_at_every_operation_changes_nothing():
+    """A teacher's running means, and the random numbers, are those of plain training."""
+
+    def trained(*methods: Any) -> tuple[Tensor, Tensor, Tensor]:
+        teacher = nn.BatchNorm1d(N).double()  # as many features as samples
+
+        def step(net: Any, x: Tensor, y: Tensor, *others: Tensor) -> Tensor:
+            with torch.no_grad():
+                noise = F.dropout(torch.randn_like(teacher(x.flatten(1)[:, :N])).cumsum(0), 0.5)
+                drawn = torch.normal(noise, 1.0)
+            return ce(net, x, y) + 0 * drawn.sum()
+
+        torch.manual_seed(3)
+        model, dataset = Model(step), TensorDataset(*data())
+        trainer(*methods).fit(model, DataLoader(tag(dataset, g=G) if methods else dataset, batch_size=N))
+        return teacher.running_mean, teacher.running_var, torch.rand(4)  # type: ignore[return-value]
+
+    for own, plain in zip(trained(GroupDRO("g", 2)), trained(), strict=True):
+        assert torch.equal(own, plain)
+
+
 # ------------------------------------------------------------ what is predicted
 
 
