@@ -16,6 +16,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 if TYPE_CHECKING:
     from _support.ranks import Ranks  # imports torch, which the process that only hands out tests does without
 
+gc.disable()  # until all is imported and collected, which makes none
+
 if importlib.util.find_spec("kornia") is None:  # it needs Python 3.11
     collect_ignore = [
         "cli/test_gallery.py",
@@ -29,6 +31,7 @@ if importlib.util.find_spec("kornia") is None:  # it needs Python 3.11
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Look for garbage less often: after every 10,000 new objects, where a training step makes hundreds."""
     gc.set_threshold(10_000)
+    gc.enable()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -23,6 +23,8 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import debias
+
 __all__ = ["Forked", "context", "run"]
 
 TESTS = Path(__file__).parents[1]
@@ -31,7 +33,8 @@ _ENVIRONMENT = dict(os.environ)  # before any test has changed it
 
 def context() -> Any:
     """The ``multiprocessing`` context of the server, which starts with the first call."""
-    paths = [str(TESTS.parent), str(TESTS), *filter(None, [_ENVIRONMENT.get("PYTHONPATH")])]
+    ours = Path(debias.__file__).parents[1]  # of this process, which may have been installed
+    paths = [str(TESTS), str(ours), *filter(None, [_ENVIRONMENT.get("PYTHONPATH")])]
     one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(["_support.warm"])
