@@ -16,7 +16,7 @@ from torch import Tensor
 
 from debias.errors import RowsError
 from debias.tap.calls import LossCall
-from debias.tap.moves import CASTS, ELEMENTWISE, INPLACE, MOVES, apply_move, axes_of, keeps_rows, named
+from debias.tap.moves import CASTS, ELEMENTWISE, INPLACE, MOVES, among, apply_move, axes_of, keeps_rows, named
 from debias.tap.whole_batch import STATISTICS, WholeBatch, tensors_in
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ _SELECTING = named(
     " repeat_interleave chunk split tensor_split unbind"
 )
 _REDUCED = MOVES | CASTS | ELEMENTWISE | INPLACE | _SUM | _MEAN
+_is_followed = among(_REDUCED)
 FOLLOWED = _REDUCED | STATISTICS
 
 
@@ -105,7 +106,7 @@ class Following:
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Follow losses through one operation; returns what the step is to receive of it."""
         self.batch.see(func, args, kwargs, out)
-        if func not in _REDUCED:
+        if not _is_followed(func):
             for x in tensors_in(out) if self._divisible else ():
                 self._proportional(func, args, kwargs, x)
             return out

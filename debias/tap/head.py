@@ -32,7 +32,7 @@ from debias.tap.features import (
     rows_of_features,
 )
 from debias.tap.hooks import Hook
-from debias.tap.moves import CASTS, Move, keeps_rows
+from debias.tap.moves import CASTS, Move, among, keeps_rows
 from debias.tap.rows import RowTracker
 from debias.tap.sharded import has_shards, whole
 
@@ -40,7 +40,7 @@ __all__ = ["FeatureTap", "HeadFinder", "HeadTap", "check_features", "rows_of_fea
 
 _T = torch.Tensor
 # Operations between head and loss that leave every logit what it is.
-_PASS = frozenset(
+_passes = among(
     {_T.float, _T.double, _T.to, _T.contiguous, _T.squeeze, _T.unsqueeze, _T.view, _T.reshape, _T.flatten, _T.type_as}
     | {_T.clone, _T.transpose, _T.permute}
     | {torch.squeeze, torch.unsqueeze, torch.reshape, torch.flatten, torch.transpose, torch.permute, torch.clone}
@@ -70,7 +70,7 @@ class HeadFinder:
                 self._linears.append((out, source, weight))
                 if self._root is not None:
                     self._layers += [(weight, m) for m in layers_of(self._root, weight)[:1]]
-        elif isinstance(out, Tensor) and (func in _PASS or (func is _T.__getitem__ and _keeps_all(args, out))):
+        elif isinstance(out, Tensor) and (_passes(func) or (func is _T.__getitem__ and _keeps_all(args, out))):
             self._passed.append((out, func, args, kwargs))
 
     def runs_of(self, weight: Tensor) -> int:

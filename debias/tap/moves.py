@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ __all__ = [
     "REORDERING",
     "SORTING",
     "Move",
+    "among",
     "apply_move",
     "axes_of",
     "keeps_rows",
@@ -41,6 +42,20 @@ def named(names: str) -> frozenset[Any]:
     """The functions of torch, of ``torch.nn.functional`` and of tensors by these names."""
     spaces: tuple[Any, ...] = (_T, torch, F)
     return frozenset(getattr(space, name) for space in spaces for name in names.split() if hasattr(space, name))
+
+
+def among(functions: Iterable[Any]) -> Callable[[Any], bool]:
+    """Whether a function is one of these, for what Dynamo traces with every operation.
+
+    With ``function in functions`` it would wrap, and guard, all of them each time.
+    """
+    found = frozenset(functions)
+
+    @torch.compiler.assume_constant_result
+    def is_one(function: Any) -> bool:
+        return function in found
+
+    return is_one
 
 
 # Change neither order nor number of elements nor shape.
@@ -101,7 +116,7 @@ LOOKUPS = frozenset({F.one_hot, F.embedding})
 _ROW_KEEPING = named("reshape flatten squeeze unsqueeze unflatten") | frozenset(
     {_T.view, _T.expand, _T.view_as, _T.reshape_as, _T.expand_as}
 )
-_LOOKING_UP = named("index_select gather take") | frozenset({_T.__getitem__})
+_looks_up = among(named("index_select gather take") | frozenset({_T.__getitem__}))
 # Move whole rows, unless told of another axis than the first.
 _ROW_WISE = named("index_select cat concat concatenate")
 # Along axes in which every element is the same they change nothing.
@@ -163,7 +178,7 @@ def keeps_rows(move: Callable[..., Any], args: tuple[Any, ...], out: Any) -> boo
 
 def looked_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The integers by which values are looked up in a tensor, where these are the rows of what is made."""
-    if func not in _LOOKING_UP or not isinstance(args[0], Tensor):
+    if not _looks_up(func) or not isinstance(args[0], Tensor):
         return None
     key = kwargs.get("index", args[-1])
     if not isinstance(key, Tensor) or not key.ndim or key.is_floating_point() or key.dtype == torch.bool:

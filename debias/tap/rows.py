@@ -28,6 +28,7 @@ from debias.tap.moves import (
     PUTTING,
     REORDERING,
     SORTING,
+    among,
     apply_move,
     axes_of,
     keeps_rows,
@@ -39,6 +40,8 @@ from debias.tap.notes import CHANGED, Note, first_version, same_rows, version
 from debias.tap.origins import Origins
 
 __all__ = ["RowTracker"]
+
+_sorts, _packs, _puts, _is_in_place, _may_reorder = map(among, (SORTING, PACKING, PUTTING, INPLACE, REORDERING))
 
 
 class RowTracker(Origins):
@@ -89,15 +92,16 @@ class RowTracker(Origins):
 
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Remember one operation; called for every one in :data:`debias.tap.moves.RECORDED`."""
-        if not args or (func in SORTING and not sorts_rows(func, args, kwargs)):
+        if not args or (_sorts(func) and not sorts_rows(func, args, kwargs)):
             return
-        if func in PACKING:
+        if _packs(func):
             self.guesses = False
             return
-        if func in PUTTING:
+        if _puts(func):
             self._lose(args[0], out)
             return
-        if func in INPLACE or out is args[0]:  # y.long() may be y itself, as may x.flatten(): then it is no operation
+        # y.long() may be y itself, as may x.flatten(): then it is no operation.
+        if _is_in_place(func) or out is args[0]:
             self._in_place(func, args, kwargs, out)
             return
         results = enumerate(out) if isinstance(out, tuple | list) else [(None, out)]
@@ -381,7 +385,7 @@ class RowTracker(Origins):
     def _reorders(self, args: tuple[Any, ...], out: Tensor, move: Any) -> bool:
         """Whether an operation on a tensor of unknown origin may put samples elsewhere."""
         data = args[0]
-        if move not in REORDERING or not isinstance(data, Tensor) or 0 in (data.ndim, out.ndim):
+        if not _may_reorder(move) or not isinstance(data, Tensor) or 0 in (data.ndim, out.ndim):
             return False
         return data.shape[0] == self.n == out.shape[0] and not keeps_rows(move, args, out)
 

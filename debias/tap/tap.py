@@ -24,7 +24,7 @@ from debias.tap.evaluated import Evaluated, counted_by
 from debias.tap.following import FOLLOWED, Following, Unreduced
 from debias.tap.losses import COMPARING, FORM, LOSSES, NAMES, NOT_PER_SAMPLE, SECOND, SYMMETRIC, reduction_of, unreduced
 from debias.tap.mixing import Mixture, mix_parts, unmixable
-from debias.tap.moves import CHANGING, RECORDED, Move
+from debias.tap.moves import CHANGING, RECORDED, Move, among
 from debias.tap.predictions import CLASSIFYING
 from debias.tap.rows import RowTracker
 from debias.tap.sharded import refuse_sharded_loss
@@ -32,7 +32,9 @@ from debias.tap.sharded import refuse_sharded_loss
 __all__ = ["Finder", "LossTap", "no_loss_error"]
 
 _LOG_SOFTMAX = frozenset({F.log_softmax, torch.log_softmax, Tensor.log_softmax})
-_WATCHED = frozenset(LOSSES) | FOLLOWED | RECORDED | CHANGING | NOT_PER_SAMPLE | _LOG_SOFTMAX
+_is_watched = among(frozenset(LOSSES) | FOLLOWED | RECORDED | CHANGING | NOT_PER_SAMPLE | _LOG_SOFTMAX)
+_is_loss, _is_recorded, _is_followed = among(LOSSES), among(RECORDED), among(FOLLOWED)
+_is_not_per_sample, _is_log_softmax = among(NOT_PER_SAMPLE), among(_LOG_SOFTMAX)
 
 
 class Finder(Protocol):
@@ -105,25 +107,25 @@ class LossTap(TorchFunctionMode):
             return iter(self.__torch_function__(Tensor.unbind, types, args))
         run = _run if self.evaluated is None else self.evaluated.run
         looks = self._following.batch.looks
-        if func not in _WATCHED and self.finder is None and not looks:
+        if not _is_watched(func) and self.finder is None and not looks:
             return run(func, args, kwargs)
-        if func in LOSSES:
+        if _is_loss(func):
             return self._loss(func, args, kwargs)
-        if not args and func in _WATCHED:
+        if not args and _is_watched(func):
             args, kwargs = _first_by_position(func, kwargs)
-        if self.calls and func in CHANGING and args and not torch.compiler.is_compiling():
+        if self.calls and args and not torch.compiler.is_compiling() and func in CHANGING:
             for call in self.calls:
                 call.keep(args[0])
         out = run(func, args, kwargs)
-        if self.tracker is not None and func in RECORDED:
+        if self.tracker is not None and _is_recorded(func):
             self.tracker.record(func, args, kwargs, out)
-        elif func in NOT_PER_SAMPLE and isinstance(out, Tensor) and out.requires_grad:
+        elif _is_not_per_sample(func) and isinstance(out, Tensor) and out.requires_grad:
             self.untapped.append((func.__name__, out.grad_fn))
-        if func in _LOG_SOFTMAX:
+        if _is_log_softmax(func):
             self._normalised.append((out, args[0]))
         if self.finder is not None:
             self.finder.record(func, args, kwargs, out)
-        return self._following.see(func, args, kwargs, out) if self.training and (func in FOLLOWED or looks) else out
+        return self._following.see(func, args, kwargs, out) if self.training and (_is_followed(func) or looks) else out
 
     # -- losses ------------------------------------------------------------------------------------
 
@@ -193,7 +195,8 @@ class LossTap(TorchFunctionMode):
         if holds(arguments.get("weight"), arguments.get("pos_weight")):
             return True
         # Chosen by rank, or standardised; what a teacher has made may depend on the batch, as the network itself.
-        return self.tracker is not None and target is not None and holds(target) and self.tracker.is_of_batch(target)
+        known = self.tracker is not None and target is not None and not call.record.changed
+        return known and holds(target) and self.tracker.is_of_batch(target)  # type: ignore[union-attr,arg-type]
 
     def _is_prediction(self, second: Any, first: Any) -> bool:
         """Whether it is the second argument of a symmetric loss that is the prediction."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from debias.tap.moves import ALONG, MOVES, PUTTING, RECORDED, REDUCTIONS, SORTING, named, sorts_rows
+from debias.tap.moves import ALONG, MOVES, PUTTING, RECORDED, REDUCTIONS, SORTING, among, named, sorts_rows
 from debias.tap.rows import RowTracker
 
 __all__ = ["STATISTICS", "WholeBatch", "tensors_in"]
@@ -22,12 +22,15 @@ __all__ = ["STATISTICS", "WholeBatch", "tensors_in"]
 STATISTICS = REDUCTIONS | named(
     "var std norm quantile nanquantile median nanmedian mode bincount histc logsumexp unique"
 )
+_is_statistic = among(STATISTICS)
 _DIFFERENTIABLE = named("sum mean")
+# Tell where a mask holds, and so are no more than it.
+_PLACES = named("nonzero argwhere")
 # Compare the rows of two tensors.
 _PAIRING = named("matmul mm __matmul__ __rmatmul__ addmm linear einsum cdist inner outer")
-# Read the shape of what they are given, not its values.
+# Make constants; where they read a number, it is a size.
 _SHAPED = named("zeros_like ones_like empty_like full_like rand_like randn_like randint_like") | named(
-    "new_zeros new_ones new_empty new_full new_tensor"
+    "new_zeros new_ones new_empty new_full new_tensor arange zeros ones empty eye tril_indices triu_indices"
 )
 
 
@@ -59,6 +62,7 @@ class WholeBatch:
         self._numbers: list[Tensor] = []
         self._of_rows: Any = WeakTensorKeyDictionary()  # what was made of rows of the batch
         self._pairs: Any = WeakTensorKeyDictionary()  # a number for each two samples, or what was made of such
+        self._ranked: Any = WeakTensorKeyDictionary()  # rows in the order of a value
         if tracker is not None and self.careful:
             for x in tracker.roots:
                 self._of_rows[x] = True
@@ -70,16 +74,23 @@ class WholeBatch:
 
     def close(self) -> None:
         """Let go of every tensor."""
-        self._numbers, self._of_rows, self._pairs = [], WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+        self._numbers = []
+        self._of_rows, self._pairs, self._ranked = (WeakTensorKeyDictionary() for _ in range(3))
 
     def holds(self, *values: Any) -> bool:
         """Whether one of these is a number of the whole batch."""
         return bool(self._numbers) and any(x is number for x in tensors_in(values) for number in self._numbers)
 
     def changes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
-        """Whether a number of the whole batch is in what an operation makes; another order of all rows is none."""
-        if func in MOVES and isinstance(args[0], Tensor) and args[0].ndim and out.shape[:1] == args[0].shape[:1]:
-            return self.holds(args[0])
+        """Whether a number of the whole batch is in what an operation makes: the first of the sorted rows, too, but
+        not another order of all rows.
+        """
+        if func in MOVES and isinstance(args[0], Tensor) and args[0].ndim:
+            if out.shape[:1] == args[0].shape[:1]:
+                return self.holds(args[0])
+            given = tensors_in((args, kwargs))
+            if self.looks and self._is_made_of_rows(args[0]) and any(x in self._ranked for x in given):
+                return True
         return self.holds(args, kwargs)
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -93,6 +104,8 @@ class WholeBatch:
                 self._of_rows[x] = True
                 if self._compares(func, given, x):
                     self._pairs[x] = True
+                if self._ranks(func, args, kwargs, given, x):
+                    self._ranked[x] = True
 
     def of_pairs(self, x: Any) -> bool:
         """Whether it has a number for each two samples, such as their similarity; a group alone has fewer."""
@@ -106,6 +119,15 @@ class WholeBatch:
             return sum(map(self._is_made_of_rows, given)) > 1 or (len(given) == 2 and given[0] is given[1])
         return any(x in self._pairs for x in given)
 
+    def _ranks(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], out: Tensor
+    ) -> bool:
+        """Whether an operation puts all rows in the order of a value."""
+        if not isinstance(args[0] if args else None, Tensor) or out.shape[:1] != args[0].shape[:1]:
+            return False
+        sorts = func in SORTING and sorts_rows(func, args, kwargs)
+        return sorts or (func in MOVES and any(x in self._ranked for x in given))
+
     def _is_made_of_rows(self, x: Tensor) -> bool:
         """Whether values of samples are in it; they are in what a network has made, which may not have been seen."""
         assert self.tracker is not None
@@ -116,10 +138,10 @@ class WholeBatch:
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], out: Tensor, rows: bool
     ) -> bool:
         differentiable = out.requires_grad
-        if self._numbers and not differentiable and self.changes(func, args, kwargs, out):
+        if (self._numbers or self.looks) and not differentiable and self.changes(func, args, kwargs, out):
             return func not in _SHAPED
         data, tracker = args[0] if args else None, self.tracker
-        if func in STATISTICS and isinstance(data, Tensor) and not (len(args) > 1 and isinstance(args[1], Tensor)):
+        if _is_statistic(func) and isinstance(data, Tensor) and not (len(args) > 1 and isinstance(args[1], Tensor)):
             if tracker is None or data.numel() < 2 or (differentiable and func in _DIFFERENTIABLE):
                 return False
             of_losses = self._losses.is_unreduced(data)
@@ -130,14 +152,16 @@ class WholeBatch:
         # As soon as nothing is differentiated any more a loss of the batch is such a number, too.
         if any(map(self._losses.is_proportional, given)):
             return func not in _SHAPED
-        if not rows or tracker is None or func in _SHAPED:
+        if not rows or tracker is None or func in _SHAPED or func in _PLACES:
             return False
-        if func in SORTING:
-            return sorts_rows(func, args, kwargs)
+        if func in SORTING and data is not None:
+            again = data in self._ranked or out.shape[:1] != data.shape[:1]  # places of places are ranks
+            return sorts_rows(func, args, kwargs) and again
         if func in ALONG:
             return tracker.index(out) is None
-        if func in PUTTING:
-            return True
+        if func in PUTTING:  # counts of classes, say; along other axes than the first it is done to each row
+            adds = kwargs.get("accumulate", args[-1]) is True
+            return adds or (len(args) > 1 and type(args[1]) is int and args[1] == 0)
         return func not in RECORDED and not _does_the_same_to_parts(func, args, kwargs, out)
 
 

@@ -101,6 +101,11 @@ def over_its_own_sum(values: Tensor, weights: Tensor) -> Tensor:
     return (values * weights).sum() / weights.sum()
 
 
+def padding(length: Tensor) -> Tensor:
+    """The usual mask: tokens before the end."""
+    return (torch.arange(max(T, length.max()))[None] < length[:, None]).double()
+
+
 def sure(net: Any, x: Tensor) -> Tensor:
     """How sure the network is of each sample."""
     return net(x).mean(1).softmax(1).max(1).values.detach()
@@ -146,6 +151,15 @@ RIGHT: dict[str, Step] = {
         (losses(net, x, y) * k.sum(1)).sum() / k.sum()
     ),
     "a mean of them": lambda net, x, y, yt, w, k, z: (losses(net, x, y) * k.mean(1)).mean() / k.mean(),
+    "padding up to the longest": lambda net, x, y, yt, w, k, z: over_its_own_sum(
+        tokens(net, x, yt), padding(k.long().sum(1).clamp(min=1))
+    ),
+    "sorted by length": lambda net, x, y, yt, w, k, z: (
+        lambda length, order: over_its_own_sum(tokens(net, x[order], yt[order]), padding(length[order]))
+    )(k.long().sum(1), k.sum(1).argsort(descending=True)),
+    "classes put into rows": lambda net, x, y, yt, w, k, z: (
+        losses(net, x, y) * (torch.zeros(len(y), C, dtype=torch.float64).scatter_(1, y[:, None], 1.0) * ALPHA).sum(1)
+    ).mean(),
     "functions of each row": lambda net, x, y, yt, w, k, z: (
         losses(net, x, y) * torch.linalg.vector_norm(x.flatten(1), dim=1) * torch.erf(w)
     ).mean(),
