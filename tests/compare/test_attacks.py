@@ -24,6 +24,8 @@ from debias.compare.records import find_records, read_record, read_spec, write_j
 from debias.compare.report import print_report, write_report
 from debias.errors import DebiasError
 
+pytestmark = pytest.mark.usefixtures("coarse_figures")
+
 NAMES = (
     "<script>alert(1)</script>",
     "[x](javascript:alert(1))",

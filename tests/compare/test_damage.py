@@ -20,6 +20,8 @@ from debias.compare.records import RunRecord, find_records, read_record, read_sp
 from debias.compare.table import make_comparison, runs_rows, table_rows, write_rows
 from debias.errors import DebiasError
 
+pytestmark = pytest.mark.usefixtures("coarse_figures")
+
 DAMAGES = 500
 VALUES = (
     None, True, False, -1, 0, 1, 2**70, -0.5, 1e308, float("nan"), float("inf"), "", "x", "../x", [], [1], {}, {"a": 1},

@@ -19,6 +19,8 @@ from debias.compare.report import print_report, write_report
 from debias.compare.table import make_comparison, runs_rows, table_rows, write_rows
 from debias.errors import DebiasError
 
+pytestmark = pytest.mark.usefixtures("coarse_figures")
+
 METHODS = ("erm", "balanced", "group_dro")
 FILES = {
     "by_group-dark.png", "by_group.png", "group_weights-dark.png", "group_weights.png", "report.md", "runs.csv",

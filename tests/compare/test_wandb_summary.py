@@ -20,6 +20,8 @@ from debias.compare.report import write_report
 from debias.compare.wandb_summary import log_summary, summary_id
 from debias.errors import DebiasError
 
+pytestmark = pytest.mark.usefixtures("coarse_figures")
+
 METHODS = ("erm", "balanced", "group_dro")
 
 
