@@ -283,7 +283,7 @@ class Following:
                 if not any(isinstance(x, Tensor) for x in args[1:]) and self._is_same(func, args[0], out):
                     self._totals.append(_Total(out, total.source, total.is_mean))
                 return
-        if not out.requires_grad:
+        if not (self._divisible and out.requires_grad):
             return
         given = tensors_in((args, kwargs))
         calls = [call for x in given for tensor, of in self._divisible if tensor is x for call in of]

@@ -60,9 +60,10 @@ class WholeBatch:
         self.careful = careful and tracker is not None
         self._losses = losses
         self._numbers: list[Tensor] = []
-        self._of_rows: Any = WeakTensorKeyDictionary()  # what was made of rows of the batch
-        self._pairs: Any = WeakTensorKeyDictionary()  # a number for each two samples, or what was made of such
-        self._ranked: Any = WeakTensorKeyDictionary()  # rows in the order of a value
+        by_tensor: Any = WeakTensorKeyDictionary if self.careful else dict
+        self._of_rows: Any = by_tensor()  # what was made of rows of the batch
+        self._pairs: Any = by_tensor()  # a number for each two samples, or what was made of such
+        self._ranked: Any = by_tensor()  # rows in the order of a value
         if tracker is not None and self.careful:
             for x in tracker.roots:
                 self._of_rows[x] = True
@@ -75,7 +76,8 @@ class WholeBatch:
     def close(self) -> None:
         """Let go of every tensor."""
         self._numbers = []
-        self._of_rows, self._pairs, self._ranked = (WeakTensorKeyDictionary() for _ in range(3))
+        for known in (self._of_rows, self._pairs, self._ranked):
+            known.clear()
 
     def holds(self, *values: Any) -> bool:
         """Whether one of these is a number of the whole batch."""
@@ -95,8 +97,9 @@ class WholeBatch:
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Look at what an operation has made."""
-        given = tensors_in((args, kwargs))
-        rows = self.looks and any(map(self._is_made_of_rows, given))
+        looks = self.looks
+        given = tensors_in((args, kwargs)) if looks else [x for x in args if isinstance(x, Tensor)]
+        rows = looks and any(map(self._is_made_of_rows, given))
         for x in tensors_in(out):
             if self._is_number(func, args, kwargs, given, x, rows):
                 self._numbers.append(x)
