@@ -58,7 +58,9 @@ def run(project, code):
 
 
 def run_tests(project, *words):
-    words = [*words, "-n0", "-p", "no:cacheprovider"]
+    # A plugin of somebody else may have been imported before, and says so.
+    quiet = ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]
+    words = [*words, "-n0", "-p", "no:cacheprovider", *quiet]
     return run(project, f"import pytest, sys\nsys.exit(pytest.main({words}))")
 
 

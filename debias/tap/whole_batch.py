@@ -57,7 +57,7 @@ class WholeBatch:
 
     def __init__(self, tracker: RowTracker | None, losses: Losses, *, careful: bool) -> None:
         self.tracker = tracker
-        self.careful = careful and tracker is not None
+        self.careful = careful and tracker is not None and tracker.n > 1
         self._losses = losses
         self._numbers: list[Tensor] = []
         by_tensor: Any = WeakTensorKeyDictionary if self.careful else dict
