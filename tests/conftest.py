@@ -28,11 +28,6 @@ if importlib.util.find_spec("kornia") is None:  # it needs Python 3.11
     ]
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One worker more than cores: some always wait, for ranks of their own or a command line."""
-    return (os.cpu_count() or 1) + 1
-
-
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Look for garbage less often: after every 10,000 new objects, where a training step makes hundreds."""
     gc.set_threshold(10_000)
