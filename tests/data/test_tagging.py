@@ -386,8 +386,11 @@ def test_tagged_and_untagged_samples_do_not_mix(collate_fn, workers):
     tagged, other = tag(data, place=[0, 1]), tag(data, site=[0, 1])
     for mixed in ([tagged, data], [data, tagged], [tagged, other]):
         loader = DataLoader(ConcatDataset(mixed), batch_size=4, collate_fn=collate_fn, num_workers=workers)
+        batches = iter(loader)
         with pytest.raises(BatchKeyError, match=r"samples of a batch|If tagged and untagged samples meet"):
-            next(iter(loader))
+            next(batches)
+        if workers:  # found in a garbage collection, they would be waited for
+            batches._shutdown_workers()
 
 
 @pytest.mark.parametrize("first", ["tagged", "untagged", "other"])
