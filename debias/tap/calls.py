@@ -37,6 +37,7 @@ class LossRecord:
         factor: what the returned loss multiplies the loss by, known once the step has returned; None for 1. Where the
             step averaged over the samples only, there is one for each of the other elements.
         function: the loss as torch's function computed it, where the step took it unreduced.
+        source: the elements as the step reduced them, likewise.
         scale: what the step multiplied the elements of that by; None for 1, False if it did something else to them.
         reordered: whether their rows are not where they were.
         of_batch: whether the step has multiplied them by a number that it made of the values of the whole batch.
@@ -60,6 +61,7 @@ class LossRecord:
     kept: torch.Size | None = None
     factor: Tensor | None = None
     function: LossCall | None = None
+    source: Tensor | None = None
     scale: Any = None
     reordered: bool = False
     of_batch: bool = False
@@ -186,13 +188,15 @@ class LossCall:
     def keep(self, changed: Any) -> None:
         """Keep what was read of a tensor, which the step is about to change in place for something else."""
         read = [name for name in ("logits", "target") if _shares_memory(getattr(self, name), changed)]
-        if not read and self.record.function is None:
+        if not read and not _shares_memory(self.record.source, changed):
+            return
+        try:
+            num, den = self.record.computed
+        except RowsError:  # said where it is read, if it is
             return
         with torch.enable_grad():
-            num, den = self.record.computed
-            if read or _shares_memory(num, changed):
-                vars(self.record)["computed"] = num.clone(), den.clone()
-                self.record.keep_samples(num.shape)
+            vars(self.record)["computed"] = num.clone(), den.clone()
+        self.record.keep_samples(num.shape)
         for name in read:
             setattr(self, name, getattr(self, name).clone())
 

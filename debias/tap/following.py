@@ -264,7 +264,7 @@ class Following:
 
         call = tap._call(first.name, first.logits, first.target, compute)
         record = call.record
-        record.samples, record.scale, record.reordered = samples, found.scale, found.reordered
+        record.source, record.samples, record.scale, record.reordered = num, samples, found.scale, found.reordered
         call.arguments, record.function, record.linear = first.arguments, first, first.record.linear
         record.is_sum = record.undivided = func in _SUM
         record.of_batch = found.of_batch
@@ -297,8 +297,11 @@ class Following:
             self._divisible.append((out, calls))
 
     def _is_same(self, func: Any, before: Tensor, after: Tensor) -> bool:
-        """Whether a sum that losses are divided by is what it was: a guard against 0 has changed nothing."""
-        if func in CASTS or func in _MUL or func in _DIV or not self._reads(before):
+        """Whether a sum that losses are divided by is what it was: a guard against 0 has changed nothing.
+
+        Beyond the CPU only the first step reads that.
+        """
+        if func in CASTS or func in _MUL or func in _DIV or not (before.device.type == "cpu" or self.batch.careful):
             return True
         if after.dtype == torch.bool:
             return False
@@ -381,10 +384,8 @@ class Following:
 
     def _equal(self, a: Tensor, b: Tensor) -> bool:
         """Reading waits for the device, so beyond the CPU only the step that records everything looks."""
-        return not self._reads(a) or torch.equal(a, b)
-
-    def _reads(self, x: Tensor) -> bool:
-        return x.device.type == "cpu" or (self.tap.tracker is not None and self.tap.tracker.everything)
+        reads = a.device.type == "cpu" or (self.tap.tracker is not None and self.tap.tracker.everything)
+        return not reads or torch.equal(a, b)
 
 
 def _samples_of(tap: LossTap, tensor: Tensor) -> Tensor:

@@ -194,9 +194,10 @@ class LossTap(TorchFunctionMode):
         holds, target = self._following.batch.holds, call.target
         if holds(arguments.get("weight"), arguments.get("pos_weight")):
             return True
+        if self.tracker is None or target is None or call.record.changed:
+            return False
         # Chosen by rank, or standardised; what a teacher has made may depend on the batch, as the network itself.
-        known = self.tracker is not None and target is not None and not call.record.changed
-        return known and holds(target) and self.tracker.is_of_batch(target)  # type: ignore[union-attr,arg-type]
+        return holds(target) and self.tracker.is_of_batch(target)
 
     def _is_prediction(self, second: Any, first: Any) -> bool:
         """Whether it is the second argument of a symmetric loss that is the prediction."""

@@ -29,8 +29,9 @@ _PLACES = named("nonzero argwhere")
 # Compare the rows of two tensors.
 _PAIRING = named("matmul mm __matmul__ __rmatmul__ addmm linear einsum cdist inner outer")
 # Make constants; where they read a number, it is a size.
-_SHAPED = named("zeros_like ones_like empty_like full_like rand_like randn_like randint_like") | named(
-    "new_zeros new_ones new_empty new_full new_tensor arange zeros ones empty eye tril_indices triu_indices"
+_SHAPED = named(
+    "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full"
+    " new_tensor arange zeros ones empty eye tril_indices triu_indices"
 )
 
 
@@ -57,16 +58,16 @@ class WholeBatch:
 
     def __init__(self, tracker: RowTracker | None, losses: Losses, *, careful: bool) -> None:
         self.tracker = tracker
-        self.careful = careful and tracker is not None and tracker.n > 1
+        self._n = 0 if tracker is None else tracker.n
+        self.careful = careful and self._n > 1  # a batch of one sample is its group's
         self._losses = losses
         self._numbers: list[Tensor] = []
         by_tensor: Any = WeakTensorKeyDictionary if self.careful else dict
         self._of_rows: Any = by_tensor()  # what was made of rows of the batch
         self._pairs: Any = by_tensor()  # a number for each two samples, or what was made of such
         self._ranked: Any = by_tensor()  # rows in the order of a value
-        if tracker is not None and self.careful:
-            for x in tracker.roots:
-                self._of_rows[x] = True
+        for x in tracker.roots if tracker is not None and self.careful else ():
+            self._of_rows[x] = True
 
     @property
     def looks(self) -> bool:
@@ -115,8 +116,7 @@ class WholeBatch:
         return self.looks and isinstance(x, Tensor) and x in self._pairs
 
     def _compares(self, func: Any, given: list[Tensor], out: Tensor) -> bool:
-        assert self.tracker is not None
-        if out.ndim != 2 or out.shape[0] != out.shape[1] or out.shape[0] % self.tracker.n or self.tracker.n < 2:
+        if out.ndim != 2 or out.shape[0] != out.shape[1] or out.shape[0] % self._n:
             return False
         if func in _PAIRING:
             return sum(map(self._is_made_of_rows, given)) > 1 or (len(given) == 2 and given[0] is given[1])
@@ -133,8 +133,7 @@ class WholeBatch:
 
     def _is_made_of_rows(self, x: Tensor) -> bool:
         """Whether values of samples are in it; they are in what a network has made, which may not have been seen."""
-        assert self.tracker is not None
-        by_network = x.grad_fn is not None and x.ndim > 0 and len(x) == self.tracker.n
+        by_network = x.grad_fn is not None and x.ndim > 0 and len(x) == self._n
         return by_network or x in self._of_rows
 
     def _is_number(
