@@ -60,7 +60,7 @@ from debias.tap.calls import LossCall
 __all__ = ["HessianAlignment", "HessianAlignmentMixin", "HessianAlignmentPenalty", "hessian_alignment_penalty"]
 
 Statistic = Literal["hgp", "diagonal", "hutchinson", "frobenius"]
-# The distances of each, functions of :class:`debias.ops.head_statistics.HeadStatistics`, and its published weight.
+# The function of :class:`debias.ops.head_statistics.HeadStatistics` that gives the distances of each statistic.
 _DISTANCES: dict[str, str] = {
     "hgp": "product_distances",
     "diagonal": "diagonal_distances",
@@ -202,8 +202,7 @@ class HessianAlignment(HessianAlignmentOptions, HeadPenalty):
     A shortcut that pays differently in each domain makes each of them pull the head another way; a head that all agree
     on has to use something else.
 
-    ``derivatives="autograd"`` goes with
-    ``"hgp"`` and ``"hutchinson"``.
+    ``derivatives="autograd"`` goes with ``"hgp"`` and ``"hutchinson"``.
 
     Args:
         seed: seed of the Rademacher vectors.
