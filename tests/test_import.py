@@ -33,10 +33,11 @@ def test_import_loads_nothing_heavy(module):
 
 
 def test_public_names_are_listed_and_reachable():
-    code = "import debias; [getattr(debias, name) for name in debias.__all__]; print(*dir(debias))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert {"GroupDRO", "GroupMonitor", "tag", "__version__"} <= set(done.stdout.split())
+    """In a new interpreter, with the core's dependencies alone: :mod:`test_extras`."""
+    import debias
+
+    assert all(getattr(debias, name) is not None for name in debias.__all__)
+    assert {"GroupDRO", "GroupMonitor", "tag", "__version__"} <= set(dir(debias))
 
 
 def test_unknown_name_is_an_attribute_error():

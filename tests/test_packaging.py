@@ -1,5 +1,6 @@
 """Recipes are found, every combination parses, and every one builds the classes that it names."""
 
+import json
 import re
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from debias import __version__
 from debias.cli import main
 from debias.cli.recipes import recipes, recipes_folder
+from debias.cli.training import parse_config
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(file.stem for file in (recipes_folder() / "methods").glob("*.yaml"))
@@ -60,16 +62,24 @@ def test_recipes_and_methods_are_there():
 
 
 @pytest.mark.parametrize(("base", "method"), _combinations())
-def test_combinations_parse(base, method, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", "--config", str(base), "--config", str(method), "--print_config"])
-    assert stop.value.code == 0
-    printed = capsys.readouterr().out
-    config = yaml.safe_load(printed[printed.index("# lightning") :] if "# lightning" in printed else printed)
+def test_combinations_parse(base, method):
+    config = parse_config(["--config", str(base), "--config", str(method)])
     callbacks = [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]]
     assert any("Monitor" in name or name == "ShiftedValidation" for name in callbacks[:2])  # the base's survive
     assert "ModelCheckpoint" in callbacks
-    assert "${" not in printed
+    assert "${" not in str(config)
+
+
+def test_a_config_is_printed_as_it_is_run(capsys):
+    words = ["--config", str(_bases()["colored_digits"]), "--config", str(recipes_folder() / "methods" / "vrex.yaml")]
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *words, "--print_config"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    printed = yaml.safe_load(printed[printed.index("# lightning") :] if "# lightning" in printed else printed)
+    ran = json.loads(json.dumps({key: parse_config(words)[key] for key in ("data", "model")}, default=str))
+    assert printed["data"] == ran["data"]
+    assert printed["model"]["class_path"] == ran["model"]["class_path"]
 
 
 def test_a_method_that_the_data_cannot_serve_says_what_is_missing(capsys):

@@ -23,11 +23,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from yaml import YAMLError, safe_dump
 
-from debias.cli.errors import readable_errors
 from debias.cli.recipes import METHODS, recipes, recipes_folder
 from debias.cli.suggest import nearest
 from debias.cli.sweep import make_sweep, read_trial, sweep_spaces
-from debias.cli.training import DebiasCLI, config_words, offline_without_login
+from debias.cli.training import config_words, offline_without_login, parse_config
 from debias.compare.escape import plain
 from debias.compare.grid import BASELINES, Recipe, RunSpec, expand, prepare, settings_of, spec_hash
 from debias.compare.records import RECORD, default_group, read_record, read_spec
@@ -182,15 +181,14 @@ def _check_settings(recipe: Recipe, settings: dict[str, list[dict[str, Any]]]) -
 
 def _refusal(recipe: Recipe, method: str, params: dict[str, Any] | None = None) -> str | None:
     """Parse the configuration as a run does; say why it cannot be."""
-    out, err = io.StringIO(), io.StringIO()
-    words = config_words(recipe.configs(method, params))
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
         try:
-            with readable_errors():
-                DebiasCLI("fit", [*words, "--print_config"])
-        except SystemExit as stop:
-            if not stop.code:
-                return None
+            parse_config(config_words(recipe.configs(method, params)))
+        except SystemExit:
+            pass
+        else:
+            return None
     message = err.getvalue()
     missing = re.search(r"Expected the config to set `([\w.]+)`", message)
     if missing:

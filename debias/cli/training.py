@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 from urllib.parse import urlparse
 
 import jsonargparse  # noqa: F401 - Lightning does without it until the first parser is made
@@ -27,7 +27,7 @@ from debias.errors import DebiasError
 from debias.extras import needs_extra
 from debias.step.loggers import is_wandb
 
-__all__ = ["DebiasCLI", "config_words", "offline_without_login", "refuse_bad_checkpoint", "train"]
+__all__ = ["DebiasCLI", "config_words", "offline_without_login", "parse_config", "refuse_bad_checkpoint", "train"]
 
 
 def train(stage: str, args: Sequence[str]) -> None:
@@ -161,6 +161,42 @@ class DebiasCLI(LightningCLI):
             _say_where_offline_runs_lie(self.trainer)
         if self.stage == "fit":
             _say_where_checkpoint_lies(self.trainer)
+
+
+class _Parsed(Exception):  # noqa: N818 - it is no error
+    """A config was parsed: the one argument."""
+
+
+class _ConfigCheck(DebiasCLI):
+    """``debias fit`` as far as its config is parsed, with one parser however often that happens."""
+
+    made: ClassVar[LightningArgumentParser | None] = None
+
+    def setup_parser(self, *args: Any) -> None:
+        """Make the parser the first time; it takes as long as parsing a short config."""
+        if _ConfigCheck.made is None:
+            super().setup_parser(*args)
+            _ConfigCheck.made = self.parser
+        self.parser = _ConfigCheck.made
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and go no further."""
+        super().parse_arguments(parser, args)
+        raise _Parsed(self.config)
+
+
+def parse_config(args: Sequence[str]) -> dict[str, Any]:
+    """The config that ``debias fit`` would run, without building anything.
+
+    Raises:
+        SystemExit: it cannot be parsed; the reason is printed to stderr.
+    """
+    with readable_errors():
+        try:
+            _ConfigCheck("fit", args)
+        except _Parsed as parsed:
+            return parsed.args[0].as_dict()
+    raise AssertionError("nothing was parsed")
 
 
 def refuse_bad_checkpoint(path: Any, weights_only: Any = True) -> None:

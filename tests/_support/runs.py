@@ -39,7 +39,7 @@ def fit(
     if len(sizes) > 1:
         options |= {"devices": len(sizes), "strategy": ddp(**(strategy or {})), "use_distributed_sampler": False}
     monitor = GroupMonitor("place", 3)
-    trainer = make_trainer([*callbacks, monitor], **({"max_epochs": 3} | options))
+    trainer = make_trainer([*callbacks, monitor], **options)
     batches = loader(sizes=sizes, last=last, rank=rank, **(tags or {}))
     if poison is not None:
         batches.dataset.dataset.tensors[0][poison] = torch.nan

@@ -88,6 +88,8 @@ def fit(
     """Train on 39 rows with global batches of 16; parameters, method state, metrics. One process is not sharded."""
     callbacks: list[Any] = [*methods(name, **(method or {})), GroupMonitor("place", 3)]
     options = {"max_epochs": 2} | options
+    if save is resume is None:
+        options = {"check_val_every_n_epoch": options["max_epochs"]} | options
     kind: type[Classifier] = Classifier
     if data * tensor > 1:
         kind = Sharded

@@ -11,7 +11,7 @@ import debias
 import debias.cli.compare
 
 torch.set_num_threads(1)
-for name in ("matplotlib.pyplot", "sklearn.datasets", "torchdata.stateful_dataloader", "wandb"):
+for name in ("matplotlib.pyplot", "sklearn.datasets", "torchdata.stateful_dataloader", "wandb.sdk.launch"):
     if find_spec(name.partition(".")[0]):
         import_module(name)
 for name in debias.__all__:
