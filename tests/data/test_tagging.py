@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import random
 import re
@@ -459,14 +460,16 @@ def test_a_collate_function_that_reorders_its_samples_is_refused(name):
             next(iter(loader))
 
 
-def test_a_trainer_refuses_a_collate_function_that_sorts():
+def test_a_trainer_refuses_a_collate_function_that_sorts(monkeypatch):
     class Sums(Classifier):
         def training_step(self, batch, batch_idx):
             raise AssertionError
 
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
     loader = DataLoader(tag(SEQUENCES, place=[0, 1] * 4), 8, collate_fn=SORTING["padded"], num_workers=1)
     with pytest.raises(BatchKeyError, match=r"`collate_fn` to keep the order"):
         make_trainer([GroupDRO("place", 2)]).fit(Sums(), loader, loader)
+    gc.collect()  # waits for the worker, by default five seconds
 
 
 @pytest.mark.parametrize("n", range(3, 20))
