@@ -29,6 +29,7 @@ from debias.tap.selection import select_calls
 __all__ = ["SampleRecorder"]
 
 Column = Literal["loss", "running_loss", "prediction", "correct", "logits", "features"]
+PREDICTED = {"prediction", "correct", "logits"}
 
 
 class SampleRecorder(Debiaser):
@@ -36,7 +37,8 @@ class SampleRecorder(Debiaser):
 
     The training set has to carry its numbers, ``tag(train)``; row i of the table is sample i. Nothing of the training
     changes. In the training pass every sample is seen by other weights, in training mode and augmented; ``on="val"``
-    records the validation set in evaluation mode.
+    records the validation set in evaluation mode. Predictions and logits are those of the network, without a margin or
+    a prior that the step adds for its loss.
 
     Args:
         path: of the file, ``.npz`` or ``.parquet``; ``{epoch}`` in it stands for the epoch. A file that is there is
@@ -110,6 +112,11 @@ class SampleRecorder(Debiaser):
         """In the training pass it looks at the loss, and adds nothing."""
         return self.on == "train"
 
+    @property
+    def reads_predictions(self) -> bool:
+        """In the training pass, where a column holds them."""
+        return self.monitors or bool(PREDICTED & set(self.columns))
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Make the table of the training set."""
         if self.on == "train":
@@ -165,7 +172,7 @@ class SampleRecorder(Debiaser):
         numbers, due = self.sample_ids(step), self._due(step.epoch)
         losses, counts = sample_losses(call, len(numbers))
         values = {}
-        if due and {"prediction", "correct", "logits"} & set(self.columns):
+        if due and PREDICTED & set(self.columns):
             logits, targets = predictions(call, len(numbers), self.state_key)
             several = logits.ndim > 1 and logits.shape != targets.shape
             found = {"prediction": logits.argmax(1) if several else (logits > 0).long(), "logits": logits}

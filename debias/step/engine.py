@@ -74,7 +74,7 @@ class StepEngine:
             self._proxies.append(attach(self.module, name, self._around(name)))
         self._proxies.append(attach(self.module, "_on_before_batch_transfer", self._strip_tags))
         self._proxies.append(attach(self.trainer.strategy, "process_dataloader", self._process_dataloader))
-        if any(getattr(callback, "monitors", False) for callback in self.trainer.callbacks):
+        if any(getattr(callback, "reads_predictions", False) for callback in self.trainer.callbacks):
             self._handles.append(self.module.register_forward_hook(Hook(self._keep_forward_output)))
             for child in self.module.children():
                 if getattr(child, "_compiled_call_impl", None) is None:  # else the hook would be compiled, too
@@ -149,10 +149,10 @@ class StepEngine:
     def _keep_forward_output(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.in_evaluation_step and self.seen is not None:
             self.seen.keep(args, output)
-            self._keep_prediction(module, args, {}, output)
+        self._keep_prediction(module, args, {}, output)
 
     def _keep_prediction(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self.in_evaluation_step and self._tap is not None and self._tap.evaluated is not None:
+        if self._tap is not None and self._tap.evaluated is not None:
             self._tap.evaluated.predictions.saw(args, kwargs, output)
 
     def _adapt(self, loss: nn.Module, per_sample: adapters.PerSample) -> None:
@@ -273,6 +273,7 @@ class StepEngine:
             mixture=mixture,
             strict=bool(settlement.choices),
             careful=self._learned.first,
+            evaluated=Evaluated() if any(w.reads_predictions for w in debiasers) else None,
             # Under manual optimisation the loss is used up inside the step: nothing can be settled afterwards.
             at_once=None if self.module.automatic_optimization else settlement.at_once,
         )

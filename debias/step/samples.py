@@ -133,6 +133,12 @@ def predictions(call: LossCall, n: int, who: str) -> tuple[Tensor, Tensor]:
         DebiasError: they are not one row a sample.
     """
     logits, target = call.logits if call.predicted is None else call.predicted, call.target
+    if call.from_labels:
+        raise DebiasError(
+            f"Expected the logits of `{call.name}` to be predictions for {who}, but the submodule that returns them is"
+            " given the target, as one that adds a margin: they tell the label. Add the margin in the step itself,"
+            " where it can be told from the prediction."
+        )
     if call.rows is not None:
         raise DebiasError(
             f"Expected the step to keep the samples in the order of the batch for {who}, one row for each of the {n},"

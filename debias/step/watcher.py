@@ -80,6 +80,11 @@ class StepWatcher(Callback):
         return False
 
     @property
+    def reads_predictions(self) -> bool:
+        """Whether it asks what the network predicts, which its loss may have changed; monitors do."""
+        return self.monitors
+
+    @property
     def state_key(self) -> str:
         """Class and name, never hyperparameters: a run resumed with another step size finds its state."""
         return f"{type(self).__qualname__}({self.name})" if self.name else type(self).__qualname__

@@ -152,9 +152,9 @@ class LossCall:
         parts: how many labels every row of ``logits`` counts with, more than 1 where samples were mixed. ``num``,
             ``den`` and ``rows`` then hold the rows with their own labels first, then with those of their partners.
         record: the tap's own notes.
-        predicted: in evaluation, what the network predicted, shaped like ``logits``, where the step or its criterion
-            has changed that before the loss; None where ``logits`` are it. See :mod:`debias.tap.predictions`.
-        from_labels: in evaluation, whether ``logits`` come from a part of the network that was given the target.
+        predicted: what the network predicted, shaped like ``logits``, where the step or its criterion has changed that
+            before the loss; None where ``logits`` are it, or nobody asks. See :mod:`debias.tap.predictions`.
+        from_labels: likewise, whether ``logits`` come from a part of the network that was given the target.
         counts: tell which elements count; see :attr:`counted`.
     """
 

@@ -59,7 +59,7 @@ class LossTap(TorchFunctionMode):
         rows: the user's own answer to that question.
         finder: records what the classifier head needs to be found by; None where nobody asks.
         mixture: which labels the samples count with; None where augmentation has mixed none.
-        evaluated: in evaluation, follows what counts and what was predicted.
+        evaluated: follows what was predicted, where somebody asks, and in evaluation what counts.
         strict: refuse losses that cannot be taken apart.
         careful: look for numbers of the whole batch in all operations, as in the first step.
         at_once: makes what a loss is replaced by while the step runs, for steps that use their losses up themselves.
@@ -106,6 +106,8 @@ class LossTap(TorchFunctionMode):
         if func is Tensor.__iter__ and args[0].ndim:  # `a, b = losses`
             return iter(self.__torch_function__(Tensor.unbind, types, args))
         run = _run if self.evaluated is None else self.evaluated.run
+        if self.training and torch.compiler.is_compiling():  # it would be cut to pieces
+            run = _run
         looks = self._following.batch.looks
         if not _is_watched(func) and self.finder is None and not looks:
             return run(func, args, kwargs)

@@ -520,6 +520,50 @@ def test_shares_of_classes_are_one_label(tmp_path):
     assert soft == recorded(lambda net, x, y, *_: ce(net, x, y), tmp_path)
 
 
+CHANGED: dict[str, Any] = {
+    "prior": lambda z, y: z + torch.tensor([3.0, 0.0, -3.0]).double(),
+    "margin": lambda z, y: 8 * (z - 0.5 * F.one_hot(y, C)),
+    "in place": lambda z, y: z.sub_(2 * F.one_hot(y, C)),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_a_training_step_changes_for_its_loss_is_not_recorded(name, reduction, tmp_path):
+    change, plain = CHANGED[name], recorded(lambda net, x, y, *_: ce(net, x, y), tmp_path)
+    assert plain[0] != change(Model(ce).net(data()[0]).mean(1), data()[1]).argmax(1).tolist()
+
+    def step(net: Any, x: Tensor, y: Tensor, *_: Any) -> Tensor:
+        return F.cross_entropy(change(net(x).mean(1), y), y, reduction=reduction).mean()
+
+    assert recorded(step, tmp_path) == plain
+
+
+class Subtract(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, margin: Tensor) -> Tensor:
+        return torch.from_numpy(z.detach().numpy() - margin.numpy())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None
+
+
+class Margin(torch.nn.Module):
+    """Nobody can look into it."""
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        return Subtract.apply(z, F.one_hot(y, C))
+
+
+def test_predictions_that_were_given_the_labels_are_refused(tmp_path):
+    model = Model(lambda net, x, y, *_: F.cross_entropy(model.margin(net(x).mean(1), y), y))
+    model.margin = Margin()
+    recording, loader = trainer(SampleRecorder(str(tmp_path / "t.npz"))), DataLoader(tag(TensorDataset(*data())), N)
+    with pytest.raises(DebiasError, match=r"they tell the label. Add the margin in the step itself"):
+        recording.fit(model, loader)
+
+
 def test_losses_that_the_step_reduces_are_recorded_too(tmp_path):
     reduced = recorded(lambda net, x, y, *_: losses(net, x, y).mean(), tmp_path)
     assert reduced == recorded(lambda net, x, y, *_: ce(net, x, y), tmp_path)

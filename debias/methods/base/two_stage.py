@@ -166,6 +166,11 @@ class TwoStage(NumberedMethod):
 
     # -- stage one ---------------------------------------------------------------------------------
 
+    @property
+    def reads_predictions(self) -> bool:
+        """In stage one, unless a pass of its own records it."""
+        return self.stage == 1 and self.observe_by == "training"
+
     def due(self, step: Step) -> bool:
         """Whether what this training step makes of its samples is recorded."""
         return self.stage == 1 and self.observe_by == "training" and step.epoch == self.epochs - 1
