@@ -46,7 +46,7 @@ def context() -> Any:
 class Forked:
     """As much of :class:`subprocess.Popen` as the tests use, for ``[sys.executable, "-m", module, *words]`` and ``-c``.
 
-    Its input is empty, and the runs that a comparison starts in it are forked, too.
+    Its input is empty. The runs that a comparison starts in it are forked, too, and so are Lightning's ranks.
     """
 
     def __init__(
@@ -139,6 +139,8 @@ def _become(
     command: list[str], cwd: str, env: dict[str, str], output: Connection, errors: Connection, new_session: bool
 ) -> None:
     """Be the process that the command line would start."""
+    from lightning.pytorch.strategies.launchers import subprocess_script as launcher
+
     from debias.compare import runner
 
     if new_session:
@@ -155,7 +157,7 @@ def _become(
     multiprocessing.set_start_method(None, force=True)  # the platform's own, not that of this process
     # The server that forked this process still runs.
     forkserver.ensure_running = forkserver._forkserver.ensure_running = lambda: None
-    runner.subprocess = SimpleNamespace(**(vars(subprocess) | {"Popen": Forked}))
+    runner.subprocess = launcher.subprocess = SimpleNamespace(**(vars(subprocess) | {"Popen": Forked}))
     atexit._clear()  # what imports have registered is the server's
     _, how, what, *words = command
     sys.argv = ["-c", *words]  # or, below, the module's file

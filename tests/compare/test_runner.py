@@ -39,7 +39,7 @@ FAKE = textwrap.dedent(
         os.kill(os.getpid(), signal.SIGKILL)
     if "crash" in folder.name: os.kill(os.getpid(), signal.SIGKILL)
     if "slow" in folder.name: time.sleep(60)
-    if "brief" in folder.name: time.sleep(1.5)
+    if "brief" in folder.name: time.sleep(0.8)
     record = {k: spec[k] for k in ("id", "recipe", "recipe_hash", "method", "seed")} | {"format": 1, "candidates": {}}
     failed = "fail" in folder.name and not (folder / "mended").exists()
     if failed:
@@ -54,7 +54,8 @@ FAKE = textwrap.dedent(
 
 
 @pytest.fixture
-def make(tmp_path):
+def make(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "PAUSE", 0.02)
     script = tmp_path / "fake.py"
     script.write_text(FAKE)
 
@@ -93,7 +94,7 @@ def test_a_failure_is_recorded_and_does_not_stop_the_rest(make):
 
 def test_where_no_bar_can_be_lines_say_what_runs(make, monkeypatch):
     folders, command = make
-    monkeypatch.setattr(runner, "EVERY", 0.4)
+    monkeypatch.setattr(runner, "EVERY", 0.2)
     file = io.StringIO()
     runs = folders("brief", "fail")
 
@@ -164,7 +165,7 @@ def test_a_run_that_another_process_makes_is_waited_for(make, tmp_path):
         [
             sys.executable, "-c",
             "import sys, time\nfrom filelock import FileLock\n"
-            f"with FileLock({str(run / LOCK)!r}):\n    print('held', flush=True); time.sleep(3)",
+            f"with FileLock({str(run / LOCK)!r}):\n    print('held', flush=True); time.sleep(1.5)",
         ],
         stdout=subprocess.PIPE,
     )  # fmt: skip
@@ -175,7 +176,7 @@ def test_a_run_that_another_process_makes_is_waited_for(make, tmp_path):
     holder.wait(20)
     holder.stdout.close()
     assert record.finished
-    assert time.monotonic() - start > 1.5
+    assert time.monotonic() - start > 1
     assert calls(run) == 1
     assert (run / "started").read_text() == ".."  # not a process every other second
 
