@@ -30,6 +30,7 @@ from debias.tap import adapters
 from debias.tap.evaluated import Evaluated
 from debias.tap.head import FeatureTap, HeadTap
 from debias.tap.hooks import Hook
+from debias.tap.predictions import hook_outputs
 from debias.tap.rows import RowTracker
 from debias.tap.selection import select_calls
 from debias.tap.tap import LossTap
@@ -76,9 +77,7 @@ class StepEngine:
         self._proxies.append(attach(self.trainer.strategy, "process_dataloader", self._process_dataloader))
         if any(getattr(callback, "reads_predictions", False) for callback in self.trainer.callbacks):
             self._handles.append(self.module.register_forward_hook(Hook(self._keep_forward_output)))
-            for child in self.module.children():
-                if getattr(child, "_compiled_call_impl", None) is None:  # else the hook would be compiled, too
-                    self._handles.append(child.register_forward_hook(Hook(self._keep_prediction), with_kwargs=True))
+            self._handles += hook_outputs(self.module, Hook(self._keep_prediction))
         for model in detectors(self.module) if stage == "fit" else ():
             self._proxies.append(attach(model, "forward", functools.partial(self._detect, model)))
         for submodule in self.module.modules():
@@ -149,7 +148,6 @@ class StepEngine:
     def _keep_forward_output(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.in_evaluation_step and self.seen is not None:
             self.seen.keep(args, output)
-        self._keep_prediction(module, args, {}, output)
 
     def _keep_prediction(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._tap is not None and self._tap.evaluated is not None:

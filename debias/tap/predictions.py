@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from debias.tap.counted import functions
 from debias.tap.moves import CASTS, MOVES
 
-__all__ = ["CLASSIFYING", "SOFTMAX", "Predictions"]
+__all__ = ["CLASSIFYING", "SOFTMAX", "Predictions", "hook_outputs"]
 
 # Losses whose logits may be changed without changing what is predicted; numbers are predicted as the loss reads them.
 CLASSIFYING = frozenset(
@@ -44,6 +44,12 @@ _SMOOTH = "softmax log_softmax sigmoid logsigmoid log exp acos arccos cos asin a
 _KEPT = MOVES | CASTS | functions(f"{_SMOOTH} clamp clamp_min clamp_max clip masked_fill")
 _KEPT |= {F.softmax, F.log_softmax, F.logsigmoid}
 _FOLLOWED = _SUM | _PRODUCT | _CHOICE | _KEPT
+
+
+def hook_outputs(module: nn.Module, hook: Callable[..., None]) -> list[Any]:
+    """Handles of a forward hook on a module and its direct children; a compiled child would compile the hook, too."""
+    watched = [module, *(child for child in module.children() if getattr(child, "_compiled_call_impl", None) is None)]
+    return [each.register_forward_hook(hook, with_kwargs=True) for each in watched]
 
 
 class _Made(NamedTuple):

@@ -504,15 +504,20 @@ def test_monitors_score_what_the_network_predicts(name):
         assert found[f"val/accuracy_by_group/{g}"] == pytest.approx(hits[g == G].mean().item())
 
 
+class Still(Model):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
 def recorded(step: Step, folder: Any) -> Any:
-    """What a recorder and Just Train Twice have seen of a step."""
-    model, twice = Model(step), JustTrainTwice(epochs=1, upweight=5.0)
-    model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), 0.0)  # type: ignore[method-assign]
+    """What a recorder and Just Train Twice, in both of its ways, have seen of a step."""
     loader = DataLoader(tag(TensorDataset(*data())), batch_size=N)
-    trainer(SampleRecorder(str(folder / "table.npz"))).fit(model, loader)
-    trainer(twice, max_epochs=2).fit(Model(step), loader)
+    trainer(SampleRecorder(str(folder / "table.npz"))).fit(Still(step), loader)
+    both = [JustTrainTwice(epochs=1, upweight=5.0, observe=observe) for observe in ("training", "pass")]
+    for twice in both:
+        trainer(twice, max_epochs=2).fit(Still(step), loader)
     with np.load(folder / "table.npz") as table:
-        return table["prediction"].tolist(), table["correct"].tolist(), twice.ids.tolist()
+        return table["prediction"].tolist(), table["correct"].tolist(), *(twice.ids.tolist() for twice in both)
 
 
 def test_shares_of_classes_are_one_label(tmp_path):

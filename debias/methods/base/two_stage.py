@@ -31,7 +31,9 @@ from debias.step.proxy import attach, detach
 from debias.step.random import undisturbed
 from debias.step.samples import check_length, predictions, sample_losses, train_set
 from debias.tap.calls import LossCall
+from debias.tap.evaluated import Evaluated
 from debias.tap.head import HeadFinder, check_features, submodule
+from debias.tap.predictions import hook_outputs
 from debias.tap.rows import RowTracker
 from debias.tap.selection import select_calls
 from debias.tap.tap import LossTap
@@ -279,13 +281,17 @@ class TwoStage(NumberedMethod):
                 named = submodule(pl_module, self.head, argument="head")
                 handle = named.register_forward_pre_hook(lambda module, args: given.append(args[0]))
                 stack.callback(handle.remove)
+            evaluated = Evaluated()
+            for handle in hook_outputs(pl_module, lambda _, *seen: evaluated.predictions.saw(*seen)):
+                stack.callback(handle.remove)
             for i, raw in enumerate(batches):
                 batch, tags = split_tags(raw)
                 batch = trainer.strategy.batch_to_device(batch)
                 step = Step(trainer, pl_module, "train", batch, tags, i, epoch=trainer.current_epoch)
                 numbers = self.sample_ids(step)
                 finder = HeadFinder() if self.records_features else None
-                tap = LossTap(training=False, tracker=RowTracker(batch, len(numbers)), rows=self.rows, finder=finder)
+                tracker = RowTracker(batch, len(numbers))
+                tap = LossTap(training=False, tracker=tracker, rows=self.rows, finder=finder, evaluated=evaluated)
                 with tap, trainer.precision_plugin.train_step_context():
                     step_of(*(batch, i)[:takes])
                 if not tap.calls:
