@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import lightning as L
-import lightning.fabric.utilities.registry
-import lightning_fabric.utilities.registry
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.trainer.connectors.logger_connector import result as lightning_results
-from pytorch_lightning.trainer.connectors.logger_connector import result as pl_results
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
+import _support.quick  # noqa: F401 - before the first Trainer
 from debias import EvalSampler, tag
-
-# Every Trainer looks through all installed packages for callbacks, which takes most of its constructor's time.
-for registry in (lightning.fabric.utilities.registry, lightning_fabric.utilities.registry):
-    registry.entry_points = functools.cache(registry.entry_points)
-
-
-def _unless_there(move: Any) -> Any:
-    """Leave a value on the CPU that is to be moved there: `log` would copy all its fields, which takes most of its
-    time.
-    """
-
-    def to(value: Any, device: Any, *args: Any, **options: Any) -> Any:
-        stays = torch.device(device).type == value.device.type == "cpu"
-        return value if stays else move(value, device, *args, **options)
-
-    return to
-
-
-for logged in (lightning_results._ResultMetric, pl_results._ResultMetric):
-    logged.to = _unless_there(logged.to)
 
 N_GROUPS = 3
 N_PERSONS = 5
