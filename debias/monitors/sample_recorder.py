@@ -114,8 +114,8 @@ class SampleRecorder(Debiaser):
 
     @property
     def reads_predictions(self) -> bool:
-        """In the training pass, where a column holds them."""
-        return self.monitors or bool(PREDICTED & set(self.columns))
+        """As every monitor; in the training pass, where a column holds them."""
+        return super().reads_predictions or bool(PREDICTED & set(self.columns))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Make the table of the training set."""

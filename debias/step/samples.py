@@ -130,7 +130,7 @@ def predictions(call: LossCall, n: int, who: str) -> tuple[Tensor, Tensor]:
     """Logits and targets of the samples of a batch, in their order; of probabilities the logits that they have.
 
     Raises:
-        DebiasError: they are not one row a sample.
+        DebiasError: they are not one row a sample, or come from a submodule that was given the labels.
     """
     logits, target = call.logits if call.predicted is None else call.predicted, call.target
     if call.from_labels:

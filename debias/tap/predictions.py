@@ -1,10 +1,10 @@
 """What the network predicted, where the step or its criterion changed that before the loss. Torch only.
 
 Margins, the logarithm of a prior and the offsets of logit adjustment make a classification loss, not a prediction:
-they depend on the labels, or are left out when the network is used. In an evaluation step it is remembered what the
-network makes: the outputs of the module's ``forward`` and of its direct children, parameters, and what is computed of
-these. Logits that are one output with something that the network has not made added, subtracted, put in or multiplied
-have that output, brought to their shape, as their prediction.
+they depend on the labels, or are left out when the network is used. In an evaluation step, and in a training step
+where somebody asks, it is remembered what the network makes: the outputs of the module's ``forward`` and of its direct
+children, parameters, and what is computed of these. Logits that are one output with something that the network has not
+made added, subtracted, put in or multiplied have that output, brought to their shape, as their prediction.
 
 Part of the network, and kept, are: reshapes, functions of each number (softmax, a cosine), factors that are one number
 (a scale, a temperature), and classes that are masked, with a number or by adding a very large one. What is made of two

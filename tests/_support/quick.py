@@ -1,4 +1,4 @@
-"""What Lightning does anew in every Trainer, batch and log is done once, which halves the time of a tiny fit."""
+"""What Lightning does anew in every Trainer, batch and log is done once: in a tiny fit that is much of the time."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ class TwoStage(NumberedMethod):
 
     def due(self, step: Step) -> bool:
         """Whether what this training step makes of its samples is recorded."""
-        return self.stage == 1 and self.observe_by == "training" and step.epoch == self.epochs - 1
+        return self.reads_predictions and step.epoch == self.epochs - 1
 
     def note(self, call: LossCall, numbers: Tensor, stamp: int, features: Any = None) -> None:
         """Record what a step makes of its samples."""
