@@ -1,6 +1,7 @@
 """The FAQ quotes messages as the package says them."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -10,10 +11,11 @@ ROOT = Path(__file__).parents[1]
 GAP = "…"
 
 
-def strings(folder: Path) -> list[str]:
+@functools.cache
+def messages() -> list[str]:
     """Every string of the source, with a gap for each value that is put into it."""
     found = []
-    for file in folder.rglob("*.py"):
+    for file in (ROOT / "debias").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.JoinedStr):
                 found.append("".join(p.value if isinstance(p, ast.Constant) else GAP for p in node.values))
@@ -22,7 +24,6 @@ def strings(folder: Path) -> list[str]:
     return found
 
 
-SAID = strings(ROOT / "debias")
 QUOTED = re.findall(r"^> (.+)$", (ROOT / "docs" / "faq.md").read_text(), re.M)
 
 
@@ -34,10 +35,10 @@ def is_said(quote: str, said: list[str]) -> bool:
 
 @pytest.mark.parametrize("quote", QUOTED)
 def test_quoted_messages_are_in_the_source(quote):
-    assert is_said(quote, SAID)
+    assert is_said(quote, messages())
 
 
 def test_there_are_quotes_and_others_are_not_found():
     assert len(QUOTED) >= 30
-    assert not is_said("Expected the training step to compute three losses for …, but got …", SAID)
+    assert not is_said("Expected the training step to compute three losses for …, but got …", messages())
     assert is_said("Expected `x` of …, but got", [f"Expected `x` of {GAP} here, but got {GAP}."])

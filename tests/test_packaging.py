@@ -1,5 +1,6 @@
 """Recipes are found, every combination parses, and every one builds the classes that it names."""
 
+import functools
 import json
 import re
 from importlib import import_module
@@ -27,8 +28,14 @@ def _bases() -> dict[str, Path]:
     return {name: folder / "base.yaml" for name, folder in recipes().items()}
 
 
+@functools.cache
+def _data(base: Path) -> set[str]:
+    """The arguments of the data that a recipe gives."""
+    return set(yaml.safe_load(base.read_text())["data"]["init_args"])
+
+
 def _fits(method: Path, base: Path) -> bool:
-    return _numbers(method) <= set(yaml.safe_load(base.read_text())["data"]["init_args"])
+    return _numbers(method) <= _data(base)
 
 
 def _combinations() -> list[Any]:
