@@ -244,6 +244,27 @@ def test_the_prediction_is_what_requires_a_gradient():
         torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize(
+    ("step", "match"),
+    [
+        (lambda m, b: F.mse_loss(m(b[0]) - b[2], torch.zeros(N, C)), "hide the prediction"),
+        (lambda m, b: F.mse_loss(torch.zeros(N, C), 2 * (b[2] - m(b[0])).view(N, C)), "hide the prediction"),
+        (lambda m, b: F.mse_loss(m(b[0]) - b[2], torch.zeros(N, C), reduction="none").mean(), "hide the prediction"),
+        (lambda m, b: F.nll_loss(m(b[0]), b[1]), "no log-probabilities"),
+        (lambda m, b: F.nll_loss(m(b[0]).sigmoid(), b[1], reduction="none").mean(), "no log-probabilities"),
+    ],
+)
+def test_a_loss_that_hides_the_prediction_is_refused(step, match):
+    with pytest.raises(DebiasError, match=match):
+        fit(step, IRM("g", 2))
+
+
+def test_a_prediction_may_be_a_difference_and_targets_may_be_0():
+    fit(lambda m, b: F.mse_loss(m(b[0]) - 1, b[2]), IRM("g", 2))
+    fit(lambda m, b: F.mse_loss(m(b[0]), torch.zeros(N, C)), IRM("g", 2))
+    fit(lambda m, b: F.nll_loss(m(b[0]).softmax(1).log(), b[1]), IRM("g", 2))
+
+
 def test_a_head_behind_log_softmax():
     found = [
         weights(step, HessianAlignment("g", 2))

@@ -44,12 +44,18 @@ def head_loss(call: LossCall, *, check: bool = False) -> HeadLoss:
         check: whether to compare it with the losses that a step has worked on, which waits for the device.
 
     Raises:
-        DebiasError: it is a loss whose derivatives are not known, or its logits are not ``(N, C)``.
+        DebiasError: it is a loss whose derivatives are not known, its logits are not ``(N, C)``, or they are a
+            difference from the target.
         RowsError: the step has made something else of the losses than masks and weights can.
     """
     loss = _rebuilt(call)
-    if check and call.record.function is not None:
+    if check and (call.record.function is not None or call.name == "nll_loss"):  # of any scores, normalised or not
         _check_losses(call, loss)
+    if check and loss.kind == "squared_error" and _is_difference(call.logits) and not bool(loss.target.any()):
+        raise DebiasError(
+            f"Expected `{call.name}` to compare a prediction with its target, but got a difference and targets that are"
+            f" all 0, which hide the prediction that a penalty needs. Write `{call.name}(prediction, target)`."
+        )
     return loss
 
 
@@ -232,6 +238,17 @@ def refuse_batch_norm(head: nn.Module) -> None:
             )
 
 
+def _is_difference(x: Tensor | None) -> bool:
+    """Whether a constant was subtracted last, but for views and factors."""
+    node = None if x is None else x.grad_fn
+    while node is not None:
+        inputs = [before for before, _ in node.next_functions if before is not None]
+        if len(inputs) != 1 or node.name().startswith(("SubBackward", "RsubBackward")):
+            return len(inputs) == 1
+        node = inputs[0]
+    return False
+
+
 def _check_losses(call: LossCall, loss: HeadLoss) -> None:
     """The derivatives are those of the function's own formula, so the losses must be, too, up to one factor for all."""
     if not len(loss.logits):
@@ -245,8 +262,9 @@ def _check_losses(call: LossCall, loss: HeadLoss) -> None:
     if error > (0.05 if half else 1e-3):
         raise RowsError(
             f"Expected the losses of `{call.name}` to be what that function makes of the logits, with masks and"
-            f" weights, but the step has made something else of them (a focal factor? another loss added?): they differ"
-            f" by {error:.1%} of the largest. Use a penalty that only needs losses (VREx)."
+            " weights, but the step has made something else of them (a focal factor? another loss added? scores for"
+            f" `nll_loss` that are no log-probabilities?): they differ by {error:.1%} of the largest. Use a penalty"
+            " that only needs losses (VREx)."
         )
 
 
