@@ -14,6 +14,7 @@ a whole, unless it is given the labels.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -58,19 +59,33 @@ class _Made(NamedTuple):
     Attributes:
         output: the output that it was made of; None of an output itself.
         steps: what was done to it that is part of the network.
-        changed: whether something else was done to it.
+        changed: whether something else was done to it; a boolean of shape () is on the device, and not read.
         labels: integer tensors that the child, whose output it is, was given.
         inside: how it was made inside that child.
     """
 
     output: Tensor | None = None
     steps: tuple[Callable[[Tensor], Tensor], ...] = ()
-    changed: bool = False
+    changed: bool | Tensor = False
     labels: tuple[Any, ...] = ()
     inside: _Made | None = None
 
+    def then(self, step: Callable[[Tensor], Tensor], changes: bool | Tensor) -> _Made:
+        """How it is made with one more step, which is part of the network unless it changes what that predicts."""
+        if changes is True:
+            return self._replace(changed=True)
+        if changes is False:
+            return self._replace(steps=(*self.steps, step))
+        unless = functools.partial(_unless, changes, step)
+        return self._replace(steps=(*self.steps, unless), changed=self.changed | changes)
+
 
 _OUTPUT = _Made()
+
+
+def _unless(changes: Tensor, step: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The step, unless it changes what is predicted; without reading whether it does, which would wait for a GPU."""
+    return torch.where(changes, x, step(x))
 
 
 class Predictions:
@@ -108,25 +123,26 @@ class Predictions:
             if isinstance(out, Tensor) and out.ndim and out.is_floating_point() and not any(out is x for x in operands):
                 self._made[out] = _OUTPUT
             return out
-        kind = _kind(func, args, [x for x in operands if x not in known], list(known.values()))
-        mine = min(known, key=lambda x: known[x].changed)
+        changes = _changes(func, args, [x for x in operands if x not in known], list(known.values()))
+        in_place = _in_place(func) and args[0] in known
+        mine: Tensor = args[0] if in_place else _least_changed(known)
         origin = known[mine]
-        if _in_place(func) and args and args[0] in known:
-            if kind == "changed" and not known[args[0]].changed:  # soon nobody can tell what it was
-                self._made[args[0]] = _Made(args[0].clone(), changed=True)
-            elif kind == "output":
-                self._made[args[0]] = _OUTPUT
+        if in_place:
+            itself = origin.output is mine
+            if changes is None:
+                self._made[mine] = _OUTPUT
+            elif changes is not False or not itself:  # a masked output is one still
+                origin = self._kept(mine) if itself else origin
+                self._made[mine] = origin.then(_step(func, args, kwargs, mine), changes)
             return run(func, args, kwargs)
         out = run(func, args, kwargs)
         for i, x in enumerate(out) if isinstance(out, tuple | list) else [(None, out)]:
             if not isinstance(x, Tensor) or any(x is operand for operand in operands):
                 continue
-            if kind == "output":
+            if changes is None:
                 self._made[x] = _OUTPUT
-            elif kind == "kept":
-                self._made[x] = origin._replace(steps=(*origin.steps, _step(func, args, kwargs, mine, i)))
-            elif mine.shape == x.shape:
-                self._made[x] = origin._replace(changed=True)
+            elif changes is False or mine.shape == x.shape:
+                self._made[x] = origin.then(_step(func, args, kwargs, mine, i), changes)
         return out
 
     def of(self, logits: Any, target: Any) -> tuple[Tensor | None, bool]:
@@ -138,7 +154,7 @@ class Predictions:
         found, changed = logits, False
         while made is not None:
             if made.output is not None:
-                found, steps, changed = made.output, made.steps + steps, changed or made.changed
+                found, steps, changed = made.output, made.steps + steps, changed or made.changed is not False
                 made = self._made.get(found)
             elif isinstance(target, Tensor) and any(ref() is target for ref in made.labels):
                 if made.inside is None:
@@ -157,47 +173,62 @@ class Predictions:
         made = self._made.get(x, _OUTPUT)
         return _Made(x) if made.output is None else made
 
+    def _kept(self, x: Tensor) -> _Made:
+        """How an output was made that is about to be changed in place: of a copy of it."""
+        copy = x.clone()
+        self._made[copy] = self._made.get(x, _OUTPUT)
+        return _Made(copy)
+
 
 def _in_place(func: Any) -> bool:
     name = func.__name__
     return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.startswith("__"))
 
 
-def _kind(func: Any, args: tuple[Any, ...], others: list[Tensor], origins: list[_Made]) -> str:
-    """Whether an operation makes another output, is part of the network, or changes what it predicts."""
+def _least_changed(known: dict[Tensor, _Made]) -> Tensor:
+    """Of the operands of an operation, the one that it is done to."""
+
+    def rank(x: Tensor) -> int:
+        changed = known[x].changed
+        return 2 if changed is True else int(changed is not False)
+
+    return min(known, key=rank)
+
+
+def _changes(func: Any, args: tuple[Any, ...], others: list[Tensor], origins: list[_Made]) -> bool | Tensor | None:
+    """Whether an operation changes what the network predicts, and is no part of it; None if it makes another output."""
     if func.__name__ == "__setitem__":
-        value = args[2]
-        return "changed" if isinstance(value, Tensor) and value.ndim else "kept"
+        return isinstance(args[2], Tensor) and args[2].ndim > 0
     if len({id(origin.output) for origin in origins}) > 1:
-        return "output"
-    if len(origins) > 1 and not any(origin.changed for origin in origins):
-        return "output"  # of several parts of one, such as a difference of two columns
+        return None
+    changed = [origin.changed for origin in origins]
+    if len(origins) > 1 and not any(part is True for part in changed):
+        unread = [part for part in changed if isinstance(part, Tensor)]
+        return torch.stack(unread).any() if unread else None  # parts of one output: a difference of two columns
     adds = len(origins) == 1 and not any(isinstance(x, int | float) and x for x in args)  # `sum(views)` begins with 0
-    if func in _SUM and adds and all(map(_leaves_out, others)):
-        return "kept"
+    if func in _SUM and adds and all(x.ndim for x in others):
+        parts = [((x != 0) & (x.abs() < 100)).any() for x in others]  # False if it leaves classes out, and no more
+        return torch.stack(parts).any() if parts else False
     one_number = not any(x.ndim and x.dtype != torch.bool for x in others)
     masks = func.__name__ == "where" and len(origins) == 1
-    return "kept" if func in _KEPT or (one_number and (func in _PRODUCT or masks)) else "changed"
-
-
-def _leaves_out(x: Tensor) -> bool:
-    """Whether what is added leaves classes out, and all others as they are."""
-    return bool(x.ndim and ((x == 0) | (x.abs() >= 100)).all())
+    return not (func in _KEPT or (one_number and (func in _PRODUCT or masks)))
 
 
 _HERE = object()
 
 
 def _step(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mine: Tensor, part: int | None
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mine: Tensor, part: int | None = None
 ) -> Callable[[Tensor], Tensor]:
-    """The same operation on another tensor."""
+    """The same operation on another tensor, which it leaves as it is."""
     args = tuple(_HERE if x is mine else x for x in args)
     kwargs = {name: _HERE if x is mine else x for name, x in kwargs.items()}
+    in_place = _in_place(func)
 
     def step(x: Tensor) -> Any:
+        x = x.clone() if in_place else x
         named = {name: x if y is _HERE else y for name, y in kwargs.items()}
         out = func(*(x if y is _HERE else y for y in args), **named)
-        return out if part is None else out[part]
+        return x if in_place else out if part is None else out[part]
 
     return step

@@ -30,7 +30,9 @@ from debias import (
     GroupMonitor,
     GroupReweighting,
     HessianAlignment,
+    JustTrainTwice,
     MixStyle,
+    SampleRecorder,
 )
 from debias.ops.shifts import FAMILIES, transforms_of
 from debias.ops.shifts.draws import Draws
@@ -132,6 +134,22 @@ def test_ids_in_a_list_are_brought_to_the_device_without_waiting():
 
 def test_edge_maps_mix_no_devices_and_wait_for_nothing():
     assert waits_on_cuda(Photographs(), [EdgeView()], DataLoader(blobs.dataset(24, 3), 8)) == []
+
+
+def prior(z, y):
+    return F.cross_entropy(z + torch.arange(2, dtype=z.dtype, device=z.device), y)
+
+
+def mask_in_place(z, y):
+    z = 2 * z
+    z += torch.tensor([0.0, -1e9]).to(z.device, non_blocking=True)
+    return F.cross_entropy(z.view(-1, 2) - z.flip(1), y)
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, prior, mask_in_place])
+@pytest.mark.parametrize("recorder", [lambda: SampleRecorder("samples.npz"), lambda: JustTrainTwice(epochs=1)])
+def test_recording_what_a_step_predicts_waits_for_nothing(recorder, loss):
+    assert waits_on_cuda(Model(loss), [recorder()], loader(), max_epochs=2) == []
 
 
 # kornia looks at values in these, and does in these what cannot be faked.

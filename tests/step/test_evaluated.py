@@ -201,6 +201,26 @@ def subtracted_at_the_label(logits):
     return logits
 
 
+MASK = torch.tensor([0.0, -1e9, 0.0])
+
+
+def masked_and_added_in_place(logits):
+    logits = logits / 2
+    logits += MASK
+    logits += PRIOR
+    return logits
+
+
+def an_output_masked_and_added_in_place(logits):
+    logits += MASK
+    logits -= PRIOR
+    return logits
+
+
+def difference_of_columns(logits):
+    return logits[:, [2, 0]] - logits[:, [0, 2]]
+
+
 def chosen(logits):
     return 3 * torch.where(F.one_hot(CLASSES, K).bool(), logits - 0.5, logits)
 
@@ -226,6 +246,16 @@ CHANGED = {
     "prior": (cross_entropy(lambda z: z + PRIOR), RAW),
     "prior first": (cross_entropy(lambda z: torch.add(PRIOR, z)), RAW),
     "prior in place": (cross_entropy(added_in_place), RAW),
+    "mask and prior": (cross_entropy(lambda z: z + MASK + PRIOR), RAW + MASK),
+    "prior and mask": (cross_entropy(lambda z: MASK + (PRIOR + z)), RAW + MASK),
+    "mask and prior in place": (cross_entropy(masked_and_added_in_place), RAW / 2 + MASK),
+    "mask and prior in place of an output": (cross_entropy(an_output_masked_and_added_in_place), RAW + MASK),
+    "mask, shaped": (cross_entropy(lambda z: (z.view(2, 3, K) + MASK).view(-1, K) + PRIOR), RAW + MASK),
+    "difference of masked columns": (
+        cross_entropy(lambda z: difference_of_columns(z + MASK), CLASSES % 2),
+        difference_of_columns(RAW),
+    ),
+    "mask alone": (cross_entropy(lambda z: z + MASK), RAW + MASK),
     "margin at the label": (cross_entropy(subtracted_at_the_label), RAW),
     "margin and scale": (cross_entropy(lambda z: 8 * (z - 0.5 * F.one_hot(CLASSES, K))), 8 * RAW),
     "chosen by the label": (cross_entropy(chosen), 3 * RAW),
@@ -263,6 +293,8 @@ KEPT = {
     "masked classes": cross_entropy(lambda z: z.masked_fill(torch.tensor([True, False, False]), -1e9)),
     "masked by where": cross_entropy(lambda z: torch.where(torch.tensor([True, True, False]), z, -1e9)),
     "classes set to a number": cross_entropy(lambda z: z.index_fill(1, torch.tensor([0]), -1e9)),
+    "difference of columns": cross_entropy(difference_of_columns, CLASSES % 2),
+    "sum of columns": cross_entropy(lambda z: torch.stack([sum([z[:, 0], z[:, 1]]), z[:, 2]], 1), CLASSES % 2),
     "two networks": lambda: F.cross_entropy(NET(X) + OTHER(X), CLASSES),
     "scaled to the units of a number": lambda: F.mse_loss(NET(X) * torch.rand(K) + PRIOR, Y),
     "probabilities": lambda: F.nll_loss(NET(X).softmax(1).log(), CLASSES),
