@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
 import debias
-from debias.step.batch import TaggedBatch
+from debias.step.tagged import TaggedBatch
 
 N_GROUPS = 4
 WARM_UP = 3  # steps at the start of a block that are not counted: the first one learns the structure of the step

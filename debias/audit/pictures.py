@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debias.step.batch import TaggedSample
+from debias.step.tagged import TaggedSample
 
 __all__ = ["shown"]
 

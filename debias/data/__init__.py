@@ -20,7 +20,7 @@ _EXPORTS = {
     "GWHD": "debias.data.gwhd",
     "ShapesDetection": "debias.data.shapes_detection",
     "ShortcutFolder": "debias.data.shortcut_folder",
-    "TagCollate": "debias.step.batch",
+    "TagCollate": "debias.step.tagged",
     "TaggedDataset": "debias.data.tagging",
     "TaggedIterableDataset": "debias.data.tagging",
     "TokenDomains": "debias.data.token_domains",
@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     from debias.data.token_domains import TokenDomains
     from debias.data.voc_folder import VOCFolder
     from debias.data.waterbirds import Waterbirds
-    from debias.step.batch import TagCollate
+    from debias.step.tagged import TagCollate
 
 
 def __getattr__(name: str) -> Any:

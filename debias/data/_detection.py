@@ -16,7 +16,7 @@ from debias.data._common import GroupDataModule, check_stated, nearest
 from debias.data.tagging import TaggedDataset, tag
 from debias.errors import DataError, DebiasError
 from debias.extras import needs_extra
-from debias.step.batch import TagCollate
+from debias.step.tagged import TagCollate
 
 INVALID = ("error", "clip")
 

@@ -21,7 +21,7 @@ from debias.errors import DataError, DebiasError
 from debias.extras import needs_extra
 from debias.ops.arguments import checked
 from debias.ops.distributed import global_rank, world_size
-from debias.step.batch import TaggedBatch
+from debias.step.tagged import TaggedBatch
 
 __all__ = ["ColoredMNIST"]
 

@@ -19,9 +19,9 @@ from torch.utils.data import (
 
 from debias.errors import BatchKeyError, DebiasError, DebiasWarning
 from debias.step.agreement import flat_loaders, tag_array
-from debias.step.batch import split_tags
 from debias.step.ids import read_ids
 from debias.step.random import undisturbed
+from debias.step.tagged import split_tags
 
 __all__ = ["can_count", "count_groups", "empty_groups", "tag_counts"]
 

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from debias.errors import DataError
 from debias.ops.arguments import checked
-from debias.step.batch import TagCollate, TaggedSample
 from debias.step.samples import INDEX
+from debias.step.tagged import TagCollate, TaggedSample, TagRow
 
 __all__ = ["TaggedDataset", "TaggedIterableDataset", "tag", "untag"]
 
@@ -81,24 +81,25 @@ class TaggedDataset(_Wrapping):
         self.dataset = dataset
         self.tags = {name: _as_ids(name, ids, len(dataset)) for name, ids in tags.items()}
         self.tags.setdefault(INDEX, torch.arange(len(dataset)))
+        self._length = len(dataset)
+        self._computes = any(map(callable, self.tags.values()))
 
     def __getitem__(self, index: int) -> TaggedSample:
         sample = self.dataset[index]
-        # A dataset that is tagged twice carries both sets of tags, side by side.
-        inner = sample.tags if isinstance(sample, TaggedSample) else {}
-        sample = sample.sample if isinstance(sample, TaggedSample) else sample
-        tags = {k: v(sample) if callable(v) else self._tag(v, index) for k, v in self.tags.items()}
-        return TaggedSample(sample, inner | tags)
-
-    @staticmethod
-    def _tag(values: Any, index: int) -> Any:
-        try:
-            return values[index]
-        except IndexError:
+        one = isinstance(index, int | np.integer)
+        if one and not -self._length <= index < self._length:
             raise DataError(
-                f"Expected the dataset to keep the length that it had when it was tagged, {len(values)}, but it yields"
+                f"Expected the dataset to keep the length that it had when it was tagged, {self._length}, but it yields"
                 f" sample {index}. Tag it anew when it has grown."
-            ) from None
+            )
+        if not isinstance(sample, TaggedSample):
+            inner, bare = {}, sample
+            if one and not self._computes:
+                return TaggedSample(sample, TagRow(self.tags, int(index)))
+        else:  # a dataset that is tagged twice carries both sets of tags, side by side
+            inner, bare = dict(sample.tags), sample.sample
+        tags = {name: ids(bare) if callable(ids) else ids[index] for name, ids in self.tags.items()}
+        return TaggedSample(bare, inner | tags)
 
 
 class TaggedIterableDataset(IterableDataset):

@@ -5,27 +5,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data._utils.collate import default_collate_fn_map
-from torch.utils.data._utils.pin_memory import pin_memory
-from torch.utils.data.dataloader import default_collate
 
 from debias.errors import BatchKeyError, RowsError
-from debias.ops.arguments import checked
-from debias.step.sample_order import reorders
 from debias.tap.batches import one_per_sample
 
 __all__ = [
     "LOADER",
     "BatchKey",
-    "TagCollate",
-    "TaggedBatch",
-    "TaggedSample",
     "key_name",
     "key_parts",
     "map_samples",
@@ -33,7 +23,6 @@ __all__ = [
     "read",
     "repeated",
     "replace",
-    "split_tags",
 ]
 
 LOADER = "loader"
@@ -47,160 +36,6 @@ Every step of a path is an integer index, a mapping key or an attribute, whichev
 from Python, never from YAML. Tags of ``debias.tag`` are looked up first. Where several keys are allowed the tuple is
 the first type of the union: jsonargparse, which writes a value by the first type that takes it, would write a callable.
 """
-
-
-@dataclass
-class TaggedSample:
-    """One sample and its tags, as a dataset made by :func:`debias.tag` returns it."""
-
-    sample: Any
-    tags: dict[str, Any]
-
-    def __iter__(self) -> Any:
-        raise BatchKeyError(
-            f"Expected the bare sample of a tagged dataset, but got it with its tags {sorted(self.tags)}. Take"
-            " `dataset[i].sample` (and `dataset[i].tags`), and put `tag(...)` around everything else: it has to be the"
-            " outermost dataset. If tagged and untagged samples meet in one batch, tag all of them (-1 = unlabelled)."
-        )
-
-    def __getitem__(self, key: Any) -> Any:
-        return iter(self)  # the same advice
-
-    def __len__(self) -> int:
-        return len(list(self))  # the same advice
-
-    def __bool__(self) -> bool:
-        return True
-
-
-@dataclass
-class TaggedBatch:
-    """A batch, untouched, and the collated tags of its samples, each of shape ``(N,)`` or ``(N, ...)``.
-
-    Attributes:
-        batch: as the dataset and its ``collate_fn`` make it.
-        tags: by name.
-        n: number of samples, where a Trainer needs to know it.
-    """
-
-    batch: Any
-    tags: dict[str, Any]
-    n: int | None = None
-
-    def __iter__(self) -> Any:
-        raise BatchKeyError(
-            f"Expected a loop that knows tags, but this one unpacks a tagged batch (tags {sorted(self.tags)})"
-            " itself. Add a callback of debias to the Trainer, e.g. `GroupMonitor`, which hands out the bare batch;"
-            " in a loop of your own use `tagged.batch` and `tagged.tags`."
-        )
-
-    def __getitem__(self, key: Any) -> Any:
-        return iter(self)  # the same advice
-
-    def pin_memory(self) -> TaggedBatch:
-        """Pin both parts; the DataLoader calls this under ``pin_memory=True``."""
-        return dataclasses.replace(self, batch=pin_memory(self.batch), tags=pin_memory(self.tags))
-
-    def to(self, *args: Any, **kwargs: Any) -> TaggedBatch:
-        """Move the tensors of both parts, for loops without Lightning."""
-        from lightning.fabric.utilities.apply_func import move_data_to_device
-
-        device = torch.empty(0).to(*args, **kwargs).device
-        batch, tags = move_data_to_device(self.batch, device), move_data_to_device(self.tags, device)
-        return dataclasses.replace(self, batch=batch, tags=tags)
-
-
-def _collate_tagged(batch: list[TaggedSample], *, collate_fn_map: Any = None) -> TaggedBatch:
-    return TagCollate(default_collate)(batch)
-
-
-def _refuse_mixed(items: list[Any]) -> None:
-    """All samples of a batch carry the same tags, or none does."""
-    first = _tag_names(items[0])
-    other = next((names for names in map(_tag_names, items) if names != first), first)
-    if other != first:
-        raise BatchKeyError(
-            f"Expected all samples of a batch to carry the same tags, but got {first or 'none'} and {other or 'none'}."
-            " Where datasets are joined, tag each of them alike, or the joined one: `tag(ConcatDataset([...]),"
-            " place=ids)`; -1 stands for unlabelled."
-        )
-
-
-def _tag_names(item: Any) -> list[str]:
-    return sorted(item.tags) if isinstance(item, TaggedSample) else []
-
-
-# PyTorch's own extension point: any DataLoader with the default collate_fn now yields TaggedBatch for tagged datasets.
-default_collate_fn_map[TaggedSample] = _collate_tagged
-
-
-class TagCollate:
-    """A ``collate_fn`` around the user's own one, which sees bare samples and never learns about tags.
-
-    The engine puts it around the ``collate_fn`` of every loader that Lightning runs; other loops write
-    ``DataLoader(tagged, collate_fn=TagCollate(my_collate))``. It has to keep the order of its samples, which is checked
-    with the first batch: by calling it again, with copies of the samples in another order.
-
-    Args:
-        collate_fn: the user's own.
-        counts: let batches without tags, too, say how many samples they have.
-    """
-
-    @checked()
-    def __init__(self, collate_fn: Callable[[Any], Any], *, counts: bool = False) -> None:
-        self.collate_fn = collate_fn
-        self.counts = counts
-        self.checked = collate_fn is default_collate  # a copy in a worker that starts before the first batch checks too
-
-    def __call__(self, items: Any) -> Any:
-        """Collate the bare samples, and the tags beside them.
-
-        Raises:
-            BatchKeyError: samples with and without tags meet, or the order of the samples is not kept.
-        """
-        batch = self._collate(items)
-        if not (self.counts and isinstance(items, list)):
-            return batch
-        return TaggedBatch(*split_tags(batch), n=len(items))
-
-    def _collate(self, items: Any) -> Any:
-        if isinstance(items, list) and any(isinstance(item, TaggedSample) for item in items):
-            _refuse_mixed(items)
-            tags = default_collate([item.tags for item in items])
-            samples = [item.sample for item in items]
-            if self.checked or len(samples) < 2:
-                return TaggedBatch(self.collate_fn(samples), tags)
-            return TaggedBatch(self._collate_and_check(samples), tags)
-        if isinstance(items, TaggedSample):  # batch_size=None: the dataset yields whole batches
-            return TaggedBatch(self.collate_fn(items.sample), items.tags)
-        return self.collate_fn(items)
-
-    def _collate_and_check(self, samples: list[Any]) -> Any:
-        try:
-            copies = copy.deepcopy(samples)  # made first: a collate_fn may take its samples apart
-        except Exception:  # samples that cannot be copied cannot be collated twice
-            copies = None
-        batch = self.collate_fn(samples)
-        self.checked = True
-        if copies is not None and reorders(self.collate_fn, copies, batch):
-            self.checked = False  # so that the next batch is refused too
-            name = getattr(self.collate_fn, "__qualname__", type(self.collate_fn).__name__)
-            raise BatchKeyError(
-                f"Expected `collate_fn` to keep the order of its samples, but {name} sorts or shuffles them, so that"
-                " tags would go to the wrong ones. Sort in a batch sampler or in the step (or let"
-                " `pack_padded_sequence(..., enforce_sorted=False)` do it), or put the id into the sample and name its"
-                " place in the batch, as in `group=2`."
-            )
-        return batch
-
-
-def split_tags(batch: Any) -> tuple[Any, dict[str, Any]]:
-    """The bare batch of one loader, and its tags."""
-    if isinstance(batch, TaggedBatch):
-        return batch.batch, batch.tags
-    if isinstance(batch, TaggedSample):
-        return batch.sample, batch.tags
-    return batch, {}
 
 
 def plain_key(key: Any) -> Any:

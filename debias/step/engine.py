@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from debias.errors import DebiasError, UnsupportedStrategyError
 from debias.ops.distributed import is_distributed, use_group
 from debias.step.agreement import Agreement, flat_loaders, refuse_contradictions
-from debias.step.batch import TagCollate
 from debias.step.context import Step
 from debias.step.detection import DetectorStep, detectors
 from debias.step.guards import data_group, refuse_duplicating_sampler, runs_again, takes_iterator
@@ -26,6 +25,7 @@ from debias.step.proxy import StepProxy, attach, detach
 from debias.step.seen import Seen
 from debias.step.settle import Learned, Settlement, with_loss
 from debias.step.split import split_losses
+from debias.step.tagged import TagCollate
 from debias.tap import adapters
 from debias.tap.evaluated import Evaluated
 from debias.tap.head import FeatureTap, HeadTap

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from debias.errors import BatchKeyError
-from debias.step.batch import LOADER, TaggedBatch, TaggedSample, key_parts, plain_key
+from debias.step.batch import LOADER, key_parts, plain_key
 from debias.step.ids import read_ids
+from debias.step.tagged import TaggedBatch, TaggedSample
 
 __all__ = ["Part", "holders", "join_ids", "open_batch"]
 
@@ -64,7 +65,7 @@ def open_batch(batch: Any) -> tuple[Any, list[Part]]:
 
 def _open(batch: Any, path: tuple[Any, ...], numbers: Iterator[int]) -> tuple[Any, list[Part]]:
     if isinstance(batch, TaggedSample):
-        return batch.sample, [Part(batch.tags, path)]
+        return batch.sample, [Part(dict(batch.tags), path)]
     if isinstance(batch, TaggedBatch):
         lengths = [len(x) for x in batch.tags.values() if isinstance(x, Tensor) and x.ndim]
         n = batch.n if batch.n is not None or not lengths else lengths[0]

@@ -22,7 +22,8 @@ from _support.fits import Classifier, make_trainer
 from debias import GroupDRO
 from debias.data import TaggedDataset, tag, untag
 from debias.errors import BatchKeyError, DataError
-from debias.step.batch import TagCollate, TaggedBatch, TaggedSample, read, replace, split_tags
+from debias.step.batch import read, replace
+from debias.step.tagged import TagCollate, TaggedBatch, TaggedSample, split_tags
 
 Pair = namedtuple("Pair", ["image", "label"])
 
@@ -65,6 +66,23 @@ def stack_images(items):
     """A user's collate function; it must never see tags."""
     assert all(isinstance(item, tuple) for item in items)
     return {"images": [image for image, _ in items], "labels": torch.tensor([label for _, label in items])}
+
+
+def test_tags_of_a_batch_are_those_of_its_samples():
+    member = torch.rand(6, 3) > 0.5
+    dataset = tag(list(range(6)), place=[5, 4, 3, 2, 1, 0], member=member)
+    for joined in (dataset, ConcatDataset([dataset, tag(list(range(4)), place=[7] * 4, member=member[:4])])):
+        numbers = [4, 0, len(joined) - 1]
+        batch = torch.utils.data.default_collate([joined[i] for i in numbers])
+        for name in ("place", "member", "index"):
+            assert torch.equal(batch.tags[name], torch.stack([joined[i].tags[name] for i in numbers]))
+
+
+def test_a_sample_is_copied_without_the_tags_of_all_others():
+    sample = tag(list(range(10_000)), place=torch.arange(10_000))[-1]
+    assert dict(sample.tags) == {"place": 9_999, "index": 9_999}
+    assert len(pickle.dumps(sample)) < 2_000
+    assert copy.deepcopy(sample) == pickle.loads(pickle.dumps(sample)) == sample
 
 
 def test_a_tagged_dataset_is_the_dataset_with_tags():

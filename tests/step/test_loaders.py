@@ -29,8 +29,8 @@ from debias import (
 )
 from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, HeadNotFoundError, RowsError
 from debias.functional import coral_penalty, group_dro_weights, mmd_penalty
-from debias.step.batch import TaggedBatch
 from debias.step.loaders import open_batch
+from debias.step.tagged import TaggedBatch
 from debias.tap.rows import RowTracker
 
 D, C = 4, 3

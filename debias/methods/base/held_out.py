@@ -13,10 +13,11 @@ from debias.data.counting import empty_groups
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, HeadNotFoundError
 from debias.ops.distributed import gather
 from debias.ops.groups import check_n_groups, name_groups
-from debias.step.batch import BatchKey, read, split_tags
+from debias.step.batch import BatchKey, read
 from debias.step.context import Step
 from debias.step.ids import plain_n_groups
 from debias.step.samples import INDEX
+from debias.step.tagged import split_tags
 from debias.tap.head import HeadFinder, submodule
 
 __all__ = ["Evaluating", "HeldOut", "Keys", "find_head", "held_out", "labels", "moved", "refuse_empty"]

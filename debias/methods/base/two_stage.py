@@ -25,11 +25,11 @@ from debias.methods.base.held_out import Evaluating
 from debias.methods.base.method import NumberedMethod
 from debias.ops.distributed import global_rank, is_distributed, world_size
 from debias.ops.samples import SampleTable
-from debias.step.batch import split_tags
 from debias.step.context import Step
 from debias.step.proxy import attach, detach
 from debias.step.random import undisturbed
 from debias.step.samples import check_length, predictions, sample_losses, train_set
+from debias.step.tagged import split_tags
 from debias.tap.calls import LossCall
 from debias.tap.evaluated import Evaluated
 from debias.tap.head import HeadFinder, check_features, submodule
