@@ -270,7 +270,7 @@ class StepEngine:
             finder=finders[0] if finders else None,
             mixture=mixture,
             strict=bool(settlement.choices),
-            careful=self._learned.first,
+            careful=settlement.first,
             evaluated=Evaluated() if any(w.reads_predictions for w in debiasers) else None,
             # Under manual optimisation the loss is used up inside the step: nothing can be settled afterwards.
             at_once=None if self.module.automatic_optimization else settlement.at_once,

@@ -34,7 +34,7 @@ class Learned:
 
     Attributes:
         rows_needed: rows have to be followed: until a step has shown that row i of the loss is sample i.
-        first: nothing has been settled yet.
+        epoch: in which a step was settled last.
         as_ddp: losses stay as DDP treats them: no method means one, and the step computes several or not the same on
             all ranks.
         only: name of the loss that is averaged over ranks where no method means one.
@@ -43,7 +43,7 @@ class Learned:
     """
 
     rows_needed: bool = True
-    first: bool = True
+    epoch: int | None = None
     as_ddp: bool = False
     only: str | None = None
     names: dict[tuple[str, int], str] = field(default_factory=dict)
@@ -78,7 +78,8 @@ class Settlement:
         if step.mixture is not None:
             self.choices[None] = step.mixture.loss, step.mixture.owner
         self.selected: dict[Any, list[LossCall]] = {}
-        self.checks = learned.first or step.logging
+        self.first = learned.epoch != step.epoch  # in an epoch
+        self.checks = self.first or step.logging
         self.used: list[LossCall] = []
 
     # -- manual optimisation: a loss is used up inside the step ------------------------------------
@@ -125,7 +126,7 @@ class Settlement:
         elif is_distributed() and not self.learned.as_ddp:
             loss = self._averaged(found)
         loss = self._penalised(loss, found, tap)
-        self.learned.first = False
+        self.learned.epoch = self.step.epoch
         self.learned.rows_needed &= tap.tracker is not None and tap.tracker.needed
         return loss
 
@@ -270,7 +271,7 @@ class Settlement:
                 )
 
     def _compare(self, found: Reaching) -> None:
-        """All ranks reduce the same losses, or none does: before anything is reduced, at first and on logging steps.
+        """All ranks reduce the same losses, or none does; before any is, in an epoch's first step and on logging steps.
 
         Raises:
             AmbiguousLossError: ranks differ in losses that a method means.

@@ -299,7 +299,7 @@ class Following:
     def _is_same(self, func: Any, before: Tensor, after: Tensor) -> bool:
         """Whether a sum that losses are divided by is what it was: a guard against 0 has changed nothing.
 
-        Beyond the CPU only the first step reads that.
+        Beyond the CPU only the first step of an epoch reads that.
         """
         if func in CASTS or func in _MUL or func in _DIV or not (before.device.type == "cpu" or self.batch.careful):
             return True

@@ -61,7 +61,7 @@ class LossTap(TorchFunctionMode):
         mixture: which labels the samples count with; None where augmentation has mixed none.
         evaluated: follows what was predicted, where somebody asks, and in evaluation what counts.
         strict: refuse losses that cannot be taken apart.
-        careful: look for numbers of the whole batch in all operations, as in the first step.
+        careful: look for numbers of the whole batch in all operations, as in the first step of an epoch.
         at_once: makes what a loss is replaced by while the step runs, for steps that use their losses up themselves.
 
     Attributes:

@@ -1,8 +1,8 @@
 """Numbers that a step makes of the whole batch: the mean of weights, counts of classes, a threshold, a loss itself.
 
 A group alone has another one. So a loss that is multiplied by it, selected by it or weighed with it has no value for a
-group. In the first step every operation is looked at: what is computed of rows of the batch is such a number, unless
-the operation is known to keep the rows, or gives the same where it is done to a part of them.
+group. In the first step of an epoch every operation is looked at: what is computed of rows of the batch is such a
+number, unless the operation is known to keep the rows, or gives the same where it is done to a part of them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class WholeBatch:
     Args:
         tracker: of the step; None where nobody reads ids.
         losses: tells losses.
-        careful: look at every operation, as in the first step.
+        careful: look at every operation, as in the first step of an epoch.
     """
 
     def __init__(self, tracker: RowTracker | None, losses: Losses, *, careful: bool) -> None:

@@ -47,8 +47,10 @@ class Model(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(step: Any, *callbacks: Any, data: Any = None, loaders: Any = None) -> tuple[Model, dict[str, Tensor]]:
-    model, trainer = Model(step), L.Trainer(callbacks=list(callbacks), **QUIET)
+def fit(
+    step: Any, *callbacks: Any, data: Any = None, loaders: Any = None, **options: Any
+) -> tuple[Model, dict[str, Tensor]]:
+    model, trainer = Model(step), L.Trainer(callbacks=list(callbacks), **(QUIET | options))
     data = tag(TensorDataset(X, Y, Z), g=G) if data is None else data
     trainer.fit(model, DataLoader(data, batch_size=N) if loaders is None else loaders)
     return model, trainer.callback_metrics
@@ -242,6 +244,21 @@ def test_the_prediction_is_what_requires_a_gradient():
     for method in (IRM, HessianAlignment):
         found = [weights(lambda m, b, s=s: step(m, b, swapped=s), method("g", 2)) for s in (False, True)]
         torch.testing.assert_close(*found)
+
+
+def test_numbers_of_the_batch_that_a_later_epoch_makes():
+    """As where a network learns from the samples of small losses, once it has learned a little."""
+
+    def step(model: Model, batch: Any) -> Tensor:
+        x, y, _ = batch
+        if model.current_epoch:
+            kept = F.cross_entropy(model(x), y, reduction="none").argsort()[: N // 2]
+            x, y = x[kept], y[kept]
+        return F.cross_entropy(model(x), y)
+
+    fit(step, GroupDRO("g", 2), max_epochs=1)
+    with pytest.raises(UntappedLossError, match="made of the whole batch"):
+        fit(step, GroupDRO("g", 2), max_epochs=2)
 
 
 @pytest.mark.parametrize(
