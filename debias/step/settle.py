@@ -97,15 +97,23 @@ class Settlement:
                 " by comes too late. Use `.mean()` or `reduction='mean'`, or automatic optimisation."
             )
         if call.record.of_batch:
-            raise of_batch(call)
+            raise of_batch(call, manual=True)
         self._check_name([call], method.loss, type(method).__name__)
         self.used.append(call)
         return method.reweigh([call], self.step)[0]
 
     def finish_manual(self, tap: LossTap) -> None:
-        """Refuse a step in which nothing was found."""
+        """Refuse a step in which nothing was found, or which has multiplied a loss by a number of the whole batch."""
         if (self.reweigher is not None and not self.used) or (self.step.mixture is not None and not tap.calls):
             raise no_loss_error(_set_losses(self.step.module))
+        for call in self.used:
+            if call.record.of_batch:
+                raise of_batch(call, manual=True)
+        self._learn(tap)
+
+    def _learn(self, tap: LossTap) -> None:
+        self.learned.epoch = self.step.epoch
+        self.learned.rows_needed &= tap.tracker is not None and tap.tracker.needed
 
     # -- automatic optimisation --------------------------------------------------------------------
 
@@ -126,8 +134,7 @@ class Settlement:
         elif is_distributed() and not self.learned.as_ddp:
             loss = self._averaged(found)
         loss = self._penalised(loss, found, tap)
-        self.learned.epoch = self.step.epoch
-        self.learned.rows_needed &= tap.tracker is not None and tap.tracker.needed
+        self._learn(tap)
         return loss
 
     def _settled(self, found: Reaching, tap: LossTap, output: Any) -> Tensor:

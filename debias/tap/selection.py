@@ -243,14 +243,19 @@ def untapped(lost: list[str], beside: bool) -> DebiasError:
     )
 
 
-def of_batch(call: LossCall) -> DebiasError:
+def of_batch(call: LossCall, *, manual: bool = False) -> DebiasError:
     """The error for a loss that is multiplied by a number of the whole batch."""
+    split = (
+        "or use automatic optimisation, where `losses='split'` makes the number anew for each group."
+        if manual
+        else "pass `losses='split'`, which makes the number anew for each group; or return {'loss': loss, 'losses':"
+        " per_sample}, which are taken as they are."
+    )
     return UntappedLossError(
         f"Expected what the step multiplies or selects `{call.name}` by to be a constant, or of each sample, but got a"
         " number that is made of the whole batch (a mean, a maximum, a count, a rank): that of a group is another one,"
         " so that the loss of a group is not known. Divide a sum by the sum of its weights, `(losses * w).sum() /"
-        " w.sum()`; pass `losses='split'`, which makes the number anew for each group; or return {'loss': loss,"
-        " 'losses': per_sample}, which are taken as they are."
+        f" w.sum()`; {split}"
     )
 
 

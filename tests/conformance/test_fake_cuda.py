@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from _support import blobs
 from _support.cases import METHODS, build
 from _support.fake_cuda import CUDA, OnFakeCuda, WaitingCopies, can_fake, waits_on_cuda
-from _support.fits import Classifier, loader
+from _support.fits import Classifier, Manual, loader
 from _support.images import Evaluated, batches
 from debias import (
     CORAL,
@@ -134,6 +134,18 @@ def test_ids_in_a_list_are_brought_to_the_device_without_waiting():
 
 def test_edge_maps_mix_no_devices_and_wait_for_nothing():
     assert waits_on_cuda(Photographs(), [EdgeView()], DataLoader(blobs.dataset(24, 3), 8)) == []
+
+
+class ByHand(OnFakeCuda, Manual):
+    def training_step(self, batch, batch_idx):
+        logits = self(batch[0])
+        self.entropy = torch.special.entr(logits.detach().softmax(1))  # looked at in the first step of an epoch
+        self.manual_backward(F.cross_entropy(logits, batch[1]))
+
+
+@pytest.mark.parametrize("method", [GroupDRO, GroupReweighting])
+def test_a_manual_step_waits_for_nothing(method):
+    assert waits_on_cuda(ByHand(), [method("place", 3)], loader()) == []
 
 
 def prior(z, y):

@@ -676,6 +676,15 @@ def test_manual_optimisation_with_a_chosen_loss():
     torch.testing.assert_close(module.net.weight.detach(), start.net.weight.detach() - grad, rtol=1e-12, atol=1e-14)
 
 
+def test_manual_optimisation_refuses_a_number_of_the_batch_also_after_the_loss():
+    def over_the_mean(module, batch):
+        return F.cross_entropy(module.net(batch[0]), batch[1]) / batch[2].abs().mean()
+
+    with pytest.raises(UntappedLossError, match=r"whole batch.*automatic optimisation, where `losses='split'`"):
+        fit(None, GroupDRO("place", 2), module=manual(over_the_mean))
+    fit(None, GroupDRO("place", 2), module=manual(lambda m, b: 2 * F.cross_entropy(m.net(b[0]), b[1]) / len(b[0])))
+
+
 def test_manual_optimisation_asks_which_loss_and_says_when_there_is_none():
     with pytest.raises(AmbiguousLossError, match="loss=<index>"):
         fit(None, module=manual(two_losses))
