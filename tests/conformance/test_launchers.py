@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from _support.cases import METHODS, build
 from _support.fits import Classifier, make_trainer, parameters, problem, same, tagged, val_loader
+from _support.forked import context
 from debias import GroupMonitor
 from debias.ops.own_memory import _tensors, own_memory
 
@@ -90,6 +91,12 @@ def agrees(name, tmp_path, request, monkeypatch, methods):
 
 
 def test_spawned_ranks_do_not_write_to_each_others_buffers(tmp_path, request, monkeypatch):
+    """A fork server that has imported all hands arguments over as "spawn" does; the slow test below spawns."""
+    start = torch.multiprocessing.start_processes
+    served = {"start_method": context().get_start_method()}
+    monkeypatch.setattr(
+        torch.multiprocessing, "start_processes", lambda *args, **options: start(*args, **options | served)
+    )
     agrees("GroupDRO", tmp_path, request, monkeypatch, ["spawn"])
 
 
