@@ -67,8 +67,22 @@ class _Wrapping(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def __getitem__(self, index: int) -> Any:
+        return self._wrapped(self.dataset[index], index)
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        """The samples of a batch, read at once where the dataset can, as those of Hugging Face."""
+        at_once = getattr(self.dataset, "__getitems__", None)
+        samples = at_once(indices) if at_once is not None else None
+        if not isinstance(samples, list):  # else it may be a batch already
+            samples = [self.dataset[index] for index in indices]
+        return [self._wrapped(sample, index) for sample, index in zip(samples, indices, strict=True)]
+
+    def _wrapped(self, sample: Any, index: int) -> Any:
+        raise NotImplementedError
+
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("dataset", "tags"):  # neither pickling nor __getitems__ may be forwarded
+        if name.startswith("__") or name in ("dataset", "tags"):  # pickling, for one, may not be forwarded
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
@@ -84,8 +98,7 @@ class TaggedDataset(_Wrapping):
         self._length = len(dataset)
         self._computes = any(map(callable, self.tags.values()))
 
-    def __getitem__(self, index: int) -> TaggedSample:
-        sample = self.dataset[index]
+    def _wrapped(self, sample: Any, index: int) -> TaggedSample:
         one = isinstance(index, int | np.integer)
         if one and not -self._length <= index < self._length:
             raise DataError(
@@ -164,8 +177,8 @@ class _BareDataset(_Wrapping):
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, index: int) -> Any:
-        return _bare(self.dataset[index])
+    def _wrapped(self, sample: Any, index: int) -> Any:
+        return _bare(sample)
 
 
 class _BareIterableDataset(IterableDataset):

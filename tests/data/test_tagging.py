@@ -78,6 +78,25 @@ def test_tags_of_a_batch_are_those_of_its_samples():
             assert torch.equal(batch.tags[name], torch.stack([joined[i].tags[name] for i in numbers]))
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_dataset_that_reads_a_batch_at_once_still_does(batched):
+    class Table(list):
+        reads = 0
+
+        def __getitems__(self, indices):
+            self.reads += 1
+            return torch.tensor([self[i] for i in indices]) if batched else [self[i] for i in indices]
+
+    table = Table(range(6))
+    for data in (tag(table, place=[5, 4, 3, 2, 1, 0]), Subset(tag(table, place=[5, 4, 3, 2, 1, 0]), range(6))):
+        table.reads = 0
+        batches = list(DataLoader(data, batch_size=3))
+        assert [batch.batch.tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5]]
+        assert [batch.tags["place"].tolist() for batch in batches] == [[5, 4, 3], [2, 1, 0]]
+        assert [batch.tolist() for batch in DataLoader(untag(data), batch_size=3)] == [[0, 1, 2], [3, 4, 5]]
+        assert table.reads == 4
+
+
 def test_a_sample_is_copied_without_the_tags_of_all_others():
     sample = tag(list(range(10_000)), place=torch.arange(10_000))[-1]
     assert dict(sample.tags) == {"place": 9_999, "index": 9_999}
