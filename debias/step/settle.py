@@ -106,8 +106,8 @@ class Settlement:
         """Refuse a step in which nothing was found, or which has multiplied a loss by a number of the whole batch."""
         if (self.reweigher is not None and not self.used) or (self.step.mixture is not None and not tap.calls):
             raise no_loss_error(_set_losses(self.step.module))
-        for call in self.used:
-            if call.record.of_batch:
+        for call in self.used:  # since it was handed back
+            if call.record.of_batch or call.record.divisor is not None:
                 raise of_batch(call, manual=True)
         self._learn(tap)
 

@@ -118,11 +118,15 @@ class LossRecord:
                 num, den = num.reshape(1), den.reshape(1)
             index = self.samples(num.shape)
             if index is not None and index.shape == num.shape and self.by_first_axis and num.ndim > 1:
-                raise RowsError(
-                    f"Expected samples along the first axis of a loss of shape {tuple(num.shape)} with"
-                    " `reduction='batchmean'`, which divides by its length, but they lie along another one, so that"
-                    " nothing divides by their number. Put them first: `x.transpose(0, 1)`."
-                )
+                index, of_elements = index.flatten(1)[:, 0], index.flatten(1)
+                if index.device.type == "cpu" and not torch.equal(
+                    of_elements, index.unsqueeze(1).expand_as(of_elements)
+                ):
+                    raise RowsError(
+                        f"Expected samples along the first axis of a loss of shape {tuple(num.shape)} with"
+                        " `reduction='batchmean'`, which divides by its length, but they lie along another one, so that"
+                        " nothing divides by their number. Put them first: `x.transpose(0, 1)`."
+                    )
             if index is not None and index.shape == num.shape:
                 return num.flatten(), den.flatten(), index.flatten()
             if num.ndim > 1:

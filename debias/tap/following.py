@@ -328,8 +328,20 @@ class Following:
         shape = call.record.computed[0].shape if found is None else found.tensor.shape
         if not shape.numel():  # of nothing, whatever it is divided by
             return True
-        counts = {1} if not shape else {shape[: i + 1].numel() for i in range(len(shape))}
+        first = self._axis_of_samples(call, shape)
+        counts = {1} if not shape else {shape[: i + 1].numel() for i in range(first, len(shape))}
         return by in counts or (self.tap.tracker is not None and by == self.tap.tracker.n and self._even(call, found))
+
+    def _axis_of_samples(self, call: LossCall, shape: torch.Size) -> int:
+        """The first axis of a loss along which samples lie: tokens may come before them."""
+        tracker = self.tap.tracker
+        try:
+            index = None if tracker is None else call.record.samples(shape)
+        except RowsError:  # said where a method reads it
+            return 0
+        if tracker is None or index is None or index.shape != shape:
+            return 0
+        return next((axis for axis in range(len(shape)) if tracker.without(index, [axis]) is None), 0)
 
     def _even(self, call: LossCall, found: Unreduced | None) -> bool:
         """Whether each sample has as many rows, so that their number counts the rows."""

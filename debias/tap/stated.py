@@ -118,4 +118,10 @@ def _loss_of(logits: Tensor, target: Tensor) -> Tensor:
     loss: Any = F.cross_entropy
     if target.is_floating_point() and target.shape == logits.shape:
         loss = F.binary_cross_entropy_with_logits
+    elif target.shape != (*logits.shape[:1], *logits.shape[2:]):
+        raise RowsError(
+            "Expected the returned `targets` to be classes, one for each row of the returned `logits`, with the classes"
+            f" along axis 1 of these, but got shapes {tuple(target.shape)} and {tuple(logits.shape)}. Return logits"
+            " (N, C) or (N, C, ...), as torch's `cross_entropy` takes them: `logits.transpose(1, 2)`."
+        )
     return unreduced(loss, {"input": logits, "target": target})

@@ -176,11 +176,11 @@ class LossTap(TorchFunctionMode):
             return self.add(call, call.record.value() if mixed else func(*args, **kwargs))
         if mixed:
             out = call.record.elements[0].view(len(parts), *parts[0].shape).sum(0)
-            self._following.add(Unreduced(out, call, parts=parts))
+            self._following.add(Unreduced(out, call, parts=parts, of_batch=call.record.of_batch))
         else:
             out = func(*args, **kwargs)
             call.record.compute = lambda: (out, out.new_ones(()))
-            self._following.add(Unreduced(out, call))
+            self._following.add(Unreduced(out, call, of_batch=call.record.of_batch))
         if self.tracker is not None:
             self.tracker.follow(out, functools.partial(self.element_samples, call, out.shape, out.device))
         if self.training:

@@ -137,6 +137,12 @@ def stated(values: Tensor) -> dict[str, Tensor]:
 
 
 RIGHT: dict[str, Step] = {
+    "distilled tokens": lambda net, x, y, yt, w, k, z: F.kl_div(
+        net(x).log_softmax(-1).view(-1, C), x[..., :C].softmax(-1).view(-1, C), reduction="batchmean"
+    ),
+    "distilled in another order": lambda net, x, y, yt, w, k, z: F.kl_div(
+        net(x.flip(0)).mean(1).log_softmax(-1), x.flip(0).mean(1)[:, :C].softmax(-1), reduction="batchmean"
+    ),
     "masked inputs over the mean of the mask": lambda net, x, y, yt, w, k, z: (
         F.mse_loss(net(x)[..., 0] * k, yt.double() * k) / k.mean()
     ),
@@ -193,6 +199,27 @@ RIGHT: dict[str, Step] = {
 }
 UNDIVIDED, OF_BATCH, BENT = "by what it runs over", "made of the whole batch", "to be linear"
 REFUSED: dict[str, tuple[str, Step]] = {
+    "over the length of sequences that come first": (
+        UNDIVIDED,
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(
+            net(x.transpose(0, 1)).transpose(1, 2), yt.t(), reduction="sum"
+        ) / T,
+    ),
+    "unreduced, weights of the batch's classes": (
+        OF_BATCH,
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(
+            net(x).mean(1), y, weight=1 / (torch.bincount(y, minlength=C) + 1.0).double(), reduction="none"
+        ).mean(),
+    ),
+    "unreduced, samples by a threshold": (
+        OF_BATCH, lambda net, x, y, yt, w, k, z: losses(net, x[w > w.mean()], y[w > w.mean()]).mean()
+    ),
+    "unreduced, standardised targets": (
+        OF_BATCH,
+        lambda net, x, y, yt, w, k, z: F.mse_loss(
+            net(x).mean(1)[:, 0], (w - w.mean()) / w.std(), reduction="none"
+        ).mean(),
+    ),
     "selected rows over all": (
         UNDIVIDED, lambda net, x, y, yt, w, k, z: ce(net, x[w > 0.6], y[w > 0.6], "sum") / len(x)
     ),

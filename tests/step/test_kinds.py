@@ -282,6 +282,18 @@ def test_a_prediction_may_be_a_difference_and_targets_may_be_0():
     fit(lambda m, b: F.nll_loss(m(b[0]).softmax(1).log(), b[1]), IRM("g", 2))
 
 
+def test_stated_logits_have_their_classes_along_axis_1():
+    def step(model: Model, batch: Any, *, turned: bool = False) -> dict[str, Tensor]:
+        logits, targets = model(batch[0]).view(N // 2, 2, C), batch[1].view(N // 2, 2)
+        loss = -logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).mean()
+        return {"loss": loss, "logits": logits.transpose(1, 2) if turned else logits, "targets": targets}
+
+    data = tag(TensorDataset(X.view(N // 2, 2, D), Y.view(N // 2, 2), Z.view(N // 2, 2, C)), g=G[: N // 2])
+    with pytest.raises(RowsError, match=r"along axis 1.*`logits.transpose\(1, 2\)`"):
+        fit(step, GroupDRO("g", 2), data=data)
+    fit(lambda m, b: step(m, b, turned=True), GroupDRO("g", 2), data=data)
+
+
 def test_a_head_behind_log_softmax():
     found = [
         weights(step, HessianAlignment("g", 2))

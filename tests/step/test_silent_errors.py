@@ -680,8 +680,13 @@ def test_manual_optimisation_refuses_a_number_of_the_batch_also_after_the_loss()
     def over_the_mean(module, batch):
         return F.cross_entropy(module.net(batch[0]), batch[1]) / batch[2].abs().mean()
 
-    with pytest.raises(UntappedLossError, match=r"whole batch.*automatic optimisation, where `losses='split'`"):
-        fit(None, GroupDRO("place", 2), module=manual(over_the_mean))
+    def over_the_mean_of_weights(module, batch):
+        weights = batch[2].abs()[:, 0]
+        return (F.cross_entropy(module.net(batch[0]), batch[1], reduction="none") * weights).mean() / weights.mean()
+
+    for step in (over_the_mean, over_the_mean_of_weights):
+        with pytest.raises(UntappedLossError, match=r"whole batch.*automatic optimisation, where `losses='split'`"):
+            fit(None, GroupDRO("place", 2), module=manual(step))
     fit(None, GroupDRO("place", 2), module=manual(lambda m, b: 2 * F.cross_entropy(m.net(b[0]), b[1]) / len(b[0])))
 
 
