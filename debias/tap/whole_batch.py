@@ -27,7 +27,9 @@ _DIFFERENTIABLE = named("sum mean")
 # Tell where a mask holds, and so are no more than it.
 _PLACES = named("nonzero argwhere")
 # Compare the rows of two tensors.
-_PAIRING = named("matmul mm __matmul__ __rmatmul__ addmm linear einsum cdist inner outer")
+_PAIRING = named("matmul mm __matmul__ __rmatmul__ addmm linear einsum cdist inner outer tensordot")
+# Of numbers of pairs, those of each sample with itself.
+_OF_ITSELF = named("diagonal diag trace")
 # Make constants; where they read a number, it is a size.
 _SHAPED = named(
     "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full"
@@ -116,11 +118,23 @@ class WholeBatch:
         return self.looks and isinstance(x, Tensor) and x in self._pairs
 
     def _compares(self, func: Any, given: list[Tensor], out: Tensor) -> bool:
-        if out.ndim != 2 or out.shape[0] != out.shape[1] or out.shape[0] % self._n:
+        """Whether an operation makes a number for each two samples, or something of such numbers."""
+        if not out.ndim or out.shape[0] % self._n:
             return False
+        for_each_two = out.ndim > 1 and not out.shape[1] % self._n
         if func in _PAIRING:
-            return sum(map(self._is_made_of_rows, given)) > 1 or (len(given) == 2 and given[0] is given[1])
-        return any(x in self._pairs for x in given)
+            rows = sum(map(self._is_made_of_rows, given))
+            return for_each_two and out.ndim == 2 and (rows > 1 or (len(given) == 2 and given[0] is given[1]))
+        if any(x in self._pairs for x in given):
+            return func not in _OF_ITSELF
+        return for_each_two and self._meet(given)
+
+    def _meet(self, given: list[Tensor]) -> bool:
+        """Whether rows along the first axis meet rows along the second one, as in ``x[:, None] - x[None]``."""
+        axes = max((x.ndim for x in given), default=0)
+        shapes = [(*[1] * (axes - x.ndim), *x.shape) for x in given if x.ndim and self._is_made_of_rows(x)]
+        lies = {(shape[0] > 1, shape[1] > 1) for shape in shapes} if axes > 1 else set()
+        return {(True, False), (False, True)} <= lies
 
     def _ranks(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], out: Tensor

@@ -137,6 +137,9 @@ def stated(values: Tensor) -> dict[str, Tensor]:
 
 
 RIGHT: dict[str, Step] = {
+    "similarities of a sample with itself": lambda net, x, y, yt, w, k, z: F.binary_cross_entropy_with_logits(
+        (net(x).mean(1) @ net(x)[:, 0].t()).diagonal(), w
+    ),
     "distilled tokens": lambda net, x, y, yt, w, k, z: F.kl_div(
         net(x).log_softmax(-1).view(-1, C), x[..., :C].softmax(-1).view(-1, C), reduction="batchmean"
     ),
@@ -323,6 +326,32 @@ REFUSED: dict[str, tuple[str, Step]] = {
     "distances of pairs": (
         "mixes samples",
         lambda net, x, y, yt, w, k, z: F.mse_loss(torch.cdist(net(x).mean(1), net(x).mean(1)), torch.cdist(z, z)),
+    ),
+    "hard negatives beside those of the batch": (
+        "mixes samples",
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(
+            net(x)[:, 0] @ torch.cat([net(x)[:, 1], net(x)[:, 2]]).t(), torch.arange(len(x))
+        ),
+    ),
+    "a hard negative of its own beside those of the batch": (
+        "mixes samples",
+        lambda net, x, y, yt, w, k, z: (
+            lambda q, p, n: F.cross_entropy(
+                torch.cat([q @ p.t(), (q * n).sum(1, keepdim=True)], 1), torch.arange(len(x))
+            )
+        )(*net(x).unbind(1)),
+    ),
+    "similarities by broadcasting": (
+        "mixes samples",
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(
+            F.cosine_similarity(net(x)[:, :1], net(x)[None, :, 1], dim=-1), torch.arange(len(x))
+        ),
+    ),
+    "similarities without a sample's own": (
+        "mixes samples",
+        lambda net, x, y, yt, w, k, z: (
+            lambda s: F.cross_entropy(s[~torch.eye(len(s), dtype=torch.bool)].view(len(s), -1), 0 * y)
+        )(net(x).mean(1) @ net(x)[:, 0].t()),
     ),
     "mean over the first axis": (
         "along the first axis",
