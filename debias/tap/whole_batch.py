@@ -68,6 +68,9 @@ class WholeBatch:
         self._of_rows: Any = by_tensor()  # what was made of rows of the batch
         self._pairs: Any = by_tensor()  # a number for each two samples, or what was made of such
         self._ranked: Any = by_tensor()  # rows in the order of a value
+        self._means: Any = (
+            by_tensor()
+        )  # sums and means over the batch that are differentiated, and what is made of them
         for x in tracker.roots if tracker is not None and self.careful else ():
             self._of_rows[x] = True
 
@@ -79,7 +82,7 @@ class WholeBatch:
     def close(self) -> None:
         """Let go of every tensor."""
         self._numbers = []
-        for known in (self._of_rows, self._pairs, self._ranked):
+        for known in (self._of_rows, self._pairs, self._ranked, self._means):
             known.clear()
 
     def holds(self, *values: Any) -> bool:
@@ -103,8 +106,11 @@ class WholeBatch:
         looks = self.looks
         given = tensors_in((args, kwargs)) if looks else [x for x in args if isinstance(x, Tensor)]
         rows = looks and any(map(self._is_made_of_rows, given))
+        of_mean = looks and any(x in self._means for x in given)
         for x in tensors_in(out):
-            if self._is_number(func, args, kwargs, given, x, rows):
+            if x.requires_grad and (of_mean or (rows and func in _DIFFERENTIABLE and not x.ndim)):
+                self._means[x] = True  # may be what is trained; a number as soon as nothing is differentiated any more
+            elif (of_mean and func not in _SHAPED) or self._is_number(func, args, kwargs, given, x, rows):
                 self._numbers.append(x)
             if rows:
                 self._of_rows[x] = True

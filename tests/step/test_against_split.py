@@ -327,6 +327,23 @@ REFUSED: dict[str, tuple[str, Step]] = {
         "mixes samples",
         lambda net, x, y, yt, w, k, z: F.mse_loss(torch.cdist(net(x).mean(1), net(x).mean(1)), torch.cdist(z, z)),
     ),
+    "relative confidence, detached in the end": (
+        OF_BATCH,
+        lambda net, x, y, yt, w, k, z: (
+            lambda sure: (losses(net, x, y) * (sure / sure.mean()).detach()).mean()
+        )(net(x).mean(1).softmax(1).amax(1)),
+    ),
+    "samples that are surer than the mean": (
+        OF_BATCH,
+        lambda net, x, y, yt, w, k, z: (lambda sure: ce(net, x[sure >= sure.mean()], y[sure >= sure.mean()]))(
+            net(x).mean(1).softmax(1).amax(1)
+        ),
+    ),
+    "relative losses": (
+        OF_BATCH, lambda net, x, y, yt, w, k, z: (lambda ce: (ce * (ce / ce.mean()).detach()).mean())(
+            losses(net, x, y)
+        )
+    ),
     "hard negatives beside those of the batch": (
         "mixes samples",
         lambda net, x, y, yt, w, k, z: F.cross_entropy(
