@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debias.tap.moves import CASTS, MOVES, apply_move
+from debias.tap.moves import CASTS, MOVES, apply_move, values_read
 
 __all__ = ["CountedElements", "both", "functions", "left_out"]
 
@@ -86,7 +86,7 @@ class CountedElements:
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation, and follow what it makes of the losses."""
-        operands = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)] if func in _FOLLOWED else []
+        operands = values_read(func, args, kwargs) if func in _FOLLOWED else []
         found = [trace for trace in self._traces if any(trace.tensor is x for x in operands)]
         masks = [self._mask(func, args, kwargs, trace) if func in _KEEPS_PLACES else None for trace in found]
         out = func(*args, **kwargs)

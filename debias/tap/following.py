@@ -16,7 +16,18 @@ from torch import Tensor
 
 from debias.errors import RowsError
 from debias.tap.calls import LossCall
-from debias.tap.moves import CASTS, ELEMENTWISE, INPLACE, MOVES, among, apply_move, axes_of, keeps_rows, named
+from debias.tap.moves import (
+    CASTS,
+    ELEMENTWISE,
+    INPLACE,
+    MOVES,
+    among,
+    apply_move,
+    axes_of,
+    keeps_rows,
+    named,
+    values_read,
+)
 from debias.tap.whole_batch import STATISTICS, WholeBatch, tensors_in
 
 if TYPE_CHECKING:
@@ -111,7 +122,7 @@ class Following:
                 self._proportional(func, args, kwargs, x)
             return out
         reduces = func in _SUM or func in _MEAN
-        if self._unreduced and args and (found := self._find(args)) is not None:
+        if self._unreduced and args and (found := self._find(func, args)) is not None:
             if reduces and (axes := self._over_samples(found, args, kwargs)) is not None:
                 return self._reduced(func, found, axes, out)
             self._followed(func, args, kwargs, found, out)
@@ -132,13 +143,12 @@ class Following:
 
     # -- elements ----------------------------------------------------------------------------------
 
-    def _find(self, args: tuple[Any, ...]) -> Unreduced | None:
-        data = [*args[0], *args[1:3]] if isinstance(args[0], tuple | list) else args[:3]
-        for x in data:
-            if isinstance(x, Tensor):
-                for losses in reversed(self._unreduced):
-                    if losses.tensor is x:
-                        return losses
+    def _find(self, func: Any, args: tuple[Any, ...]) -> Unreduced | None:
+        data = (*args[0], *args[1:3]) if isinstance(args[0], tuple | list) else args[:3]
+        for x in values_read(func, data, {}):
+            for losses in reversed(self._unreduced):
+                if losses.tensor is x:
+                    return losses
         return None
 
     def _followed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Unreduced, out: Any) -> None:

@@ -31,8 +31,10 @@ __all__ = [
     "keeps_rows",
     "looked_up",
     "named",
+    "read_arguments",
     "sorts_rows",
     "takes_rows",
+    "values_read",
 ]
 
 _T = torch.Tensor
@@ -42,6 +44,16 @@ def named(names: str) -> frozenset[Any]:
     """The functions of torch, of ``torch.nn.functional`` and of tensors by these names."""
     spaces: tuple[Any, ...] = (_T, torch, F)
     return frozenset(getattr(space, name) for space in spaces for name in names.split() if hasattr(space, name))
+
+
+def read_arguments(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments whose values an operation reads: of ``mask.to(losses)`` the mask, of ``zeros_like(x)`` none."""
+    return args[:1] if func in _AS else args[1:] if func in _LIKE else args
+
+
+def values_read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors among these arguments."""
+    return [x for x in (*read_arguments(func, args), *kwargs.values()) if isinstance(x, Tensor)]
 
 
 def among(functions: Iterable[Any]) -> Callable[[Any], bool]:
@@ -62,6 +74,13 @@ def among(functions: Iterable[Any]) -> Callable[[Any], bool]:
 CASTS = frozenset(
     {_T.float, _T.double, _T.half, _T.bfloat16, _T.long, _T.int, _T.bool, _T.to, _T.type, _T.contiguous, _T.clone}
     | {_T.detach, _T.type_as, torch.clone, torch.detach, _T.cuda, _T.cpu, _T.requires_grad_}
+)
+# Read of another tensor its shape, dtype and device; of their first argument, its values.
+_AS = CASTS | {_T.expand_as, _T.view_as, _T.reshape_as}
+# Read no value of what they are given first.
+_LIKE = named(
+    "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full"
+    " new_tensor"
 )
 # Move, drop or repeat elements; only the first argument (or its list) holds data.
 MOVES = named(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from debias.tap.counted import functions
-from debias.tap.moves import CASTS, MOVES
+from debias.tap.moves import CASTS, MOVES, values_read
 
 __all__ = ["CLASSIFYING", "SOFTMAX", "Predictions", "hook_outputs"]
 
@@ -114,7 +114,7 @@ class Predictions:
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
         """Run an operation, and remember what it makes of outputs."""
         joined = args[0] if args and isinstance(args[0], tuple | list) else ()
-        operands = [x for x in (*args, *kwargs.values(), *joined) if isinstance(x, Tensor)]
+        operands = values_read(func, (*args, *joined), kwargs)
         known = {x: self._origin(x) for x in operands if isinstance(x, nn.Parameter) or x in self._made}
         if not known:
             return run(func, args, kwargs)

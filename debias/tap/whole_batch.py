@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from debias.tap.moves import ALONG, MOVES, PUTTING, RECORDED, REDUCTIONS, SORTING, among, named, sorts_rows
+from debias.tap.moves import (
+    ALONG,
+    MOVES,
+    PUTTING,
+    RECORDED,
+    REDUCTIONS,
+    SORTING,
+    among,
+    named,
+    read_arguments,
+    sorts_rows,
+)
 from debias.tap.rows import RowTracker
 
 __all__ = ["STATISTICS", "WholeBatch", "tensors_in"]
@@ -104,7 +115,8 @@ class WholeBatch:
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Look at what an operation has made."""
         looks = self.looks
-        given = tensors_in((args, kwargs)) if looks else [x for x in args if isinstance(x, Tensor)]
+        read = read_arguments(func, args)
+        given = tensors_in((read, kwargs)) if looks else [x for x in read if isinstance(x, Tensor)]
         rows = looks and any(map(self._is_made_of_rows, given))
         of_mean = looks and any(x in self._means for x in given)
         for x in tensors_in(out):

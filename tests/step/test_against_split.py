@@ -137,6 +137,12 @@ def stated(values: Tensor) -> dict[str, Tensor]:
 
 
 RIGHT: dict[str, Step] = {
+    "a mask as the losses are": lambda net, x, y, yt, w, k, z: (
+        lambda ce: (ce * (k > 0).type_as(ce)).sum() / (k > 0).to(ce).sum()
+    )(tokens(net, x, yt)),
+    "weights as the loss is": lambda net, x, y, yt, w, k, z: (lambda ce: (ce * w.float().to(ce.mean())).mean())(
+        losses(net, x, y)
+    ),
     "similarities of a sample with itself": lambda net, x, y, yt, w, k, z: F.binary_cross_entropy_with_logits(
         (net(x).mean(1) @ net(x)[:, 0].t()).diagonal(), w
     ),

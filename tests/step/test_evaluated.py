@@ -83,6 +83,9 @@ MASKED = {
     "keepdim": (lambda: (losses().sum(1, keepdim=True) * KNOWN[:, :1]).mean(), ROWS),
     "transposed": (lambda: (losses().T.reshape(-1) * KNOWN.T.reshape(-1)).sum(), KNOWN),
     "split": (lambda: [part.mean() for part in (losses() * KNOWN).split(2)], KNOWN),
+    "mask as the losses are": (
+        lambda: (lambda ce: (ce * KNOWN.to(ce)).sum() / KNOWN.type_as(ce).sum())(losses()), KNOWN
+    ),
     "masked_fill": (lambda: losses().masked_fill(~KNOWN, 0).sum(), KNOWN),
     "where": (lambda: torch.where(KNOWN, losses(), 0.0).sum(), KNOWN),
     "where a tensor": (lambda: torch.where(~KNOWN, torch.zeros(N, K), losses()).sum(), KNOWN),
@@ -217,6 +220,12 @@ def an_output_masked_and_added_in_place(logits):
     return logits
 
 
+def assigned_to_zeros(logits):
+    made = torch.zeros_like(logits)
+    made[: N // 2], made[N // 2 :] = logits[: N // 2], logits[N // 2 :]
+    return made
+
+
 def difference_of_columns(logits):
     return logits[:, [2, 0]] - logits[:, [0, 2]]
 
@@ -244,6 +253,13 @@ class Opaque(nn.Module):
 MARGIN, ARC, CRITERION, SHIFTED, OPAQUE = Margin(), Arc(), Criterion(), Shifted(), Opaque()
 CHANGED = {
     "prior": (cross_entropy(lambda z: z + PRIOR), RAW),
+    "prior as the logits are": (cross_entropy(lambda z: z + PRIOR.double().to(z).expand_as(z)), RAW),
+    "prior of the logits' kind": (cross_entropy(lambda z: z + z.new_tensor(PRIOR.tolist())), RAW),
+    "margin scattered": (cross_entropy(lambda z: z - 2 * torch.zeros_like(z).scatter_(1, CLASSES[:, None], 1)), RAW),
+    "mask of the logits' kind": (
+        cross_entropy(lambda z: z + (1 - torch.tensor([1, 0, 1]).type_as(z)) * torch.finfo(z.dtype).min),
+        RAW + torch.tensor([0, 1, 0]) * torch.finfo(RAW.dtype).min,
+    ),
     "prior first": (cross_entropy(lambda z: torch.add(PRIOR, z)), RAW),
     "prior in place": (cross_entropy(added_in_place), RAW),
     "mask and prior": (cross_entropy(lambda z: z + MASK + PRIOR), RAW + MASK),
@@ -295,6 +311,8 @@ KEPT = {
     "classes set to a number": cross_entropy(lambda z: z.index_fill(1, torch.tensor([0]), -1e9)),
     "difference of columns": cross_entropy(difference_of_columns, CLASSES % 2),
     "sum of columns": cross_entropy(lambda z: torch.stack([sum([z[:, 0], z[:, 1]]), z[:, 2]], 1), CLASSES % 2),
+    "put into zeros": cross_entropy(lambda z: z.new_zeros(N, K).index_copy_(0, torch.arange(N), z)),
+    "assigned to zeros": cross_entropy(lambda z: assigned_to_zeros(z)),
     "two networks": lambda: F.cross_entropy(NET(X) + OTHER(X), CLASSES),
     "scaled to the units of a number": lambda: F.mse_loss(NET(X) * torch.rand(K) + PRIOR, Y),
     "probabilities": lambda: F.nll_loss(NET(X).softmax(1).log(), CLASSES),
