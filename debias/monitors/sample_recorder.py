@@ -21,7 +21,14 @@ from debias.ops.group_inference import wrong_predictions
 from debias.ops.samples import SampleTable
 from debias.step.context import Step
 from debias.step.indices import evaluation_loaders
-from debias.step.samples import numbered_dataset, predictions, sample_losses, sample_numbers, train_set
+from debias.step.samples import (
+    numbered_dataset,
+    predictions,
+    refuse_regression,
+    sample_losses,
+    sample_numbers,
+    train_set,
+)
 from debias.step.watcher import Debiaser
 from debias.tap.calls import LossCall
 from debias.tap.selection import select_calls
@@ -172,6 +179,8 @@ class SampleRecorder(Debiaser):
         numbers, due = self.sample_ids(step), self._due(step.epoch)
         losses, counts = sample_losses(call, len(numbers))
         values = {}
+        if due and {"prediction", "correct"} & set(self.columns):
+            refuse_regression(call, self.state_key, "Leave these columns out: `columns=['loss', 'logits']`.")
         if due and PREDICTED & set(self.columns):
             logits, targets = predictions(call, len(numbers), self.state_key)
             several = logits.ndim > 1 and logits.shape != targets.shape

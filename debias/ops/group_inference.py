@@ -46,14 +46,14 @@ def wrong_predictions(logits: Tensor, targets: Tensor) -> Tensor:
     Args:
         logits: ``(N, C)`` of classes; ``(N,)`` of one binary output, or ``(N, K)`` of K labels, where the targets have
             the shape of the logits: a sample is then wrong if any of its labels is.
-        targets: class ids ``(N,)``, or 0 / 1 in the shape of the logits.
+        targets: class ids ``(N,)``, or 0 / 1 in the shape of the logits, -1 for a label that nobody knows.
 
     Returns:
         Boolean ``(N,)``.
     """
     logits, targets = _outputs(logits, targets)
     if logits.shape == targets.shape:
-        wrong = (logits > 0) != (targets > 0.5)
+        wrong = ((logits > 0) != (targets > 0.5)) & (targets >= 0)
         return wrong.flatten(1).any(1) if wrong.ndim > 1 else wrong
     return logits.argmax(1) != targets
 

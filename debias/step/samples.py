@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,21 @@ from torch.utils.data import ConcatDataset, IterableDataset, Subset
 from debias.errors import BatchKeyError, DebiasError
 from debias.step.context import Step
 from debias.tap.calls import LossCall
+from debias.tap.losses import SYMMETRIC
 from debias.tap.predictions import SOFTMAX
 
-__all__ = ["INDEX", "check_length", "numbered_dataset", "predictions", "sample_losses", "sample_numbers", "train_set"]
+__all__ = [
+    "INDEX",
+    "check_length",
+    "numbered_dataset",
+    "predictions",
+    "refuse_regression",
+    "sample_losses",
+    "sample_numbers",
+    "train_set",
+]
+
+_OF_NUMBERS = {loss.__name__ for loss in SYMMETRIC}
 
 INDEX = "index"
 """The tag that holds the number of a sample in its dataset."""
@@ -118,6 +131,11 @@ def sample_losses(call: LossCall, n: int) -> tuple[Tensor, Tensor]:
         raise DebiasError(
             "Expected losses of single samples, but an augmentation mixes them. Remove it, or what records samples."
         )
+    # An evaluation step divides losses that it reduces itself by those that count.
+    counted = None if call.record.source is None else call.counted
+    if counted is not None and counted.shape == call.record.elements[0].shape:
+        parts = [torch.where(counted, x, 0) for x in call.record.elements]
+        call = replace(call, record=replace(call.record, compute=lambda: (parts[0], parts[1]), divisor=None))
     # `call.num` keeps its graph for others: it is made here, and must not be made without gradients.
     dtype = torch.float32 if call.num.device.type == "mps" else torch.float64
     num, den = call.num.detach().to(dtype), call.den.detach().to(dtype)
@@ -126,8 +144,23 @@ def sample_losses(call: LossCall, n: int) -> tuple[Tensor, Tensor]:
     return num / torch.where(den == 0, 1, den), den != 0
 
 
+def refuse_regression(call: LossCall, who: str, instead: str) -> None:
+    """Refuse to read classes of a loss of numbers.
+
+    Raises:
+        DebiasError: the loss compares numbers.
+    """
+    if call.name in _OF_NUMBERS:
+        raise DebiasError(
+            f"Expected a classification loss for {who}, which asks whether predictions are right, but the step computes"
+            f" `{call.name}`, which compares numbers. {instead}"
+        )
+
+
 def predictions(call: LossCall, n: int, who: str) -> tuple[Tensor, Tensor]:
     """Logits and targets of the samples of a batch, in their order; of probabilities the logits that they have.
+
+    Of several labels those are -1 that the loss has no weight for, or that an evaluation step leaves out of it.
 
     Raises:
         DebiasError: they are not one row a sample, or come from a submodule that was given the labels.
@@ -151,6 +184,11 @@ def predictions(call: LossCall, n: int, who: str) -> tuple[Tensor, Tensor]:
         )
     if call.name in SOFTMAX and target.is_floating_point() and target.shape == logits.shape:
         target = target.argmax(1)  # shares of the classes, and no labels of which several may hold
+    counted, weight = call.counted, call.arguments.get("weight")
+    if isinstance(weight, Tensor) and weight.shape == target.shape:
+        counted = weight != 0
+    if counted is not None and counted.shape == target.shape == logits.shape:
+        target = torch.where(counted, target, -1)  # labels that nobody gave
     if call.name == "binary_cross_entropy":
         logits = logits.logit()  # it reads probabilities
     return logits.detach(), target.detach()

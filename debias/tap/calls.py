@@ -15,7 +15,7 @@ from debias.errors import RowsError
 from debias.ops.distributed import weighted_mean
 from debias.tap.counted import both
 
-__all__ = ["LossCall", "LossRecord", "LossSum"]
+__all__ = ["LossCall", "LossRecord", "LossSum", "shares_memory"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -37,7 +37,7 @@ class LossRecord:
         factor: what the returned loss multiplies the loss by, known once the step has returned; None for 1. Where the
             step averaged over the samples only, there is one for each of the other elements.
         function: the loss as torch's function computed it, where the step took it unreduced.
-        source: the elements as the step reduced them, likewise.
+        source: the elements as the step reduced them, likewise; in evaluation as torch's function made them.
         scale: what the step multiplied the elements of that by; None for 1, False if it did something else to them.
         reordered: whether their rows are not where they were.
         of_batch: whether the step has multiplied them by a number that it made of the values of the whole batch.
@@ -191,8 +191,8 @@ class LossCall:
 
     def keep(self, changed: Any) -> None:
         """Keep what was read of a tensor, which the step is about to change in place for something else."""
-        read = [name for name in ("logits", "target") if _shares_memory(getattr(self, name), changed)]
-        if not read and not _shares_memory(self.record.source, changed):
+        read = [name for name in ("logits", "target", "predicted") if shares_memory(getattr(self, name), changed)]
+        if not read and not shares_memory(self.record.source, changed):
             return
         try:
             num, den = self.record.computed
@@ -287,7 +287,8 @@ class LossCall:
         return weighted_mean(num if factor is None else num * factor, den, guarded=guarded)
 
 
-def _shares_memory(x: Any, changed: Any) -> bool:
+def shares_memory(x: Any, changed: Any) -> bool:
+    """Whether a change of one tensor may change another one; without looking at any value."""
     if x is changed or not (isinstance(x, Tensor) and isinstance(changed, Tensor)):
         return x is changed
     try:

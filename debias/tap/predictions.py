@@ -7,9 +7,10 @@ children, parameters, and what is computed of these. Logits that are one output 
 made added, subtracted, put in or multiplied have that output, brought to their shape, as their prediction.
 
 Part of the network, and kept, are: reshapes, functions of each number (softmax, a cosine), factors that are one number
-(a scale, a temperature), and classes that are masked, with a number or by adding a very large one. What is made of two
-outputs or parameters (two networks, a residual, a bias) is an output of its own. What a direct child returns is one as
-a whole, unless it is given the labels.
+(a scale, a temperature, learned or not), classes that are masked, with a number or by adding a very large one, and
+numbers that bring probabilities to [0, 1]. What is subtracted from something keeps its sign. What is made of two outputs
+or parameters (two networks, a residual, a bias) is an output of its own. What a direct child returns is one as a whole,
+unless it is given the labels.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from debias.tap.calls import shares_memory
 from debias.tap.counted import functions
 from debias.tap.moves import CASTS, MOVES, values_read
+from debias.tap.whole_batch import tensors_in
 
 __all__ = ["CLASSIFYING", "SOFTMAX", "Predictions", "hook_outputs"]
 
@@ -39,6 +42,8 @@ CLASSIFYING = frozenset(
 SOFTMAX = frozenset({"cross_entropy", "nll_loss", "LabelSmoothingCrossEntropy", "SoftTargetCrossEntropy"})
 
 _SUM = functions("add sub subtract rsub")
+_RSUB = functions("rsub")
+_SUB = functions("sub subtract") - _RSUB
 _PRODUCT = functions("mul multiply div true_divide truediv divide")
 _CHOICE = functions("where scatter scatter_add index_add index_put index_copy setitem")
 _SMOOTH = "softmax log_softmax sigmoid logsigmoid log exp acos arccos cos asin arcsin sin pow sqrt square tanh"
@@ -60,6 +65,7 @@ class _Made(NamedTuple):
         output: the output that it was made of; None of an output itself.
         steps: what was done to it that is part of the network.
         changed: whether something else was done to it; a boolean of shape () is on the device, and not read.
+        shifted: whether that is no more than numbers that were added to all of it.
         labels: integer tensors that the child, whose output it is, was given.
         inside: how it was made inside that child.
     """
@@ -67,25 +73,49 @@ class _Made(NamedTuple):
     output: Tensor | None = None
     steps: tuple[Callable[[Tensor], Tensor], ...] = ()
     changed: bool | Tensor = False
+    shifted: bool = True
     labels: tuple[Any, ...] = ()
     inside: _Made | None = None
 
-    def then(self, step: Callable[[Tensor], Tensor], changes: bool | Tensor) -> _Made:
-        """How it is made with one more step, which is part of the network unless it changes what that predicts."""
-        if changes is True:
-            return self._replace(changed=True)
+    @property
+    def rank(self) -> tuple[int, int]:
+        """How much was done to it."""
+        return 2 if self.changed is True else int(self.changed is not False), len(self.steps)
+
+    def then(
+        self, step: Callable[[Tensor], Tensor], changes: bool | Tensor, *, number: bool = False, sign: int = 1
+    ) -> _Made:
+        """How it is made with one more step.
+
+        Args:
+            step: the step; part of the network unless it changes what that predicts.
+            changes: whether it does.
+            number: it adds a number to all of it, which may be a prior.
+            sign: -1 where it subtracts it from something else: what is subtracted from a number has no prior.
+        """
+        if number:
+            return self._replace(steps=self.steps if sign > 0 else (*self.steps, step), changed=True)
         if changes is False:
             return self._replace(steps=(*self.steps, step))
-        unless = functools.partial(_unless, changes, step)
-        return self._replace(steps=(*self.steps, unless), changed=self.changed | changes)
+        if changes is True:
+            steps = self.steps if sign > 0 else (*self.steps, torch.neg)
+            return self._replace(steps=steps, changed=True, shifted=False)
+        unless = functools.partial(_unless, changes, step, sign)
+        return self._replace(steps=(*self.steps, unless), changed=self.changed | changes, shifted=False)
+
+    def replayed(self, output: Tensor) -> Tensor:
+        """The steps done to an output."""
+        for step in self.steps:
+            output = step(output)
+        return output
 
 
 _OUTPUT = _Made()
 
 
-def _unless(changes: Tensor, step: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _unless(changes: Tensor, step: Callable[[Tensor], Tensor], sign: int, x: Tensor) -> Tensor:
     """The step, unless it changes what is predicted; without reading whether it does, which would wait for a GPU."""
-    return torch.where(changes, x, step(x))
+    return torch.where(changes, sign * x, step(x))
 
 
 class Predictions:
@@ -100,7 +130,7 @@ class Predictions:
 
     def saw(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Remember what the module, or a child of it, has returned for these arguments."""
-        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and not x.is_floating_point()]
+        given = [x for x in tensors_in((args, kwargs)) if not x.is_floating_point()]
         labels = tuple(weakref.ref(x) for x in given)
         parts = (
             output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else [output]
@@ -123,17 +153,23 @@ class Predictions:
             if isinstance(out, Tensor) and out.ndim and out.is_floating_point() and not any(out is x for x in operands):
                 self._made[out] = _OUTPUT
             return out
-        changes = _changes(func, args, [x for x in operands if x not in known], list(known.values()))
+        if func in _PRODUCT and len(known) > 1:  # a learned scale is part of the network, whatever was done before
+            known = {x: made for x, made in known.items() if x.numel() > 1} or known
+        others = [x for x in operands if x not in known]
+        changes = _changes(func, args, others, list(known.values()))
         in_place = _in_place(func) and args[0] in known
-        mine: Tensor = args[0] if in_place else _least_changed(known)
-        origin = known[mine]
+        mine: Tensor = args[0] if in_place else min(known, key=lambda x: known[x].rank)
+        origin, sign = known[mine], -1 if _subtracts(func, args, mine) else 1
+        number = changes is True and func in _SUM and len(known) == 1 and all(x.numel() == 1 for x in others)
+
+        then = functools.partial(_Made.then, number=number, sign=sign)
         if in_place:
             itself = origin.output is mine
             if changes is None:
                 self._made[mine] = _OUTPUT
             elif changes is not False or not itself:  # a masked output is one still
                 origin = self._kept(mine) if itself else origin
-                self._made[mine] = origin.then(_step(func, args, kwargs, mine), changes)
+                self._made[mine] = then(origin, _step(func, args, kwargs, mine), changes)
             return run(func, args, kwargs)
         out = run(func, args, kwargs)
         for i, x in enumerate(out) if isinstance(out, tuple | list) else [(None, out)]:
@@ -141,32 +177,34 @@ class Predictions:
                 continue
             if changes is None:
                 self._made[x] = _OUTPUT
+            elif isinstance(changes, Tensor) and len(known) > 1 and func in _SUM:  # of two columns, masked or not
+                steps = (functools.partial(_joint, func, args, kwargs, known),)
+                self._made[x] = _Made(origin.output, steps, changes, shifted=False)
             elif changes is False or mine.shape == x.shape:
-                self._made[x] = origin.then(_step(func, args, kwargs, mine, i), changes)
+                self._made[x] = then(origin, _step(func, args, kwargs, mine, i), changes)
         return out
 
-    def of(self, logits: Any, target: Any) -> tuple[Tensor | None, bool]:
+    def of(self, logits: Any, target: Any, loss: str) -> tuple[Tensor | None, bool]:
         """The prediction that logits were made of, shaped like them; None where they are the prediction themselves, or
         nobody knows. And whether they come from a child that was given the target, and that nobody can look into.
         """
         made = self._made.get(logits) if isinstance(logits, Tensor) else None
         steps: tuple[Callable[[Tensor], Tensor], ...] = ()
-        found, changed = logits, False
+        found, changed, shifted = logits, False, True
         while made is not None:
             if made.output is not None:
                 found, steps, changed = made.output, made.steps + steps, changed or made.changed is not False
+                shifted = shifted and made.shifted
                 made = self._made.get(found)
-            elif isinstance(target, Tensor) and any(ref() is target for ref in made.labels):
+            elif isinstance(target, Tensor) and any(_are_same(ref(), target) for ref in made.labels):
                 if made.inside is None:
                     return None, True
                 made = made.inside
             else:
                 break
-        if not changed:
+        if not changed or (shifted and loss == "binary_cross_entropy"):  # a probability was brought to [0, 1]
             return None, False
-        for step in steps:
-            found = step(found)
-        return found, False
+        return _Made(steps=steps).replayed(found), False
 
     def _origin(self, x: Tensor) -> _Made:
         """How a known tensor was made: of itself, where it is an output or a parameter."""
@@ -185,14 +223,21 @@ def _in_place(func: Any) -> bool:
     return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.startswith("__"))
 
 
-def _least_changed(known: dict[Tensor, _Made]) -> Tensor:
-    """Of the operands of an operation, the one that it is done to."""
+def _are_same(labels: Tensor | None, target: Tensor) -> bool:
+    """Whether these are the labels that a loss is given, but for their shape."""
+    return labels is target or (
+        labels is not None and labels.numel() == target.numel() and shares_memory(labels, target)
+    )
 
-    def rank(x: Tensor) -> int:
-        changed = known[x].changed
-        return 2 if changed is True else int(changed is not False)
 
-    return min(known, key=rank)
+def _subtracts(func: Any, args: tuple[Any, ...], x: Tensor) -> bool:
+    """Whether an operation subtracts this from something else."""
+    return x is args[0] if func in _RSUB else func in _SUB and len(args) > 1 and x is args[1]
+
+
+def _joint(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], known: dict[Tensor, _Made], x: Tensor) -> Tensor:
+    """An operation on several parts of one output, each as it was predicted."""
+    return func(*(known[y].replayed(x) if isinstance(y, Tensor) and y in known else y for y in args), **kwargs)
 
 
 def _changes(func: Any, args: tuple[Any, ...], others: list[Tensor], origins: list[_Made]) -> bool | Tensor | None:
@@ -209,7 +254,7 @@ def _changes(func: Any, args: tuple[Any, ...], others: list[Tensor], origins: li
     if func in _SUM and adds and all(x.ndim for x in others):
         parts = [((x != 0) & (x.abs() < 100)).any() for x in others]  # False if it leaves classes out, and no more
         return torch.stack(parts).any() if parts else False
-    one_number = not any(x.ndim and x.dtype != torch.bool for x in others)
+    one_number = not any(x.numel() > 1 and x.dtype != torch.bool for x in others)
     masks = func.__name__ == "where" and len(origins) == 1
     return not (func in _KEPT or (one_number and (func in _PRODUCT or masks)))
 

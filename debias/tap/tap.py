@@ -186,6 +186,7 @@ class LossTap(TorchFunctionMode):
         if self.training:
             self.untapped.append((f"{call.name}(reduction='none')", out.grad_fn))
         else:
+            call.record.source = out
             if self.evaluated is not None:
                 call.counts.append(self.evaluated.elements.start(out))
             self.calls.append(call)
@@ -249,7 +250,7 @@ class LossTap(TorchFunctionMode):
         if self.finder is not None and isinstance(logits, Tensor):
             call.record.linear = self.finder.match(logits)
         if self.evaluated is not None and name in CLASSIFYING:
-            call.predicted, call.from_labels = self.evaluated.predictions.of(logits, target)
+            call.predicted, call.from_labels = self.evaluated.predictions.of(logits, target, name)
         return call
 
     def add(self, call: LossCall, out: Tensor) -> Tensor:

@@ -5,11 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from _support.fits import Classifier, loader, make_trainer, parameters, problem, same, val_loader
 from _support.runs import ddp
-from debias import EvalSampler, SampleRecorder, tag
+from debias import EvalSampler, JustTrainTwice, SampleRecorder, tag
 from debias.errors import DebiasError
 
 ALL = ["loss", "running_loss", "prediction", "correct", "logits", "features"]
@@ -148,3 +148,60 @@ def test_parquet_needs_its_packages(tmp_path):
     import pandas
 
     assert list(pandas.read_parquet(tmp_path / "x.parquet")) == ["loss", "logits_0", "logits_1", "seen"]
+
+
+class Numbers(Classifier):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.mse_loss(self(x)[:, 0], y.to(x.dtype))
+
+
+def test_a_loss_of_numbers_says_not_who_is_right(tmp_path):
+    def fit(callback, epochs=1):
+        make_trainer([callback], max_epochs=epochs).fit(Numbers(), loader(), val_loader())
+
+    with pytest.raises(DebiasError, match=r"which compares numbers.*`columns=\['loss', 'logits'\]`"):
+        fit(SampleRecorder(str(tmp_path / "a.npz")))
+    fit(SampleRecorder(str(tmp_path / "a.npz"), ["loss", "logits"]))
+    with pytest.raises(DebiasError, match="which compares numbers"):
+        fit(JustTrainTwice(epochs=1), epochs=2)
+
+
+KNOWN = torch.rand(21, 2, generator=torch.Generator().manual_seed(3)) > 0.4
+
+
+class Labels(Classifier):
+    """Two labels a sample, of which some are unknown."""
+
+    def __init__(self, reduced):
+        super().__init__()
+        self.reduced = reduced
+
+    def training_step(self, batch, batch_idx):
+        logits, known = self(batch[0]), batch[2]
+        labels = torch.where(known, F.one_hot(batch[1], 2), 0).to(logits.dtype)
+        if self.reduced:
+            return F.binary_cross_entropy_with_logits(logits, labels, weight=known.to(logits.dtype))
+        losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        return (losses * known).sum() / known.sum()
+
+    validation_step = training_step
+
+
+@pytest.mark.parametrize(("on", "reduced"), [("train", True), ("val", True), ("val", False)])
+def test_labels_that_nobody_knows_are_not_wrong(tmp_path, on, reduced):
+    x, y = problem(21).tensors
+    data = DataLoader(tag(TensorDataset(x, y, KNOWN)), batch_size=8)
+    module, path = Labels(reduced), str(tmp_path / "a.npz")
+    frozen = torch.optim.SGD(module.parameters(), lr=0.0)
+    module.configure_optimizers = lambda: frozen
+    make_trainer([SampleRecorder(path, ["loss", "correct"], on=on)], max_epochs=1).fit(module, data, data)
+    with np.load(path) as found, torch.no_grad():
+        logits, labels = module(x), F.one_hot(y, 2).to(x.dtype)
+        seen = found["seen"]
+        right = ((logits > 0) == (labels > 0.5)) | ~KNOWN
+        np.testing.assert_array_equal(found["correct"][seen], right.all(1).numpy()[seen])
+        assert seen[KNOWN.any(1).numpy()].all()
+        losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none") * KNOWN
+        counts = 2 if reduced else KNOWN.sum(1).clamp(min=1)
+        np.testing.assert_allclose(found["loss"][seen], (losses.sum(1) / counts).numpy()[seen], rtol=1e-6)

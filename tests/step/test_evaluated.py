@@ -14,6 +14,7 @@ X, PRIOR = torch.randn(N, 4, generator=g), torch.randn(K, generator=g)
 Y, CLASSES = (torch.rand(N, K, generator=g) > 0.5).float(), torch.arange(N) % K
 KNOWN = torch.rand(N, K, generator=g) > 0.4
 WEIGHT = nn.Parameter(torch.randn(K, generator=g))
+SCALE = nn.Parameter(torch.tensor(1.5))
 NET, OTHER = nn.Linear(4, K), nn.Linear(4, K)
 with torch.no_grad():
     RAW, TWO = NET(X), NET(X) + OTHER(X)
@@ -260,6 +261,24 @@ CHANGED = {
         cross_entropy(lambda z: z + (1 - torch.tensor([1, 0, 1]).type_as(z)) * torch.finfo(z.dtype).min),
         RAW + torch.tensor([0, 1, 0]) * torch.finfo(RAW.dtype).min,
     ),
+    "margin before a learned scale": (
+        cross_entropy(lambda z: SCALE * (z - 0.5 * F.one_hot(CLASSES, K))),
+        SCALE.detach() * RAW,
+    ),
+    "prior before a learned temperature": (
+        cross_entropy(lambda z: (z + PRIOR) / SCALE.exp()),
+        RAW / SCALE.detach().exp(),
+    ),
+    "prior before a difference": (
+        cross_entropy(lambda z: difference_of_columns(z + PRIOR), CLASSES % 2),
+        difference_of_columns(RAW),
+    ),
+    "subtracted from a prior": (cross_entropy(lambda z: PRIOR - z), -RAW),
+    "subtracted from a number": (lambda: F.binary_cross_entropy_with_logits(1 - NET(X), Y), 1 - RAW),
+    "another number for the label": (
+        cross_entropy(lambda z: F.one_hot(CLASSES, K) * (0.9 * z) + (1 - F.one_hot(CLASSES, K)) * z),
+        RAW,
+    ),
     "prior first": (cross_entropy(lambda z: torch.add(PRIOR, z)), RAW),
     "prior in place": (cross_entropy(added_in_place), RAW),
     "mask and prior": (cross_entropy(lambda z: z + MASK + PRIOR), RAW + MASK),
@@ -285,6 +304,10 @@ CHANGED = {
     "offset of a binary logit": (lambda: F.binary_cross_entropy_with_logits(NET(X) - 0.3, Y), RAW),
     "criterion": (lambda: CRITERION(NET(X), CLASSES), RAW),
     "margin of a child": (lambda: F.cross_entropy(MARGIN(NET(X), CLASSES), CLASSES), 4 * RAW),
+    "margin of a child, labels flattened": (
+        lambda: F.cross_entropy(MARGIN(NET(X), CLASSES), CLASSES.view(2, -1).view(-1)),
+        4 * RAW,
+    ),
     "margin of a layer": (lambda: F.cross_entropy(ARC(X, CLASSES), CLASSES), X @ ARC.weight.detach().T),
     "no module": (lambda: F.cross_entropy(X @ NET.weight.T + PRIOR, CLASSES), X @ NET.weight.detach().T),
 }
@@ -311,6 +334,8 @@ KEPT = {
     "classes set to a number": cross_entropy(lambda z: z.index_fill(1, torch.tensor([0]), -1e9)),
     "difference of columns": cross_entropy(difference_of_columns, CLASSES % 2),
     "sum of columns": cross_entropy(lambda z: torch.stack([sum([z[:, 0], z[:, 1]]), z[:, 2]], 1), CLASSES % 2),
+    "brought to probabilities": lambda: F.binary_cross_entropy((NET(X).tanh() + 1) / 2, Y),
+    "one minus a probability": lambda: F.binary_cross_entropy(1 - NET(X).sigmoid(), Y),
     "put into zeros": cross_entropy(lambda z: z.new_zeros(N, K).index_copy_(0, torch.arange(N), z)),
     "assigned to zeros": cross_entropy(lambda z: assigned_to_zeros(z)),
     "two networks": lambda: F.cross_entropy(NET(X) + OTHER(X), CLASSES),
@@ -322,6 +347,15 @@ KEPT = {
 @pytest.mark.parametrize("case", KEPT)
 def test_logits_that_are_the_prediction_are_left_alone(case):
     assert call_of(KEPT[case], SHIFTED)[:2] == (None, False)
+
+
+def test_what_was_predicted_is_kept_when_the_step_changes_it_afterwards():
+    def step():
+        logits = NET(X)
+        F.cross_entropy(logits + PRIOR, CLASSES)
+        logits.sigmoid_()
+
+    torch.testing.assert_close(call_of(step)[0], RAW)
 
 
 def test_logits_of_a_child_that_was_given_the_labels():

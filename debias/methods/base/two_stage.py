@@ -28,7 +28,7 @@ from debias.ops.samples import SampleTable
 from debias.step.context import Step
 from debias.step.proxy import attach, detach
 from debias.step.random import undisturbed
-from debias.step.samples import check_length, predictions, sample_losses, train_set
+from debias.step.samples import check_length, predictions, refuse_regression, sample_losses, train_set
 from debias.step.tagged import split_tags
 from debias.tap.calls import LossCall
 from debias.tap.evaluated import Evaluated
@@ -54,6 +54,7 @@ class TwoStage(NumberedMethod):
     """
 
     records_features: ClassVar[bool] = False
+    classifies: ClassVar[bool] = True  # it reads predictions and targets as those of classes
     epochs: int
     module: Any
 
@@ -181,6 +182,8 @@ class TwoStage(NumberedMethod):
         """Record what a step makes of its samples."""
         n = len(numbers)
         losses, counts = sample_losses(call, n)
+        if self.classifies:
+            refuse_regression(call, self.state_key, "Choose another loss, `loss=<index>`.")
         logits, targets = predictions(call, n, self.state_key)
         values = {"logits": logits, "targets": targets, "loss": losses}
         if self.records_features:
