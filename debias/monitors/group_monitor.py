@@ -89,7 +89,8 @@ class GroupMonitor(EpochMonitor):
             place where a loss of the step does so.
         ignore_index: a target that is not scored, beside those that the loss leaves out and negative ones.
         loss: which of several losses is meant: its position, or a callable of :class:`LossCall`.
-        threshold: for binary and multi-label outputs: a logit above it is a positive.
+        threshold: for binary and multi-label outputs: a logit above it is a positive. Probabilities p that a loss reads
+            have the logit ``log(p / (1 - p))``; of a step without a loss, what ``forward`` returns is compared itself.
         train_counts: training samples per group, for the adjusted average.
         name: prefix of several monitors' logged names, e.g. ``"place"`` gives ``val/place/accuracy``.
         allow_untested_strategy: run under a strategy that was not tested.
@@ -220,7 +221,8 @@ class GroupMonitor(EpochMonitor):
             counted = kept if counted is None else counted & kept
         self._look_for_exclusive_classes(target, call)
         if call is not None and call.name == "binary_cross_entropy" and self.metric is None:
-            logits = logits - 0.5  # probabilities, not logits
+            # Of probabilities; those of 0 and 1 stay finite, or they would be counted as wrong.
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).logit(eps=1e-7)
         return Scored(logits, target, rows, counted, None if call is None else call.name)
 
     def _no_logits(self, found: Any, step: Step) -> LossNotFoundError:

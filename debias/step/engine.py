@@ -8,7 +8,7 @@ Lightning does so at one of five places: the step methods, the hook before batch
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -346,9 +346,11 @@ class StepEngine:
             follows = tracker if step.of_several or isinstance(head, FeatureTap) else None
             finders += [finder for finder in [head.start(follows)] if finder is not None]
         finder = finders[0] if finders else None
-        tap = LossTap(training=False, tracker=tracker, finder=finder, evaluated=Evaluated())
+        evaluated = Evaluated()
+        tap = LossTap(training=False, tracker=tracker, finder=finder, evaluated=evaluated)
         try:
             output = self._watched(tap, original, args, kwargs)
+            evaluated.elements.returned = output.get("loss") if isinstance(output, Mapping) else output
             for head in heads.values():
                 head.stop()
             for monitor in monitors:

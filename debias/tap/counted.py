@@ -73,6 +73,7 @@ class CountedElements:
         self._traces: list[_Trace] = []
         self._choices: list[Tensor] = []  # of hard examples: masks that the losses decide leave no label out
         self._losses = 0
+        self.returned: Any = None  # what the step returned as its loss
 
     def start(self, losses: Tensor) -> Callable[[], Tensor | None]:
         """Follow these losses; the function tells, after the step, which elements count: None where all do."""
@@ -82,7 +83,7 @@ class CountedElements:
 
     def close(self) -> None:
         """Let go of every tensor."""
-        self._traces, self._choices = [], []
+        self._traces, self._choices, self.returned = [], [], None
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation, and follow what it makes of the losses."""
@@ -153,11 +154,11 @@ class CountedElements:
         return ~left_out(*torch.broadcast_tensors(factor, losses))
 
     def _counted(self, number: int) -> Tensor | None:
-        """Which elements of a loss count: those that reach at least one of the ends that the step makes of it."""
+        """Which elements of a loss count: those that reach the returned loss, or else one of the ends made of it."""
         total: Tensor | None = None
-        for end in self._traces:
-            if end.loss != number or end.used:
-                continue
+        ends = [trace for trace in self._traces if trace.loss == number and not trace.used]
+        # Others may be no more than logged.
+        for end in [end for end in ends if end.tensor is self.returned] or ends:
             counts, trace = end.counts, end
             while trace.source is not None:
                 counts = both(_at_source(trace, trace.source.tensor, counts), trace.source.counts)

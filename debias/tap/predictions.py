@@ -8,9 +8,9 @@ made added, subtracted, put in or multiplied have that output, brought to their 
 
 Part of the network, and kept, are: reshapes, functions of each number (softmax, a cosine), factors that are one number
 (a scale, a temperature, learned or not), classes that are masked, with a number or by adding a very large one, and
-numbers that bring probabilities to [0, 1]. What is subtracted from something keeps its sign. What is made of two outputs
-or parameters (two networks, a residual, a bias) is an output of its own. What a direct child returns is one as a whole,
-unless it is given the labels.
+numbers that bring probabilities to [0, 1]. What is subtracted from something keeps its sign. What is made of two
+outputs or parameters (two networks, a residual, a bias) is an output of its own. What a direct child returns is one as
+a whole, unless it is given the labels.
 """
 
 from __future__ import annotations

@@ -535,11 +535,11 @@ def test_binary_and_multi_label_outputs():
         def validation_step(self, batch, batch_idx):
             F.binary_cross_entropy(self.net(batch[0]).sigmoid(), batch[1])
 
-    for cls in (MultiLabel, Probabilities):
+    for cls, threshold in ((MultiLabel, 0.0), (Probabilities, 0.0), (MultiLabel, 0.2), (Probabilities, 0.2)):
         module = cls()
-        logged = validate(module, GroupMonitor("place", 3), loader(y=y))
+        logged = validate(module, GroupMonitor("place", 3, threshold=threshold), loader(y=y))
         with torch.no_grad():
-            correct = ((module.net(X) > 0) == y.bool()).double().mean(1)
+            correct = ((module.net(X) > threshold) == y.bool()).double().mean(1)
         assert logged["val/accuracy"] == pytest.approx(float(correct.mean()))
         assert logged["val/accuracy_by_group/2"] == pytest.approx(float(correct[PLACE == 2].mean()))
 

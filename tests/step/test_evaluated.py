@@ -20,6 +20,12 @@ with torch.no_grad():
     RAW, TWO = NET(X), NET(X) + OTHER(X)
 
 
+def logged_unmasked():
+    made = losses()
+    made.mean(), made.detach().clone(), made.sum().isfinite()
+    return (made * KNOWN).sum() / KNOWN.sum()
+
+
 def call_of(step, *modules):
     """The loss of a step under inference mode, and what was counted and predicted."""
     tap = LossTap(training=False, evaluated=Evaluated())
@@ -30,7 +36,7 @@ def call_of(step, *modules):
     handles = [m.register_forward_hook(saw, with_kwargs=True) for m in (NET, OTHER, *modules)]
     try:
         with torch.inference_mode(), tap:
-            step()
+            tap.evaluated.elements.returned = step()
     finally:
         for handle in handles:
             handle.remove()
@@ -87,6 +93,7 @@ MASKED = {
     "mask as the losses are": (
         lambda: (lambda ce: (ce * KNOWN.to(ce)).sum() / KNOWN.type_as(ce).sum())(losses()), KNOWN
     ),
+    "beside what is logged": (logged_unmasked, KNOWN),
     "masked_fill": (lambda: losses().masked_fill(~KNOWN, 0).sum(), KNOWN),
     "where": (lambda: torch.where(KNOWN, losses(), 0.0).sum(), KNOWN),
     "where a tensor": (lambda: torch.where(~KNOWN, torch.zeros(N, K), losses()).sum(), KNOWN),
