@@ -118,7 +118,7 @@ class LossRecord:
                 num, den = num.reshape(1), den.reshape(1)
             index = self.samples(num.shape)
             if index is not None and index.shape == num.shape and self.by_first_axis and num.ndim > 1:
-                index, of_elements = index.flatten(1)[:, 0], index.flatten(1)
+                index, of_elements = index.flatten(1)[:, 0], index.flatten(1)  # a row's elements are of one sample
                 if index.device.type == "cpu" and not torch.equal(
                     of_elements, index.unsqueeze(1).expand_as(of_elements)
                 ):

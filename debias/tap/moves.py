@@ -46,16 +46,6 @@ def named(names: str) -> frozenset[Any]:
     return frozenset(getattr(space, name) for space in spaces for name in names.split() if hasattr(space, name))
 
 
-def read_arguments(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments whose values an operation reads: of ``mask.to(losses)`` the mask, of ``zeros_like(x)`` none."""
-    return args[:1] if func in _AS else args[1:] if func in _LIKE else args
-
-
-def values_read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors among these arguments."""
-    return [x for x in (*read_arguments(func, args), *kwargs.values()) if isinstance(x, Tensor)]
-
-
 def among(functions: Iterable[Any]) -> Callable[[Any], bool]:
     """Whether a function is one of these, for what Dynamo traces with every operation.
 
@@ -76,12 +66,27 @@ CASTS = frozenset(
     | {_T.detach, _T.type_as, torch.clone, torch.detach, _T.cuda, _T.cpu, _T.requires_grad_}
 )
 # Read of another tensor its shape, dtype and device; of their first argument, its values.
-_AS = CASTS | {_T.expand_as, _T.view_as, _T.reshape_as}
+_reads_the_first = among(CASTS | {_T.expand_as, _T.view_as, _T.reshape_as})
 # Read no value of what they are given first.
-_LIKE = named(
-    "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full"
-    " new_tensor"
+_reads_no_first = among(
+    named(
+        "zeros_like ones_like empty_like full_like rand_like randn_like randint_like"
+        " new_zeros new_ones new_empty new_full new_tensor"
+    )
 )
+
+
+def read_arguments(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments whose values an operation reads: of ``mask.to(losses)`` the mask, of ``zeros_like(x)`` none."""
+    return args[:1] if _reads_the_first(func) else args[1:] if _reads_no_first(func) else args
+
+
+def values_read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors among these arguments."""
+    by_name = () if args and _reads_the_first(func) else kwargs.values()
+    return [x for x in (*read_arguments(func, args), *by_name) if isinstance(x, Tensor)]
+
+
 # Move, drop or repeat elements; only the first argument (or its list) holds data.
 MOVES = named(
     "reshape permute transpose t flatten squeeze unsqueeze repeat_interleave flip fliplr flipud roll index_select chunk"
