@@ -79,9 +79,7 @@ class WholeBatch:
         self._of_rows: Any = by_tensor()  # what was made of rows of the batch
         self._pairs: Any = by_tensor()  # a number for each two samples, or what was made of such
         self._ranked: Any = by_tensor()  # rows in the order of a value
-        self._means: Any = (
-            by_tensor()
-        )  # sums and means over the batch that are differentiated, and what is made of them
+        self._means: Any = by_tensor()  # made of a sum or mean over the batch, with a gradient
         for x in tracker.roots if tracker is not None and self.careful else ():
             self._of_rows[x] = True
 
