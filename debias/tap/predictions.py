@@ -47,8 +47,8 @@ _SUB = functions("sub subtract") - _RSUB
 _PRODUCT = functions("mul multiply div true_divide truediv divide")
 _CHOICE = functions("where scatter scatter_add index_add index_put index_copy setitem")
 _SMOOTH = "softmax log_softmax sigmoid logsigmoid log exp acos arccos cos asin arcsin sin pow sqrt square tanh"
-_KEPT = MOVES | CASTS | functions(f"{_SMOOTH} clamp clamp_min clamp_max clip masked_fill")
-_KEPT |= {F.softmax, F.log_softmax, F.logsigmoid}
+_KEPT = MOVES | CASTS | functions(f"{_SMOOTH} neg negative clamp clamp_min clamp_max clip masked_fill index_fill")
+_KEPT |= functions("nan_to_num relu") | {F.softmax, F.log_softmax, F.logsigmoid, F.relu, F.hardtanh, F.softplus}
 _FOLLOWED = _SUM | _PRODUCT | _CHOICE | _KEPT
 
 

@@ -286,6 +286,13 @@ CHANGED = {
         cross_entropy(lambda z: F.one_hot(CLASSES, K) * (0.9 * z) + (1 - F.one_hot(CLASSES, K)) * z),
         RAW,
     ),
+    "prior, then made finite": (cross_entropy(lambda z: (z + PRIOR).nan_to_num()), RAW),
+    "prior, then a class masked in place": (
+        cross_entropy(lambda z: (z + PRIOR).index_fill_(1, torch.tensor([0]), -1e9)),
+        RAW.index_fill(1, torch.tensor([0]), -1e9),
+    ),
+    "prior, then negated in place": (cross_entropy(lambda z: (z + PRIOR).neg_()), -RAW),
+    "prior, then bounded": (cross_entropy(lambda z: F.hardtanh(z + PRIOR, -9.0, 9.0)), RAW),
     "prior first": (cross_entropy(lambda z: torch.add(PRIOR, z)), RAW),
     "prior in place": (cross_entropy(added_in_place), RAW),
     "mask and prior": (cross_entropy(lambda z: z + MASK + PRIOR), RAW + MASK),
