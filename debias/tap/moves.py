@@ -16,6 +16,7 @@ __all__ = [
     "CHANGING",
     "ELEMENTWISE",
     "INPLACE",
+    "LIKE",
     "LOOKUPS",
     "MOVES",
     "PACKING",
@@ -67,13 +68,12 @@ CASTS = frozenset(
 )
 # Read of another tensor its shape, dtype and device; of their first argument, its values.
 _reads_the_first = among(CASTS | {_T.expand_as, _T.view_as, _T.reshape_as})
-# Read no value of what they are given first.
-_reads_no_first = among(
-    named(
-        "zeros_like ones_like empty_like full_like rand_like randn_like randint_like"
-        " new_zeros new_ones new_empty new_full new_tensor"
-    )
+# Make a tensor like the first argument, of which they read no value.
+LIKE = named(
+    "zeros_like ones_like empty_like full_like rand_like randn_like randint_like"
+    " new_zeros new_ones new_empty new_full new_tensor"
 )
+_reads_no_first = among(LIKE)
 
 
 def read_arguments(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:

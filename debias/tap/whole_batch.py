@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from debias.tap.moves import (
     ALONG,
+    LIKE,
     MOVES,
     PUTTING,
     RECORDED,
@@ -42,10 +43,7 @@ _PAIRING = named("matmul mm __matmul__ __rmatmul__ addmm linear einsum cdist inn
 # Of numbers of pairs, those of each sample with itself.
 _OF_ITSELF = named("diagonal diag trace")
 # Make constants; where they read a number, it is a size.
-_SHAPED = named(
-    "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full"
-    " new_tensor arange zeros ones empty eye tril_indices triu_indices"
-)
+_SHAPED = LIKE | named("arange zeros ones empty eye tril_indices triu_indices")
 
 
 class Losses(Protocol):
