@@ -18,9 +18,13 @@ from debias.errors import RowsError
 from debias.tap.calls import LossCall
 from debias.tap.moves import (
     CASTS,
+    DIVISION,
     ELEMENTWISE,
     INPLACE,
+    MEAN,
     MOVES,
+    PRODUCT,
+    SUM,
     among,
     apply_move,
     axes_of,
@@ -28,6 +32,7 @@ from debias.tap.moves import (
     named,
     values_read,
 )
+from debias.tap.totals import READING, Total, Totals
 from debias.tap.whole_batch import STATISTICS, WholeBatch, tensors_in
 
 if TYPE_CHECKING:
@@ -36,10 +41,6 @@ if TYPE_CHECKING:
 __all__ = ["FOLLOWED", "Following", "Unreduced"]
 
 _T = torch.Tensor
-_SUM = frozenset({_T.sum, torch.sum})
-_MEAN = frozenset({_T.mean, torch.mean})
-_MUL = named("mul multiply mul_ __mul__ __rmul__ __imul__")
-_DIV = named("div true_divide divide div_ true_divide_ __truediv__ __itruediv__")
 _ADD = named("add sub subtract add_ sub_ __add__ __radd__ __sub__ __iadd__ __isub__")
 _FILL = named("masked_fill masked_fill_")
 # Moves that leave elements out, or repeat them.
@@ -47,7 +48,9 @@ _SELECTING = named(
     "__getitem__ index_select narrow select masked_select take take_along_dim gather diagonal repeat tile"
     " repeat_interleave chunk split tensor_split unbind"
 )
-_REDUCED = MOVES | CASTS | ELEMENTWISE | INPLACE | _SUM | _MEAN
+_DOT = named("dot vdot inner matmul __matmul__ __rmatmul__")
+_is_dot = among(_DOT)
+_REDUCED = MOVES | CASTS | ELEMENTWISE | INPLACE | SUM | MEAN | READING | _DOT
 _is_followed = among(_REDUCED)
 FOLLOWED = _REDUCED | STATISTICS
 
@@ -64,6 +67,7 @@ class Unreduced:
         reordered: whether rows are not where they were.
         mask: by which elements were selected; None if all are there, False if it is not known.
         of_batch: whether a number of the whole batch is in it.
+        divided_by: numbers and totals (:class:`debias.tap.totals.Total`) that the step has divided it by.
     """
 
     tensor: Tensor
@@ -73,15 +77,7 @@ class Unreduced:
     reordered: bool = False
     mask: Any = None
     of_batch: bool = False
-
-
-@dataclass(eq=False)
-class _Total:
-    """A sum or mean of constant weights, or a mask, that a step may divide a loss by."""
-
-    tensor: Tensor
-    source: Tensor
-    is_mean: bool
+    divided_by: tuple[Any, ...] = ()
 
 
 class Following:
@@ -94,16 +90,17 @@ class Following:
     def __init__(self, tap: LossTap) -> None:
         self.tap = tap
         self._unreduced: list[Unreduced] = []
-        self._totals: list[_Total] = []
         self._divisible: list[tuple[Tensor, list[LossCall]]] = []  # what is proportional to a loss, so far
         self._ended: list[tuple[LossCall, Unreduced]] = []
         self.batch = WholeBatch(tap.tracker, self, careful=tap.careful)
+        self._totals = Totals(self.batch.holds, careful=tap.careful)
 
     def close(self) -> None:
         """Let go of every tensor."""
         for losses in self._unreduced:
             losses.function.forget()
-        self._unreduced, self._totals, self._divisible, self._ended = [], [], [], []
+        self._unreduced, self._divisible, self._ended = [], [], []
+        self._totals.close()
         self.batch.close()
 
     def add(self, losses: Unreduced) -> None:
@@ -117,19 +114,19 @@ class Following:
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Follow losses through one operation; returns what the step is to receive of it."""
         self.batch.see(func, args, kwargs, out)
-        if not _is_followed(func):
-            for x in tensors_in(out) if self._divisible else ():
-                self._proportional(func, args, kwargs, x)
-            return out
-        reduces = func in _SUM or func in _MEAN
-        if self._unreduced and args and (found := self._find(func, args)) is not None:
-            if reduces and (axes := self._over_samples(found, args, kwargs)) is not None:
+        if _is_followed(func) and self._unreduced and args and (found := self._find(func, args)) is not None:
+            if (func in SUM or func in MEAN) and (axes := self._over_samples(found, args, kwargs)) is not None:
                 return self._reduced(func, found, axes, out)
+            if _is_dot(func) and args[0].ndim == args[1].ndim == 1:  # the sum of a product
+                product = torch.mul(*args[:2])
+                if self.tap.tracker is not None:
+                    self.tap.tracker.record(torch.mul, args[:2], {}, product)
+                self._followed(torch.mul, args[:2], {}, found, product)
+                return self._reduced(torch.sum, self._unreduced[-1], [0], out)
             self._followed(func, args, kwargs, found, out)
-        elif reduces and isinstance(out, Tensor) and not out.ndim and not out.requires_grad:
-            self._totals.append(_Total(out, args[0], func in _MEAN))
         else:
-            for x in tensors_in(out):
+            self._totals.see(func, args, out)
+            for x in tensors_in(out) if self._divisible else ():
                 self._proportional(func, args, kwargs, x)
         return out
 
@@ -137,7 +134,7 @@ class Following:
         """Whether it holds losses that nobody has reduced yet."""
         return any(losses.tensor is x for losses in self._unreduced)
 
-    def is_proportional(self, x: Tensor) -> bool:
+    def is_proportional(self, x: Any) -> bool:
         """Whether it is a loss, or what is proportional to some."""
         return any(x is y for y, _ in self._divisible)
 
@@ -153,9 +150,12 @@ class Following:
 
     def _followed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Unreduced, out: Any) -> None:
         """Follow losses through an operation that does not end them."""
+        by = self._totals.divides(func, args, found.tensor)
+        divided_by = found.divided_by if by is None else (*found.divided_by, by)
         if func is _T.__setitem__ or out is found.tensor:  # in place
             found.scale = self._scaled(func, args, kwargs, found)
-            found.of_batch = found.of_batch or self.batch.holds(args, kwargs)
+            found.of_batch = found.of_batch or (by is None and self.batch.holds(args, kwargs))
+            found.divided_by = divided_by
             for part in found.parts:
                 func(*(part if x is found.tensor else x for x in args), **kwargs)
             return
@@ -167,7 +167,8 @@ class Following:
             if not x.requires_grad and found.tensor.requires_grad and func not in CASTS:
                 continue  # a mask, such as that of the largest losses
             made = Unreduced(x, found.function, scale=found.scale, reordered=found.reordered, mask=found.mask)
-            made.of_batch = found.of_batch or self.batch.changes(func, args, kwargs, x)
+            made.of_batch = found.of_batch or (by is None and self.batch.changes(func, args, kwargs, x))
+            made.divided_by = divided_by
             if func in MOVES:
                 made.reordered = found.reordered or not keeps_rows(func, args, x)
                 made.scale = self._moved_scale(func, args, kwargs, found, place)
@@ -188,9 +189,9 @@ class Following:
         other = next((x for i, x in enumerate(args[:2]) if i != at), kwargs.get("other"))
         constant = isinstance(other, int | float) or (isinstance(other, Tensor) and not other.requires_grad)
         try:
-            if func in _MUL and constant:
+            if func in PRODUCT and constant:
                 return scale * other  # type: ignore[operator]
-            if func in _DIV and at == 0 and constant:
+            if func in DIVISION and at == 0 and constant:
                 return scale / other  # type: ignore[operator]
             if func is torch.where and at in (1, 2):
                 rest = args[3 - at] if len(args) > 3 - at else kwargs.get("other")
@@ -200,7 +201,7 @@ class Following:
                 return scale * ~(args[1] if len(args) > 1 else kwargs["mask"])
             if func is _T.__setitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
                 return scale * ~args[1] if isinstance(args[2], int | float) and args[2] == 0 else False
-            if func in _SUM and isinstance(scale, float):
+            if func in SUM and isinstance(scale, float):
                 return scale
         except RuntimeError:
             return False
@@ -276,7 +277,7 @@ class Following:
         record = call.record
         record.source, record.samples, record.scale, record.reordered = num, samples, found.scale, found.reordered
         call.arguments, record.function, record.linear = first.arguments, first, first.record.linear
-        record.is_sum = record.undivided = func in _SUM
+        record.is_sum = record.undivided = func in SUM
         record.of_batch = found.of_batch
         if others:
             record.kept = torch.Size(1 if a in axes else s for a, s in enumerate(num.shape))
@@ -284,63 +285,60 @@ class Following:
             call.parts, record.targets, record.shares = first.parts, first.record.targets, first.record.shares
             record.own_rows = first.record.own_rows
         self._ended.append((call, found))
+        for by in found.divided_by:
+            if not self._divide(call, by) and isinstance(by, Total):
+                record.of_batch = True
         return tap.add(call, out)
 
     def _proportional(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         """Follow what is proportional to losses, and what losses are divided by."""
-        for total in self._totals:
-            if args and total.tensor is args[0] and (func in CASTS or func in ELEMENTWISE or func in INPLACE):
-                if not any(isinstance(x, Tensor) for x in args[1:]) and self._is_same(func, args[0], out):
-                    self._totals.append(_Total(out, total.source, total.is_mean))
-                return
         if not (self._divisible and out.requires_grad):
             return
         given = tensors_in((args, kwargs))
         calls = [call for x in given for tensor, of in self._divisible if tensor is x for call in of]
         if not calls:
             return
-        divides = func in _DIV and any(args[0] is tensor for tensor, _ in self._divisible)
+        by = next(
+            (by for x in args[:2] if self.is_proportional(x) and (by := self._totals.divides(func, args, x))), None
+        )
         for call in calls:
-            if not (divides and self._divide(call, args[1] if len(args) > 1 else None)) and func not in _ADD:
+            if not (by is not None and self._divide(call, by)) and func not in _ADD:
                 call.record.of_batch = call.record.of_batch or self.batch.holds(given)
         if not any(out is x for x in given):
             self._divisible.append((out, calls))
 
-    def _is_same(self, func: Any, before: Tensor, after: Tensor) -> bool:
-        """Whether a sum that losses are divided by is what it was: a guard against 0 has changed nothing.
-
-        Beyond the CPU only the first step of an epoch reads that.
-        """
-        if func in CASTS or func in _MUL or func in _DIV or not (before.device.type == "cpu" or self.batch.careful):
-            return True
-        if after.dtype == torch.bool:
-            return False
-        return bool((before == 0) | ((after - before).abs() <= 1e-4 * before.abs()))
-
     def _divide(self, call: LossCall, by: Any) -> bool:
-        """The step divides a loss by a number, or by a sum of weights: is it what the loss runs over?"""
+        """The step divides a loss by a number, or by a sum of weights: whether that is a sum of what it runs over."""
         record = call.record
         if record.divisor is not None or (record.is_sum and not record.undivided):
             return False  # by what it runs over already; this is another factor
         found = next((losses for of, losses in self._ended if of is call), None)
-        total = next((total for total in reversed(self._totals) if total.tensor is by), None)
-        if total is not None and total.is_mean != record.is_sum:
+        if isinstance(by, Total):
+            if by.is_mean == record.is_sum:
+                return False
             if not record.is_sum and record.function is None and record.computed[1].ndim:
                 return False  # a mean of its own weights already
-            record.divisor, record.undivided = functools.partial(self._weights, call, found, total.source), False
+            record.divisor, record.undivided = functools.partial(self._weights, call, found, by.source), False
             return True
-        if isinstance(by, int | float) and record.is_sum:
+        if record.is_sum:
             record.undivided = not self._counts(call, found, by)
         return False
 
-    def _counts(self, call: LossCall, found: Unreduced | None, by: float) -> bool:
-        """Whether a number is that of the samples, rows or elements of a loss."""
+    def _counts(self, call: LossCall, found: Unreduced | None, by: Tensor | float) -> bool:
+        """Whether a number is that of the samples, rows or elements of a loss.
+
+        Beyond the CPU only the first step of an epoch reads one that is a tensor.
+        """
+        if isinstance(by, Tensor) and not (by.device.type == "cpu" or self.batch.careful):
+            return True
         shape = call.record.computed[0].shape if found is None else found.tensor.shape
         if not shape.numel():  # of nothing, whatever it is divided by
             return True
         first = self._axis_of_samples(call, shape)
         counts = {1} if not shape else {shape[: i + 1].numel() for i in range(first, len(shape))}
-        return by in counts or (self.tap.tracker is not None and by == self.tap.tracker.n and self._even(call, found))
+        return float(by) in counts or (
+            self.tap.tracker is not None and float(by) == self.tap.tracker.n and self._even(call, found)
+        )
 
     def _axis_of_samples(self, call: LossCall, shape: torch.Size) -> int:
         """The first axis of a loss along which samples lie: tokens may come before them."""

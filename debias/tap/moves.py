@@ -14,17 +14,21 @@ __all__ = [
     "ALONG",
     "CASTS",
     "CHANGING",
+    "DIVISION",
     "ELEMENTWISE",
     "INPLACE",
     "LIKE",
     "LOOKUPS",
+    "MEAN",
     "MOVES",
     "PACKING",
+    "PRODUCT",
     "PUTTING",
     "RECORDED",
     "REDUCTIONS",
     "REORDERING",
     "SORTING",
+    "SUM",
     "Move",
     "among",
     "apply_move",
@@ -126,6 +130,9 @@ PUTTING = named(
     "copy_ put_ index_put_ index_copy_ index_add_ index_reduce_ masked_scatter_ scatter_ scatter_add_ scatter_reduce_"
     " transpose_ t_ swapaxes_ swapdims_ resize_"
 )
+SUM, MEAN = named("sum"), named("mean")
+PRODUCT = named("mul multiply mul_ __mul__ __rmul__ __imul__")
+DIVISION = named("div true_divide divide div_ true_divide_ __truediv__ __itruediv__")
 # Make one value of all along some axes.
 REDUCTIONS = named("sum mean argmax argmin max min amax amin any all prod count_nonzero nansum nanmean median")
 # Make each value of all along an axis.

@@ -61,6 +61,9 @@ class Reaching:
             if call.record.of_batch:
                 raise of_batch(call)
         if self.same:
+            for call in calls:
+                if call.record.divisor is not None or call.record.is_sum:  # the step has divided the elements
+                    call.multiply(self.loss.new_ones(()))
             return
         edges = [call.record.edge for call in calls]
         factors = torch.autograd.grad(self.loss, edges, create_graph=True)
@@ -264,5 +267,5 @@ def _undivided(call: LossCall) -> DebiasError:
         f"Expected the step to divide the sum of `{call.name}` by what it runs over, so that the loss of a group does"
         " not depend on how many samples it has, but nothing of that kind divides it. Divide by the number of samples"
         " or elements, `losses.sum() / len(x)`, or by the sum of the weights or of the mask that the losses were"
-        " multiplied by, `losses.sum() / mask.sum()` (a tensor, not `mask.sum().item()`); or use `.mean()`."
+        " multiplied by, `losses.sum() / mask.sum()`; or use `.mean()`."
     )

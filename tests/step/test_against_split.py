@@ -137,6 +137,27 @@ def stated(values: Tensor) -> dict[str, Tensor]:
 
 
 RIGHT: dict[str, Step] = {
+    "normalised weights": lambda net, x, y, yt, w, k, z: (losses(net, x, y) * (w / w.sum())).sum(),
+    "normalised in place": lambda net, x, y, yt, w, k, z: (losses(net, x, y) * w.clone().div_(w.sum())).sum(),
+    "normalised masks of tokens": lambda net, x, y, yt, w, k, z: (k / k.sum() * tokens(net, x, yt)).sum(),
+    "weighted after a division": lambda net, x, y, yt, w, k, z: (losses(net, x, y) / w.sum() * w).sum(),
+    "losses over their number": lambda net, x, y, yt, w, k, z: (2 * losses(net, x, y) / len(x)).sum(),
+    "over a tensor of their number": lambda net, x, y, yt, w, k, z: losses(net, x, y).sum() / torch.tensor(len(x)),
+    "times a reciprocal": lambda net, x, y, yt, w, k, z: (tokens(net, x, yt) * k).sum() * (1 / k.sum()),
+    "to a negative power": lambda net, x, y, yt, w, k, z: (tokens(net, x, yt) * k).sum() * k.sum() ** -1,
+    "over what is not 0": lambda net, x, y, yt, w, k, z: (tokens(net, x, yt) * k).sum() / torch.count_nonzero(k),
+    "over a number that was read": lambda net, x, y, yt, w, k, z: (tokens(net, x, yt) * k).sum() / k.sum().item(),
+    "over a guarded number": lambda net, x, y, yt, w, k, z: (tokens(net, x, yt) * k).sum() / max(int(k.sum()), 1),
+    "a product with weights": lambda net, x, y, yt, w, k, z: losses(net, x, y) @ w / w.sum(),
+    "weights in a product": lambda net, x, y, yt, w, k, z: torch.dot(w, losses(net, x, y)) / len(x),
+    "a guard in place": lambda net, x, y, yt, w, k, z: (tokens(net, x, yt) * k).sum() / k.sum().clamp_(min=1),
+    "over the mean of weights": lambda net, x, y, yt, w, k, z: (losses(net, x, y) * (w / w.mean())).mean(),
+    "sure of a sample": (
+        lambda net, x, y, yt, w, k, z: (losses(net, x, y) * (sure(net, x) / sure(net, x).mean())).mean()
+    ),
+    "weights made without gradients": lambda net, x, y, yt, w, k, z: (lambda ce: (without_gradient(ce) * ce).mean())(
+        losses(net, x, y)
+    ),
     "a mask as the losses are": lambda net, x, y, yt, w, k, z: (
         lambda ce: (ce * (k > 0).type_as(ce)).sum() / (k > 0).to(ce).sum()
     )(tokens(net, x, yt)),
@@ -208,6 +229,25 @@ RIGHT: dict[str, Step] = {
 }
 UNDIVIDED, OF_BATCH, BENT = "by what it runs over", "made of the whole batch", "to be linear"
 REFUSED: dict[str, tuple[str, Step]] = {
+    "a mean of weights before the loss": (OF_BATCH, lambda net, x, y, yt, w, k, z: w.mean() * ce(net, x, y)),
+    "a count before the loss": (OF_BATCH, lambda net, x, y, yt, w, k, z: torch.mul(k.sum(), ce(net, x, y))),
+    "a changed sum": (UNDIVIDED, lambda net, x, y, yt, w, k, z: (tokens(net, x, yt) * k).sum() / k.sum().add_(1)),
+    "a root of a sum": (UNDIVIDED, lambda net, x, y, yt, w, k, z: (tokens(net, x, yt) * k).sum() / k.sum().sqrt_()),
+    "another mask": (
+        UNDIVIDED,
+        lambda net, x, y, yt, w, k, z: (
+            lambda mask, count: (tokens(net, x, yt) * mask.fill_(1)).sum() / count
+        )(mask := k.clone(), mask.sum()),
+    ),
+    "a count that was read": (
+        UNDIVIDED, lambda net, x, y, yt, w, k, z: (tokens(net, x, yt) * k).sum() / (k.sum().item() + 1)
+    ),
+    "normalised twice": (
+        OF_BATCH, lambda net, x, y, yt, w, k, z: (losses(net, x, y) * (w / w.sum()) * (x.sum((1, 2)) / x.sum())).sum()
+    ),
+    "a mean of normalised weights": (
+        OF_BATCH, lambda net, x, y, yt, w, k, z: (losses(net, x, y) * (w / w.sum())).mean()
+    ),
     "over the length of sequences that come first": (
         UNDIVIDED,
         lambda net, x, y, yt, w, k, z: F.cross_entropy(
@@ -235,9 +275,6 @@ REFUSED: dict[str, tuple[str, Step]] = {
     "selected tokens over all samples": (
         UNDIVIDED, lambda net, x, y, yt, w, k, z: F.cross_entropy(net(x)[k > 0], yt[k > 0], reduction="sum") / len(x)
     ),
-    "over the mean of weights": (
-        OF_BATCH, lambda net, x, y, yt, w, k, z: (losses(net, x, y) * (w / w.mean())).mean()
-    ),
     "over a variance": (OF_BATCH, lambda net, x, y, yt, w, k, z: ce(net, x, y) / w.var()),
     "by a share": (
         OF_BATCH, lambda net, x, y, yt, w, k, z: ce(net, x[w > 0.6], y[w > 0.6]) * (w > 0.6).double().mean()
@@ -264,16 +301,9 @@ REFUSED: dict[str, tuple[str, Step]] = {
             ce(net, x, y), F.mse_loss(net(x).mean(1), z)
         ),
     ),
-    "sure of a sample": (
-        OF_BATCH, lambda net, x, y, yt, w, k, z: (losses(net, x, y) * (sure(net, x) / sure(net, x).mean())).mean()
-    ),
     "by the accuracy": (
         OF_BATCH,
         lambda net, x, y, yt, w, k, z: ce(net, x, y) * (1.5 - (net(x).mean(1).argmax(1) == y).double().mean()),
-    ),
-    "weights made without gradients": (
-        OF_BATCH,
-        lambda net, x, y, yt, w, k, z: (lambda ce: (without_gradient(ce) * ce).mean())(losses(net, x, y)),
     ),
     "normalised weights": (
         OF_BATCH, lambda net, x, y, yt, w, k, z: (losses(net, x, y) * F.normalize(w, p=1, dim=0)).mean()
