@@ -332,13 +332,20 @@ class RowTracker(Origins):
 
     def _is_table(self, tensor: Tensor) -> bool:
         """Whether it holds constants that are no rows of the batch, such as the weights of the classes."""
-        if tensor.requires_grad or self._tracked(tensor):
+        if tensor.requires_grad or self._holds_rows(tensor):
             return False
         if tensor.ndim and tensor.shape[0] == self.n:  # of rows, unless another batch has told
             return not torch.compiler.is_compiling() and tensor in _TABLES
         if not torch.compiler.is_compiling():
             _TABLES[tensor] = True
         return True
+
+    def _holds_rows(self, tensor: Tensor) -> bool:
+        """Whether something of the batch is in it."""
+        record = self._find(tensor)
+        if record is None or record.func is None:
+            return self._tracked(tensor)
+        return any(self._holds_rows(x) for x in record.args if isinstance(x, Tensor))
 
     def keeps_rows(self, tensor: Tensor) -> bool:
         """Whether row i of it is known to be of sample i."""

@@ -15,13 +15,14 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from debias import IRM, AttributeProbe, Fishr, GroupDRO, GroupMonitor, JustTrainTwice, SampleRecorder, tag
-from debias.errors import DebiasError, RowsError, UntappedLossError
+from debias.errors import DebiasError, LossNotFoundError, RowsError, UntappedLossError
 
 N, T, D, C = 8, 3, 4, 3
 G = torch.tensor([0, 1, 0, 1, 1, 0, 0, 0])
 ORDER = torch.tensor([3, 1, 0, 7, 5, 2, 6, 4])
 ALPHA = torch.tensor([0.2, 0.5, 0.3]).double()
 ROWS = ALPHA.repeat(N + 1, 1)
+HALF = torch.tensor([1, 1, 0, 1, 0, 0, 1, 0]).double()
 Step = Callable[..., Any]
 
 
@@ -137,6 +138,28 @@ def stated(values: Tensor) -> dict[str, Tensor]:
 
 
 RIGHT: dict[str, Step] = {
+    "weights of classes, normalised": lambda net, x, y, yt, w, k, z: (
+        F.binary_cross_entropy_with_logits(net(x).mean(1), z, reduction="none") * (ALPHA / ALPHA.mean())
+    ).mean(),
+    "weights of the classes, normalised and looked up": lambda net, x, y, yt, w, k, z: (
+        losses(net, x, y) * (ALPHA / ALPHA.sum())[y]
+    ).mean(),
+    "weights of tokens, normalised": lambda net, x, y, yt, w, k, z: (
+        (tokens(net, x, yt) * (ALPHA / ALPHA.sum())).sum(1).mean()
+    ),
+    "weights of a mean of 1": lambda net, x, y, yt, w, k, z: (losses(net, x, y) * (w / w.sum() * len(w))).mean(),
+    "sure samples, by detached losses": lambda net, x, y, yt, w, k, z: (
+        lambda ce, sure: (sure * ce).sum() / sure.sum()
+    )(ce := losses(net, x, y), torch.exp(-ce.detach())),
+    "selected weights": lambda net, x, y, yt, w, k, z: (
+        (losses(net, x, y)[w > 0.6] * w[w > 0.6]).sum() / w[w > 0.6].sum()
+    ),
+    "a count that is logged": lambda net, x, y, yt, w, k, z: (
+        F.cross_entropy(net(x).mean(1), y, reduction="sum") / (len(x) if (w > 0).sum().item() == len(x) else 1)
+    ),
+    "a mean that is logged": lambda net, x, y, yt, w, k, z: (
+        ce(net, x, y) / (1 if (w > 0).double().mean().item() == 1 else 2)
+    ),
     "normalised weights": lambda net, x, y, yt, w, k, z: (losses(net, x, y) * (w / w.sum())).sum(),
     "normalised in place": lambda net, x, y, yt, w, k, z: (losses(net, x, y) * w.clone().div_(w.sum())).sum(),
     "normalised masks of tokens": lambda net, x, y, yt, w, k, z: (k / k.sum() * tokens(net, x, yt)).sum(),
@@ -228,7 +251,39 @@ RIGHT: dict[str, Step] = {
     ),
 }
 UNDIVIDED, OF_BATCH, BENT = "by what it runs over", "made of the whole batch", "to be linear"
+NOT_FOLLOWED = "cannot be followed"
 REFUSED: dict[str, tuple[str, Step]] = {
+    "another loss added to divided ones": (
+        UNDIVIDED, lambda net, x, y, yt, w, k, z: (losses(net, x, y) / len(x) + tokens(net, x, yt).mean(1)).sum()
+    ),
+    "two normalised parts": (
+        OF_BATCH,
+        lambda net, x, y, yt, w, k, z: (
+            losses(net, x, y) * (w / w.sum()) + tokens(net, x, yt).mean(1) * (k.sum(1) / k.sum())
+        ).sum(),
+    ),
+    "a clamp of weighted losses": (
+        OF_BATCH, lambda net, x, y, yt, w, k, z: (losses(net, x, y) * (w / w.mean())).clamp(max=1.2).mean()
+    ),
+    "weights above the least, in place": (
+        OF_BATCH,
+        lambda net, x, y, yt, w, k, z: (
+            losses(net, x, y) * (lambda v: v.div_(v.sum()))(w - w.min())
+        ).sum(),
+    ),
+    "weights over two sums, in place": (
+        OF_BATCH, lambda net, x, y, yt, w, k, z: (losses(net, x, y) * (w / w.sum()).div_(k.sum())).sum()
+    ),
+    "a sum times a mean, in place": (
+        UNDIVIDED, lambda net, x, y, yt, w, k, z: (tokens(net, x, yt) * k).sum() / k.sum().mul_(w.mean())
+    ),
+    "a mean of other samples": (
+        NOT_FOLLOWED, lambda net, x, y, yt, w, k, z: ((torch.eye(N).double() + 0.1) @ losses(net, x, y)).mean()
+    ),
+    "a count of a balanced mask": (
+        UNDIVIDED,
+        lambda net, x, y, yt, w, k, z: (losses(net, x, y) * HALF).sum() / (len(x) - HALF.sum()),
+    ),
     "a mean of weights before the loss": (OF_BATCH, lambda net, x, y, yt, w, k, z: w.mean() * ce(net, x, y)),
     "a count before the loss": (OF_BATCH, lambda net, x, y, yt, w, k, z: torch.mul(k.sum(), ce(net, x, y))),
     "a changed sum": (UNDIVIDED, lambda net, x, y, yt, w, k, z: (tokens(net, x, yt) * k).sum() / k.sum().add_(1)),
@@ -458,6 +513,14 @@ def test_a_group_has_the_loss_that_the_step_returns_for_it(name):
     same(RIGHT[name])
 
 
+def test_parts_over_counts_that_are_read_and_happen_to_be_the_same():
+    def step(net: Any, x: Tensor, y: Tensor, yt: Tensor, w: Tensor, k: Tensor, z: Tensor, half: Tensor) -> Tensor:
+        ones, others, ce = half.sum().item(), (1 - half).sum().item(), losses(net, x, y)
+        return (ce * half).sum() / ones + (ce * (1 - half)).sum() / others
+
+    same(step, TensorDataset(*data(), HALF), loss="sum")
+
+
 def test_a_batch_of_as_many_samples_as_classes_has_their_weights_too():
     def step(net: Any, x: Tensor, y: Tensor, *others: Tensor) -> Tensor:
         return (ALPHA[y] * losses(net, x, y)).mean()
@@ -477,7 +540,7 @@ def test_a_batch_of_as_many_samples_as_classes_has_their_weights_too():
 def test_what_a_group_would_have_otherwise_is_refused(name):
     said, step = REFUSED[name]
     options = {"loss": "sum"} if "task" in name or name == "larger of two" else {}
-    with pytest.raises((UntappedLossError, RowsError), match=said):
+    with pytest.raises((UntappedLossError, RowsError, LossNotFoundError), match=said):
         fit(step, **options)
 
 
