@@ -51,6 +51,9 @@ _SELECTING = named(
 _DOT = named("dot vdot inner matmul __matmul__ __rmatmul__")
 _is_dot = among(_DOT)
 _REDUCED = MOVES | CASTS | ELEMENTWISE | INPLACE | SUM | MEAN | READING | _DOT
+# Choose, along axes of the elements of a sample, or between two losses.
+_CHOOSING = named("max min amax amin")
+_is_choice = among(_CHOOSING)
 _is_followed, _is_in_place = among(_REDUCED), among(INPLACE)
 FOLLOWED = _REDUCED | STATISTICS
 
@@ -117,10 +120,7 @@ class Following:
             args, kwargs = (*args, kwargs["other"]), {key: x for key, x in kwargs.items() if key != "other"}
         held = _is_in_place(func) and self.batch.holds(args[0])
         self.batch.see(func, args, kwargs, out)
-        if _is_dot(func) and (len(args) < 2 or args[0].ndim != 1 or args[1].ndim != 1):
-            found = None
-        else:
-            found = self._find(func, args) if self._unreduced and args and _is_followed(func) else None
+        found = self._find(func, args) if self._unreduced and args and self._may_follow(func, args) else None
         if found is None or _is_in_place(func):
             self._totals.see(func, args, out, held=held)
         if found is None:
@@ -132,11 +132,16 @@ class Following:
                 self.tap.tracker.record(torch.mul, args[:2], {}, product)
             self.see(torch.mul, args[:2], {}, product)
             return self.see(torch.sum, (product,), {}, out)
-        elif (func in SUM or func in MEAN) and (axes := self._over_samples(found, args, kwargs)) is not None:
-            return self._reduced(func, found, axes, out)
+        elif (axes := self._reduces(func, found, args, kwargs)) is not None:
+            return self._reduced(func, found, axes, out) if func in SUM or func in MEAN else out
         else:
             self._followed(func, args, kwargs, found, out)
         return out
+
+    def _may_follow(self, func: Any, args: tuple[Any, ...]) -> bool:
+        if _is_dot(func):
+            return len(args) > 1 and args[0].ndim == args[1].ndim == 1
+        return _is_followed(func) or (_is_choice(func) and isinstance(args[0], Tensor))
 
     def is_unreduced(self, x: Tensor) -> bool:
         """Whether it holds losses that nobody has reduced yet."""
@@ -235,8 +240,11 @@ class Following:
         except RuntimeError:
             return False
 
-    def _over_samples(self, found: Unreduced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
-        """The axes of a reduction that runs over samples; None if it runs over the elements of each only."""
+    def _reduces(self, func: Any, found: Unreduced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
+        """The axes of a reduction that runs over samples; None of others, such as over the elements of each."""
+        of_two = len(args) > 1 and isinstance(args[1], Tensor)
+        if not (func in SUM or func in MEAN or (func in _CHOOSING and not of_two)):
+            return None
         ndim = found.tensor.ndim
         axes = axes_of(args, kwargs, ndim)
         keepdim = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
