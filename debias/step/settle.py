@@ -90,7 +90,7 @@ class Settlement:
         if method is None or not means(method.loss, call):
             return None
         if method.loss is None and call.position:
-            raise ambiguous(["(the first loss)", call.name], type(method).__name__)
+            raise ambiguous(["(the first loss)", call.name], type(method).__name__, manual=True)
         if call.record.undivided:
             raise UntappedLossError(
                 f"Expected a mean under manual optimisation, but `{call.name}` is a sum, and what the step divides it"
@@ -262,7 +262,8 @@ class Settlement:
                 f"Expected at least one of the losses that `loss={loss!r}` of {who} means to be of all {n} samples"
                 f" of the batch, but got {len(selected)} of {', '.join(str(height(call)) for call in selected[:8])}"
                 f"{', ...' if len(selected) > 8 else ''} rows: means by group of parts of a batch do not add up to"
-                " those of the batch. Join the logits of the parts and compute one loss."
+                " those of the batch. Join the logits of the parts and compute one loss, or multiply the losses of all"
+                " samples by masks. Methods that reweigh also take `losses='split'`."
             )
         return selected
 

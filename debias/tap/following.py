@@ -359,7 +359,8 @@ def _samples_of(tap: LossTap, tensor: Tensor) -> Tensor:
         raise RowsError(
             "Expected unreduced losses to be masked, weighted, reshaped and reduced only, each with what is of the same"
             f" samples, but got losses of shape {tuple(tensor.shape)} whose rows cannot be followed. Reduce the"
-            " elements of a sample first, then all; or return {'loss': loss, 'losses': per_sample}."
+            " elements of a sample first, then all; or return {'loss': loss, 'losses': per_sample}. Methods that"
+            " reweigh also take `losses='split'`."
         )
     return index
 

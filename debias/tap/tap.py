@@ -396,9 +396,10 @@ def _rows_error(call: LossCall, n: int, shape: torch.Size, *, mixed: bool = Fals
         )
     if shape and shape[0] < n:
         return RowsError(
-            f"{expected}. If a `collate_fn` leaves samples out, leave them out of the dataset instead, as ids"
-            " cannot follow; if the step does, index the batch inside it; else say which sample each row belongs to:"
-            " `rows=callable(call, n)`."
+            f"{expected}. If all samples together make what it reads (a mean over the batch), choose another loss,"
+            " `loss=<index>`, or pass `losses='split'`. If a `collate_fn` leaves samples out, leave them out of the"
+            " dataset instead, as ids cannot follow; if the step does, index the batch inside it; else say which sample"
+            " each row belongs to: `rows=callable(call, n)`."
         )
     return RowsError(
         f"{expected}, and it cannot be followed which sample each row is of. If the rows are built from the samples,"

@@ -137,7 +137,47 @@ def stated(values: Tensor) -> dict[str, Tensor]:
     return {"loss": values.mean(), "losses": values}
 
 
+def fixmatch(net: Any, x: Tensor) -> Tensor:
+    """A loss of strongly changed samples with the classes of the weakly changed ones, where these are sure."""
+    _, weak, strong = net(torch.cat([x, x + 0.1, 2 * x])).mean(1).chunk(3)
+    sure, classes = weak.detach().softmax(-1).max(-1)
+    return (F.cross_entropy(strong, classes, reduction="none") * (sure > 0.4).double()).mean()
+
+
+def compared(z: Tensor, scores: Callable[[Tensor], Tensor]) -> Tensor:
+    return F.cross_entropy(scores(z), torch.arange(len(z)))
+
+
+def joined(z: Tensor) -> Tensor:
+    n = len(z)
+    return torch.cat([z[:, None].expand(-1, n, -1), z[None].expand(n, -1, -1)], -1).prod(-1)
+
+
+def listed(z: Tensor) -> Tensor:
+    return torch.stack([torch.stack([(a * b).sum() for b in z]) for a in z])
+
+
 RIGHT: dict[str, Step] = {
+    "a mask as the inputs are": lambda net, x, y, yt, w, k, z: over_its_own_sum(tokens(net, x, yt), (k > 0).to(x)),
+    "constants spread over the batch": lambda net, x, y, yt, w, k, z: (
+        lambda ce: (ce * ALPHA.repeat(len(x), 1) * ALPHA[None].expand_as(ce)).mean()
+    )(tokens(net, x, yt)),
+    "weights of the classes in each row": lambda net, x, y, yt, w, k, z: (
+        losses(net, x, y) * ALPHA.repeat(len(y), 1).gather(1, y[:, None])[:, 0]
+    ).mean(),
+    "the best of several": lambda net, x, y, yt, w, k, z: (tokens(net, x, yt).min(dim=1).values * w).sum() / w.sum(),
+    "the better of two": lambda net, x, y, yt, w, k, z: torch.min(losses(net, x, y), tokens(net, x, yt).amax(1)).mean(),
+    "parts of one forward pass": lambda net, x, y, yt, w, k, z: fixmatch(net, x),
+    "logits and targets, some of them ignored": lambda net, x, y, yt, w, k, z: (
+        lambda logits, target: {
+            "loss": -(logits.log_softmax(1).gather(1, target.clamp(min=0)[:, None])[:, 0][target >= 0]).mean(),
+            "logits": logits,
+            "targets": target,
+        }
+    )(net(x).mean(1), torch.where(w > 0.5, y, -100)),
+    "an ensemble by vmap": lambda net, x, y, yt, w, k, z: F.cross_entropy(
+        torch.vmap(lambda factor: net(factor * x).mean(1))(ALPHA).mean(0), y
+    ),
     "weights of classes, normalised": lambda net, x, y, yt, w, k, z: (
         F.binary_cross_entropy_with_logits(net(x).mean(1), z, reduction="none") * (ALPHA / ALPHA.mean())
     ).mean(),
@@ -251,8 +291,59 @@ RIGHT: dict[str, Step] = {
     ),
 }
 UNDIVIDED, OF_BATCH, BENT = "by what it runs over", "made of the whole batch", "to be linear"
-NOT_FOLLOWED = "cannot be followed"
+NOT_FOLLOWED, MIXED = "cannot be followed", "mixes samples"
 REFUSED: dict[str, tuple[str, Step]] = {
+    "tokens compared with tokens": (
+        MIXED,
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(
+            torch.einsum("bsd,ctd->bcst", net(x), net(x + 1)).amax(-1).sum(-1), torch.arange(len(x))
+        ),
+    ),
+    "tokens compared with tokens, by a product": (
+        MIXED,
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(
+            (net(x)[:, None] @ net(x + 1)[None].mT).amax(-1).sum(-1), torch.arange(len(x))
+        ),
+    ),
+    "tokens compared with samples": (
+        MIXED,
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(
+            torch.matmul(net(x), net(x).mean(1).t()).mean(1), torch.arange(len(x))
+        ),
+    ),
+    "samples compared at each place": (
+        MIXED,
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(
+            torch.bmm(net(x).transpose(0, 1), net(x).transpose(0, 1).mT).flatten(0, 1), torch.arange(len(x)).repeat(T)
+        ),
+    ),
+    "cosines of all pairs": (
+        MIXED,
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(
+            F.cosine_similarity(net(x)[:, 0, :, None], net(x)[:, 1, :, None].transpose(0, 2)), torch.arange(len(x))
+        ),
+    ),
+    "pairs put together": (MIXED, lambda net, x, y, yt, w, k, z: compared(net(x).mean(1), joined)),
+    "pairs in a list": (MIXED, lambda net, x, y, yt, w, k, z: compared(net(x).mean(1), listed)),
+    "hardest in a row of distances": (
+        MIXED,
+        lambda net, x, y, yt, w, k, z: (
+            lambda d: F.margin_ranking_loss(
+                torch.stack([row[y != c].min() for row, c in zip(d, y, strict=True)]), d.mean(1), torch.ones(len(x))
+            )
+        )(torch.cdist(net(x).mean(1), net(x).mean(1))),
+    ),
+    "matched and shuffled pairs": (
+        MIXED,
+        lambda net, x, y, yt, w, k, z: (
+            lambda a, b: F.binary_cross_entropy_with_logits(
+                torch.cat([(a * b).sum(1), (a * b[ORDER[: len(x)]]).sum(1)]), torch.ones(2 * len(x)).double()
+            )
+        )(net(x).mean(1), net(x)[:, 0]),
+    ),
+    "two orders of one output": (
+        MIXED, lambda net, x, y, yt, w, k, z: (lambda z: F.mse_loss(z[ORDER], z[ORDER.flip(0)]))(net(x).mean(1))
+    ),
     "another loss added to divided ones": (
         UNDIVIDED, lambda net, x, y, yt, w, k, z: (losses(net, x, y) / len(x) + tokens(net, x, yt).mean(1)).sum()
     ),
