@@ -265,12 +265,8 @@ class RowTracker(Origins):
         """Sample numbers in the shape of ``tensor``, or None where its origin is unknown."""
         record = self._find(tensor)
         if record is None:
-            if not tensor.ndim or self._ambiguous():
-                return None
-            if tensor.shape[0] == self.n:
-                return self.start(tensor.shape, tensor.device)
-            found = self._as_inputs(None, len(tensor)) if self.guesses and tensor.grad_fn is not None else False
-            return None if isinstance(found, bool) else found.view(-1, *[1] * (tensor.ndim - 1)).expand(tensor.shape)
+            of_samples = tensor.ndim > 0 and tensor.shape[0] == self.n and not self._ambiguous()
+            return self.start(tensor.shape, tensor.device) if of_samples else None
         if record.version != version(tensor):
             self.mixed = True
             return None
@@ -360,7 +356,8 @@ class RowTracker(Origins):
         record = self._find(tensor)
         if record is None:
             return not (tensor.requires_grad or self._tracked(tensor)) and tensor.shape[:1] != (self.n,)
-        return record.func is not None and all(map(self._is_constant, values_read(record.func, record.args, {})))
+        made_of = [*record.sources, *values_read(record.func, record.args, {})]
+        return record.func is not None and all(map(self._is_constant, made_of))
 
     def keeps_rows(self, tensor: Tensor) -> bool:
         """Whether row i of it is known to be of sample i."""
