@@ -265,8 +265,12 @@ class RowTracker(Origins):
         """Sample numbers in the shape of ``tensor``, or None where its origin is unknown."""
         record = self._find(tensor)
         if record is None:
-            of_samples = tensor.ndim > 0 and tensor.shape[0] == self.n and not self._ambiguous()
-            return self.start(tensor.shape, tensor.device) if of_samples else None
+            if not tensor.ndim or self._ambiguous():
+                return None
+            if tensor.shape[0] == self.n:
+                return self.start(tensor.shape, tensor.device)
+            found = self._as_inputs(None, len(tensor)) if self.guesses and tensor.grad_fn is not None else False
+            return None if isinstance(found, bool) else found.view(-1, *[1] * (tensor.ndim - 1)).expand(tensor.shape)
         if record.version != version(tensor):
             self.mixed = True
             return None

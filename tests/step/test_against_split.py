@@ -137,6 +137,13 @@ def stated(values: Tensor) -> dict[str, Tensor]:
     return {"loss": values.mean(), "losses": values}
 
 
+def fixmatch(net: Any, views: Tensor) -> Tensor:
+    """A loss of strongly changed samples with the classes of the weakly changed ones, where these are sure."""
+    _, weak, strong = net(views).mean(1).chunk(3)
+    sure, classes = weak.detach().softmax(-1).max(-1)
+    return (F.cross_entropy(strong, classes, reduction="none") * (sure > 0.4).double()).mean()
+
+
 def compared(z: Tensor, scores: Callable[[Tensor], Tensor]) -> Tensor:
     return F.cross_entropy(scores(z), torch.arange(len(z)))
 
@@ -160,6 +167,7 @@ RIGHT: dict[str, Step] = {
     ).mean(),
     "the best of several": lambda net, x, y, yt, w, k, z: (tokens(net, x, yt).min(dim=1).values * w).sum() / w.sum(),
     "the better of two": lambda net, x, y, yt, w, k, z: torch.min(losses(net, x, y), tokens(net, x, yt).amax(1)).mean(),
+    "parts of one forward pass": lambda net, x, y, yt, w, k, z: fixmatch(net, torch.cat([x, x + 0.1, 2 * x])),
     "logits and targets, some of them ignored": lambda net, x, y, yt, w, k, z: (
         lambda logits, target: {
             "loss": -(logits.log_softmax(1).gather(1, target.clamp(min=0)[:, None])[:, 0][target >= 0]).mean(),
