@@ -269,7 +269,11 @@ class RowTracker(Origins):
                 return None
             if tensor.shape[0] == self.n:
                 return self.start(tensor.shape, tensor.device)
-            found = self._as_inputs(None, len(tensor)) if self.guesses and tensor.grad_fn is not None else False
+            if not self.guesses or tensor.grad_fn is None:
+                return None
+            self.guesses = False  # the numbers of the inputs themselves are no guess
+            found = self._as_inputs(None, len(tensor))
+            self.guesses = True
             return None if isinstance(found, bool) else found.view(-1, *[1] * (tensor.ndim - 1)).expand(tensor.shape)
         if record.version != version(tensor):
             self.mixed = True

@@ -279,7 +279,7 @@ class LossTap(TorchFunctionMode):
         """Sample numbers of losses (of their shape, or one per row); None if row i is sample i or nobody asks."""
         if self.tracker is None:
             return None
-        n, device = self.tracker.n, call.record.elements[0].device
+        n, device = self.tracker.n, call.record.computed[0].device
         if self.rows is not None:
             return _given_rows(self.rows, call, n, shape, device)
         index: Tensor | bool | None = False
@@ -288,7 +288,7 @@ class LossTap(TorchFunctionMode):
         crossed = len(shape) == 2 and n > 1 and {tuple(x.shape) for x in trusted} == {(n,), (n, 1)}
         if not (call.record.changed or crossed):
             # A single number is no row that could be found among others of the step.
-            single = n > 1 and shape.numel() == 1 and call.record.elements[0].ndim == 0
+            single = n > 1 and shape.numel() == 1 and call.record.computed[0].ndim == 0
             index = self.tracker.resolve(trusted, 0 if single else shape[0] if shape else 1)
         if isinstance(index, bool):
             raise _rows_error(call, n, shape, mixed=call.record.changed or crossed or self.tracker.mixed)

@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from debias.tap.moves import (
     ALONG,
+    ELEMENTWISE,
     LIKE,
     MOVES,
     PUTTING,
@@ -129,6 +130,7 @@ class WholeBatch:
                 self._of_rows[x] = True
                 if self._compares(func, args, given, x):
                     self._pairs[x] = True
+                    self._numbers += [] if x.requires_grad else [x]
                 if self._ranks(func, args, kwargs, given, x):
                     self._ranked[x] = True
 
@@ -160,11 +162,11 @@ class WholeBatch:
         if func in MOVES:  # joined so that a row holds several samples
             index = tracker.index(out)
             return index is not None and len(self._moving(index)) > 1
-        if len({self._axis_of_rows(x) for x in rows} - {None}) > 1:
+        spreads = func in ELEMENTWISE or len({x.ndim for x in rows}) == 1
+        if spreads and len({self._axis_of_rows(x) for x in rows} - {None}) > 1:
             return True
-        known = [index for x in rows if (index := tracker.index(x)) is not None]
-        alike = all(x.shape == known[0].shape and torch.equal(x, known[0]) for x in known[1:])
-        return not (alike or func in _ADDING or len(known) < len(rows))
+        known = [index for x in rows if (index := tracker.index(x)) is not None and x.shape == rows[0].shape]
+        return func not in _ADDING and not all(torch.equal(x, known[0]) for x in known[1:])
 
     def _moving(self, index: Tensor) -> list[int]:
         """The axes along which samples change."""
@@ -208,8 +210,9 @@ class WholeBatch:
         """Whether a reduction leaves every row; those of unknown origin lie along the first axis, all as often."""
         if not out.ndim or self.tracker is None:
             return False
-        first = 0 not in axes_of(args, kwargs, args[0].ndim) and len(args[0]) % self._n == 0
-        return self.tracker.index(out) is not None or (first and self.tracker.index(args[0]) is None)
+        data = args[0]
+        first = 0 not in axes_of(args, kwargs, data.ndim) and not len(data) % self._n and data not in self._pairs
+        return self.tracker.index(out) is not None or (first and self.tracker.index(data) is None)
 
     def _is_made_of_rows(self, x: Tensor) -> bool:
         """Whether values of samples are in it; they are in what a network has made, which may not have been seen."""

@@ -144,6 +144,11 @@ def fixmatch(net: Any, views: Tensor) -> Tensor:
     return (F.cross_entropy(strong, classes, reduction="none") * (sure > 0.4).double()).mean()
 
 
+@torch.no_grad()
+def unfollowed(net: Any, x: Tensor, y: Tensor) -> Tensor:
+    return losses(net, x, y)
+
+
 def compared(z: Tensor, scores: Callable[[Tensor], Tensor]) -> Tensor:
     return F.cross_entropy(scores(z), torch.arange(len(z)))
 
@@ -158,6 +163,18 @@ def listed(z: Tensor) -> Tensor:
 
 
 RIGHT: dict[str, Step] = {
+    "rows of soft targets over their mask": lambda net, x, y, yt, w, k, z: (
+        F.kl_div(
+            net(x).log_softmax(-1).view(-1, C), (x[..., :C].softmax(-1) * k[..., None]).view(-1, C), reduction="sum"
+        )
+        / k.flatten().sum()
+    ),
+    "tokens first, beside their mask": lambda net, x, y, yt, w, k, z: F.cross_entropy(
+        net(x.transpose(0, 1) * k.t()[..., None]).flatten(0, 1), yt.t().flatten()
+    ),
+    "chosen by their losses": lambda net, x, y, yt, w, k, z: (
+        lambda sure: F.cross_entropy(net(x).mean(1)[sure], y[sure])
+    )(unfollowed(net, x, y) < 1.2),
     "a mask as the inputs are": lambda net, x, y, yt, w, k, z: over_its_own_sum(tokens(net, x, yt), (k > 0).to(x)),
     "constants spread over the batch": lambda net, x, y, yt, w, k, z: (
         lambda ce: (ce * ALPHA.repeat(len(x), 1) * ALPHA[None].expand_as(ce)).mean()
@@ -293,6 +310,15 @@ RIGHT: dict[str, Step] = {
 UNDIVIDED, OF_BATCH, BENT = "by what it runs over", "made of the whole batch", "to be linear"
 NOT_FOLLOWED, MIXED = "cannot be followed", "mixes samples"
 REFUSED: dict[str, tuple[str, Step]] = {
+    "weighed by how many are of the class": (
+        OF_BATCH, lambda net, x, y, yt, w, k, z: (losses(net, x, y) / (y[:, None] == y[None]).sum(1)).mean()
+    ),
+    "hardest negatives beside the positives": (
+        "made of the whole batch|by what it runs over",
+        lambda net, x, y, yt, w, k, z: (
+            lambda ce, chosen: ce[chosen].sum() / (y > 1).sum()
+        )(ce := losses(net, x, y), (y > 1) | (ce.detach().argsort(descending=True).argsort() < 3)),
+    ),
     "tokens compared with tokens": (
         MIXED,
         lambda net, x, y, yt, w, k, z: F.cross_entropy(
