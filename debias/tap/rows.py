@@ -213,7 +213,8 @@ class RowTracker(Origins):
         made = [x for x in candidates if (record := self._find(x)) is not None and record.func is not None]
         in_order = not self.reordered() if made or rows == self.n else False
         before, self.mixed = self.mixed, False
-        if len(made) == 2 and self._differ(*map(self.index, made)):  # of the same network, put in two orders
+        # Of the same network, put in two orders; or made of all samples together.
+        if (len(made) == 2 and self._differ(*map(self.index, made))) or any(map(self._sums_samples, made)):
             self.mixed = True
             return False
         for tensor in made if in_order else []:  # of some tensor with one row per sample, e.g. logits (N, T, C)
@@ -234,6 +235,15 @@ class RowTracker(Origins):
     def _differ(self, first: Tensor | None, second: Tensor | None) -> bool:
         known = first is not None and second is not None and first.shape == second.shape
         return known and not self._equal(first, second)  # type: ignore[arg-type]
+
+    def _sums_samples(self, tensor: Tensor) -> bool:
+        """Whether it was made by a reduction over samples."""
+        record = self._find(tensor)
+        if record is None or record.func is None:
+            return False
+        if record.reduces:
+            return self.index(record.args[0]) is not None and self.index(tensor) is None
+        return any(map(self._sums_samples, record.sources))
 
     def _compares_samples(self, target: Tensor, logits: Tensor) -> bool:
         """Whether a loss compares samples with each other, as ``p`` with ``p.roll(1, 0)``."""
