@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -144,7 +145,8 @@ class WholeBatch:
             return func not in _OF_ITSELF
         rows = [x for x in given if x.ndim and self._is_made_of_rows(x)]
         moves_one = func in MOVES and isinstance(args[0], Tensor)  # perhaps by rows of another one
-        if not out.ndim or len(rows) < 2 or moves_one:
+        by_weights = func is F.linear and args[1] not in self._of_rows  # of as many rows, by chance
+        if not out.ndim or len(rows) < 2 or moves_one or by_weights:
             return False
         if func in _PAIRING:
             at = self._rows_at(func, args, rows) if len(rows) == 2 else []
