@@ -311,6 +311,57 @@ def test_a_move_that_moves_nothing():
     assert rows is None
 
 
+ORDER = torch.tensor([2, 0, 3, 1])
+FEW = torch.tensor([True, False, True, True])
+
+
+def _put(key, value):
+    def edit(y):
+        target = y.clone()
+        target[key] = value(y)
+        return target
+
+    return edit
+
+
+def _filled(key, value):
+    def edit(y):
+        target = torch.zeros_like(y)
+        target[key] = value(y)
+        return target
+
+    return edit
+
+
+ELSEWHERE = {
+    "in another order": _put(ORDER, lambda y: y),
+    "turned round": _put(slice(None), lambda y: y.flip(0)),
+    "into a new tensor": _filled(ORDER, lambda y: y),
+    "of a memory": _put(slice(2), lambda y: torch.tensor([3, 3])),
+}
+IN_PLACE = {
+    "some": _put(FEW, lambda y: y[FEW]),
+    "a number": _put(ORDER[:2], lambda y: 0),
+    "back in order": _put(ORDER, lambda y: y[ORDER]),
+    "of a tensor": _put(slice(None), lambda y: torch.tensor([3, 3, 0, 1])),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("name", [*ELSEWHERE, *IN_PLACE])
+def test_rows_that_are_assigned(name, inference):
+    """Under inference mode no tensor counts its changes."""
+    with torch.inference_mode(inference):
+        y, logits = torch.arange(4), X[:4].clone().requires_grad_(not inference)
+        with LossTap(training=not inference, tracker=RowTracker((y,), 4)) as tap:
+            F.cross_entropy(logits, (ELSEWHERE | IN_PLACE)[name](y))
+        if name in IN_PLACE:
+            assert tap.calls[0].rows is None
+            return
+        with pytest.raises(RowsError, match="mixes samples with each other"):
+            tap.calls[0].rows  # noqa: B018
+
+
 def test_unknown_rows_are_an_error_with_both_shapes():
     logits = rand(6, C).requires_grad_()
     with pytest.raises(RowsError, match=r"loss has shape \(6,\) and the batch 3 ids.*rows='tiled'"):
