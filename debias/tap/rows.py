@@ -296,6 +296,8 @@ class RowTracker(Origins):
             return None if inner is None else inner.view(*inner.shape, *[1] * (out.ndim - inner.ndim)).expand(out.shape)
         # Also what is spread over other axes, such as a mask (N, 1); or (N,) over (N, N), of two samples each.
         spread = [x for x in args if isinstance(x, Tensor) and x.ndim and x.shape != out.shape and self._tracked(x)]
+        if any(map(self.is_sorted, spread)):
+            return None
         sources = record.sources + spread
         found = [x for x in (index(source) for source in sources) if x is not None]
         if len(found) < len(record.sources) or not found:

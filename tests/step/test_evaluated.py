@@ -379,16 +379,26 @@ def test_logits_that_are_the_prediction_are_left_alone(case):
     assert call_of(KEPT[case], SHIFTED)[:2] == (None, False)
 
 
-def test_what_a_loss_has_read_is_kept_when_the_step_changes_it_afterwards():
-    """Under ``torch.no_grad``, where versions are counted, and in inference mode."""
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode(), LossTap(training=False, tracker=RowTracker((X,), N)) as tap:
-            logits, labels = NET(X), Y.clone()
-            made = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-            before = logits.clone(), labels.clone(), made.sum(1)
-            logits.sigmoid_(), labels.zero_(), made.zero_()
-        (call,) = tap.calls
-        torch.testing.assert_close((call.logits, call.target, call.num), before)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_a_loss_has_read_is_kept_when_the_step_changes_it_afterwards(mode):
+    order = torch.arange(N).flip(0)
+    with mode():
+        x, y = X.clone(), CLASSES.clone()
+        with LossTap(training=False, tracker=RowTracker((x, y), N)) as tap:
+            logits, labels = NET(x[order]), y[order]
+            made = F.cross_entropy(logits, labels, reduction="none")
+            before = logits.clone(), labels.clone(), made.clone()
+            made.zero_(), logits.sigmoid_(), labels.zero_()
+    (call,) = tap.calls
+    torch.testing.assert_close((call.logits, call.target, call.num), before)
+    assert torch.equal(call.rows, order)
+
+
+def test_losses_that_the_step_reduces_itself_are_not_divided_by_the_weights_of_their_classes():
+    with LossTap(training=False) as tap:
+        value = F.cross_entropy(NET(X), CLASSES, weight=torch.tensor([0.5, 1.0, 2.0]), reduction="none").mean()
+    (call,) = tap.calls
+    torch.testing.assert_close(call.num.sum() / call.den.sum(), value)
 
 
 def test_what_was_predicted_is_kept_when_the_step_changes_it_afterwards():

@@ -508,9 +508,10 @@ def test_rows_of_packed_sequences_are_not_those_of_a_mask():
 
 OF_THE_BATCH = {
     "shares": lambda ls, w, z: (ls * w.softmax(0)).mean(),
-    "shares in a column": lambda ls, w, z: (ls[:, None] * w.softmax(0)[:, None]).mean(),
+    "shares in a column": lambda ls, w, z: (F.mse_loss(z, Z, reduction="none") * w.softmax(0)[:, None]).mean(),
     "running sums": lambda ls, w, z: (ls * w.cumsum(0)).mean(),
     "sorted": lambda ls, w, z: (ls * w.sort().values).mean(),
+    "sorted in a column": lambda ls, w, z: (F.mse_loss(z, Z, reduction="none") * w.sort().values[:, None]).mean(),
     "by keyword": lambda ls, w, z: torch.mul(ls, other=w / w.max()).mean(),
     "a loss without a gradient": lambda ls, w, z: ls.mean() * F.mse_loss(z.detach(), Z),
 }

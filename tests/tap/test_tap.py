@@ -294,6 +294,32 @@ def test_rows_through_an_unreduced_loss():
     assert call.den.tolist() == mask.flatten().tolist()
 
 
+@pytest.mark.parametrize(("n", "i"), [(1, 0), (3, 1)])
+def test_rows_of_the_loss_of_one_sample(n, i):
+    """As in a last batch of one, where ``squeeze()`` takes the axis of the samples away."""
+    y, logits = torch.rand(n, 1).double(), rand(n, 1).requires_grad_()
+
+    def step():
+        one = slice(i, i + 1)
+        return F.binary_cross_entropy_with_logits(logits[one].squeeze(), y[one].squeeze())
+
+    assert _rows((y,), n, step)[0] == [i]
+
+
+def test_rows_that_are_picked_by_a_column_of_the_batch():
+    first, second, place = rand(3, 2), rand(3, 2), torch.tensor([4, 0, 2])
+    prediction = rand(3, 2).requires_grad_()
+    batch = first, second, place
+    rows, _ = _rows(batch, 3, lambda: F.mse_loss(prediction, torch.cat([first, second])[place]))
+    assert rows == [1, 1, 0, 0, 2, 2]
+
+
+def test_means_of_as_many_columns_as_samples_are_no_rows():
+    x = rand(3, 3)
+    with pytest.raises(RowsError, match="to be those of the batch"):
+        _rows((x,), 3, lambda: F.mse_loss(rand(3).requires_grad_(), x.mean(0)))
+
+
 def test_unchanged_rows_need_no_index():
     y = torch.tensor([[0], [1], [2]])
     logits = rand(3, C).requires_grad_()
