@@ -153,9 +153,12 @@ class RowTracker(Origins):
         """Whether rows fit those of a tensor, or of what of it they are assigned to."""
         if self._find(other) is None or (key is None and other.shape[:1] != target.shape[:1]):
             return key is None or other.shape[:1] == target.shape[:1]
-        find = self._of_rows if key is None else self.index
-        rows, others = find(target), find(other)
-        if key is not None and rows is not None and others is not None:
+        first = key[0] if isinstance(key, tuple) and key else key
+        whole = isinstance(first, slice) or (isinstance(first, Tensor) and first.ndim == 1)
+        if key is None or (whole and other.ndim == target.ndim):  # so that no index is made for every pixel
+            rows, others = self._of_rows(target), self._of_rows(other)
+            rows = rows if rows is None or key is None else rows[first]
+        elif (rows := self.index(target)) is not None and (others := self.index(other)) is not None:
             rows = rows[key]
             others = others.expand(rows.shape) if others.ndim <= rows.ndim else others
         return rows is not None and others is not None and self._equal(rows, others)

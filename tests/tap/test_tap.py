@@ -363,10 +363,13 @@ ELSEWHERE = {
     "in another order": _put(ORDER, lambda y: y),
     "turned round": _put(slice(None), lambda y: y.flip(0)),
     "into a new tensor": _filled(ORDER, lambda y: y),
+    "a row in each column": lambda y: _put((slice(None), slice(4)), lambda z: y.double())(F.one_hot(y, 4).double()),
     "of a memory": _put(slice(2), lambda y: torch.tensor([3, 3])),
 }
 IN_PLACE = {
     "some": _put(FEW, lambda y: y[FEW]),
+    "a column": lambda y: _put((slice(None), 0), lambda z: y.double())(F.one_hot(y, 4).double()),
+    "some of the classes": lambda y: _put((FEW, slice(2)), lambda z: z[FEW, :2])(F.one_hot(y, 4).double()),
     "a number": _put(ORDER[:2], lambda y: 0),
     "back in order": _put(ORDER, lambda y: y[ORDER]),
     "of a tensor": _put(slice(None), lambda y: torch.tensor([3, 3, 0, 1])),
