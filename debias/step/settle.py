@@ -80,7 +80,7 @@ class Settlement:
         self.selected: dict[Any, list[LossCall]] = {}
         self.first = learned.epoch != step.epoch  # in an epoch
         self.checks = self.first or step.logging
-        self.used: list[LossCall] = []
+        self.used: list[tuple[LossCall, Any]] = []  # and what each was divided by
 
     # -- manual optimisation: a loss is used up inside the step ------------------------------------
 
@@ -90,7 +90,7 @@ class Settlement:
         if method is None or not means(method.loss, call):
             return None
         if method.loss is None and call.position:
-            raise ambiguous(["(the first loss)", call.name], type(method).__name__)
+            raise ambiguous(["(the first loss)", call.name], type(method).__name__, manual=True)
         if call.record.undivided:
             raise UntappedLossError(
                 f"Expected a mean under manual optimisation, but `{call.name}` is a sum, and what the step divides it"
@@ -99,15 +99,16 @@ class Settlement:
         if call.record.of_batch:
             raise of_batch(call, manual=True)
         self._check_name([call], method.loss, type(method).__name__)
-        self.used.append(call)
+        call.multiply(None)
+        self.used.append((call, call.record.divisor))
         return method.reweigh([call], self.step)[0]
 
     def finish_manual(self, tap: LossTap) -> None:
         """Refuse a step in which nothing was found, or which has multiplied a loss by a number of the whole batch."""
         if (self.reweigher is not None and not self.used) or (self.step.mixture is not None and not tap.calls):
             raise no_loss_error(_set_losses(self.step.module))
-        for call in self.used:  # since it was handed back
-            if call.record.of_batch or call.record.divisor is not None:
+        for call, divisor in self.used:  # since it was handed back
+            if call.record.of_batch or call.record.divisor is not divisor:
                 raise of_batch(call, manual=True)
         self._learn(tap)
 
@@ -261,7 +262,8 @@ class Settlement:
                 f"Expected at least one of the losses that `loss={loss!r}` of {who} means to be of all {n} samples"
                 f" of the batch, but got {len(selected)} of {', '.join(str(height(call)) for call in selected[:8])}"
                 f"{', ...' if len(selected) > 8 else ''} rows: means by group of parts of a batch do not add up to"
-                " those of the batch. Join the logits of the parts and compute one loss."
+                " those of the batch. Join the logits of the parts and compute one loss, or multiply the losses of all"
+                " samples by masks. Methods that reweigh also take `losses='split'`."
             )
         return selected
 

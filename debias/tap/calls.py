@@ -105,7 +105,8 @@ class LossRecord:
         """What the sum of the numerators is divided by in what the step received."""
         if self.is_sum:
             return 1.0
-        return self.elements[1].sum() if self.divisor is None else float(self.elements[0].numel())
+        num, den = self.computed
+        return den.expand(num.shape).to(num.dtype).sum()
 
     @cached_property
     def rows(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -215,8 +216,9 @@ class LossCall:
         if factor is not None and record.kept is not None:
             factor = factor.reshape(record.kept)
             vars(record).pop("rows", None)
-        if factor is not None and (record.is_sum or record.divisor is not None):
-            factor = factor * (record.elements[1].sum() / record.over)
+        if record.is_sum or record.divisor is not None:
+            over = record.elements[1].sum() / record.over
+            factor = over if factor is None else factor * over
         record.factor = factor
 
     @property

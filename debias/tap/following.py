@@ -7,7 +7,6 @@ of weights with the shape of the losses. Then the loss of a group is what the st
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from debias.errors import RowsError
 from debias.tap.calls import LossCall
+from debias.tap.divisors import Divided
 from debias.tap.moves import (
     CASTS,
     DIVISION,
@@ -51,7 +51,10 @@ _SELECTING = named(
 _DOT = named("dot vdot inner matmul __matmul__ __rmatmul__")
 _is_dot = among(_DOT)
 _REDUCED = MOVES | CASTS | ELEMENTWISE | INPLACE | SUM | MEAN | READING | _DOT
-_is_followed = among(_REDUCED)
+# Choose, along axes of the elements of a sample, or between two losses.
+_CHOOSING = named("max min amax amin")
+_is_choice = among(_CHOOSING)
+_is_followed, _is_in_place = among(_REDUCED), among(INPLACE)
 FOLLOWED = _REDUCED | STATISTICS
 
 
@@ -113,22 +116,32 @@ class Following:
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Follow losses through one operation; returns what the step is to receive of it."""
+        if "other" in kwargs and len(args) == 1:
+            args, kwargs = (*args, kwargs["other"]), {key: x for key, x in kwargs.items() if key != "other"}
+        held = _is_in_place(func) and self.batch.holds(args[0])
         self.batch.see(func, args, kwargs, out)
-        if _is_followed(func) and self._unreduced and args and (found := self._find(func, args)) is not None:
-            if (func in SUM or func in MEAN) and (axes := self._over_samples(found, args, kwargs)) is not None:
-                return self._reduced(func, found, axes, out)
-            if _is_dot(func) and args[0].ndim == args[1].ndim == 1:  # the sum of a product
-                product = torch.mul(*args[:2])
-                if self.tap.tracker is not None:
-                    self.tap.tracker.record(torch.mul, args[:2], {}, product)
-                self._followed(torch.mul, args[:2], {}, found, product)
-                return self._reduced(torch.sum, self._unreduced[-1], [0], out)
-            self._followed(func, args, kwargs, found, out)
-        else:
-            self._totals.see(func, args, out)
+        found = self._find(func, args) if self._unreduced and args and self._may_follow(func, args) else None
+        if found is None or _is_in_place(func):
+            self._totals.see(func, args, out, held=held)
+        if found is None:
             for x in tensors_in(out) if self._divisible else ():
                 self._proportional(func, args, kwargs, x)
+        elif _is_dot(func):  # the sum of a product
+            product = torch.mul(*args[:2])
+            if self.tap.tracker is not None:
+                self.tap.tracker.record(torch.mul, args[:2], {}, product)
+            self.see(torch.mul, args[:2], {}, product)
+            return self.see(torch.sum, (product,), {}, out)
+        elif (axes := self._reduces(func, found, args, kwargs)) is not None:
+            return self._reduced(func, found, axes, out) if func in SUM or func in MEAN else out
+        else:
+            self._followed(func, args, kwargs, found, out)
         return out
+
+    def _may_follow(self, func: Any, args: tuple[Any, ...]) -> bool:
+        if _is_dot(func):
+            return len(args) > 1 and args[0].ndim == args[1].ndim == 1
+        return _is_followed(func) or (_is_choice(func) and isinstance(args[0], Tensor))
 
     def is_unreduced(self, x: Tensor) -> bool:
         """Whether it holds losses that nobody has reduced yet."""
@@ -142,20 +155,19 @@ class Following:
 
     def _find(self, func: Any, args: tuple[Any, ...]) -> Unreduced | None:
         data = (*args[0], *args[1:3]) if isinstance(args[0], tuple | list) else args[:3]
-        for x in values_read(func, data, {}):
-            for losses in reversed(self._unreduced):
-                if losses.tensor is x:
-                    return losses
-        return None
+        return next((losses for x in values_read(func, data, {}) if (losses := self._of(x)) is not None), None)
+
+    def _of(self, x: Tensor) -> Unreduced | None:
+        return next((losses for losses in reversed(self._unreduced) if losses.tensor is x), None)
 
     def _followed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Unreduced, out: Any) -> None:
         """Follow losses through an operation that does not end them."""
         by = self._totals.divides(func, args, found.tensor)
-        divided_by = found.divided_by if by is None else (*found.divided_by, by)
+        factor = self._factor(func, args, kwargs, found)
+        divided_by, of_batch = self._divisions(func, args, found, by, linear=factor is not None)
         if func is _T.__setitem__ or out is found.tensor:  # in place
-            found.scale = self._scaled(func, args, kwargs, found)
-            found.of_batch = found.of_batch or (by is None and self.batch.holds(args, kwargs))
-            found.divided_by = divided_by
+            found.of_batch = of_batch or (by is None and self.batch.holds(args[1:], kwargs))
+            found.scale, found.divided_by = _times(found.scale, factor), divided_by
             for part in found.parts:
                 func(*(part if x is found.tensor else x for x in args), **kwargs)
             return
@@ -167,7 +179,7 @@ class Following:
             if not x.requires_grad and found.tensor.requires_grad and func not in CASTS:
                 continue  # a mask, such as that of the largest losses
             made = Unreduced(x, found.function, scale=found.scale, reordered=found.reordered, mask=found.mask)
-            made.of_batch = found.of_batch or (by is None and self.batch.changes(func, args, kwargs, x))
+            made.of_batch = of_batch or (by is None and self.batch.changes(func, args, kwargs, x))
             made.divided_by = divided_by
             if func in MOVES:
                 made.reordered = found.reordered or not keeps_rows(func, args, x)
@@ -175,37 +187,46 @@ class Following:
                 if func in _SELECTING:
                     made.mask = args[1] if func is _T.__getitem__ and found.mask is None else False
             elif func not in CASTS:
-                made.scale = self._scaled(func, args, kwargs, found)
+                made.scale = _times(found.scale, factor)
             for part in found.parts:
                 made.parts.append(_with(func, args, kwargs, found.tensor, part, place))
             self._unreduced.append(made)
 
-    def _scaled(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Unreduced) -> Any:
-        """What elements are multiplied by after an operation; False if it does something else to them."""
-        if found.scale is False:
-            return False
-        scale = 1.0 if found.scale is None else found.scale
+    def _factor(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Unreduced) -> Any:
+        """What an operation multiplies elements by; None if it does something else to them."""
         at = next((i for i, x in enumerate(args[:3]) if x is found.tensor), None)
-        other = next((x for i, x in enumerate(args[:2]) if i != at), kwargs.get("other"))
+        other = next((x for i, x in enumerate(args[:2]) if i != at), None)
         constant = isinstance(other, int | float) or (isinstance(other, Tensor) and not other.requires_grad)
-        try:
-            if func in PRODUCT and constant:
-                return scale * other  # type: ignore[operator]
-            if func in DIVISION and at == 0 and constant:
-                return scale / other  # type: ignore[operator]
-            if func is torch.where and at in (1, 2):
-                rest = args[3 - at] if len(args) > 3 - at else kwargs.get("other")
-                keep = args[0] if at == 1 else ~args[0]
-                return scale * keep if isinstance(rest, int | float) and rest == 0 else False
-            if func in _FILL and (args[2] if len(args) > 2 else kwargs.get("value")) == 0:
-                return scale * ~(args[1] if len(args) > 1 else kwargs["mask"])
-            if func is _T.__setitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
-                return scale * ~args[1] if isinstance(args[2], int | float) and args[2] == 0 else False
-            if func in SUM and isinstance(scale, float):
-                return scale
-        except RuntimeError:
-            return False
-        return False
+        if func in PRODUCT and constant:
+            return other
+        if func in DIVISION and at == 0 and constant:
+            return 1 / other  # type: ignore[operator]
+        if func is torch.where and at in (1, 2) and _is_zero(args[3 - at] if len(args) > 3 - at else None):
+            return args[0] if at == 1 else ~args[0]
+        if func in _FILL and _is_zero(args[2] if len(args) > 2 else kwargs.get("value")):
+            return ~(args[1] if len(args) > 1 else kwargs["mask"])
+        if func is _T.__setitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool and _is_zero(args[2]):
+            return ~args[1]
+        return 1.0 if func in SUM and not isinstance(found.scale, Tensor) else None
+
+    def _divisions(
+        self, func: Any, args: tuple[Any, ...], found: Unreduced, by: Any, *, linear: bool
+    ) -> tuple[tuple[Any, ...], bool]:
+        """What elements are divided by after an operation, and whether a number of the whole batch is in them."""
+        met = [losses for x in tensors_in(args) if (losses := self._of(x)) is not None]
+        of_batch, divided = any(losses.of_batch for losses in met), [losses.divided_by for losses in met]
+        if by is None and not any(divided):
+            return (), of_batch
+        if func in PRODUCT:
+            undone = [x for x in args[:2] if isinstance(x, int | float)]  # `losses / n * n`
+            return tuple(x for x in (*sum(divided, ()), by) if x is not None and x not in undone), of_batch
+        alike = all(each == divided[0] for each in divided)
+        keeps = func in MOVES or func in CASTS or func in SUM or func in MEAN or linear
+        if func in DIVISION and args[0] is found.tensor and not any(divided[1:]):
+            return (*found.divided_by, *([] if by is None else [by])), of_batch
+        if alike and (keeps or (func in _ADD and len(met) == 2)):
+            return found.divided_by, of_batch
+        return (), of_batch or any(isinstance(x, Total) and x.of_batch for x in sum(divided, ()))
 
     def _moved_scale(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Unreduced, part: int | None
@@ -219,8 +240,11 @@ class Following:
         except RuntimeError:
             return False
 
-    def _over_samples(self, found: Unreduced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
-        """The axes of a reduction that runs over samples; None if it runs over the elements of each only."""
+    def _reduces(self, func: Any, found: Unreduced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
+        """The axes of a reduction that runs over samples; None of others, such as over the elements of each."""
+        of_two = len(args) > 1 and isinstance(args[1], Tensor)
+        if not (func in SUM or func in MEAN or (func in _CHOOSING and not of_two)):
+            return None
         ndim = found.tensor.ndim
         axes = axes_of(args, kwargs, ndim)
         keepdim = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
@@ -249,6 +273,7 @@ class Following:
         """The loss that a sum or mean over samples ends in."""
         num, first = found.tensor, found.function
         if not num.requires_grad:
+            self._totals.see(func, (num,), out, held=False)
             return out
         others = [a for a in range(num.ndim) if a not in axes]
         size = 1
@@ -277,8 +302,8 @@ class Following:
         record = call.record
         record.source, record.samples, record.scale, record.reordered = num, samples, found.scale, found.reordered
         call.arguments, record.function, record.linear = first.arguments, first, first.record.linear
-        record.is_sum = record.undivided = func in SUM
-        record.of_batch = found.of_batch
+        record.is_sum, record.of_batch = func in SUM, found.of_batch
+        record.undivided = record.is_sum and not found.of_batch
         if others:
             record.kept = torch.Size(1 if a in axes else s for a, s in enumerate(num.shape))
         if parts:
@@ -286,7 +311,7 @@ class Following:
             record.own_rows = first.record.own_rows
         self._ended.append((call, found))
         for by in found.divided_by:
-            if not self._divide(call, by) and isinstance(by, Total):
+            if not self._divide(call, by) and isinstance(by, Total) and by.of_batch:
                 record.of_batch = True
         return tap.add(call, out)
 
@@ -308,104 +333,23 @@ class Following:
             self._divisible.append((out, calls))
 
     def _divide(self, call: LossCall, by: Any) -> bool:
-        """The step divides a loss by a number, or by a sum of weights: whether that is a sum of what it runs over."""
-        record = call.record
-        if record.divisor is not None or (record.is_sum and not record.undivided):
-            return False  # by what it runs over already; this is another factor
+        """The step divides a loss by a number, or by a sum of weights: whether that is what the loss runs over."""
         found = next((losses for of, losses in self._ended if of is call), None)
-        if isinstance(by, Total):
-            if by.is_mean == record.is_sum:
-                return False
-            if not record.is_sum and record.function is None and record.computed[1].ndim:
-                return False  # a mean of its own weights already
-            record.divisor, record.undivided = functools.partial(self._weights, call, found, by.source), False
-            return True
-        if record.is_sum:
-            record.undivided = not self._counts(call, found, by)
+        return Divided(self.tap, call, found, reads_all=self.batch.careful).by(by, self._totals)
+
+
+def _is_zero(x: Any) -> bool:
+    return isinstance(x, int | float) and x == 0
+
+
+def _times(scale: Any, factor: Any) -> Any:
+    """Another scale of unreduced losses, see :class:`debias.tap.calls.LossRecord`."""
+    if scale is False or factor is None:
         return False
-
-    def _counts(self, call: LossCall, found: Unreduced | None, by: Tensor | float) -> bool:
-        """Whether a number is that of the samples, rows or elements of a loss.
-
-        Beyond the CPU only the first step of an epoch reads one that is a tensor.
-        """
-        if isinstance(by, Tensor) and not (by.device.type == "cpu" or self.batch.careful):
-            return True
-        shape = call.record.computed[0].shape if found is None else found.tensor.shape
-        if not shape.numel():  # of nothing, whatever it is divided by
-            return True
-        first = self._axis_of_samples(call, shape)
-        counts = {1} if not shape else {shape[: i + 1].numel() for i in range(first, len(shape))}
-        return float(by) in counts or (
-            self.tap.tracker is not None and float(by) == self.tap.tracker.n and self._even(call, found)
-        )
-
-    def _axis_of_samples(self, call: LossCall, shape: torch.Size) -> int:
-        """The first axis of a loss along which samples lie: tokens may come before them."""
-        tracker = self.tap.tracker
-        try:
-            index = None if tracker is None else call.record.samples(shape)
-        except RowsError:  # said where a method reads it
-            return 0
-        if tracker is None or index is None or index.shape != shape:
-            return 0
-        return next((axis for axis in range(len(shape)) if tracker.without(index, [axis]) is None), 0)
-
-    def _even(self, call: LossCall, found: Unreduced | None) -> bool:
-        """Whether each sample has as many rows, so that their number counts the rows."""
-        tracker = self.tap.tracker
-        assert tracker is not None
-        if found is not None and found.mask is not None:
-            return False
-        try:
-            shape = call.record.computed[0].shape if found is None else found.tensor.shape
-            index = call.record.samples(shape)
-        except RowsError:  # said where a method reads it
-            return True
-        if index is None:
-            return True
-        if index.numel() % tracker.n or not tracker.reads(index):
-            return not index.numel() % tracker.n
-        counts = index.flatten().bincount(minlength=tracker.n)
-        return bool((counts == counts[0]).all())
-
-    def _weights(self, call: LossCall, found: Unreduced | None, source: Tensor) -> Tensor | None:
-        """Weights in the shape of the elements of a loss, whose sum is that of ``source``; None if they do not fit."""
-        shape = call.record.computed[0].shape if found is None else found.tensor.shape
-        if found is not None and found.mask is not None:
-            same = isinstance(found.mask, Tensor) and self._same_mask(source, found.mask)
-            return source.new_ones((), dtype=torch.float32).expand(shape) if same else None
-        weights, ndim = source.detach(), len(shape)
-        own, theirs = (None, None) if found is None else (self._index(found.tensor), self._index(source))
-        if ndim and weights.ndim > ndim and weights.shape[:ndim] == shape:  # a mask of tokens, of losses per sample
-            weights = weights.flatten(ndim).sum(ndim)
-            theirs = theirs.flatten(ndim).select(ndim, 0) if isinstance(theirs, Tensor) else theirs
-        if weights.numel() == shape.numel():
-            if isinstance(own, Tensor) and isinstance(theirs, Tensor) and own.numel() == theirs.numel():
-                return weights.reshape(shape) if self._equal(own.flatten(), theirs.flatten()) else None
-            return weights.reshape(shape)
-        known = self.tap.tracker is not None and self.tap.tracker.is_of_batch(source)
-        if weights.ndim == 1 and shape.count(shape[0]) > 1 and not known:
-            return None  # of the rows, or of the columns
-        if weights.ndim and weights.shape == shape[: weights.ndim]:
-            weights = weights.view(*weights.shape, *[1] * (len(shape) - weights.ndim))
-        if weights.ndim != len(shape) or not shape or weights.shape[0] != shape[0]:
-            return None
-        try:
-            return weights.expand(shape) * (weights.numel() / shape.numel())
-        except RuntimeError:
-            return None
-
-    def _same_mask(self, weights: Tensor, mask: Tensor) -> bool:
-        """Whether weights are the mask that elements were selected by."""
-        if weights is mask or weights.shape != mask.shape or mask.dtype != torch.bool:
-            return weights is mask
-        return self._equal(weights.to(torch.float32), mask.to(torch.float32))
-
-    def _equal(self, a: Tensor, b: Tensor) -> bool:
-        """Reading waits for the device, so beyond the CPU only the step that records everything looks."""
-        reads = a.device.type == "cpu" or (self.tap.tracker is not None and self.tap.tracker.everything)
-        return not reads or torch.equal(a, b)
+    try:
+        return factor if scale is None else scale * factor
+    except RuntimeError:
+        return False
 
 
 def _samples_of(tap: LossTap, tensor: Tensor) -> Tensor:
@@ -415,7 +359,8 @@ def _samples_of(tap: LossTap, tensor: Tensor) -> Tensor:
         raise RowsError(
             "Expected unreduced losses to be masked, weighted, reshaped and reduced only, each with what is of the same"
             f" samples, but got losses of shape {tuple(tensor.shape)} whose rows cannot be followed. Reduce the"
-            " elements of a sample first, then all; or return {'loss': loss, 'losses': per_sample}."
+            " elements of a sample first, then all; or return {'loss': loss, 'losses': per_sample}. Methods that"
+            " reweigh also take `losses='split'`."
         )
     return index
 

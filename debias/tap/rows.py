@@ -219,6 +219,9 @@ class RowTracker(Origins):
             return False
         made = [x for x in candidates if (record := self._find(x)) is not None and record.func is not None]
         in_order = not self.reordered() if made or rows == self.n else False
+        if len(made) == 2 and self._differ(*map(self.index, made)):  # of the same network, put in two orders
+            self.mixed = True
+            return False
         for tensor in made if in_order else []:  # of some tensor with one row per sample, e.g. logits (N, T, C)
             index = self.index(tensor)
             if self.mixed:
@@ -232,6 +235,10 @@ class RowTracker(Origins):
         if self.guesses and (rows != self.n or self.several):
             return self._as_inputs(made[0] if made else None, rows)
         return False
+
+    def _differ(self, first: Tensor | None, second: Tensor | None) -> bool:
+        known = first is not None and second is not None and first.shape == second.shape
+        return known and not self._equal(first, second)  # type: ignore[arg-type]
 
     def _compares_samples(self, target: Tensor, logits: Tensor) -> bool:
         """Whether a loss compares samples with each other, as ``p`` with ``p.roll(1, 0)``."""
@@ -263,8 +270,16 @@ class RowTracker(Origins):
         """Sample numbers in the shape of ``tensor``, or None where its origin is unknown."""
         record = self._find(tensor)
         if record is None:
-            of_samples = tensor.ndim > 0 and tensor.shape[0] == self.n and not self._ambiguous()
-            return self.start(tensor.shape, tensor.device) if of_samples else None
+            if not tensor.ndim or self._ambiguous():
+                return None
+            if tensor.shape[0] == self.n:
+                return self.start(tensor.shape, tensor.device)
+            if not self.guesses or tensor.grad_fn is None:
+                return None
+            self.guesses = False  # the numbers of the inputs themselves are no guess
+            found = self._as_inputs(None, len(tensor))
+            self.guesses = True
+            return None if isinstance(found, bool) else found.view(-1, *[1] * (tensor.ndim - 1)).expand(tensor.shape)
         if record.version != version(tensor):
             return None
         if record.func is not None:
@@ -298,12 +313,16 @@ class RowTracker(Origins):
             inner = index(args[0])
             return None if inner is None else inner.view(*inner.shape, *[1] * (out.ndim - inner.ndim)).expand(out.shape)
         # Also what is spread over other axes, such as a mask (N, 1); or (N,) over (N, N), of two samples each.
-        spread = [x for x in args if isinstance(x, Tensor) and x.ndim and x.shape != out.shape and self._tracked(x)]
+        read = values_read(func, args, {})
+        spread = [x for x in read if x.ndim and x.shape != out.shape and self._tracked(x)]
         if any(map(self.is_sorted, spread)):
             return None
         sources = record.sources + spread
-        found = [x for x in (index(source) for source in sources) if x is not None]
-        if len(found) < len(record.sources) or not found:
+        numbers = [(source, index(source)) for source in sources]
+        found = [x for _, x in numbers if x is not None]
+        if not found or any(
+            x is None and not self._is_constant(source) for source, x in numbers[: len(record.sources)]
+        ):
             return None
         try:
             first, *others = [x.expand(out.shape) for x in found]
@@ -337,13 +356,20 @@ class RowTracker(Origins):
 
     def _is_table(self, tensor: Tensor) -> bool:
         """Whether it holds constants that are no rows of the batch, such as the weights of the classes."""
-        if tensor.requires_grad or self._tracked(tensor):
-            return False
-        if tensor.ndim and tensor.shape[0] == self.n:  # of rows, unless another batch has told
-            return not torch.compiler.is_compiling() and tensor in _TABLES
-        if not torch.compiler.is_compiling():
-            _TABLES[tensor] = True
-        return True
+        if self._is_constant(tensor):
+            if not torch.compiler.is_compiling():
+                _TABLES[tensor] = True
+            return True
+        # Of as many rows as samples: of rows, unless another batch has told.
+        return not (self._tracked(tensor) or torch.compiler.is_compiling()) and tensor in _TABLES
+
+    def _is_constant(self, tensor: Tensor) -> bool:
+        """Whether nothing of the batch is in it: it was made of constants, none of which has as many rows."""
+        record = self._find(tensor)
+        if record is None:
+            return not (tensor.requires_grad or self._tracked(tensor)) and tensor.shape[:1] != (self.n,)
+        made_of = [*record.sources, *values_read(record.func, record.args, {})]
+        return record.func is not None and all(map(self._is_constant, made_of))
 
     def keeps_rows(self, tensor: Tensor) -> bool:
         """Whether row i of it is known to be of sample i."""

@@ -62,8 +62,7 @@ class Reaching:
                 raise of_batch(call)
         if self.same:
             for call in calls:
-                if call.record.divisor is not None or call.record.is_sum:  # the step has divided the elements
-                    call.multiply(self.loss.new_ones(()))
+                call.multiply(None)
             return
         edges = [call.record.edge for call in calls]
         factors = torch.autograd.grad(self.loss, edges, create_graph=True)
@@ -227,22 +226,24 @@ def height(call: LossCall) -> int:
     return elements.shape[0] // call.parts if elements.ndim else 1
 
 
-def ambiguous(names: Sequence[str], who: str) -> AmbiguousLossError:
+def ambiguous(names: Sequence[str], who: str, *, manual: bool = False) -> AmbiguousLossError:
     """The error for several losses of which nothing says which is meant."""
+    every = "" if manual else "`loss='sum'` (all of them, with the same weights), "
     return AmbiguousLossError(
         f"Expected the training step to compute one loss for {who}, but got {len(names)}: {', '.join(names)}. Say"
-        " which: `loss='sum'` (all of them, with the same weights), `loss=<index>`, or `loss=callable(call) -> bool`."
+        f" which: {every}`loss=<index>`, or `loss=callable(call) -> bool`."
     )
 
 
 def untapped(lost: list[str], beside: bool) -> DebiasError:
     """The error for losses that cannot be taken apart, alone or beside others that can."""
     error, what = (UntappedLossError, "next to a loss that can") if beside else (LossNotFoundError, "and no other")
+    reduce = "Reduce it by `.mean()`, or by `.sum()` divided by the sum of the mask or weights; or return"
     return error(
         f"Expected every loss that reaches the returned loss to be one that can be taken apart per sample, but"
-        f" `{lost[0]}` reaches it in a way that cannot be followed, {what}. Reduce it by `.mean()`, or by `.sum()`"
-        " divided by the sum of the mask or weights; or return {'loss': loss, 'losses': per_sample}, or"
-        " `debias.register_loss(...)`."
+        f" `{lost[0]}` reaches it in a way that cannot be followed, {what}."
+        f" {reduce if 'none' in lost[0] else 'Return'} {{'loss': loss, 'losses': per_sample}}, whose mean the loss is;"
+        " or `debias.register_loss(...)`. Methods that reweigh also take `losses='split'`, whatever the step does."
     )
 
 
@@ -267,5 +268,6 @@ def _undivided(call: LossCall) -> DebiasError:
         f"Expected the step to divide the sum of `{call.name}` by what it runs over, so that the loss of a group does"
         " not depend on how many samples it has, but nothing of that kind divides it. Divide by the number of samples"
         " or elements, `losses.sum() / len(x)`, or by the sum of the weights or of the mask that the losses were"
-        " multiplied by, `losses.sum() / mask.sum()`; or use `.mean()`."
+        " multiplied by, `losses.sum() / mask.sum()`; or use `.mean()`. Methods that reweigh also take"
+        " `losses='split'`."
     )

@@ -37,11 +37,11 @@ def stated_losses(output: Any, tap: LossTap, *, beside: bool = False) -> tuple[L
     if beside and not _are_losses(output.get("losses"), tap):
         return None
     if isinstance(losses := output.get("losses"), Tensor):
-        elements, name = losses, "losses"
+        elements, den, name = losses, losses.new_ones(()), "losses"
         if tap.mixture is not None and tap.mixture.mixes:
             raise unmixable("losses", "the step returns them computed, with the labels of the samples themselves")
     elif isinstance(logits, Tensor) and isinstance(target, Tensor):
-        elements, name = _loss_of(logits, target), "logits"
+        (elements, den), name = _loss_of(logits, target), "logits"
     else:
         return None
     n = tap.tracker.n if tap.tracker is not None else elements.shape[0]
@@ -60,7 +60,7 @@ def stated_losses(output: Any, tap: LossTap, *, beside: bool = False) -> tuple[L
         call.record.samples, call.record.untracked = (lambda shape: None), False
     elif name == "losses":
         call.record.samples = functools.partial(tap.samples, call, trusted=[elements])
-    return call, elements.mean()
+    return call, elements.sum() / den.expand(elements.shape).sum()
 
 
 def _are_losses(losses: Any, tap: LossTap) -> bool:
@@ -114,7 +114,8 @@ def check_stated_losses(loss: Tensor, call: LossCall, plain: Tensor) -> None:
         )
 
 
-def _loss_of(logits: Tensor, target: Tensor) -> Tensor:
+def _loss_of(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses, and whether each counts: a target of -100 does not."""
     loss: Any = F.cross_entropy
     if target.is_floating_point() and target.shape == logits.shape:
         loss = F.binary_cross_entropy_with_logits
@@ -124,4 +125,5 @@ def _loss_of(logits: Tensor, target: Tensor) -> Tensor:
             f" along axis 1 of these, but got shapes {tuple(target.shape)} and {tuple(logits.shape)}. Return logits"
             " (N, C) or (N, C, ...), as torch's `cross_entropy` takes them: `logits.transpose(1, 2)`."
         )
-    return unreduced(loss, {"input": logits, "target": target})
+    losses = unreduced(loss, {"input": logits, "target": target})
+    return losses, losses.new_ones(()) if target.is_floating_point() else (target != -100).to(losses.dtype)

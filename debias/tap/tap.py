@@ -265,7 +265,7 @@ class LossTap(TorchFunctionMode):
         """Sample numbers of losses (of their shape, or one per row); None if row i is sample i or nobody asks."""
         if self.tracker is None:
             return None
-        n, device = self.tracker.n, call.record.elements[0].device
+        n, device = self.tracker.n, call.record.computed[0].device
         if self.rows is not None:
             return _given_rows(self.rows, call, n, shape, device)
         index: Tensor | bool | None = False
@@ -274,7 +274,7 @@ class LossTap(TorchFunctionMode):
         crossed = len(shape) == 2 and n > 1 and {tuple(x.shape) for x in trusted} == {(n,), (n, 1)}
         if not (call.record.of_pairs or crossed):
             # A single number is no row that could be found among others of the step.
-            single = n > 1 and shape.numel() == 1 and call.record.elements[0].ndim == 0
+            single = n > 1 and shape.numel() == 1 and call.record.computed[0].ndim == 0
             index = self.tracker.resolve(trusted, 0 if single else shape[0] if shape else 1)
         if isinstance(index, bool):
             raise _rows_error(call, n, shape, mixed=call.record.of_pairs or crossed or self.tracker.mixed)
@@ -374,11 +374,17 @@ def _rows_error(call: LossCall, n: int, shape: torch.Size, *, mixed: bool = Fals
             " `share * cross_entropy(logits, labels) + (1 - share) * cross_entropy(logits, labels[partners])`, with"
             " `loss='sum'`, which methods that reweigh can take. Penalties need unmixed samples."
         )
+    if shape and shape[0] < n:
+        return RowsError(
+            f"{expected}. If all samples together make what it reads (a mean over the batch), choose another loss,"
+            " `loss=<index>`, or pass `losses='split'`. If a `collate_fn` leaves samples out, leave them out of the"
+            " dataset instead, as ids cannot follow; if the step does, index the batch inside it; else say which sample"
+            " each row belongs to: `rows=callable(call, n)`."
+        )
     return RowsError(
         f"{expected}, and it cannot be followed which sample each row is of. If the rows are built from the samples,"
         " say how: `rows='tiled'` (all samples, then all again), `rows='interleaved'` (all rows of a sample together),"
-        " or `rows=callable(call, n)` that returns the sample of each row. A `collate_fn` must not leave samples out:"
-        " leave them out of the dataset."
+        " or `rows=callable(call, n)` that returns the sample of each row."
     )
 
 

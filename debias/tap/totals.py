@@ -1,4 +1,4 @@
-"""What a step may divide its losses by: sums and means of constant weights, or of a mask, however it does that.
+"""What a step may divide its losses by: sums and means of weights, or of a mask, however it does that.
 
 ``losses.sum() / mask.sum()``, ``losses.sum() / mask.sum().item()``, ``losses * (1 / w.sum())`` and ``w = w / w.sum();
 losses * w`` divide by the same.
@@ -13,42 +13,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debias.tap.calls import shares_memory
-from debias.tap.moves import CASTS, CHANGING, DIVISION, ELEMENTWISE, INPLACE, MEAN, MOVES, PRODUCT, SUM, among, named
+from debias.tap.moves import CASTS, DIVISION, INPLACE, MEAN, MOVES, PRODUCT, SUM, among, named
+from debias.tap.notes import first_version, version
 
 __all__ = ["READING", "Total", "Totals"]
 
 _T = torch.Tensor
 READING = frozenset({_T.item, _T.__float__, _T.__int__})
-_reads = among(READING)
-_counts = among(SUM | MEAN | named("count_nonzero"))
-_keeps = among(CASTS | ELEMENTWISE | INPLACE)
-_is_inverse = among(named("reciprocal reciprocal_ __rdiv__ __rtruediv__"))
-_is_power = among(named("pow __pow__"))
-_changes, _divides, _multiplies, _moves = map(among, (CHANGING, DIVISION, PRODUCT, MOVES | CASTS))
+# Leave a sum as it is where they guard against 0.
+_GUARDS = named(
+    "add add_ __add__ __radd__ __iadd__ clamp clamp_ clamp_min clamp_min_ clip maximum max nan_to_num nan_to_num_"
+)
+_reads, _guards, _casts, _moves = map(among, (READING, _GUARDS, CASTS, MOVES))
+_divides, _multiplies, _is_in_place = map(among, (DIVISION, PRODUCT, INPLACE))
+_counts, _is_inverse, _is_power = map(
+    among, (SUM | MEAN | named("count_nonzero"), named("reciprocal __rdiv__"), named("pow __pow__"))
+)
 
 
 @dataclass(eq=False)
 class Total:
-    """A sum or mean of constant weights.
+    """A sum or mean of weights.
 
     Attributes:
-        value: the number, as a tensor or Python's own; or what something was divided by it to make.
         source: the weights.
+        version: of them.
         is_mean: whether it is their mean.
-        divided: whether ``value`` is something that was divided by it.
+        of_batch: whether it is known to be a number of the whole batch, and no constant.
     """
 
-    value: Any
     source: Tensor
+    version: int
     is_mean: bool
-    divided: bool = False
+    of_batch: bool
 
-    def is_value(self, x: Any) -> bool:
-        """Whether it is this tensor, or a number that was read of it; a guard may have been added to that."""
-        if isinstance(x, Tensor) or isinstance(self.value, Tensor):
-            return x is self.value
-        return isinstance(x, int | float) and abs(x - self.value) <= 1e-4 * abs(self.value)
+    @property
+    def current(self) -> bool:
+        """Whether the weights are still those that were summed up."""
+        return torch.compiler.is_compiling() or self.version == version(self.source)
+
+
+@dataclass(eq=False)
+class _Made:
+    """A tensor that was made of a total, and its version then."""
+
+    tensor: Tensor
+    version: int
+    total: Total
 
 
 class Totals:
@@ -61,78 +72,121 @@ class Totals:
 
     def __init__(self, holds: Callable[..., bool], *, careful: bool) -> None:
         self._holds, self._careful = holds, careful
-        self._found: list[Total] = []
+        self._totals: list[_Made] = []  # proportional to a total
+        self._quotients: list[_Made] = []  # something that was divided by one
+        self._read: list[tuple[float, Total]] = []
 
     def close(self) -> None:
         """Let go of every tensor."""
-        self._found = []
-
-    def of(self, x: Any, *, divided: bool = False) -> Total | None:
-        """The total that a tensor or number is, or that it was divided by."""
-        return next((t for t in reversed(self._found) if t.divided == divided and t.is_value(x)), None)
+        self._totals, self._quotients, self._read = [], [], []
 
     def divides(self, func: Any, args: tuple[Any, ...], what: Any) -> Any:
-        """What an operation divides one of its arguments by: a total, a number, or None for nothing of that kind."""
+        """What an operation divides one of its arguments by: a total, or a number (perhaps in a tensor), or None."""
         if len(args) < 2:
             return None
-        if _divides(func) and args[0] is what:
-            by = args[1]
-            is_number = isinstance(by, int | float) or (isinstance(by, Tensor) and not (by.ndim or by.requires_grad))
-            return self.of(by) or (by if is_number and not self._holds(by) else None)
         if _multiplies(func):
-            return self.of(args[1] if args[0] is what else args[0], divided=True)
-        return None
-
-    def see(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
-        """Note what an operation has made of constants."""
-        if _changes(func) and self._found:
-            self._changed(func, args)
-        if isinstance(out, Tensor) and not out.requires_grad and _counts(func) and not out.ndim:
-            source = args[0] != 0 if func.__name__ == "count_nonzero" else args[0]
-            self._found.append(Total(out, source, func in MEAN))
-        elif self._found and args and out is not args[0] and (made := self._made(func, args, out)) is not None:
-            self._found.append(made)
-
-    def _made(self, func: Any, args: tuple[Any, ...], out: Any) -> Total | None:
-        first, *others = args
-        total = self.of(first) if isinstance(first, Tensor) else None
-        if total is not None and _reads(func):
-            return replace(total, value=out)
-        if not isinstance(out, Tensor) or out.requires_grad:
+            return _of(self._quotients, args[1] if args[0] is what else args[0])
+        if not _divides(func) or args[0] is not what:
             return None
-        if total is not None and not any(isinstance(x, Tensor) for x in others):
-            if _is_inverse(func) or (_is_power(func) and others == [-1]):
-                return replace(total, value=out, divided=True)
-            return replace(total, value=out) if _keeps(func) and self._is_same(func, first, out) else None
+        by = args[1]
+        if isinstance(by, int | float):
+            return by
+        if not isinstance(by, Tensor) or by.requires_grad or by.numel() != 1:
+            return None
+        return _of(self._totals, by) or (None if self._holds(by) else by)
+
+    def read_as(self, number: float) -> list[Total]:
+        """The sums from which a step has read this number, to guard it against 0 perhaps."""
+        close = [t for x, t in self._read if x == 0 or abs(number - x) <= 1e-4 * abs(x)]
+        return [t for t in dict.fromkeys(close) if t.current and not t.is_mean]
+
+    def see(self, func: Any, args: tuple[Any, ...], out: Any, *, held: bool) -> None:
+        """Note what an operation has made of constants.
+
+        Args:
+            func: the operation.
+            args: its arguments.
+            out: what it has made.
+            held: whether a tensor that it has changed in place was a number of the whole batch before.
+        """
+        if not args or not isinstance(args[0], Tensor):
+            return
+        if _counts(func) and isinstance(out, Tensor) and out.numel() == 1 and not out.requires_grad:
+            source = args[0] != 0 if func.__name__ == "count_nonzero" else args[0]
+            if not self._holds(source):
+                total = Total(source, first_version(source), func in MEAN, self._holds(out))
+                self._totals.append(_Made(out, first_version(out), total))
+        elif not self._totals:
+            return
+        elif _reads(func):
+            read = _of(self._totals, args[0])
+            if read is not None and (func is not _T.__int__ or _whole(args[0])):
+                self._read.append((out, read))
+        elif _is_in_place(func):
+            self._changed(func, args, held)
+        elif isinstance(out, Tensor) and not out.requires_grad:
+            self._made(func, args, out)
+
+    def _made(self, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
+        first, *others = args
         for what in args[:2]:
             by = self.divides(func, args, what)
             if isinstance(by, Total) and not self._holds(what):
-                return replace(by, value=out, divided=True)
-        divided = self.of(first, divided=True) if _moves(func) or _divides(func) or _multiplies(func) else None
-        return None if divided is None or self._holds(others) else replace(divided, value=out)
+                if isinstance(what, int) and what == by.source.numel():  # `w / w.sum() * len(w)`
+                    by = replace(by, is_mean=True)
+                self._quotients.append(_Made(out, first_version(out), by))
+                return
+        scales = (_multiplies(func) or _divides(func)) and not self._holds(others)
+        total, quotient = _of(self._totals, first), _of(self._quotients, first)
+        if total is not None:
+            if _is_inverse(func) or (_is_power(func) and others == [-1]):
+                self._quotients.append(_Made(out, first_version(out), total))
+            elif (scales and out.numel() == 1) or ((_casts(func) or _guards(func)) and self._is_same(first, out)):
+                self._totals.append(_Made(out, first_version(out), total))
+        elif quotient is not None and (scales or _moves(func) or _casts(func)):
+            self._quotients.append(_Made(out, first_version(out), quotient))
 
-    def _changed(self, func: Any, args: tuple[Any, ...]) -> None:
-        """Forget what is changed in place, unless it becomes a multiple of itself, or a guard leaves it as it is."""
+    def _changed(self, func: Any, args: tuple[Any, ...], held: bool) -> None:
+        """What is changed in place is something else, unless it becomes a multiple of itself or a guard leaves it."""
         changed, *others = args
+        is_product = _multiplies(func) or _divides(func)
+        if torch.compiler.is_compiling() or (is_product and any(isinstance(x, Tensor) and x.ndim for x in others)):
+            return
+        made, before = [*self._totals, *self._quotients], version(changed) - 1
+        if is_product:
+            for total in {note.total for note in made}:
+                if total.source is changed and total.version == before:
+                    total.version += 1
         by = self.divides(func, args, changed)
-        is_product = _divides(func) or _multiplies(func)
-        scales = is_product and not (isinstance(others[0], Tensor) and others[0].ndim)
-        scales = scales and (changed.ndim > 0 if isinstance(by, Total) else not self._holds(others))
-        kept = []
-        for total in self._found:
-            if scales or not (shares_memory(total.source, changed) or shares_memory(total.value, changed)):
-                kept.append(total)
-            elif changed is total.value and not total.divided and _keeps(func) and not is_product:
-                before = total.source.float().mean() if total.is_mean else total.source.sum()
-                kept += [total] if self._is_same(func, before, changed) else []
-        self._found = kept
-        if scales and isinstance(by, Total):  # `w /= w.sum()`
-            self._found.append(replace(by, value=changed, divided=True))
+        if isinstance(by, Total) and changed.ndim and not held:  # `w /= w.sum()`
+            self._quotients.append(_Made(changed, version(changed), by))
+        elif is_product and self._holds(others):
+            return
+        for note in made:
+            if note.tensor is changed and note.version == before and (is_product or self._is_guarded(func, note)):
+                note.version += 1
 
-    def _is_same(self, func: Any, before: Tensor, after: Tensor) -> bool:
-        """Whether a total is still proportional to what it was: a guard against 0 has changed nothing."""
-        if func in CASTS or _multiplies(func) or _divides(func) or not (before.device.type == "cpu" or self._careful):
+    def _is_guarded(self, func: Any, note: _Made) -> bool:
+        source = note.total.source.double()
+        return _guards(func) and self._is_same(source.mean() if note.total.is_mean else source.sum(), note.tensor)
+
+    def _is_same(self, before: Tensor, after: Tensor) -> bool:
+        """Whether a guard against 0, or a cast, has left a total as it is."""
+        if before.device.type != "cpu" and not self._careful:
             return True
         if after.dtype == torch.bool:
             return False
-        return bool((before == 0) | ((after - before).abs() <= 1e-4 * before.abs()))
+        return bool(((before == 0) | ((after - before).abs() <= 1e-4 * before.abs())).all())
+
+
+def _of(notes: list[_Made], x: Any) -> Total | None:
+    """The total of a tensor."""
+    note = next((note for note in reversed(notes) if note.tensor is x), None)
+    if note is None or not note.total.current:
+        return None
+    return note.total if torch.compiler.is_compiling() or note.version == version(note.tensor) else None
+
+
+def _whole(x: Tensor) -> bool:
+    """Whether it is a whole number, which reading it as one does not change."""
+    return not x.is_floating_point() or bool(x == x.round())

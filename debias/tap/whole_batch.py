@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from debias.tap.moves import (
     ALONG,
+    ELEMENTWISE,
     LIKE,
     MOVES,
     PUTTING,
@@ -22,6 +23,7 @@ from debias.tap.moves import (
     REDUCTIONS,
     SORTING,
     among,
+    axes_of,
     named,
     read_arguments,
     sorts_rows,
@@ -38,8 +40,12 @@ _is_statistic = among(STATISTICS)
 _DIFFERENTIABLE = named("sum mean")
 # Tell where a mask holds, and so are no more than it.
 _PLACES = named("nonzero argwhere")
-# Compare the rows of two tensors.
-_PAIRING = named("matmul mm __matmul__ __rmatmul__ addmm linear einsum cdist inner outer tensordot")
+# Compare the rows of two tensors: sum over the last axis of the first and the last but one, or the last, of the second.
+_MATMUL = named("matmul mm bmm __matmul__")
+_BY_ROWS = named("cdist linear inner")
+_PAIRING = _MATMUL | _BY_ROWS | named("__rmatmul__ addmm einsum outer tensordot")
+# Add samples up, as mixup does; what is computed of that is one sample's still.
+_ADDING = named("add add_ sub subtract sub_ rsub lerp lerp_ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__")
 # Of numbers of pairs, those of each sample with itself.
 _OF_ITSELF = named("diagonal diag trace")
 # Make constants; where they read a number, it is a size.
@@ -122,8 +128,9 @@ class WholeBatch:
                 self._numbers.append(x)
             if rows:
                 self._of_rows[x] = True
-                if self._compares(func, given, x):
+                if self._compares(func, args, given, x):
                     self._pairs[x] = True
+                    self._numbers += [] if x.requires_grad else [x]
                 if self._ranks(func, args, kwargs, given, x):
                     self._ranked[x] = True
 
@@ -131,24 +138,64 @@ class WholeBatch:
         """Whether it has a number for each two samples, such as their similarity; a group alone has fewer."""
         return self.looks and isinstance(x, Tensor) and x in self._pairs
 
-    def _compares(self, func: Any, given: list[Tensor], out: Tensor) -> bool:
+    def _compares(self, func: Any, args: tuple[Any, ...], given: list[Tensor], out: Tensor) -> bool:
         """Whether an operation makes a number for each two samples, or something of such numbers."""
-        if not out.ndim or out.shape[0] % self._n:
-            return False
-        for_each_two = out.ndim > 1 and not out.shape[1] % self._n
-        if func in _PAIRING:
-            rows = sum(map(self._is_made_of_rows, given))
-            return for_each_two and out.ndim == 2 and (rows > 1 or (len(given) == 2 and given[0] is given[1]))
         if any(x in self._pairs for x in given):
             return func not in _OF_ITSELF
-        return for_each_two and self._meet(given)
+        rows = [x for x in given if x.ndim and self._is_made_of_rows(x)]
+        moves_one = func in MOVES and isinstance(args[0], Tensor)  # perhaps by rows of another one
+        if not out.ndim or len(rows) < 2 or moves_one:
+            return False
+        if func in _PAIRING:
+            at = self._rows_at(func, args, rows) if len(rows) == 2 else []
+            if at and None not in at:
+                return at[0] != at[1]
+            return out.ndim == 2 and not (out.shape[0] % self._n or out.shape[1] % self._n)
+        return self._meet(func, rows, out)
 
-    def _meet(self, given: list[Tensor]) -> bool:
-        """Whether rows along the first axis meet rows along the second one, as in ``x[:, None] - x[None]``."""
-        axes = max((x.ndim for x in given), default=0)
-        shapes = [(*[1] * (axes - x.ndim), *x.shape) for x in given if x.ndim and self._is_made_of_rows(x)]
-        lies = {(shape[0] > 1, shape[1] > 1) for shape in shapes} if axes > 1 else set()
-        return {(True, False), (False, True)} <= lies
+    def _meet(self, func: Any, rows: list[Tensor], out: Tensor) -> bool:
+        """Whether rows of one tensor meet other samples' rows of another one, as in ``x[:, None] - x[None]``."""
+        tracker = self.tracker
+        assert tracker is not None
+        if all(map(tracker.keeps_rows, rows)) and len({x.ndim for x in rows}) == 1:
+            return False
+        if func in MOVES:  # joined so that a row holds several samples
+            index = tracker.index(out)
+            return index is not None and len(self._moving(index)) > 1
+        spreads = func in ELEMENTWISE or len({x.ndim for x in rows}) == 1
+        if spreads and len({self._axis_of_rows(x) for x in rows} - {None}) > 1:
+            return True
+        known = [index for x in rows if (index := tracker.index(x)) is not None and x.shape == rows[0].shape]
+        return func not in _ADDING and not all(torch.equal(x, known[0]) for x in known[1:])
+
+    def _moving(self, index: Tensor) -> list[int]:
+        """The axes along which samples change."""
+        assert self.tracker is not None
+        return [axis for axis in range(index.ndim) if self.tracker.without(index, [axis]) is None]
+
+    def _axis_of_rows(self, x: Tensor) -> int | None:
+        """The axis along which samples lie, from the end; None where that is not known."""
+        tracker = self.tracker
+        assert tracker is not None
+        if tracker.keeps_rows(x):
+            return -x.ndim
+        index = tracker.index(x)
+        axes = [] if index is None else self._moving(index)
+        return axes[0] - x.ndim if len(axes) == 1 else None
+
+    def _rows_at(self, func: Any, args: tuple[Any, ...], rows: list[Tensor]) -> list[int | str | None]:
+        """The axes of a product along which the rows of its factors lie; "" of those that it sums over."""
+        first, second = (self._axis_of_rows(x) for x in rows)
+        if first is None or second is None:
+            return [None]
+        if func is torch.einsum and isinstance(args[0], str) and "." not in args[0]:
+            names = args[0].replace(" ", "").partition("->")[0].split(",")
+            return [name[axis] for name, axis in zip(names, (first, second), strict=False)]
+        if func in _MATMUL:
+            return ["" if first == -1 else first, "" if second == -2 else second]
+        if func in _BY_ROWS:
+            return ["" if first == -1 else first, "" if second == -1 else -1 if second == -2 else second]
+        return [None]
 
     def _ranks(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], out: Tensor
@@ -158,6 +205,14 @@ class WholeBatch:
             return False
         sorts = func in SORTING and sorts_rows(func, args, kwargs)
         return sorts or (func in MOVES and any(x in self._ranked for x in given))
+
+    def _keeps_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
+        """Whether a reduction leaves every row; those of unknown origin lie along the first axis, all as often."""
+        if not out.ndim or self.tracker is None:
+            return False
+        data = args[0]
+        first = 0 not in axes_of(args, kwargs, data.ndim) and not len(data) % self._n and data not in self._pairs
+        return self.tracker.index(out) is not None or (first and self.tracker.index(data) is None)
 
     def _is_made_of_rows(self, x: Tensor) -> bool:
         """Whether values of samples are in it; they are in what a network has made, which may not have been seen."""
@@ -176,7 +231,7 @@ class WholeBatch:
                 return False
             of_losses = self._losses.is_unreduced(data)
             made_of_rows = of_losses or tracker.is_of_batch(data) or (rows and not differentiable)
-            return made_of_rows and (not out.ndim or tracker.index(out) is None)
+            return made_of_rows and not self._keeps_rows(args, kwargs, out)
         if differentiable:
             return False
         # As soon as nothing is differentiated any more a loss of the batch is such a number, too.
@@ -188,7 +243,7 @@ class WholeBatch:
             again = data in self._ranked or out.shape[:1] != data.shape[:1]  # places of places are ranks
             return sorts_rows(func, args, kwargs) and again
         if func in ALONG:
-            return tracker.index(out) is None
+            return not self._keeps_rows(args, kwargs, out)
         if func in PUTTING:  # counts of classes, say; along other axes than the first it is done to each row
             adds = kwargs.get("accumulate", args[-1]) is True
             return adds or (len(args) > 1 and type(args[1]) is int and args[1] == 0)
@@ -211,6 +266,8 @@ def _does_the_same_to_parts(func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     in_place = name.endswith("_") and not name.endswith("__")
     if not out.ndim or len(out) < 2 or in_place or func is torch.autograd.grad:  # whose graph may be used up
         return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(out):  # as under vmap, where no value can be looked at
+        return True
     half = len(out) // 2
     size = out.abs().amax() if out.numel() and not out.is_complex() and out.dtype != torch.bool else 0
     for part in (slice(half), slice(half, None)):

@@ -15,13 +15,14 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from debias import IRM, AttributeProbe, Fishr, GroupDRO, GroupMonitor, JustTrainTwice, SampleRecorder, tag
-from debias.errors import DebiasError, RowsError, UntappedLossError
+from debias.errors import DebiasError, LossNotFoundError, RowsError, UntappedLossError
 
 N, T, D, C = 8, 3, 4, 3
 G = torch.tensor([0, 1, 0, 1, 1, 0, 0, 0])
 ORDER = torch.tensor([3, 1, 0, 7, 5, 2, 6, 4])
 ALPHA = torch.tensor([0.2, 0.5, 0.3]).double()
 ROWS = ALPHA.repeat(N + 1, 1)
+HALF = torch.tensor([1, 1, 0, 1, 0, 0, 1, 0]).double()
 Step = Callable[..., Any]
 
 
@@ -136,7 +137,86 @@ def stated(values: Tensor) -> dict[str, Tensor]:
     return {"loss": values.mean(), "losses": values}
 
 
+def fixmatch(net: Any, views: Tensor) -> Tensor:
+    """A loss of strongly changed samples with the classes of the weakly changed ones, where these are sure."""
+    _, weak, strong = net(views).mean(1).chunk(3)
+    sure, classes = weak.detach().softmax(-1).max(-1)
+    return (F.cross_entropy(strong, classes, reduction="none") * (sure > 0.4).double()).mean()
+
+
+@torch.no_grad()
+def unfollowed(net: Any, x: Tensor, y: Tensor) -> Tensor:
+    return losses(net, x, y)
+
+
+def compared(z: Tensor, scores: Callable[[Tensor], Tensor]) -> Tensor:
+    return F.cross_entropy(scores(z), torch.arange(len(z)))
+
+
+def joined(z: Tensor) -> Tensor:
+    n = len(z)
+    return torch.cat([z[:, None].expand(-1, n, -1), z[None].expand(n, -1, -1)], -1).prod(-1)
+
+
+def listed(z: Tensor) -> Tensor:
+    return torch.stack([torch.stack([(a * b).sum() for b in z]) for a in z])
+
+
 RIGHT: dict[str, Step] = {
+    "rows of soft targets over their mask": lambda net, x, y, yt, w, k, z: (
+        F.kl_div(
+            net(x).log_softmax(-1).view(-1, C), (x[..., :C].softmax(-1) * k[..., None]).view(-1, C), reduction="sum"
+        )
+        / k.flatten().sum()
+    ),
+    "tokens first, beside their mask": lambda net, x, y, yt, w, k, z: F.cross_entropy(
+        net(x.transpose(0, 1) * k.t()[..., None]).flatten(0, 1), yt.t().flatten()
+    ),
+    "chosen by their losses": lambda net, x, y, yt, w, k, z: (
+        lambda sure: F.cross_entropy(net(x).mean(1)[sure], y[sure])
+    )(unfollowed(net, x, y) < 1.2),
+    "a mask as the inputs are": lambda net, x, y, yt, w, k, z: over_its_own_sum(tokens(net, x, yt), (k > 0).to(x)),
+    "constants spread over the batch": lambda net, x, y, yt, w, k, z: (
+        lambda ce: (ce * ALPHA.repeat(len(x), 1) * ALPHA[None].expand_as(ce)).mean()
+    )(tokens(net, x, yt)),
+    "weights of the classes in each row": lambda net, x, y, yt, w, k, z: (
+        losses(net, x, y) * ALPHA.repeat(len(y), 1).gather(1, y[:, None])[:, 0]
+    ).mean(),
+    "the best of several": lambda net, x, y, yt, w, k, z: (tokens(net, x, yt).min(dim=1).values * w).sum() / w.sum(),
+    "the better of two": lambda net, x, y, yt, w, k, z: torch.min(losses(net, x, y), tokens(net, x, yt).amax(1)).mean(),
+    "parts of one forward pass": lambda net, x, y, yt, w, k, z: fixmatch(net, torch.cat([x, x + 0.1, 2 * x])),
+    "logits and targets, some of them ignored": lambda net, x, y, yt, w, k, z: (
+        lambda logits, target: {
+            "loss": -(logits.log_softmax(1).gather(1, target.clamp(min=0)[:, None])[:, 0][target >= 0]).mean(),
+            "logits": logits,
+            "targets": target,
+        }
+    )(net(x).mean(1), torch.where(w > 0.5, y, -100)),
+    "an ensemble by vmap": lambda net, x, y, yt, w, k, z: F.cross_entropy(
+        torch.vmap(lambda factor: net(factor * x).mean(1))(ALPHA).mean(0), y
+    ),
+    "weights of classes, normalised": lambda net, x, y, yt, w, k, z: (
+        F.binary_cross_entropy_with_logits(net(x).mean(1), z, reduction="none") * (ALPHA / ALPHA.mean())
+    ).mean(),
+    "weights of the classes, normalised and looked up": lambda net, x, y, yt, w, k, z: (
+        losses(net, x, y) * (ALPHA / ALPHA.sum())[y]
+    ).mean(),
+    "weights of tokens, normalised": lambda net, x, y, yt, w, k, z: (
+        (tokens(net, x, yt) * (ALPHA / ALPHA.sum())).sum(1).mean()
+    ),
+    "weights of a mean of 1": lambda net, x, y, yt, w, k, z: (losses(net, x, y) * (w / w.sum() * len(w))).mean(),
+    "sure samples, by detached losses": lambda net, x, y, yt, w, k, z: (
+        lambda ce, sure: (sure * ce).sum() / sure.sum()
+    )(ce := losses(net, x, y), torch.exp(-ce.detach())),
+    "selected weights": lambda net, x, y, yt, w, k, z: (
+        (losses(net, x, y)[w > 0.6] * w[w > 0.6]).sum() / w[w > 0.6].sum()
+    ),
+    "a count that is logged": lambda net, x, y, yt, w, k, z: (
+        F.cross_entropy(net(x).mean(1), y, reduction="sum") / (len(x) if (w > 0).sum().item() == len(x) else 1)
+    ),
+    "a mean that is logged": lambda net, x, y, yt, w, k, z: (
+        ce(net, x, y) / (1 if (w > 0).double().mean().item() == 1 else 2)
+    ),
     "normalised weights": lambda net, x, y, yt, w, k, z: (losses(net, x, y) * (w / w.sum())).sum(),
     "normalised in place": lambda net, x, y, yt, w, k, z: (losses(net, x, y) * w.clone().div_(w.sum())).sum(),
     "normalised masks of tokens": lambda net, x, y, yt, w, k, z: (k / k.sum() * tokens(net, x, yt)).sum(),
@@ -228,7 +308,99 @@ RIGHT: dict[str, Step] = {
     ),
 }
 UNDIVIDED, OF_BATCH, BENT = "by what it runs over", "made of the whole batch", "to be linear"
+NOT_FOLLOWED, MIXED = "cannot be followed", "mixes samples"
 REFUSED: dict[str, tuple[str, Step]] = {
+    "weighed by how many are of the class": (
+        OF_BATCH, lambda net, x, y, yt, w, k, z: (losses(net, x, y) / (y[:, None] == y[None]).sum(1)).mean()
+    ),
+    "hardest negatives beside the positives": (
+        "made of the whole batch|by what it runs over",
+        lambda net, x, y, yt, w, k, z: (
+            lambda ce, chosen: ce[chosen].sum() / (y > 1).sum()
+        )(ce := losses(net, x, y), (y > 1) | (ce.detach().argsort(descending=True).argsort() < 3)),
+    ),
+    "tokens compared with tokens": (
+        MIXED,
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(
+            torch.einsum("bsd,ctd->bcst", net(x), net(x + 1)).amax(-1).sum(-1), torch.arange(len(x))
+        ),
+    ),
+    "tokens compared with tokens, by a product": (
+        MIXED,
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(
+            (net(x)[:, None] @ net(x + 1)[None].mT).amax(-1).sum(-1), torch.arange(len(x))
+        ),
+    ),
+    "tokens compared with samples": (
+        MIXED,
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(
+            torch.matmul(net(x), net(x).mean(1).t()).mean(1), torch.arange(len(x))
+        ),
+    ),
+    "samples compared at each place": (
+        MIXED,
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(
+            torch.bmm(net(x).transpose(0, 1), net(x).transpose(0, 1).mT).flatten(0, 1), torch.arange(len(x)).repeat(T)
+        ),
+    ),
+    "cosines of all pairs": (
+        MIXED,
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(
+            F.cosine_similarity(net(x)[:, 0, :, None], net(x)[:, 1, :, None].transpose(0, 2)), torch.arange(len(x))
+        ),
+    ),
+    "pairs put together": (MIXED, lambda net, x, y, yt, w, k, z: compared(net(x).mean(1), joined)),
+    "pairs in a list": (MIXED, lambda net, x, y, yt, w, k, z: compared(net(x).mean(1), listed)),
+    "hardest in a row of distances": (
+        MIXED,
+        lambda net, x, y, yt, w, k, z: (
+            lambda d: F.margin_ranking_loss(
+                torch.stack([row[y != c].min() for row, c in zip(d, y, strict=True)]), d.mean(1), torch.ones(len(x))
+            )
+        )(torch.cdist(net(x).mean(1), net(x).mean(1))),
+    ),
+    "matched and shuffled pairs": (
+        MIXED,
+        lambda net, x, y, yt, w, k, z: (
+            lambda a, b: F.binary_cross_entropy_with_logits(
+                torch.cat([(a * b).sum(1), (a * b[ORDER[: len(x)]]).sum(1)]), torch.ones(2 * len(x)).double()
+            )
+        )(net(x).mean(1), net(x)[:, 0]),
+    ),
+    "two orders of one output": (
+        MIXED, lambda net, x, y, yt, w, k, z: (lambda z: F.mse_loss(z[ORDER], z[ORDER.flip(0)]))(net(x).mean(1))
+    ),
+    "another loss added to divided ones": (
+        UNDIVIDED, lambda net, x, y, yt, w, k, z: (losses(net, x, y) / len(x) + tokens(net, x, yt).mean(1)).sum()
+    ),
+    "two normalised parts": (
+        OF_BATCH,
+        lambda net, x, y, yt, w, k, z: (
+            losses(net, x, y) * (w / w.sum()) + tokens(net, x, yt).mean(1) * (k.sum(1) / k.sum())
+        ).sum(),
+    ),
+    "a clamp of weighted losses": (
+        OF_BATCH, lambda net, x, y, yt, w, k, z: (losses(net, x, y) * (w / w.mean())).clamp(max=1.2).mean()
+    ),
+    "weights above the least, in place": (
+        OF_BATCH,
+        lambda net, x, y, yt, w, k, z: (
+            losses(net, x, y) * (lambda v: v.div_(v.sum()))(w - w.min())
+        ).sum(),
+    ),
+    "weights over two sums, in place": (
+        OF_BATCH, lambda net, x, y, yt, w, k, z: (losses(net, x, y) * (w / w.sum()).div_(k.sum())).sum()
+    ),
+    "a sum times a mean, in place": (
+        UNDIVIDED, lambda net, x, y, yt, w, k, z: (tokens(net, x, yt) * k).sum() / k.sum().mul_(w.mean())
+    ),
+    "a mean of other samples": (
+        NOT_FOLLOWED, lambda net, x, y, yt, w, k, z: ((torch.eye(N).double() + 0.1) @ losses(net, x, y)).mean()
+    ),
+    "a count of a balanced mask": (
+        UNDIVIDED,
+        lambda net, x, y, yt, w, k, z: (losses(net, x, y) * HALF).sum() / (len(x) - HALF.sum()),
+    ),
     "a mean of weights before the loss": (OF_BATCH, lambda net, x, y, yt, w, k, z: w.mean() * ce(net, x, y)),
     "a count before the loss": (OF_BATCH, lambda net, x, y, yt, w, k, z: torch.mul(k.sum(), ce(net, x, y))),
     "a changed sum": (UNDIVIDED, lambda net, x, y, yt, w, k, z: (tokens(net, x, yt) * k).sum() / k.sum().add_(1)),
@@ -458,6 +630,14 @@ def test_a_group_has_the_loss_that_the_step_returns_for_it(name):
     same(RIGHT[name])
 
 
+def test_parts_over_counts_that_are_read_and_happen_to_be_the_same():
+    def step(net: Any, x: Tensor, y: Tensor, yt: Tensor, w: Tensor, k: Tensor, z: Tensor, half: Tensor) -> Tensor:
+        ones, others, ce = half.sum().item(), (1 - half).sum().item(), losses(net, x, y)
+        return (ce * half).sum() / ones + (ce * (1 - half)).sum() / others
+
+    same(step, TensorDataset(*data(), HALF), loss="sum")
+
+
 def test_a_batch_of_as_many_samples_as_classes_has_their_weights_too():
     def step(net: Any, x: Tensor, y: Tensor, *others: Tensor) -> Tensor:
         return (ALPHA[y] * losses(net, x, y)).mean()
@@ -477,7 +657,7 @@ def test_a_batch_of_as_many_samples_as_classes_has_their_weights_too():
 def test_what_a_group_would_have_otherwise_is_refused(name):
     said, step = REFUSED[name]
     options = {"loss": "sum"} if "task" in name or name == "larger of two" else {}
-    with pytest.raises((UntappedLossError, RowsError), match=said):
+    with pytest.raises((UntappedLossError, RowsError, LossNotFoundError), match=said):
         fit(step, **options)
 
 
