@@ -48,7 +48,7 @@ class LossRecord:
         own_rows: sample of each row with its own label, where samples were mixed.
         untracked: nobody asked for the samples of the rows.
         by_first_axis: whether it is divided by the length of its first axis alone.
-        changed: whether what tells its rows was changed in place in a way that is not understood.
+        of_pairs: whether it reads a number for each two samples.
     """
 
     compute: Callable[[], tuple[Tensor, Tensor]]
@@ -71,7 +71,7 @@ class LossRecord:
     shares: Tensor | None = None
     own_rows: Tensor | None = None
     by_first_axis: bool = False
-    changed: bool = False
+    of_pairs: bool = False
     untracked: bool = False
 
     @cached_property

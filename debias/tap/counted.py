@@ -115,8 +115,6 @@ class CountedElements:
         """What an operation has made of a trace."""
         tensor = trace.tensor
         if func in MOVES:
-            if not args or args[0] is not tensor:
-                return []
             parts = list(enumerate(out)) if isinstance(out, tuple | list) else [(None, out)]
             moved = [(x, apply_move(func, args, kwargs, _places(tensor), part)) for part, x in parts]
             return [_Trace(x, trace.loss, source=trace, places=places) for x, places in moved]
@@ -144,8 +142,6 @@ class CountedElements:
             return ~others[0].expand(torch.broadcast_shapes(losses.shape, others[0].shape))
         if func in _WHERE and len(args) == 3:
             condition, kept, _ = (args[1], args[0], args[2]) if func is _T.where else args
-            if condition is losses:
-                return None
             shape = torch.broadcast_shapes(*(x.shape for x in args if isinstance(x, Tensor)))
             return (condition if kept is losses else ~condition).expand(shape)
         factor = others[0] if func in _MUL and others else None

@@ -162,10 +162,8 @@ def deliver(call: LossCall, tracker: RowTracker | None, runs: list[tuple[Run, An
     call.record.feature_rows = functools.partial(_joined_rows, tracker, runs)
 
 
-def _joined_rows(tracker: RowTracker | None, runs: list[tuple[Run, Tensor]], call: LossCall) -> Tensor | None:
+def _joined_rows(tracker: RowTracker | None, runs: list[tuple[Run, Tensor]], call: LossCall) -> Tensor:
     """As :func:`feature_rows_of`, for the rows of several runs."""
-    if tracker is None:
-        return None
     found = [feature_rows_of(tracker, run, call, features=features) for run, features in runs]
     counts = [len(rows_of_features(features, call.head)) for _, features in runs]
     device = runs[0][1].device

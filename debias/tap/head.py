@@ -246,7 +246,6 @@ class HeadTap:
                 times and nothing tells which run is meant.
             RowsError: it has seen no sample of a loader whose samples have ids.
         """
-        self.stop()
         runs = [] if self._layer is None else self._layer.runs
         if not self._noting:
             if join and runs and self._named:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from debias.errors import DebiasError, RowsError
+from debias.tap.losses import COMPARING
 
 __all__ = ["Mixture", "Part", "mix_parts", "row_sources", "unmixable"]
 
@@ -139,8 +140,8 @@ def mix_parts(
     """
     mixture, record, tracker = tap.mixture, call.record, tap.tracker
     losses, den = compute(lambda target: target)
-    if losses.ndim == 0:
-        raise unmixable(call.name, "it is a single number")
+    if losses.ndim == 0 or call.name in COMPARING or not isinstance(call.target, Tensor):
+        raise unmixable(call.name, "it has no target for each sample")
     record.compute = lambda: (losses, den)
     index = record.samples(losses.shape)
     if index is not None and index.ndim > 1:  # one sample a row, unless the elements are those of the target

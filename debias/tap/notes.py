@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debias.tap.moves import CASTS, LOOKUPS, MOVES, REDUCTIONS, axes_of, keeps_rows
+from debias.tap.moves import ALONG, CASTS, LOOKUPS, MOVES, REDUCTIONS, SORTING, axes_of, keeps_rows
 
 __all__ = ["CHANGED", "Note", "first_version", "same_rows", "version"]
 
@@ -76,7 +76,7 @@ class Note:
 
 def same_rows(record: Note) -> bool:
     """Whether row i is made of row i of one other tensor."""
-    moved = record.func in MOVES and not keeps_rows(record.func, record.args, record.out)
-    if record.reduces:
+    moved = record.func in SORTING or (record.func in MOVES and not keeps_rows(record.func, record.args, record.out))
+    if record.reduces or record.func in ALONG:
         moved = record.out.ndim == 0 or 0 in axes_of(record.args, record.kwargs, record.args[0].ndim)
     return len(record.sources) == 1 and not moved

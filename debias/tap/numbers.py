@@ -35,7 +35,7 @@ class SampleNumbers:
     def by_row(self, index: Tensor) -> Tensor | None:
         """Sample of each row of sample numbers ``(rows, ...)``; None where a row is of several samples."""
         if index.ndim < 2:
-            return index
+            return index if index.ndim else index.reshape(1)
         flat = index.flatten(1)
         still = all(s == 0 or size == 1 for s, size in zip(index.stride()[1:], index.shape[1:], strict=True))
         # Beyond the CPU the step that recorded everything has looked.

@@ -117,29 +117,29 @@ class RowTracker(Origins):
 
     def follow(self, tensor: Tensor, index: Callable[[], Tensor | None] | None = None) -> None:
         """From now on record what is made of this tensor too; ``index`` gives its sample numbers, if they are known."""
-        if index is not None:
+        if index is not None or self._find(tensor) is None:
+            index = index or functools.partial(self._plain, tensor)
             self._records.append(Note(tensor, version(tensor), index=index, known=False))
-        elif self._find(tensor) is None:
-            plain = functools.partial(self._plain, tensor)
-            self._records.append(Note(tensor, version(tensor), index=plain, known=False))
 
     def _in_place(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """A change in place is understood if it keeps every row with its sample."""
-        target = args[0]
-        others = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, Tensor) and x.ndim]
-        if func is Tensor.__setitem__:
-            others = [x for x in args[2:] if isinstance(x, Tensor) and x.ndim]
+        target, key = args[0], args[1] if func is Tensor.__setitem__ else None
+        given = values_read(func, args, kwargs)[1:] if key is None else args[2:]
+        others = [x for x in given if isinstance(x, Tensor) and x.ndim]
         if torch.compiler.is_compiling():  # neither versions nor sample numbers can be looked at
             if others:
                 self._lose(target, out)
             return
         note = self._find(target)
-        if note is None or version(target) != note.version + 1:  # nothing was changed, or something else as well
-            return
+        if note is None and key is not None and target.shape[:1] == (self.n,) and any(map(self.is_of_batch, others)):
+            self.follow(target)  # a new tensor, to be filled with rows of the batch
+            note = self._records[-1]
+        elif note is None or version(target) != note.version + (not target.is_inference()):
+            return  # nothing was changed, or something else as well
+        note.version = version(target)
         # Masks and weights of unknown origin are taken for rows of the batch, as other operands are.
-        before, note.version = note.version, version(target)
-        if not all(self._same_rows_as(x, target, assigned=func is Tensor.__setitem__) for x in others):
-            note.version, self.mixed = before, True
+        if not all(self._same_rows_as(x, target, key) for x in others):
+            note.version = CHANGED
 
     def _lose(self, target: Tensor, out: Any) -> None:
         """From now on the rows of this tensor are unknown."""
@@ -149,12 +149,18 @@ class RowTracker(Origins):
             if out is not target:  # as in a compiled graph
                 self._records.append(Note(out, CHANGED, torch.clone, (target,)))
 
-    def _same_rows_as(self, other: Tensor, target: Tensor, *, assigned: bool) -> bool:
-        if other.shape[:1] != target.shape[:1]:
-            return not assigned
-        if self._find(other) is None:
-            return True
-        rows, others = self._of_rows(target), self._of_rows(other)
+    def _same_rows_as(self, other: Tensor, target: Tensor, key: Any) -> bool:
+        """Whether rows fit those of a tensor, or of what of it they are assigned to."""
+        if self._find(other) is None or (key is None and other.shape[:1] != target.shape[:1]):
+            return key is None or other.shape[:1] == target.shape[:1]
+        first = key[0] if isinstance(key, tuple) and key else key
+        whole = isinstance(first, slice) or (isinstance(first, Tensor) and first.ndim == 1)
+        if key is None or (whole and other.ndim == target.ndim):  # so that no index is made for every pixel
+            rows, others = self._of_rows(target), self._of_rows(other)
+            rows = rows if rows is None or key is None else rows[first]
+        elif (rows := self.index(target)) is not None and (others := self.index(other)) is not None:
+            rows = rows[key]
+            others = others.expand(rows.shape) if others.ndim <= rows.ndim else others
         return rows is not None and others is not None and self._equal(rows, others)
 
     # -- answers -----------------------------------------------------------------------------------
@@ -200,6 +206,7 @@ class RowTracker(Origins):
         Returns:
             None if row i is sample i, an int64 tensor shaped like the candidate it was found from, or False if unknown.
         """
+        self.mixed = False
         found_sorted = [self.is_sorted(tensor) for tensor in candidates]
         if any(map(self.is_changed, candidates)) or (len(candidates) == 2 and self._compares_samples(*candidates)):
             self.mixed = True
@@ -212,7 +219,6 @@ class RowTracker(Origins):
             return False
         made = [x for x in candidates if (record := self._find(x)) is not None and record.func is not None]
         in_order = not self.reordered() if made or rows == self.n else False
-        before, self.mixed = self.mixed, False
         # Of the same network, put in two orders; or made of all samples together.
         if (len(made) == 2 and self._differ(*map(self.index, made))) or any(map(self._sums_samples, made)):
             self.mixed = True
@@ -223,7 +229,6 @@ class RowTracker(Origins):
                 return False
             if index is not None:
                 return None if self.keeps_rows(tensor) else index
-        self.mixed = before
         if any(found_sorted):
             return False
         if rows == self.n and in_order and not self._ambiguous():
@@ -286,15 +291,12 @@ class RowTracker(Origins):
             self.guesses = True
             return None if isinstance(found, bool) else found.view(-1, *[1] * (tensor.ndim - 1)).expand(tensor.shape)
         if record.version != version(tensor):
-            self.mixed = True
             return None
-        if record.func is not None and not tensor.ndim:
-            return None
-        if record.func is None:
-            if record.index is not None:
-                return record.index()
-            return self.start(tensor.shape, tensor.device, record.sample, record.first)
-        return self.replay(record, self.index)
+        if record.func is not None:
+            return self.replay(record, self.index)
+        if record.index is not None:
+            return record.index()
+        return self.start(tensor.shape, tensor.device, record.sample, record.first)
 
     def replay(self, record: Note, index: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """Numbers in the shape of what an operation made, from those of what it was made of."""
@@ -323,6 +325,8 @@ class RowTracker(Origins):
         # Also what is spread over other axes, such as a mask (N, 1); or (N,) over (N, N), of two samples each.
         read = values_read(func, args, {})
         spread = [x for x in read if x.ndim and x.shape != out.shape and self._tracked(x)]
+        if any(map(self.is_sorted, spread)):
+            return None
         sources = record.sources + spread
         numbers = [(source, index(source)) for source in sources]
         found = [x for _, x in numbers if x is not None]
@@ -351,7 +355,7 @@ class RowTracker(Origins):
             return True
         for record in self._records:
             out = record.out
-            if record.func not in MOVES or not out.ndim or self.n not in out.shape or not self.is_of_batch(out):
+            if record.func not in MOVES or same_rows(record) or self.n not in out.shape or not self.is_of_batch(out):
                 continue
             index = self.index(out)
             if index is None or (len(out) == self.n and self._axis(index, read) is None):
@@ -379,20 +383,17 @@ class RowTracker(Origins):
 
     def keeps_rows(self, tensor: Tensor) -> bool:
         """Whether row i of it is known to be of sample i."""
-        record = self._find(tensor)
-        if record is not None and record.func is None and record.index is None:
-            return record.sample is None and not self.several
-        if tensor.ndim == 0 or tensor.shape[0] != self.n:
+        if tensor.shape[:1] != (self.n,):
             return False
+        record = self._find(tensor)
         if record is None:
             return not self._ambiguous()  # of unknown origin, with one row per sample
         if record.version != version(tensor):
             return False
-        if record.func is not None and same_rows(record):
-            return self.keeps_rows(record.sources[0])
-        if record.func is None or record.func in MOVES or record.reduces:
-            return (index := self.index(tensor)) is not None and self._axis(index) == 0
-        return all(map(self.keeps_rows, record.sources))
+        sources = record.sources
+        if sources and (same_rows(record) or (len(sources) > 1 and record.func not in MOVES)):
+            return all(map(self.keeps_rows, sources))  # so that no index is made for every pixel
+        return (index := self.index(tensor)) is not None and self._axis(index) == 0
 
     def _of_rows(self, tensor: Tensor) -> Tensor | None:
         """Sample numbers along the first axis, or None where its origin is unknown or a row is of several samples."""

@@ -23,7 +23,7 @@ from debias.tap.calls import LossCall, LossRecord
 from debias.tap.evaluated import Evaluated, counted_by
 from debias.tap.following import FOLLOWED, Following, Unreduced
 from debias.tap.losses import COMPARING, FORM, LOSSES, NAMES, NOT_PER_SAMPLE, SECOND, SYMMETRIC, reduction_of, unreduced
-from debias.tap.mixing import Mixture, mix_parts, unmixable
+from debias.tap.mixing import Mixture, mix_parts
 from debias.tap.moves import CHANGING, RECORDED, Move, among
 from debias.tap.predictions import CLASSIFYING
 from debias.tap.rows import RowTracker
@@ -103,8 +103,6 @@ class LossTap(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.suspended:
             return func(*args, **kwargs)
-        if func is Tensor.__iter__ and args[0].ndim:  # `a, b = losses`
-            return iter(self.__torch_function__(Tensor.unbind, types, args))
         run = _run if self.evaluated is None else self.evaluated.run
         if self.training and torch.compiler.is_compiling():  # it would be cut to pieces
             run = _run
@@ -165,11 +163,9 @@ class LossTap(TorchFunctionMode):
             call.counts.append(counted_by(func, arguments))
         call.record.is_sum = call.record.undivided = reduction == "sum"
         call.record.by_first_axis = reduction == "batchmean"
-        call.record.changed = call.record.changed or any(map(self._following.batch.of_pairs, arguments.values()))
+        call.record.of_pairs = any(map(self._following.batch.of_pairs, arguments.values()))
         call.record.of_batch = self._is_of_whole_batch(call, arguments)
         mixed = self.training and self.mixture is not None and self.mixture.meant(call)
-        if mixed and (SECOND[func] != "target" or not isinstance(call.target, Tensor)):
-            raise unmixable(call.name, "it compares inputs with each other")
         if mixed:
             parts = mix_parts(self, call, functools.partial(_with_label, func, arguments, labels))
         if reduction != "none":
@@ -194,18 +190,14 @@ class LossTap(TorchFunctionMode):
 
     def _is_of_whole_batch(self, call: LossCall, arguments: dict[str, Any]) -> bool:
         """Whether the weights of a loss, or its targets, hold a number of the whole batch."""
-        holds, target = self._following.batch.holds, call.target
+        holds, target, tracker = self._following.batch.holds, call.target, self.tracker
         if holds(arguments.get("weight"), arguments.get("pos_weight")):
             return True
-        if self.tracker is None or target is None or call.record.changed:
-            return False
         # Chosen by rank, or standardised; what a teacher has made may depend on the batch, as the network itself.
-        return holds(target) and self.tracker.is_of_batch(target)
+        return target is not None and tracker is not None and holds(target) and tracker.is_of_batch(target)
 
     def _is_prediction(self, second: Any, first: Any) -> bool:
         """Whether it is the second argument of a symmetric loss that is the prediction."""
-        if not isinstance(first, Tensor) or not isinstance(second, Tensor):
-            return False
         if first.requires_grad or second.requires_grad:
             return not first.requires_grad
         return self.tracker is not None and self.tracker.is_of_batch(first) and not self.tracker.is_of_batch(second)
@@ -235,18 +227,13 @@ class LossTap(TorchFunctionMode):
         if not self.training:
             call.counts.append(lambda: None if bool((den != 0).all()) else den != 0)
         if self.training and self.mixture is not None and self.mixture.meant(call):
-            if not isinstance(target, Tensor):
-                raise unmixable(name, "it has no target tensor as second argument")
-            mix_parts(self, call, lambda moved: compute(args[0], moved(target), *args[2:]))
+            mix_parts(self, call, lambda moved: compute(args[0], moved(args[1]), *args[2:]))
         return call, losses.requires_grad
 
     def _call(self, name: str, logits: Any, target: Any, compute: Callable[[], tuple[Tensor, Tensor]]) -> LossCall:
         call = LossCall(name, len(self.calls), logits, target, LossRecord(compute))
         call.record.samples = functools.partial(self.samples, call)
         call.record.untracked = self.tracker is None
-        if self.tracker is not None:
-            # Before the step may change them in place for something else.
-            call.record.changed = any(map(self.tracker.is_changed, _trusted(call)))
         if self.finder is not None and isinstance(logits, Tensor):
             call.record.linear = self.finder.match(logits)
         if self.evaluated is not None and name in CLASSIFYING:
@@ -255,7 +242,6 @@ class LossTap(TorchFunctionMode):
 
     def add(self, call: LossCall, out: Tensor) -> Tensor:
         """Record a loss that the step receives as ``out``; what it receives."""
-        call.position = len(self.calls)
         self.calls.append(call)
         if self.training and self.at_once is not None and (changed := self.at_once(call)) is not None:
             out = changed
@@ -286,12 +272,12 @@ class LossTap(TorchFunctionMode):
         trusted = trusted or _trusted(call)
         # Broadcast over each other, each row is of all samples.
         crossed = len(shape) == 2 and n > 1 and {tuple(x.shape) for x in trusted} == {(n,), (n, 1)}
-        if not (call.record.changed or crossed):
+        if not (call.record.of_pairs or crossed):
             # A single number is no row that could be found among others of the step.
             single = n > 1 and shape.numel() == 1 and call.record.computed[0].ndim == 0
             index = self.tracker.resolve(trusted, 0 if single else shape[0] if shape else 1)
         if isinstance(index, bool):
-            raise _rows_error(call, n, shape, mixed=call.record.changed or crossed or self.tracker.mixed)
+            raise _rows_error(call, n, shape, mixed=call.record.of_pairs or crossed or self.tracker.mixed)
         if index is None:
             return None
         self.tracker.needed = True
@@ -300,10 +286,8 @@ class LossTap(TorchFunctionMode):
     def _aligned(self, index: Tensor, shape: torch.Size, call: LossCall) -> Tensor:
         """Sample numbers in the shape of the losses, or one per row."""
         assert self.tracker is not None
-        if index.ndim == len(shape) + 1:  # logits or soft targets: the class axis is gone in the loss
-            kept = self.tracker.without(index, [1])
-            if kept is None:
-                raise _rows_error(call, self.tracker.n, shape)
+        # Of logits or soft targets: the class axis is gone in the loss.
+        if index.ndim == len(shape) + 1 and (kept := self.tracker.without(index, [1])) is not None:
             index = kept
         if index.shape == shape:
             return index
@@ -316,10 +300,8 @@ class LossTap(TorchFunctionMode):
         """Sample numbers in the shape of unreduced losses."""
         assert self.tracker is not None
         index = self.samples(call, shape)
-        if not shape:
-            return torch.zeros((), dtype=torch.long, device=device)
         if index is None:
-            return self.tracker.start(shape, device)
+            return self.tracker.start(shape, device, sample=None if shape else 0)
         return index if index.shape == shape else index.view(-1, *[1] * (len(shape) - 1)).expand(shape)
 
 
@@ -353,8 +335,6 @@ def _first_by_position(func: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ..
     """Arguments of ``torch.squeeze(input=x, dim=1)`` and its like with what the operation is done to in front."""
     names = ("condition", "input", "other") if func is torch.where else ("input", "tensors", "tensor")
     first = [name for name in names if name in kwargs]
-    if len(first) != (3 if func is torch.where else 1):
-        return (), kwargs
     return tuple(kwargs[name] for name in first), {k: v for k, v in kwargs.items() if k not in first}
 
 

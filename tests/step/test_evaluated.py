@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from debias.tap.evaluated import Evaluated
+from debias.tap.rows import RowTracker
 from debias.tap.tap import LossTap
 
 g = torch.Generator().manual_seed(0)
@@ -24,6 +25,11 @@ def logged_unmasked():
     made = losses()
     made.mean(), made.detach().clone(), made.sum().isfinite()
     return (made * KNOWN).sum() / KNOWN.sum()
+
+
+def logged_twice():
+    made = losses()
+    return (made * KNOWN).sum() / KNOWN.sum(), made.mean()
 
 
 def call_of(step, *modules):
@@ -119,6 +125,9 @@ MASKED = {
         lambda: torch.zeros(K).index_add_(0, CLASSES, losses().mul(KNOWN).sum(1)), KNOWN
     ),
     "two ends": (used_twice, KNOWN),
+    "where the network makes no error": (
+        lambda: (F.mse_loss(NET(X), RAW, reduction="none") * KNOWN).sum(), KNOWN
+    ),
     "ignore_index": (
         lambda: F.cross_entropy(NET(X), CLASSES.masked_fill(CLASSES == 1, -100)), CLASSES != 1
     ),
@@ -144,6 +153,7 @@ ALL = {
     "a regulariser": lambda: losses().mean() + NET.weight.square().sum(),
     "weights that are not 0": lambda: (losses() * torch.rand(N, K)).sum(),
     "nothing": lambda: losses(),
+    "logged masked and unmasked": logged_twice,
 }
 
 
@@ -226,6 +236,11 @@ def an_output_masked_and_added_in_place(logits):
     logits += MASK
     logits -= PRIOR
     return logits
+
+
+def without_first_class(z):
+    z[:, 0] = -1e9
+    return z
 
 
 def assigned_to_zeros(logits):
@@ -345,6 +360,7 @@ KEPT = {
     "a child with buffers": lambda: F.cross_entropy(SHIFTED(X), CLASSES),
     "masked classes": cross_entropy(lambda z: z.masked_fill(torch.tensor([True, False, False]), -1e9)),
     "masked by where": cross_entropy(lambda z: torch.where(torch.tensor([True, True, False]), z, -1e9)),
+    "a class that is assigned a number": cross_entropy(without_first_class),
     "classes set to a number": cross_entropy(lambda z: z.index_fill(1, torch.tensor([0]), -1e9)),
     "difference of columns": cross_entropy(difference_of_columns, CLASSES % 2),
     "sum of columns": cross_entropy(lambda z: torch.stack([sum([z[:, 0], z[:, 1]]), z[:, 2]], 1), CLASSES % 2),
@@ -361,6 +377,28 @@ KEPT = {
 @pytest.mark.parametrize("case", KEPT)
 def test_logits_that_are_the_prediction_are_left_alone(case):
     assert call_of(KEPT[case], SHIFTED)[:2] == (None, False)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_a_loss_has_read_is_kept_when_the_step_changes_it_afterwards(mode):
+    order = torch.arange(N).flip(0)
+    with mode():
+        x, y = X.clone(), CLASSES.clone()
+        with LossTap(training=False, tracker=RowTracker((x, y), N)) as tap:
+            logits, labels = NET(x[order]), y[order]
+            made = F.cross_entropy(logits, labels, reduction="none")
+            before = logits.clone(), labels.clone(), made.clone()
+            made.zero_(), logits.sigmoid_(), labels.zero_()
+    (call,) = tap.calls
+    torch.testing.assert_close((call.logits, call.target, call.num), before)
+    assert torch.equal(call.rows, order)
+
+
+def test_losses_that_the_step_reduces_itself_are_not_divided_by_the_weights_of_their_classes():
+    with LossTap(training=False) as tap:
+        value = F.cross_entropy(NET(X), CLASSES, weight=torch.tensor([0.5, 1.0, 2.0]), reduction="none").mean()
+    (call,) = tap.calls
+    torch.testing.assert_close(call.num.sum() / call.den.sum(), value)
 
 
 def test_what_was_predicted_is_kept_when_the_step_changes_it_afterwards():

@@ -127,6 +127,7 @@ STILL = {
     "permuted axes": lambda x, y: (x.permute(0, 2, 1).permute(0, 2, 1), y.argmax(1)),
     "mirrored": lambda x, y: (x.flip(-1), y.max(1).indices),
     "moved axis": lambda x, y: (x.movedim(1, 2).movedim(2, 1), torch.tensor(y.argmax(1).tolist())),
+    "columns in another order": lambda x, y: (x[:, torch.tensor([1, 0])], torch.tensor(y.argmax(1).tolist())),
     "rolled inside": lambda x, y: (x.roll(1, 2), torch.from_numpy(y.argmax(1).numpy().copy())),
 }
 
@@ -234,6 +235,14 @@ def test_half_a_loss_is_told_of():
 def test_methods_that_read_features_work_beside_any_loss(method, loss):
     bare = fit(loss, data=TensorDataset(X, Y, Z))[0]
     assert not torch.equal(fit(loss, method())[0].body.weight, bare.body.weight)
+
+
+@pytest.mark.parametrize("where", [{"features": "body"}, {"head": "head"}])
+def test_features_of_a_list_of_one_part(where):
+    def step(model: Model, batch: Any) -> Tensor:
+        return F.cross_entropy(torch.cat([model(x) for x in batch[0].split(N)]), batch[1])
+
+    assert torch.equal(weights(step, CORAL("g", 2, **where)), weights(plain, CORAL("g", 2, **where)))
 
 
 def test_the_prediction_is_what_requires_a_gradient():

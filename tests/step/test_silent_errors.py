@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -380,10 +381,11 @@ def test_unreduced_losses_changed_in_place(edit):
     assert_step(lambda m, batch: edited(m).mean(), lambda m: dro(edited(m), ONES, GROUPS)[0])
 
 
-def test_unreduced_losses_that_trade_places_in_place_are_refused():
+@pytest.mark.parametrize("made", [lambda losses: losses, torch.exp])
+def test_unreduced_losses_that_trade_places_in_place_are_refused(made):
     def step(module, batch):
         x, y, _ = batch
-        losses = F.cross_entropy(module.net(x), y, reduction="none")
+        losses = made(F.cross_entropy(module.net(x), y, reduction="none"))
         losses[:3] = losses[3:].clone()
         return losses.mean()
 
@@ -430,6 +432,100 @@ def test_a_target_of_unknown_origin_in_a_reordered_batch_is_refused():
 
 def _reversed(call, n):
     return torch.arange(n).flip(0)
+
+
+def test_a_target_that_mixes_what_a_teacher_makes_is_refused():
+    teacher = nn.Linear(D, C).double()
+
+    def step(module, batch):
+        with torch.no_grad():
+            target = teacher(batch[0])
+        return F.mse_loss(module.net(batch[0]), 0.7 * target + 0.3 * target.flip(0))
+
+    with pytest.raises(RowsError, match="mixes samples"):
+        fit(step)
+
+
+def test_stated_losses_in_an_order_of_their_own():
+    def step(module, batch):
+        losses = F.cross_entropy(module.net(batch[0]), batch[1], reduction="none")[PERM]
+        return {"loss": losses.mean(), "losses": losses}
+
+    assert_step(step, lambda m: dro(losses_of(m), ONES, GROUPS)[0])
+
+
+def test_losses_of_single_samples_that_are_stacked():
+    def step(module, batch):
+        pairs = list(zip(module.net(batch[0]), batch[1], strict=True))
+        return torch.stack([F.cross_entropy(z, y, reduction="none") for z, y in pairs[::-1]]).mean()
+
+    assert_step(step, lambda m: dro(losses_of(m), ONES, GROUPS)[0])
+
+
+def test_samples_along_the_second_axis_of_a_loss_that_is_divided_by_the_first():
+    def step(module, batch):
+        prediction, target = module.net(batch[0]).log_softmax(1), batch[2].softmax(1)
+        return F.kl_div(prediction.T, target.T, reduction="batchmean")
+
+    with pytest.raises(RowsError, match="samples along the first axis"):
+        fit(step)
+
+
+def test_targets_of_unknown_origin_are_followed_in_later_steps_too():
+    """Time first, and made with NumPy."""
+    x, y = torch.randn(N, 3, D, generator=g, dtype=torch.float64), torch.arange(3 * N).view(N, 3) % C
+
+    def step(module, batch):
+        target = torch.from_numpy(batch[1].numpy().copy())
+        return F.cross_entropy(module.net(batch[0]).transpose(0, 1).reshape(-1, C), target.t().reshape(-1))
+
+    def flat(module, batch):
+        return F.cross_entropy(module.net(batch[0]).flatten(0, 1), batch[1].flatten())
+
+    trained = []
+    for how in (step, flat):
+        module, data = Base(how), DataLoader(tag(TensorDataset(x, y), place=GROUPS), batch_size=N)
+        dro = GroupDRO("place", 2, step_size=STEP_SIZE)
+        L.Trainer(max_epochs=2, callbacks=[dro], **QUIET).fit(module, data)
+        trained.append(module.net.weight)
+    torch.testing.assert_close(*trained)
+
+
+def test_rows_of_packed_sequences_are_not_those_of_a_mask():
+    x, y = torch.randn(N, 3, D, generator=g, dtype=torch.float64), torch.arange(3 * N).view(N, 3) % C
+    lengths = torch.tensor([3, 1, 2, 2, 3, 1])
+
+    def step(module, batch):
+        x, y, lengths = batch
+        packed = [pack_padded_sequence(v, lengths, batch_first=True, enforce_sorted=False).data for v in (x, y)]
+        assert len(x[torch.arange(3) < lengths[:, None]]) == len(packed[0])  # of as many rows, in another order
+        return F.cross_entropy(module.net(packed[0]), torch.from_numpy(packed[1].numpy().copy()))
+
+    data = DataLoader(tag(TensorDataset(x, y, lengths), place=GROUPS), batch_size=N)
+    with pytest.raises(RowsError, match="to be those of the batch"):
+        L.Trainer(max_epochs=1, callbacks=[GroupDRO("place", 2)], **QUIET).fit(Base(step), data)
+
+
+OF_THE_BATCH = {
+    "shares": lambda ls, w, z: (ls * w.softmax(0)).mean(),
+    "shares in a column": lambda ls, w, z: (F.mse_loss(z, Z, reduction="none") * w.softmax(0)[:, None]).mean(),
+    "running sums": lambda ls, w, z: (ls * w.cumsum(0)).mean(),
+    "sorted": lambda ls, w, z: (ls * w.sort().values).mean(),
+    "sorted in a column": lambda ls, w, z: (F.mse_loss(z, Z, reduction="none") * w.sort().values[:, None]).mean(),
+    "by keyword": lambda ls, w, z: torch.mul(ls, other=w / w.max()).mean(),
+    "a loss without a gradient": lambda ls, w, z: ls.mean() * F.mse_loss(z.detach(), Z),
+}
+
+
+@pytest.mark.parametrize("name", OF_THE_BATCH)
+def test_weights_that_are_made_of_the_whole_batch_are_refused(name):
+    def step(module, batch):
+        x, y, z = batch
+        made = module.net(x)
+        return OF_THE_BATCH[name](F.cross_entropy(made, y, reduction="none"), z[:, 0], made)
+
+    with pytest.raises((UntappedLossError, RowsError), match=r"made of the whole batch|cannot be followed"):
+        fit(step)
 
 
 def test_a_permutation_that_comes_only_in_later_steps():

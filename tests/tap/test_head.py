@@ -177,6 +177,14 @@ def test_a_run_without_gradients_is_not_the_losss():
     head.close()
 
 
+def test_the_run_of_a_named_head_that_made_the_logits():
+    head = HeadTap(Wrapped(net), "net.2")
+    call = one_step(head, lambda: (net(X), net(2 * X))[0])
+    head.resolve(call)
+    torch.testing.assert_close(call.features, net[:2](X))
+    head.close()
+
+
 def test_a_head_that_is_given_its_input_by_name():
     calls = steps(Wrapped(net), lambda: net[2](input=net[:2](X)))
     assert_head(calls, net[2])

@@ -294,6 +294,32 @@ def test_rows_through_an_unreduced_loss():
     assert call.den.tolist() == mask.flatten().tolist()
 
 
+@pytest.mark.parametrize(("n", "i"), [(1, 0), (3, 1)])
+def test_rows_of_the_loss_of_one_sample(n, i):
+    """As in a last batch of one, where ``squeeze()`` takes the axis of the samples away."""
+    y, logits = torch.rand(n, 1).double(), rand(n, 1).requires_grad_()
+
+    def step():
+        one = slice(i, i + 1)
+        return F.binary_cross_entropy_with_logits(logits[one].squeeze(), y[one].squeeze())
+
+    assert _rows((y,), n, step)[0] == [i]
+
+
+def test_rows_that_are_picked_by_a_column_of_the_batch():
+    first, second, place = rand(3, 2), rand(3, 2), torch.tensor([4, 0, 2])
+    prediction = rand(3, 2).requires_grad_()
+    batch = first, second, place
+    rows, _ = _rows(batch, 3, lambda: F.mse_loss(prediction, torch.cat([first, second])[place]))
+    assert rows == [1, 1, 0, 0, 2, 2]
+
+
+def test_means_of_as_many_columns_as_samples_are_no_rows():
+    x = rand(3, 3)
+    with pytest.raises(RowsError, match="to be those of the batch"):
+        _rows((x,), 3, lambda: F.mse_loss(rand(3).requires_grad_(), x.mean(0)))
+
+
 def test_unchanged_rows_need_no_index():
     y = torch.tensor([[0], [1], [2]])
     logits = rand(3, C).requires_grad_()
@@ -309,6 +335,60 @@ def test_a_move_that_moves_nothing():
     assert logits.flatten() is logits
     rows, _ = _rows((y,), 3, lambda: F.binary_cross_entropy_with_logits(logits.flatten(), y.sqrt().flatten()))
     assert rows is None
+
+
+ORDER = torch.tensor([2, 0, 3, 1])
+FEW = torch.tensor([True, False, True, True])
+
+
+def _put(key, value):
+    def edit(y):
+        target = y.clone()
+        target[key] = value(y)
+        return target
+
+    return edit
+
+
+def _filled(key, value):
+    def edit(y):
+        target = torch.zeros_like(y)
+        target[key] = value(y)
+        return target
+
+    return edit
+
+
+ELSEWHERE = {
+    "in another order": _put(ORDER, lambda y: y),
+    "turned round": _put(slice(None), lambda y: y.flip(0)),
+    "into a new tensor": _filled(ORDER, lambda y: y),
+    "a row in each column": lambda y: _put((slice(None), slice(4)), lambda z: y.double())(F.one_hot(y, 4).double()),
+    "of a memory": _put(slice(2), lambda y: torch.tensor([3, 3])),
+}
+IN_PLACE = {
+    "some": _put(FEW, lambda y: y[FEW]),
+    "a column": lambda y: _put((slice(None), 0), lambda z: y.double())(F.one_hot(y, 4).double()),
+    "some of the classes": lambda y: _put((FEW, slice(2)), lambda z: z[FEW, :2])(F.one_hot(y, 4).double()),
+    "a number": _put(ORDER[:2], lambda y: 0),
+    "back in order": _put(ORDER, lambda y: y[ORDER]),
+    "of a tensor": _put(slice(None), lambda y: torch.tensor([3, 3, 0, 1])),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("name", [*ELSEWHERE, *IN_PLACE])
+def test_rows_that_are_assigned(name, inference):
+    """Under inference mode no tensor counts its changes."""
+    with torch.inference_mode(inference):
+        y, logits = torch.arange(4), X[:4].clone().requires_grad_(not inference)
+        with LossTap(training=not inference, tracker=RowTracker((y,), 4)) as tap:
+            F.cross_entropy(logits, (ELSEWHERE | IN_PLACE)[name](y))
+        if name in IN_PLACE:
+            assert tap.calls[0].rows is None
+            return
+        with pytest.raises(RowsError, match="mixes samples with each other"):
+            tap.calls[0].rows  # noqa: B018
 
 
 def test_unknown_rows_are_an_error_with_both_shapes():
