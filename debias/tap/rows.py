@@ -390,6 +390,8 @@ class RowTracker(Origins):
             return not self._ambiguous()  # of unknown origin, with one row per sample
         if record.version != version(tensor):
             return False
+        if record.func is None and record.index is None:  # of the batch
+            return record.sample is None and not self.several
         sources = record.sources
         if sources and (same_rows(record) or (len(sources) > 1 and record.func not in MOVES)):
             return all(map(self.keeps_rows, sources))  # so that no index is made for every pixel

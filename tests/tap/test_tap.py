@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from debias.errors import RowsError, UntappedLossError
 from debias.tap.rows import RowTracker
@@ -422,3 +423,15 @@ def test_rows_that_are_told_wrongly():
             lambda: F.cross_entropy(logits, torch.zeros(7).long()),
             lambda call, n: torch.zeros(3).long(),
         )
+
+
+class NoOperations(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        raise AssertionError(f"{func} was computed")
+
+
+def test_no_numbers_are_made_to_know_that_a_target_is_the_batchs():
+    x, y = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+    tracker = RowTracker((x, y), 4, everything=False)
+    with NoOperations():
+        assert tracker.resolve([y], 4) is None
