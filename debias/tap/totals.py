@@ -167,7 +167,7 @@ class Totals:
                 note.version += 1
 
     def _is_guarded(self, func: Any, note: _Made) -> bool:
-        source = note.total.source.double()
+        source = note.total.source.float()
         return _guards(func) and self._is_same(source.mean() if note.total.is_mean else source.sum(), note.tensor)
 
     def _is_same(self, before: Tensor, after: Tensor) -> bool:
