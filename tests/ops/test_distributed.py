@@ -253,6 +253,11 @@ LOSSES = {
     "masked mean": lambda loss, mask: (loss * mask).mean(),
     "own divisor": lambda loss, mask: (loss * mask).sum() / mask.sum(),
     "own count": lambda loss, mask: loss.sum() / len(loss),
+    "divided elements": lambda loss, mask: (loss / len(loss)).sum(),
+    "normalised weights": lambda loss, mask: (loss * (mask / mask.sum())).sum(),
+    "weights of a mean of 1": lambda loss, mask: (loss * (mask / mask.mean())).mean(),
+    "own number": lambda loss, mask: (loss * mask).sum() / mask.sum().item(),
+    "a product": lambda loss, mask: loss @ mask / mask.sum(),
 }
 
 
