@@ -178,6 +178,8 @@ class Following:
             place = None if x is out else i
             if not x.requires_grad and found.tensor.requires_grad and func not in CASTS:
                 continue  # a mask, such as that of the largest losses
+            if func in MOVES and not x.ndim and found.tensor.numel() > 1:
+                continue  # one of several, which Python may choose by their values
             made = Unreduced(x, found.function, scale=found.scale, reordered=found.reordered, mask=found.mask)
             made.of_batch = of_batch or (by is None and self.batch.changes(func, args, kwargs, x))
             made.divided_by = divided_by

@@ -310,6 +310,9 @@ RIGHT: dict[str, Step] = {
 UNDIVIDED, OF_BATCH, BENT = "by what it runs over", "made of the whole batch", "to be linear"
 NOT_FOLLOWED, MIXED = "cannot be followed", "mixes samples"
 REFUSED: dict[str, tuple[str, Step]] = {
+    "the least of a list": (
+        NOT_FOLLOWED, lambda net, x, y, yt, w, k, z: torch.stack(sorted(losses(net, x, y))[:3]).mean()
+    ),
     "a mean over samples, of as many numbers": (
         MIXED, lambda net, x, y, yt, w, k, z: F.mse_loss(net(x)[:, 0].repeat(1, N)[:, :N].mean(0), torch.zeros(N))
     ),
