@@ -65,12 +65,13 @@ class Divided:
     def _read_as(self, number: Any, totals: Totals) -> list[tuple[Total, bool]]:
         """The sum that a number was read of, and whether some of its weights are 0, as the losses there are.
 
-        None where there are several: nothing tells them apart.
+        Empty where there are several: nothing tells them apart. Values are read as the step has read one, and so waited
+        for the device, itself.
         """
         found: list[tuple[Total, Tensor]] = []
         for total in totals.read_as(number) if isinstance(number, int | float) else ():
             weights = self.weights(total.source)
-            if weights is not None and not bool((self._elements().detach()[weights == 0] != 0).any()):
+            if weights is not None and not bool(((self._elements().detach() != 0) & (weights == 0)).any()):
                 found.append((total, weights))
         alike = all(torch.equal(weights, found[0][1]) for _, weights in found)
         return [(total, bool((weights == 0).any())) for total, weights in found[:1]] if alike else []

@@ -1,7 +1,7 @@
 """What a step may divide its losses by: sums and means of weights, or of a mask, however it does that.
 
-``losses.sum() / mask.sum()``, ``losses.sum() / mask.sum().item()``, ``losses * (1 / w.sum())`` and ``w = w / w.sum();
-losses * w`` divide by the same.
+A step divides by the same thing in ``losses.sum() / mask.sum()``, in ``losses.sum() / mask.sum().item()``, in
+``losses.sum() * (1 / mask.sum())`` and in ``(losses * (mask / mask.sum())).sum()``.
 """
 
 from __future__ import annotations

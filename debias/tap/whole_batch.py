@@ -143,61 +143,17 @@ class WholeBatch:
         """Whether an operation makes a number for each two samples, or something of such numbers."""
         if any(x in self._pairs for x in given):
             return func not in _OF_ITSELF
-        rows = [x for x in given if x.ndim and self._is_made_of_rows(x)]
+        tracker, rows = self.tracker, [x for x in given if x.ndim and self._is_made_of_rows(x)]
         moves_one = func in MOVES and isinstance(args[0], Tensor)  # perhaps by rows of another one
         by_weights = func is F.linear and args[1] not in self._of_rows  # of as many rows, by chance
-        if not out.ndim or len(rows) < 2 or moves_one or by_weights:
+        if tracker is None or not out.ndim or len(rows) < 2 or moves_one or by_weights:
             return False
         if func in _PAIRING:
-            at = self._rows_at(func, args, rows) if len(rows) == 2 else []
+            at = _rows_at(tracker, func, args, rows) if len(rows) == 2 else []
             if at and None not in at:
                 return at[0] != at[1]
             return out.ndim == 2 and not (out.shape[0] % self._n or out.shape[1] % self._n)
-        return self._meet(func, rows, out)
-
-    def _meet(self, func: Any, rows: list[Tensor], out: Tensor) -> bool:
-        """Whether rows of one tensor meet other samples' rows of another one, as in ``x[:, None] - x[None]``."""
-        tracker = self.tracker
-        assert tracker is not None
-        if all(map(tracker.keeps_rows, rows)) and len({x.ndim for x in rows}) == 1:
-            return False
-        if func in MOVES:  # joined so that a row holds several samples
-            index = tracker.index(out)
-            return index is not None and len(self._moving(index)) > 1
-        spreads = func in ELEMENTWISE or len({x.ndim for x in rows}) == 1
-        if spreads and len({self._axis_of_rows(x) for x in rows} - {None}) > 1:
-            return True
-        known = [index for x in rows if (index := tracker.index(x)) is not None and x.shape == rows[0].shape]
-        return func not in _ADDING and not all(torch.equal(x, known[0]) for x in known[1:])
-
-    def _moving(self, index: Tensor) -> list[int]:
-        """The axes along which samples change."""
-        assert self.tracker is not None
-        return [axis for axis in range(index.ndim) if self.tracker.without(index, [axis]) is None]
-
-    def _axis_of_rows(self, x: Tensor) -> int | None:
-        """The axis along which samples lie, from the end; None where that is not known."""
-        tracker = self.tracker
-        assert tracker is not None
-        if tracker.keeps_rows(x):
-            return -x.ndim
-        index = tracker.index(x)
-        axes = [] if index is None else self._moving(index)
-        return axes[0] - x.ndim if len(axes) == 1 else None
-
-    def _rows_at(self, func: Any, args: tuple[Any, ...], rows: list[Tensor]) -> list[int | str | None]:
-        """The axes of a product along which the rows of its factors lie; "" of those that it sums over."""
-        first, second = (self._axis_of_rows(x) for x in rows)
-        if first is None or second is None:
-            return [None]
-        if func is torch.einsum and isinstance(args[0], str) and "." not in args[0]:
-            names = args[0].replace(" ", "").partition("->")[0].split(",")
-            return [name[axis] for name, axis in zip(names, (first, second), strict=False)]
-        if func in _MATMUL:
-            return ["" if first == -1 else first, "" if second == -2 else second]
-        if func in _BY_ROWS:
-            return ["" if first == -1 else first, "" if second == -1 else -1 if second == -2 else second]
-        return [None]
+        return _meet(tracker, func, rows, out)
 
     def _ranks(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], out: Tensor
@@ -259,6 +215,49 @@ def tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, dict):
         value = list(value.values())
     return [x for part in value for x in tensors_in(part)] if isinstance(value, tuple | list) else []
+
+
+def _meet(tracker: RowTracker, func: Any, rows: list[Tensor], out: Tensor) -> bool:
+    """Whether rows of one tensor meet other samples' rows of another one, as in ``x[:, None] - x[None]``."""
+    if all(map(tracker.keeps_rows, rows)) and len({x.ndim for x in rows}) == 1:
+        return False
+    if func in MOVES:  # joined so that a row holds several samples
+        index = tracker.index(out)
+        return index is not None and len(_moving(tracker, index)) > 1
+    spreads = func in ELEMENTWISE or len({x.ndim for x in rows}) == 1
+    if spreads and len({_axis_of_rows(tracker, x) for x in rows} - {None}) > 1:
+        return True
+    known = [index for x in rows if (index := tracker.index(x)) is not None and x.shape == rows[0].shape]
+    return func not in _ADDING and not all(torch.equal(x, known[0]) for x in known[1:])
+
+
+def _moving(tracker: RowTracker, index: Tensor) -> list[int]:
+    """The axes along which samples change."""
+    return [axis for axis in range(index.ndim) if tracker.without(index, [axis]) is None]
+
+
+def _axis_of_rows(tracker: RowTracker, x: Tensor) -> int | None:
+    """The axis along which samples lie, from the end; None where that is not known."""
+    if tracker.keeps_rows(x):
+        return -x.ndim
+    index = tracker.index(x)
+    axes = [] if index is None else _moving(tracker, index)
+    return axes[0] - x.ndim if len(axes) == 1 else None
+
+
+def _rows_at(tracker: RowTracker, func: Any, args: tuple[Any, ...], rows: list[Tensor]) -> list[int | str | None]:
+    """The axes of a product along which the rows of its factors lie; "" of those that it sums over."""
+    first, second = (_axis_of_rows(tracker, x) for x in rows)
+    if first is None or second is None:
+        return [None]
+    if func is torch.einsum and isinstance(args[0], str) and "." not in args[0]:
+        names = args[0].replace(" ", "").partition("->")[0].split(",")
+        return [name[axis] for name, axis in zip(names, (first, second), strict=False)]
+    if func in _MATMUL:
+        return ["" if first == -1 else first, "" if second == -2 else second]
+    if func in _BY_ROWS:
+        return ["" if first == -1 else first, "" if second == -1 else -1 if second == -2 else second]
+    return [None]
 
 
 @torch.no_grad()
