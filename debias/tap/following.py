@@ -116,7 +116,7 @@ class Following:
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Follow losses through one operation; returns what the step is to receive of it."""
-        if "other" in kwargs and len(args) == 1:
+        if "other" in kwargs:
             args, kwargs = (*args, kwargs["other"]), {key: x for key, x in kwargs.items() if key != "other"}
         held = _is_in_place(func) and self.batch.holds(args[0])
         self.batch.see(func, args, kwargs, out)
@@ -220,9 +220,9 @@ class Following:
         if by is None and not any(divided):
             return (), of_batch
         if func in PRODUCT:
-            undone = [x for x in args[:2] if isinstance(x, int | float)]  # `losses / n * n`
-            return tuple(x for x in (*sum(divided, ()), by) if x is not None and x not in undone), of_batch
-        alike = all(each == divided[0] for each in divided)
+            by_all = [x for x in (*sum(divided, ()), by) if x is not None]
+            return tuple(x for x in by_all if not any(_equal(x, y) for y in args[:2])), of_batch  # `losses / n * n`
+        alike = all(len(each) == len(divided[0]) and all(map(_equal, each, divided[0])) for each in divided)
         keeps = func in MOVES or func in CASTS or func in SUM or func in MEAN or linear
         if func in DIVISION and args[0] is found.tensor and not any(divided[1:]):
             return (*found.divided_by, *([] if by is None else [by])), of_batch
@@ -325,9 +325,8 @@ class Following:
         calls = [call for x in given for tensor, of in self._divisible if tensor is x for call in of]
         if not calls:
             return
-        by = next(
-            (by for x in args[:2] if self.is_proportional(x) and (by := self._totals.divides(func, args, x))), None
-        )
+        divided_by = [self._totals.divides(func, args, x) for x in args[:2] if self.is_proportional(x)]
+        by = next((x for x in divided_by if x is not None), None)
         for call in calls:
             if not (by is not None and self._divide(call, by)) and func not in _ADD:
                 call.record.of_batch = call.record.of_batch or self.batch.holds(given)
@@ -342,6 +341,11 @@ class Following:
 
 def _is_zero(x: Any) -> bool:
     return isinstance(x, int | float) and x == 0
+
+
+def _equal(x: Any, y: Any) -> bool:
+    """Whether it is the same object or number; no value of a tensor is read."""
+    return x is y or (isinstance(x, int | float) and isinstance(y, int | float) and x == y)
 
 
 def _times(scale: Any, factor: Any) -> Any:

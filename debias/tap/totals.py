@@ -139,7 +139,7 @@ class Totals:
         scales = (_multiplies(func) or _divides(func)) and not self._holds(others)
         total, quotient = _of(self._totals, first), _of(self._quotients, first)
         if total is not None:
-            if _is_inverse(func) or (_is_power(func) and others == [-1]):
+            if _is_inverse(func) or (_is_power(func) and [x for x in others if not isinstance(x, Tensor)] == [-1]):
                 self._quotients.append(_Made(out, first_version(out), total))
             elif (scales and out.numel() == 1) or ((_casts(func) or _guards(func)) and self._is_same(first, out)):
                 self._totals.append(_Made(out, first_version(out), total))

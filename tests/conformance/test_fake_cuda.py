@@ -52,6 +52,16 @@ def masked(z, y):
     return (losses * mask).sum() / mask.sum()
 
 
+def normalised(z, y):
+    weights = z.detach().softmax(1)[:, 0]
+    return (F.cross_entropy(z, y, reduction="none") * (weights / weights.sum())).sum()
+
+
+def over_constants(z, y):
+    constant = torch.full((), 2.0, device=z.device, dtype=z.dtype)  # a number in a tensor, as of a buffer
+    return (F.cross_entropy(z, y, reduction="none") / constant * 2.0).mean() / constant
+
+
 class Model(OnFakeCuda, Classifier):
     def __init__(self, loss=F.cross_entropy):
         super().__init__()
@@ -93,6 +103,9 @@ def test_a_step_mixes_no_devices_and_waits_for_nothing(method):
         (lambda: IRM("place", 3, form="squared"), SQUARES),
         (lambda: CORAL("place", 3, features="backbone"), LABELS),
         (lambda: GroupDRO("place", 3), masked),
+        (lambda: GroupDRO("place", 3), normalised),
+        (lambda: GroupDRO("place", 3), over_constants),
+        (lambda: IRM("place", 3), normalised),
         (lambda: GroupDRO("place", 3), LABELS),
         (lambda: GroupDRO("place", 3), WEIGHTED),
         (lambda: GroupDRO("place", 3), lambda z, y: F.cross_entropy(z, z.detach().softmax(1))),
