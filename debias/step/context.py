@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from debias.errors import BatchKeyError, DebiasError
@@ -96,26 +97,34 @@ class Step:
             BatchKeyError: nothing is there, it is no integer ids ``(N,)`` and no boolean membership ``(N, G)``, or a
                 membership is to be crossed.
         """
-        self.keys |= {name for name in (key if isinstance(key, tuple | list) else [key]) if isinstance(name, str)}
+        key, what = plain_key(key), f"`{argument}={key!r}`"
+        names = key if isinstance(key, tuple) else (key,)
+        self.keys |= {name for name in names if isinstance(name, str)}
         # Of several keys the counts are part of the question: they decide how the ids are crossed.
-        cached = plain_key(key)
-        if isinstance(cached, tuple):
-            cached = cached, tuple(count) if isinstance(count, Sequence) else (count,)
-        having = holders(self.parts, plain_key(key), self.batch, argument) if self.of_several else self.parts
+        counts = tuple(count) if isinstance(count, Sequence) else (count,)
+        cached = (key, counts) if isinstance(key, tuple) else key
+        having = holders(self.parts, key, self.batch, argument) if self.of_several else self.parts or [Part()]
         self._number(having)
-        if cached in self._ids:
-            return self._ids[cached]
-        where, look = self.module.device, self.stage != "train"
-        if len(self._numbered) > 1 or key == batches.LOADER:
-            ids = join_ids(self._numbered, having, self.batch, key, count, where, argument=argument, look=look)
-        else:
-            tags = self.tags
-            if self.of_several:  # what an augmenter has made of them, where it has
-                tags = {name: tags.get(name, x) for name, x in having[0].tags.items()}
-            ids = read_ids(self.batch, tags, key, count, where, argument=argument, look=look)
-        self.count(len(ids), f"`{argument}={key!r}`")
-        self._ids[cached] = ids
-        return ids
+        if cached not in self._ids:
+            found = {}
+            for part in having:
+                tags, look = self._tags_of(part, names), self.stage != "train"
+                found[part] = read_ids(self.batch, tags, key, count, self.module.device, argument=argument, look=look)
+            ids = join_ids(self._numbered, found, what) if len(self._numbered) > 1 else found[having[0]]
+            self.count(len(ids), what)
+            self._ids[cached] = ids
+        return self._ids[cached]
+
+    def _tags_of(self, part: Part, names: Sequence[Any]) -> dict[str, Any]:
+        """The tags of a loader's samples, as an augmenter has left them, and its number where that is asked for."""
+        tags = self.tags
+        if self.of_several:
+            tags = {name: tags.get(name, x) for name, x in part.tags.items()}
+        if batches.LOADER not in names or part.n is None:
+            return tags
+        if isinstance(self.batch, Mapping) and batches.LOADER in self.batch:
+            return tags
+        return {batches.LOADER: torch.full((part.n,), part.loader, device=self.module.device)} | tags
 
     def _number(self, parts: list[Part]) -> None:
         """Number the samples of these loaders too, which changes the numbers of all."""
@@ -158,6 +167,17 @@ class Step:
     def strangers(self) -> list[Part]:
         """The parts of the batch that come from other loaders than the ids."""
         return [part for part in self.parts if part not in self._numbered] if self.of_several and self._numbered else []
+
+    @property
+    def followed(self) -> list[Part]:
+        """The parts of the batch whose rows are followed, as these number them."""
+        return [*self.numbered, *self.strangers]
+
+    def having(self, method: Any) -> dict[int, str] | None:
+        """Of several loaders, number and name of those whose samples have the ids that a method reads; None of one."""
+        if not self.of_several or method not in self.asked:
+            return None
+        return {i: part.name for i, part in enumerate(self.followed) if part in self.asked[method]}
 
     def mixed(self, n: int, *, loss: Any = None, owner: str = "") -> Mixture:
         """What the samples stand for, to be changed by an augmenter that mixes or repeats them.

@@ -44,13 +44,7 @@ def check_keys(key: Any, n_groups: Any, argument: str = "group") -> None:
 def names_in_data(trainer: Any, key: Any, names: Sequence[str], n_groups: Any) -> list[str]:
     """Names of the groups of a key: given ones, else those that the data module holds as ``<key>_names``.
 
-    Another number of names there is of something else, so that the numbers stay.
-
-    Args:
-        trainer: whose data module may hold them.
-        key: where the ids are.
-        names: what the groups are called now: their numbers, where nobody named them.
-        n_groups: number of groups, one per key.
+    Another number of names there is of something else, so that the numbers, as which ``names`` come, stay.
 
     Raises:
         DebiasError: two of the data module's names are the same.
@@ -71,24 +65,9 @@ def read_ids(
     argument: str = "group",
     look: bool = False,
 ) -> Tensor:
-    """Ids of the samples of a batch.
+    """Ids of the samples of a batch and its tags, as :meth:`debias.step.context.Step.ids` returns them.
 
-    Args:
-        batch: the batch.
-        tags: tags carried beside it.
-        key: a BatchKey, or several whose ids are crossed: ``("target", "place")`` gives ``target * n_places + place``.
-        count: number of groups, one per key.
-        device: where they are needed.
-        argument: the user's argument, for error messages.
-        look: whether values may be read, so that integers of 0 and 1 are known for a membership.
-
-    Returns:
-        int64 ``(N,)``; negative where unlabelled, and the number of groups or more where an id is out of range. A
-        boolean membership ``(N, G)`` is returned as it is.
-
-    Raises:
-        BatchKeyError: nothing is there, it is no integer ids ``(N,)`` and no boolean membership ``(N, G)``, or a
-            membership is to be crossed.
+    With ``look`` values may be read, so that integers of 0 and 1 are known for a membership.
     """
     key = plain_key(key)
     if not isinstance(key, tuple):
@@ -110,11 +89,6 @@ def read_ids(
     return torch.where(bad, total, torch.where(unlabelled, -1, ids))
 
 
-def _is_membership(ids: Tensor) -> bool:
-    """Whether integers are 0 and 1; reading them waits for the device."""
-    return ids.shape[1] > 1 and bool(((ids == 0) | (ids == 1)).all())
-
-
 def _ids(batch: Any, tags: Mapping[str, Any], key: BatchKey, device: torch.device, argument: str, look: bool) -> Tensor:
     value = batches.read(batch, key, tags, argument=argument)
     try:
@@ -127,7 +101,10 @@ def _ids(batch: Any, tags: Mapping[str, Any], key: BatchKey, device: torch.devic
             f"Expected `{argument}={key!r}` to hold integer ids of shape (N,), but got {batches.describe(value)}"
             f"{'' if ids is None else f' of {ids.dtype}'}. Number the groups 0, 1, 2, ..., -1 for unlabelled."
         )
-    if ids.ndim == 2 and (ids.dtype == torch.bool or (look and _is_membership(ids))):
+    shows = (
+        look and ids.ndim == 2 and ids.shape[1] > 1 and bool(((ids == 0) | (ids == 1)).all())
+    )  # waits for the device
+    if ids.ndim == 2 and (ids.dtype == torch.bool or shows):
         return ids.bool()
     if ids.ndim != 1:
         hint = " Turn a membership of 0 and 1 into booleans: `membership.bool()`." if ids.ndim == 2 else ""

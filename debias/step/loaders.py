@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from debias.errors import BatchKeyError
-from debias.step.batch import LOADER, key_parts, plain_key
-from debias.step.ids import read_ids
+from debias.step.batch import LOADER, key_parts
 from debias.step.tagged import TaggedBatch, TaggedSample
 
 __all__ = ["Part", "holders", "join_ids", "open_batch"]
@@ -93,13 +92,7 @@ def _holds_loaders(batch: Any) -> bool:
 
 
 def holders(parts: Sequence[Part], key: Any, batch: Any, argument: str) -> list[Part]:
-    """Of which loaders' samples a key gives the ids.
-
-    Args:
-        parts: of a batch of several loaders.
-        key: a key, or a tuple of them.
-        batch: bare.
-        argument: the user's argument, for messages.
+    """Of which loaders' samples a key, or a tuple of keys, gives the ids in a bare batch of several.
 
     Raises:
         BatchKeyError: that cannot be told.
@@ -148,42 +141,21 @@ def _holders(parts: Sequence[Part], key: Any, batch: Any, argument: str) -> Iter
         yield from (part for part in parts if part.holds(key))
 
 
-def join_ids(
-    parts: Sequence[Part],
-    having: Sequence[Part],
-    batch: Any,
-    key: Any,
-    count: int | Sequence[int],
-    device: torch.device,
-    *,
-    argument: str,
-    look: bool = False,
-) -> Tensor:
-    """Ids of the samples of several loaders, one loader after the other; see :func:`debias.step.ids.read_ids`.
+def join_ids(parts: Sequence[Part], found: Mapping[Part, Tensor], what: str) -> Tensor:
+    """Ids of the samples of several loaders, one loader after the other.
 
     Args:
-        parts: the loaders whose samples are numbered.
-        having: those among them whose samples have ids; samples of the others get -1, or are in no group.
-        batch: the bare batch of all loaders.
-        key: a key, or a tuple of them.
-        count: number of groups, one per key.
-        device: where the ids are needed.
-        argument: the user's argument, for messages.
-        look: whether values may be read.
+        parts: the loaders whose samples are numbered; how many samples each of them has is noted.
+        found: the ids of those among them whose samples have ids; samples of the others get -1, or are in no group.
+        what: the user's argument, for messages.
     """
-    key = plain_key(key)
-    found: dict[Part, Tensor] = {}
-    for part in having:
-        tags = part.tags
-        if part.n is not None and not (isinstance(batch, Mapping) and LOADER in batch):
-            tags = {LOADER: torch.full((part.n,), part.loader, device=device)} | tags
-        ids = found[part] = read_ids(batch, tags, key, count, device, argument=argument, look=look)
+    for part, ids in found.items():
         if part.n is None:
             part.n = len(ids)
         if len(ids) != part.n:
             raise BatchKeyError(
-                f"Expected `{argument}={key!r}` to be one for each of the {part.n} samples of {part.name}, but got"
-                f" {len(ids)}. Correct the key, or tag the loader."
+                f"Expected {what} to be one for each of the {part.n} samples of {part.name}, but got {len(ids)}."
+                " Correct the key, or tag the loader."
             )
     first = next(iter(found.values()))
     none = False if first.dtype == torch.bool else -1

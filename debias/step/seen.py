@@ -124,9 +124,7 @@ class Seen:
 def _joined(monitor: StepWatcher, head: FeatureTap, step: Step) -> Tensor:
     """Features of all runs on the samples that have ids, in the order of the samples."""
     call = LossCall("features", 0, None, None, LossRecord(tuple))  # type: ignore[arg-type]
-    parts = [*step.numbered, *step.strangers]
-    asked = step.asked.get(monitor, parts)
-    head.resolve(call, join=True, having={i: part.name for i, part in enumerate(parts) if part in asked})
+    head.resolve(call, join=True, having=step.having(monitor))
     features = check_features(call.features)
     rows = call.of_features(torch.arange(step.n or 0, device=features.device))
     if not torch.equal(rows.sort().values, torch.arange(step.n or 0, device=rows.device)):
