@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +27,6 @@ class Agreement:
         self._epoch: int | None = None
         self._ends = False  # whether the ranks tell each other when their data ends
         self._group: Any = None
-        self._ending: tuple[Tensor, Any] | None = None
 
     def begins(self, epoch: int) -> bool:
         """Whether this is the first step of an epoch."""
@@ -33,11 +34,6 @@ class Agreement:
 
     def check(self, trainer: Any, parts: Sequence[Part], problem: DebiasError | None) -> None:
         """In the first step of an epoch, before the user's step: refuse on all ranks what one of them refuses.
-
-        Args:
-            trainer: the running Trainer.
-            parts: what each loader gave to the batch.
-            problem: what this rank refuses.
 
         Raises:
             DebiasError: on all ranks: one of them has a problem, or they have different numbers of batches, or
@@ -73,29 +69,26 @@ class Agreement:
                 )
         self._ends = any(streams)
 
-    def start(self, trainer: Any) -> None:
-        """Tell the other ranks whether this is the last batch, where the length of the data does not tell.
+    @contextmanager
+    def on_ends(self, trainer: Any) -> Iterator[None]:
+        """Around a step: refuse ranks of which some have more batches, where the length of the data does not tell.
 
-        The message goes beside the others, on the CPU: nothing waits for the device.
+        Before it the ranks tell each other whether this is their last batch; the message goes beside the others, on the
+        CPU: nothing waits for the device.
+
+        Raises:
+            DebiasError: on all ranks, in the step that is the last one of some of them.
         """
         if not self._ends:
+            yield
             return
         if self._group is None:
             self._group = dist.new_group(backend="gloo")
         progress = trainer.fit_loop.epoch_loop.batch_progress
         last = progress.is_last_batch or progress.current.ready >= trainer.num_training_batches
         flag = torch.tensor([float(last)])
-        self._ending = flag, dist.all_reduce(flag, group=self._group, async_op=True)
-
-    def end(self) -> None:
-        """After the forward pass: refuse ranks of which some have more batches.
-
-        Raises:
-            DebiasError: on all ranks, in the step that is the last one of some of them.
-        """
-        if self._ending is None:
-            return
-        (flag, work), self._ending = self._ending, None
+        work: Any = dist.all_reduce(flag, group=self._group, async_op=True)
+        yield
         work.wait()
         if 0 < (ended := int(flag)) < (world := dist.get_world_size()):
             raise DebiasError(
@@ -120,25 +113,24 @@ def refuse_contradictions(loaders: Sequence[Any], keys: Iterable[str]) -> None:
     It is one sample where both draw from the same dataset, through subsets, concatenations and tags; ids of -1 say
     nothing.
 
-    Args:
-        loaders: of the training.
-        keys: the tags that methods read.
-
     Raises:
         BatchKeyError: naming the sample and both ids.
     """
+    bases: list[Any] = []
+    datasets = [getattr(loader, "dataset", None) for loader in loaders]
+    origins = [_by_sample(dataset, partial(_origins, bases)) for dataset in datasets]
     for key in keys:
         said: dict[int, tuple[Tensor, Tensor]] = {}  # by dataset: the ids of its samples, and the loader that said them
-        for number, loader in enumerate(loaders):
-            dataset = getattr(loader, "dataset", None)
+        for number, (dataset, origin) in enumerate(zip(datasets, origins, strict=True)):
             ids = tag_array(dataset, key)
-            if ids is None or ids.is_floating_point():
+            if ids is None or origin is None or ids.is_floating_point():
                 continue
-            for base, places, rows in _origins(dataset):
-                here = ids[rows]
-                if id(base) not in said or said[id(base)][0].shape[1:] != here.shape[1:]:
-                    said[id(base)] = here.new_zeros((len(base), *here.shape[1:])), torch.full((len(base),), -1)
-                before, by = said[id(base)]
+            for base in origin[:, 0].unique().tolist():
+                rows = (origin[:, 0] == base).nonzero().flatten()
+                here, places, size = ids[rows], origin[rows, 1], len(bases[base])
+                if base not in said or said[base][0].shape[1:] != here.shape[1:]:
+                    said[base] = here.new_zeros((size, *here.shape[1:])), torch.full((size,), -1)
+                before, by = said[base]
                 tells = _by_row(here if here.dtype == torch.bool else here >= 0)
                 elsewhere = (by[places] >= 0) & (by[places] != number)
                 wrong = (_by_row(before[places] != here) & tells & elsewhere).nonzero()
@@ -147,7 +139,7 @@ def refuse_contradictions(loaders: Sequence[Any], keys: Iterable[str]) -> None:
                     place = int(places[row])
                     raise BatchKeyError(
                         f"Expected one id of each sample, but the tag `{key}` of sample {place} of"
-                        f" {type(base).__name__} is {before[place].tolist()} in loader {int(by[place])} and"
+                        f" {type(bases[base]).__name__} is {before[place].tolist()} in loader {int(by[place])} and"
                         f" {here[row].tolist()} in loader {number}. Give it the same id in both, or -1 in one, which"
                         " stands for unlabelled; to tell the loaders apart, name `'loader'`."
                     )
@@ -159,46 +151,47 @@ def _by_row(x: Tensor) -> Tensor:
     return x.flatten(1).any(1) if x.ndim > 1 else x
 
 
-def _origins(dataset: Any) -> list[tuple[Any, Tensor, Tensor]]:
-    """The datasets that the samples come from: each with the places there of the samples, and their rows here."""
-    if isinstance(dataset, Subset):
-        chosen = torch.as_tensor(dataset.indices)
-        found = []
-        for base, places, rows in _origins(dataset.dataset):
-            where = torch.full((len(dataset.dataset),), -1)  # type: ignore[arg-type]
-            where[rows] = places
-            of_base = (where[chosen] >= 0).nonzero().flatten()
-            found.append((base, where[chosen[of_base]], of_base))
-        return found
-    if isinstance(dataset, ConcatDataset):
-        starts = [0, *dataset.cumulative_sizes]
-        return [
-            (base, places, rows + start)
-            for start, part in zip(starts, dataset.datasets, strict=False)
-            for base, places, rows in _origins(part)
-        ]
-    inside = vars(dataset) if hasattr(dataset, "__dict__") else {}
-    if isinstance(inside.get("tags"), dict) and "dataset" in inside:
-        return _origins(inside["dataset"])
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        return []
-    everything = torch.arange(len(dataset))
-    return [(dataset, everything, everything)]
-
-
 def tag_array(dataset: Any, key: Any) -> Any:
     """The whole array of a tag, through subsets, concatenations and nested tags; None if there is none, or another
     dataset between.
     """
+
+    def tag(dataset: Any) -> Tensor | None:
+        found = (_tags_of(dataset) or {}).get(key)
+        return found if isinstance(found, Tensor) else None
+
+    return _by_sample(dataset, tag) if isinstance(key, str) else None
+
+
+def _by_sample(dataset: Any, of: Callable[[Any], Tensor | None]) -> Tensor | None:
+    """A row for each sample, of the datasets that it comes from through subsets, concatenations and tags.
+
+    Args:
+        dataset: a dataset; anything else has no rows.
+        of: the rows of a dataset that is neither a subset nor a concatenation; None where it has none.
+    """
     if isinstance(dataset, Subset):
-        inner = tag_array(dataset.dataset, key)
-        return None if inner is None else inner[torch.as_tensor(dataset.indices)]
+        rows = _by_sample(dataset.dataset, of)
+        return None if rows is None else rows[torch.as_tensor(dataset.indices)]
     if isinstance(dataset, ConcatDataset):
-        parts = [tag_array(part, key) for part in dataset.datasets]
-        return None if any(part is None for part in parts) else torch.cat(parts)
-    if not hasattr(dataset, "__dict__"):
+        parts = [rows for part in dataset.datasets if (rows := _by_sample(part, of)) is not None]
+        return torch.cat(parts) if len(parts) == len(dataset.datasets) else None
+    found = of(dataset)
+    return found if found is not None or _tags_of(dataset) is None else _by_sample(vars(dataset).get("dataset"), of)
+
+
+def _tags_of(dataset: Any) -> dict[str, Any] | None:
+    """The tags of a tagged dataset, which has other attributes from the one inside of it."""
+    tags = getattr(dataset, "__dict__", {}).get("tags")
+    return tags if isinstance(tags, dict) else None
+
+
+def _origins(bases: list[Any], dataset: Any) -> Tensor | None:
+    """For each sample of a dataset that is made of no other, its number among ``bases``, and the sample's there."""
+    tagged = _tags_of(dataset) is not None and "dataset" in vars(dataset)
+    if tagged or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         return None
-    tags = vars(dataset).get("tags")
-    if not isinstance(tags, dict) or not isinstance(key, str):
-        return None
-    return tags[key] if isinstance(tags.get(key), Tensor) else tag_array(vars(dataset).get("dataset"), key)
+    if not any(base is dataset for base in bases):
+        bases.append(dataset)
+    number = next(i for i, base in enumerate(bases) if base is dataset)
+    return torch.stack([torch.full((len(dataset),), number), torch.arange(len(dataset))], 1)

@@ -18,6 +18,7 @@ domain, with the domain's divisor: a domain's images with many boxes count more 
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,6 +32,7 @@ from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, Ro
 from debias.step.context import Step
 from debias.step.proxy import attach, detach
 from debias.tap.calls import LossCall
+from debias.tap.selection import select_calls
 
 if TYPE_CHECKING:
     from debias.step.watcher import Debiaser
@@ -173,16 +175,15 @@ def _per_image(model: Any) -> Iterator[dict[str, Tensor]]:
     family = _family(model)
     with ExitStack() as stack:
 
-        def put(owner: Any, name: str, around: Callable[..., Any]) -> None:
-            stack.callback(detach, attach(owner, name, around))
+        def put(owner: Any, name: str, around: Callable[..., Any], *given: Any) -> None:
+            stack.callback(detach, attach(owner, name, functools.partial(around, counts, *given)))
 
         if family == "GeneralizedRCNN" and not model.roi_heads.has_keypoint():
-            put(model.rpn, "compute_loss", _RPNLosses(model.rpn, counts))
-            put(model.roi_heads, "forward", _RoILosses(model.roi_heads, counts))
-        elif family in ("FCOS", "RetinaNet"):
-            put(model.head, "compute_loss", _AnchorLosses(counts, by_foreground=family == "FCOS"))
-        elif family == "SSD":
-            put(model, "compute_loss", _AnchorLosses(counts, by_foreground=True))
+            put(model.rpn, "compute_loss", _rpn_losses, model.rpn)
+            put(model.roi_heads, "forward", _roi_losses, model.roi_heads)
+        elif family in ("FCOS", "RetinaNet", "SSD"):
+            owner = model if family == "SSD" else model.head
+            put(owner, "compute_loss", _anchor_losses, family != "RetinaNet")
         else:
             raise DebiasError(
                 f"Expected one of torchvision's {_SUPPORTED} for `losses='heads'`, but got {type(model).__name__}. Use"
@@ -191,105 +192,84 @@ def _per_image(model: Any) -> Iterator[dict[str, Tensor]]:
         yield counts
 
 
-class _AnchorLosses:
+def _anchor_losses(
+    counts: dict[str, Tensor], by_foreground: bool, original: Callable[..., Any], args: tuple[Any, ...], _: Any
+) -> Any:
     """Losses of the one-stage detectors: their own function, one image at a time."""
-
-    def __init__(self, counts: dict[str, Tensor], *, by_foreground: bool) -> None:
-        self.counts = counts
-        self.by_foreground = by_foreground
-
-    def __call__(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        targets, outputs, anchors, matched = args
-        parts = [
-            original([targets[i]], {k: v[i : i + 1] for k, v in outputs.items()}, [anchors[i]], [matched[i]])
-            for i in range(len(targets))
-        ]
-        losses = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-        foreground = torch.stack([(m >= 0).sum() for m in matched])
-        count = foreground if self.by_foreground else torch.ones_like(foreground)
-        self.counts.update(dict.fromkeys(losses, count))
-        return losses
+    targets, outputs, anchors, matched = args
+    parts = [
+        original([targets[i]], {k: v[i : i + 1] for k, v in outputs.items()}, [anchors[i]], [matched[i]])
+        for i in range(len(targets))
+    ]
+    losses = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+    foreground = torch.stack([(m >= 0).sum() for m in matched])
+    counts.update(dict.fromkeys(losses, foreground if by_foreground else torch.ones_like(foreground)))
+    return losses
 
 
-class _RPNLosses:
+def _rpn_losses(
+    counts: dict[str, Tensor], rpn: Any, original: Callable[..., Any], args: tuple[Any, ...], _: Any
+) -> Any:
     """Losses of the region proposal network; anchors are sampled image by image, as torchvision does."""
+    objectness, deltas, labels, regression = args
+    sampled: list[Tensor] = []
+    sampler = rpn.fg_bg_sampler
 
-    def __init__(self, rpn: Any, counts: dict[str, Tensor]) -> None:
-        self.rpn = rpn
-        self.counts = counts
+    def sample(labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        positive, negative = sampler(labels)
+        sampled.append(positive[0].sum() + negative[0].sum())
+        return positive, negative
 
-    def __call__(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        objectness, deltas, labels, regression = args
-        sampled: list[Tensor] = []
-        sampler = self.rpn.fg_bg_sampler
-
-        def sample(labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-            positive, negative = sampler(labels)
-            sampled.append(positive[0].sum() + negative[0].sum())
-            return positive, negative
-
-        sizes = [len(x) for x in labels]
-        self.rpn.fg_bg_sampler = sample
-        try:
-            parts = [
-                original(*part[:2], [part[2]], [part[3]])
-                for part in zip(objectness.split(sizes), deltas.split(sizes), labels, regression, strict=True)
-            ]
-        finally:
-            self.rpn.fg_bg_sampler = sampler
-        count = torch.stack(sampled)
-        self.counts.update(loss_objectness=count, loss_rpn_box_reg=count)
-        return tuple(torch.stack(losses) for losses in zip(*parts, strict=True))
+    sizes = [len(x) for x in labels]
+    rpn.fg_bg_sampler = sample
+    try:
+        parts = [
+            original(*part[:2], [part[2]], [part[3]])
+            for part in zip(objectness.split(sizes), deltas.split(sizes), labels, regression, strict=True)
+        ]
+    finally:
+        rpn.fg_bg_sampler = sampler
+    counts.update(dict.fromkeys(("loss_objectness", "loss_rpn_box_reg"), torch.stack(sampled)))
+    return tuple(torch.stack(losses) for losses in zip(*parts, strict=True))
 
 
-class _RoILosses:
+def _roi_losses(
+    counts: dict[str, Tensor], heads: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """The RoI heads' own forward, with loss functions of its module replaced: they are no methods."""
+    function = original.__func__  # type: ignore[attr-defined]
+    names = function.__globals__
+    own_boxes, own_masks = names["fastrcnn_loss"], names["maskrcnn_loss"]
 
-    def __init__(self, heads: Any, counts: dict[str, Tensor]) -> None:
-        self.heads = heads
-        self.counts = counts
-
-    def __call__(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        function = original.__func__  # type: ignore[attr-defined]
-        names = function.__globals__
-        box, mask = names["fastrcnn_loss"], names["maskrcnn_loss"]
-        # A copy of the function that looks names up elsewhere; replacing them in torchvision would reach other threads.
-        replaced = types.FunctionType(
-            function.__code__,
-            names
-            | {
-                "fastrcnn_loss": lambda *tensors: self._boxes(box, *tensors),
-                "maskrcnn_loss": lambda *tensors: self._masks(mask, *tensors),
-            },
-            function.__name__,
-            function.__defaults__,
-            function.__closure__,
-        )
-        return replaced(self.heads, *args, **kwargs)
-
-    def _boxes(
-        self, loss: Callable[..., Any], logits: Tensor, boxes: Tensor, labels: list[Tensor], regression: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def boxes(logits: Tensor, boxes: Tensor, labels: list[Tensor], regression: list[Tensor]) -> tuple[Tensor, ...]:
         sizes = [len(x) for x in labels]
         parts = [
-            loss(x, y, [label], [target])
+            own_boxes(x, y, [label], [target])
             if len(label)
             else (x.sum(), y.sum())  # no proposal: zeros, where a mean is NaN
             for x, y, label, target in zip(logits.split(sizes), boxes.split(sizes), labels, regression, strict=True)
         ]
-        count = torch.tensor(sizes, device=logits.device)
-        self.counts.update(loss_classifier=count, loss_box_reg=count)
-        classification, box = (torch.stack(losses) for losses in zip(*parts, strict=True))
-        return classification, box
+        counts.update(dict.fromkeys(("loss_classifier", "loss_box_reg"), torch.tensor(sizes, device=logits.device)))
+        return tuple(torch.stack(losses) for losses in zip(*parts, strict=True))
 
-    def _masks(self, loss: Callable[..., Any], logits: Tensor, proposals: list[Tensor], *others: list[Any]) -> Tensor:
+    def masks(logits: Tensor, proposals: list[Tensor], *others: list[Any]) -> Tensor:
         sizes = [len(x) for x in proposals]
         parts = [
-            loss(x, [proposal], *([y] for y in rest))
+            own_masks(x, [proposal], *([y] for y in rest))
             for x, proposal, *rest in zip(logits.split(sizes), proposals, *others, strict=True)
         ]
-        self.counts["loss_mask"] = torch.tensor(sizes, device=logits.device)
+        counts["loss_mask"] = torch.tensor(sizes, device=logits.device)
         return torch.stack(parts)
+
+    # A copy of the function that looks names up elsewhere; replacing them in torchvision would reach other threads.
+    replaced = types.FunctionType(
+        function.__code__,
+        names | {"fastrcnn_loss": boxes, "maskrcnn_loss": masks},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    return replaced(heads, *args, **kwargs)
 
 
 class DetectorStep:
@@ -302,15 +282,11 @@ class DetectorStep:
         step: the running step.
         reweigher: the method; its ``loss`` chooses among the detector's losses by position or callable, all of them by
             default.
-        select: chooses among them: ``select(calls, loss, name of the method)``.
     """
 
-    def __init__(
-        self, step: Step, reweigher: Debiaser, select: Callable[[list[LossCall], Any, str], list[LossCall]]
-    ) -> None:
+    def __init__(self, step: Step, reweigher: Debiaser) -> None:
         self.step = step
         self.reweigher = reweigher
-        self.select = select
         self.called = False
 
     def __call__(
@@ -341,7 +317,7 @@ class DetectorStep:
             for i, (name, losses) in enumerate(found.losses.items())
         ]
         choice = self.reweigher.loss
-        chosen = self.select(calls, "sum" if choice is None else choice, type(self.reweigher).__name__)
+        chosen = select_calls(calls, "sum" if choice is None else choice, type(self.reweigher).__name__)
         means = dict(zip((call.name for call in chosen), self.reweigher.reweigh(chosen, self.step), strict=True))
         return {call.name: means[call.name] if call.name in means else call.mean() for call in calls}
 

@@ -10,6 +10,7 @@ from torch.utils.data import BatchSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from debias.errors import DebiasWarning, RowsError, UnsupportedStrategyError
+from debias.ops.distributed import world_size
 
 if TYPE_CHECKING:
     from debias.step.watcher import StepWatcher
@@ -140,11 +141,11 @@ def refuse_duplicating_sampler(loader: Any, trainer: Any) -> None:
         )
 
 
-def warn_padding(loader: Any, world: int) -> None:
+def warn_padding(loader: Any) -> None:
     """Lightning's evaluation sampler repeats samples so that all ranks have as many; the metrics then count them
     twice.
     """
-    sampler = getattr(loader, "sampler", None)
+    sampler, world = getattr(loader, "sampler", None), world_size()
     if not isinstance(sampler, DistributedSampler) or not getattr(sampler, "pads", True):
         return
     size = len(sampler.dataset)  # type: ignore[arg-type]

@@ -50,36 +50,25 @@ class Learned:
     warned: bool = False
 
 
+@dataclass(eq=False)
 class Settlement:
-    """Settles the losses of one step.
+    """Settles the losses of one step; ``heads`` deliver features, and ``learned`` is kept from step to step."""
 
-    Args:
-        step: the step.
-        reweigher: the method that reweighs the loss, if any.
-        penalisers: the methods that add to it.
-        heads: where methods that ask for features get them.
-        learned: what earlier steps have shown.
-    """
+    step: Step
+    reweigher: Debiaser | None
+    penalisers: list[Debiaser]
+    heads: dict[Any, HeadTap | FeatureTap]
+    learned: Learned
 
-    def __init__(
-        self,
-        step: Step,
-        reweigher: Debiaser | None,
-        penalisers: list[Debiaser],
-        heads: dict[Any, HeadTap | FeatureTap],
-        learned: Learned,
-    ) -> None:
-        self.step, self.reweigher, self.penalisers, self.heads, self.learned = (
-            step, reweigher, penalisers, heads, learned
-        )  # fmt: skip
-        self.needing = [w for w in (reweigher, *penalisers) if w is not None and w.needs_loss]
+    def __post_init__(self) -> None:
+        self.needing = [w for w in (self.reweigher, *self.penalisers) if w is not None and w.needs_loss]
         # Who means a loss: which one, and its name in messages.
         self.choices: dict[Any, tuple[Any, str]] = {w: (w.loss, type(w).__name__) for w in self.needing}
-        if step.mixture is not None:
-            self.choices[None] = step.mixture.loss, step.mixture.owner
+        if (mixture := self.step.mixture) is not None:
+            self.choices[None] = mixture.loss, mixture.owner
         self.selected: dict[Any, list[LossCall]] = {}
-        self.first = learned.epoch != step.epoch  # in an epoch
-        self.checks = self.first or step.logging
+        self.first = self.learned.epoch != self.step.epoch  # in an epoch
+        self.checks = self.first or self.step.logging
         self.used: list[tuple[LossCall, Any]] = []  # and what each was divided by
 
     # -- manual optimisation: a loss is used up inside the step ------------------------------------
@@ -103,39 +92,39 @@ class Settlement:
         self.used.append((call, call.record.divisor))
         return method.reweigh([call], self.step)[0]
 
-    def finish_manual(self, tap: LossTap) -> None:
+    def _finish_manual(self, tap: LossTap) -> None:
         """Refuse a step in which nothing was found, or which has multiplied a loss by a number of the whole batch."""
         if (self.reweigher is not None and not self.used) or (self.step.mixture is not None and not tap.calls):
             raise no_loss_error(_set_losses(self.step.module))
         for call, divisor in self.used:  # since it was handed back
             if call.record.of_batch or call.record.divisor is not divisor:
                 raise of_batch(call, manual=True)
-        self._learn(tap)
-
-    def _learn(self, tap: LossTap) -> None:
-        self.learned.epoch = self.step.epoch
-        self.learned.rows_needed &= tap.tracker is not None and tap.tracker.needed
 
     # -- automatic optimisation --------------------------------------------------------------------
 
     def settle(self, tap: LossTap, output: Any) -> Tensor | None:
         """The loss to return instead of the user's, or None to return the step's output as it is."""
         loss = output.get("loss") if isinstance(output, Mapping) else output
-        if not isinstance(loss, Tensor):
-            if is_distributed():
-                raise DebiasError(
-                    "Expected the training step to return a loss on every rank, but got None: the other ranks would"
-                    " wait for this one. Return a loss of zero, e.g. `0 * logits.sum()`, instead of skipping."
-                )
+        if not self.step.module.automatic_optimization:
+            self._finish_manual(tap)
+            loss = None
+        elif isinstance(loss, Tensor):
+            found = reaching(tap, loss)
+            self._compare(found)
+            if self.choices:
+                loss = self._settled(found, tap, output)
+            elif is_distributed() and not self.learned.as_ddp:
+                loss = self._averaged(found)
+            loss = self._penalised(loss, found, tap)
+        elif is_distributed():
+            raise DebiasError(
+                "Expected the training step to return a loss on every rank, but got None: the other ranks would"
+                " wait for this one. Return a loss of zero, e.g. `0 * logits.sum()`, instead of skipping."
+            )
+        else:
             return None
-        found = reaching(tap, loss)
-        self._compare(found)
-        if self.choices:
-            loss = self._settled(found, tap, output)
-        elif is_distributed() and not self.learned.as_ddp:
-            loss = self._averaged(found)
-        loss = self._penalised(loss, found, tap)
-        self._learn(tap)
+        self.learned.epoch = self.step.epoch
+        self.learned.rows_needed &= tap.tracker is not None and tap.tracker.needed
         return loss
 
     def _settled(self, found: Reaching, tap: LossTap, output: Any) -> Tensor:
@@ -159,13 +148,12 @@ class Settlement:
         if plain is None:
             found.multiply(meant)
             self._check_other_terms(found)
-        if self.reweigher is not None:
-            reweighed = self.selected[self.reweigher]
-            values = self.reweigher.reweigh(reweighed, self.step)
-            others = [call for call in meant if call not in reweighed] if is_distributed() else []
-        elif is_distributed() or (plain is not None and self.step.mixture is not None):
-            reweighed, values, others = [], [], meant
-        else:
+        reweighed = [] if self.reweigher is None else self.selected[self.reweigher]
+        values = [] if self.reweigher is None else self.reweigher.reweigh(reweighed, self.step)
+        others = []
+        if is_distributed() or (plain is not None and self.step.mixture is not None):
+            others = [call for call in meant if call not in reweighed]
+        if not (values or others):
             return found.loss
         new = summed([*values, *(call.mean() for call in others)])
         if plain is not None:
@@ -198,7 +186,7 @@ class Settlement:
                 calls = [LossSum(calls, check=self.checks)]
             for call in calls:
                 if head is not None:
-                    having, of_loss = self._having(watcher), tap.loaders_of(call)
+                    having, of_loss = self.step.having(watcher), tap.loaders_of(call)
                     head.resolve(call, join=watcher.only_features, having=having, of_loss=of_loss)
                 loss = loss + watcher.penalise(call, self.step)
         for watcher in self.penalisers:
@@ -208,14 +196,6 @@ class Settlement:
 
     # -- what is meant -----------------------------------------------------------------------------
 
-    def _having(self, method: Any) -> dict[int, str] | None:
-        """Of several loaders, those whose samples have the ids that a method reads; None of one."""
-        step = self.step
-        if not step.of_several or method not in step.asked:
-            return None
-        parts = [*step.numbered, *step.strangers]
-        return {i: part.name for i, part in enumerate(parts) if part in step.asked[method]}
-
     def _with_ids(self, calls: list[LossCall], tap: LossTap, method: Any) -> list[LossCall]:
         """Losses of samples that have the ids which a method reads; those of other loaders' alone are the user's.
 
@@ -223,7 +203,7 @@ class Settlement:
             RowsError: a loss is of both kinds of samples.
         """
         loss, who = self.choices[method]
-        if (having := self._having(method)) is None:
+        if (having := self.step.having(method)) is None:
             return calls
         kept = []
         for call in calls:
@@ -247,14 +227,13 @@ class Settlement:
     def _selected(self, calls: list[LossCall], tap: LossTap, method: Any) -> list[LossCall]:
         """The calls that ``loss=`` means, which must be the same in every step, and those of whole samples."""
         (loss, who), n = self.choices[method], self.step.n
-        parts = [*self.step.numbered, *self.step.strangers]
         calls = self._with_ids(calls, tap, method)
         selected = select_calls(calls, loss, who)
 
         def whole(call: LossCall) -> int:
             """Number of samples of the loaders that a loss is of."""
             loaders = tap.loaders_of(call) if self.step.of_several else None
-            return n or 0 if loaders is None else sum(parts[i].n or 0 for i in loaders)
+            return n or 0 if loaders is None else sum(self.step.followed[i].n or 0 for i in loaders)
 
         self._check_name(selected, loss, who)
         if len(selected) > 1 and n is not None and all(height(call) < whole(call) for call in selected):
@@ -293,8 +272,7 @@ class Settlement:
             self.learned.as_ddp = not same or len(meant) != 1
         elif not same:
             names = gather_objects(", ".join(f"`{call.name}`" for call in meant) or "none")
-            first = {name: rank for rank, name in reversed(list(enumerate(names)))}
-            parts = [f"{name} on rank {rank}" for name, rank in sorted(first.items(), key=lambda item: item[1])]
+            parts = [f"{name} on rank {names.index(name)}" for name in dict.fromkeys(names)]
             raise AmbiguousLossError(
                 f"Expected all ranks to compute the same losses where a method means them, but got"
                 f" {' and '.join(parts)}: their sums over ranks would be of different things. Compute them on every"

@@ -8,7 +8,7 @@ logs is averaged over the passes, weighted by their samples.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,10 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["split_losses", "take_samples"]
 
 
-def split_losses(
-    original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], step: Step, reweigher: Debiaser
-) -> tuple[Tensor, Any]:
-    """Run the step on the samples of each group, or on each sample, and combine the losses.
+def split_losses(run: Callable[[Any], Any], step: Step, reweigher: Debiaser) -> tuple[Tensor, Any]:
+    """Run the user's step, a function of the batch, on each group's samples or on each sample; combine the losses.
 
     Returns:
         The debiased loss and the last output of the step.
@@ -59,16 +57,11 @@ def split_losses(
         )
     sizes = [len(members) for members in passes]
     losses, output = [], None
-    with _logged_once(step.module, sizes) as of_pass:
-        for number, members in enumerate(passes):
-            of_pass(number)
-            part = take_samples(step.batch, members, n)
+    with _logged_once(step.module) as running:
+        for members in passes:
+            running.append(len(members))
             try:
-                output = (
-                    original(part, *args[1:], **kwargs)
-                    if args
-                    else original(*args, **{**kwargs, next(iter(kwargs)): part})
-                )
+                output = run(take_samples(step.batch, members, n))
             except ValueError as error:
                 if "Expected more than 1 value per channel" not in str(error):
                     raise
@@ -97,22 +90,13 @@ def _one_number(output: Any, losses: str) -> Tensor:
 
 
 @contextmanager
-def _logged_once(module: Any, sizes: list[int]) -> Iterator[Callable[[int], None]]:
+def _logged_once(module: Any) -> Iterator[list[int]]:
     """While this lasts numbers that the step logs are collected; then each is logged once, as that of the whole batch.
 
-    Args:
-        module: the user's module.
-        sizes: number of samples of each pass.
-
-    Yields:
-        To be told the number of each pass before it begins.
+    Yields a list, to which the number of samples of each pass is added before it begins.
     """
+    sizes: list[int] = []
     collected: dict[str, tuple[list[tuple[Any, int]], dict[str, Any]]] = {}
-    now = 0
-
-    def of_pass(number: int) -> None:
-        nonlocal now
-        now = number
 
     def log(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = dict(zip(("name", "value", "prog_bar", "logger", "on_step", "on_epoch"), args, strict=False)) | kwargs
@@ -124,19 +108,17 @@ def _logged_once(module: Any, sizes: list[int]) -> Iterator[Callable[[int], None
         values, options = collected.setdefault(name, ([], named))
         if values and options.get("batch_size") and named.get("batch_size"):
             options["batch_size"] += named["batch_size"]  # of all passes
-        values.append((value, sizes[now]))
+        values.append((value, sizes[-1]))
 
     def log_dict(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = dict(zip(("dictionary", "prog_bar", "logger", "on_step", "on_epoch"), args, strict=False)) | kwargs
         for name, value in named.pop("dictionary").items():
             module.log(name, value, **named)
 
-    proxies = [attach(module, "log", log), attach(module, "log_dict", log_dict)]
-    try:
-        yield of_pass
-    finally:
-        for proxy in proxies:
-            detach(proxy)
+    with ExitStack() as stack:
+        for name, around in (("log", log), ("log_dict", log_dict)):
+            stack.callback(detach, attach(module, name, around))
+        yield sizes
     for name, (values, options) in collected.items():
         mean = sum(value * size for value, size in values) / sum(size for _, size in values)
         module.log(name, mean, **options)

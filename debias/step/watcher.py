@@ -17,13 +17,11 @@ from torch import Tensor, nn
 
 from debias.errors import DebiasError, DebiasWarning
 from debias.ops.arguments import checked
-from debias.ops.distributed import world_size
 from debias.ops.own_memory import own_memory
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
 from debias.step.engine import StepEngine
-from debias.step.guards import refuse_unsupported, warn_padding
-from debias.step.indices import evaluation_loaders
+from debias.step.guards import refuse_unsupported
 from debias.step.loggers import log_best, log_hyperparameters
 from debias.step.owned import OwnedModule
 from debias.step.random import StepRandom
@@ -152,30 +150,10 @@ class StepWatcher(Callback):
         returned.
         """
 
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Say so if padding would count samples twice."""
-        self._check_padding(trainer)
-
-    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        """Say so if padding would count samples twice."""
-        self._check_padding(trainer)
-
-    def _check_padding(self, trainer: Any) -> None:
-        if self.engine is None or not self.monitors or world_size() < 2:
-            return
-        for loader in evaluation_loaders(trainer):
-            warn_padding(loader, world_size())
-
     def __getstate__(self) -> dict[str, Any]:
         # Lightning puts the module's bound `log` and `log_dict` on every callback; they must not be copied along.
         kept = {k: v for k, v in vars(self).items() if k not in ("log", "log_dict")}
         return kept | {"engine": None} | ({"_fitted": None} if "_fitted" in kept else {})
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        twin = object.__new__(type(self))
-        memo[id(self)] = twin
-        vars(twin).update(copy.deepcopy(self.__getstate__(), memo))
-        return twin
 
 
 class Debiaser(StepWatcher):
@@ -400,11 +378,10 @@ def _copied(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _same(state: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether the tensors of two states are the same."""
+    tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)}
     return state.keys() == other.keys() and all(
-        x.device == other[k].device and x.shape == other[k].shape and x.equal(other[k])
-        if isinstance(x, Tensor)
-        else True
-        for k, x in state.items()
+        x.device == other[name].device and x.equal(other[name]) for name, x in tensors.items()
     )
 
 

@@ -436,6 +436,22 @@ def test_own_maths_with_a_registered_adapter(monkeypatch):
     assert_exact(OwnMaths(), Samples(X, MULTI), lambda net: dro(log_cosh(net), ONES, GROUPS))
 
 
+def test_a_registered_loss_that_fails_hides_none_after_it(monkeypatch):
+    from debias.tap import adapters
+
+    monkeypatch.setattr(adapters, "ADAPTERS", dict(adapters.ADAPTERS))
+    register_loss(LogCosh, lambda loss, prediction, target: torch.log(torch.cosh(prediction - target)))
+
+    class Module(OwnMaths):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            with pytest.raises(RuntimeError, match="size of tensor"):
+                self.criterion(self.net(x), y[:, :2])
+            return self.criterion(self.net(x), y)
+
+    assert_exact(Module(), Samples(X, MULTI), lambda net: dro(log_cosh(net), ONES, GROUPS))
+
+
 def test_a_registered_function():
     def loss(prediction, target):
         return torch.log(torch.cosh(prediction - target)).mean()

@@ -182,6 +182,7 @@ class Logging(nn.Module):
     """What a method asks of a module: its device, its parameters, and where values are logged."""
 
     device = torch.device("cpu")
+    automatic_optimization = True
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -206,7 +207,7 @@ def _settled(form: Form, method: Any) -> dict[str, Tensor]:
     step = Step(trainer, module, "train", DATA, {"place": GROUPS}, logging=True)
     method.begin(step)
     if method.reweighs and method.losses == "split":
-        loss, _ = split_losses(lambda batch: form(net, batch), (DATA,), {}, step, method)
+        loss, _ = split_losses(lambda batch: form(net, batch), step, method)
     else:
         tap = LossTap(tracker=RowTracker(step.batch, N))
         with tap, warnings.catch_warnings():
