@@ -100,13 +100,7 @@ def replace(batch: Any, key: BatchKey, value: Any) -> Any:
 
 
 def repeated(batch: Any, index: Tensor, n: int) -> Any:
-    """A batch of the samples ``index``, in that order; see :func:`map_samples`.
-
-    Args:
-        batch: a batch of ``n`` samples.
-        index: int64 ``(rows,)``, ``torch.arange(n)`` any number of times.
-        n: number of samples.
-    """
+    """A batch with its n samples several times; ``index`` is int64 ``torch.arange(n)``, as often."""
     return map_samples(batch, n, lambda x: x[index], lambda items: items * (len(index) // n))
 
 
@@ -143,19 +137,16 @@ def map_samples(
     return changed
 
 
+@dataclasses.dataclass
 class _SampleMap:
     """What :func:`map_samples` does to each part of a batch."""
 
-    def __init__(
-        self,
-        n: int,
-        of_tensor: Callable[[Tensor], Tensor],
-        of_list: Callable[[list[Any]], list[Any]],
-        whole: bool,
-    ) -> None:
-        self.n, self.of_tensor, self.of_list, self.whole = n, of_tensor, of_list, whole
-        self.found = False
-        self._made: dict[int, Any] = {}  # objects may refer to each other
+    n: int
+    of_tensor: Callable[[Tensor], Tensor]
+    of_list: Callable[[list[Any]], list[Any]]
+    whole: bool
+    found: bool = False
+    _made: dict[int, Any] = dataclasses.field(default_factory=dict)  # objects may refer to each other
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, Tensor | np.ndarray):

@@ -26,6 +26,8 @@ _WORDS = {
     ",": " ",
 }
 _OPERATORS = re.compile("|".join(map(re.escape, _WORDS)))
+# What loggers put in the place of characters: MLflow, on a disk that does not tell capitals, and TensorBoard.
+_CHANGED = (re.compile(r"[^a-z0-9_. -]+"), ""), (re.compile(r"[^\w.]+"), "_")
 
 
 def hyperparameters(callbacks: Sequence[Any]) -> dict[str, Any]:
@@ -53,12 +55,8 @@ def hyperparameters(callbacks: Sequence[Any]) -> dict[str, Any]:
 def log_hyperparameters(trainer: Any, pl_module: Any, more: Mapping[str, Any] | None = None) -> None:
     """Tell every logger the arguments of all methods, before Lightning tells the hyper-parameters of the user's own.
 
-    Those are handed on as well, and stay as they are: TensorBoard shows what it is told first.
-
-    Args:
-        trainer: whose callbacks and loggers they are.
-        pl_module: the user's module.
-        more: what else to tell, under flat keys.
+    Those are handed on as well, and stay as they are: TensorBoard shows what it is told first. ``more`` is what else to
+    tell, under flat keys.
     """
     found = {**(more or {}), **hyperparameters(trainer.callbacks)}
     if not found:
@@ -105,8 +103,8 @@ def safe_names(names: Sequence[str]) -> list[str]:
     """
     made = [_safe(str(name)) for name in names]
     unclear = {i for i, name in enumerate(made) if not name.strip(".")}  # nothing, or the folder above
-    for rule in (_ascii, _underscored):
-        kept = [rule(name) for name in made]
+    for changed, by in _CHANGED:
+        kept = [changed.sub(by, name.lower()) for name in made]
         unclear |= {i for i, name in enumerate(kept) if not name or kept.count(name) > 1}
     return [f"{name}_{i}" if i in unclear else name for i, name in enumerate(made)]
 
@@ -114,16 +112,6 @@ def safe_names(names: Sequence[str]) -> list[str]:
 def _safe(name: str) -> str:
     words = _OPERATORS.sub(lambda found: _WORDS[found[0]], name)
     return " ".join(re.sub(r"[^\w.\- ]+", "_", words).split())
-
-
-def _ascii(name: str) -> str:
-    """As MLflow has it, on a disk that does not tell capitals."""
-    return re.sub(r"[^a-z0-9_. -]+", "", name.lower())
-
-
-def _underscored(name: str) -> str:
-    """As TensorBoard has it."""
-    return re.sub(r"[^\w.]+", "_", name.lower())
 
 
 def _plain(value: Any) -> Any:

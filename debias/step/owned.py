@@ -7,7 +7,8 @@ numbers; its gradients are averaged over ranks by hand; it steps when the user's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ class OwnedModule:
                 ) from None
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             _share(module)
-        make = self.optimizer_factory or _sgd
+        make = self.optimizer_factory or functools.partial(torch.optim.SGD, momentum=0.9)
         optimizer = make(module.parameters(), lr=1.0 if self.lr is None else self.lr)
         if state.get("kind") == type(optimizer).__name__:  # what another has kept, it could not go on with
             optimizer.load_state_dict(state["optimizer"])
@@ -117,7 +118,8 @@ class OwnedModule:
         if self.module is None or self.optimizer is None:
             return
         parameters = [p for p in self.module.parameters() if p.requires_grad]
-        if not is_distributed() and not (_any_gradient(parameters) or _any_gradient(_parameters(user_optimizer))):
+        theirs = [p for group in user_optimizer.param_groups for p in group["params"]]
+        if not is_distributed() and all(p.grad is None for p in parameters + theirs):
             return  # there was no loss: momentum and weight decay must not move one network alone
         for p in parameters:
             if p.grad is None:
@@ -172,14 +174,6 @@ def _share(module: nn.Module) -> None:
         x.copy_(value)
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    return (p for group in optimizer.param_groups for p in group["params"])
-
-
-def _any_gradient(parameters: Iterable[Tensor]) -> bool:
-    return any(p.grad is not None for p in parameters)
-
-
 def _found_inf(user_optimizer: torch.optim.Optimizer, scaler: Any) -> dict[torch.device, Tensor]:
     """Whether the user's gradients are finite, by device; empty where their optimiser will not step."""
     found = scaler._found_inf_per_device(user_optimizer)
@@ -187,7 +181,3 @@ def _found_inf(user_optimizer: torch.optim.Optimizer, scaler: Any) -> dict[torch
     if not found and getattr(user_optimizer, "_step_supports_amp_scaling", False):
         found = scaler._check_inf_per_device(user_optimizer)
     return found
-
-
-def _sgd(parameters: Any, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=lr, momentum=0.9)

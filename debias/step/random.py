@@ -35,6 +35,9 @@ class StepRandom:
     Args:
         seed: the method's seed.
         name: the instance's name, so that two instances draw differently.
+
+    Attributes:
+        replaying: whether the forward pass of this micro-batch has ended.
     """
 
     def __init__(self, seed: int, name: str) -> None:
@@ -42,22 +45,17 @@ class StepRandom:
         self.name = name
         self._draws: dict[str, list[Any]] = {}
         self._counter = 0
-        self._replaying = False
+        self.replaying = False
 
     def start(self, counter: int) -> None:
         """Begin a micro-batch: forget the draws of the last one."""
         self._counter = counter
         self._draws.clear()
-        self._replaying = False
+        self.replaying = False
 
     def end_forward(self) -> None:
         """From now until the next :meth:`start`, layers are recomputed and must see the draws they saw."""
-        self._replaying = True
-
-    @property
-    def replaying(self) -> bool:
-        """Whether the forward pass of this micro-batch has ended."""
-        return self._replaying
+        self.replaying = True
 
     def generator(self, device: torch.device, place: str = "", *, shared: bool = False) -> torch.Generator:
         """A generator for this micro-batch.
@@ -82,7 +80,7 @@ class StepRandom:
                 cannot be told.
         """
         drawn = self._draws.setdefault(place, [])
-        if self._replaying and drawn:
+        if self.replaying and drawn:
             if len(drawn) > 1:
                 raise DebiasError(
                     f"Expected {place!r} to run once in a step with activation checkpointing, but it ran {len(drawn)}"

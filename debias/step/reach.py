@@ -33,11 +33,6 @@ class Reach:
 
         A parameter is trainable if one of the Trainer's optimisers holds it: those of a network that belongs to the
         method do not count. Where the graph does not tell, nothing is said.
-
-        Args:
-            method: a :class:`debias.Debiaser`.
-            values: what it adds to the loss, or the losses that it reweighs.
-            step: the running step.
         """
         if self._said or (self._looked and any(value.requires_grad for value in values)):
             return

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, IterableDataset, Subset
 
 from debias.errors import BatchKeyError, DebiasError
+from debias.step.agreement import flat_loaders
 from debias.step.context import Step
 from debias.tap.calls import LossCall
 from debias.tap.losses import SYMMETRIC
@@ -52,9 +53,7 @@ def train_set(trainer: Any, who: str) -> Any:
     Raises:
         DebiasError: there are several loaders, a stream, or no numbers.
     """
-    loaders = trainer.train_dataloader
-    loaders = list(loaders.values()) if isinstance(loaders, dict) else loaders
-    loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
+    loaders = flat_loaders(trainer.train_dataloader)
     if len(loaders) != 1:
         raise DebiasError(
             f"Expected one training loader for {who}, whose samples have one numbering, but got {len(loaders)}. Join"
@@ -64,15 +63,10 @@ def train_set(trainer: Any, who: str) -> Any:
 
 
 def check_length(trainer: Any, size: int, who: str) -> None:
-    """Refuse a training set of another length than before.
-
-    Args:
-        trainer: the Trainer.
-        size: number of samples before.
-        who: the method, for messages.
+    """Refuse a training set of another length than it had before.
 
     Raises:
-        DebiasError: its length is another one.
+        DebiasError: its length is not ``size``.
     """
     if (found := len(train_set(trainer, who))) != size:
         raise DebiasError(
@@ -82,12 +76,7 @@ def check_length(trainer: Any, size: int, who: str) -> None:
 
 
 def numbered_dataset(dataset: Any, who: str, what: str = "training") -> Any:
-    """The tagged dataset inside of ``dataset`` whose numbers its samples carry.
-
-    Args:
-        dataset: what a loader draws from.
-        who: the method, for messages.
-        what: which set it is, likewise.
+    """The tagged dataset inside of one, whose numbers its samples carry; ``what`` says which set it is in messages.
 
     Raises:
         DebiasError: there is none, or more than one.

@@ -115,30 +115,22 @@ def _collate_tagged(batch: list[TaggedSample], *, collate_fn_map: Any = None) ->
 
 
 def _tags_of(items: list[Any]) -> dict[str, Any]:
-    """The tags of a batch of samples."""
-    rows: list[Any] = [item.tags if isinstance(item, TaggedSample) else None for item in items]
+    """The tags of a batch of samples, which all carry the same."""
+    rows: list[Any] = [item.tags if isinstance(item, TaggedSample) else {} for item in items]
     table = rows[0].table if isinstance(rows[0], TagRow) else None
-    if table is None or not all(isinstance(row, TagRow) and row.table is table for row in rows):
-        _refuse_mixed(items)  # of datasets that were joined, or tagged twice, or with tags that are functions
-        return default_collate([dict(item.tags) for item in items])
-    numbers = torch.tensor([row.index for row in rows])
-    return {name: values[numbers] for name, values in table.items()}
-
-
-def _refuse_mixed(items: list[Any]) -> None:
-    """All samples of a batch carry the same tags, or none does."""
-    first = _tag_names(items[0])
-    other = next((names for names in map(_tag_names, items) if names != first), first)
-    if other != first:
-        raise BatchKeyError(
-            f"Expected all samples of a batch to carry the same tags, but got {first or 'none'} and {other or 'none'}."
-            " Where datasets are joined, tag each of them alike, or the joined one: `tag(ConcatDataset([...]),"
-            " place=ids)`; -1 stands for unlabelled."
-        )
-
-
-def _tag_names(item: Any) -> list[str]:
-    return sorted(item.tags) if isinstance(item, TaggedSample) else []
+    if table is not None and all(isinstance(row, TagRow) and row.table is table for row in rows):
+        numbers = torch.tensor([row.index for row in rows])
+        return {name: values[numbers] for name, values in table.items()}
+    # Of datasets that were joined, or tagged twice, or with tags that are functions.
+    first, *others = map(sorted, rows)
+    for other in others:
+        if other != first:
+            raise BatchKeyError(
+                f"Expected all samples of a batch to carry the same tags, but got {first or 'none'} and"
+                f" {other or 'none'}. Where datasets are joined, tag each of them alike, or the joined one:"
+                " `tag(ConcatDataset([...]), place=ids)`; -1 stands for unlabelled."
+            )
+    return default_collate([dict(row) for row in rows])
 
 
 # PyTorch's own extension point: any DataLoader with the default collate_fn now yields TaggedBatch for tagged datasets.
