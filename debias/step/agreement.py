@@ -28,25 +28,30 @@ class Agreement:
         self._ends = False  # whether the ranks tell each other when their data ends
         self._group: Any = None
 
-    def begins(self, epoch: int) -> bool:
-        """Whether this is the first step of an epoch."""
-        return self._epoch != epoch
+    @contextmanager
+    def on_begin(self, trainer: Any, parts: Sequence[Part]) -> Iterator[bool]:
+        """Before the user's step: refuse on all ranks what one of them refuses, in the first step of an epoch.
 
-    def check(self, trainer: Any, parts: Sequence[Part], problem: DebiasError | None) -> None:
-        """In the first step of an epoch, before the user's step: refuse on all ranks what one of them refuses.
+        Yields whether it is that step.
 
         Raises:
             DebiasError: on all ranks: one of them has a problem, or they have different numbers of batches, or
                 different tags.
         """
+        first, problem = self._epoch != trainer.current_epoch, None
         self._epoch = trainer.current_epoch
-        if not is_distributed():
-            if problem is not None:
-                raise problem
+        try:
+            yield first
+        except DebiasError as error:
+            if not (first and is_distributed()):
+                raise
+            problem = error
+        if not (first and is_distributed()):
             return
         loaders = flat_loaders(trainer.train_dataloader)
+        stream = any(not isinstance(x, DataLoader) or isinstance(x.dataset, IterableDataset) for x in loaders)
         layout = {".".join(map(str, part.path)): ", ".join(sorted(part.tags)) or "none" for part in parts}
-        of_ranks = gather_objects((problem, trainer.num_training_batches, layout, any(map(_is_stream, loaders))))
+        of_ranks = gather_objects((problem, trainer.num_training_batches, layout, stream))
         problems, batches, layouts, streams = (list(values) for values in zip(*of_ranks, strict=True))
         if problem is not None:
             raise problem
@@ -101,10 +106,6 @@ class Agreement:
 def flat_loaders(loaders: Any) -> list[Any]:
     """The loaders in lists, tuples and dictionaries of them, in the order of their numbers."""
     return list((loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)).flattened)
-
-
-def _is_stream(loader: Any) -> bool:
-    return not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset)
 
 
 def refuse_contradictions(loaders: Sequence[Any], keys: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from debias.errors import DebiasError, UnsupportedStrategyError
+from debias.errors import UnsupportedStrategyError
 from debias.ops.distributed import is_distributed, use_group
 from debias.step.agreement import Agreement, flat_loaders, refuse_contradictions
 from debias.step.context import Step
@@ -193,45 +193,32 @@ class StepEngine:
         if not self.trainer.training or not (watchers := self.watchers()):
             return run(given["batch"])
         debiasers: list[Debiaser] = [w for w in watchers if w.trains]  # type: ignore[misc]
-        if debiasers:
-            step = self._step("train", given)
-            self._check_counter(step, debiasers)
-            self._begin(step, debiasers)
-        elif self._agreement.begins(self.trainer.current_epoch):
-            self._agreement.check(self.trainer, [], None)
-        with self._agreement.on_ends(self.trainer):
-            return self._changed(step, debiasers, run) if debiasers else run(given["batch"])
-
-    def _begin(self, step: Step, debiasers: list[Debiaser]) -> None:
-        """Augment the batch and read ids; in the first step of an epoch one rank's refusal is that of all."""
-        first, problem = self._agreement.begins(step.epoch), None
-        try:
+        if not debiasers:
+            with self._agreement.on_begin(self.trainer, []):
+                pass
+            with self._agreement.on_ends(self.trainer):
+                return run(given["batch"])
+        step = self._step("train", given)
+        self._check_counter(step, debiasers)
+        with self._agreement.on_begin(self.trainer, step.parts) as first:
             for watcher in debiasers:
                 watcher.start(step)
-            for watcher in debiasers:
-                step.asking = watcher
-                watcher.begin(step)
+            self._read_ids(step, debiasers)
             if first and step.of_several:
                 refuse_contradictions(flat_loaders(self.trainer.train_dataloader), sorted(step.keys))
-        except DebiasError as error:
-            if not first:
-                raise
-            problem = error
-        step.asking = None
-        if first:
-            self._agreement.check(self.trainer, step.parts, problem)
+        with self._agreement.on_ends(self.trainer):
+            return self._changed(step, debiasers, run)
 
     def _changed(self, step: Step, debiasers: list[Debiaser], run: Run) -> Any:
         """The user's step, with what the methods make of its loss."""
         reweigher = next((w for w in debiasers if w.reweighs), None)
-        penalisers = [w for w in debiasers if w.penalises]
-        alone = reweigher is None and not penalisers and step.mixture is None
+        alone = step.mixture is None and not any(w.reweighs or w.penalises for w in debiasers)
         if reweigher is not None and reweigher.losses != "whole":
             output = self._with_losses_of_batch(step, reweigher, run)
         elif alone and (not is_distributed() or self._learned.as_ddp):
             output = run(step.batch)
         else:
-            return self._settled(step, debiasers, reweigher, penalisers, run)
+            return self._settled(step, debiasers, run)
         self._end_forward(debiasers)
         return output
 
@@ -243,8 +230,7 @@ class StepEngine:
                 " that exists only per batch cannot be mixed from the labels of two samples. Remove one of them."
             )
         if reweigher.losses != "heads":
-            split, output = split_losses(run, step, reweigher)
-            return with_loss(output, split)
+            return split_losses(run, step, reweigher)
         self._detector = detector = DetectorStep(step, reweigher)
         try:
             output = run(step.batch)
@@ -253,15 +239,13 @@ class StepEngine:
         detector.finish()
         return output
 
-    def _settled(
-        self, step: Step, debiasers: list[Debiaser], reweigher: Debiaser | None, penalisers: list[Debiaser], run: Run
-    ) -> Any:
+    def _settled(self, step: Step, debiasers: list[Debiaser], run: Run) -> Any:
         """A step whose losses are watched, and settled when it has returned."""
         rows = next((w.loss_rows for w in debiasers if w.loss_rows is not None), None)  # of all, or refused before
         arranged = rows if isinstance(rows, str) else None
         tracker = self._row_tracker(step, everything=self._learned.rows_needed, arranged=arranged)
         heads, finder = self._start_heads(step, debiasers, tracker)
-        settlement = Settlement(step, reweigher, penalisers, heads, self._learned)
+        settlement = Settlement(step, debiasers, heads, self._learned)
         tap = LossTap(
             tracker=tracker,
             rows=rows,
@@ -320,10 +304,7 @@ class StepEngine:
         if not monitors or self.trainer.training:  # a training step may call the validation step
             return run(given["batch"])
         step = self._step(stage, given)
-        for monitor in monitors:
-            step.asking = monitor
-            monitor.begin(step)
-        step.asking = None
+        self._read_ids(step, monitors)
         of_loader = stage, step.dataloader_idx
         everything = self._rows_needed_in.get(of_loader, True)
         tracker = self._row_tracker(step, everything=everything)
@@ -383,6 +364,12 @@ class StepEngine:
             counter=trainer.fit_loop.epoch_loop.total_batch_idx if training else 0,
             logging=trainer._logger_connector.should_update_logs if training else False,
         )
+
+    def _read_ids(self, step: Step, watchers: Sequence[StepWatcher]) -> None:
+        for watcher in watchers:
+            step.asking = watcher
+            watcher.begin(step)
+        step.asking = None
 
     def _start_heads(
         self, step: Step, watchers: Sequence[StepWatcher], tracker: RowTracker | None

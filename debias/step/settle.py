@@ -55,12 +55,13 @@ class Settlement:
     """Settles the losses of one step; ``heads`` deliver features, and ``learned`` is kept from step to step."""
 
     step: Step
-    reweigher: Debiaser | None
-    penalisers: list[Debiaser]
+    methods: list[Debiaser]
     heads: dict[Any, HeadTap | FeatureTap]
     learned: Learned
 
     def __post_init__(self) -> None:
+        self.reweigher = next((method for method in self.methods if method.reweighs), None)
+        self.penalisers = [method for method in self.methods if method.penalises]
         self.needing = [w for w in (self.reweigher, *self.penalisers) if w is not None and w.needs_loss]
         # Who means a loss: which one, and its name in messages.
         self.choices: dict[Any, tuple[Any, str]] = {w: (w.loss, type(w).__name__) for w in self.needing}
@@ -130,18 +131,16 @@ class Settlement:
     def _settled(self, found: Reaching, tap: LossTap, output: Any) -> Tensor:
         plain = None
         stated = stated_losses(output, tap, beside=bool(found.calls))
-        if stated is None and found.lost:
-            raise untapped(found.lost, bool(found.calls))
-        if stated is None and not found.calls:
-            raise no_loss_error(_set_losses(self.step.module), reweighs=self.reweigher is not None)
         if stated is not None:
             call, plain = stated
             if self.checks:
                 (check_stated if call.name == "logits" else check_stated_losses)(found.loss, call, plain)
-            if tap.finder is not None and isinstance(call.logits, Tensor):
-                call.record.linear = tap.finder.match(call.logits)
             found.calls = [call]
             self.selected = {method: [call] for method in self.choices}
+        elif found.lost:
+            raise untapped(found.lost, bool(found.calls))
+        elif not found.calls:
+            raise no_loss_error(_set_losses(self.step.module), reweighs=self.reweigher is not None)
         else:
             self.selected = {method: self._selected(found.calls, tap, method) for method in self.choices}
         meant = [call for call in found.calls if any(call in calls for calls in self.selected.values())]

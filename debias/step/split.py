@@ -18,6 +18,7 @@ from debias.errors import DebiasError, LossNotFoundError, RowsError
 from debias.step.batch import map_samples
 from debias.step.context import Step
 from debias.step.proxy import attach, detach
+from debias.step.settle import with_loss
 from debias.tap.calls import LossCall
 
 if TYPE_CHECKING:
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 __all__ = ["split_losses", "take_samples"]
 
 
-def split_losses(run: Callable[[Any], Any], step: Step, reweigher: Debiaser) -> tuple[Tensor, Any]:
+def split_losses(run: Callable[[Any], Any], step: Step, reweigher: Debiaser) -> Any:
     """Run the user's step, a function of the batch, on each group's samples or on each sample; combine the losses.
 
     Returns:
-        The debiased loss and the last output of the step.
+        The last output of the step, with the debiased loss.
 
     Raises:
         RowsError: a part of the batch cannot be cut into samples.
@@ -55,11 +56,10 @@ def split_losses(run: Callable[[Any], Any], step: Step, reweigher: Debiaser) -> 
             f"Expected `losses='split'` to get one group id per sample, but got a membership of shape"
             f" {tuple(ids.shape)}: a sample cannot be in two passes. Give ids of shape (N,)."
         )
-    sizes = [len(members) for members in passes]
     losses, output = [], None
-    with _logged_once(step.module) as running:
+    with _logged_once(step.module) as sizes:
         for members in passes:
-            running.append(len(members))
+            sizes.append(len(members))
             try:
                 output = run(take_samples(step.batch, members, n))
             except ValueError as error:
@@ -74,7 +74,7 @@ def split_losses(run: Callable[[Any], Any], step: Step, reweigher: Debiaser) -> 
     sizes_of_rows = torch.tensor(sizes, dtype=losses[0].dtype, device=losses[0].device)
     rows = torch.tensor([members[0] for members in passes], device=losses[0].device)
     call = LossCall.of("training_step", torch.stack(losses) * sizes_of_rows, sizes_of_rows, rows)
-    return reweigher.reweigh([call], step)[0], output
+    return with_loss(output, reweigher.reweigh([call], step)[0])
 
 
 def _one_number(output: Any, losses: str) -> Tensor:

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from debias.errors import DebiasError, DebiasWarning
-from debias.ops.arguments import checked
+from debias.ops.arguments import check_choice, checked
 from debias.ops.own_memory import own_memory
 from debias.step.batch import BatchKey, key_name
 from debias.step.context import Step
@@ -200,11 +200,9 @@ class Debiaser(StepWatcher):
             check_loss(loss, "None, 'sum', an index >= 0 or a callable")
         if not (rows is None or rows in ("tiled", "interleaved") or callable(rows)):
             raise DebiasError(f"Expected `rows` to be 'tiled', 'interleaved' or a callable, but got {rows!r}.")
-        if losses not in (names := get_args(Losses)):
-            raise DebiasError(f"Expected `losses` to be one of {', '.join(map(repr, names))}, but got {losses!r}.")
         self.loss = loss
         self.rows = rows
-        self.losses = losses
+        self.losses: Losses = check_choice("losses", losses, get_args(Losses))
         self.head = head
         check_pool(pool, features)
         self.features = features
@@ -214,8 +212,8 @@ class Debiaser(StepWatcher):
         self.owned: dict[str, OwnedModule] = {}
         self._epoch: int | None = None
         self._fitted: weakref.ref[Any] | None = None  # the module that the state is about
-        self._initial: dict[str, Any] | None = None
-        self._left: dict[str, Any] = {}
+        self._initial: dict[str, Any] = {}  # the state before the first fit
+        self._left: dict[str, Any] = {}  # and after the last
 
     # -- what a method overrides -------------------------------------------------------------------
 
@@ -311,7 +309,7 @@ class Debiaser(StepWatcher):
         if self.module is None:
             return
         another = self._fitted is not None and self._fitted() is not pl_module
-        if another and self._initial is not None and _same(self.module.state_dict(), self._left):
+        if another and _same(self.module.state_dict(), self._left):
             self._epoch = None
             self.module.load_state_dict(self._initial)
         self._remember()
@@ -319,12 +317,12 @@ class Debiaser(StepWatcher):
 
     def _remember(self) -> None:
         """Keep the state that a new run begins with."""
-        if self._initial is None and self.module is not None:
+        if not self._initial and self.module is not None:
             self._initial = _copied(self.module.state_dict())
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the module as it was, and know the method's own state again."""
-        if self.engine is not None and self.module is not None and self._initial is not None:
+        if self.engine is not None and self.module is not None:
             self._left = _copied(self.module.state_dict())
         super().teardown(trainer, pl_module, stage)
 

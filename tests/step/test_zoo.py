@@ -207,14 +207,13 @@ def _settled(form: Form, method: Any) -> dict[str, Tensor]:
     step = Step(trainer, module, "train", DATA, {"place": GROUPS}, logging=True)
     method.begin(step)
     if method.reweighs and method.losses == "split":
-        loss, _ = split_losses(lambda batch: form(net, batch), step, method)
+        loss = split_losses(lambda batch: form(net, batch), step, method)
     else:
         tap = LossTap(tracker=RowTracker(step.batch, N))
         with tap, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loss = form(net, DATA)
-            of = (method, []) if method.reweighs else (None, [method])
-        loss = Settlement(step, *of, {}, Learned()).settle(tap, loss)
+        loss = Settlement(step, [method], {}, Learned()).settle(tap, loss)
     found = {k: v for k, v in module.logged.items() if "by_group" in k or "weight" in k or "penalty" in k}
     names = [f"gradient {name}" for name, _ in net.named_parameters()]
     return found | dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
