@@ -61,7 +61,7 @@ class Step:
     logging: bool = False
     features: Tensor | None = None
     mixture: Mixture | None = None
-    parts: list[Part] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=lambda: [Part()])
     asking: Any = None
     asked: dict[Any, list[Part]] = field(default_factory=dict)
     keys: set[str] = field(default_factory=set)
@@ -103,7 +103,7 @@ class Step:
         # Of several keys the counts are part of the question: they decide how the ids are crossed.
         counts = tuple(count) if isinstance(count, Sequence) else (count,)
         cached = (key, counts) if isinstance(key, tuple) else key
-        having = holders(self.parts, key, self.batch, argument) if self.of_several else self.parts or [Part()]
+        having = holders(self.parts, key, self.batch, argument) if self.of_several else self.parts
         self._number(having)
         if cached not in self._ids:
             found = {}
@@ -161,12 +161,12 @@ class Step:
     @property
     def numbered(self) -> list[Part]:
         """The parts of the batch whose samples are numbered, one after the other."""
-        return self._numbered if self.of_several and self._numbered else [Part(n=self.n)]
+        return self._numbered or [Part(n=self.n)]
 
     @property
     def strangers(self) -> list[Part]:
         """The parts of the batch that come from other loaders than the ids."""
-        return [part for part in self.parts if part not in self._numbered] if self.of_several and self._numbered else []
+        return [part for part in self.parts if part not in self._numbered] if self._numbered else []
 
     @property
     def followed(self) -> list[Part]:

@@ -136,11 +136,13 @@ class StepEngine:
         if not self.trainer.training and any(watcher.monitors for watcher in self.watchers()):
             warn_padding(loader)
         collate_fn = getattr(loader, "collate_fn", None)
-        if collate_fn is not None and collate_fn not in self._collates:
+        if collate_fn is None:
+            return loader
+        if collate_fn not in self._collates:
             loader.collate_fn = TagCollate(collate_fn.collate_fn if isinstance(collate_fn, TagCollate) else collate_fn)
             self._collates.append(loader.collate_fn)
             self._undo.callback(setattr, loader, "collate_fn", collate_fn)
-        if collate_fn is not None and self.trainer.training and not takes_iterator(self.module):
+        if self.trainer.training and not takes_iterator(self.module):
             self._count_samples(loader.collate_fn)
         return loader
 

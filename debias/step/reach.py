@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import get_gradient_edge
 
 from debias.errors import DebiasWarning
 
@@ -63,8 +64,7 @@ def _reaches(method: Any, values: Sequence[Tensor], step: Any) -> bool:
 
 def _leaves(values: Iterable[Tensor]) -> Iterator[Tensor | None]:
     """Where gradients of ``values`` are added up; None for a place that the graph does not show."""
-    nodes: list[Any] = [value.grad_fn for value in values if value.grad_fn is not None]
-    yield from (value for value in values if value.requires_grad and value.grad_fn is None)
+    nodes: list[Any] = [get_gradient_edge(value).node for value in values if value.requires_grad]
     seen = set(nodes)
     while nodes:
         node = nodes.pop()

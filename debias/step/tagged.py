@@ -162,9 +162,9 @@ class TagCollate:
             BatchKeyError: samples with and without tags meet, or the order of the samples is not kept.
         """
         batch = self._collate(items)
-        if not (self.counts and isinstance(items, list)):
-            return batch
-        return TaggedBatch(*split_tags(batch), n=len(items))
+        if self.counts and isinstance(items, list):
+            return TaggedBatch(*split_tags(batch), n=len(items))
+        return batch
 
     def _collate(self, items: Any) -> Any:
         if isinstance(items, list) and any(isinstance(item, TaggedSample) for item in items):
