@@ -23,6 +23,7 @@ __all__ = [
     "read",
     "repeated",
     "replace",
+    "with_batch",
 ]
 
 LOADER = "loader"
@@ -97,6 +98,13 @@ def replace(batch: Any, key: BatchKey, value: Any) -> Any:
             " Name the place in the batch instead."
         )
     return _replaced(batch, key_parts(key), value, key)
+
+
+def with_batch(args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a step with another batch, which is the first of them, by position or by name."""
+    if args:
+        return (batch, *args[1:]), kwargs
+    return args, {name: batch if i == 0 else value for i, (name, value) in enumerate(kwargs.items())}
 
 
 def repeated(batch: Any, index: Tensor, n: int) -> Any:

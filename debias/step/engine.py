@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from debias.errors import DebiasError, UnsupportedStrategyError
 from debias.ops.distributed import is_distributed, use_group
 from debias.step.agreement import Agreement, flat_loaders, refuse_contradictions
+from debias.step.batch import with_batch
 from debias.step.context import Step
 from debias.step.detection import DetectorStep, detectors
 from debias.step.guards import data_group, refuse_duplicating_sampler, runs_again, takes_iterator
@@ -197,7 +198,7 @@ class StepEngine:
             received = step.batch
             self._begin(step, debiasers)
             if step.batch is not received:
-                args, kwargs = _with_batch(args, kwargs, step.batch)
+                args, kwargs = with_batch(args, kwargs, step.batch)
         elif self._agreement.begins(self.trainer.current_epoch):
             self._agreement.check(self.trainer, [], None)
         self._agreement.start(self.trainer)
@@ -431,9 +432,3 @@ def _moved(value: Any, device: torch.device) -> Any:
     if not isinstance(value, Tensor) or value.device == device:
         return value
     return value.to(device, non_blocking=True)
-
-
-def _with_batch(args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if args:
-        return (batch, *args[1:]), kwargs
-    return args, {name: batch if i == 0 else value for i, (name, value) in enumerate(kwargs.items())}
