@@ -96,7 +96,7 @@ def _unnoticed(module: Any) -> Iterator[None]:
         {name: x.clone() if isinstance(x, Tensor) else list(x) for name, x in m.metric_state.items()} for m in metrics
     ]
     for metric, state in zip(metrics, states, strict=True):
-        state |= {name: getattr(metric, name) for name in ("_update_count", "_computed", "_forward_cache")}
+        state |= {name: getattr(metric, name) for name in ("_update_count", "_computed")}
     try:
         yield
     finally:

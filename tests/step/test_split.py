@@ -40,13 +40,16 @@ class Model(L.LightningModule):
         self.accuracy = MulticlassAccuracy(C, average="micro")
         self.several = MetricCollection([MulticlassAccuracy(C), MulticlassRecall(C)])
         self.step = step or two_views
-        self.returned: Any = None
+        self.returned: list[Any] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return self.step(self, *batch)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.returned = outputs
+        if self.step is not two_views:
+            return
+        counts = [(m.update_count, int(m.tp.sum())) for m in (self.accuracy, *self.several.values())]
+        self.returned.append((outputs["logits"], counts, self.several.compute()))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -58,6 +61,7 @@ def two_views(model: Model, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     model.accuracy(logits, y)
     model.log("accuracy", model.accuracy, on_step=True, on_epoch=True)
     model.several.update(logits, y)
+    model.several.compute()
     model.log_dict({"loss": loss, "root": loss.detach().sqrt()})
     return {"loss": loss, "logits": logits}
 
@@ -83,18 +87,19 @@ def test_batch_norm_has_the_statistics_of_the_whole_batch(losses, options):
     assert logged.keys() == expected.keys() >= {"accuracy_step", "root", "train/loss_by_group/1"}
     for name, value in expected.items():
         torch.testing.assert_close(logged[name], value, msg=name)
-    assert parts.several.compute() == whole.several.compute()
-    assert parts.accuracy.update_count == whole.accuracy.update_count
-    torch.testing.assert_close(parts.returned["logits"], whole.returned["logits"])
+    torch.testing.assert_close(parts.returned, whole.returned)
 
 
-def test_in_half_precision_too():
+@pytest.mark.parametrize("autocast", [True, False])
+def test_in_half_precision_too(autocast):
+    dtype = torch.float32 if autocast else torch.bfloat16
+
     def step(model: Model, x: Tensor, y: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return F.cross_entropy(model.float().run(x.float()), y)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return F.cross_entropy(model.to(dtype).run(x.to(dtype)), y)
 
     (whole, _), (parts, _) = fit("whole", step), fit("split", step)
-    torch.testing.assert_close(parts.net[4].weight, whole.net[4].weight, rtol=0.02, atol=0.002)
+    torch.testing.assert_close(parts.net[4].weight, whole.net[4].weight, rtol=0.02, atol=0.004)
 
 
 def test_layers_that_are_frozen_and_normalisation_in_the_step():
