@@ -10,10 +10,9 @@ torchvision's own loss functions, see :func:`detection_losses`:
 ``"split"``  the detector runs once per domain
 
 What differs between them: transforms pad the images of one call to a common size, which an image on its own is spared,
-and padding moves the anchors near the border; BatchNorm in training mode sees other batches (freeze it); and anchors
-and proposals that are sampled at random (Faster and Mask R-CNN) are other draws. With images of one size, frozen
-BatchNorm, and the same draws or none, ``"heads"`` and ``"image"`` agree to rounding. ``"split"`` has one loss per
-domain, with the domain's divisor: a domain's images with many boxes count more in it.
+and padding moves the anchors near the border; and anchors and proposals that are sampled at random (Faster and Mask
+R-CNN) are other draws. With images of one size, and the same draws or none, ``"heads"`` and ``"image"`` agree to
+rounding. ``"split"`` has one loss per domain, with the domain's divisor: a domain's images with many boxes count more.
 """
 
 from __future__ import annotations

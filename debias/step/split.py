@@ -1,24 +1,26 @@
 """Losses that exist only per batch, such as a detector's: the user's step is run once per group, or once per sample.
 
-The one place with a Python loop over groups or samples. The forward passes are separate: BatchNorm in training mode
-sees one group at a time, which differs from one pass over the whole batch (freeze it, as detectors do). What the step
-logs is averaged over the passes, weighted by their samples.
+The one place with a Python loop over groups or samples. The step runs on the whole batch first, as in plain training:
+that is what it logs, what metrics see, and what it returns beside the loss. Then it runs on each part for the part's
+loss, where BatchNorm has the statistics of the whole batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
-from debias.errors import DebiasError, LossNotFoundError, RowsError
+from debias.errors import LossNotFoundError, RowsError
 from debias.step.batch import map_samples
 from debias.step.context import Step
 from debias.step.proxy import attach, detach
 from debias.step.settle import with_loss
+from debias.step.statistics import BatchStatistics
 from debias.tap.calls import LossCall
 
 if TYPE_CHECKING:
@@ -31,12 +33,12 @@ def split_losses(run: Callable[[Any], Any], step: Step, reweigher: Debiaser) -> 
     """Run the user's step, a function of the batch, on each group's samples or on each sample; combine the losses.
 
     Returns:
-        The last output of the step, with the debiased loss.
+        What the step returned for the whole batch, with the debiased loss.
 
     Raises:
         RowsError: a part of the batch cannot be cut into samples.
         LossNotFoundError: a pass returns no single number.
-        DebiasError: BatchNorm refuses a pass of one sample.
+        UnsupportedStrategyError: the module has SyncBatchNorm, over several ranks.
     """
     if step.of_several:
         raise RowsError(
@@ -56,24 +58,19 @@ def split_losses(run: Callable[[Any], Any], step: Step, reweigher: Debiaser) -> 
             f"Expected `losses='split'` to get one group id per sample, but got a membership of shape"
             f" {tuple(ids.shape)}: a sample cannot be in two passes. Give ids of shape (N,)."
         )
-    losses, output = [], None
-    with _logged_once(step.module) as sizes:
+    statistics = BatchStatistics(step.module)
+    with statistics.of_whole():
+        output = run(step.batch)
+    losses = []
+    with _unnoticed(step.module):
         for members in passes:
-            sizes.append(len(members))
-            try:
-                output = run(take_samples(step.batch, members, n))
-            except ValueError as error:
-                if "Expected more than 1 value per channel" not in str(error):
-                    raise
-                raise DebiasError(
-                    f"Expected `losses={reweigher.losses!r}` to give BatchNorm more than one sample in every pass, but"
-                    " a pass has one, of which it knows no variance. Freeze it (`eval()`, as for detectors), use"
-                    " GroupNorm, or batches with two samples of each group (`GroupBalancedSampler`)."
-                ) from error
-            losses.append(_one_number(output, reweigher.losses))
-    sizes_of_rows = torch.tensor(sizes, dtype=losses[0].dtype, device=losses[0].device)
-    rows = torch.tensor([members[0] for members in passes], device=losses[0].device)
-    call = LossCall.of("training_step", torch.stack(losses) * sizes_of_rows, sizes_of_rows, rows)
+            part = take_samples(step.batch, members, n)
+            with statistics.of_part():
+                losses.append(_one_number(run(part), reweigher.losses))
+    of_parts = torch.stack(losses)
+    sizes = of_parts.new_tensor([len(members) for members in passes])
+    rows = torch.tensor([members[0] for members in passes], device=sizes.device)
+    call = LossCall.of("training_step", of_parts * sizes, sizes, rows)
     return with_loss(output, reweigher.reweigh([call], step)[0])
 
 
@@ -90,38 +87,23 @@ def _one_number(output: Any, losses: str) -> Tensor:
 
 
 @contextmanager
-def _logged_once(module: Any) -> Iterator[list[int]]:
-    """While this lasts numbers that the step logs are collected; then each is logged once, as that of the whole batch.
-
-    Yields a list, to which the number of samples of each pass is added before it begins.
-    """
-    sizes: list[int] = []
-    collected: dict[str, tuple[list[tuple[Any, int]], dict[str, Any]]] = {}
-
-    def log(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = dict(zip(("name", "value", "prog_bar", "logger", "on_step", "on_epoch"), args, strict=False)) | kwargs
-        name, value = named.pop("name"), named.pop("value")
-        if not isinstance(value, Tensor | int | float):  # a metric, which sees the samples of every pass
-            original(*args, **kwargs)
-            return
-        value = value.detach() if isinstance(value, Tensor) else value
-        values, options = collected.setdefault(name, ([], named))
-        if values and options.get("batch_size") and named.get("batch_size"):
-            options["batch_size"] += named["batch_size"]  # of all passes
-        values.append((value, sizes[-1]))
-
-    def log_dict(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = dict(zip(("dictionary", "prog_bar", "logger", "on_step", "on_epoch"), args, strict=False)) | kwargs
-        for name, value in named.pop("dictionary").items():
-            module.log(name, value, **named)
-
-    with ExitStack() as stack:
-        for name, around in (("log", log), ("log_dict", log_dict)):
-            stack.callback(detach, attach(module, name, around))
-        yield sizes
-    for name, (values, options) in collected.items():
-        mean = sum(value * size for value, size in values) / sum(size for _, size in values)
-        module.log(name, mean, **options)
+def _unnoticed(module: Any) -> Iterator[None]:
+    """While this lasts nothing is logged; afterwards metrics have not seen what they were given."""
+    proxies = [attach(module, name, lambda original, args, kwargs: None) for name in ("log", "log_dict")]
+    metrics = [m for m in module.modules() if isinstance(m, Metric)]
+    states = [
+        {name: x.clone() if isinstance(x, Tensor) else list(x) for name, x in m.metric_state.items()} for m in metrics
+    ]
+    for metric, state in zip(metrics, states, strict=True):
+        state |= {name: getattr(metric, name) for name in ("_update_count", "_computed")}
+    try:
+        yield
+    finally:
+        for proxy in proxies:
+            detach(proxy)
+        for metric, state in zip(metrics, states, strict=True):
+            for name, value in state.items():
+                setattr(metric, name, value)
 
 
 def take_samples(batch: Any, members: list[int], n: int) -> Any:

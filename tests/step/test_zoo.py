@@ -1,9 +1,9 @@
 """The loss of a group is what the user's own step would return for the samples of that group alone.
 
 ``losses="split"`` runs the step on each group, and is the oracle. Steps are drawn: a loss of torch that compares a
-prediction with a target, its reduction and weights, a mask, what the step does with the elements, how it divides, a
-factor, a second loss, a term on parameters, and rows that are samples, tokens or views. In each the whole batch gives
-the group losses, group weights and gradients of the split one, or it is refused.
+prediction of a network with BatchNorm with a target, its reduction and weights, a mask, what the step does with the
+elements, how it divides, a factor, a second loss, a term on parameters, and rows that are samples, tokens or views. In
+each the whole batch gives the group losses, group weights and gradients of the split one, or it is refused.
 """
 
 from __future__ import annotations
@@ -178,6 +178,13 @@ def _data() -> tuple[Tensor, ...]:
 DATA = _data()
 
 
+class RowNorm(nn.BatchNorm1d):
+    """BatchNorm of the last axis."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
+
+
 class Logging(nn.Module):
     """What a method asks of a module: its device, its parameters, and where values are logged."""
 
@@ -200,7 +207,7 @@ def _settled(form: Form, method: Any) -> dict[str, Tensor]:
     """What one step logs, and the gradients of the loss that it returns."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        net = nn.Sequential(nn.Linear(D, 5), nn.Tanh(), nn.Linear(5, C)).double()
+        net = nn.Sequential(nn.Linear(D, 5), RowNorm(5), nn.Tanh(), nn.Linear(5, C)).double()
     parameters = list(net.parameters())
     trainer = SimpleNamespace(callbacks=[method], optimizers=[torch.optim.SGD(parameters, 0.1)], is_global_zero=True)
     module = Logging(net)
