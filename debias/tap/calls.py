@@ -40,6 +40,7 @@ class LossRecord:
         source: the elements as the step reduced them, likewise; in evaluation as torch's function made them.
         scale: what the step multiplied the elements of that by; None for 1, False if it did something else to them.
         reordered: whether their rows are not where they were.
+        mask: by which elements the step selected them; None if all are there, False if it is not known.
         of_batch: whether the step has multiplied them by a number that it made of the values of the whole batch.
         linear: of the layer that made the logits, while it is looked for: output, input, weight, and the moves between.
         feature_rows: tells the sample of each row of the features.
@@ -64,6 +65,7 @@ class LossRecord:
     source: Tensor | None = None
     scale: Any = None
     reordered: bool = False
+    mask: Any = None
     of_batch: bool = False
     linear: Any = None
     feature_rows: Callable[[LossCall], Tensor | None] | None = None

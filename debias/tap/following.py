@@ -7,7 +7,7 @@ of weights with the shape of the losses. Then the loss of a group is what the st
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,7 +94,6 @@ class Following:
         self.tap = tap
         self._unreduced: list[Unreduced] = []
         self._divisible: list[tuple[Tensor, list[LossCall]]] = []  # what is proportional to a loss, so far
-        self._ended: list[tuple[LossCall, Unreduced]] = []
         self.batch = WholeBatch(tap.tracker, self, careful=tap.careful)
         self._totals = Totals(self.batch.holds, careful=tap.careful)
 
@@ -102,7 +101,7 @@ class Following:
         """Let go of every tensor."""
         for losses in self._unreduced:
             losses.function.forget()
-        self._unreduced, self._divisible, self._ended = [], [], []
+        self._unreduced, self._divisible = [], []
         self._totals.close()
         self.batch.close()
 
@@ -118,12 +117,14 @@ class Following:
         """Follow losses through one operation; returns what the step is to receive of it."""
         if "other" in kwargs:
             args, kwargs = (*args, kwargs["other"]), {key: x for key, x in kwargs.items() if key != "other"}
-        held = _is_in_place(func) and self.batch.holds(args[0])
+        in_place = _is_in_place(func)
+        if in_place:
+            self._totals.changed(func, args)
         self.batch.see(func, args, kwargs, out)
         found = self._find(func, args) if self._unreduced and args and self._may_follow(func, args) else None
-        if found is None or _is_in_place(func):
-            self._totals.see(func, args, out, held=held)
         if found is None:
+            if not in_place:
+                self._totals.see(func, args, out)
             for x in tensors_in(out) if self._divisible else ():
                 self._proportional(func, args, kwargs, x)
         elif _is_dot(func):  # the sum of a product
@@ -180,9 +181,9 @@ class Following:
                 continue  # a mask, such as that of the largest losses
             if func in MOVES and not x.ndim and found.tensor.numel() > 1:
                 continue  # one of several, which Python may choose by their values
-            made = Unreduced(x, found.function, scale=found.scale, reordered=found.reordered, mask=found.mask)
-            made.of_batch = of_batch or (by is None and self.batch.changes(func, args, kwargs, x))
-            made.divided_by = divided_by
+            changes = by is None and self.batch.changes(func, args, kwargs, x)
+            parts = [_with(func, args, kwargs, found.tensor, part, place) for part in found.parts]
+            made = replace(found, tensor=x, parts=parts, of_batch=of_batch or changes, divided_by=divided_by)
             if func in MOVES:
                 made.reordered = found.reordered or not keeps_rows(func, args, x)
                 made.scale = self._moved_scale(func, args, kwargs, found, place)
@@ -190,8 +191,6 @@ class Following:
                     made.mask = args[1] if func is _T.__getitem__ and found.mask is None else False
             elif func not in CASTS:
                 made.scale = _times(found.scale, factor)
-            for part in found.parts:
-                made.parts.append(_with(func, args, kwargs, found.tensor, part, place))
             self._unreduced.append(made)
 
     def _factor(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Unreduced) -> Any:
@@ -273,45 +272,35 @@ class Following:
 
     def _reduced(self, func: Any, found: Unreduced, axes: list[int], out: Tensor) -> Tensor:
         """The loss that a sum or mean over samples ends in."""
-        num, first = found.tensor, found.function
+        num, first, tap = found.tensor, found.function, self.tap
         if not num.requires_grad:
-            self._totals.see(func, (num,), out, held=False)
+            self._totals.see(func, (num,), out)
             return out
-        others = [a for a in range(num.ndim) if a not in axes]
-        size = 1
-        for axis in others:
-            size *= num.shape[axis]
-        tap, parts = self.tap, found.parts
+        kept = torch.Size(1 if a in axes else size for a, size in enumerate(num.shape))
+        shares = tap.mixture.parts if found.parts and tap.mixture is not None else []
 
         def compute() -> tuple[Tensor, Tensor]:
-            if not parts:
-                return num, num.new_full((), 1 / size)
-            assert tap.mixture is not None
-            own, shares = _samples_of(tap, num), tap.mixture.parts
-            of_parts = [x * share.num.to(x.dtype)[own] for x, share in zip(parts, shares, strict=True)]
-            return torch.cat(of_parts), torch.cat([share.den.to(num.dtype)[own] for share in shares]) / size
+            if not shares:
+                return num, num.new_full((), 1 / kept.numel())
+            own = _samples_of(tap, num)
+            nums = [x * share.num.to(x.dtype)[own] for x, share in zip(found.parts, shares, strict=True)]
+            dens = [share.den.to(num.dtype)[own] for share in shares]
+            return torch.cat(nums), torch.cat(dens) / kept.numel()
 
         def samples(shape: torch.Size) -> Tensor | None:
-            if tap.tracker is None or (num.ndim == 1 and not parts and tap.tracker.keeps_rows(num)):
+            if tap.tracker is None or (num.ndim == 1 and not shares and tap.tracker.keeps_rows(num)):
                 return None
             own = _samples_of(tap, num)
-            if parts:
-                assert tap.mixture is not None
-                own = torch.cat([own if part.source is None else part.source[own] for part in tap.mixture.parts])
+            if shares:
+                own = torch.cat([own if share.source is None else share.source[own] for share in shares])
             return own.reshape(shape)
 
-        call = tap._call(first.name, first.logits, first.target, compute)
-        record = call.record
-        record.source, record.samples, record.scale, record.reordered = num, samples, found.scale, found.reordered
-        call.arguments, record.function, record.linear = first.arguments, first, first.record.linear
+        record = replace(first.record, compute=compute, samples=samples, function=first, source=num)
+        record.scale, record.reordered, record.mask = found.scale, found.reordered, found.mask
         record.is_sum, record.of_batch = func in SUM, found.of_batch
         record.undivided = record.is_sum and not found.of_batch
-        if others:
-            record.kept = torch.Size(1 if a in axes else s for a, s in enumerate(num.shape))
-        if parts:
-            call.parts, record.targets, record.shares = first.parts, first.record.targets, first.record.shares
-            record.own_rows = first.record.own_rows
-        self._ended.append((call, found))
+        record.kept = kept if len(axes) < num.ndim else None
+        call = replace(first, position=len(tap.calls), record=record)
         for by in found.divided_by:
             if not self._divide(call, by) and isinstance(by, Total) and by.of_batch:
                 record.of_batch = True
@@ -335,8 +324,7 @@ class Following:
 
     def _divide(self, call: LossCall, by: Any) -> bool:
         """The step divides a loss by a number, or by a sum of weights: whether that is what the loss runs over."""
-        found = next((losses for of, losses in self._ended if of is call), None)
-        return Divided(self.tap, call, found, reads_all=self.batch.careful).by(by, self._totals)
+        return Divided(self.tap.tracker, call.record, reads_all=self.batch.careful).by(by, self._totals)
 
 
 def _is_zero(x: Any) -> bool:
