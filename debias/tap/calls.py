@@ -48,7 +48,6 @@ class LossRecord:
         shares: what the losses of these rows were multiplied by, shaped like the elements.
         own_rows: sample of each row with its own label, where samples were mixed.
         untracked: nobody asked for the samples of the rows.
-        by_first_axis: whether it is divided by the length of its first axis alone.
         of_pairs: whether it reads a number for each two samples.
     """
 
@@ -72,7 +71,6 @@ class LossRecord:
     targets: Any = None
     shares: Tensor | None = None
     own_rows: Tensor | None = None
-    by_first_axis: bool = False
     of_pairs: bool = False
     untracked: bool = False
 
@@ -120,16 +118,6 @@ class LossRecord:
             if num.ndim == 0:
                 num, den = num.reshape(1), den.reshape(1)
             index = self.samples(num.shape)
-            if index is not None and index.shape == num.shape and self.by_first_axis and num.ndim > 1:
-                index, of_elements = index.flatten(1)[:, 0], index.flatten(1)  # a row's elements are of one sample
-                if index.device.type == "cpu" and not torch.equal(
-                    of_elements, index.unsqueeze(1).expand_as(of_elements)
-                ):
-                    raise RowsError(
-                        f"Expected samples along the first axis of a loss of shape {tuple(num.shape)} with"
-                        " `reduction='batchmean'`, which divides by its length, but they lie along another one, so that"
-                        " nothing divides by their number. Put them first: `x.transpose(0, 1)`."
-                    )
             if index is not None and index.shape == num.shape:
                 return num.flatten(), den.flatten(), index.flatten()
             if num.ndim > 1:

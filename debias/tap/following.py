@@ -146,7 +146,7 @@ class Following:
 
     def is_unreduced(self, x: Tensor) -> bool:
         """Whether it holds losses that nobody has reduced yet."""
-        return any(losses.tensor is x for losses in self._unreduced)
+        return self._of(x) is not None
 
     def is_proportional(self, x: Any) -> bool:
         """Whether it is a loss, or what is proportional to some."""

@@ -21,7 +21,6 @@ __all__ = [
     "LOSSES",
     "NAMES",
     "NOT_PER_SAMPLE",
-    "SECOND",
     "SYMMETRIC",
     "class_weights",
     "reduction_of",
@@ -109,9 +108,8 @@ NOT_PER_SAMPLE = frozenset(
     ]
     if hasattr(space, name) and getattr(space, name) not in LOSSES
 )
-# Names of the arguments of each loss, and the second of them: the target, except of the ranking losses.
+# Names of the arguments of each loss.
 NAMES = {loss: tuple(inspect.signature(loss).parameters) for loss in LOSSES}
-SECOND = {loss: names[1] for loss, names in NAMES.items()}
 # Losses in which prediction and target may trade places.
 SYMMETRIC = frozenset({F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss})
 

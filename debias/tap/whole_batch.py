@@ -7,7 +7,7 @@ number, unless the operation is known to keep the rows, or gives the same where 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,9 @@ from debias.tap.moves import (
 )
 from debias.tap.rows import RowTracker
 
+if TYPE_CHECKING:
+    from debias.tap.following import Following
+
 __all__ = ["STATISTICS", "WholeBatch", "tensors_in"]
 
 # Make numbers of the batch out of its values.
@@ -53,18 +56,6 @@ _OF_ITSELF = named("diagonal diag trace")
 _SHAPED = LIKE | named("arange zeros ones empty eye tril_indices triu_indices")
 
 
-class Losses(Protocol):
-    """Tells losses; see :mod:`debias.tap.following`."""
-
-    def is_unreduced(self, x: Tensor) -> bool:
-        """Whether it holds losses that nobody has reduced yet."""
-        ...
-
-    def is_proportional(self, x: Tensor) -> bool:
-        """Whether it is a loss, or what is proportional to some."""
-        ...
-
-
 class WholeBatch:
     """Finds the numbers of the whole batch in one step.
 
@@ -74,7 +65,7 @@ class WholeBatch:
         careful: look at every operation, as in the first step of an epoch.
     """
 
-    def __init__(self, tracker: RowTracker | None, losses: Losses, *, careful: bool) -> None:
+    def __init__(self, tracker: RowTracker | None, losses: Following, *, careful: bool) -> None:
         self.tracker = tracker
         self._n = 0 if tracker is None else tracker.n
         self.careful = careful and self._n > 1  # a batch of one sample is its group's
