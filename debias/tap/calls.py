@@ -15,7 +15,7 @@ from debias.errors import RowsError
 from debias.ops.distributed import weighted_mean
 from debias.tap.counted import both
 
-__all__ = ["LossCall", "LossRecord", "LossSum", "shares_memory"]
+__all__ = ["LossCall", "LossRecord", "shares_memory", "sum_of"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -80,15 +80,6 @@ class LossRecord:
         with torch.enable_grad():
             num, den = self.compute()
             return (num.float() if num.dtype in _HALF else num), den
-
-    def keep_samples(self, shape: torch.Size) -> None:
-        """Ask now for the samples of the rows; an error is raised where they are read."""
-        try:
-            index = self.samples(shape)
-        except RowsError as error:
-            self.samples = functools.partial(_raise, error)
-        else:
-            self.samples = lambda shape: index
 
     @cached_property
     def elements(self) -> tuple[Tensor, Tensor]:
@@ -191,7 +182,12 @@ class LossCall:
             return
         with torch.enable_grad():
             vars(self.record)["computed"] = num.clone(), den.clone()
-        self.record.keep_samples(num.shape)
+        try:
+            index = self.record.samples(num.shape)
+        except RowsError as error:  # likewise
+            self.record.samples = functools.partial(_raise, error)
+        else:
+            self.record.samples = lambda shape: index
         for name in read:
             setattr(self, name, getattr(self, name).clone())
 
@@ -294,7 +290,7 @@ def _raise(error: Exception, shape: torch.Size) -> None:
     raise error
 
 
-class LossSum(LossCall):
+def sum_of(calls: list[LossCall], *, check: bool) -> LossCall:
     """Several losses of a step as one, for methods that take their sum.
 
     Args:
@@ -302,26 +298,24 @@ class LossSum(LossCall):
         check: whether to look that their rows and denominators are alike, which waits for the device; on the CPU they
             are looked at in every step.
     """
+    first, *others = calls
+    name = " + ".join(call.name for call in calls)
 
-    def __init__(self, calls: list[LossCall], *, check: bool = True) -> None:
-        super().__init__(" + ".join(call.name for call in calls), calls[0].position, None, None, LossRecord(self._sum))
-        self.calls, self.check = calls, check
-        self.record.samples = lambda shape: calls[0].rows
-
-    def _sum(self) -> tuple[Tensor, Tensor]:
-        first, *others = self.calls
+    def compute() -> tuple[Tensor, Tensor]:
         num, den, total = first.num, first.den, first.den.sum()
         for call in others:
             ratio = total / call.den.sum()
             alike = call.den.shape == den.shape and (call.rows is None) == (first.rows is None)
-            if alike and (self.check or den.device.type == "cpu"):
+            if alike and (check or den.device.type == "cpu"):
                 same = call.rows is None or first.rows is None or torch.equal(call.rows, first.rows)
                 alike = same and torch.allclose(call.den * ratio, den)
             if not alike:
                 raise RowsError(
-                    f"Expected the losses `{self.name}` that are added up to have the same rows, masks and weights, but"
+                    f"Expected the losses `{name}` that are added up to have the same rows, masks and weights, but"
                     " they differ: their sum has no value for a row. Choose one: `loss=<index>`, or"
                     " `loss=callable(call) -> bool`."
                 )
             num = num + call.num * ratio
         return num, den
+
+    return LossCall(name, first.position, None, None, LossRecord(compute, lambda shape: first.rows))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debias.tap.moves import CASTS, MOVES, apply_move, values_read
+from debias.tap.moves import CASTS, MOVES, apply_move, axes_of, values_read
 
 __all__ = ["CountedElements", "both", "functions", "left_out"]
 
@@ -119,12 +119,9 @@ class CountedElements:
             moved = [(x, apply_move(func, args, kwargs, _places(tensor), part)) for part, x in parts]
             return [_Trace(x, trace.loss, source=trace, places=places) for x, places in moved]
         if func in _REDUCE:
-            over = args[1] if len(args) > 1 else kwargs.get("dim")
-            axes = range(tensor.ndim) if over is None else [over] if isinstance(over, int) else over
-            dims = [d % max(tensor.ndim, 1) for d in axes]
             if func.__name__.startswith("nan"):
                 trace = _Trace(tensor, trace.loss, ~tensor.isnan(), source=trace)
-            return [_Trace(out, trace.loss, source=trace, dims=dims)]
+            return [_Trace(out, trace.loss, source=trace, dims=axes_of(args, kwargs, tensor.ndim))]
         places = _places(tensor).expand(out.shape) if out.shape != tensor.shape else None
         return [_Trace(out, trace.loss, mask, source=trace, places=places)]
 

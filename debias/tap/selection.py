@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,10 +43,7 @@ class Reaching:
         """
         ends = {call.record.edge.node for call in self.calls}
         above = {node for node in self._nodes - ends if type(node).__name__ != "AccumulateGrad"}
-        below: set[Any] = set()
-        for end in ends:
-            for parent, _ in end.next_functions:
-                below |= _nodes_above(parent, set())
+        below = _nodes_above([parent for end in ends for parent, _ in end.next_functions])
         return not above.isdisjoint(below) or any(map(_takes_data, above))
 
     def multiply(self, calls: list[LossCall]) -> None:
@@ -146,9 +143,9 @@ def _takes_data(node: Any) -> bool:
     return None in given if place is None else given[place] is None
 
 
-def _nodes_above(start: Any, ends: set[Any]) -> set[Any]:
-    """Nodes of the autograd graph from ``start`` to ``ends``, these included."""
-    seen, todo = set(), [start]
+def _nodes_above(todo: list[Any], ends: Collection[Any] = ()) -> set[Any]:
+    """Nodes of the autograd graph from these to ``ends``, all included."""
+    seen: set[Any] = set()
     while todo:
         node = todo.pop()
         if node is None or node in seen:
@@ -165,14 +162,14 @@ def reaching(tap: LossTap, loss: Tensor) -> Reaching:
     Most steps return one loss as it is. Else the autograd graph is walked down to the losses, which is a handful of
     nodes unless another term of the loss goes through the network.
     """
-    node = loss.grad_fn
-    for call in tap.calls:
+    calls = [call for call in tap.calls if call.record.edge is not None]
+    for call in calls:
         edge = call.record.edge
-        if edge is not None and edge.node is node and edge.output_nr == loss.output_nr:
+        if edge.node is loss.grad_fn and edge.output_nr == loss.output_nr:
             return Reaching(loss, [call], same=True)
-    ends = {call.record.edge.node for call in tap.calls if call.record.edge is not None}
-    seen = _nodes_above(node, ends)
-    calls = [call for call in tap.calls if call.record.edge is not None and call.record.edge.node in seen]
+    ends = {call.record.edge.node for call in calls}
+    seen = _nodes_above([loss.grad_fn], ends)
+    calls = [call for call in calls if call.record.edge.node in seen]
     return Reaching(loss, calls, [name for name, at in tap.untapped if at in seen and at not in ends], _nodes=seen)
 
 
@@ -206,10 +203,7 @@ def select_call(calls: list[LossCall], loss: Any, who: str) -> LossCall:
     Raises:
         AmbiguousLossError: it chooses none of them, or several.
     """
-    if isinstance(loss, int):
-        chosen = [call for call in calls if call.position == loss]
-    else:
-        chosen = [call for call in calls if loss is None or loss(call)]
+    chosen = [call for call in calls if means(loss, call)]
     if len(chosen) != 1:
         raise AmbiguousLossError(
             f"Expected the evaluation step to compute one loss for {who}, but got {len(calls)}:"
