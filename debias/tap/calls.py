@@ -37,11 +37,14 @@ class LossRecord:
         factor: what the returned loss multiplies the loss by, known once the step has returned; None for 1. Where the
             step averaged over the samples only, there is one for each of the other elements.
         function: the loss as torch's function computed it, where the step took it unreduced.
-        source: the elements as the step reduced them, likewise; in evaluation as torch's function made them.
-        scale: what the step multiplied the elements of that by; None for 1, False if it did something else to them.
+        source: the elements as the step reduced them, likewise, or what it has made of them until then; in evaluation
+            as torch's function made them.
+        parts: where samples were mixed, the losses with each label, of which ``source`` is the weighted sum.
+        scale: what the step multiplied the elements by; None for 1, False if it did something else to them.
         reordered: whether their rows are not where they were.
         mask: by which elements the step selected them; None if all are there, False if it is not known.
         of_batch: whether the step has multiplied them by a number that it made of the values of the whole batch.
+        divided_by: numbers and totals (:class:`debias.tap.totals.Total`) that the step has divided them by.
         linear: of the layer that made the logits, while it is looked for: output, input, weight, and the moves between.
         feature_rows: tells the sample of each row of the features.
         targets: of the rows, where samples were mixed.
@@ -60,12 +63,14 @@ class LossRecord:
     divisor: Callable[[], Tensor | None] | None = None
     kept: torch.Size | None = None
     factor: Tensor | None = None
-    function: LossCall | None = None
-    source: Tensor | None = None
+    function: Any = None
+    source: Any = None
+    parts: list[Tensor] = field(default_factory=list)
     scale: Any = None
     reordered: bool = False
     mask: Any = None
     of_batch: bool = False
+    divided_by: tuple[Any, ...] = ()
     linear: Any = None
     feature_rows: Callable[[LossCall], Tensor | None] | None = None
     targets: Any = None

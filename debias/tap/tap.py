@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,7 @@ from debias.errors import LossNotFoundError, RowsError, UntappedLossError
 from debias.tap.batches import arranged_rows
 from debias.tap.calls import LossCall, LossRecord
 from debias.tap.evaluated import Evaluated, counted_by
-from debias.tap.following import FOLLOWED, Following, Unreduced
+from debias.tap.following import FOLLOWED, Following
 from debias.tap.losses import COMPARING, FORM, LOSSES, NAMES, NOT_PER_SAMPLE, SYMMETRIC, reduction_of, unreduced
 from debias.tap.mixing import Mixture, mix_parts
 from debias.tap.moves import CHANGING, RECORDED, among
@@ -169,7 +169,7 @@ class LossTap(TorchFunctionMode):
         else:
             out, parts = func(*args, **kwargs), []
             call.record.compute = lambda: (out, out.new_ones(()))
-        self._following.add(Unreduced(out, call, parts=parts, of_batch=call.record.of_batch))
+        self._following.add(replace(call.record, source=out, function=call, parts=parts))
         if self.tracker is not None:
             self.tracker.follow(out, functools.partial(self.element_samples, call, out.shape, out.device))
         if self.training:
