@@ -149,8 +149,6 @@ class Settlement:
             call, plain = stated
             if self.checks:
                 check_stated(found.loss, call, plain)
-            if tap.finder is not None and isinstance(call.logits, Tensor):
-                call.record.linear = tap.finder.match(call.logits)
             found.calls = [call]
             self.selected = {method: [call] for method in self.choices}
         else:

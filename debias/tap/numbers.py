@@ -53,6 +53,10 @@ class SampleNumbers:
             index = first
         return index if out is None else index.reshape(out.shape)
 
+    def moving(self, index: Tensor) -> list[int]:
+        """The axes along which samples change."""
+        return [axis for axis in range(index.ndim) if self.without(index, [axis]) is None]
+
     def _axis(self, index: Tensor, read: bool | None = None) -> int | None:
         """The axis along which the samples lie in the order of the batch, each the same along all other axes."""
         order = self._order(index.device)

@@ -33,17 +33,19 @@ def stated_losses(output: Any, tap: LossTap, *, beside: bool = False) -> tuple[L
     """
     if not isinstance(output, Mapping):
         return None
-    logits, target = output.get("logits"), output.get("targets")
-    if beside and not _are_losses(output.get("losses"), tap):
+    losses, logits, target = (output.get(name) for name in ("losses", "logits", "targets"))
+    if beside and not _are_losses(losses, tap):
         return None
-    if isinstance(losses := output.get("losses"), Tensor):
-        elements, den, name = losses, losses.new_ones(()), "losses"
+    per_sample: Any = _loss_of
+    if isinstance(losses, Tensor):
+        name, per_sample = "losses", lambda *_: losses
         if tap.mixture is not None and tap.mixture.mixes:
             raise unmixable("losses", "the step returns them computed, with the labels of the samples themselves")
     elif isinstance(logits, Tensor) and isinstance(target, Tensor):
-        (elements, den), name = _loss_of(logits, target), "logits"
+        name = "logits"
     else:
         return None
+    call, elements, den = tap.stated(name, (logits, target), per_sample)
     n = tap.tracker.n if tap.tracker is not None else elements.shape[0]
     if elements.ndim == 0 or elements.shape[0] != n:
         raise RowsError(
@@ -54,13 +56,11 @@ def stated_losses(output: Any, tap: LossTap, *, beside: bool = False) -> tuple[L
         raise LossNotFoundError(
             f"Expected the returned `{name}` to require a gradient, but they are detached. Return them as computed."
         )
-    args = (logits, target)
-    call, _ = tap.stated(name, args, _loss_of if name == "logits" else lambda *_: elements)
     if tap.tracker is None:
         call.record.samples, call.record.untracked = (lambda shape: None), False
     elif name == "losses":
         call.record.samples = functools.partial(tap.samples, call, trusted=[elements])
-    return call, elements.sum() / den.expand(elements.shape).sum()
+    return call, elements.sum() / den.sum()
 
 
 def _are_losses(losses: Any, tap: LossTap) -> bool:

@@ -197,13 +197,15 @@ class LossTap(TorchFunctionMode):
 
     def adapted(self, name: str, args: tuple[Any, ...], per_sample: Callable[..., Any], original: Tensor) -> Tensor:
         """Take a loss that torch's functions do not show from an adapter: per-sample losses ``(rows, ...)``."""
-        call, requires_grad = self.stated(name, args, per_sample)
-        if self.training and not (torch.is_grad_enabled() and requires_grad):
+        call, losses, _ = self.stated(name, args, per_sample)
+        if self.training and not (torch.is_grad_enabled() and losses.requires_grad):
             return original
         return self.add(call, call.record.value() if call.record.shares is not None else original)
 
-    def stated(self, name: str, args: tuple[Any, ...], per_sample: Callable[..., Any]) -> tuple[LossCall, bool]:
-        """A loss given by a function of ``args``, logits and target first, and whether it requires a gradient."""
+    def stated(
+        self, name: str, args: tuple[Any, ...], per_sample: Callable[..., Any]
+    ) -> tuple[LossCall, Tensor, Tensor]:
+        """A loss given by a function of ``args``, logits and target first, its losses and their denominators."""
 
         def compute(*args: Any) -> tuple[Tensor, Tensor]:
             self.suspended += 1  # the losses inside are not losses of the step
@@ -221,7 +223,7 @@ class LossTap(TorchFunctionMode):
             call.counts.append(lambda: None if bool((den != 0).all()) else den != 0)
         if self.training and self.mixture is not None and self.mixture.meant(call):
             mix_parts(self, call, lambda moved: compute(args[0], moved(args[1]), *args[2:]))
-        return call, losses.requires_grad
+        return call, losses, den
 
     def _call(self, name: str, logits: Any, target: Any, compute: Callable[[], tuple[Tensor, Tensor]]) -> LossCall:
         call = LossCall(name, len(self.calls), logits, target, LossRecord(compute))
