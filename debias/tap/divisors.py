@@ -130,20 +130,18 @@ class Divided:
             if own is not None and theirs is not None and own.numel() == theirs.numel():
                 return weights.reshape(shape) if self._equal(own.flatten(), theirs.flatten()) else None
             return None if mask is not None else weights.reshape(shape)
+        if not ndim or not weights.ndim:
+            return None
         known = self.tracker is not None and self.tracker.is_of_batch(source)
         if weights.ndim == 1 and shape.count(shape[0]) > 1 and not known:
             return None  # of the rows, or of the columns
-        if weights.ndim and weights.shape == shape[: weights.ndim]:
-            weights = weights.view(*weights.shape, *[1] * (len(shape) - weights.ndim))
-        if weights.ndim != len(shape) or not shape or weights.shape[0] != shape[0]:
+        if weights.shape == shape[: weights.ndim]:
+            weights = weights.view(*weights.shape, *[1] * (ndim - weights.ndim))
+        fits = weights.ndim == ndim and all(a in (1, b) for a, b in zip(weights.shape, shape, strict=True))
+        # Neither rows nor samples have the same weights for all.
+        if not fits or any(weights.shape[axis] != shape[axis] for axis in (0, self._axis_of_samples())):
             return None
-        axis = self._axis_of_samples()
-        if weights.shape[axis] != shape[axis]:  # the same for all samples
-            return None
-        try:
-            return weights.expand(shape) * (weights.numel() / shape.numel())
-        except RuntimeError:
-            return None
+        return weights.expand(shape) * (weights.numel() / shape.numel())
 
     def _are_same(self, source: Tensor, mask: Any) -> bool:
         """Whether weights are the mask that elements were selected by."""

@@ -147,11 +147,9 @@ class Following:
             for part in found.parts:
                 func(*(part if x is found.source else x for x in args), **kwargs)
             return
-        outs = list(out) if isinstance(out, tuple | list) else [out]
-        for i, x in enumerate(outs):
+        for place, x in enumerate(out) if isinstance(out, tuple | list) else [(None, out)]:
             if not isinstance(x, Tensor):
                 continue
-            place = None if x is out else i
             if not x.requires_grad and found.source.requires_grad and func not in CASTS:
                 continue  # a mask, such as that of the largest losses
             if func in MOVES and not x.ndim and found.source.numel() > 1:

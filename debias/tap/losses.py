@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -102,14 +103,9 @@ FORM = frozenset({"weight", "pos_weight", "label_smoothing", "ignore_index"})
 
 def unreduced(func: Any, arguments: dict[str, Any]) -> Tensor:
     """The loss per element, computed in at least float32 and outside autocast."""
-    upcast, device = {}, ""
-    for name, x in arguments.items():
-        if isinstance(x, Tensor):
-            device = device or x.device.type
-            upcast[name] = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        elif name not in ("reduction", "size_average", "reduce"):
-            upcast[name] = x
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return func(**upcast, reduction="none")
-    return func(**upcast, reduction="none")
+    given = {name: x for name, x in arguments.items() if name not in ("reduction", "size_average", "reduce")}
+    tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+    half = {name: x.float() for name, x in tensors.items() if x.dtype in (torch.float16, torch.bfloat16)}
+    device = next(iter(tensors.values())).device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        return func(**given | half, reduction="none")
