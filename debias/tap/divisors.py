@@ -47,20 +47,20 @@ class Divided:
                 return False  # a mean of its own weights already
             self._divide(by)
         elif record.is_sum:
-            read = self._read_as(by, totals)
-            if self._is_count(by) and not any(has_zeros for _, has_zeros in read):
+            total, has_zeros = self._read_as(by, totals)
+            if self._is_count(by) and not has_zeros:
                 record.undivided = False
-            elif read:
-                self._divide(read[0][0])
+            elif total is not None:
+                self._divide(total)
         return not record.undivided
 
     def _divide(self, total: Total) -> None:
         self.record.divisor, self.record.undivided = functools.partial(self.weights, total.source), False
 
-    def _read_as(self, number: Any, totals: Totals) -> list[tuple[Total, bool]]:
+    def _read_as(self, number: Any, totals: Totals) -> tuple[Total | None, bool]:
         """The sum that a number was read of, and whether some of its weights are 0, as the losses there are.
 
-        Empty where there are several: nothing tells them apart. Values are read as the step has read one, and so waited
+        None where there are several: nothing tells them apart. Values are read as the step has read one, and so waited
         for the device, itself.
         """
         found: list[tuple[Total, Tensor]] = []
@@ -68,8 +68,10 @@ class Divided:
             weights = self.weights(total.source)
             if weights is not None and not bool(((self._elements.detach() != 0) & (weights == 0)).any()):
                 found.append((total, weights))
-        alike = all(torch.equal(weights, found[0][1]) for _, weights in found)
-        return [(total, bool((weights == 0).any())) for total, weights in found[:1]] if alike else []
+        if not found or not all(torch.equal(weights, found[0][1]) for _, weights in found):
+            return None, False
+        total, weights = found[0]
+        return total, bool((weights == 0).any())
 
     @property
     def _elements(self) -> Tensor:

@@ -94,9 +94,8 @@ class LossTap(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.suspended:
             return func(*args, **kwargs)
-        run = _run if self.evaluated is None else self.evaluated.run
-        if self.training and torch.compiler.is_compiling():  # it would be cut to pieces
-            run = _run
+        cut = self.training and torch.compiler.is_compiling()  # to pieces, if predictions were followed
+        run = _run if self.evaluated is None or cut else self.evaluated.run
         looks = self._following.batch.looks
         if not _is_watched(func) and self.finder is None and not looks:
             return run(func, args, kwargs)
@@ -184,10 +183,9 @@ class LossTap(TorchFunctionMode):
     def _is_of_whole_batch(self, call: LossCall, arguments: dict[str, Any]) -> bool:
         """Whether the weights of a loss, or its targets, hold a number of the whole batch."""
         holds, target, tracker = self._following.batch.holds, call.target, self.tracker
-        if holds(arguments.get("weight"), arguments.get("pos_weight")):
-            return True
         # Chosen by rank, or standardised; what a teacher has made may depend on the batch, as the network itself.
-        return target is not None and tracker is not None and holds(target) and tracker.is_of_batch(target)
+        of_target = target is not None and tracker is not None and holds(target) and tracker.is_of_batch(target)
+        return of_target or holds(arguments.get("weight"), arguments.get("pos_weight"))
 
     def _is_prediction(self, second: Any, first: Any) -> bool:
         """Whether it is the second argument of a symmetric loss that is the prediction."""
