@@ -34,8 +34,9 @@ def stated_losses(output: Any, tap: LossTap, *, beside: bool = False) -> tuple[L
     if not isinstance(output, Mapping):
         return None
     losses, logits, target = (output.get(name) for name in ("losses", "logits", "targets"))
-    if beside and not _are_losses(losses, tap):
-        return None
+    n = None if tap.tracker is None else tap.tracker.n
+    if beside and not (isinstance(losses, Tensor) and losses.requires_grad and _has_rows(losses, n)):
+        return None  # something of this name that the step only logs
     per_sample: Any = _loss_of
     if isinstance(losses, Tensor):
         name, per_sample = "losses", lambda *_: losses
@@ -46,11 +47,10 @@ def stated_losses(output: Any, tap: LossTap, *, beside: bool = False) -> tuple[L
     else:
         return None
     call, elements, den = tap.stated(name, (logits, target), per_sample)
-    n = tap.tracker.n if tap.tracker is not None else elements.shape[0]
-    if elements.ndim == 0 or elements.shape[0] != n:
+    if not _has_rows(elements, n):
         raise RowsError(
-            f"Expected the returned `{name}` to have one row for each of the {n} samples, but got shape"
-            f" {tuple(elements.shape)}. Return per-sample values, unreduced."
+            f"Expected the returned `{name}` to have one row for each of the {'' if n is None else f'{n} '}samples, but"
+            f" got shape {tuple(elements.shape)}. Return per-sample values, unreduced."
         )
     if not elements.requires_grad:
         raise LossNotFoundError(
@@ -63,14 +63,9 @@ def stated_losses(output: Any, tap: LossTap, *, beside: bool = False) -> tuple[L
     return call, elements.sum() / den.sum()
 
 
-def _are_losses(losses: Any, tap: LossTap) -> bool:
-    """Whether a step states one loss for each sample, and not something of this name that it only logs."""
-    return (
-        isinstance(losses, Tensor)
-        and losses.requires_grad
-        and losses.ndim > 0
-        and (tap.tracker is None or losses.shape[0] == tap.tracker.n)
-    )
+def _has_rows(x: Tensor, n: int | None) -> bool:
+    """Whether a tensor has a row for each of ``n`` samples; for each of some where None."""
+    return x.ndim > 0 and n in (None, len(x))
 
 
 def _differs(a: Tensor, b: Tensor) -> Tensor:
