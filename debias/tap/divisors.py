@@ -105,7 +105,7 @@ class Divided:
         shape, index, tracker = self._elements.shape, self._index(), self.tracker
         if tracker is None or index is None or index.shape != shape:
             return 0
-        return next(iter(tracker.moving(index)), 0)
+        return next(tracker.moving(index), 0)
 
     def _even(self) -> bool:
         """Whether each sample has as many rows, so that their number counts the rows."""

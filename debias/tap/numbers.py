@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -51,9 +53,9 @@ class SampleNumbers:
             index = first
         return index if out is None else index.reshape(out.shape)
 
-    def moving(self, index: Tensor) -> list[int]:
-        """The axes along which samples change."""
-        return [axis for axis in range(index.ndim) if self.without(index, [axis]) is None]
+    def moving(self, index: Tensor) -> Iterator[int]:
+        """The axes along which samples change; each is looked at when it is asked for."""
+        return (axis for axis in range(index.ndim) if self.without(index, [axis]) is None)
 
     def _axis(self, index: Tensor, read: bool | None = None) -> int | None:
         """The axis along which the samples lie in the order of the batch, each the same along all other axes."""

@@ -211,7 +211,7 @@ def _meet(tracker: RowTracker, func: Any, rows: list[Tensor], out: Tensor) -> bo
         return False
     if func in MOVES:  # joined so that a row holds several samples
         index = tracker.index(out)
-        return index is not None and len(tracker.moving(index)) > 1
+        return index is not None and len(list(tracker.moving(index))) > 1
     spreads = func in ELEMENTWISE or len({x.ndim for x in rows}) == 1
     if spreads and len({_axis_of_rows(tracker, x) for x in rows} - {None}) > 1:
         return True
@@ -224,7 +224,7 @@ def _axis_of_rows(tracker: RowTracker, x: Tensor) -> int | None:
     if tracker.keeps_rows(x):
         return -x.ndim
     index = tracker.index(x)
-    axes = [] if index is None else tracker.moving(index)
+    axes = [] if index is None else list(tracker.moving(index))
     return axes[0] - x.ndim if len(axes) == 1 else None
 
 
