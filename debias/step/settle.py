@@ -16,10 +16,10 @@ from debias.ops.distributed import alike, gather_objects, is_distributed
 from debias.ops.groups import summed
 from debias.step.context import Step
 from debias.tap import adapters
-from debias.tap.calls import LossCall, LossRecord, LossSum
+from debias.tap.calls import LossCall, LossRecord, sum_of
 from debias.tap.head import FeatureTap, HeadTap, check_features, rows_of_features
 from debias.tap.selection import Reaching, ambiguous, height, means, of_batch, reaching, select_calls, untapped
-from debias.tap.stated import check_stated, check_stated_losses, stated_losses
+from debias.tap.stated import check_stated, stated_losses
 from debias.tap.tap import LossTap, no_loss_error
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class Settlement:
         if stated is not None:
             call, plain = stated
             if self.checks:
-                (check_stated if call.name == "logits" else check_stated_losses)(found.loss, call, plain)
+                check_stated(found.loss, call, plain)
             found.calls = [call]
             self.selected = {method: [call] for method in self.choices}
         elif found.lost:
@@ -182,7 +182,7 @@ class Settlement:
             if not calls or (not watcher.needs_loss and head is not None and (head.several or self.step.of_several)):
                 calls = [_of_features()]
             elif len(calls) > 1 and not watcher.needs_features:  # else each loss has a head of its own
-                calls = [LossSum(calls, check=self.checks)]
+                calls = [sum_of(calls, check=self.checks)]
             for call in calls:
                 if head is not None:
                     having, of_loss = self.step.having(watcher), tap.loaders_of(call)

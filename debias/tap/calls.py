@@ -15,7 +15,7 @@ from debias.errors import RowsError
 from debias.ops.distributed import weighted_mean
 from debias.tap.counted import both
 
-__all__ = ["LossCall", "LossRecord", "LossSum", "shares_memory"]
+__all__ = ["LossCall", "LossRecord", "shares_memory", "sum_of"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -37,17 +37,20 @@ class LossRecord:
         factor: what the returned loss multiplies the loss by, known once the step has returned; None for 1. Where the
             step averaged over the samples only, there is one for each of the other elements.
         function: the loss as torch's function computed it, where the step took it unreduced.
-        source: the elements as the step reduced them, likewise; in evaluation as torch's function made them.
-        scale: what the step multiplied the elements of that by; None for 1, False if it did something else to them.
+        source: the elements as the step reduced them, likewise, or what it has made of them until then; in evaluation
+            as torch's function made them.
+        parts: where samples were mixed, the losses with each label, of which ``source`` is the weighted sum.
+        scale: what the step multiplied the elements by; None for 1, False if it did something else to them.
         reordered: whether their rows are not where they were.
+        mask: by which elements the step selected them; None if all are there, False if it is not known.
         of_batch: whether the step has multiplied them by a number that it made of the values of the whole batch.
+        divided_by: numbers and totals (:class:`debias.tap.totals.Total`) that the step has divided them by.
         linear: of the layer that made the logits, while it is looked for: output, input, weight, and the moves between.
         feature_rows: tells the sample of each row of the features.
         targets: of the rows, where samples were mixed.
         shares: what the losses of these rows were multiplied by, shaped like the elements.
         own_rows: sample of each row with its own label, where samples were mixed.
         untracked: nobody asked for the samples of the rows.
-        by_first_axis: whether it is divided by the length of its first axis alone.
         of_pairs: whether it reads a number for each two samples.
     """
 
@@ -60,17 +63,19 @@ class LossRecord:
     divisor: Callable[[], Tensor | None] | None = None
     kept: torch.Size | None = None
     factor: Tensor | None = None
-    function: LossCall | None = None
-    source: Tensor | None = None
+    function: Any = None
+    source: Any = None
+    parts: list[Tensor] = field(default_factory=list)
     scale: Any = None
     reordered: bool = False
+    mask: Any = None
     of_batch: bool = False
+    divided_by: tuple[Any, ...] = ()
     linear: Any = None
     feature_rows: Callable[[LossCall], Tensor | None] | None = None
     targets: Any = None
     shares: Tensor | None = None
     own_rows: Tensor | None = None
-    by_first_axis: bool = False
     of_pairs: bool = False
     untracked: bool = False
 
@@ -80,15 +85,6 @@ class LossRecord:
         with torch.enable_grad():
             num, den = self.compute()
             return (num.float() if num.dtype in _HALF else num), den
-
-    def keep_samples(self, shape: torch.Size) -> None:
-        """Ask now for the samples of the rows; an error is raised where they are read."""
-        try:
-            index = self.samples(shape)
-        except RowsError as error:
-            self.samples = functools.partial(_raise, error)
-        else:
-            self.samples = lambda shape: index
 
     @cached_property
     def elements(self) -> tuple[Tensor, Tensor]:
@@ -118,16 +114,6 @@ class LossRecord:
             if num.ndim == 0:
                 num, den = num.reshape(1), den.reshape(1)
             index = self.samples(num.shape)
-            if index is not None and index.shape == num.shape and self.by_first_axis and num.ndim > 1:
-                index, of_elements = index.flatten(1)[:, 0], index.flatten(1)  # a row's elements are of one sample
-                if index.device.type == "cpu" and not torch.equal(
-                    of_elements, index.unsqueeze(1).expand_as(of_elements)
-                ):
-                    raise RowsError(
-                        f"Expected samples along the first axis of a loss of shape {tuple(num.shape)} with"
-                        " `reduction='batchmean'`, which divides by its length, but they lie along another one, so that"
-                        " nothing divides by their number. Put them first: `x.transpose(0, 1)`."
-                    )
             if index is not None and index.shape == num.shape:
                 return num.flatten(), den.flatten(), index.flatten()
             if num.ndim > 1:
@@ -201,7 +187,12 @@ class LossCall:
             return
         with torch.enable_grad():
             vars(self.record)["computed"] = num.clone(), den.clone()
-        self.record.keep_samples(num.shape)
+        try:
+            index = self.record.samples(num.shape)
+        except RowsError as error:  # likewise
+            self.record.samples = functools.partial(_raise, error)
+        else:
+            self.record.samples = lambda shape: index
         for name in read:
             setattr(self, name, getattr(self, name).clone())
 
@@ -304,7 +295,7 @@ def _raise(error: Exception, shape: torch.Size) -> None:
     raise error
 
 
-class LossSum(LossCall):
+def sum_of(calls: list[LossCall], *, check: bool) -> LossCall:
     """Several losses of a step as one, for methods that take their sum.
 
     Args:
@@ -312,26 +303,24 @@ class LossSum(LossCall):
         check: whether to look that their rows and denominators are alike, which waits for the device; on the CPU they
             are looked at in every step.
     """
+    first, *others = calls
+    name = " + ".join(call.name for call in calls)
 
-    def __init__(self, calls: list[LossCall], *, check: bool = True) -> None:
-        super().__init__(" + ".join(call.name for call in calls), calls[0].position, None, None, LossRecord(self._sum))
-        self.calls, self.check = calls, check
-        self.record.samples = lambda shape: calls[0].rows
-
-    def _sum(self) -> tuple[Tensor, Tensor]:
-        first, *others = self.calls
+    def compute() -> tuple[Tensor, Tensor]:
         num, den, total = first.num, first.den, first.den.sum()
         for call in others:
             ratio = total / call.den.sum()
             alike = call.den.shape == den.shape and (call.rows is None) == (first.rows is None)
-            if alike and (self.check or den.device.type == "cpu"):
+            if alike and (check or den.device.type == "cpu"):
                 same = call.rows is None or first.rows is None or torch.equal(call.rows, first.rows)
                 alike = same and torch.allclose(call.den * ratio, den)
             if not alike:
                 raise RowsError(
-                    f"Expected the losses `{self.name}` that are added up to have the same rows, masks and weights, but"
+                    f"Expected the losses `{name}` that are added up to have the same rows, masks and weights, but"
                     " they differ: their sum has no value for a row. Choose one: `loss=<index>`, or"
                     " `loss=callable(call) -> bool`."
                 )
             num = num + call.num * ratio
         return num, den
+
+    return LossCall(name, first.position, None, None, LossRecord(compute, lambda shape: first.rows))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debias.tap.moves import CASTS, MOVES, apply_move, values_read
+from debias.tap.moves import CASTS, MOVES, apply_move, axes_of, values_read
 
 __all__ = ["CountedElements", "both", "functions", "left_out"]
 
@@ -101,32 +101,13 @@ class CountedElements:
                 if trace.tensor is args[0]:
                     trace.counts = both(trace.counts, mask)
                 continue
-            made = self._made(func, args, kwargs, trace, mask, out)
-            trace.used = trace.used or bool(made)
-            self._traces.extend(made)
+            for part, x in enumerate(out) if isinstance(out, tuple | list) else [(None, out)]:
+                self._traces.append(_made(func, args, kwargs, trace, mask, x, part))
+                trace.used = True
         return out
 
     def _chooses(self, args: tuple[Any, ...]) -> bool:
         return any(x is choice for x in args for choice in self._choices)
-
-    def _made(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], trace: _Trace, mask: Tensor | None, out: Any
-    ) -> list[_Trace]:
-        """What an operation has made of a trace."""
-        tensor = trace.tensor
-        if func in MOVES:
-            parts = list(enumerate(out)) if isinstance(out, tuple | list) else [(None, out)]
-            moved = [(x, apply_move(func, args, kwargs, _places(tensor), part)) for part, x in parts]
-            return [_Trace(x, trace.loss, source=trace, places=places) for x, places in moved]
-        if func in _REDUCE:
-            over = args[1] if len(args) > 1 else kwargs.get("dim")
-            axes = range(tensor.ndim) if over is None else [over] if isinstance(over, int) else over
-            dims = [d % max(tensor.ndim, 1) for d in axes]
-            if func.__name__.startswith("nan"):
-                trace = _Trace(tensor, trace.loss, ~tensor.isnan(), source=trace)
-            return [_Trace(out, trace.loss, source=trace, dims=dims)]
-        places = _places(tensor).expand(out.shape) if out.shape != tensor.shape else None
-        return [_Trace(out, trace.loss, mask, source=trace, places=places)]
 
     def _mask(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], trace: _Trace) -> Tensor | None:
         """Which elements an operation that keeps their places leaves; None where all."""
@@ -163,6 +144,21 @@ class CountedElements:
                 return None
             total = counts if total is None else total | counts
         return total
+
+
+def _made(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], trace: _Trace, mask: Tensor | None, out: Tensor, part: Any
+) -> _Trace:
+    """What an operation has made of a trace: its result, or one of several."""
+    tensor = trace.tensor
+    if func in MOVES:
+        return _Trace(out, trace.loss, source=trace, places=apply_move(func, args, kwargs, _places(tensor), part))
+    if func in _REDUCE:
+        if func.__name__.startswith("nan"):
+            trace = _Trace(tensor, trace.loss, ~tensor.isnan(), source=trace)
+        return _Trace(out, trace.loss, source=trace, dims=axes_of(args, kwargs, tensor.ndim))
+    places = _places(tensor).expand(out.shape) if out.shape != tensor.shape else None
+    return _Trace(out, trace.loss, mask, source=trace, places=places)
 
 
 def _places(tensor: Tensor) -> Tensor:

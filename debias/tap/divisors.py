@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from debias.errors import RowsError
-from debias.tap.calls import LossCall
+from debias.tap.calls import LossRecord
 from debias.tap.totals import Total, Totals
 
 if TYPE_CHECKING:
-    from debias.tap.following import Unreduced
-    from debias.tap.tap import LossTap
+    from debias.tap.rows import RowTracker
 
 __all__ = ["Divided"]
 
@@ -23,16 +22,13 @@ class Divided:
     """A loss that a step divides by something.
 
     Args:
-        tap: of the step.
-        call: the loss.
-        unreduced: its elements, where the step has reduced them itself.
+        tracker: of the step; None where nobody reads ids.
+        record: of the loss.
         reads_all: values may be read beyond the CPU, too, as in the first step of an epoch.
     """
 
-    def __init__(self, tap: LossTap, call: LossCall, unreduced: Unreduced | None, *, reads_all: bool) -> None:
-        self.tracker, self.call, self.reads_all = tap.tracker, call, reads_all
-        self.tensor = None if unreduced is None else unreduced.tensor
-        self.mask = None if unreduced is None else unreduced.mask
+    def __init__(self, tracker: RowTracker | None, record: LossRecord, *, reads_all: bool) -> None:
+        self.tracker, self.record, self.reads_all = tracker, record, reads_all
 
     def by(self, by: Any, totals: Totals) -> bool:
         """Whether it is divided by what it runs over; the loss is told.
@@ -41,7 +37,7 @@ class Divided:
             by: a total, or a number, perhaps in a tensor.
             totals: of the step.
         """
-        record = self.call.record
+        record = self.record
         if record.divisor is not None or (record.is_sum and not record.undivided):
             return False  # by what it runs over already; this is another factor
         if isinstance(by, Total):
@@ -51,40 +47,42 @@ class Divided:
                 return False  # a mean of its own weights already
             self._divide(by)
         elif record.is_sum:
-            read = self._read_as(by, totals)
-            if self._is_count(by) and not any(has_zeros for _, has_zeros in read):
+            total, has_zeros = self._read_as(by, totals)
+            if self._is_count(by) and not has_zeros:
                 record.undivided = False
-            elif read:
-                self._divide(read[0][0])
+            elif total is not None:
+                self._divide(total)
         return not record.undivided
 
     def _divide(self, total: Total) -> None:
-        record = self.call.record
-        record.divisor, record.undivided = functools.partial(self.weights, total.source), False
+        self.record.divisor, self.record.undivided = functools.partial(self.weights, total.source), False
 
-    def _read_as(self, number: Any, totals: Totals) -> list[tuple[Total, bool]]:
+    def _read_as(self, number: Any, totals: Totals) -> tuple[Total | None, bool]:
         """The sum that a number was read of, and whether some of its weights are 0, as the losses there are.
 
-        Empty where there are several: nothing tells them apart. Values are read as the step has read one, and so waited
+        None where there are several: nothing tells them apart. Values are read as the step has read one, and so waited
         for the device, itself.
         """
         found: list[tuple[Total, Tensor]] = []
         for total in totals.read_as(number) if isinstance(number, int | float) else ():
             weights = self.weights(total.source)
-            if weights is not None and not bool(((self._elements().detach() != 0) & (weights == 0)).any()):
+            if weights is not None and not bool(((self._elements.detach() != 0) & (weights == 0)).any()):
                 found.append((total, weights))
-        alike = all(torch.equal(weights, found[0][1]) for _, weights in found)
-        return [(total, bool((weights == 0).any())) for total, weights in found[:1]] if alike else []
+        if not found or not all(torch.equal(weights, found[0][1]) for _, weights in found):
+            return None, False
+        total, weights = found[0]
+        return total, bool((weights == 0).any())
 
+    @property
     def _elements(self) -> Tensor:
-        return self.call.record.computed[0] if self.tensor is None else self.tensor
+        return self.record.computed[0] if self.record.source is None else self.record.source
 
     def _index(self) -> Tensor | None:
         """Sample of each element, or of each row; None where row i is sample i or that is not known."""
         try:
-            if self.tensor is None or self.tracker is None:
-                return self.call.record.samples(self._elements().shape)
-            return self.tracker.index(self.tensor)
+            if self.record.source is None or self.tracker is None:
+                return self.record.samples(self._elements.shape)
+            return self.tracker.index(self.record.source)
         except RowsError:  # said where a method reads it
             return None
 
@@ -95,7 +93,7 @@ class Divided:
         """
         if isinstance(by, Tensor) and not (by.device.type == "cpu" or self.reads_all):
             return True
-        shape = self._elements().shape
+        shape = self._elements.shape
         if not shape.numel():  # of nothing, whatever it is divided by
             return True
         counts = {1} if not shape else {shape[: i + 1].numel() for i in range(self._axis_of_samples(), len(shape))}
@@ -104,16 +102,16 @@ class Divided:
 
     def _axis_of_samples(self) -> int:
         """The first axis of a loss along which samples lie: tokens may come before them."""
-        shape, index, tracker = self._elements().shape, self._index(), self.tracker
+        shape, index, tracker = self._elements.shape, self._index(), self.tracker
         if tracker is None or index is None or index.shape != shape:
             return 0
-        return next((axis for axis in range(len(shape)) if tracker.without(index, [axis]) is None), 0)
+        return next(tracker.moving(index), 0)
 
     def _even(self) -> bool:
         """Whether each sample has as many rows, so that their number counts the rows."""
         index, tracker = self._index(), self.tracker
-        if self.mask is not None or index is None or tracker is None:
-            return self.mask is None
+        if self.record.mask is not None or index is None or tracker is None:
+            return self.record.mask is None
         if index.numel() % tracker.n or not tracker.reads(index):
             return not index.numel() % tracker.n
         counts = index.flatten().bincount(minlength=tracker.n)
@@ -121,40 +119,37 @@ class Divided:
 
     def weights(self, source: Tensor) -> Tensor | None:
         """Weights in the shape of the elements, whose sum is that of ``source``; None if they do not fit."""
-        shape = self._elements().shape
-        if self.mask is not None and source.shape != shape:
-            same = isinstance(self.mask, Tensor) and self._same_mask(source, self.mask)
-            return source.new_ones((), dtype=torch.float32).expand(shape) if same else None
+        shape, mask, own, theirs = self._elements.shape, self.record.mask, None, None
+        if mask is not None and source.shape != shape:
+            return source.new_ones((), dtype=torch.float32).expand(shape) if self._are_same(source, mask) else None
         weights, ndim = source.detach(), len(shape)
-        own = None if self.tensor is None else self._index()
-        theirs = None if self.tensor is None or self.tracker is None else self.tracker.index(source)
+        if self.record.source is not None and self.tracker is not None:
+            own, theirs = self._index(), self.tracker.index(source)
         if ndim and weights.ndim > ndim and weights.shape[:ndim] == shape:  # a mask of tokens, of losses per sample
             weights = weights.flatten(ndim).sum(ndim)
             theirs = None if theirs is None else theirs.flatten(ndim).select(ndim, 0)
         if weights.numel() == shape.numel():
             if own is not None and theirs is not None and own.numel() == theirs.numel():
                 return weights.reshape(shape) if self._equal(own.flatten(), theirs.flatten()) else None
-            return None if self.mask is not None else weights.reshape(shape)
+            return None if mask is not None else weights.reshape(shape)
+        if not ndim or not weights.ndim:
+            return None
         known = self.tracker is not None and self.tracker.is_of_batch(source)
         if weights.ndim == 1 and shape.count(shape[0]) > 1 and not known:
             return None  # of the rows, or of the columns
-        if weights.ndim and weights.shape == shape[: weights.ndim]:
-            weights = weights.view(*weights.shape, *[1] * (len(shape) - weights.ndim))
-        if weights.ndim != len(shape) or not shape or weights.shape[0] != shape[0]:
+        if weights.shape == shape[: weights.ndim]:
+            weights = weights.view(*weights.shape, *[1] * (ndim - weights.ndim))
+        fits = weights.ndim == ndim and all(a in (1, b) for a, b in zip(weights.shape, shape, strict=True))
+        # Neither rows nor samples have the same weights for all.
+        if not fits or any(weights.shape[axis] != shape[axis] for axis in (0, self._axis_of_samples())):
             return None
-        axis = self._axis_of_samples()
-        if weights.shape[axis] != shape[axis]:  # the same for all samples
-            return None
-        try:
-            return weights.expand(shape) * (weights.numel() / shape.numel())
-        except RuntimeError:
-            return None
+        return weights.expand(shape) * (weights.numel() / shape.numel())
 
-    def _same_mask(self, weights: Tensor, mask: Tensor) -> bool:
+    def _are_same(self, source: Tensor, mask: Any) -> bool:
         """Whether weights are the mask that elements were selected by."""
-        if weights is mask or weights.shape != mask.shape or mask.dtype != torch.bool:
-            return weights is mask
-        return self._equal(weights.to(torch.float32), mask.to(torch.float32))
+        if source is mask or not isinstance(mask, Tensor) or mask.dtype != torch.bool or source.shape != mask.shape:
+            return source is mask
+        return self._equal(source.to(torch.float32), mask.to(torch.float32))
 
     def _equal(self, a: Tensor, b: Tensor) -> bool:
         """Reading waits for the device, so beyond the CPU only the step that records everything looks."""

@@ -7,14 +7,14 @@ of weights with the shape of the losses. Then the loss of a group is what the st
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from debias.errors import RowsError
-from debias.tap.calls import LossCall
+from debias.tap.calls import LossCall, LossRecord
 from debias.tap.divisors import Divided
 from debias.tap.moves import (
     CASTS,
@@ -38,7 +38,7 @@ from debias.tap.whole_batch import STATISTICS, WholeBatch, tensors_in
 if TYPE_CHECKING:
     from debias.tap.tap import LossTap
 
-__all__ = ["FOLLOWED", "Following", "Unreduced"]
+__all__ = ["FOLLOWED", "Following"]
 
 _T = torch.Tensor
 _ADD = named("add sub subtract add_ sub_ __add__ __radd__ __sub__ __iadd__ __isub__")
@@ -58,31 +58,6 @@ _is_followed, _is_in_place = among(_REDUCED), among(INPLACE)
 FOLLOWED = _REDUCED | STATISTICS
 
 
-@dataclass(eq=False)
-class Unreduced:
-    """A tensor of losses that nobody has reduced yet.
-
-    Attributes:
-        tensor: the losses, or what the step has made of them.
-        function: the loss as torch's function computed it.
-        parts: where samples were mixed, the losses with each label, of which ``tensor`` is the weighted sum.
-        scale: see :class:`debias.tap.calls.LossRecord`.
-        reordered: whether rows are not where they were.
-        mask: by which elements were selected; None if all are there, False if it is not known.
-        of_batch: whether a number of the whole batch is in it.
-        divided_by: numbers and totals (:class:`debias.tap.totals.Total`) that the step has divided it by.
-    """
-
-    tensor: Tensor
-    function: LossCall
-    parts: list[Tensor] = field(default_factory=list)
-    scale: Any = None
-    reordered: bool = False
-    mask: Any = None
-    of_batch: bool = False
-    divided_by: tuple[Any, ...] = ()
-
-
 class Following:
     """Follows the unreduced losses of one step.
 
@@ -92,9 +67,8 @@ class Following:
 
     def __init__(self, tap: LossTap) -> None:
         self.tap = tap
-        self._unreduced: list[Unreduced] = []
+        self._unreduced: list[LossRecord] = []
         self._divisible: list[tuple[Tensor, list[LossCall]]] = []  # what is proportional to a loss, so far
-        self._ended: list[tuple[LossCall, Unreduced]] = []
         self.batch = WholeBatch(tap.tracker, self, careful=tap.careful)
         self._totals = Totals(self.batch.holds, careful=tap.careful)
 
@@ -102,11 +76,11 @@ class Following:
         """Let go of every tensor."""
         for losses in self._unreduced:
             losses.function.forget()
-        self._unreduced, self._divisible, self._ended = [], [], []
+        self._unreduced, self._divisible = [], []
         self._totals.close()
         self.batch.close()
 
-    def add(self, losses: Unreduced) -> None:
+    def add(self, losses: LossRecord) -> None:
         """Follow losses from now on."""
         self._unreduced.append(losses)
 
@@ -118,12 +92,14 @@ class Following:
         """Follow losses through one operation; returns what the step is to receive of it."""
         if "other" in kwargs:
             args, kwargs = (*args, kwargs["other"]), {key: x for key, x in kwargs.items() if key != "other"}
-        held = _is_in_place(func) and self.batch.holds(args[0])
+        in_place = _is_in_place(func)
+        if in_place:
+            self._totals.changed(func, args)
         self.batch.see(func, args, kwargs, out)
         found = self._find(func, args) if self._unreduced and args and self._may_follow(func, args) else None
-        if found is None or _is_in_place(func):
-            self._totals.see(func, args, out, held=held)
         if found is None:
+            if not in_place:
+                self._totals.see(func, args, out)
             for x in tensors_in(out) if self._divisible else ():
                 self._proportional(func, args, kwargs, x)
         elif _is_dot(func):  # the sum of a product
@@ -132,10 +108,10 @@ class Following:
                 self.tap.tracker.record(torch.mul, args[:2], {}, product)
             self.see(torch.mul, args[:2], {}, product)
             return self.see(torch.sum, (product,), {}, out)
-        elif (axes := self._reduces(func, found, args, kwargs)) is not None:
-            return self._reduced(func, found, axes, out) if func in SUM or func in MEAN else out
-        else:
+        elif (axes := self._reduces(func, found, args, kwargs)) is None:
             self._followed(func, args, kwargs, found, out)
+        elif func in SUM or func in MEAN:
+            return self._reduced(func, found, axes, out)
         return out
 
     def _may_follow(self, func: Any, args: tuple[Any, ...]) -> bool:
@@ -145,7 +121,7 @@ class Following:
 
     def is_unreduced(self, x: Tensor) -> bool:
         """Whether it holds losses that nobody has reduced yet."""
-        return any(losses.tensor is x for losses in self._unreduced)
+        return self._of(x) is not None
 
     def is_proportional(self, x: Any) -> bool:
         """Whether it is a loss, or what is proportional to some."""
@@ -153,50 +129,49 @@ class Following:
 
     # -- elements ----------------------------------------------------------------------------------
 
-    def _find(self, func: Any, args: tuple[Any, ...]) -> Unreduced | None:
+    def _find(self, func: Any, args: tuple[Any, ...]) -> LossRecord | None:
         data = (*args[0], *args[1:3]) if isinstance(args[0], tuple | list) else args[:3]
         return next((losses for x in values_read(func, data, {}) if (losses := self._of(x)) is not None), None)
 
-    def _of(self, x: Tensor) -> Unreduced | None:
-        return next((losses for losses in reversed(self._unreduced) if losses.tensor is x), None)
+    def _of(self, x: Tensor) -> LossRecord | None:
+        return next((losses for losses in reversed(self._unreduced) if losses.source is x), None)
 
-    def _followed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Unreduced, out: Any) -> None:
+    def _followed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: LossRecord, out: Any) -> None:
         """Follow losses through an operation that does not end them."""
-        by = self._totals.divides(func, args, found.tensor)
+        by = self._totals.divides(func, args, found.source)
         factor = self._factor(func, args, kwargs, found)
         divided_by, of_batch = self._divisions(func, args, found, by, linear=factor is not None)
-        if func is _T.__setitem__ or out is found.tensor:  # in place
+        if func is _T.__setitem__ or out is found.source:  # in place
             found.of_batch = of_batch or (by is None and self.batch.holds(args[1:], kwargs))
             found.scale, found.divided_by = _times(found.scale, factor), divided_by
             for part in found.parts:
-                func(*(part if x is found.tensor else x for x in args), **kwargs)
+                func(*(part if x is found.source else x for x in args), **kwargs)
             return
-        outs = list(out) if isinstance(out, tuple | list) else [out]
-        for i, x in enumerate(outs):
+        for place, x in enumerate(out) if isinstance(out, tuple | list) else [(None, out)]:
             if not isinstance(x, Tensor):
                 continue
-            place = None if x is out else i
-            if not x.requires_grad and found.tensor.requires_grad and func not in CASTS:
+            if not x.requires_grad and found.source.requires_grad and func not in CASTS:
                 continue  # a mask, such as that of the largest losses
-            if func in MOVES and not x.ndim and found.tensor.numel() > 1:
+            if func in MOVES and not x.ndim and found.source.numel() > 1:
                 continue  # one of several, which Python may choose by their values
-            made = Unreduced(x, found.function, scale=found.scale, reordered=found.reordered, mask=found.mask)
-            made.of_batch = of_batch or (by is None and self.batch.changes(func, args, kwargs, x))
-            made.divided_by = divided_by
+            changes = by is None and self.batch.changes(func, args, kwargs, x)
+            parts = [_with(func, args, kwargs, found.source, part, place) for part in found.parts]
+            made = replace(found, source=x, parts=parts, of_batch=of_batch or changes, divided_by=divided_by)
             if func in MOVES:
                 made.reordered = found.reordered or not keeps_rows(func, args, x)
-                made.scale = self._moved_scale(func, args, kwargs, found, place)
+                if not isinstance(args[0], Tensor):  # joined with others
+                    made.scale = False
+                elif isinstance(found.scale, Tensor):
+                    made.scale = apply_move(func, args, kwargs, found.scale.expand(found.source.shape), place)
                 if func in _SELECTING:
                     made.mask = args[1] if func is _T.__getitem__ and found.mask is None else False
             elif func not in CASTS:
                 made.scale = _times(found.scale, factor)
-            for part in found.parts:
-                made.parts.append(_with(func, args, kwargs, found.tensor, part, place))
             self._unreduced.append(made)
 
-    def _factor(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Unreduced) -> Any:
+    def _factor(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: LossRecord) -> Any:
         """What an operation multiplies elements by; None if it does something else to them."""
-        at = next((i for i, x in enumerate(args[:3]) if x is found.tensor), None)
+        at = next((i for i, x in enumerate(args[:3]) if x is found.source), None)
         other = next((x for i, x in enumerate(args[:2]) if i != at), None)
         constant = isinstance(other, int | float) or (isinstance(other, Tensor) and not other.requires_grad)
         if func in PRODUCT and constant:
@@ -208,11 +183,13 @@ class Following:
         if func in _FILL and _is_zero(args[2] if len(args) > 2 else kwargs.get("value")):
             return ~(args[1] if len(args) > 1 else kwargs["mask"])
         if func is _T.__setitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool and _is_zero(args[2]):
-            return ~args[1]
+            kept = torch.ones_like(found.source, dtype=torch.bool)
+            kept[args[1]] = False  # of rows, where the mask is of rows
+            return kept
         return 1.0 if func in SUM and not isinstance(found.scale, Tensor) else None
 
     def _divisions(
-        self, func: Any, args: tuple[Any, ...], found: Unreduced, by: Any, *, linear: bool
+        self, func: Any, args: tuple[Any, ...], found: LossRecord, by: Any, *, linear: bool
     ) -> tuple[tuple[Any, ...], bool]:
         """What elements are divided by after an operation, and whether a number of the whole batch is in them."""
         met = [losses for x in tensors_in(args) if (losses := self._of(x)) is not None]
@@ -224,94 +201,65 @@ class Following:
             return tuple(x for x in by_all if not any(_equal(x, y) for y in args[:2])), of_batch  # `losses / n * n`
         alike = all(len(each) == len(divided[0]) and all(map(_equal, each, divided[0])) for each in divided)
         keeps = func in MOVES or func in CASTS or func in SUM or func in MEAN or linear
-        if func in DIVISION and args[0] is found.tensor and not any(divided[1:]):
+        if func in DIVISION and args[0] is found.source and not any(divided[1:]):
             return (*found.divided_by, *([] if by is None else [by])), of_batch
         if alike and (keeps or (func in _ADD and len(met) == 2)):
             return found.divided_by, of_batch
         return (), of_batch or any(isinstance(x, Total) and x.of_batch for x in sum(divided, ()))
 
-    def _moved_scale(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Unreduced, part: int | None
-    ) -> Any:
-        if not isinstance(args[0], Tensor):
-            return False
-        if not isinstance(found.scale, Tensor):
-            return found.scale
-        try:
-            return apply_move(func, args, kwargs, found.scale.expand(found.tensor.shape), part)
-        except RuntimeError:
-            return False
-
-    def _reduces(self, func: Any, found: Unreduced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
+    def _reduces(self, func: Any, found: LossRecord, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
         """The axes of a reduction that runs over samples; None of others, such as over the elements of each."""
         of_two = len(args) > 1 and isinstance(args[1], Tensor)
         if not (func in SUM or func in MEAN or (func in _CHOOSING and not of_two)):
             return None
-        ndim = found.tensor.ndim
+        ndim = found.source.ndim
         axes = axes_of(args, kwargs, ndim)
         keepdim = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
         if len(axes) == ndim and not keepdim:
             return axes
-        index = self._index(found.tensor)
         tracker = self.tap.tracker
-        if not isinstance(index, Tensor) or tracker is None:
-            return axes if 0 in axes else None
-        if tracker.without(index, axes) is not None:
-            return None
-        # Where numbers may not be read, rows lie along the first axis.
-        return axes if tracker.reads(index) or 0 in axes else None
-
-    def _index(self, tensor: Tensor) -> Tensor | RowsError | None:
-        if self.tap.tracker is None:
-            return None
         try:
-            return self.tap.tracker.index(tensor)
-        except RowsError as error:  # of a loss that perhaps nobody means
-            return error
+            index = None if tracker is None else tracker.index(found.source)
+        except RowsError:  # of a loss that perhaps nobody means
+            index = None
+        if tracker is not None and index is not None:
+            if tracker.without(index, axes) is not None:
+                return None
+            if tracker.reads(index):
+                return axes
+        return axes if 0 in axes else None  # where numbers are not known, or not read, rows lie along the first axis
 
     # -- what ends them ----------------------------------------------------------------------------
 
-    def _reduced(self, func: Any, found: Unreduced, axes: list[int], out: Tensor) -> Tensor:
+    def _reduced(self, func: Any, found: LossRecord, axes: list[int], out: Tensor) -> Tensor:
         """The loss that a sum or mean over samples ends in."""
-        num, first = found.tensor, found.function
+        num, tap = found.source, self.tap
         if not num.requires_grad:
-            self._totals.see(func, (num,), out, held=False)
+            self._totals.see(func, (num,), out)
             return out
-        others = [a for a in range(num.ndim) if a not in axes]
-        size = 1
-        for axis in others:
-            size *= num.shape[axis]
-        tap, parts = self.tap, found.parts
+        kept = torch.Size(1 if a in axes else size for a, size in enumerate(num.shape))
+        shares = tap.mixture.parts if found.parts and tap.mixture is not None else []
 
         def compute() -> tuple[Tensor, Tensor]:
-            if not parts:
-                return num, num.new_full((), 1 / size)
-            assert tap.mixture is not None
-            own, shares = _samples_of(tap, num), tap.mixture.parts
-            of_parts = [x * share.num.to(x.dtype)[own] for x, share in zip(parts, shares, strict=True)]
-            return torch.cat(of_parts), torch.cat([share.den.to(num.dtype)[own] for share in shares]) / size
+            if not shares:
+                return num, num.new_full((), 1 / kept.numel())
+            own = _samples_of(tap, num)
+            nums = [x * share.num.to(x.dtype)[own] for x, share in zip(found.parts, shares, strict=True)]
+            dens = [share.den.to(num.dtype)[own] for share in shares]
+            return torch.cat(nums), torch.cat(dens) / kept.numel()
 
         def samples(shape: torch.Size) -> Tensor | None:
-            if tap.tracker is None or (num.ndim == 1 and not parts and tap.tracker.keeps_rows(num)):
+            if tap.tracker is None or (num.ndim == 1 and not shares and tap.tracker.keeps_rows(num)):
                 return None
             own = _samples_of(tap, num)
-            if parts:
-                assert tap.mixture is not None
-                own = torch.cat([own if part.source is None else part.source[own] for part in tap.mixture.parts])
+            if shares:
+                own = torch.cat([own if share.source is None else share.source[own] for share in shares])
             return own.reshape(shape)
 
-        call = tap._call(first.name, first.logits, first.target, compute)
-        record = call.record
-        record.source, record.samples, record.scale, record.reordered = num, samples, found.scale, found.reordered
-        call.arguments, record.function, record.linear = first.arguments, first, first.record.linear
-        record.is_sum, record.of_batch = func in SUM, found.of_batch
-        record.undivided = record.is_sum and not found.of_batch
-        if others:
-            record.kept = torch.Size(1 if a in axes else s for a, s in enumerate(num.shape))
-        if parts:
-            call.parts, record.targets, record.shares = first.parts, first.record.targets, first.record.shares
-            record.own_rows = first.record.own_rows
-        self._ended.append((call, found))
+        record = replace(found, compute=compute, samples=samples, is_sum=func in SUM)
+        record.undivided = record.is_sum and not record.of_batch
+        record.kept = kept if len(axes) < num.ndim else None
+        call = replace(found.function, position=len(tap.calls), record=record)
         for by in found.divided_by:
             if not self._divide(call, by) and isinstance(by, Total) and by.of_batch:
                 record.of_batch = True
@@ -319,24 +267,21 @@ class Following:
 
     def _proportional(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         """Follow what is proportional to losses, and what losses are divided by."""
-        if not (self._divisible and out.requires_grad):
-            return
         given = tensors_in((args, kwargs))
         calls = [call for x in given for tensor, of in self._divisible if tensor is x for call in of]
-        if not calls:
+        if not (calls and out.requires_grad):
             return
         divided_by = [self._totals.divides(func, args, x) for x in args[:2] if self.is_proportional(x)]
         by = next((x for x in divided_by if x is not None), None)
         for call in calls:
-            if not (by is not None and self._divide(call, by)) and func not in _ADD:
+            if (by is None or not self._divide(call, by)) and func not in _ADD:
                 call.record.of_batch = call.record.of_batch or self.batch.holds(given)
         if not any(out is x for x in given):
             self._divisible.append((out, calls))
 
     def _divide(self, call: LossCall, by: Any) -> bool:
         """The step divides a loss by a number, or by a sum of weights: whether that is what the loss runs over."""
-        found = next((losses for of, losses in self._ended if of is call), None)
-        return Divided(self.tap, call, found, reads_all=self.batch.careful).by(by, self._totals)
+        return Divided(self.tap.tracker, call.record, reads_all=self.batch.careful).by(by, self._totals)
 
 
 def _is_zero(x: Any) -> bool:
@@ -352,10 +297,7 @@ def _times(scale: Any, factor: Any) -> Any:
     """Another scale of unreduced losses, see :class:`debias.tap.calls.LossRecord`."""
     if scale is False or factor is None:
         return False
-    try:
-        return factor if scale is None else scale * factor
-    except RuntimeError:
-        return False
+    return factor if scale is None else scale * factor
 
 
 def _samples_of(tap: LossTap, tensor: Tensor) -> Tensor:

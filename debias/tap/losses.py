@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn._reduction import legacy_get_string
 
+from debias.tap.moves import named
+
 __all__ = [
     "COMPARING",
     "FORM",
     "LOSSES",
     "NAMES",
     "NOT_PER_SAMPLE",
-    "SECOND",
     "SYMMETRIC",
     "class_weights",
     "reduction_of",
@@ -37,8 +39,10 @@ def reduction_of(arguments: dict[str, Any]) -> str:
     return str(arguments.get("reduction", "mean"))
 
 
-def _ones(elements: Tensor, arguments: dict[str, Any]) -> Tensor:
-    return elements.new_ones(())
+def _count(elements: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """Divided by the number of elements, or by that of rows."""
+    by_rows = reduction_of(arguments) == "batchmean"
+    return elements.new_full((), elements.shape[0] / max(elements.numel(), 1) if by_rows else 1)
 
 
 def class_weights(elements: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -58,60 +62,35 @@ def _weights(elements: Tensor, arguments: dict[str, Any]) -> Tensor:
     return elements.new_ones(()) if weight is None else weight.detach().to(elements.dtype).expand(elements.shape)
 
 
-def _kl_count(elements: Tensor, arguments: dict[str, Any]) -> Tensor:
-    if reduction_of(arguments) != "batchmean":
-        return elements.new_ones(())
-    return elements.new_full((), elements.shape[0] / max(elements.numel(), 1))
-
-
 # Denominator of each torch loss, per element of its reduction="none".
 LOSSES: dict[Any, Callable[[Tensor, dict[str, Any]], Tensor]] = {
     F.cross_entropy: class_weights,
     F.nll_loss: class_weights,
     F.mse_loss: _weights,
     F.l1_loss: _weights,
-    F.smooth_l1_loss: _ones,
-    F.huber_loss: _ones,
-    F.kl_div: _kl_count,
-    **dict.fromkeys(
-        (
-            F.binary_cross_entropy,
-            F.binary_cross_entropy_with_logits,
-            F.gaussian_nll_loss,
-            F.poisson_nll_loss,
-            F.soft_margin_loss,
-            F.hinge_embedding_loss,
-            F.margin_ranking_loss,
-            F.cosine_embedding_loss,
-            F.multi_margin_loss,
-            F.multilabel_margin_loss,
-            F.multilabel_soft_margin_loss,
-            F.triplet_margin_loss,
-        ),
-        _ones,
-    ),
+    F.smooth_l1_loss: _count,
+    F.huber_loss: _count,
+    F.kl_div: _count,
+    F.binary_cross_entropy: _count,
+    F.binary_cross_entropy_with_logits: _count,
+    F.gaussian_nll_loss: _count,
+    F.poisson_nll_loss: _count,
+    F.soft_margin_loss: _count,
+    F.hinge_embedding_loss: _count,
+    F.margin_ranking_loss: _count,
+    F.cosine_embedding_loss: _count,
+    F.multi_margin_loss: _count,
+    F.multilabel_margin_loss: _count,
+    F.multilabel_soft_margin_loss: _count,
+    F.triplet_margin_loss: _count,
 }
 # Losses without a per-sample form here; reaching the returned loss they are refused, never left out in silence.
-NOT_PER_SAMPLE = frozenset(
-    getattr(space, name)
-    for space in (F, torch)
-    for name in [
-        "ctc_loss",
-        "linear_cross_entropy",
-        "triplet_margin_with_distance_loss",
-        "kl_div",
-        "hinge_embedding_loss",
-        "poisson_nll_loss",
-        "margin_ranking_loss",
-        "cosine_embedding_loss",
-        "triplet_margin_loss",
-        "binary_cross_entropy_with_logits",
-    ]
-    if hasattr(space, name) and getattr(space, name) not in LOSSES
-)
-# Names of the arguments of each loss, and the second of them: the target, except of the ranking losses.
+NOT_PER_SAMPLE = named(
+    "ctc_loss linear_cross_entropy triplet_margin_with_distance_loss kl_div hinge_embedding_loss poisson_nll_loss"
+    " margin_ranking_loss cosine_embedding_loss triplet_margin_loss binary_cross_entropy_with_logits"
+) - frozenset(LOSSES)
+# Names of the arguments of each loss.
 NAMES = {loss: tuple(inspect.signature(loss).parameters) for loss in LOSSES}
-SECOND = {loss: names[1] for loss, names in NAMES.items()}
 # Losses in which prediction and target may trade places.
 SYMMETRIC = frozenset({F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss})
 
@@ -124,14 +103,9 @@ FORM = frozenset({"weight", "pos_weight", "label_smoothing", "ignore_index"})
 
 def unreduced(func: Any, arguments: dict[str, Any]) -> Tensor:
     """The loss per element, computed in at least float32 and outside autocast."""
-    upcast, device = {}, ""
-    for name, x in arguments.items():
-        if isinstance(x, Tensor):
-            device = device or x.device.type
-            upcast[name] = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        elif name not in ("reduction", "size_average", "reduce"):
-            upcast[name] = x
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return func(**upcast, reduction="none")
-    return func(**upcast, reduction="none")
+    given = {name: x for name, x in arguments.items() if name not in ("reduction", "size_average", "reduce")}
+    tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+    half = {name: x.float() for name, x in tensors.items() if x.dtype in (torch.float16, torch.bfloat16)}
+    device = next(iter(tensors.values())).device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        return func(**given | half, reduction="none")

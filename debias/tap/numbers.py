@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -36,12 +38,10 @@ class SampleNumbers:
         """Sample of each row of sample numbers ``(rows, ...)``; None where a row is of several samples."""
         if index.ndim < 2:
             return index if index.ndim else index.reshape(1)
-        flat = index.flatten(1)
-        still = all(s == 0 or size == 1 for s, size in zip(index.stride()[1:], index.shape[1:], strict=True))
+        if not index.numel():
+            return None
         # Beyond the CPU the step that recorded everything has looked.
-        if still or not self.reads(index) or torch.equal(flat, flat[:, :1].expand_as(flat)):
-            return flat[:, 0] if index.numel() else None
-        return None
+        return self.without(index, list(range(1, index.ndim))) if self.reads(index) else index.flatten(1)[:, 0]
 
     def without(self, index: Tensor, axes: list[int], out: Tensor | None = None) -> Tensor | None:
         """Sample numbers when these axes are gone; None if samples change along them."""
@@ -52,6 +52,10 @@ class SampleNumbers:
                 return None
             index = first
         return index if out is None else index.reshape(out.shape)
+
+    def moving(self, index: Tensor) -> Iterator[int]:
+        """The axes along which samples change; each is looked at when it is asked for."""
+        return (axis for axis in range(index.ndim) if self.without(index, [axis]) is None)
 
     def _axis(self, index: Tensor, read: bool | None = None) -> int | None:
         """The axis along which the samples lie in the order of the batch, each the same along all other axes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ class Reaching:
     calls: list[LossCall]
     lost: list[str] = field(default_factory=list)
     same: bool = False
-    _nodes: set[Any] = field(default_factory=set)
+    _nodes: dict[Any, None] = field(default_factory=dict)
     _factors: dict[LossCall, Tensor] = field(default_factory=dict)
 
     @property
@@ -42,12 +42,9 @@ class Reaching:
         that needs no gradient with its weights.
         """
         ends = {call.record.edge.node for call in self.calls}
-        above = {node for node in self._nodes - ends if type(node).__name__ != "AccumulateGrad"}
-        below: set[Any] = set()
-        for end in ends:
-            for parent, _ in end.next_functions:
-                below |= _nodes_above(parent, set())
-        return not above.isdisjoint(below) or any(map(_takes_data, above))
+        above = [node for node in self._nodes if node not in ends and type(node).__name__ != "AccumulateGrad"]
+        below = _reached([parent for end in ends for parent in _parents(end)], _parents)
+        return any(node in below or _takes_data(node) for node in above)
 
     def multiply(self, calls: list[LossCall]) -> None:
         """Tell losses what the returned loss multiplies them by.
@@ -89,20 +86,14 @@ class Reaching:
         In a batch a clamp, a maximum or a choice may look like a factor.
         """
         ends = {call.record.edge.node for call in self.calls}
-        leads = dict.fromkeys(ends, True)
-        todo: list[Any] = [self.loss.grad_fn]
-        while todo:
-            node = todo[-1]
-            parents = [parent for parent, _ in node.next_functions if parent is not None]
-            if node in leads or not (new := [parent for parent in parents if parent not in leads]):
-                leads.setdefault(node, any(leads[parent] for parent in parents))
-                todo.pop()
-            else:
-                todo += new
-        for node, leading in leads.items():
+        users: dict[Any, list[Any]] = {}
+        for node in self._nodes:
+            for parent in _parents(node) if node not in ends else ():
+                users.setdefault(parent, []).append(node)
+        for node in _reached(list(ends), lambda node: users.get(node, [])):
             kind = type(node).__name__.rstrip("0123456789").removesuffix("Backward")
             own = isinstance(node, torch.autograd.function.BackwardCFunction)  # may be anything, compiled code too
-            if leading and node not in ends and not own and kind not in _LINEAR:
+            if node not in ends and not own and kind not in _LINEAR:
                 return f"`{kind.lower()}`"
         return ""
 
@@ -141,21 +132,22 @@ def _takes_data(node: Any) -> bool:
         return True
     if name not in _DATA:
         return False
-    given = [parent for parent, _ in node.next_functions]
-    place = _DATA[name]
+    given, place = _parents(node), _DATA[name]
     return None in given if place is None else given[place] is None
 
 
-def _nodes_above(start: Any, ends: set[Any]) -> set[Any]:
-    """Nodes of the autograd graph from ``start`` to ``ends``, these included."""
-    seen, todo = set(), [start]
+def _parents(node: Any) -> list[Any]:
+    return [parent for parent, _ in node.next_functions]
+
+
+def _reached(todo: list[Any], onward: Callable[[Any], list[Any]]) -> dict[Any, None]:
+    """These nodes of the autograd graph, and those that each leads on to, in the order in which they are met."""
+    seen: dict[Any, None] = {}
     while todo:
         node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node not in ends:
-            todo.extend(parent for parent, _ in node.next_functions)
+        if node is not None and node not in seen:
+            seen[node] = None
+            todo.extend(onward(node))
     return seen
 
 
@@ -165,14 +157,14 @@ def reaching(tap: LossTap, loss: Tensor) -> Reaching:
     Most steps return one loss as it is. Else the autograd graph is walked down to the losses, which is a handful of
     nodes unless another term of the loss goes through the network.
     """
-    node = loss.grad_fn
-    for call in tap.calls:
+    calls = [call for call in tap.calls if call.record.edge is not None]
+    for call in calls:
         edge = call.record.edge
-        if edge is not None and edge.node is node and edge.output_nr == loss.output_nr:
+        if edge.node is loss.grad_fn and edge.output_nr == loss.output_nr:
             return Reaching(loss, [call], same=True)
-    ends = {call.record.edge.node for call in tap.calls if call.record.edge is not None}
-    seen = _nodes_above(node, ends)
-    calls = [call for call in tap.calls if call.record.edge is not None and call.record.edge.node in seen]
+    ends = {call.record.edge.node for call in calls}
+    seen = _reached([loss.grad_fn], lambda node: [] if node in ends else _parents(node))
+    calls = [call for call in calls if call.record.edge.node in seen]
     return Reaching(loss, calls, [name for name, at in tap.untapped if at in seen and at not in ends], _nodes=seen)
 
 
@@ -206,10 +198,7 @@ def select_call(calls: list[LossCall], loss: Any, who: str) -> LossCall:
     Raises:
         AmbiguousLossError: it chooses none of them, or several.
     """
-    if isinstance(loss, int):
-        chosen = [call for call in calls if call.position == loss]
-    else:
-        chosen = [call for call in calls if loss is None or loss(call)]
+    chosen = [call for call in calls if means(loss, call)]
     if len(chosen) != 1:
         raise AmbiguousLossError(
             f"Expected the evaluation step to compute one loss for {who}, but got {len(calls)}:"

@@ -19,7 +19,7 @@ from debias.tap.losses import unreduced
 from debias.tap.mixing import unmixable
 from debias.tap.tap import LossTap
 
-__all__ = ["check_stated", "check_stated_losses", "stated_losses"]
+__all__ = ["check_stated", "stated_losses"]
 
 
 def stated_losses(output: Any, tap: LossTap, *, beside: bool = False) -> tuple[LossCall, Tensor] | None:
@@ -33,44 +33,39 @@ def stated_losses(output: Any, tap: LossTap, *, beside: bool = False) -> tuple[L
     """
     if not isinstance(output, Mapping):
         return None
-    logits, target = output.get("logits"), output.get("targets")
-    if beside and not _are_losses(output.get("losses"), tap):
-        return None
-    if isinstance(losses := output.get("losses"), Tensor):
-        elements, den, name = losses, losses.new_ones(()), "losses"
+    losses, logits, target = (output.get(name) for name in ("losses", "logits", "targets"))
+    n = None if tap.tracker is None else tap.tracker.n
+    if beside and not (isinstance(losses, Tensor) and losses.requires_grad and _has_rows(losses, n)):
+        return None  # something of this name that the step only logs
+    per_sample: Any = _loss_of
+    if isinstance(losses, Tensor):
+        name, per_sample = "losses", lambda *_: losses
         if tap.mixture is not None and tap.mixture.mixes:
             raise unmixable("losses", "the step returns them computed, with the labels of the samples themselves")
     elif isinstance(logits, Tensor) and isinstance(target, Tensor):
-        (elements, den), name = _loss_of(logits, target), "logits"
+        name = "logits"
     else:
         return None
-    n = tap.tracker.n if tap.tracker is not None else elements.shape[0]
-    if elements.ndim == 0 or elements.shape[0] != n:
+    call, elements, den = tap.stated(name, (logits, target), per_sample)
+    if not _has_rows(elements, n):
         raise RowsError(
-            f"Expected the returned `{name}` to have one row for each of the {n} samples, but got shape"
-            f" {tuple(elements.shape)}. Return per-sample values, unreduced."
+            f"Expected the returned `{name}` to have one row for each of the {'' if n is None else f'{n} '}samples, but"
+            f" got shape {tuple(elements.shape)}. Return per-sample values, unreduced."
         )
     if not elements.requires_grad:
         raise LossNotFoundError(
             f"Expected the returned `{name}` to require a gradient, but they are detached. Return them as computed."
         )
-    args = (logits, target)
-    call, _ = tap.stated(name, args, _loss_of if name == "logits" else lambda *_: elements)
     if tap.tracker is None:
         call.record.samples, call.record.untracked = (lambda shape: None), False
     elif name == "losses":
         call.record.samples = functools.partial(tap.samples, call, trusted=[elements])
-    return call, elements.sum() / den.expand(elements.shape).sum()
+    return call, elements.sum() / den.sum()
 
 
-def _are_losses(losses: Any, tap: LossTap) -> bool:
-    """Whether a step states one loss for each sample, and not something of this name that it only logs."""
-    return (
-        isinstance(losses, Tensor)
-        and losses.requires_grad
-        and losses.ndim > 0
-        and (tap.tracker is None or losses.shape[0] == tap.tracker.n)
-    )
+def _has_rows(x: Tensor, n: int | None) -> bool:
+    """Whether a tensor has a row for each of ``n`` samples; for each of some where None."""
+    return x.ndim > 0 and n in (None, len(x))
 
 
 def _differs(a: Tensor, b: Tensor) -> Tensor:
@@ -79,39 +74,37 @@ def _differs(a: Tensor, b: Tensor) -> Tensor:
 
 
 def check_stated(loss: Tensor, call: LossCall, plain: Tensor) -> None:
-    """Refuse logits and targets of which the returned loss is not the mean cross-entropy; waits for the device."""
-    loss, plain = loss.detach(), plain.detach()
-    if global_sum(_differs(loss, plain).float()):  # all ranks raise, or none
+    """Refuse what is stated beside another loss than its mean; waits for the device.
+
+    Of logits and targets the returned loss must be the mean cross-entropy. The mean of losses must be a part of it:
+    what is put in its place is the debiased mean, so each loss must count as much as in the mean. Where the returned
+    loss was computed some other way, only being equal to the mean tells.
+    """
+    share = None
+    if call.name == "losses" and loss.requires_grad:
+        (share,) = torch.autograd.grad(loss.sum(), call.record.elements[0], retain_graph=True, allow_unused=True)
+    if share is None:
+        differs = _differs(loss.detach(), plain.detach())
+    else:
+        # Relative to the mean's own shares, so that rounding is that of numbers near one.
+        differs = _differs(share * share.numel(), torch.ones_like(share))
+    if not global_sum(differs.float()):  # all ranks raise, or none
+        return
+    if call.name == "logits":
         raise LossNotFoundError(
             "Expected the returned `loss` to be the mean cross-entropy (binary where the targets are floats of the"
             " shape of the logits) of the returned `logits` and `targets`, since nothing else says what it is per"
-            f" sample, but got {float(loss.mean()):.6g} where that is {float(plain):.6g}. Return {{'loss': loss,"
+            f" sample, but got {loss.mean().item():.6g} where that is {plain.item():.6g}. Return {{'loss': loss,"
             " 'losses': per_sample} with losses of shape (N,), or compute the loss with a torch loss function."
         )
 
-
-def check_stated_losses(loss: Tensor, call: LossCall, plain: Tensor) -> None:
-    """Refuse losses whose mean is not a part of the returned loss; waits for the device.
-
-    What is put in its place is the debiased mean, so each loss must count as much as in the mean. Where the returned
-    loss was computed some other way, only being equal to the mean tells.
-    """
-    losses = call.record.elements[0]
-    share = None
-    if loss.requires_grad:
-        (share,) = torch.autograd.grad(loss.sum(), losses, retain_graph=True, allow_unused=True)
-    if share is None:
-        differs, what = _differs(loss.detach(), plain.detach()), "was not computed from them"
-    else:
-        # Relative to the mean's own shares, so that rounding is that of numbers near one.
-        differs, what = _differs(share * losses.numel(), torch.ones_like(share)), "counts them otherwise"
-    if global_sum(differs.float()):
-        raise LossNotFoundError(
-            "Expected the returned `loss` to be the mean of the returned `losses`, plus what else there is, as the mean"
-            f" is what a method replaces, but got one that {what}. Put factors into the losses"
-            " (`losses = 0.1 * losses; loss = losses.mean() + other`); where a mask or weights reduce them, use a torch"
-            " loss function with `reduction='none'`, or `debias.register_loss`, so that the reduction is seen."
-        )
+    what = "was not computed from them" if share is None else "counts them otherwise"
+    raise LossNotFoundError(
+        "Expected the returned `loss` to be the mean of the returned `losses`, plus what else there is, as the mean"
+        f" is what a method replaces, but got one that {what}. Put factors into the losses"
+        " (`losses = 0.1 * losses; loss = losses.mean() + other`); where a mask or weights reduce them, use a torch"
+        " loss function with `reduction='none'`, or `debias.register_loss`, so that the reduction is seen."
+    )
 
 
 def _loss_of(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,32 +21,23 @@ from debias.errors import LossNotFoundError, RowsError, UntappedLossError
 from debias.tap.batches import arranged_rows
 from debias.tap.calls import LossCall, LossRecord
 from debias.tap.evaluated import Evaluated, counted_by
-from debias.tap.following import FOLLOWED, Following, Unreduced
-from debias.tap.losses import COMPARING, FORM, LOSSES, NAMES, NOT_PER_SAMPLE, SECOND, SYMMETRIC, reduction_of, unreduced
+from debias.tap.following import FOLLOWED, Following
+from debias.tap.losses import COMPARING, FORM, LOSSES, NAMES, NOT_PER_SAMPLE, SYMMETRIC, reduction_of, unreduced
 from debias.tap.mixing import Mixture, mix_parts
-from debias.tap.moves import CHANGING, RECORDED, Move, among
+from debias.tap.moves import CHANGING, RECORDED, among
 from debias.tap.predictions import CLASSIFYING
 from debias.tap.rows import RowTracker
 from debias.tap.sharded import refuse_sharded_loss
 
-__all__ = ["Finder", "LossTap", "no_loss_error"]
+if TYPE_CHECKING:
+    from debias.tap.head import HeadFinder
+
+__all__ = ["LossTap", "no_loss_error"]
 
 _LOG_SOFTMAX = frozenset({F.log_softmax, torch.log_softmax, Tensor.log_softmax})
 _is_watched = among(frozenset(LOSSES) | FOLLOWED | RECORDED | CHANGING | NOT_PER_SAMPLE | _LOG_SOFTMAX)
 _is_loss, _is_recorded, _is_followed = among(LOSSES), among(RECORDED), among(FOLLOWED)
 _is_not_per_sample, _is_log_softmax = among(NOT_PER_SAMPLE), among(_LOG_SOFTMAX)
-
-
-class Finder(Protocol):
-    """Notes operations and tells which linear layer made the logits; see :mod:`debias.tap.head`."""
-
-    def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """Note one operation."""
-        ...
-
-    def match(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Move]] | None:
-        """Output, input and weight of the layer, and the moves from its output to the logits."""
-        ...
 
 
 @dataclass(eq=False)
@@ -74,7 +65,7 @@ class LossTap(TorchFunctionMode):
     training: bool = True
     tracker: RowTracker | None = None
     rows: Callable[[LossCall, int], Tensor] | str | None = None
-    finder: Finder | None = None
+    finder: HeadFinder | None = None
     mixture: Mixture | None = None
     at_once: Callable[[LossCall], Tensor | None] | None = None
     strict: bool = True
@@ -103,9 +94,8 @@ class LossTap(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.suspended:
             return func(*args, **kwargs)
-        run = _run if self.evaluated is None else self.evaluated.run
-        if self.training and torch.compiler.is_compiling():  # it would be cut to pieces
-            run = _run
+        cut = self.training and torch.compiler.is_compiling()  # to pieces, if predictions were followed
+        run = _run if self.evaluated is None or cut else self.evaluated.run
         looks = self._following.batch.looks
         if not _is_watched(func) and self.finder is None and not looks:
             return run(func, args, kwargs)
@@ -145,7 +135,7 @@ class LossTap(TorchFunctionMode):
                 " what the loss is divided by. Multiply the unreduced losses by it instead (`reduction='none'`)."
             )
         refuse_sharded_loss(func.__name__, *arguments.values())
-        given, labels = NAMES[func][0], SECOND[func]
+        given, labels = NAMES[func][:2]  # the second is the target, except of the ranking losses
         if func in SYMMETRIC and self._is_prediction(arguments[labels], arguments[given]):
             given, labels = labels, given
         prediction = arguments[given]
@@ -153,30 +143,32 @@ class LossTap(TorchFunctionMode):
             prediction = next((x for y, x in self._normalised if y is prediction), prediction)
         reduction = reduction_of(arguments)
 
-        def compute() -> tuple[Tensor, Tensor]:
-            losses = unreduced(func, arguments)
-            return losses, losses.new_ones(()) if reduction == "sum" else LOSSES[func](losses, arguments)
+        def compute(moved: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+            """Losses and denominators, perhaps with the labels of other samples."""
+            given = arguments if moved is None else _relabelled(arguments, labels, moved)
+            losses = unreduced(func, given)
+            return losses, losses.new_ones(()) if reduction in ("none", "sum") else LOSSES[func](losses, given)
 
         call = self._call(func.__name__, prediction, arguments.get(labels), compute)
         call.arguments = {k: v for k, v in arguments.items() if k in FORM and v is not None}
         if not self.training:
             call.counts.append(counted_by(func, arguments))
         call.record.is_sum = call.record.undivided = reduction == "sum"
-        call.record.by_first_axis = reduction == "batchmean"
+        if reduction == "batchmean":
+            call.record.samples = functools.partial(self._samples_of_first_axis, call)
         call.record.of_pairs = any(map(self._following.batch.of_pairs, arguments.values()))
         call.record.of_batch = self._is_of_whole_batch(call, arguments)
         mixed = self.training and self.mixture is not None and self.mixture.meant(call)
         if mixed:
-            parts = mix_parts(self, call, functools.partial(_with_label, func, arguments, labels))
+            parts = mix_parts(self, call, compute)
         if reduction != "none":
             return self.add(call, call.record.value() if mixed else func(*args, **kwargs))
         if mixed:
             out = call.record.elements[0].view(len(parts), *parts[0].shape).sum(0)
-            self._following.add(Unreduced(out, call, parts=parts, of_batch=call.record.of_batch))
         else:
-            out = func(*args, **kwargs)
+            out, parts = func(*args, **kwargs), []
             call.record.compute = lambda: (out, out.new_ones(()))
-            self._following.add(Unreduced(out, call, of_batch=call.record.of_batch))
+        self._following.add(replace(call.record, source=out, function=call, parts=parts))
         if self.tracker is not None:
             self.tracker.follow(out, functools.partial(self.element_samples, call, out.shape, out.device))
         if self.training:
@@ -191,10 +183,9 @@ class LossTap(TorchFunctionMode):
     def _is_of_whole_batch(self, call: LossCall, arguments: dict[str, Any]) -> bool:
         """Whether the weights of a loss, or its targets, hold a number of the whole batch."""
         holds, target, tracker = self._following.batch.holds, call.target, self.tracker
-        if holds(arguments.get("weight"), arguments.get("pos_weight")):
-            return True
         # Chosen by rank, or standardised; what a teacher has made may depend on the batch, as the network itself.
-        return target is not None and tracker is not None and holds(target) and tracker.is_of_batch(target)
+        of_target = target is not None and tracker is not None and holds(target) and tracker.is_of_batch(target)
+        return of_target or holds(arguments.get("weight"), arguments.get("pos_weight"))
 
     def _is_prediction(self, second: Any, first: Any) -> bool:
         """Whether it is the second argument of a symmetric loss that is the prediction."""
@@ -204,13 +195,15 @@ class LossTap(TorchFunctionMode):
 
     def adapted(self, name: str, args: tuple[Any, ...], per_sample: Callable[..., Any], original: Tensor) -> Tensor:
         """Take a loss that torch's functions do not show from an adapter: per-sample losses ``(rows, ...)``."""
-        call, requires_grad = self.stated(name, args, per_sample)
-        if self.training and not (torch.is_grad_enabled() and requires_grad):
+        call, losses, _ = self.stated(name, args, per_sample)
+        if self.training and not (torch.is_grad_enabled() and losses.requires_grad):
             return original
         return self.add(call, call.record.value() if call.record.shares is not None else original)
 
-    def stated(self, name: str, args: tuple[Any, ...], per_sample: Callable[..., Any]) -> tuple[LossCall, bool]:
-        """A loss given by a function of ``args``, logits and target first, and whether it requires a gradient."""
+    def stated(
+        self, name: str, args: tuple[Any, ...], per_sample: Callable[..., Any]
+    ) -> tuple[LossCall, Tensor, Tensor]:
+        """A loss given by a function of ``args``, logits and target first, its losses and their denominators."""
 
         def compute(*args: Any) -> tuple[Tensor, Tensor]:
             self.suspended += 1  # the losses inside are not losses of the step
@@ -228,7 +221,7 @@ class LossTap(TorchFunctionMode):
             call.counts.append(lambda: None if bool((den != 0).all()) else den != 0)
         if self.training and self.mixture is not None and self.mixture.meant(call):
             mix_parts(self, call, lambda moved: compute(args[0], moved(args[1]), *args[2:]))
-        return call, losses.requires_grad
+        return call, losses, den
 
     def _call(self, name: str, logits: Any, target: Any, compute: Callable[[], tuple[Tensor, Tensor]]) -> LossCall:
         call = LossCall(name, len(self.calls), logits, target, LossRecord(compute))
@@ -296,6 +289,19 @@ class LossTap(TorchFunctionMode):
             raise _rows_error(call, self.tracker.n, shape)
         return rows
 
+    def _samples_of_first_axis(self, call: LossCall, shape: torch.Size) -> Tensor | None:
+        """Sample numbers of a loss that is divided by the length of its first axis: the elements of a row have one."""
+        index = self.samples(call, shape)
+        if index is None or self.tracker is None or index.shape != shape or not index.numel():
+            return index
+        if (rows := self.tracker.by_row(index)) is None:
+            raise RowsError(
+                f"Expected samples along the first axis of a loss of shape {tuple(shape)} with"
+                " `reduction='batchmean'`, which divides by its length, but they lie along another one, so that"
+                " nothing divides by their number. Put them first: `x.transpose(0, 1)`."
+            )
+        return rows
+
     def element_samples(self, call: LossCall, shape: torch.Size, device: torch.device) -> Tensor | None:
         """Sample numbers in the shape of unreduced losses."""
         assert self.tracker is not None
@@ -309,19 +315,14 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
 
 
-def _with_label(
-    func: Any, arguments: dict[str, Any], labels: str, moved: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Losses and denominators with the labels of other samples."""
+def _relabelled(arguments: dict[str, Any], labels: str, moved: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Arguments of a loss with the labels of other samples."""
     target, weight = arguments[labels], arguments.get("weight")
     changed = {labels: moved(target)}
     # Weights of the elements, unlike those of the classes, belong to the labels.
     if isinstance(weight, Tensor) and weight.ndim and weight.shape == target.shape and target.is_floating_point():
         changed["weight"] = moved(weight)
-    losses = unreduced(func, arguments | changed)
-    return losses, losses.new_ones(()) if reduction_of(arguments) != "mean" else LOSSES[func](
-        losses, arguments | changed
-    )
+    return arguments | changed
 
 
 def _trusted(call: LossCall) -> list[Tensor]:

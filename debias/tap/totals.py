@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debias.tap.moves import CASTS, DIVISION, INPLACE, MEAN, MOVES, PRODUCT, SUM, among, named
+from debias.tap.moves import CASTS, DIVISION, MEAN, MOVES, PRODUCT, SUM, among, named
 from debias.tap.notes import first_version, version
 
 __all__ = ["READING", "Total", "Totals"]
@@ -25,7 +25,7 @@ _GUARDS = named(
     "add add_ __add__ __radd__ __iadd__ clamp clamp_ clamp_min clamp_min_ clip maximum max nan_to_num nan_to_num_"
 )
 _reads, _guards, _casts, _moves = map(among, (READING, _GUARDS, CASTS, MOVES))
-_divides, _multiplies, _is_in_place = map(among, (DIVISION, PRODUCT, INPLACE))
+_divides, _multiplies = map(among, (DIVISION, PRODUCT))
 _counts, _is_inverse, _is_power = map(
     among, (SUM | MEAN | named("count_nonzero"), named("reciprocal __rdiv__"), named("pow __pow__"))
 )
@@ -55,11 +55,17 @@ class Total:
 
 @dataclass(eq=False)
 class _Made:
-    """A tensor that was made of a total, and its version then."""
+    """A tensor that is proportional to a total, or to the inverse of one, and its version then."""
 
     tensor: Tensor
     version: int
     total: Total
+    inverse: bool
+
+    @property
+    def current(self) -> bool:
+        """Whether it still is."""
+        return self.total.current and (torch.compiler.is_compiling() or self.version == version(self.tensor))
 
 
 class Totals:
@@ -72,20 +78,19 @@ class Totals:
 
     def __init__(self, holds: Callable[..., bool], *, careful: bool) -> None:
         self._holds, self._careful = holds, careful
-        self._totals: list[_Made] = []  # proportional to a total
-        self._quotients: list[_Made] = []  # something that was divided by one
+        self._made: list[_Made] = []
         self._read: list[tuple[float, Total]] = []
 
     def close(self) -> None:
         """Let go of every tensor."""
-        self._totals, self._quotients, self._read = [], [], []
+        self._made, self._read = [], []
 
     def divides(self, func: Any, args: tuple[Any, ...], what: Any) -> Any:
         """What an operation divides one of its arguments by: a total, or a number (perhaps in a tensor), or None."""
         if len(args) < 2:
             return None
         if _multiplies(func):
-            return _of(self._quotients, args[1] if args[0] is what else args[0])
+            return self._total_in(args[1] if args[0] is what else args[0], inverse=True)
         if not _divides(func) or args[0] is not what:
             return None
         by = args[1]
@@ -93,78 +98,79 @@ class Totals:
             return by
         if not isinstance(by, Tensor) or by.requires_grad or by.numel() != 1:
             return None
-        return _of(self._totals, by) or (None if self._holds(by) else by)
+        return self._total_in(by) or (None if self._holds(by) else by)
 
     def read_as(self, number: float) -> list[Total]:
         """The sums from which a step has read this number, to guard it against 0 perhaps."""
         close = [t for x, t in self._read if x == 0 or abs(number - x) <= 1e-4 * abs(x)]
         return [t for t in dict.fromkeys(close) if t.current and not t.is_mean]
 
-    def see(self, func: Any, args: tuple[Any, ...], out: Any, *, held: bool) -> None:
-        """Note what an operation has made of constants.
-
-        Args:
-            func: the operation.
-            args: its arguments.
-            out: what it has made.
-            held: whether a tensor that it has changed in place was a number of the whole batch before.
-        """
+    def see(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
+        """Note what an operation has made of constants; of one in place, see :meth:`changed`."""
         if not args or not isinstance(args[0], Tensor):
             return
         if _counts(func) and isinstance(out, Tensor) and out.numel() == 1 and not out.requires_grad:
             source = args[0] != 0 if func.__name__ == "count_nonzero" else args[0]
             if not self._holds(source):
-                total = Total(source, first_version(source), func in MEAN, self._holds(out))
-                self._totals.append(_Made(out, first_version(out), total))
-        elif not self._totals:
+                self._note(out, Total(source, first_version(source), func in MEAN, self._holds(out)))
+        elif not self._made:
             return
         elif _reads(func):
-            read = _of(self._totals, args[0])
-            if read is not None and (func is not _T.__int__ or _whole(args[0])):
-                self._read.append((out, read))
-        elif _is_in_place(func):
-            self._changed(func, args, held)
+            total = self._total_in(args[0])
+            if total is not None and (func is not _T.__int__ or _whole(args[0])):
+                self._read.append((out, total))
         elif isinstance(out, Tensor) and not out.requires_grad:
-            self._made(func, args, out)
+            self._derive(func, args, out)
 
-    def _made(self, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
-        first, *others = args
-        for what in args[:2]:
-            by = self.divides(func, args, what)
-            if isinstance(by, Total) and not self._holds(what):
-                if isinstance(what, int) and what == by.source.numel():  # `w / w.sum() * len(w)`
-                    by = replace(by, is_mean=True)
-                self._quotients.append(_Made(out, first_version(out), by))
-                return
-        scales = (_multiplies(func) or _divides(func)) and not self._holds(others)
-        total, quotient = _of(self._totals, first), _of(self._quotients, first)
-        if total is not None:
-            if _is_inverse(func) or (_is_power(func) and [x for x in others if not isinstance(x, Tensor)] == [-1]):
-                self._quotients.append(_Made(out, first_version(out), total))
-            elif (scales and out.numel() == 1) or ((_casts(func) or _guards(func)) and self._is_same(first, out)):
-                self._totals.append(_Made(out, first_version(out), total))
-        elif quotient is not None and (scales or _moves(func) or _casts(func)):
-            self._quotients.append(_Made(out, first_version(out), quotient))
-
-    def _changed(self, func: Any, args: tuple[Any, ...], held: bool) -> None:
-        """What is changed in place is something else, unless it becomes a multiple of itself or a guard leaves it."""
+    def changed(self, func: Any, args: tuple[Any, ...]) -> None:
+        """An operation has changed a constant in place: it is something else, unless it is a multiple of itself or a
+        guard leaves it. To be told before it may count as a number of the whole batch.
+        """
         changed, *others = args
         is_product = _multiplies(func) or _divides(func)
-        if torch.compiler.is_compiling() or (is_product and any(isinstance(x, Tensor) and x.ndim for x in others)):
+        if not self._made or not isinstance(changed, Tensor) or torch.compiler.is_compiling():
             return
-        made, before = [*self._totals, *self._quotients], version(changed) - 1
+        if is_product and any(isinstance(x, Tensor) and x.ndim for x in others):
+            return
+        made, before = list(self._made), version(changed) - 1
         if is_product:
             for total in {note.total for note in made}:
                 if total.source is changed and total.version == before:
                     total.version += 1
         by = self.divides(func, args, changed)
-        if isinstance(by, Total) and changed.ndim and not held:  # `w /= w.sum()`
-            self._quotients.append(_Made(changed, version(changed), by))
+        if isinstance(by, Total) and changed.ndim and not self._holds(changed):  # `w /= w.sum()`
+            self._note(changed, by, inverse=True)
         elif is_product and self._holds(others):
             return
         for note in made:
             if note.tensor is changed and note.version == before and (is_product or self._is_guarded(func, note)):
                 note.version += 1
+
+    def _derive(self, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
+        """Note what was made of a total, or of its inverse."""
+        first, *others = args
+        for what in args[:2]:
+            by = self.divides(func, args, what)
+            if isinstance(by, Total) and not self._holds(what):
+                is_length = isinstance(what, int) and what == by.source.numel()  # `len(w) / w.sum()`
+                self._note(out, replace(by, is_mean=True) if is_length else by, inverse=True)
+                return
+        scales = (_multiplies(func) or _divides(func)) and not self._holds(others)
+        if (total := self._total_in(first)) is not None:
+            if _is_inverse(func) or (_is_power(func) and [x for x in others if not isinstance(x, Tensor)] == [-1]):
+                self._note(out, total, inverse=True)
+            elif (scales and out.numel() == 1) or ((_casts(func) or _guards(func)) and self._is_same(first, out)):
+                self._note(out, total)
+        elif (total := self._total_in(first, inverse=True)) is not None and (scales or _moves(func) or _casts(func)):
+            self._note(out, total, inverse=True)
+
+    def _note(self, made: Tensor, total: Total, *, inverse: bool = False) -> None:
+        self._made.append(_Made(made, first_version(made), total, inverse))
+
+    def _total_in(self, x: Any, *, inverse: bool = False) -> Total | None:
+        """The total that a tensor is proportional to, or to the inverse of."""
+        note = next((note for note in reversed(self._made) if note.tensor is x and note.inverse is inverse), None)
+        return note.total if note is not None and note.current else None
 
     def _is_guarded(self, func: Any, note: _Made) -> bool:
         source = note.total.source.float()
@@ -177,14 +183,6 @@ class Totals:
         if after.dtype == torch.bool:
             return False
         return bool(((before == 0) | ((after - before).abs() <= 1e-4 * before.abs())).all())
-
-
-def _of(notes: list[_Made], x: Any) -> Total | None:
-    """The total of a tensor."""
-    note = next((note for note in reversed(notes) if note.tensor is x), None)
-    if note is None or not note.total.current:
-        return None
-    return note.total if torch.compiler.is_compiling() or note.version == version(note.tensor) else None
 
 
 def _whole(x: Tensor) -> bool:

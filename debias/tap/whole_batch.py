@@ -7,7 +7,7 @@ number, unless the operation is known to keep the rows, or gives the same where 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,9 @@ from debias.tap.moves import (
 )
 from debias.tap.rows import RowTracker
 
+if TYPE_CHECKING:
+    from debias.tap.following import Following
+
 __all__ = ["STATISTICS", "WholeBatch", "tensors_in"]
 
 # Make numbers of the batch out of its values.
@@ -53,18 +56,6 @@ _OF_ITSELF = named("diagonal diag trace")
 _SHAPED = LIKE | named("arange zeros ones empty eye tril_indices triu_indices")
 
 
-class Losses(Protocol):
-    """Tells losses; see :mod:`debias.tap.following`."""
-
-    def is_unreduced(self, x: Tensor) -> bool:
-        """Whether it holds losses that nobody has reduced yet."""
-        ...
-
-    def is_proportional(self, x: Tensor) -> bool:
-        """Whether it is a loss, or what is proportional to some."""
-        ...
-
-
 class WholeBatch:
     """Finds the numbers of the whole batch in one step.
 
@@ -74,7 +65,7 @@ class WholeBatch:
         careful: look at every operation, as in the first step of an epoch.
     """
 
-    def __init__(self, tracker: RowTracker | None, losses: Losses, *, careful: bool) -> None:
+    def __init__(self, tracker: RowTracker | None, losses: Following, *, careful: bool) -> None:
         self.tracker = tracker
         self._n = 0 if tracker is None else tracker.n
         self.careful = careful and self._n > 1  # a batch of one sample is its group's
@@ -125,7 +116,7 @@ class WholeBatch:
         for x in tensors_in(out):
             if x.requires_grad and (of_mean or (rows and func in _DIFFERENTIABLE and not x.ndim)):
                 self._means[x] = True  # may be what is trained; a number as soon as nothing is differentiated any more
-            elif (of_mean and func not in _SHAPED) or self._is_number(func, args, kwargs, given, x, rows):
+            elif (of_mean or self._is_number(func, args, kwargs, given, x, rows)) and func not in _SHAPED:
                 self._numbers.append(x)
             if rows:
                 self._of_rows[x] = True
@@ -180,22 +171,19 @@ class WholeBatch:
     def _is_number(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], out: Tensor, rows: bool
     ) -> bool:
-        differentiable = out.requires_grad
-        if (self._numbers or self.looks) and not differentiable and self.changes(func, args, kwargs, out):
-            return func not in _SHAPED
+        detached = not out.requires_grad
+        if detached and (self._numbers or self.looks) and self.changes(func, args, kwargs, out):
+            return True
         data, tracker = args[0] if args else None, self.tracker
         if _is_statistic(func) and isinstance(data, Tensor) and not (len(args) > 1 and isinstance(args[1], Tensor)):
-            if tracker is None or data.numel() < 2 or (differentiable and func in _DIFFERENTIABLE):
+            if tracker is None or data.numel() < 2 or (func in _DIFFERENTIABLE and not detached):
                 return False
-            of_losses = self._losses.is_unreduced(data)
-            made_of_rows = of_losses or tracker.is_of_batch(data) or (rows and not differentiable)
-            return made_of_rows and not self._keeps_rows(args, kwargs, out)
-        if differentiable:
-            return False
+            of_rows = self._losses.is_unreduced(data) or tracker.is_of_batch(data) or (rows and detached)
+            return of_rows and not self._keeps_rows(args, kwargs, out)
         # As soon as nothing is differentiated any more a loss of the batch is such a number, too.
-        if any(map(self._losses.is_proportional, given)):
-            return func not in _SHAPED
-        if not rows or tracker is None or func in _SHAPED or func in _PLACES:
+        if detached and any(map(self._losses.is_proportional, given)):
+            return True
+        if not (detached and rows) or func in _PLACES or func in _SHAPED:
             return False
         if func in SORTING and data is not None:
             again = data in self._ranked or out.shape[:1] != data.shape[:1]  # places of places are ranks
@@ -223,7 +211,7 @@ def _meet(tracker: RowTracker, func: Any, rows: list[Tensor], out: Tensor) -> bo
         return False
     if func in MOVES:  # joined so that a row holds several samples
         index = tracker.index(out)
-        return index is not None and len(_moving(tracker, index)) > 1
+        return index is not None and len(list(tracker.moving(index))) > 1
     spreads = func in ELEMENTWISE or len({x.ndim for x in rows}) == 1
     if spreads and len({_axis_of_rows(tracker, x) for x in rows} - {None}) > 1:
         return True
@@ -231,17 +219,12 @@ def _meet(tracker: RowTracker, func: Any, rows: list[Tensor], out: Tensor) -> bo
     return func not in _ADDING and not all(torch.equal(x, known[0]) for x in known[1:])
 
 
-def _moving(tracker: RowTracker, index: Tensor) -> list[int]:
-    """The axes along which samples change."""
-    return [axis for axis in range(index.ndim) if tracker.without(index, [axis]) is None]
-
-
 def _axis_of_rows(tracker: RowTracker, x: Tensor) -> int | None:
     """The axis along which samples lie, from the end; None where that is not known."""
     if tracker.keeps_rows(x):
         return -x.ndim
     index = tracker.index(x)
-    axes = [] if index is None else _moving(tracker, index)
+    axes = [] if index is None else list(tracker.moving(index))
     return axes[0] - x.ndim if len(axes) == 1 else None
 
 

@@ -901,6 +901,26 @@ def test_the_gradient_of_a_sample_is_that_of_its_own_loss(loss):
     torch.testing.assert_close(own, whole, rtol=1e-10, atol=1e-12)
 
 
+def test_rows_of_losses_that_are_set_to_zero_are_masked_rows():
+    """Of losses that were weighted before: a mask of the rows is not one of the classes."""
+
+    def penalised(mask: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        def step(net: Any, x: Tensor, y: Tensor, yt: Tensor, w: Tensor, k: Tensor, z: Tensor) -> Tensor:
+            of_elements = F.binary_cross_entropy_with_logits(net(x[:, 0]), z, reduction="none")
+            return mask(of_elements * (1 + z), y == 0).mean()
+
+        model, loader = Model(step), DataLoader(tag(TensorDataset(*data()), g=G), batch_size=N)
+        trainer(IRM("g", 2, penalty_weight=1.0)).fit(model, loader)
+        return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+    def assigned(of_elements: Tensor, left_out: Tensor) -> Tensor:
+        of_elements[left_out] = 0
+        return of_elements
+
+    filled = penalised(lambda of_elements, left_out: of_elements.masked_fill(left_out.unsqueeze(1), 0))
+    torch.testing.assert_close(penalised(assigned), filled, rtol=1e-10, atol=1e-12)
+
+
 def test_samples_on_another_axis_than_the_rows_are_refused():
     step = lambda net, x, y, yt, w, k, z: F.mse_loss(net(x.transpose(0, 1))[..., 0], k.t())  # noqa: E731
     with pytest.raises(RowsError, match="the samples lie along another"):

@@ -27,6 +27,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from debias import (
     IRM,
+    CVaRDRO,
     Fishr,
     GroupBalancedSampler,
     GroupDRO,
@@ -1136,6 +1137,18 @@ def test_stated_losses_whose_mean_is_no_part_of_the_returned_loss(step, match):
     """The reweighed mean would be put in the place of something else."""
     with pytest.raises(LossNotFoundError, match=match):
         fit(step)
+
+
+@pytest.mark.parametrize("method", [GroupDRO("place", 2), CVaRDRO()])
+def test_a_stated_loss_that_is_reduced_already(method):
+    """Also where nobody reads ids."""
+
+    def step(module, batch):
+        mean = own_losses(module, batch).mean()
+        return {"loss": mean, "losses": mean}
+
+    with pytest.raises(RowsError, match=r"one row for each of the (6 )?samples, but got shape \(\)"):
+        fit(step, method)
 
 
 def factor_in_the_losses(module, batch):

@@ -116,6 +116,17 @@ def test_loss_and_gradient_are_those_of_the_definition(kind, reduction):
     assert call.parts == 2
 
 
+def test_a_loss_that_is_divided_by_the_number_of_its_samples():
+    z, target = logits(3), logits(3).detach().softmax(1)
+    with tap_of((z, target)) as tap:
+        out = F.kl_div(z.log_softmax(1), target, reduction="batchmean")
+    own, partners = (F.kl_div(z.log_softmax(1), t, reduction="none").sum(1) for t in (target, target[PARTNERS]))
+    expected = (SHARES * own + (1 - SHARES) * partners).sum() / N
+    torch.testing.assert_close(out, expected)
+    (call,) = tap.calls
+    torch.testing.assert_close(call.num.sum() / call.den.sum(), expected)
+
+
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_every_part_counts_in_the_group_of_its_label(kind, reduction):

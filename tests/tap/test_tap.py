@@ -425,6 +425,14 @@ def test_rows_that_are_told_wrongly():
         )
 
 
+def test_a_loss_of_one_number_is_not_divided_by_the_weights_of_the_samples():
+    logits, weights = X.clone().requires_grad_(), SAMPLE_WEIGHT.clone()
+    with LossTap(tracker=RowTracker((logits, YC, weights), N)) as tap:
+        loss = F.cross_entropy(logits[0], YC[0], reduction="sum") / weights.sum()
+    with pytest.raises(UntappedLossError, match="nothing of that kind divides it"):
+        reaching(tap, loss).multiply(tap.calls)
+
+
 class NoOperations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         raise AssertionError(f"{func} was computed")
