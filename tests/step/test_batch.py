@@ -160,6 +160,6 @@ def test_the_step_is_run_on_each_group_of_a_dataclass():
     make_trainer([method], max_epochs=1).fit(
         Attributes(), DataLoader(dataset, batch_size=8, collate_fn=collate), val_loader()
     )
-    assert seen == [6, 2]
+    assert seen == [8, 6, 2]  # the whole batch first
     first, second = method.module.by_group()["loss_by_group"]
     assert first != second
