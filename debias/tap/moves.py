@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +38,7 @@ __all__ = [
     "named",
     "read_arguments",
     "sorts_rows",
-    "takes_rows",
+    "thinned",
     "values_read",
 ]
 
@@ -150,8 +150,7 @@ _ROW_KEEPING = named("reshape flatten squeeze unsqueeze unflatten") | frozenset(
 _looks_up = among(named("index_select gather take") | frozenset({_T.__getitem__}))
 # Move whole rows, unless told of another axis than the first.
 _ROW_WISE = named("index_select cat concat concatenate")
-# Along axes in which every element is the same they change nothing.
-STILL = named("flip fliplr flipud roll")
+_TURNING = named("flip fliplr flipud roll")
 
 # Moves by which steps and networks put rows in another order, not merely axes.
 REORDERING = SORTING | named("__getitem__ flip flipud roll index_select gather take take_along_dim")
@@ -177,18 +176,29 @@ class Move(NamedTuple):
     keeps_rows: bool
 
 
+def thinned(tensors: Sequence[Tensor], first: int = 0) -> list[Tensor]:
+    """Of each axis, from the first on, along which no element of any of these tensors changes, one element."""
+    axes = range(tensors[0].ndim)
+    still = [axis >= first and all(x.stride(axis) == 0 for x in tensors) for axis in axes]
+    return [x[tuple(slice(0, 1) if s else slice(None) for s in still)] for x in tensors]
+
+
 def apply_move(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], data: Any, part: int | None
 ) -> Any:
     """Run a recorded move on other data of the same shape."""
     if getattr(func, "__name__", "") == "__get__":  # .T and .mT
         return func(data)
-    if func is _T.view and isinstance(data, Tensor):
-        data = data.contiguous()  # expanded, where the original was not
-    if func in STILL and isinstance(data, Tensor):
-        # Not an element for every pixel, where an image is mirrored.
-        small = data[tuple(slice(0, 1) if s == 0 else slice(None) for s in data.stride())]
-        return func(small, *args[1:], **kwargs).expand(data.shape)
+    if func is _T.view:  # of data that is expanded, where the original was not
+        shape = (*args[1:], *kwargs.values())
+        return data if isinstance(shape[0], torch.dtype) else data.reshape(*shape)
+    given = data if isinstance(data, tuple | list) else [data]
+    turns = _turns_axes(func, args, kwargs)
+    if (turns or _takes_rows(func, args, kwargs)) and len({x.ndim for x in given}) == 1:
+        # So that no element is made for every pixel.
+        small = thinned(given, first=0 if turns else 1)
+        out = func(small if given is data else small[0], *args[1:], **kwargs)
+        return out.expand(given[0].shape if turns else (len(out), *given[0].shape[1:]))
     out = func(data, *args[1:], **kwargs)
     return out if part is None else out[part]
 
@@ -218,7 +228,12 @@ def looked_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
     return None if func.__name__ == "index_select" and dim != 0 else key
 
 
-def takes_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _turns_axes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a move changes nothing along axes in which every element is the same, as where an image is mirrored."""
+    return func in _TURNING and (func.__name__ != "roll" or len(args) > 2 or "dims" in kwargs)
+
+
+def _takes_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a move takes whole rows, so that it does the same to a tensor without the other axes."""
     if func is _T.__getitem__:
         key = args[1]

@@ -37,15 +37,16 @@ class Note:
     Attributes:
         out: the tensor.
         version: of it, while what was done to it in place is understood.
-        func: what made it; None for a root.
+        func: what made it; None for a root, or where that is unknown.
         args: arguments of that.
         kwargs: keyword arguments of that.
         part: which of several results it is.
         sample: the one sample that a root belongs to; None where it has a row for each.
         first: the sample of the first row of a root.
-        loader: which of several loaders a root comes from, in the order in which their samples are numbered.
+        loader: which of several loaders a root comes from, in the order in which their samples are numbered; None where
+            it is not of the batch.
         index: gives the sample numbers of a root that is not of the batch.
-        known: whether these are more than a guess.
+        known: whether it is a root of the batch whose samples have numbers.
     """
 
     out: Tensor
@@ -56,9 +57,14 @@ class Note:
     part: int | None = None
     sample: int | None = None
     first: int = 0
-    loader: int = 0
+    loader: int | None = None
     index: Callable[[], Tensor | None] | None = None
-    known: bool = True
+    known: bool = False
+
+    @property
+    def is_strange(self) -> bool:
+        """Whether it is a root of the batch whose samples have no numbers."""
+        return self.loader is not None and not self.known
 
     @property
     def reduces(self) -> bool:

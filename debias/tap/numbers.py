@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from debias.tap.moves import thinned
+
 __all__ = ["SampleNumbers"]
 
 
@@ -43,7 +45,7 @@ class SampleNumbers:
             return flat[:, 0] if index.numel() else None
         return None
 
-    def without(self, index: Tensor, axes: list[int], out: Tensor | None = None) -> Tensor | None:
+    def without(self, index: Tensor, axes: list[int]) -> Tensor | None:
         """Sample numbers when these axes are gone; None if samples change along them."""
         for axis in reversed(axes):
             first = index.select(axis, 0)
@@ -51,7 +53,7 @@ class SampleNumbers:
             if not still and not (self.reads(index) and torch.equal(index, first.unsqueeze(axis).expand_as(index))):
                 return None
             index = first
-        return index if out is None else index.reshape(out.shape)
+        return index
 
     def _axis(self, index: Tensor, read: bool | None = None) -> int | None:
         """The axis along which the samples lie in the order of the batch, each the same along all other axes."""
@@ -73,7 +75,13 @@ class SampleNumbers:
         return None
 
     def _equal(self, a: Tensor, b: Tensor) -> bool:
-        return a is b or (a.shape == b.shape and (not self.reads(a) or torch.equal(a, b)))
+        if a is b or a.shape != b.shape:
+            return a is b
+        first, second = thinned([a, b])
+        views_alike = first.stride() == second.stride() and first.storage_offset() == second.storage_offset()
+        if first._base is second._base is not None and views_alike:
+            return True  # of the same numbers
+        return not self.reads(a) or torch.equal(first, second)
 
     def reads(self, x: Tensor, read: bool | None = None) -> bool:
         """Whether numbers may be read: that waits for the device, so beyond the CPU only in the first step."""

@@ -258,6 +258,16 @@ def test_rows_of_masked_tokens():
     assert rows == [0, 1, 1]
 
 
+@pytest.mark.parametrize("how", [lambda y: y.roll(1), lambda y: torch.roll(y, 4), lambda y: y.roll(1, 0), torch.flipud])
+def test_rows_of_rolled_tokens(how):
+    """Without an axis the elements of all rows are rolled as one."""
+    y = rand(2, 3)
+    rows, _ = _rows((y,), 2, lambda: F.mse_loss(rand(2, 3).requires_grad_(), how(y)))
+    assert torch.equal(
+        torch.tensor(rows).view(2, -1), how(torch.arange(2).repeat_interleave(3).view(2, 3))[:, : len(rows) // 2]
+    )
+
+
 def test_rows_of_contrastive_pairs_come_from_the_concatenated_views():
     first, second = rand(3, 5), rand(3, 5)
     net = nn.Linear(5, 5).double()
