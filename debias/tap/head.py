@@ -9,7 +9,6 @@ Other features are the output of a module that is named.
 from __future__ import annotations
 
 import difflib
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,8 +23,7 @@ from debias.tap.features import (
     Run,
     check_features,
     deliver,
-    feature_rows_of,
-    made_logits,
+    moves_to_logits,
     of_loaders,
     own_weight,
     pooled,
@@ -57,7 +55,7 @@ class HeadFinder:
 
     def __init__(self, root: nn.Module | None = None) -> None:
         self._root = root
-        self._layers: list[tuple[Tensor, nn.Module]] = []  # weight, layer
+        self._layers: list[tuple[Tensor, nn.Module | None]] = []  # weight, layer
         self._linears: list[tuple[Tensor, Tensor, Tensor]] = []  # output, input, weight
         self._passed: list[tuple[Tensor, Any, tuple[Any, ...], dict[str, Any]]] = []  # output, operation, arguments
 
@@ -69,7 +67,7 @@ class HeadFinder:
                 source = args[0] if args else kwargs["input"]
                 self._linears.append((out, source, weight))
                 if self._root is not None:
-                    self._layers += [(weight, m) for m in layers_of(self._root, weight)[:1]]
+                    self._layers.append((weight, _holder(self._root, weight)))
         elif isinstance(out, Tensor) and (_passes(func) or (func is _T.__getitem__ and _keeps_all(args, out))):
             self._passed.append((out, func, args, kwargs))
 
@@ -77,9 +75,10 @@ class HeadFinder:
         """How often a layer of this weight ran with gradients."""
         return sum(w is weight and out.requires_grad for out, _, w in self._linears)
 
-    def layer_of(self, weight: Tensor) -> nn.Module | None:
-        """The layer that ran with a weight, of a module whose parameters are sharded."""
-        return next((layer for w, layer in self._layers if w is weight), None)
+    def layer_of(self, root: nn.Module, weight: Tensor) -> nn.Module | None:
+        """The layer of a module that ran with a weight, sharded or not."""
+        layers = [layer for w, layer in self._layers if w is weight]
+        return layers[0] if layers else _holder(root, weight)
 
     def match(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Move]] | None:
         """Output, input and weight of the linear layer whose output the logits are, and the moves between them."""
@@ -90,22 +89,20 @@ class HeadFinder:
                 if out is logits:
                     return out, source, weight, moves[::-1]
             # By position, not identity alone: `.float()` may return its argument.
-            for i in range(end - 1, -1, -1):
-                if self._passed[i][0] is logits:
-                    out, func, args, kwargs = self._passed[i]
-                    if func not in CASTS:
-                        moves.append(Move(func, args, kwargs, None, keeps_rows(func, args, out)))
-                    logits, end = args[0], i
-                    break
-            else:
+            end = next((i for i in reversed(range(end)) if self._passed[i][0] is logits), -1)
+            if end < 0:
                 return None
+            out, func, args, kwargs = self._passed[end]
+            if func not in CASTS:
+                moves.append(Move(func, args, kwargs, None, keeps_rows(func, args, out)))
+            logits = args[0]
 
 
-def layers_of(root: nn.Module, weight: Tensor | None) -> list[nn.Module]:
-    """The layers that hold a weight: not by ``m.weight``, which some parametrizations compute anew, and change their
+def _holder(root: nn.Module, weight: Tensor) -> nn.Module | None:
+    """The layer that holds a weight: not by ``m.weight``, which some parametrizations compute anew, and change their
     state.
     """
-    return [m for m in root.modules() if own_weight(m) is weight] if weight is not None else []
+    return next((m for m in root.modules() if own_weight(m) is weight), None)
 
 
 def _keeps_all(args: tuple[Any, ...], out: Tensor) -> bool:
@@ -119,38 +116,52 @@ def _keeps_all(args: tuple[Any, ...], out: Tensor) -> bool:
     return index[0] == slice(None) and all(isinstance(i, int | None) for i in index[1:])
 
 
-class _Layer:
-    """Keeps what a layer is given, and what it makes of it, while a step runs.
+class _LayerTap:
+    """Keeps what a layer is given, and what it makes of it, while a step runs."""
 
-    Args:
-        layer: the layer.
-        around: the modules that it lies in, the outermost first.
-    """
-
-    def __init__(self, layer: nn.Module, around: Sequence[nn.Module] = ()) -> None:
+    def __init__(self) -> None:
         self._runs: list[Run] = []
         self._entered: list[Tensor | None] = []
         self._tracker: RowTracker | None = None
         self._armed = False
         self._handles: list[Any] = []
+
+    def _hook(self, layer: nn.Module, around: Sequence[nn.Module] = ()) -> None:
+        """Watch a layer from now on, and the modules that it lies in, the outermost first."""
         for module in around:
             self._handles.append(module.register_forward_pre_hook(Hook(self._enter), with_kwargs=True))
             self._handles.append(module.register_forward_hook(Hook(self._leave)))
         self._handles.append(layer.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
         self._handles.append(layer.register_forward_hook(Hook(self._end)))
 
-    def start(self, tracker: RowTracker | None) -> None:
+    def _hook_named(self, root: nn.Module, path: str, *, argument: str) -> nn.Module:
+        """Watch the layer at a dotted path.
+
+        Raises:
+            HeadNotFoundError: there is none.
+        """
+        layer = submodule(root, path, argument=argument)
+        names = path.split(".")
+        # Not in the root, whose forward pass under DDP is the step.
+        self._hook(layer, [root.get_submodule(".".join(names[:end])) for end in range(1, len(names))])
+        return layer
+
+    def start(self, tracker: RowTracker | None = None) -> HeadFinder | None:
+        """Begin a step: nothing of an earlier one may be used. Returns what is to note its operations."""
         self.forget()
         self._tracker, self._armed = tracker, True
+        return None
 
     def stop(self) -> None:
+        """End the user's step: penalties and monitors may run the network again."""
         self._armed = False
 
     def forget(self) -> None:
-        """Let go of every tensor."""
+        """Let go of every tensor of the step."""
         self._runs, self._entered, self._tracker = [], [], None
 
     def close(self) -> None:
+        """Take the hooks away."""
         while self._handles:
             self._handles.pop().remove()
 
@@ -158,6 +169,11 @@ class _Layer:
     def runs(self) -> list[Run]:
         """All but those without gradients, of a teacher or to log an accuracy: a loss is not trained with them."""
         return [run for run in self._runs if run.recorded] or self._runs
+
+    @property
+    def several(self) -> bool:
+        """Whether the layer ran several times in this step."""
+        return len(self.runs) > 1
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._armed:
@@ -170,8 +186,7 @@ class _Layer:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recorded = torch.is_grad_enabled()
         if self._armed and (recorded or len(self._runs) < 2):  # without gradients, enough to tell one from many
-            given = args[0] if args else next(iter(kwargs.values()), None)
-            given = whole(given)
+            given = whole(args[0] if args else next(iter(kwargs.values()), None))
             around = [x for x in (given, *reversed(self._entered)) if isinstance(x, Tensor)]
             self._runs.append(Run(recorded, given, around))
 
@@ -182,7 +197,7 @@ class _Layer:
                 self._tracker.follow(output)
 
 
-class HeadTap:
+class HeadTap(_LayerTap):
     """Delivers features and head of the selected loss: found in the first step, hooked from the second.
 
     Args:
@@ -192,45 +207,34 @@ class HeadTap:
     """
 
     def __init__(self, root: nn.Module, path: str | None, *, compiled: bool = False) -> None:
+        super().__init__()
         self.root = root
-        self.head: nn.Module | None = None
-        self._layer: _Layer | None = None
-        self._tracker: RowTracker | None = None
         self._named = path is not None
+        self.head = None if path is None else self._hook_named(root, path, argument="head")
         self._noting = path is None
         self._finder: HeadFinder | None = None
         self._hookable = not compiled
         self._agreed = False
         self._hooked = False
-        if path is not None:
-            self.head, around = _along(root, path, argument="head")
-            self._layer = _Layer(self.head, around)
 
     def start(self, tracker: RowTracker | None = None) -> HeadFinder | None:
-        """Begin a step: nothing of an earlier one may be used."""
-        self._tracker = tracker
-        self._hooked = self._layer is not None  # in this step, and not only since a method has asked in it
-        if self._layer is not None:
-            self._layer.start(tracker)
+        """Begin a step: nothing of an earlier one may be used. Returns what is to note its operations."""
+        super().start(tracker)
+        self._hooked = bool(self._handles)  # in this step, and not only since a method has asked in it
         self._noting = self._noting and not (self._hookable and self._agreed)
-        self._finder = HeadFinder(self.root if has_shards(self.root) else None) if self._noting else None
+        if self._noting:
+            self._finder = HeadFinder(self.root if has_shards(self.root) else None)
         return self._finder
-
-    def stop(self) -> None:
-        """End the user's step: penalties and monitors may run the network again."""
-        if self._layer is not None:
-            self._layer.stop()
 
     def forget(self) -> None:
         """Let go of every tensor of the step."""
-        self._tracker = None
-        if self._layer is not None:
-            self._layer.forget()
+        super().forget()
+        self._finder = None
 
     @property
     def several(self) -> bool:
-        """Whether the head that is named ran several times in this step."""
-        return not self._noting and self._layer is not None and len(self._layer.runs) > 1
+        """Whether the head that is named, or known by now, ran several times in this step."""
+        return not self._noting and super().several
 
     def resolve(self, call: LossCall, *, join: bool = False, having: Having = None, of_loss: Any = None) -> None:
         """Give a call its features and its head.
@@ -246,66 +250,64 @@ class HeadTap:
                 times and nothing tells which run is meant.
             RowsError: it has seen no sample of a loader whose samples have ids.
         """
-        runs = [] if self._layer is None else self._layer.runs
-        if not self._noting:
-            if join and runs and self._named:
-                runs = of_loaders(self._tracker, runs, having, "head")
-            elif len(runs) > 1:
-                runs = [run for run in runs if made_logits(self._tracker, run, call)] or runs
-            if len(runs) != 1 and not (join and runs and self._named):
-                raise HeadNotFoundError(
-                    f"Expected the head to run once in a step, but it ran {_times(runs)}. Name the layer that"
-                    " makes the logits of the loss, `head='dotted.path'`; where that runs on parts of the batch, let it"
-                    " run once on all, `head(torch.cat(parts))`, or use a penalty that needs losses only (VREx)."
-                )
-            call.head = self.head
-            deliver(call, self._tracker, [(run, run.given) for run in runs])
+        if self._noting:
+            self._resolve_noted(call, join, having, of_loss)
             return
-        output, call.features, weight, moves = call.record.linear or (None, None, None, [])
-        found = layers_of(self.root, weight)
-        if not found and weight is not None and self._finder is not None:
-            found = [layer for layer in [self._finder.layer_of(weight)] if layer is not None]
-        if not found:
+        runs = self.runs
+        join = join and self._named and len(runs) > 0
+        if join:
+            runs = of_loaders(self._tracker, runs, having, "head")
+        elif len(runs) > 1:
+            runs = [run for run in runs if moves_to_logits(self._tracker, run, call) is not None] or runs
+        if len(runs) != 1 and not (join and runs):
+            raise HeadNotFoundError(
+                f"Expected the head to run once in a step, but it ran {_times(runs)}. Name the layer that"
+                " makes the logits of the loss, `head='dotted.path'`; where that runs on parts of the batch, let it"
+                " run once on all, `head(torch.cat(parts))`, or use a penalty that needs losses only (VREx)."
+            )
+        call.head = self.head
+        deliver(call, self._tracker, [(run, run.given) for run in runs])
+
+    def _resolve_noted(self, call: LossCall, join: bool, having: Having, of_loss: Any) -> None:
+        """Give a call what was noted of the layer that made its logits, and hook that layer."""
+        finder, linear = self._finder, call.record.linear
+        head = None if finder is None or linear is None else finder.layer_of(self.root, linear[2])
+        if head is None or finder is None:
             raise HeadNotFoundError(
                 f"Expected the logits of `{call.name}` to be the output of a linear layer of the module, but no layer"
                 " was found (averaged heads, `logits / temperature`, cosine and tensor-parallel heads are not). Name"
                 " it: `head='dotted.path'`."
             )
-        call.head = found[0]
+        output, features, weight, moves = linear
         if join and having and not having.keys() <= (of_loss or set()):
             raise HeadNotFoundError(
                 "Expected the features to be named where samples of other loaders than those of the loss have ids"
                 f" ({', '.join(having.values())}): nothing tells else whether they are seen. Name the module that runs"
                 " on all of them: `features='dotted.path'`."
             )
-        if join and weight is not None and self._finder is not None and self._finder.runs_of(weight) > 1:
-            path = next(name for name, module in self.root.named_modules() if module is call.head)
+        if join and finder.runs_of(weight) > 1:
+            path = next(name for name, module in self.root.named_modules() if module is head)
             raise HeadNotFoundError(
                 f"Expected the classifier head to run once in a step, but {path!r} ran several times. Name the module"
                 " whose output is meant, of which all runs then count; one that is given the batch itself:"
                 " `features='dotted.path'`."
             )
-        run = Run(True, call.features, [], output)
-        call.record.feature_rows = functools.partial(feature_rows_of, self._tracker, run, moves=moves)
+        call.head = head
+        deliver(call, self._tracker, [(Run(True, features, [], output), features)], moves=moves)
         if not self._hookable:
             return
-        if self._layer is None:
-            self.head = call.head
-            self._layer = _Layer(self.head)
-        elif call.head is not self.head or (self._hooked and (len(runs) != 1 or runs[0].given is not call.features)):
+        runs = self.runs
+        if not self._handles:
+            self.head = head
+            self._hook(head)
+        elif head is not self.head or (self._hooked and (len(runs) != 1 or runs[0].given is not features)):
             self._hookable = False
             self.close()
         else:
             self._agreed = self._hooked
 
-    def close(self) -> None:
-        """Take the hooks away."""
-        if self._layer is not None:
-            self._layer.close()
-            self._layer = None
 
-
-class FeatureTap:
+class FeatureTap(_LayerTap):
     """Delivers the output of a named module as the features of a loss.
 
     Args:
@@ -315,29 +317,10 @@ class FeatureTap:
     """
 
     def __init__(self, root: nn.Module, path: str, pool: str | None = None) -> None:
+        super().__init__()
         self.path = path
         self.pool = pool
-        self._tracker: RowTracker | None = None
-        self._layer = _Layer(*_along(root, path, argument="features"))
-
-    def start(self, tracker: RowTracker | None = None) -> None:
-        """Begin a step: nothing of an earlier one may be used."""
-        self._tracker = tracker
-        self._layer.start(tracker)
-
-    def stop(self) -> None:
-        """End the user's step: penalties and monitors may run the network again."""
-        self._layer.stop()
-
-    def forget(self) -> None:
-        """Let go of every tensor of the step."""
-        self._tracker = None
-        self._layer.forget()
-
-    @property
-    def several(self) -> bool:
-        """Whether the module ran several times in this step."""
-        return len(self._layer.runs) > 1
+        self._hook_named(root, path, argument="features")
 
     def resolve(self, call: LossCall, *, join: bool = False, having: Having = None, of_loss: Any = None) -> None:
         """Give a call its features.
@@ -352,7 +335,7 @@ class FeatureTap:
             HeadNotFoundError: the module did not run in this step, or several times and these are not to be joined.
             RowsError: it has seen no sample of a loader whose samples have ids.
         """
-        runs = self._layer.runs
+        runs = self.runs
         if join and runs:
             runs = of_loaders(self._tracker, runs, having, f"features={self.path!r}")
         elif len(runs) != 1:
@@ -363,24 +346,9 @@ class FeatureTap:
         call.head = None
         deliver(call, self._tracker, [(run, pooled(run.output, self.pool)) for run in runs])
 
-    def close(self) -> None:
-        """Take the hooks away."""
-        self._layer.close()
-
 
 def _times(runs: list[Run]) -> str:
     return "several times" if runs else "0 times"
-
-
-def _along(root: nn.Module, path: str, *, argument: str) -> tuple[nn.Module, list[nn.Module]]:
-    """The module at a dotted path, and those that it lies in; not the root, whose forward pass under DDP is the step.
-
-    Raises:
-        HeadNotFoundError: there is none.
-    """
-    found = submodule(root, path, argument=argument)
-    names = path.split(".")
-    return found, [root.get_submodule(".".join(names[:end])) for end in range(1, len(names))]
 
 
 def submodule(root: nn.Module, path: str, *, argument: str) -> nn.Module:
