@@ -77,10 +77,15 @@ def register_loss(loss: Any, per_sample: PerSample) -> Any:
 
     @functools.wraps(loss)
     def adapted(*args: Any, **kwargs: Any) -> Any:
-        if not _active:
+        tap = _active[-1] if _active else None
+        if tap is None or tap.suspended:  # inside another adapted loss
             return loss(*args, **kwargs)
-        tap = _active[-1]
-        return take(tap, loss.__name__, args, lambda: loss(*args, **kwargs), lambda *a: per_sample(*a, **kwargs))
+        tap.suspended += 1  # its inner losses are not seen, its per-sample losses are
+        try:
+            out = loss(*args, **kwargs)
+        finally:
+            tap.suspended -= 1
+        return tap.adapted(loss.__name__, args, functools.partial(per_sample, **kwargs), out)
 
     return adapted
 
@@ -91,17 +96,3 @@ def adapter_of(module: nn.Module) -> PerSample | None:
         if (adapter := ADAPTERS.get(f"{cls.__module__}.{cls.__qualname__}")) is not None:
             return adapter
     return None
-
-
-def take(
-    tap: Any, name: str, args: tuple[Any, ...], original: Callable[[], Any], per_sample: Callable[..., Any]
-) -> Any:
-    """Run an adapted loss under a tap: its inner losses are not seen, its per-sample losses are."""
-    if tap.suspended:  # inside another adapted loss
-        return original()
-    tap.suspended += 1
-    try:
-        out = original()
-    finally:
-        tap.suspended -= 1
-    return tap.adapted(name, args, per_sample, out)

@@ -13,18 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debias.tap.moves import CASTS, MOVES, apply_move, values_read
+from debias.tap.moves import CASTS, MOVES, apply_move, functions, values_read
 
-__all__ = ["CountedElements", "both", "functions", "left_out"]
+__all__ = ["CountedElements", "both", "left_out"]
 
 _T = torch.Tensor
-
-
-def functions(names: str) -> frozenset[Any]:
-    """Functions and methods of torch by these names, in place and as operators, too."""
-    forms = (form.format(name) for name in names.split() for form in ("{}", "{}_", "__{}__", "__i{}__", "__r{}__"))
-    found = (getattr(space, form, None) for form in forms for space in (_T, torch))
-    return frozenset(function for function in found if function is not None)
 
 
 _MUL = functions("mul multiply")

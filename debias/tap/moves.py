@@ -33,6 +33,7 @@ __all__ = [
     "among",
     "apply_move",
     "axes_of",
+    "functions",
     "keeps_rows",
     "looked_up",
     "named",
@@ -45,10 +46,16 @@ __all__ = [
 _T = torch.Tensor
 
 
-def named(names: str) -> frozenset[Any]:
-    """The functions of torch, of ``torch.nn.functional`` and of tensors by these names."""
+def named(names: str, forms: str = "{}") -> frozenset[Any]:
+    """The functions of torch, of ``torch.nn.functional`` and of tensors by these names, each in these forms."""
     spaces: tuple[Any, ...] = (_T, torch, F)
-    return frozenset(getattr(space, name) for space in spaces for name in names.split() if hasattr(space, name))
+    every = [form.format(name) for name in names.split() for form in forms.split()]
+    return frozenset(getattr(space, name) for space in spaces for name in every if hasattr(space, name))
+
+
+def functions(names: str) -> frozenset[Any]:
+    """The same, in place and as operators, too."""
+    return named(names, "{} {}_ __{}__ __i{}__ __r{}__")
 
 
 def among(functions: Iterable[Any]) -> Callable[[Any], bool]:
@@ -101,24 +108,19 @@ MOVES = named(
     + [_T.T.__get__, _T.mT.__get__]  # type: ignore[attr-defined]
 )
 # Compute each element from those at the same place; targets and masks are often made with them.
-ELEMENTWISE = named(
+_IN_PLACES = (
     "gt ge lt le eq ne add sub subtract mul multiply div divide true_divide floor_divide remainder fmod clamp"
     " clamp_min clamp_max clip abs absolute neg negative round floor ceil sign square pow float_power sqrt rsqrt exp"
     " expm1 log log1p log2 reciprocal sigmoid tanh cosh sinh logical_not logical_and logical_or logical_xor"
     " bitwise_and bitwise_or where masked_fill minimum maximum isnan isfinite isinf nan_to_num relu relu6 leaky_relu"
     " erf erfc erfinv sin cos tan asin acos atan atan2 hypot lgamma digamma logit xlogy logaddexp heaviside trunc frac"
     " lerp addcmul addcdiv isclose bernoulli poisson"
-    " elu selu silu gelu mish hardtanh hardswish hardsigmoid softplus logsigmoid dropout threshold __neg__ __pos__"
-    " __pow__ __rpow__ __abs__ __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __rdiv__"
-    " __floordiv__ __mod__ __invert__ __and__ __or__ __xor__ __gt__ __ge__ __lt__ __le__ __eq__ __ne__"
+    " elu selu silu gelu mish hardtanh hardswish hardsigmoid softplus logsigmoid dropout threshold"
+    " pos truediv floordiv mod invert and or xor"  # as operators
 )
+ELEMENTWISE = named(_IN_PLACES, "{} __{}__ __r{}__")
 # The same, in place; so are the above where they return what they were given.
-INPLACE = named(
-    "add_ sub_ mul_ div_ true_divide_ floor_divide_ remainder_ fmod_ clamp_ clamp_min_ clamp_max_ abs_ neg_ round_"
-    " floor_ ceil_ sign_ square_ pow_ sqrt_ exp_ log_ sigmoid_ logical_not_ logical_and_ logical_or_ masked_fill_"
-    " nan_to_num_ zero_ fill_ relu_ tanh_ threshold_ __setitem__ __iadd__ __isub__ __imul__ __itruediv__ __iand__"
-    " __ior__"
-)
+INPLACE = named(_IN_PLACES, "{}_ __i{}__") | named("zero_ fill_ __setitem__")
 # Everything that changes a tensor in place.
 CHANGING = frozenset(
     getattr(_T, name)
@@ -131,8 +133,8 @@ PUTTING = named(
     " transpose_ t_ swapaxes_ swapdims_ resize_"
 )
 SUM, MEAN = named("sum"), named("mean")
-PRODUCT = named("mul multiply mul_ __mul__ __rmul__ __imul__")
-DIVISION = named("div true_divide divide div_ true_divide_ __truediv__ __itruediv__")
+PRODUCT = functions("mul multiply")
+DIVISION = named("div divide true_divide truediv", "{} {}_ __{}__ __i{}__")
 # Make one value of all along some axes.
 REDUCTIONS = named("sum mean argmax argmin max min amax amin any all prod count_nonzero nansum nanmean median")
 # Make each value of all along an axis.

@@ -348,6 +348,15 @@ def test_a_move_that_moves_nothing():
     assert rows is None
 
 
+@pytest.mark.parametrize("name", ["mul_", "multiply_", "__imul__", "divide_"])
+def test_numbers_of_the_whole_batch_in_place(name):
+    w = rand(4).abs()
+    with LossTap(tracker=RowTracker((w,), 4), careful=True) as tap:
+        losses = F.mse_loss(rand(4).requires_grad_(), rand(4), reduction="none") * 1.0
+        _ = getattr(losses, name)(w / w.max()).sum() / w.sum()
+    assert tap.calls[0].record.of_batch
+
+
 ORDER = torch.tensor([2, 0, 3, 1])
 FEW = torch.tensor([True, False, True, True])
 
