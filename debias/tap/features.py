@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from debias.errors import DebiasError, HeadNotFoundError, RowsError
 from debias.tap.calls import LossCall
-from debias.tap.moves import Move, apply_move
+from debias.tap.notes import Note
 from debias.tap.rows import RowTracker
 
 __all__ = [
@@ -115,7 +115,7 @@ def _by_channel(x: Tensor, head: nn.Module | None) -> bool:
     return x.ndim == 4 and not linear
 
 
-def moves_to_logits(tracker: RowTracker | None, run: Run, call: LossCall) -> list[Move] | None:
+def moves_to_logits(tracker: RowTracker | None, run: Run, call: LossCall) -> list[Note] | None:
     """What was done to the output of a run to make the logits of a loss; None where it did not make them."""
     logits, output = (call.record.function or call).logits, run.output
     if logits is output:
@@ -146,7 +146,7 @@ def of_loaders(tracker: RowTracker | None, runs: list[Run], having: Having, what
 
 
 def deliver(
-    call: LossCall, tracker: RowTracker | None, runs: list[tuple[Run, Any]], moves: list[Move] | None = None
+    call: LossCall, tracker: RowTracker | None, runs: list[tuple[Run, Any]], moves: list[Note] | None = None
 ) -> None:
     """Give a call the features of the runs of a layer, one run after the other.
 
@@ -178,7 +178,7 @@ def deliver(
 
 
 def _rows_of_run(
-    tracker: RowTracker | None, run: Run, features: Any, call: LossCall, moves: list[Move] | None
+    tracker: RowTracker | None, run: Run, features: Any, call: LossCall, moves: list[Note] | None
 ) -> Tensor | None:
     """Sample of each row of the features, int64 ``(rows,)``; the number of samples where the loss leaves the row out.
 
@@ -217,7 +217,7 @@ def _rows_of_run(
 
 
 def _rows_of_loss(
-    loss: LossCall, n: int, count: int, output: Tensor, classes: int, moves: list[Move]
+    loss: LossCall, n: int, count: int, output: Tensor, classes: int, moves: list[Note]
 ) -> Tensor | bool | None:
     """Samples of the ``count`` rows of a layer's output, the axis of classes aside, from those of the loss's rows.
 
@@ -227,12 +227,12 @@ def _rows_of_loss(
     if output.numel() != count * output.shape[classes]:
         return False
     rows = loss.logits_rows
-    if count == len(output) == (n if rows is None else len(rows)) and all(move.keeps_rows for move in moves):
+    if count == len(output) == (n if rows is None else len(rows)) and all(move.same_rows for move in moves):
         return rows
     numbers = torch.arange(count, device=output.device).view(output.select(classes, 0).shape)
     numbers = numbers.unsqueeze(classes).expand(output.shape)
     for move in moves:
-        numbers = apply_move(move.func, move.args, move.kwargs, numbers, move.part)
+        numbers = move.done_to(numbers)
     if numbers.ndim == loss.record.computed[0].ndim + 1:  # the loss has no axis of classes
         numbers = numbers.select(1, 0)
     samples = torch.arange(n, device=output.device) if rows is None else rows

@@ -30,7 +30,8 @@ from debias.tap.features import (
     rows_of_features,
 )
 from debias.tap.hooks import Hook
-from debias.tap.moves import CASTS, Move, among, keeps_rows
+from debias.tap.moves import CASTS, among, named
+from debias.tap.notes import Note
 from debias.tap.rows import RowTracker
 from debias.tap.sharded import has_shards, whole
 
@@ -39,9 +40,8 @@ __all__ = ["FeatureTap", "HeadFinder", "HeadTap", "check_features", "rows_of_fea
 _T = torch.Tensor
 # Operations between head and loss that leave every logit what it is.
 _passes = among(
-    {_T.float, _T.double, _T.to, _T.contiguous, _T.squeeze, _T.unsqueeze, _T.view, _T.reshape, _T.flatten, _T.type_as}
-    | {_T.clone, _T.transpose, _T.permute}
-    | {torch.squeeze, torch.unsqueeze, torch.reshape, torch.flatten, torch.transpose, torch.permute, torch.clone}
+    named("squeeze unsqueeze reshape flatten transpose permute clone")
+    | {_T.float, _T.double, _T.to, _T.contiguous, _T.view, _T.type_as}
 )
 
 
@@ -55,47 +55,42 @@ class HeadFinder:
 
     def __init__(self, root: nn.Module | None = None) -> None:
         self._root = root
-        self._layers: list[tuple[Tensor, nn.Module | None]] = []  # weight, layer
-        self._linears: list[tuple[Tensor, Tensor, Tensor]] = []  # output, input, weight
-        self._passed: list[tuple[Tensor, Any, tuple[Any, ...], dict[str, Any]]] = []  # output, operation, arguments
+        self._notes: list[Note] = []
 
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Note one operation."""
         if func is F.linear or func is F.conv2d or func is torch.conv2d:
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
             if isinstance(weight, Tensor) and (weight.ndim == 2 or weight.shape[2:] == (1, 1)):
-                source = args[0] if args else kwargs["input"]
-                self._linears.append((out, source, weight))
-                if self._root is not None:
-                    self._layers.append((weight, _holder(self._root, weight)))
+                layer = None if self._root is None else _holder(self._root, weight)
+                self._notes.append(Note(out, 0, F.linear, (args[0] if args else kwargs["input"], weight, layer)))
         elif isinstance(out, Tensor) and (_passes(func) or (func is _T.__getitem__ and _keeps_all(args, out))):
-            self._passed.append((out, func, args, kwargs))
+            self._notes.append(Note(out, 0, func, args, kwargs))
 
     def runs_of(self, weight: Tensor) -> int:
         """How often a layer of this weight ran with gradients."""
-        return sum(w is weight and out.requires_grad for out, _, w in self._linears)
+        return sum(note.out.requires_grad for note in self._with(weight))
 
     def layer_of(self, root: nn.Module, weight: Tensor) -> nn.Module | None:
         """The layer of a module that ran with a weight, sharded or not."""
-        layers = [layer for w, layer in self._layers if w is weight]
+        layers = [note.args[2] for note in self._with(weight) if note.args[2] is not None]
         return layers[0] if layers else _holder(root, weight)
 
-    def match(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Move]] | None:
+    def match(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Note]] | None:
         """Output, input and weight of the linear layer whose output the logits are, and the moves between them."""
-        end = len(self._passed)
-        moves: list[Move] = []
-        while True:
-            for out, source, weight in self._linears:
-                if out is logits:
-                    return out, source, weight, moves[::-1]
-            # By position, not identity alone: `.float()` may return its argument.
-            end = next((i for i in reversed(range(end)) if self._passed[i][0] is logits), -1)
-            if end < 0:
-                return None
-            out, func, args, kwargs = self._passed[end]
-            if func not in CASTS:
-                moves.append(Move(func, args, kwargs, None, keeps_rows(func, args, out)))
-            logits = args[0]
+        moves: list[Note] = []
+        for note in reversed(self._notes):
+            if note.out is not logits:
+                continue
+            if note.func is F.linear:
+                return note.out, note.args[0], note.args[1], moves[::-1]
+            if note.func not in CASTS:
+                moves.append(note)
+            logits = note.args[0]
+        return None
+
+    def _with(self, weight: Tensor) -> list[Note]:
+        return [note for note in self._notes if note.func is F.linear and note.args[1] is weight]
 
 
 def _holder(root: nn.Module, weight: Tensor) -> nn.Module | None:
@@ -214,14 +209,12 @@ class HeadTap(_LayerTap):
         self._noting = path is None
         self._finder: HeadFinder | None = None
         self._hookable = not compiled
-        self._agreed = False
-        self._hooked = False
 
     def start(self, tracker: RowTracker | None = None) -> HeadFinder | None:
         """Begin a step: nothing of an earlier one may be used. Returns what is to note its operations."""
         super().start(tracker)
-        self._hooked = bool(self._handles)  # in this step, and not only since a method has asked in it
-        self._noting = self._noting and not (self._hookable and self._agreed)
+        if self.head is not None and self._hookable and not self._handles:
+            self._hook(self.head)
         if self._noting:
             self._finder = HeadFinder(self.root if has_shards(self.root) else None)
         return self._finder
@@ -234,7 +227,7 @@ class HeadTap(_LayerTap):
     @property
     def several(self) -> bool:
         """Whether the head that is named, or known by now, ran several times in this step."""
-        return not self._noting and super().several
+        return self._finder is None and super().several
 
     def resolve(self, call: LossCall, *, join: bool = False, having: Having = None, of_loss: Any = None) -> None:
         """Give a call its features and its head.
@@ -250,8 +243,8 @@ class HeadTap(_LayerTap):
                 times and nothing tells which run is meant.
             RowsError: it has seen no sample of a loader whose samples have ids.
         """
-        if self._noting:
-            self._resolve_noted(call, join, having, of_loss)
+        if self._finder is not None:
+            self._resolve_noted(self._finder, call, join, having, of_loss)
             return
         runs = self.runs
         join = join and self._named and len(runs) > 0
@@ -268,11 +261,13 @@ class HeadTap(_LayerTap):
         call.head = self.head
         deliver(call, self._tracker, [(run, run.given) for run in runs])
 
-    def _resolve_noted(self, call: LossCall, join: bool, having: Having, of_loss: Any) -> None:
-        """Give a call what was noted of the layer that made its logits, and hook that layer."""
-        finder, linear = self._finder, call.record.linear
-        head = None if finder is None or linear is None else finder.layer_of(self.root, linear[2])
-        if head is None or finder is None:
+    def _resolve_noted(
+        self, finder: HeadFinder, call: LossCall, join: bool, having: Having, of_loss: set[int] | None
+    ) -> None:
+        """Give a call what was noted of the layer that made its logits; a hook has to give the same in the next one."""
+        linear = call.record.linear
+        head = None if linear is None else finder.layer_of(self.root, linear[2])
+        if head is None:
             raise HeadNotFoundError(
                 f"Expected the logits of `{call.name}` to be the output of a linear layer of the module, but no layer"
                 " was found (averaged heads, `logits / temperature`, cosine and tensor-parallel heads are not). Name"
@@ -294,17 +289,16 @@ class HeadTap(_LayerTap):
             )
         call.head = head
         deliver(call, self._tracker, [(Run(True, features, [], output), features)], moves=moves)
+        runs = self.runs
         if not self._hookable:
             return
-        runs = self.runs
-        if not self._handles:
+        if self.head is None:
             self.head = head
-            self._hook(head)
-        elif head is not self.head or (self._hooked and (len(runs) != 1 or runs[0].given is not features)):
-            self._hookable = False
+        elif head is not self.head or (self._handles and (len(runs) != 1 or runs[0].given is not features)):
+            self._hookable, self._noting = False, True
             self.close()
         else:
-            self._agreed = self._hooked
+            self._noting = not self._handles
 
 
 class FeatureTap(_LayerTap):
@@ -323,13 +317,7 @@ class FeatureTap(_LayerTap):
         self._hook_named(root, path, argument="features")
 
     def resolve(self, call: LossCall, *, join: bool = False, having: Having = None, of_loss: Any = None) -> None:
-        """Give a call its features.
-
-        Args:
-            call: the loss.
-            join: of several runs of the module, take the rows of all.
-            having: of several loaders, the names of those whose samples have ids; rows of the others are left out.
-            of_loss: of several loaders, those whose samples the loss is of.
+        """Give a call its features; the arguments are those of :meth:`HeadTap.resolve`.
 
         Raises:
             HeadNotFoundError: the module did not run in this step, or several times and these are not to be joined.

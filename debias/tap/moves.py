@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,6 @@ __all__ = [
     "REORDERING",
     "SORTING",
     "SUM",
-    "Move",
     "among",
     "apply_move",
     "axes_of",
@@ -158,24 +157,6 @@ _TURNING = named("flip fliplr flipud roll")
 REORDERING = SORTING | named("__getitem__ flip flipud roll index_select gather take take_along_dim")
 
 RECORDED = MOVES | CASTS | ELEMENTWISE | INPLACE | PUTTING | PACKING | REDUCTIONS | ALONG | SORTING | LOOKUPS
-
-
-class Move(NamedTuple):
-    """An operation that moves elements.
-
-    Attributes:
-        func: the operation.
-        args: its arguments, what is moved first.
-        kwargs: its keyword arguments.
-        part: which of several results is meant.
-        keeps_rows: whether every row is where it was.
-    """
-
-    func: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    part: int | None
-    keeps_rows: bool
 
 
 def thinned(tensors: Sequence[Tensor], first: int = 0) -> list[Tensor]:

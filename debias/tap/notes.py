@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debias.tap.moves import ALONG, CASTS, LOOKUPS, MOVES, REDUCTIONS, SORTING, axes_of, keeps_rows
+from debias.tap.moves import ALONG, CASTS, LOOKUPS, MOVES, REDUCTIONS, SORTING, apply_move, axes_of, keeps_rows
 
-__all__ = ["CHANGED", "Note", "first_version", "same_rows", "version"]
+__all__ = ["CHANGED", "Note", "first_version", "version"]
 
 CHANGED = -3  # no tensor has this version, nor the one after it
 
@@ -79,10 +79,15 @@ class Note:
             return [x for x in data if isinstance(x, Tensor)] if isinstance(data, tuple | list) else [data]
         return [x for x in self.args if isinstance(x, Tensor) and x.ndim and x.shape == self.out.shape]
 
+    @property
+    def same_rows(self) -> bool:
+        """Whether row i is made of row i of one other tensor."""
+        if self.reduces or self.func in ALONG:
+            moved = self.out.ndim == 0 or 0 in axes_of(self.args, self.kwargs, self.args[0].ndim)
+        else:
+            moved = self.func in SORTING or (self.func in MOVES and not keeps_rows(self.func, self.args, self.out))
+        return len(self.sources) == 1 and not moved
 
-def same_rows(record: Note) -> bool:
-    """Whether row i is made of row i of one other tensor."""
-    moved = record.func in SORTING or (record.func in MOVES and not keeps_rows(record.func, record.args, record.out))
-    if record.reduces or record.func in ALONG:
-        moved = record.out.ndim == 0 or 0 in axes_of(record.args, record.kwargs, record.args[0].ndim)
-    return len(record.sources) == 1 and not moved
+    def done_to(self, data: Any) -> Any:
+        """What a move makes of other data of the same shape."""
+        return apply_move(self.func, self.args, self.kwargs, data, self.part)

@@ -38,12 +38,11 @@ class SampleNumbers:
         """Sample of each row of sample numbers ``(rows, ...)``; None where a row is of several samples."""
         if index.ndim < 2:
             return index if index.ndim else index.reshape(1)
-        flat = index.flatten(1)
-        still = all(s == 0 or size == 1 for s, size in zip(index.stride()[1:], index.shape[1:], strict=True))
+        if not index.numel():
+            return None
+        rows = self.without(index, list(range(1, index.ndim)))
         # Beyond the CPU the step that recorded everything has looked.
-        if still or not self.reads(index) or torch.equal(flat, flat[:, :1].expand_as(flat)):
-            return flat[:, 0] if index.numel() else None
-        return None
+        return index.flatten(1)[:, 0] if rows is None and not self.reads(index) else rows
 
     def without(self, index: Tensor, axes: list[int]) -> Tensor | None:
         """Sample numbers when these axes are gone; None if samples change along them."""

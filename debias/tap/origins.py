@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from debias.tap.moves import MOVES, SORTING, Move
-from debias.tap.notes import Note, first_version, same_rows, version
+from debias.tap.moves import MOVES, SORTING
+from debias.tap.notes import Note, first_version, version
 from debias.tap.numbers import SampleNumbers
 
 __all__ = ["Origins"]
@@ -23,9 +23,9 @@ class Origins(SampleNumbers):
         """The tensors of the batch, those of strangers too."""
         return [note.out for note in self._records if note.func is None]
 
-    def moves(self, tensor: Tensor, source: Tensor) -> list[Move] | None:
+    def moves(self, tensor: Tensor, source: Tensor) -> list[Note] | None:
         """The moves that made ``tensor`` of ``source``, first to last; None where it was made in another way."""
-        made: list[Move] = []
+        made: list[Note] = []
         while tensor is not source:
             note = self._note(tensor)
             if len(note.sources) != 1 or note.func in SORTING or note.reduces:
@@ -33,7 +33,7 @@ class Origins(SampleNumbers):
             if note.func in MOVES:
                 if not isinstance(note.args[0], Tensor):
                     return None
-                made.append(Move(note.func, note.args, note.kwargs, note.part, same_rows(note)))
+                made.append(note)
             tensor = note.sources[0]
         return made[::-1]
 

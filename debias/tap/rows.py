@@ -36,7 +36,7 @@ from debias.tap.moves import (
     sorts_rows,
     values_read,
 )
-from debias.tap.notes import CHANGED, Note, first_version, same_rows, version
+from debias.tap.notes import CHANGED, Note, first_version, version
 from debias.tap.origins import Origins
 
 __all__ = ["RowTracker"]
@@ -179,7 +179,7 @@ class RowTracker(Origins):
         for tensor in (output, *inputs):
             if self.is_sorted(tensor) or self.is_changed(tensor) or self.is_strange(tensor):
                 return False
-            while same_rows(note := self._note(tensor)):
+            while (note := self._note(tensor)).same_rows:
                 tensor = note.sources[0]
             if tensor.shape[:1] != (rows,):
                 continue
@@ -207,8 +207,11 @@ class RowTracker(Origins):
             None if row i is sample i, an int64 tensor shaped like the candidate it was found from, or False if unknown.
         """
         self.mixed = False
-        found_sorted = [self.is_sorted(tensor) for tensor in candidates]
-        if any(map(self.is_changed, candidates)) or (len(candidates) == 2 and self._compares_samples(*candidates)):
+        found_sorted = list(map(self.is_sorted, candidates))
+        moves = self.moves(*candidates) if len(candidates) == 2 else None
+        # As of `p` and `p.roll(1, 0)`: a loss that compares samples with each other.
+        compares = moves is not None and not all(move.same_rows for move in moves)
+        if compares or any(map(self.is_changed, candidates)):
             self.mixed = True
             return False
         candidates = [x for x, is_sorted in zip(candidates, found_sorted, strict=True) if not is_sorted]
@@ -219,16 +222,16 @@ class RowTracker(Origins):
             return False
         made = [x for x in candidates if self._note(x).func is not None]
         in_order = not self.reordered() if made or rows == self.n else False
+        found = [self.index(x) for x in made] if in_order or len(made) == 2 else []
+        known = [x for x in found if x is not None]
         # Of the same network, put in two orders; or made of all samples together.
-        if (len(made) == 2 and self._differ(*map(self.index, made))) or any(map(self._sums_samples, made)):
+        differ = len(known) == 2 and known[0].shape == known[1].shape and not self._equal(*known)
+        if differ or any(map(self._sums_samples, made)) or (self.mixed and in_order):
             self.mixed = True
             return False
-        for tensor in made if in_order else []:  # of some tensor with one row per sample, e.g. logits (N, T, C)
-            index = self.index(tensor)
-            if self.mixed:
-                return False
-            if index is not None:
-                return None if self.keeps_rows(tensor) else index
+        if known and in_order:  # of some tensor with one row per sample, e.g. logits (N, T, C)
+            tensor = next(x for x, index in zip(made, found, strict=True) if index is not None)
+            return None if self.keeps_rows(tensor) else known[0]
         if any(found_sorted):
             return False
         if rows == self.n and in_order and not self._ambiguous:
@@ -237,21 +240,12 @@ class RowTracker(Origins):
             return _or_false(self.index(made[0], inputs) if made else inputs)
         return False
 
-    def _differ(self, first: Tensor | None, second: Tensor | None) -> bool:
-        known = first is not None and second is not None and first.shape == second.shape
-        return known and not self._equal(first, second)  # type: ignore[arg-type]
-
     def _sums_samples(self, tensor: Tensor) -> bool:
         """Whether it was made by a reduction over samples."""
         note = self._note(tensor)
         if note.reduces:
             return self.index(note.args[0]) is not None and self.index(tensor) is None
         return any(map(self._sums_samples, note.sources))
-
-    def _compares_samples(self, target: Tensor, logits: Tensor) -> bool:
-        """Whether a loss compares samples with each other, as ``p`` with ``p.roll(1, 0)``."""
-        moves = self.moves(target, logits)
-        return moves is not None and not all(move.keeps_rows for move in moves)
 
     def _of_inputs(self, rows: int) -> Tensor | None:
         """The numbers of a network's input of so many rows, e.g. of two concatenated views: it keeps them."""
@@ -303,7 +297,7 @@ class RowTracker(Origins):
         if len(inner) < len(found) or self._joins_strangers(note):
             return None
         if func in MOVES:
-            return apply_move(func, args, kwargs, inner if several else inner[0], note.part)
+            return note.done_to(inner if several else inner[0])
         (numbers,) = inner
         if func in LOOKUPS:
             return numbers.view(*numbers.shape, *[1] * (out.ndim - numbers.ndim)).expand(out.shape)
@@ -344,7 +338,7 @@ class RowTracker(Origins):
             return True
         for note in self._records:
             out = note.out
-            if note.func not in MOVES or same_rows(note) or self.n not in out.shape or not self.is_of_batch(out):
+            if note.func not in MOVES or note.same_rows or self.n not in out.shape or not self.is_of_batch(out):
                 continue
             index = self.index(out)
             if index is None or (len(out) == self.n and self._axis(index, read) is None):
@@ -379,7 +373,7 @@ class RowTracker(Origins):
             return note.sample is None and not self.several
         if note.func is None and note.index is None:
             return not self._ambiguous  # of unknown origin, with one row per sample
-        if same_rows(note) or (len(note.sources) > 1 and note.func not in MOVES):
+        if note.same_rows or (len(note.sources) > 1 and note.func not in MOVES):
             return all(map(self.keeps_rows, note.sources))  # no numbers are made for this
         return (index := self.index(tensor)) is not None and self._axis(index) == 0
 

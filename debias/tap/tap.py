@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,31 +22,20 @@ from debias.tap.batches import arranged_rows
 from debias.tap.calls import LossCall, LossRecord
 from debias.tap.evaluated import Evaluated, counted_by
 from debias.tap.following import FOLLOWED, Following, Unreduced
+from debias.tap.head import HeadFinder
 from debias.tap.losses import COMPARING, FORM, LOSSES, NAMES, NOT_PER_SAMPLE, SECOND, SYMMETRIC, reduction_of, unreduced
 from debias.tap.mixing import Mixture, mix_parts
-from debias.tap.moves import CHANGING, RECORDED, Move, among
+from debias.tap.moves import CHANGING, RECORDED, among
 from debias.tap.predictions import CLASSIFYING
 from debias.tap.rows import RowTracker
 from debias.tap.sharded import refuse_sharded_loss
 
-__all__ = ["Finder", "LossTap", "no_loss_error"]
+__all__ = ["LossTap", "no_loss_error"]
 
 _LOG_SOFTMAX = frozenset({F.log_softmax, torch.log_softmax, Tensor.log_softmax})
 _is_watched = among(frozenset(LOSSES) | FOLLOWED | RECORDED | CHANGING | NOT_PER_SAMPLE | _LOG_SOFTMAX)
 _is_loss, _is_recorded, _is_followed = among(LOSSES), among(RECORDED), among(FOLLOWED)
 _is_not_per_sample, _is_log_softmax = among(NOT_PER_SAMPLE), among(_LOG_SOFTMAX)
-
-
-class Finder(Protocol):
-    """Notes operations and tells which linear layer made the logits; see :mod:`debias.tap.head`."""
-
-    def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """Note one operation."""
-        ...
-
-    def match(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Move]] | None:
-        """Output, input and weight of the layer, and the moves from its output to the logits."""
-        ...
 
 
 @dataclass(eq=False)
@@ -74,7 +63,7 @@ class LossTap(TorchFunctionMode):
     training: bool = True
     tracker: RowTracker | None = None
     rows: Callable[[LossCall, int], Tensor] | str | None = None
-    finder: Finder | None = None
+    finder: HeadFinder | None = None
     mixture: Mixture | None = None
     at_once: Callable[[LossCall], Tensor | None] | None = None
     strict: bool = True
