@@ -41,7 +41,7 @@ class LossRecord:
         scale: what the step multiplied the elements of that by; None for 1, False if it did something else to them.
         reordered: whether their rows are not where they were.
         of_batch: whether the step has multiplied them by a number that it made of the values of the whole batch.
-        linear: of the layer that made the logits, while it is looked for: output, input, weight, and the moves between.
+        linear: while the head is looked for, the run of the layer that made the logits (:mod:`debias.tap.features`).
         feature_rows: tells the sample of each row of the features.
         targets: of the rows, where samples were mixed.
         shares: what the losses of these rows were multiplied by, shaped like the elements.

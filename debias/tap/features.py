@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -38,16 +38,20 @@ class Run:
     """One run of a layer.
 
     Attributes:
-        recorded: whether gradients were recorded.
         given: its input.
-        around: the first tensors that it, and the modules that it lies in, were given, the innermost first.
         output: what it made.
+        around: the first tensors that it, and the modules that it lies in, were given, the innermost first.
+        recorded: whether gradients were recorded.
+        weight: of a linear layer whose run was noted: its weight.
+        moves: likewise, what was done to its output to make the logits of a loss.
     """
 
-    recorded: bool
     given: Any
-    around: list[Tensor]
     output: Any = None
+    around: Sequence[Tensor] = ()
+    recorded: bool = True
+    weight: Any = None
+    moves: list[Note] | None = None
 
 
 def check_features(features: Any) -> Tensor:
@@ -118,8 +122,8 @@ def _by_channel(x: Tensor, head: nn.Module | None) -> bool:
 def moves_to_logits(tracker: RowTracker | None, run: Run, call: LossCall) -> list[Note] | None:
     """What was done to the output of a run to make the logits of a loss; None where it did not make them."""
     logits, output = (call.record.function or call).logits, run.output
-    if logits is output:
-        return []
+    if run.moves is not None or logits is output:
+        return run.moves or []
     if tracker is None or not isinstance(logits, Tensor) or not isinstance(output, Tensor):
         return None
     return tracker.moves(logits, output)
@@ -145,17 +149,8 @@ def of_loaders(tracker: RowTracker | None, runs: list[Run], having: Having, what
     return [run for run, loaders in zip(runs, of_runs, strict=True) if loaders is None or loaders & set(having)]
 
 
-def deliver(
-    call: LossCall, tracker: RowTracker | None, runs: list[tuple[Run, Any]], moves: list[Note] | None = None
-) -> None:
-    """Give a call the features of the runs of a layer, one run after the other.
-
-    Args:
-        call: the loss.
-        tracker: of this step.
-        runs: the runs, and the features of each.
-        moves: what was done to the output of the only run to make the logits, if that is known.
-    """
+def deliver(call: LossCall, tracker: RowTracker | None, runs: list[tuple[Run, Any]]) -> None:
+    """Give a call the features of the runs of a layer, one run after the other."""
     found = [features for _, features in runs]
     shapes = {tuple(x.shape[1:]) if isinstance(x, Tensor) else None for x in found}
     if len(runs) > 1 and (len(shapes) > 1 or None in shapes):
@@ -167,7 +162,7 @@ def deliver(
     call.features = found[0] if len(runs) == 1 else torch.cat(found)
 
     def rows(call: LossCall) -> Tensor | None:
-        of_runs = [_rows_of_run(tracker, run, features, call, moves) for run, features in runs]
+        of_runs = [_rows_of_run(tracker, run, features, call) for run, features in runs]
         if len(runs) == 1:
             return of_runs[0]
         counts = [len(rows_of_features(features, call.head)) for features in found]
@@ -177,9 +172,7 @@ def deliver(
     call.record.feature_rows = rows
 
 
-def _rows_of_run(
-    tracker: RowTracker | None, run: Run, features: Any, call: LossCall, moves: list[Note] | None
-) -> Tensor | None:
+def _rows_of_run(tracker: RowTracker | None, run: Run, features: Any, call: LossCall) -> Tensor | None:
     """Sample of each row of the features, int64 ``(rows,)``; the number of samples where the loss leaves the row out.
 
     They are those of the loss where the layer's output can be followed to the logits, else those of what the layer, or
@@ -194,7 +187,7 @@ def _rows_of_run(
     head, loss = call.head, call.record.function or call
     if tracker is None or not isinstance(features, Tensor):
         return None
-    moves = moves_to_logits(tracker, run, call) if moves is None else moves
+    moves = moves_to_logits(tracker, run, call)
     count = len(rows_of_features(features, head))
     found: Tensor | bool | None = False
     if moves is not None:

@@ -76,14 +76,15 @@ class HeadFinder:
         layers = [note.args[2] for note in self._with(weight) if note.args[2] is not None]
         return layers[0] if layers else _holder(root, weight)
 
-    def match(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Note]] | None:
-        """Output, input and weight of the linear layer whose output the logits are, and the moves between them."""
+    def match(self, logits: Tensor) -> Run | None:
+        """The run of the linear layer whose output the logits are, with its weight and the moves between them."""
         moves: list[Note] = []
         for note in reversed(self._notes):
             if note.out is not logits:
                 continue
             if note.func is F.linear:
-                return note.out, note.args[0], note.args[1], moves[::-1]
+                given, weight, _ = note.args
+                return Run(given, note.out, weight=weight, moves=moves[::-1])
             if note.func not in CASTS:
                 moves.append(note)
             logits = note.args[0]
@@ -183,7 +184,7 @@ class _LayerTap:
         if self._armed and (recorded or len(self._runs) < 2):  # without gradients, enough to tell one from many
             given = whole(args[0] if args else next(iter(kwargs.values()), None))
             around = [x for x in (given, *reversed(self._entered)) if isinstance(x, Tensor)]
-            self._runs.append(Run(recorded, given, around))
+            self._runs.append(Run(given, around=around, recorded=recorded))
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._armed and self._runs and self._runs[-1].output is None:
@@ -265,22 +266,21 @@ class HeadTap(_LayerTap):
         self, finder: HeadFinder, call: LossCall, join: bool, having: Having, of_loss: set[int] | None
     ) -> None:
         """Give a call what was noted of the layer that made its logits; a hook has to give the same in the next one."""
-        linear = call.record.linear
-        head = None if linear is None else finder.layer_of(self.root, linear[2])
-        if head is None:
+        noted: Run | None = call.record.linear
+        head = None if noted is None else finder.layer_of(self.root, noted.weight)
+        if noted is None or head is None:
             raise HeadNotFoundError(
                 f"Expected the logits of `{call.name}` to be the output of a linear layer of the module, but no layer"
                 " was found (averaged heads, `logits / temperature`, cosine and tensor-parallel heads are not). Name"
                 " it: `head='dotted.path'`."
             )
-        output, features, weight, moves = linear
         if join and having and not having.keys() <= (of_loss or set()):
             raise HeadNotFoundError(
                 "Expected the features to be named where samples of other loaders than those of the loss have ids"
                 f" ({', '.join(having.values())}): nothing tells else whether they are seen. Name the module that runs"
                 " on all of them: `features='dotted.path'`."
             )
-        if join and finder.runs_of(weight) > 1:
+        if join and finder.runs_of(noted.weight) > 1:
             path = next(name for name, module in self.root.named_modules() if module is head)
             raise HeadNotFoundError(
                 f"Expected the classifier head to run once in a step, but {path!r} ran several times. Name the module"
@@ -288,13 +288,13 @@ class HeadTap(_LayerTap):
                 " `features='dotted.path'`."
             )
         call.head = head
-        deliver(call, self._tracker, [(Run(True, features, [], output), features)], moves=moves)
+        deliver(call, self._tracker, [(noted, noted.given)])
         runs = self.runs
         if not self._hookable:
             return
         if self.head is None:
             self.head = head
-        elif head is not self.head or (self._handles and (len(runs) != 1 or runs[0].given is not features)):
+        elif head is not self.head or (self._handles and (len(runs) != 1 or runs[0].given is not noted.given)):
             self._hookable, self._noting = False, True
             self.close()
         else:

@@ -176,9 +176,9 @@ def apply_move(
         shape = (*args[1:], *kwargs.values())
         return data if isinstance(shape[0], torch.dtype) else data.reshape(*shape)
     given = data if isinstance(data, tuple | list) else [data]
-    turns = _turns_axes(func, args, kwargs)
+    turns = func in _TURNING and (func.__name__ != "roll" or len(args) > 2 or "dims" in kwargs)
     if (turns or _takes_rows(func, args, kwargs)) and len({x.ndim for x in given}) == 1:
-        # So that no element is made for every pixel.
+        # They change nothing along axes in which every element is the same, so none is made for every pixel.
         small = thinned(given, first=0 if turns else 1)
         out = func(small if given is data else small[0], *args[1:], **kwargs)
         return out.expand(given[0].shape if turns else (len(out), *given[0].shape[1:]))
@@ -209,11 +209,6 @@ def looked_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
         return None
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
     return None if func.__name__ == "index_select" and dim != 0 else key
-
-
-def _turns_axes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a move changes nothing along axes in which every element is the same, as where an image is mirrored."""
-    return func in _TURNING and (func.__name__ != "roll" or len(args) > 2 or "dims" in kwargs)
 
 
 def _takes_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -31,7 +31,6 @@ from debias.tap.moves import (
     among,
     apply_move,
     axes_of,
-    keeps_rows,
     looked_up,
     sorts_rows,
     values_read,
@@ -113,8 +112,10 @@ class RowTracker(Origins):
         made = [Note(x, first_version(x), func, args, kwargs, i) for i, x in results if isinstance(x, Tensor)]
         if not made:
             return
+        first = made[0]
         # What is made of something unknown matters where samples may trade places: few networks do that.
-        if self.everything or any(map(self._tracked, made[0].sources)) or self._reorders(args, made[0].out, func):
+        trades = _may_reorder(func) and args[0].shape[:1] == first.out.shape[:1] == (self.n,) and not first.same_rows
+        if self.everything or trades or any(map(self._tracked, first.sources)):
             self._records.extend(made)
 
     def follow(self, tensor: Tensor, index: Callable[[], Tensor | None] | None = None) -> None:
@@ -165,7 +166,7 @@ class RowTracker(Origins):
 
     # -- answers -----------------------------------------------------------------------------------
 
-    def of_layer(self, output: Tensor, inputs: list[Tensor]) -> Tensor | bool | None:
+    def of_layer(self, output: Tensor, inputs: Sequence[Tensor]) -> Tensor | bool | None:
         """Sample numbers for the rows of what a layer reads or makes, ``(rows, ...)``.
 
         Args:
@@ -390,13 +391,6 @@ class RowTracker(Origins):
         dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
         known = [self.is_of_batch(x) for x in data]
         return dim == 0 and any(known) and not all(known)
-
-    def _reorders(self, args: tuple[Any, ...], out: Tensor, move: Any) -> bool:
-        """Whether an operation on a tensor of unknown origin may put samples elsewhere."""
-        data = args[0]
-        if not _may_reorder(move) or not isinstance(data, Tensor) or 0 in (data.ndim, out.ndim):
-            return False
-        return data.shape[0] == self.n == out.shape[0] and not keeps_rows(move, args, out)
 
 
 # Constants in which values were looked up, known again in a batch of as many samples.

@@ -304,7 +304,7 @@ class TwoStage(NumberedMethod):
                     )
                 call = select_calls(tap.calls, self.loss, self.state_key)[0]
                 _ = call.rows  # found while the tracker is there
-                found = None if call.record.linear is None else call.record.linear[1]
+                found = None if call.record.linear is None else call.record.linear.given
                 yield call, numbers, given.pop() if given else found
                 tap.close()
 
