@@ -45,8 +45,8 @@ class Note:
         first: the sample of the first row of a root.
         loader: which of several loaders a root comes from, in the order in which their samples are numbered; None where
             it is not of the batch.
-        index: gives the sample numbers of a root that is not of the batch.
-        known: whether it is a root of the batch whose samples have numbers.
+        known: whether ``sample`` or ``first`` tell the samples of a root.
+        index: gives the sample numbers of another root.
     """
 
     out: Tensor
@@ -58,13 +58,8 @@ class Note:
     sample: int | None = None
     first: int = 0
     loader: int | None = None
-    index: Callable[[], Tensor | None] | None = None
     known: bool = False
-
-    @property
-    def is_strange(self) -> bool:
-        """Whether it is a root of the batch whose samples have no numbers."""
-        return self.loader is not None and not self.known
+    index: Callable[[], Tensor | None] | None = None
 
     @property
     def reduces(self) -> bool:

@@ -51,7 +51,7 @@ class Origins(SampleNumbers):
 
     def is_strange(self, tensor: Tensor) -> bool:
         """Whether it is made of samples that the numbers are not of."""
-        return any(note.is_strange for note in self._history(tensor))
+        return any(note.loader is not None and not note.known for note in self._history(tensor))
 
     def loaders_of(self, tensor: Tensor) -> set[int] | None:
         """Which loaders the rows of a tensor come from, strangers too; None where its origin is unknown."""

@@ -136,8 +136,7 @@ class RowTracker(Origins):
             if version(target) != self._note(target).version + (not target.is_inference()):
                 return  # nothing was changed, or something else as well
         elif key is not None and target.shape[:1] == (self.n,) and any(map(self.is_of_batch, others)):
-            # A new tensor, to be filled with rows of the batch.
-            self.follow(target, functools.partial(self.start, target.shape, target.device))
+            self._records.append(Note(target, version(target), known=True))  # to be filled with rows of the batch
         else:
             return
         note = self._note(target)

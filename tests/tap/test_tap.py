@@ -1,5 +1,8 @@
 """The tap changes nothing by itself: every loss variant, in any call style, keeps its value and its gradients."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -346,6 +349,24 @@ def test_a_move_that_moves_nothing():
     assert logits.flatten() is logits
     rows, _ = _rows((y,), 3, lambda: F.binary_cross_entropy_with_logits(logits.flatten(), y.sqrt().flatten()))
     assert rows is None
+
+
+@pytest.mark.parametrize("step", [lambda y: y, lambda y: _filled(slice(None), lambda y: y)(y)])
+def test_nothing_is_left_to_the_garbage_collector(step):
+    gc.collect()
+    gc.disable()
+    try:
+        net, y = nn.Linear(3, 4), torch.arange(3)
+        with LossTap(tracker=RowTracker((y,), 3)) as tap:
+            logits = net(rand(3, 3).float())
+            tap.tracker.follow(logits)  # as of a layer that somebody watches
+            F.cross_entropy(logits.flatten().view(3, 4), step(y))
+        _ = tap.calls[0].rows
+        tracker = weakref.ref(tap.tracker)
+        tap.close()
+        assert tracker() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", ["mul_", "multiply_", "__imul__", "divide_"])
