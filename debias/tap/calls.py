@@ -15,7 +15,7 @@ from debias.errors import RowsError
 from debias.ops.distributed import weighted_mean
 from debias.tap.counted import both
 
-__all__ = ["LossCall", "LossRecord", "LossSum", "shares_memory"]
+__all__ = ["LossCall", "LossRecord", "LossSum", "means", "shares_memory"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -287,6 +287,13 @@ class LossCall:
         # What the step divides by itself it may have guarded against nothing.
         guarded = self.record.function is not None or self.record.is_sum
         return weighted_mean(num if factor is None else num * factor, den, guarded=guarded)
+
+
+def means(loss: Any, call: LossCall) -> bool:
+    """Whether ``loss=`` of a method may mean a loss."""
+    if callable(loss):
+        return bool(loss(call))
+    return call.position == loss if isinstance(loss, int) else True
 
 
 def shares_memory(x: Any, changed: Any) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from debias.errors import DebiasError, RowsError
+from debias.tap.batches import arranged_rows
 from debias.tap.losses import COMPARING
 
 __all__ = ["Mixture", "Part", "mix_parts", "row_sources", "unmixable"]
@@ -85,12 +86,6 @@ class Mixture:
             for part in self.parts
         ]
 
-    def meant(self, call: Any) -> bool:
-        """Whether a loss is one that the mixture is about."""
-        if self.loss is None or self.loss == "sum":
-            return True
-        return bool(self.loss(call)) if callable(self.loss) else call.position == self.loss
-
 
 def row_sources(source: Tensor, index: Tensor | None, n: int, *, check: bool) -> Tensor:
     """From the sample that each sample takes its label from, the row that each row takes it from.
@@ -106,22 +101,16 @@ def row_sources(source: Tensor, index: Tensor | None, n: int, *, check: bool) ->
     """
     if index is None:
         return source
-    rows = len(index)
-    order = index.argsort(stable=True)
-    wrong = rows % n != 0
-    if not wrong and check:
-        wrong = not torch.equal(
-            index[order].view(n, -1), torch.arange(n, device=index.device).view(n, 1).expand(n, rows // n)
-        )
-    if wrong:
+    rows, order = len(index), index.argsort(stable=True)
+    together = arranged_rows("interleaved", n, rows // n, index.device)
+    if rows % n or (check and not torch.equal(index[order], together)):
         raise RowsError(
             f"Expected every sample to have as many rows in the loss as the others, so that labels of two samples can"
             f" be mixed, but got {rows} rows for {n} samples. Mask losses instead of leaving rows out."
         )
-    table = order.view(n, -1)
     numbers = torch.arange(rows // n, device=index.device).repeat(n)
     position = torch.empty_like(order).scatter_(0, order, numbers)
-    return table[source[index], position]
+    return order.view(n, -1)[source[index], position]
 
 
 def mix_parts(

@@ -97,14 +97,16 @@ def values_read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
     return [x for x in (*read_arguments(func, args), *by_name) if isinstance(x, Tensor)]
 
 
+# Leave every row in its place whenever they keep the number of rows.
+_ROW_KEEPING = named("reshape flatten squeeze unsqueeze unflatten view expand view_as reshape_as expand_as")
+# Move whole rows, unless told of another axis than the first.
+_ROW_WISE = named("index_select cat concat concatenate")
+_TURNING = named("flip fliplr flipud roll")
+_TRANSPOSED = frozenset({_T.T.__get__, _T.mT.__get__})  # type: ignore[attr-defined]
 # Move, drop or repeat elements; only the first argument (or its list) holds data.
-MOVES = named(
-    "reshape permute transpose t flatten squeeze unsqueeze repeat_interleave flip fliplr flipud roll index_select chunk"
-    " split tensor_split unbind unflatten movedim swapaxes swapdims narrow select masked_select take take_along_dim"
-    " gather tile moveaxis diagonal rot90 cat concat concatenate stack hstack vstack"
-) | frozenset(
-    [getattr(_T, name) for name in ["view", "__getitem__", "repeat", "expand", "expand_as", "view_as", "reshape_as"]]
-    + [_T.T.__get__, _T.mT.__get__]  # type: ignore[attr-defined]
+MOVES = (_ROW_KEEPING | _ROW_WISE | _TURNING | _TRANSPOSED) | named(
+    "permute transpose t repeat_interleave chunk split tensor_split unbind movedim swapaxes swapdims narrow select"
+    " masked_select take take_along_dim gather tile repeat moveaxis diagonal rot90 stack hstack vstack __getitem__"
 )
 # Compute each element from those at the same place; targets and masks are often made with them.
 _IN_PLACES = (
@@ -144,15 +146,7 @@ SORTING = named("sort topk msort argsort")
 PACKING = frozenset({torch._VF._pack_padded_sequence, torch._VF._pad_packed_sequence})  # type: ignore[attr-defined]
 # Make a value, or a row of values, of each element of integers.
 LOOKUPS = frozenset({F.one_hot, F.embedding})
-# Leave every row in its place whenever they keep the number of rows.
-_ROW_KEEPING = named("reshape flatten squeeze unsqueeze unflatten") | frozenset(
-    {_T.view, _T.expand, _T.view_as, _T.reshape_as, _T.expand_as}
-)
-_looks_up = among(named("index_select gather take") | frozenset({_T.__getitem__}))
-# Move whole rows, unless told of another axis than the first.
-_ROW_WISE = named("index_select cat concat concatenate")
-_TURNING = named("flip fliplr flipud roll")
-
+_looks_up = among(named("index_select gather take __getitem__"))
 # Moves by which steps and networks put rows in another order, not merely axes.
 REORDERING = SORTING | named("__getitem__ flip flipud roll index_select gather take take_along_dim")
 
@@ -170,7 +164,7 @@ def apply_move(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], data: Any, part: int | None
 ) -> Any:
     """Run a recorded move on other data of the same shape."""
-    if getattr(func, "__name__", "") == "__get__":  # .T and .mT
+    if func in _TRANSPOSED:
         return func(data)
     if func is _T.view:  # of data that is expanded, where the original was not
         shape = (*args[1:], *kwargs.values())

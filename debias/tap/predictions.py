@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from debias.tap.calls import shares_memory
+from debias.tap.counted import CountedElements
 from debias.tap.moves import CASTS, MOVES, functions, values_read
 from debias.tap.whole_batch import tensors_in
 
-__all__ = ["CLASSIFYING", "SOFTMAX", "Predictions", "hook_outputs"]
+__all__ = ["CLASSIFYING", "SOFTMAX", "Evaluated", "Predictions", "hook_outputs"]
 
 # Losses whose logits may be changed without changing what is predicted; numbers are predicted as the loss reads them.
 CLASSIFYING = frozenset(
@@ -208,6 +209,23 @@ class Predictions:
         copy = x.clone()
         self._made[copy] = self._made.get(x, _OUTPUT)
         return _Made(copy)
+
+
+class Evaluated:
+    """Follows the outputs of the network to the losses, and the losses to what the step makes of them."""
+
+    def __init__(self) -> None:
+        self.elements = CountedElements()
+        self.predictions = Predictions()
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation of the step."""
+        return self.predictions.run(func, args, kwargs, self.elements.run)
+
+    def close(self) -> None:
+        """Let go of every tensor."""
+        self.elements.close()
+        self.predictions.close()
 
 
 def _in_place(func: Any) -> bool:
