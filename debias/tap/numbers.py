@@ -56,31 +56,23 @@ class SampleNumbers:
 
     def _axis(self, index: Tensor, read: bool | None = None) -> int | None:
         """The axis along which the samples lie in the order of the batch, each the same along all other axes."""
-        order = self._order(index.device)
-        moving = [a for a, (s, size) in enumerate(zip(index.stride(), index.shape, strict=True)) if s and size > 1]
         if self.n == 1:
-            return None if moving or 1 not in index.shape else index.shape.index(1)
-        if len(moving) == 1 and index.shape[moving[0]] == self.n:
-            line = index[tuple(slice(None) if a == moving[0] else 0 for a in range(index.ndim))]
-            if line._base is order and line.stride() == (1,) and line.storage_offset() == 0:
-                return moving[0]  # a view of the order itself
-            return moving[0] if self.reads(index, read) and torch.equal(line, order) else None
-        if not self.reads(index, read):
-            return None
+            return index.shape.index(1) if 1 in index.shape else None
+        order = self._order(index.device)
         for axis, size in enumerate(index.shape):
             lines = order.view(-1, *[1] * (index.ndim - axis - 1))
-            if size == self.n and torch.equal(index, lines.expand(index.shape)):
+            if size == self.n and self._equal(index, lines.expand(index.shape), read=read, unread=False):
                 return axis
         return None
 
-    def _equal(self, a: Tensor, b: Tensor) -> bool:
+    def _equal(self, a: Tensor, b: Tensor, *, read: bool | None = None, unread: bool = True) -> bool:
+        """Whether numbers are the same; ``unread`` where that takes reading them, and they may not be read."""
         if a is b or a.shape != b.shape:
             return a is b
         first, second = thinned([a, b])
-        views_alike = first.stride() == second.stride() and first.storage_offset() == second.storage_offset()
-        if first._base is second._base is not None and views_alike:
-            return True  # of the same numbers
-        return not self.reads(a) or torch.equal(first, second)
+        if first._base is second._base is not None and _layout(first) == _layout(second):
+            return True  # views of the same numbers
+        return torch.equal(first, second) if self.reads(a, read) else unread
 
     def reads(self, x: Tensor, read: bool | None = None) -> bool:
         """Whether numbers may be read: that waits for the device, so beyond the CPU only in the first step."""
@@ -92,3 +84,7 @@ class SampleNumbers:
                 return order
         self._orders.append(torch.arange(self.n, device=device))
         return self._orders[-1]
+
+
+def _layout(x: Tensor) -> tuple[object, list[int]]:
+    return x.storage_offset(), [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
