@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from debias.tap.moves import MOVES, SORTING
@@ -58,15 +60,15 @@ class Origins(SampleNumbers):
         loaders = [note.loader for note in self._history(tensor) if not note.sources]
         return None if None in loaders else {loader for loader in loaders if loader is not None}
 
-    def _history(self, tensor: Tensor) -> list[Note]:
-        """The notes of a tensor, and of all that it was made of."""
+    def _history(self, tensor: Tensor, through: Callable[[Note], bool] = lambda note: True) -> list[Note]:
+        """The notes of a tensor, and of all that it was made of, each once; only of what ``through`` lets pass."""
         notes: list[Note] = []
         found = [tensor]
         while found:
             source = found.pop()
             if not any(source is note.out for note in notes):
                 notes.append(self._note(source))
-                found.extend(notes[-1].sources)
+                found.extend(notes[-1].sources if through(notes[-1]) else ())
         return notes
 
     def _note(self, tensor: Tensor) -> Note:

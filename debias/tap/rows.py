@@ -242,10 +242,8 @@ class RowTracker(Origins):
 
     def _sums_samples(self, tensor: Tensor) -> bool:
         """Whether it was made by a reduction over samples."""
-        note = self._note(tensor)
-        if note.reduces:
-            return self.index(note.args[0]) is not None and self.index(tensor) is None
-        return any(map(self._sums_samples, note.sources))
+        reductions = [note for note in self._history(tensor, lambda note: not note.reduces) if note.reduces]
+        return any(self.index(note.args[0]) is not None and self.index(note.out) is None for note in reductions)
 
     def _of_inputs(self, rows: int) -> Tensor | None:
         """The numbers of a network's input of so many rows, e.g. of two concatenated views: it keeps them."""
@@ -253,19 +251,28 @@ class RowTracker(Origins):
         found = [index for x in outs if self.is_of_batch(x) and (index := self._of_rows(x)) is not None]
         return found[0] if found and all(self._equal(found[0], other) for other in found[1:]) else None
 
-    def index(self, tensor: Tensor, inputs: Tensor | None = None) -> Tensor | None:
+    def index(
+        self, tensor: Tensor, inputs: Tensor | None = None, known: dict[Tensor, Tensor | None] | None = None
+    ) -> Tensor | None:
         """Sample numbers in the shape of ``tensor``, or None where its origin is unknown.
 
         Args:
             tensor: the tensor.
             inputs: the numbers that tensors of unknown origin have, where they have as many rows; else these are in the
                 order of the batch.
+            known: the answers for what it may be made of, to which this one is added.
         """
+        known = {} if known is None else known
+        if tensor not in known:
+            known[tensor] = self._index(tensor, inputs, known)
+        return known[tensor]
+
+    def _index(self, tensor: Tensor, inputs: Tensor | None, known: dict[Tensor, Tensor | None]) -> Tensor | None:
         note = self._note(tensor)
         if note.version != version(tensor):
             return None
         if note.func is not None:
-            return self._replayed(note, functools.partial(self.index, inputs=inputs))
+            return self._replayed(note, functools.partial(self.index, inputs=inputs, known=known))
         if note.index is not None:
             return note.index()
         if note.known:
@@ -366,16 +373,19 @@ class RowTracker(Origins):
 
     def keeps_rows(self, tensor: Tensor) -> bool:
         """Whether row i of it is known to be of sample i."""
-        note = self._note(tensor)
-        if tensor.shape[:1] != (self.n,) or note.version != version(tensor):
+        return all(map(self._keeps_rows, self._history(tensor, _leaves_rows)))
+
+    def _keeps_rows(self, note: Note) -> bool:
+        """The same of one operation, where it leaves rows where they are in what it is done to."""
+        if note.out.shape[:1] != (self.n,) or note.version != version(note.out):
             return False
         if note.known:
             return note.sample is None and not self.several
         if note.func is None and note.index is None:
             return not self._ambiguous  # of unknown origin, with one row per sample
-        if note.same_rows or (len(note.sources) > 1 and note.func not in MOVES):
-            return all(map(self.keeps_rows, note.sources))  # no numbers are made for this
-        return (index := self.index(tensor)) is not None and self._axis(index) == 0
+        if _leaves_rows(note):
+            return True  # no numbers are made for this
+        return (index := self.index(note.out)) is not None and self._axis(index) == 0
 
     def _of_rows(self, tensor: Tensor) -> Tensor | None:
         """Sample numbers along the first axis, or None where its origin is unknown or a row is of several samples."""
@@ -394,6 +404,10 @@ class RowTracker(Origins):
 
 # Constants in which values were looked up, known again in a batch of as many samples.
 _TABLES: Any = WeakTensorKeyDictionary()
+
+
+def _leaves_rows(note: Note) -> bool:
+    return note.same_rows or (len(note.sources) > 1 and note.func not in MOVES)
 
 
 def _or_false(index: Tensor | None) -> Tensor | bool:

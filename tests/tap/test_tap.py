@@ -351,6 +351,18 @@ def test_a_move_that_moves_nothing():
     assert rows is None
 
 
+@pytest.mark.parametrize("of_batch", [True, False])
+def test_long_chains_are_followed_in_short(of_batch):
+    """What is used twice in each of many operations is looked at once."""
+    x = rand(4, 3)
+    y = x if of_batch else nn.Linear(3, 3).double()(x)
+    with LossTap(tracker=RowTracker((x,), 4)) as tap:
+        for _ in range(40):
+            y = y + y * y.sigmoid()
+        F.mse_loss(rand(4, 3).requires_grad_(), y)
+    assert tap.calls[0].rows is None
+
+
 @pytest.mark.parametrize("step", [lambda y: y, lambda y: _filled(slice(None), lambda y: y)(y)])
 def test_nothing_is_left_to_the_garbage_collector(step):
     gc.collect()
