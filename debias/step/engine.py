@@ -28,10 +28,9 @@ from debias.step.settle import Learned, Settlement, with_loss
 from debias.step.split import split_losses
 from debias.step.tagged import TagCollate
 from debias.tap import adapters
-from debias.tap.evaluated import Evaluated
 from debias.tap.head import FeatureTap, HeadFinder, HeadTap
 from debias.tap.hooks import Hook
-from debias.tap.predictions import hook_outputs
+from debias.tap.predictions import Evaluated, hook_outputs
 from debias.tap.rows import RowTracker
 from debias.tap.tap import LossTap
 

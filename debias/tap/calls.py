@@ -15,7 +15,7 @@ from debias.errors import RowsError
 from debias.ops.distributed import weighted_mean
 from debias.tap.counted import both
 
-__all__ = ["LossCall", "LossRecord", "shares_memory", "sum_of"]
+__all__ = ["LossCall", "LossRecord", "means", "shares_memory", "sum_of"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -45,7 +45,7 @@ class LossRecord:
         mask: by which elements the step selected them; None if all are there, False if it is not known.
         of_batch: whether the step has multiplied them by a number that it made of the values of the whole batch.
         divided_by: numbers and totals (:class:`debias.tap.totals.Total`) that the step has divided them by.
-        linear: of the layer that made the logits, while it is looked for: output, input, weight, and the moves between.
+        linear: while the head is looked for, the run of the layer that made the logits (:mod:`debias.tap.features`).
         feature_rows: tells the sample of each row of the features.
         targets: of the rows, where samples were mixed.
         shares: what the losses of these rows were multiplied by, shaped like the elements.
@@ -278,6 +278,13 @@ class LossCall:
         # What the step divides by itself it may have guarded against nothing.
         guarded = self.record.function is not None or self.record.is_sum
         return weighted_mean(num if factor is None else num * factor, den, guarded=guarded)
+
+
+def means(loss: Any, call: LossCall) -> bool:
+    """Whether ``loss=`` of a method may mean a loss."""
+    if callable(loss):
+        return bool(loss(call))
+    return call.position == loss if isinstance(loss, int) else True
 
 
 def shares_memory(x: Any, changed: Any) -> bool:

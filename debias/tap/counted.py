@@ -13,18 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debias.tap.moves import CASTS, MOVES, apply_move, axes_of, values_read
+from debias.tap.losses import LOSSES, class_weights, unreduced
+from debias.tap.moves import CASTS, MOVES, apply_move, axes_of, functions, values_read
 
-__all__ = ["CountedElements", "both", "functions", "left_out"]
+__all__ = ["CountedElements", "both", "counted_by", "left_out"]
 
 _T = torch.Tensor
-
-
-def functions(names: str) -> frozenset[Any]:
-    """Functions and methods of torch by these names, in place and as operators, too."""
-    forms = (form.format(name) for name in names.split() for form in ("{}", "{}_", "__{}__", "__i{}__", "__r{}__"))
-    found = (getattr(space, form, None) for form in forms for space in (_T, torch))
-    return frozenset(function for function in found if function is not None)
 
 
 _MUL = functions("mul multiply")
@@ -194,3 +188,21 @@ def left_out(factor: Tensor, losses: Tensor) -> Tensor:
     doubted = ~(losses.abs() <= 1e-6)
     is_mask = (zeros | (factor == 1)).all() & (zeros & doubted).any()
     return zeros & (doubted | is_mask)
+
+
+def counted_by(func: Any, arguments: dict[str, Any]) -> Callable[[], Tensor | None]:
+    """Which elements a loss counts, by its own arguments; None where all."""
+
+    def counted() -> Tensor | None:
+        target, weight = arguments.get("target"), arguments.get("weight")
+        if LOSSES[func] is class_weights:
+            if target is None or target.is_floating_point():
+                return None
+            return class_weights(torch.ones((), device=target.device), arguments) != 0
+        logits = next(iter(arguments.values()))
+        if not isinstance(weight, Tensor) or func.__name__ == "multi_margin_loss" or not bool((weight == 0).any()):
+            return None
+        losses = unreduced(func, arguments | {"weight": None})
+        return ~left_out(*torch.broadcast_tensors(weight, losses)) if losses.shape == logits.shape else None
+
+    return counted

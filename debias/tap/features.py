@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from debias.errors import DebiasError, HeadNotFoundError, RowsError
 from debias.tap.calls import LossCall
-from debias.tap.moves import Move, apply_move
+from debias.tap.notes import Note
 from debias.tap.rows import RowTracker
 
 __all__ = [
@@ -22,8 +21,7 @@ __all__ = [
     "check_features",
     "check_pool",
     "deliver",
-    "feature_rows_of",
-    "made_logits",
+    "moves_to_logits",
     "of_loaders",
     "own_weight",
     "pooled",
@@ -40,16 +38,20 @@ class Run:
     """One run of a layer.
 
     Attributes:
-        recorded: whether gradients were recorded.
         given: its input.
-        around: the first tensors that it, and the modules that it lies in, were given, the innermost first.
         output: what it made.
+        around: the first tensors that it, and the modules that it lies in, were given, the innermost first.
+        recorded: whether gradients were recorded.
+        weight: of a linear layer whose run was noted: its weight.
+        moves: likewise, what was done to its output to make the logits of a loss.
     """
 
-    recorded: bool
     given: Any
-    around: list[Tensor]
     output: Any = None
+    around: Sequence[Tensor] = ()
+    recorded: bool = True
+    weight: Any = None
+    moves: list[Note] | None = None
 
 
 def check_features(features: Any) -> Tensor:
@@ -117,12 +119,14 @@ def _by_channel(x: Tensor, head: nn.Module | None) -> bool:
     return x.ndim == 4 and not linear
 
 
-def made_logits(tracker: RowTracker | None, run: Run, call: LossCall) -> bool:
-    """Whether a run of the head made the logits of a loss."""
+def moves_to_logits(tracker: RowTracker | None, run: Run, call: LossCall) -> list[Note] | None:
+    """What was done to the output of a run to make the logits of a loss; None where it did not make them."""
     logits, output = (call.record.function or call).logits, run.output
-    if logits is output:
-        return True
-    return tracker is not None and isinstance(logits, Tensor) and tracker.moves(logits, output) is not None
+    if run.moves is not None or logits is output:
+        return run.moves or []
+    if tracker is None or not isinstance(logits, Tensor) or not isinstance(output, Tensor):
+        return None
+    return tracker.moves(logits, output)
 
 
 def of_loaders(tracker: RowTracker | None, runs: list[Run], having: Having, what: str) -> list[Run]:
@@ -147,50 +151,32 @@ def of_loaders(tracker: RowTracker | None, runs: list[Run], having: Having, what
 
 def deliver(call: LossCall, tracker: RowTracker | None, runs: list[tuple[Run, Any]]) -> None:
     """Give a call the features of the runs of a layer, one run after the other."""
-    run, call.features = runs[0]
-    if len(runs) == 1:
-        call.record.feature_rows = functools.partial(feature_rows_of, tracker, run)
-        return
-    shapes = {tuple(x.shape[1:]) if isinstance(x, Tensor) else None for _, x in runs}
-    if len(shapes) > 1 or None in shapes:
+    found = [features for _, features in runs]
+    shapes = {tuple(x.shape[1:]) if isinstance(x, Tensor) else None for x in found}
+    if len(runs) > 1 and (len(shapes) > 1 or None in shapes):
         raise HeadNotFoundError(
             "Expected the features of all runs of a layer in a step to be tensors of one width, but got"
-            f" {' and '.join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for _, x in runs[:8])}."
+            f" {' and '.join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in found[:8])}."
             " Name a module that gives as many features in each: `features='dotted.path'`."
         )
-    call.features = torch.cat([x for _, x in runs])
-    call.record.feature_rows = functools.partial(_joined_rows, tracker, runs)
+    call.features = found[0] if len(runs) == 1 else torch.cat(found)
+
+    def rows(call: LossCall) -> Tensor | None:
+        of_runs = [_rows_of_run(tracker, run, features, call) for run, features in runs]
+        if len(runs) == 1:
+            return of_runs[0]
+        counts = [len(rows_of_features(features, call.head)) for features in found]
+        in_order = [torch.arange(n, device=found[0].device) for n in counts]
+        return torch.cat([own if rows is None else rows for rows, own in zip(of_runs, in_order, strict=True)])
+
+    call.record.feature_rows = rows
 
 
-def _joined_rows(tracker: RowTracker | None, runs: list[tuple[Run, Tensor]], call: LossCall) -> Tensor:
-    """As :func:`feature_rows_of`, for the rows of several runs."""
-    found = [feature_rows_of(tracker, run, call, features=features) for run, features in runs]
-    counts = [len(rows_of_features(features, call.head)) for _, features in runs]
-    device = runs[0][1].device
-    return torch.cat(
-        [torch.arange(n, device=device) if rows is None else rows for rows, n in zip(found, counts, strict=True)]
-    )
-
-
-def feature_rows_of(
-    tracker: RowTracker | None,
-    run: Run,
-    call: LossCall,
-    *,
-    features: Any = None,
-    moves: list[Move] | None = None,
-) -> Tensor | None:
+def _rows_of_run(tracker: RowTracker | None, run: Run, features: Any, call: LossCall) -> Tensor | None:
     """Sample of each row of the features, int64 ``(rows,)``; the number of samples where the loss leaves the row out.
 
     They are those of the loss where the layer's output can be followed to the logits, else those of what the layer, or
     a network that it is in, was given.
-
-    Args:
-        tracker: of this step.
-        run: the run of the layer.
-        call: the loss, with its features.
-        features: of this run alone, where there are several.
-        moves: what was done to the layer's output to make the logits, if that is known.
 
     Returns:
         None where row i is sample i.
@@ -198,12 +184,10 @@ def feature_rows_of(
     Raises:
         RowsError: they are not known.
     """
-    features = call.features if features is None else features
     head, loss = call.head, call.record.function or call
     if tracker is None or not isinstance(features, Tensor):
         return None
-    if moves is None and isinstance(loss.logits, Tensor) and isinstance(run.output, Tensor):
-        moves = tracker.moves(loss.logits, run.output)
+    moves = moves_to_logits(tracker, run, call)
     count = len(rows_of_features(features, head))
     found: Tensor | bool | None = False
     if moves is not None:
@@ -226,22 +210,22 @@ def feature_rows_of(
 
 
 def _rows_of_loss(
-    loss: LossCall, n: int, count: int, output: Tensor, classes: int, moves: list[Move]
+    loss: LossCall, n: int, count: int, output: Tensor, classes: int, moves: list[Note]
 ) -> Tensor | bool | None:
     """Samples of the ``count`` rows of a layer's output, the axis of classes aside, from those of the loss's rows.
 
     Returns:
-        As :func:`feature_rows_of`, or False if the shapes do not fit.
+        As :func:`_rows_of_run`, or False if the shapes do not fit.
     """
     if output.numel() != count * output.shape[classes]:
         return False
     rows = loss.logits_rows
-    if count == len(output) == (n if rows is None else len(rows)) and all(move.keeps_rows for move in moves):
+    if count == len(output) == (n if rows is None else len(rows)) and all(move.same_rows for move in moves):
         return rows
     numbers = torch.arange(count, device=output.device).view(output.select(classes, 0).shape)
     numbers = numbers.unsqueeze(classes).expand(output.shape)
     for move in moves:
-        numbers = apply_move(move.func, move.args, move.kwargs, numbers, move.part)
+        numbers = move.done_to(numbers)
     if numbers.ndim == loss.record.computed[0].ndim + 1:  # the loss has no axis of classes
         numbers = numbers.select(1, 0)
     samples = torch.arange(n, device=output.device) if rows is None else rows

@@ -9,7 +9,6 @@ Other features are the output of a module that is named.
 from __future__ import annotations
 
 import difflib
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,15 +23,15 @@ from debias.tap.features import (
     Run,
     check_features,
     deliver,
-    feature_rows_of,
-    made_logits,
+    moves_to_logits,
     of_loaders,
     own_weight,
     pooled,
     rows_of_features,
 )
 from debias.tap.hooks import Hook
-from debias.tap.moves import CASTS, Move, among, keeps_rows
+from debias.tap.moves import CASTS, among, named
+from debias.tap.notes import Note
 from debias.tap.rows import RowTracker
 from debias.tap.sharded import has_shards, whole
 
@@ -41,9 +40,8 @@ __all__ = ["FeatureTap", "HeadFinder", "HeadTap", "check_features", "rows_of_fea
 _T = torch.Tensor
 # Operations between head and loss that leave every logit what it is.
 _passes = among(
-    {_T.float, _T.double, _T.to, _T.contiguous, _T.squeeze, _T.unsqueeze, _T.view, _T.reshape, _T.flatten, _T.type_as}
-    | {_T.clone, _T.transpose, _T.permute}
-    | {torch.squeeze, torch.unsqueeze, torch.reshape, torch.flatten, torch.transpose, torch.permute, torch.clone}
+    named("squeeze unsqueeze reshape flatten transpose permute clone")
+    | {_T.float, _T.double, _T.to, _T.contiguous, _T.view, _T.type_as}
 )
 
 
@@ -57,55 +55,50 @@ class HeadFinder:
 
     def __init__(self, root: nn.Module | None = None) -> None:
         self._root = root
-        self._layers: list[tuple[Tensor, nn.Module]] = []  # weight, layer
-        self._linears: list[tuple[Tensor, Tensor, Tensor]] = []  # output, input, weight
-        self._passed: list[tuple[Tensor, Any, tuple[Any, ...], dict[str, Any]]] = []  # output, operation, arguments
+        self._notes: list[Note] = []
 
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Note one operation."""
         if func is F.linear or func is F.conv2d or func is torch.conv2d:
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
             if isinstance(weight, Tensor) and (weight.ndim == 2 or weight.shape[2:] == (1, 1)):
-                source = args[0] if args else kwargs["input"]
-                self._linears.append((out, source, weight))
-                if self._root is not None:
-                    self._layers += [(weight, m) for m in layers_of(self._root, weight)[:1]]
+                layer = None if self._root is None else _holder(self._root, weight)
+                self._notes.append(Note(out, 0, F.linear, (args[0] if args else kwargs["input"], weight, layer)))
         elif isinstance(out, Tensor) and (_passes(func) or (func is _T.__getitem__ and _keeps_all(args, out))):
-            self._passed.append((out, func, args, kwargs))
+            self._notes.append(Note(out, 0, func, args, kwargs))
 
     def runs_of(self, weight: Tensor) -> int:
         """How often a layer of this weight ran with gradients."""
-        return sum(w is weight and out.requires_grad for out, _, w in self._linears)
+        return sum(note.out.requires_grad for note in self._with(weight))
 
-    def layer_of(self, weight: Tensor) -> nn.Module | None:
-        """The layer that ran with a weight, of a module whose parameters are sharded."""
-        return next((layer for w, layer in self._layers if w is weight), None)
+    def layer_of(self, root: nn.Module, weight: Tensor) -> nn.Module | None:
+        """The layer of a module that ran with a weight, sharded or not."""
+        layers = [note.args[2] for note in self._with(weight) if note.args[2] is not None]
+        return layers[0] if layers else _holder(root, weight)
 
-    def match(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Move]] | None:
-        """Output, input and weight of the linear layer whose output the logits are, and the moves between them."""
-        end = len(self._passed)
-        moves: list[Move] = []
-        while True:
-            for out, source, weight in self._linears:
-                if out is logits:
-                    return out, source, weight, moves[::-1]
-            # By position, not identity alone: `.float()` may return its argument.
-            for i in range(end - 1, -1, -1):
-                if self._passed[i][0] is logits:
-                    out, func, args, kwargs = self._passed[i]
-                    if func not in CASTS:
-                        moves.append(Move(func, args, kwargs, None, keeps_rows(func, args, out)))
-                    logits, end = args[0], i
-                    break
-            else:
-                return None
+    def match(self, logits: Tensor) -> Run | None:
+        """The run of the linear layer whose output the logits are, with its weight and the moves between them."""
+        moves: list[Note] = []
+        for note in reversed(self._notes):
+            if note.out is not logits:
+                continue
+            if note.func is F.linear:
+                given, weight, _ = note.args
+                return Run(given, note.out, weight=weight, moves=moves[::-1])
+            if note.func not in CASTS:
+                moves.append(note)
+            logits = note.args[0]
+        return None
+
+    def _with(self, weight: Tensor) -> list[Note]:
+        return [note for note in self._notes if note.func is F.linear and note.args[1] is weight]
 
 
-def layers_of(root: nn.Module, weight: Tensor | None) -> list[nn.Module]:
-    """The layers that hold a weight: not by ``m.weight``, which some parametrizations compute anew, and change their
+def _holder(root: nn.Module, weight: Tensor) -> nn.Module | None:
+    """The layer that holds a weight: not by ``m.weight``, which some parametrizations compute anew, and change their
     state.
     """
-    return [m for m in root.modules() if own_weight(m) is weight] if weight is not None else []
+    return next((m for m in root.modules() if own_weight(m) is weight), None)
 
 
 def _keeps_all(args: tuple[Any, ...], out: Tensor) -> bool:
@@ -119,38 +112,52 @@ def _keeps_all(args: tuple[Any, ...], out: Tensor) -> bool:
     return index[0] == slice(None) and all(isinstance(i, int | None) for i in index[1:])
 
 
-class _Layer:
-    """Keeps what a layer is given, and what it makes of it, while a step runs.
+class _LayerTap:
+    """Keeps what a layer is given, and what it makes of it, while a step runs."""
 
-    Args:
-        layer: the layer.
-        around: the modules that it lies in, the outermost first.
-    """
-
-    def __init__(self, layer: nn.Module, around: Sequence[nn.Module] = ()) -> None:
+    def __init__(self) -> None:
         self._runs: list[Run] = []
         self._entered: list[Tensor | None] = []
         self._tracker: RowTracker | None = None
         self._armed = False
         self._handles: list[Any] = []
+
+    def _hook(self, layer: nn.Module, around: Sequence[nn.Module] = ()) -> None:
+        """Watch a layer from now on, and the modules that it lies in, the outermost first."""
         for module in around:
             self._handles.append(module.register_forward_pre_hook(Hook(self._enter), with_kwargs=True))
             self._handles.append(module.register_forward_hook(Hook(self._leave)))
         self._handles.append(layer.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
         self._handles.append(layer.register_forward_hook(Hook(self._end)))
 
-    def start(self, tracker: RowTracker | None) -> None:
+    def _hook_named(self, root: nn.Module, path: str, *, argument: str) -> nn.Module:
+        """Watch the layer at a dotted path.
+
+        Raises:
+            HeadNotFoundError: there is none.
+        """
+        layer = submodule(root, path, argument=argument)
+        names = path.split(".")
+        # Not in the root, whose forward pass under DDP is the step.
+        self._hook(layer, [root.get_submodule(".".join(names[:end])) for end in range(1, len(names))])
+        return layer
+
+    def start(self, tracker: RowTracker | None = None) -> HeadFinder | None:
+        """Begin a step: nothing of an earlier one may be used. Returns what is to note its operations."""
         self.forget()
         self._tracker, self._armed = tracker, True
+        return None
 
     def stop(self) -> None:
+        """End the user's step: penalties and monitors may run the network again."""
         self._armed = False
 
     def forget(self) -> None:
-        """Let go of every tensor."""
+        """Let go of every tensor of the step."""
         self._runs, self._entered, self._tracker = [], [], None
 
     def close(self) -> None:
+        """Take the hooks away."""
         while self._handles:
             self._handles.pop().remove()
 
@@ -158,6 +165,11 @@ class _Layer:
     def runs(self) -> list[Run]:
         """All but those without gradients, of a teacher or to log an accuracy: a loss is not trained with them."""
         return [run for run in self._runs if run.recorded] or self._runs
+
+    @property
+    def several(self) -> bool:
+        """Whether the layer ran several times in this step."""
+        return len(self.runs) > 1
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._armed:
@@ -170,10 +182,9 @@ class _Layer:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recorded = torch.is_grad_enabled()
         if self._armed and (recorded or len(self._runs) < 2):  # without gradients, enough to tell one from many
-            given = args[0] if args else next(iter(kwargs.values()), None)
-            given = whole(given)
+            given = whole(args[0] if args else next(iter(kwargs.values()), None))
             around = [x for x in (given, *reversed(self._entered)) if isinstance(x, Tensor)]
-            self._runs.append(Run(recorded, given, around))
+            self._runs.append(Run(given, around=around, recorded=recorded))
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._armed and self._runs and self._runs[-1].output is None:
@@ -182,7 +193,7 @@ class _Layer:
                 self._tracker.follow(output)
 
 
-class HeadTap:
+class HeadTap(_LayerTap):
     """Delivers features and head of the selected loss: found in the first step, hooked from the second.
 
     Args:
@@ -192,45 +203,32 @@ class HeadTap:
     """
 
     def __init__(self, root: nn.Module, path: str | None, *, compiled: bool = False) -> None:
+        super().__init__()
         self.root = root
-        self.head: nn.Module | None = None
-        self._layer: _Layer | None = None
-        self._tracker: RowTracker | None = None
         self._named = path is not None
+        self.head = None if path is None else self._hook_named(root, path, argument="head")
         self._noting = path is None
         self._finder: HeadFinder | None = None
         self._hookable = not compiled
-        self._agreed = False
-        self._hooked = False
-        if path is not None:
-            self.head, around = _along(root, path, argument="head")
-            self._layer = _Layer(self.head, around)
 
     def start(self, tracker: RowTracker | None = None) -> HeadFinder | None:
-        """Begin a step: nothing of an earlier one may be used."""
-        self._tracker = tracker
-        self._hooked = self._layer is not None  # in this step, and not only since a method has asked in it
-        if self._layer is not None:
-            self._layer.start(tracker)
-        self._noting = self._noting and not (self._hookable and self._agreed)
-        self._finder = HeadFinder(self.root if has_shards(self.root) else None) if self._noting else None
+        """Begin a step: nothing of an earlier one may be used. Returns what is to note its operations."""
+        super().start(tracker)
+        if self.head is not None and self._hookable and not self._handles:
+            self._hook(self.head)
+        if self._noting:
+            self._finder = HeadFinder(self.root if has_shards(self.root) else None)
         return self._finder
-
-    def stop(self) -> None:
-        """End the user's step: penalties and monitors may run the network again."""
-        if self._layer is not None:
-            self._layer.stop()
 
     def forget(self) -> None:
         """Let go of every tensor of the step."""
-        self._tracker = None
-        if self._layer is not None:
-            self._layer.forget()
+        super().forget()
+        self._finder = None
 
     @property
     def several(self) -> bool:
-        """Whether the head that is named ran several times in this step."""
-        return not self._noting and self._layer is not None and len(self._layer.runs) > 1
+        """Whether the head that is named, or known by now, ran several times in this step."""
+        return self._finder is None and super().several
 
     def resolve(self, call: LossCall, *, join: bool = False, having: Having = None, of_loss: Any = None) -> None:
         """Give a call its features and its head.
@@ -246,66 +244,64 @@ class HeadTap:
                 times and nothing tells which run is meant.
             RowsError: it has seen no sample of a loader whose samples have ids.
         """
-        runs = [] if self._layer is None else self._layer.runs
-        if not self._noting:
-            if join and runs and self._named:
-                runs = of_loaders(self._tracker, runs, having, "head")
-            elif len(runs) > 1:
-                runs = [run for run in runs if made_logits(self._tracker, run, call)] or runs
-            if len(runs) != 1 and not (join and runs and self._named):
-                raise HeadNotFoundError(
-                    f"Expected the head to run once in a step, but it ran {_times(runs)}. Name the layer that"
-                    " makes the logits of the loss, `head='dotted.path'`; where that runs on parts of the batch, let it"
-                    " run once on all, `head(torch.cat(parts))`, or use a penalty that needs losses only (VREx)."
-                )
-            call.head = self.head
-            deliver(call, self._tracker, [(run, run.given) for run in runs])
+        if self._finder is not None:
+            self._resolve_noted(self._finder, call, join, having, of_loss)
             return
-        output, call.features, weight, moves = call.record.linear or (None, None, None, [])
-        found = layers_of(self.root, weight)
-        if not found and weight is not None and self._finder is not None:
-            found = [layer for layer in [self._finder.layer_of(weight)] if layer is not None]
-        if not found:
+        runs = self.runs
+        join = join and self._named and len(runs) > 0
+        if join:
+            runs = of_loaders(self._tracker, runs, having, "head")
+        elif len(runs) > 1:
+            runs = [run for run in runs if moves_to_logits(self._tracker, run, call) is not None] or runs
+        if len(runs) != 1 and not (join and runs):
+            raise HeadNotFoundError(
+                f"Expected the head to run once in a step, but it ran {_times(runs)}. Name the layer that"
+                " makes the logits of the loss, `head='dotted.path'`; where that runs on parts of the batch, let it"
+                " run once on all, `head(torch.cat(parts))`, or use a penalty that needs losses only (VREx)."
+            )
+        call.head = self.head
+        deliver(call, self._tracker, [(run, run.given) for run in runs])
+
+    def _resolve_noted(
+        self, finder: HeadFinder, call: LossCall, join: bool, having: Having, of_loss: set[int] | None
+    ) -> None:
+        """Give a call what was noted of the layer that made its logits; a hook has to give the same in the next one."""
+        noted: Run | None = call.record.linear
+        head = None if noted is None else finder.layer_of(self.root, noted.weight)
+        if noted is None or head is None:
             raise HeadNotFoundError(
                 f"Expected the logits of `{call.name}` to be the output of a linear layer of the module, but no layer"
                 " was found (averaged heads, `logits / temperature`, cosine and tensor-parallel heads are not). Name"
                 " it: `head='dotted.path'`."
             )
-        call.head = found[0]
         if join and having and not having.keys() <= (of_loss or set()):
             raise HeadNotFoundError(
                 "Expected the features to be named where samples of other loaders than those of the loss have ids"
                 f" ({', '.join(having.values())}): nothing tells else whether they are seen. Name the module that runs"
                 " on all of them: `features='dotted.path'`."
             )
-        if join and weight is not None and self._finder is not None and self._finder.runs_of(weight) > 1:
-            path = next(name for name, module in self.root.named_modules() if module is call.head)
+        if join and finder.runs_of(noted.weight) > 1:
+            path = next(name for name, module in self.root.named_modules() if module is head)
             raise HeadNotFoundError(
                 f"Expected the classifier head to run once in a step, but {path!r} ran several times. Name the module"
                 " whose output is meant, of which all runs then count; one that is given the batch itself:"
                 " `features='dotted.path'`."
             )
-        run = Run(True, call.features, [], output)
-        call.record.feature_rows = functools.partial(feature_rows_of, self._tracker, run, moves=moves)
+        call.head = head
+        deliver(call, self._tracker, [(noted, noted.given)])
+        runs = self.runs
         if not self._hookable:
             return
-        if self._layer is None:
-            self.head = call.head
-            self._layer = _Layer(self.head)
-        elif call.head is not self.head or (self._hooked and (len(runs) != 1 or runs[0].given is not call.features)):
-            self._hookable = False
+        if self.head is None:
+            self.head = head
+        elif head is not self.head or (self._handles and (len(runs) != 1 or runs[0].given is not noted.given)):
+            self._hookable, self._noting = False, True
             self.close()
         else:
-            self._agreed = self._hooked
-
-    def close(self) -> None:
-        """Take the hooks away."""
-        if self._layer is not None:
-            self._layer.close()
-            self._layer = None
+            self._noting = not self._handles
 
 
-class FeatureTap:
+class FeatureTap(_LayerTap):
     """Delivers the output of a named module as the features of a loss.
 
     Args:
@@ -315,44 +311,19 @@ class FeatureTap:
     """
 
     def __init__(self, root: nn.Module, path: str, pool: str | None = None) -> None:
+        super().__init__()
         self.path = path
         self.pool = pool
-        self._tracker: RowTracker | None = None
-        self._layer = _Layer(*_along(root, path, argument="features"))
-
-    def start(self, tracker: RowTracker | None = None) -> None:
-        """Begin a step: nothing of an earlier one may be used."""
-        self._tracker = tracker
-        self._layer.start(tracker)
-
-    def stop(self) -> None:
-        """End the user's step: penalties and monitors may run the network again."""
-        self._layer.stop()
-
-    def forget(self) -> None:
-        """Let go of every tensor of the step."""
-        self._tracker = None
-        self._layer.forget()
-
-    @property
-    def several(self) -> bool:
-        """Whether the module ran several times in this step."""
-        return len(self._layer.runs) > 1
+        self._hook_named(root, path, argument="features")
 
     def resolve(self, call: LossCall, *, join: bool = False, having: Having = None, of_loss: Any = None) -> None:
-        """Give a call its features.
-
-        Args:
-            call: the loss.
-            join: of several runs of the module, take the rows of all.
-            having: of several loaders, the names of those whose samples have ids; rows of the others are left out.
-            of_loss: of several loaders, those whose samples the loss is of.
+        """Give a call its features; the arguments are those of :meth:`HeadTap.resolve`.
 
         Raises:
             HeadNotFoundError: the module did not run in this step, or several times and these are not to be joined.
             RowsError: it has seen no sample of a loader whose samples have ids.
         """
-        runs = self._layer.runs
+        runs = self.runs
         if join and runs:
             runs = of_loaders(self._tracker, runs, having, f"features={self.path!r}")
         elif len(runs) != 1:
@@ -363,24 +334,9 @@ class FeatureTap:
         call.head = None
         deliver(call, self._tracker, [(run, pooled(run.output, self.pool)) for run in runs])
 
-    def close(self) -> None:
-        """Take the hooks away."""
-        self._layer.close()
-
 
 def _times(runs: list[Run]) -> str:
     return "several times" if runs else "0 times"
-
-
-def _along(root: nn.Module, path: str, *, argument: str) -> tuple[nn.Module, list[nn.Module]]:
-    """The module at a dotted path, and those that it lies in; not the root, whose forward pass under DDP is the step.
-
-    Raises:
-        HeadNotFoundError: there is none.
-    """
-    found = submodule(root, path, argument=argument)
-    names = path.split(".")
-    return found, [root.get_submodule(".".join(names[:end])) for end in range(1, len(names))]
 
 
 def submodule(root: nn.Module, path: str, *, argument: str) -> nn.Module:

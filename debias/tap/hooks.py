@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,12 +20,8 @@ class Hook:
         return self.function(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _get_inert, ()
+        return functools.partial, (_do_nothing,)
 
 
-def _inert(*args: Any, **kwargs: Any) -> None:
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
     return None
-
-
-def _get_inert() -> Callable[..., None]:
-    return _inert

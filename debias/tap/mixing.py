@@ -9,6 +9,7 @@ groups, of sample ``source_k(i)``::
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from debias.errors import DebiasError, RowsError
+from debias.tap.batches import arranged_rows
 from debias.tap.losses import COMPARING
 
 __all__ = ["Mixture", "Part", "mix_parts", "row_sources", "unmixable"]
@@ -69,15 +71,10 @@ class Mixture:
         """Every sample becomes ``share`` of itself and ``1 - share`` of its partner."""
         rest = 1 - shares
         kept = [Part(part.source, part.num * shares, part.den * shares) for part in self.parts]
-        added = [
-            Part(
-                partners if part.source is None else part.source[partners],
-                part.num[partners] * rest,
-                part.den[partners] * rest,
-            )
-            for part in self.parts
-        ]
-        self.parts = kept + added
+        for part in self.parts:
+            source = partners if part.source is None else part.source[partners]
+            kept.append(Part(source, part.num[partners] * rest, part.den[partners] * rest))
+        self.parts = kept
 
     def repeat(self, index: Tensor, weights: Tensor) -> None:
         """Samples ``index`` take the place of the batch; ``weights`` scale their losses, not what these are divided
@@ -88,12 +85,6 @@ class Mixture:
             Part(None if part.source is None else part.source[index], part.num[index] * weights, part.den[index])
             for part in self.parts
         ]
-
-    def meant(self, call: Any) -> bool:
-        """Whether a loss is one that the mixture is about."""
-        if self.loss is None or self.loss == "sum":
-            return True
-        return bool(self.loss(call)) if callable(self.loss) else call.position == self.loss
 
 
 def row_sources(source: Tensor, index: Tensor | None, n: int, *, check: bool) -> Tensor:
@@ -110,22 +101,16 @@ def row_sources(source: Tensor, index: Tensor | None, n: int, *, check: bool) ->
     """
     if index is None:
         return source
-    rows = len(index)
-    order = index.argsort(stable=True)
-    wrong = rows % n != 0
-    if not wrong and check:
-        wrong = not torch.equal(
-            index[order].view(n, -1), torch.arange(n, device=index.device).view(n, 1).expand(n, rows // n)
-        )
-    if wrong:
+    rows, order = len(index), index.argsort(stable=True)
+    together = arranged_rows("interleaved", n, rows // n, index.device)
+    if rows % n or (check and not torch.equal(index[order], together)):
         raise RowsError(
             f"Expected every sample to have as many rows in the loss as the others, so that labels of two samples can"
             f" be mixed, but got {rows} rows for {n} samples. Mask losses instead of leaving rows out."
         )
-    table = order.view(n, -1)
     numbers = torch.arange(rows // n, device=index.device).repeat(n)
     position = torch.empty_like(order).scatter_(0, order, numbers)
-    return table[source[index], position]
+    return order.view(n, -1)[source[index], position]
 
 
 def mix_parts(
@@ -148,34 +133,38 @@ def mix_parts(
         index = index.flatten() if call.target.shape == losses.shape else index.flatten(1)[:, 0]
     check = index is not None and (index.device.type == "cpu" or tracker is None or tracker.everything)
     elementwise = index is not None and len(index) != len(losses)
-    losses_of, nums, dens, shares, targets, sources = [], [], [], [], [], []
+    shape = losses.shape if elementwise else (-1, *[1] * (losses.ndim - 1))
+
+    def of_rows(per_sample: Tensor) -> Tensor:
+        return per_sample if index is None else per_sample[index]
+
+    made = []
     for part in mixture.parts:
         rows = None if part.source is None else row_sources(part.source, index, mixture.n, check=check)
-
-        def moved(target: Tensor, rows: Tensor | None = rows) -> Tensor:
-            if rows is None:
-                return target
-            return target.flatten()[rows].view(target.shape) if elementwise else target[rows]
-
+        labels = functools.partial(_labels, rows, elementwise)
         if rows is not None:
-            losses, den = compute(moved)
-        shape = losses.shape if elementwise else (-1, *[1] * (losses.ndim - 1))
-        of_rows = [x if index is None else x[index] for x in (part.num, part.den)]
-        num_share, den_share = (x.to(losses.dtype).view(shape).expand(losses.shape) for x in of_rows)
+            losses, den = compute(labels)
+        num_share, den_share = (
+            of_rows(x).to(losses.dtype).view(shape).expand(losses.shape) for x in (part.num, part.den)
+        )
         source = torch.arange(mixture.n, device=mixture.device) if part.source is None else part.source
-        sources.append(source if index is None else source[index])
-        losses_of.append(losses)
-        nums.append(losses * num_share)
-        dens.append(den.to(losses.dtype) * den_share)
-        shares.append(num_share)
-        targets.append(moved(call.target))
-    call.parts, record.targets, record.own_rows = len(nums), torch.cat(targets), index
-    num, den, samples = torch.cat(nums), torch.cat(dens), torch.cat(sources)
-    record.compute, record.shares = lambda: (num, den), torch.cat(shares)
+        den = den.to(losses.dtype) * den_share
+        made.append((losses, losses * num_share, den, num_share, labels(call.target), of_rows(source)))
+    losses_of, *others = zip(*made, strict=True)
+    num, den, shares, targets, samples = map(torch.cat, others)
+    call.parts, record.targets, record.own_rows, record.shares = len(made), targets, index, shares
+    record.compute = lambda: (num, den)
     for cached in ("computed", "elements"):
         vars(record).pop(cached, None)
     record.samples = lambda shape: samples.view(shape) if elementwise else samples
-    return losses_of
+    return list(losses_of)
+
+
+def _labels(rows: Tensor | None, elementwise: bool, target: Tensor) -> Tensor:
+    """The labels that the rows of a loss, or its elements, count with."""
+    if rows is None:
+        return target
+    return target.flatten()[rows].view(target.shape) if elementwise else target[rows]
 
 
 def unmixable(name: str, why: str) -> DebiasError:

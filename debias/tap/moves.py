@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,26 +29,32 @@ __all__ = [
     "REORDERING",
     "SORTING",
     "SUM",
-    "Move",
     "among",
     "apply_move",
     "axes_of",
+    "functions",
     "keeps_rows",
     "looked_up",
     "named",
     "read_arguments",
     "sorts_rows",
-    "takes_rows",
+    "thinned",
     "values_read",
 ]
 
 _T = torch.Tensor
 
 
-def named(names: str) -> frozenset[Any]:
-    """The functions of torch, of ``torch.nn.functional`` and of tensors by these names."""
+def named(names: str, forms: str = "{}") -> frozenset[Any]:
+    """The functions of torch, of ``torch.nn.functional`` and of tensors by these names, each in these forms."""
     spaces: tuple[Any, ...] = (_T, torch, F)
-    return frozenset(getattr(space, name) for space in spaces for name in names.split() if hasattr(space, name))
+    every = [form.format(name) for name in names.split() for form in forms.split()]
+    return frozenset(getattr(space, name) for space in spaces for name in every if hasattr(space, name))
+
+
+def functions(names: str) -> frozenset[Any]:
+    """The same, in place and as operators, too."""
+    return named(names, "{} {}_ __{}__ __i{}__ __r{}__")
 
 
 def among(functions: Iterable[Any]) -> Callable[[Any], bool]:
@@ -91,34 +97,31 @@ def values_read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
     return [x for x in (*read_arguments(func, args), *by_name) if isinstance(x, Tensor)]
 
 
+# Leave every row in its place whenever they keep the number of rows.
+_ROW_KEEPING = named("reshape flatten squeeze unsqueeze unflatten view expand view_as reshape_as expand_as")
+# Move whole rows, unless told of another axis than the first.
+_ROW_WISE = named("index_select cat concat concatenate")
+_TURNING = named("flip fliplr flipud roll")
+_TRANSPOSED = frozenset({_T.T.__get__, _T.mT.__get__})  # type: ignore[attr-defined]
 # Move, drop or repeat elements; only the first argument (or its list) holds data.
-MOVES = named(
-    "reshape permute transpose t flatten squeeze unsqueeze repeat_interleave flip fliplr flipud roll index_select chunk"
-    " split tensor_split unbind unflatten movedim swapaxes swapdims narrow select masked_select take take_along_dim"
-    " gather tile moveaxis diagonal rot90 cat concat concatenate stack hstack vstack"
-) | frozenset(
-    [getattr(_T, name) for name in ["view", "__getitem__", "repeat", "expand", "expand_as", "view_as", "reshape_as"]]
-    + [_T.T.__get__, _T.mT.__get__]  # type: ignore[attr-defined]
+MOVES = (_ROW_KEEPING | _ROW_WISE | _TURNING | _TRANSPOSED) | named(
+    "permute transpose t repeat_interleave chunk split tensor_split unbind movedim swapaxes swapdims narrow select"
+    " masked_select take take_along_dim gather tile repeat moveaxis diagonal rot90 stack hstack vstack __getitem__"
 )
 # Compute each element from those at the same place; targets and masks are often made with them.
-ELEMENTWISE = named(
+_IN_PLACES = (
     "gt ge lt le eq ne add sub subtract mul multiply div divide true_divide floor_divide remainder fmod clamp"
     " clamp_min clamp_max clip abs absolute neg negative round floor ceil sign square pow float_power sqrt rsqrt exp"
     " expm1 log log1p log2 reciprocal sigmoid tanh cosh sinh logical_not logical_and logical_or logical_xor"
     " bitwise_and bitwise_or where masked_fill minimum maximum isnan isfinite isinf nan_to_num relu relu6 leaky_relu"
     " erf erfc erfinv sin cos tan asin acos atan atan2 hypot lgamma digamma logit xlogy logaddexp heaviside trunc frac"
     " lerp addcmul addcdiv isclose bernoulli poisson"
-    " elu selu silu gelu mish hardtanh hardswish hardsigmoid softplus logsigmoid dropout threshold __neg__ __pos__"
-    " __pow__ __rpow__ __abs__ __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __rdiv__"
-    " __floordiv__ __mod__ __invert__ __and__ __or__ __xor__ __gt__ __ge__ __lt__ __le__ __eq__ __ne__"
+    " elu selu silu gelu mish hardtanh hardswish hardsigmoid softplus logsigmoid dropout threshold"
+    " pos truediv floordiv mod invert and or xor"  # as operators
 )
+ELEMENTWISE = named(_IN_PLACES, "{} __{}__ __r{}__")
 # The same, in place; so are the above where they return what they were given.
-INPLACE = named(
-    "add_ sub_ mul_ div_ true_divide_ floor_divide_ remainder_ fmod_ clamp_ clamp_min_ clamp_max_ abs_ neg_ round_"
-    " floor_ ceil_ sign_ square_ pow_ sqrt_ exp_ log_ sigmoid_ logical_not_ logical_and_ logical_or_ masked_fill_"
-    " nan_to_num_ zero_ fill_ relu_ tanh_ threshold_ __setitem__ __iadd__ __isub__ __imul__ __itruediv__ __iand__"
-    " __ior__"
-)
+INPLACE = named(_IN_PLACES, "{}_ __i{}__") | named("zero_ fill_ __setitem__")
 # Everything that changes a tensor in place.
 CHANGING = frozenset(
     getattr(_T, name)
@@ -131,8 +134,8 @@ PUTTING = named(
     " transpose_ t_ swapaxes_ swapdims_ resize_"
 )
 SUM, MEAN = named("sum"), named("mean")
-PRODUCT = named("mul multiply mul_ __mul__ __rmul__ __imul__")
-DIVISION = named("div true_divide divide div_ true_divide_ __truediv__ __itruediv__")
+PRODUCT = functions("mul multiply")
+DIVISION = named("div divide true_divide truediv", "{} {}_ __{}__ __i{}__")
 # Make one value of all along some axes.
 REDUCTIONS = named("sum mean argmax argmin max min amax amin any all prod count_nonzero nansum nanmean median")
 # Make each value of all along an axis.
@@ -143,52 +146,36 @@ SORTING = named("sort topk msort argsort")
 PACKING = frozenset({torch._VF._pack_padded_sequence, torch._VF._pad_packed_sequence})  # type: ignore[attr-defined]
 # Make a value, or a row of values, of each element of integers.
 LOOKUPS = frozenset({F.one_hot, F.embedding})
-# Leave every row in its place whenever they keep the number of rows.
-_ROW_KEEPING = named("reshape flatten squeeze unsqueeze unflatten") | frozenset(
-    {_T.view, _T.expand, _T.view_as, _T.reshape_as, _T.expand_as}
-)
-_looks_up = among(named("index_select gather take") | frozenset({_T.__getitem__}))
-# Move whole rows, unless told of another axis than the first.
-_ROW_WISE = named("index_select cat concat concatenate")
-# Along axes in which every element is the same they change nothing.
-STILL = named("flip fliplr flipud roll")
-
+_looks_up = among(named("index_select gather take __getitem__"))
 # Moves by which steps and networks put rows in another order, not merely axes.
 REORDERING = SORTING | named("__getitem__ flip flipud roll index_select gather take take_along_dim")
 
 RECORDED = MOVES | CASTS | ELEMENTWISE | INPLACE | PUTTING | PACKING | REDUCTIONS | ALONG | SORTING | LOOKUPS
 
 
-class Move(NamedTuple):
-    """An operation that moves elements.
-
-    Attributes:
-        func: the operation.
-        args: its arguments, what is moved first.
-        kwargs: its keyword arguments.
-        part: which of several results is meant.
-        keeps_rows: whether every row is where it was.
-    """
-
-    func: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    part: int | None
-    keeps_rows: bool
+def thinned(tensors: Sequence[Tensor], first: int = 0) -> list[Tensor]:
+    """Of each axis, from the first on, along which no element of any of these tensors changes, one element."""
+    axes = range(tensors[0].ndim)
+    still = [axis >= first and all(x.stride(axis) == 0 for x in tensors) for axis in axes]
+    return [x[tuple(slice(0, 1) if s else slice(None) for s in still)] for x in tensors]
 
 
 def apply_move(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], data: Any, part: int | None
 ) -> Any:
     """Run a recorded move on other data of the same shape."""
-    if getattr(func, "__name__", "") == "__get__":  # .T and .mT
+    if func in _TRANSPOSED:
         return func(data)
-    if func is _T.view and isinstance(data, Tensor):
-        data = data.contiguous()  # expanded, where the original was not
-    if func in STILL and isinstance(data, Tensor):
-        # Not an element for every pixel, where an image is mirrored.
-        small = data[tuple(slice(0, 1) if s == 0 else slice(None) for s in data.stride())]
-        return func(small, *args[1:], **kwargs).expand(data.shape)
+    if func is _T.view:  # of data that is expanded, where the original was not
+        shape = (*args[1:], *kwargs.values())
+        return data if isinstance(shape[0], torch.dtype) else data.reshape(*shape)
+    given = data if isinstance(data, tuple | list) else [data]
+    turns = func in _TURNING and (func.__name__ != "roll" or len(args) > 2 or "dims" in kwargs)
+    if (turns or _takes_rows(func, args, kwargs)) and len({x.ndim for x in given}) == 1:
+        # They change nothing along axes in which every element is the same, so none is made for every pixel.
+        small = thinned(given, first=0 if turns else 1)
+        out = func(small if given is data else small[0], *args[1:], **kwargs)
+        return out.expand(given[0].shape if turns else (len(out), *given[0].shape[1:]))
     out = func(data, *args[1:], **kwargs)
     return out if part is None else out[part]
 
@@ -218,7 +205,7 @@ def looked_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
     return None if func.__name__ == "index_select" and dim != 0 else key
 
 
-def takes_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _takes_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a move takes whole rows, so that it does the same to a tensor without the other axes."""
     if func is _T.__getitem__:
         key = args[1]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debias.tap.moves import ALONG, CASTS, LOOKUPS, MOVES, REDUCTIONS, SORTING, axes_of, keeps_rows
+from debias.tap.moves import ALONG, CASTS, LOOKUPS, MOVES, REDUCTIONS, SORTING, apply_move, axes_of, keeps_rows
 
-__all__ = ["CHANGED", "Note", "first_version", "same_rows", "version"]
+__all__ = ["CHANGED", "Note", "first_version", "version"]
 
 CHANGED = -3  # no tensor has this version, nor the one after it
 
@@ -37,15 +37,16 @@ class Note:
     Attributes:
         out: the tensor.
         version: of it, while what was done to it in place is understood.
-        func: what made it; None for a root.
+        func: what made it; None for a root, or where that is unknown.
         args: arguments of that.
         kwargs: keyword arguments of that.
         part: which of several results it is.
         sample: the one sample that a root belongs to; None where it has a row for each.
         first: the sample of the first row of a root.
-        loader: which of several loaders a root comes from, in the order in which their samples are numbered.
-        index: gives the sample numbers of a root that is not of the batch.
-        known: whether these are more than a guess.
+        loader: which of several loaders a root comes from, in the order in which their samples are numbered; None where
+            it is not of the batch.
+        known: whether ``sample`` or ``first`` tell the samples of a root.
+        index: gives the sample numbers of another root.
     """
 
     out: Tensor
@@ -56,9 +57,9 @@ class Note:
     part: int | None = None
     sample: int | None = None
     first: int = 0
-    loader: int = 0
+    loader: int | None = None
+    known: bool = False
     index: Callable[[], Tensor | None] | None = None
-    known: bool = True
 
     @property
     def reduces(self) -> bool:
@@ -73,10 +74,15 @@ class Note:
             return [x for x in data if isinstance(x, Tensor)] if isinstance(data, tuple | list) else [data]
         return [x for x in self.args if isinstance(x, Tensor) and x.ndim and x.shape == self.out.shape]
 
+    @property
+    def same_rows(self) -> bool:
+        """Whether row i is made of row i of one other tensor."""
+        if self.reduces or self.func in ALONG:
+            moved = self.out.ndim == 0 or 0 in axes_of(self.args, self.kwargs, self.args[0].ndim)
+        else:
+            moved = self.func in SORTING or (self.func in MOVES and not keeps_rows(self.func, self.args, self.out))
+        return len(self.sources) == 1 and not moved
 
-def same_rows(record: Note) -> bool:
-    """Whether row i is made of row i of one other tensor."""
-    moved = record.func in SORTING or (record.func in MOVES and not keeps_rows(record.func, record.args, record.out))
-    if record.reduces or record.func in ALONG:
-        moved = record.out.ndim == 0 or 0 in axes_of(record.args, record.kwargs, record.args[0].ndim)
-    return len(record.sources) == 1 and not moved
+    def done_to(self, data: Any) -> Any:
+        """What a move makes of other data of the same shape."""
+        return apply_move(self.func, self.args, self.kwargs, data, self.part)

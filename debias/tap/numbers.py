@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from debias.tap.moves import thinned
+
 __all__ = ["SampleNumbers"]
 
 
@@ -40,10 +42,11 @@ class SampleNumbers:
             return index if index.ndim else index.reshape(1)
         if not index.numel():
             return None
+        rows = self.without(index, list(range(1, index.ndim)))
         # Beyond the CPU the step that recorded everything has looked.
-        return self.without(index, list(range(1, index.ndim))) if self.reads(index) else index.flatten(1)[:, 0]
+        return index.flatten(1)[:, 0] if rows is None and not self.reads(index) else rows
 
-    def without(self, index: Tensor, axes: list[int], out: Tensor | None = None) -> Tensor | None:
+    def without(self, index: Tensor, axes: list[int]) -> Tensor | None:
         """Sample numbers when these axes are gone; None if samples change along them."""
         for axis in reversed(axes):
             first = index.select(axis, 0)
@@ -51,7 +54,7 @@ class SampleNumbers:
             if not still and not (self.reads(index) and torch.equal(index, first.unsqueeze(axis).expand_as(index))):
                 return None
             index = first
-        return index if out is None else index.reshape(out.shape)
+        return index
 
     def moving(self, index: Tensor) -> Iterator[int]:
         """The axes along which samples change; each is looked at when it is asked for."""
@@ -59,25 +62,23 @@ class SampleNumbers:
 
     def _axis(self, index: Tensor, read: bool | None = None) -> int | None:
         """The axis along which the samples lie in the order of the batch, each the same along all other axes."""
-        order = self._order(index.device)
-        moving = [a for a, (s, size) in enumerate(zip(index.stride(), index.shape, strict=True)) if s and size > 1]
         if self.n == 1:
-            return None if moving or 1 not in index.shape else index.shape.index(1)
-        if len(moving) == 1 and index.shape[moving[0]] == self.n:
-            line = index[tuple(slice(None) if a == moving[0] else 0 for a in range(index.ndim))]
-            if line._base is order and line.stride() == (1,) and line.storage_offset() == 0:
-                return moving[0]  # a view of the order itself
-            return moving[0] if self.reads(index, read) and torch.equal(line, order) else None
-        if not self.reads(index, read):
-            return None
+            return index.shape.index(1) if 1 in index.shape else None
+        order = self._order(index.device)
         for axis, size in enumerate(index.shape):
             lines = order.view(-1, *[1] * (index.ndim - axis - 1))
-            if size == self.n and torch.equal(index, lines.expand(index.shape)):
+            if size == self.n and self._equal(index, lines.expand(index.shape), read=read, unread=False):
                 return axis
         return None
 
-    def _equal(self, a: Tensor, b: Tensor) -> bool:
-        return a is b or (a.shape == b.shape and (not self.reads(a) or torch.equal(a, b)))
+    def _equal(self, a: Tensor, b: Tensor, *, read: bool | None = None, unread: bool = True) -> bool:
+        """Whether numbers are the same; ``unread`` where that takes reading them, and they may not be read."""
+        if a is b or a.shape != b.shape:
+            return a is b
+        first, second = thinned([a, b])
+        if first._base is second._base is not None and _layout(first) == _layout(second):
+            return True  # views of the same numbers
+        return torch.equal(first, second) if self.reads(a, read) else unread
 
     def reads(self, x: Tensor, read: bool | None = None) -> bool:
         """Whether numbers may be read: that waits for the device, so beyond the CPU only in the first step."""
@@ -89,3 +90,7 @@ class SampleNumbers:
                 return order
         self._orders.append(torch.arange(self.n, device=device))
         return self._orders[-1]
+
+
+def _layout(x: Tensor) -> tuple[object, list[int]]:
+    return x.storage_offset(), [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 from torch import Tensor
 
-from debias.tap.moves import MOVES, SORTING, Move
-from debias.tap.notes import Note, same_rows, version
+from debias.tap.moves import MOVES, SORTING
+from debias.tap.notes import Note, first_version, version
 from debias.tap.numbers import SampleNumbers
 
 __all__ = ["Origins"]
@@ -19,72 +19,62 @@ class Origins(SampleNumbers):
     def __init__(self, n: int, *, several: bool, everything: bool) -> None:
         super().__init__(n, several=several, everything=everything)
         self._records: list[Note] = []
-        self._strangers: list[tuple[Tensor, int]] = []  # of samples without numbers, and the loader they come from
 
     @property
     def roots(self) -> list[Tensor]:
         """The tensors of the batch, those of strangers too."""
-        return [record.out for record in self._records if record.func is None] + [x for x, _ in self._strangers]
+        return [note.out for note in self._records if note.func is None]
 
-    def moves(self, tensor: Tensor, source: Tensor) -> list[Move] | None:
+    def moves(self, tensor: Tensor, source: Tensor) -> list[Note] | None:
         """The moves that made ``tensor`` of ``source``, first to last; None where it was made in another way."""
-        made: list[Move] = []
+        made: list[Note] = []
         while tensor is not source:
-            record = self._find(tensor)
-            if record is None or record.func is None or len(record.sources) != 1:
+            note = self._note(tensor)
+            if len(note.sources) != 1 or note.func in SORTING or note.reduces:
                 return None
-            if record.func in SORTING or record.reduces:
-                return None
-            if record.func in MOVES:
-                if not isinstance(record.args[0], Tensor):
+            if note.func in MOVES:
+                if not isinstance(note.args[0], Tensor):
                     return None
-                made.append(Move(record.func, record.args, record.kwargs, record.part, same_rows(record)))
-            tensor = record.sources[0]
+                made.append(note)
+            tensor = note.sources[0]
         return made[::-1]
 
     def is_of_batch(self, tensor: Tensor) -> bool:
         """Whether it is a tensor of the batch, or was made of such alone."""
-        record = self._find(tensor)
-        if record is None or record.func is None:
-            return record is not None and record.known
-        return bool(record.sources) and all(map(self.is_of_batch, record.sources))
+        return all(note.known for note in self._history(tensor) if not note.sources)
 
     def is_sorted(self, tensor: Tensor) -> bool:
         """Whether its rows are in an order of values."""
-        record = self._find(tensor)
-        if record is None or record.func is None:
-            return False
-        return record.func in SORTING or any(map(self.is_sorted, record.sources))
+        return any(note.func in SORTING for note in self._history(tensor))
 
     def is_changed(self, tensor: Tensor) -> bool:
         """Whether something was done to it in place that may have put its rows, or their samples, elsewhere."""
-        record = self._find(tensor)
-        if record is None:
-            return False
-        return record.version != version(tensor) or any(map(self.is_changed, record.sources))
+        return any(note.version != version(note.out) for note in self._history(tensor))
 
     def is_strange(self, tensor: Tensor) -> bool:
         """Whether it is made of samples that the numbers are not of."""
-        if any(x is tensor for x, _ in self._strangers):
-            return True
-        record = self._find(tensor)
-        return record is not None and any(map(self.is_strange, record.sources))
+        return any(note.loader is not None and not note.known for note in self._history(tensor))
 
     def loaders_of(self, tensor: Tensor) -> set[int] | None:
         """Which loaders the rows of a tensor come from, strangers too; None where its origin is unknown."""
-        for x, loader in self._strangers:
-            if x is tensor:
-                return {loader}
-        record = self._find(tensor)
-        if record is None or (record.func is None and not record.known):
-            return None
-        if record.func is None:
-            return {record.loader}
-        found = [self.loaders_of(x) for x in record.sources]
-        return None if not found or None in found else set[int]().union(*found)  # type: ignore[arg-type]
+        loaders = [note.loader for note in self._history(tensor) if not note.sources]
+        return None if None in loaders else {loader for loader in loaders if loader is not None}
 
-    def _find(self, tensor: Any) -> Note | None:
-        return next((record for record in reversed(self._records) if record.out is tensor), None)
+    def _history(self, tensor: Tensor, through: Callable[[Note], bool] = lambda note: True) -> list[Note]:
+        """The notes of a tensor, and of all that it was made of, each once; only of what ``through`` lets pass."""
+        notes: list[Note] = []
+        found = [tensor]
+        while found:
+            source = found.pop()
+            if not any(source is note.out for note in notes):
+                notes.append(self._note(source))
+                found.extend(notes[-1].sources if through(notes[-1]) else ())
+        return notes
 
-    def _tracked(self, tensor: Any) -> bool:
-        return any(record.out is tensor for record in self._records) or any(x is tensor for x, _ in self._strangers)
+    def _note(self, tensor: Tensor) -> Note:
+        """How a tensor was made; of one that nobody has recorded, that its origin is unknown."""
+        found = (note for note in reversed(self._records) if note.out is tensor)
+        return next(found, None) or Note(tensor, first_version(tensor))
+
+    def _tracked(self, tensor: Tensor) -> bool:
+        return any(note.out is tensor for note in reversed(self._records))

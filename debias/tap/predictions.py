@@ -21,16 +21,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from debias.tap.calls import shares_memory
-from debias.tap.counted import functions
-from debias.tap.moves import CASTS, MOVES, values_read
+from debias.tap.counted import CountedElements
+from debias.tap.moves import CASTS, MOVES, functions, values_read
 from debias.tap.whole_batch import tensors_in
 
-__all__ = ["CLASSIFYING", "SOFTMAX", "Predictions", "hook_outputs"]
+__all__ = ["CLASSIFYING", "SOFTMAX", "Evaluated", "Predictions", "hook_outputs"]
 
 # Losses whose logits may be changed without changing what is predicted; numbers are predicted as the loss reads them.
 CLASSIFYING = frozenset(
@@ -46,9 +45,9 @@ _RSUB = functions("rsub")
 _SUB = functions("sub subtract") - _RSUB
 _PRODUCT = functions("mul multiply div true_divide truediv divide")
 _CHOICE = functions("where scatter scatter_add index_add index_put index_copy setitem")
-_SMOOTH = "softmax log_softmax sigmoid logsigmoid log exp acos arccos cos asin arcsin sin pow sqrt square tanh"
-_KEPT = MOVES | CASTS | functions(f"{_SMOOTH} neg negative clamp clamp_min clamp_max clip masked_fill index_fill")
-_KEPT |= functions("nan_to_num relu") | {F.softmax, F.log_softmax, F.logsigmoid, F.relu, F.hardtanh, F.softplus}
+_SMOOTH = "softmax log_softmax sigmoid logsigmoid log exp acos arccos cos asin arcsin sin pow sqrt square tanh softplus"
+_CLIPS = "clamp clamp_min clamp_max clip relu hardtanh nan_to_num masked_fill index_fill"
+_KEPT = MOVES | CASTS | functions(f"{_SMOOTH} {_CLIPS} neg negative")
 _FOLLOWED = _SUM | _PRODUCT | _CHOICE | _KEPT
 
 
@@ -93,13 +92,11 @@ class _Made(NamedTuple):
             number: it adds a number to all of it, which may be a prior.
             sign: -1 where it subtracts it from something else: what is subtracted from a number has no prior.
         """
-        if number:
-            return self._replace(steps=self.steps if sign > 0 else (*self.steps, step), changed=True)
         if changes is False:
             return self._replace(steps=(*self.steps, step))
         if changes is True:
-            steps = self.steps if sign > 0 else (*self.steps, torch.neg)
-            return self._replace(steps=steps, changed=True, shifted=False)
+            steps = self.steps if sign > 0 else (*self.steps, step if number else torch.neg)
+            return self._replace(steps=steps, changed=True, shifted=self.shifted and number)
         unless = functools.partial(_unless, changes, step, sign)
         return self._replace(steps=(*self.steps, unless), changed=self.changed | changes, shifted=False)
 
@@ -132,11 +129,8 @@ class Predictions:
         """Remember what the module, or a child of it, has returned for these arguments."""
         given = [x for x in tensors_in((args, kwargs)) if not x.is_floating_point()]
         labels = tuple(weakref.ref(x) for x in given)
-        parts = (
-            output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else [output]
-        )
-        for x in parts:
-            if isinstance(x, Tensor) and x.is_floating_point() and x.ndim:
+        for x in tensors_in(output):
+            if x.is_floating_point() and x.ndim:
                 known = self._made.get(x)
                 if known is None or known.output is not None:
                     self._made[x] = _Made(labels=labels, inside=known) if labels else _OUTPUT
@@ -169,7 +163,7 @@ class Predictions:
                 self._made[mine] = _OUTPUT
             elif changes is not False or not itself:  # a masked output is one still
                 origin = self._kept(mine) if itself else origin
-                self._made[mine] = then(origin, _step(func, args, kwargs, mine), changes)
+                self._made[mine] = then(origin, _step(func, args, kwargs, {mine: _OUTPUT}), changes)
             return run(func, args, kwargs)
         out = run(func, args, kwargs)
         for i, x in enumerate(out) if isinstance(out, tuple | list) else [(None, out)]:
@@ -178,10 +172,9 @@ class Predictions:
             if changes is None:
                 self._made[x] = _OUTPUT
             elif isinstance(changes, Tensor) and len(known) > 1 and func in _SUM:  # of two columns, masked or not
-                steps = (functools.partial(_joint, func, args, kwargs, known),)
-                self._made[x] = _Made(origin.output, steps, changes, shifted=False)
+                self._made[x] = _Made(origin.output, (_step(func, args, kwargs, known),), changes, shifted=False)
             elif changes is False or mine.shape == x.shape:
-                self._made[x] = then(origin, _step(func, args, kwargs, mine, i), changes)
+                self._made[x] = then(origin, _step(func, args, kwargs, {mine: _OUTPUT}, i), changes)
         return out
 
     def of(self, logits: Any, target: Any, loss: str) -> tuple[Tensor | None, bool]:
@@ -218,6 +211,23 @@ class Predictions:
         return _Made(copy)
 
 
+class Evaluated:
+    """Follows the outputs of the network to the losses, and the losses to what the step makes of them."""
+
+    def __init__(self) -> None:
+        self.elements = CountedElements()
+        self.predictions = Predictions()
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation of the step."""
+        return self.predictions.run(func, args, kwargs, self.elements.run)
+
+    def close(self) -> None:
+        """Let go of every tensor."""
+        self.elements.close()
+        self.predictions.close()
+
+
 def _in_place(func: Any) -> bool:
     name = func.__name__
     return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.startswith("__"))
@@ -233,11 +243,6 @@ def _are_same(labels: Tensor | None, target: Tensor) -> bool:
 def _subtracts(func: Any, args: tuple[Any, ...], x: Tensor) -> bool:
     """Whether an operation subtracts this from something else."""
     return x is args[0] if func in _RSUB else func in _SUB and len(args) > 1 and x is args[1]
-
-
-def _joint(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], known: dict[Tensor, _Made], x: Tensor) -> Tensor:
-    """An operation on several parts of one output, each as it was predicted."""
-    return func(*(known[y].replayed(x) if isinstance(y, Tensor) and y in known else y for y in args), **kwargs)
 
 
 def _changes(func: Any, args: tuple[Any, ...], others: list[Tensor], origins: list[_Made]) -> bool | Tensor | None:
@@ -259,21 +264,20 @@ def _changes(func: Any, args: tuple[Any, ...], others: list[Tensor], origins: li
     return not (func in _KEPT or (one_number and (func in _PRODUCT or masks)))
 
 
-_HERE = object()
-
-
 def _step(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mine: Tensor, part: int | None = None
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: dict[Tensor, _Made], part: int | None = None
 ) -> Callable[[Tensor], Tensor]:
-    """The same operation on another tensor, which it leaves as it is."""
-    args = tuple(_HERE if x is mine else x for x in args)
-    kwargs = {name: _HERE if x is mine else x for name, x in kwargs.items()}
+    """The same operation on another tensor, which it leaves as it is: ``made`` tells what it reads of that."""
+    names = list(kwargs)
+    # The tensors themselves are not kept.
+    given = [made.get(x, x) if isinstance(x, Tensor) else x for x in (*args, *kwargs.values())]
     in_place = _in_place(func)
 
     def step(x: Tensor) -> Any:
         x = x.clone() if in_place else x
-        named = {name: x if y is _HERE else y for name, y in kwargs.items()}
-        out = func(*(x if y is _HERE else y for y in args), **named)
+        values = [y.replayed(x) if isinstance(y, _Made) else y for y in given]
+        positional = len(values) - len(names)
+        out = func(*values[:positional], **dict(zip(names, values[positional:], strict=True)))
         return x if in_place else out if part is None else out[part]
 
     return step

@@ -31,13 +31,11 @@ from debias.tap.moves import (
     among,
     apply_move,
     axes_of,
-    keeps_rows,
     looked_up,
     sorts_rows,
-    takes_rows,
     values_read,
 )
-from debias.tap.notes import CHANGED, Note, first_version, same_rows, version
+from debias.tap.notes import CHANGED, Note, first_version, version
 from debias.tap.origins import Origins
 
 __all__ = ["RowTracker"]
@@ -83,11 +81,14 @@ class RowTracker(Origins):
         for loader, (part, size) in enumerate([(batch, n), *joined]):
             for x, i in roots_of(part, size):
                 sample = None if i is None else first + i
-                self._records.append(Note(x, version(x), sample=sample, first=first, loader=loader))
+                self._records.append(Note(x, version(x), sample=sample, first=first, loader=loader, known=True))
             first += size
-        self._strangers = [
-            (x, loader) for loader, part in enumerate(strangers, 1 + len(joined)) for x, _ in roots_of(part, None)
-        ]
+        # Whether as many other samples are in the step, so that a number of rows tells nothing.
+        self._ambiguous = self.several
+        for loader, part in enumerate(strangers, 1 + len(joined)):
+            for x, _ in roots_of(part, None):
+                self._records.append(Note(x, version(x), loader=loader))
+                self._ambiguous = self._ambiguous or x.shape[:1] == (self.n,)
 
     # -- recording ---------------------------------------------------------------------------------
 
@@ -111,15 +112,16 @@ class RowTracker(Origins):
         made = [Note(x, first_version(x), func, args, kwargs, i) for i, x in results if isinstance(x, Tensor)]
         if not made:
             return
+        first = made[0]
         # What is made of something unknown matters where samples may trade places: few networks do that.
-        if self.everything or any(map(self._tracked, made[0].sources)) or self._reorders(args, made[0].out, func):
+        trades = _may_reorder(func) and args[0].shape[:1] == first.out.shape[:1] == (self.n,) and not first.same_rows
+        if self.everything or trades or any(map(self._tracked, first.sources)):
             self._records.extend(made)
 
     def follow(self, tensor: Tensor, index: Callable[[], Tensor | None] | None = None) -> None:
         """From now on record what is made of this tensor too; ``index`` gives its sample numbers, if they are known."""
-        if index is not None or self._find(tensor) is None:
-            index = index or functools.partial(self._plain, tensor)
-            self._records.append(Note(tensor, version(tensor), index=index, known=False))
+        if index is not None or not self._tracked(tensor):
+            self._records.append(Note(tensor, version(tensor), index=index))
 
     def _in_place(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """A change in place is understood if it keeps every row with its sample."""
@@ -130,12 +132,14 @@ class RowTracker(Origins):
             if others:
                 self._lose(target, out)
             return
-        note = self._find(target)
-        if note is None and key is not None and target.shape[:1] == (self.n,) and any(map(self.is_of_batch, others)):
-            self.follow(target)  # a new tensor, to be filled with rows of the batch
-            note = self._records[-1]
-        elif note is None or version(target) != note.version + (not target.is_inference()):
-            return  # nothing was changed, or something else as well
+        if self._tracked(target):
+            if version(target) != self._note(target).version + (not target.is_inference()):
+                return  # nothing was changed, or something else as well
+        elif key is not None and target.shape[:1] == (self.n,) and any(map(self.is_of_batch, others)):
+            self._records.append(Note(target, version(target), known=True))  # to be filled with rows of the batch
+        else:
+            return
+        note = self._note(target)
         note.version = version(target)
         # Masks and weights of unknown origin are taken for rows of the batch, as other operands are.
         if not all(self._same_rows_as(x, target, key) for x in others):
@@ -143,29 +147,25 @@ class RowTracker(Origins):
 
     def _lose(self, target: Tensor, out: Any) -> None:
         """From now on the rows of this tensor are unknown."""
-        note = self._find(target)
-        if note is not None:
-            note.version = CHANGED
+        if self._tracked(target):
+            self._note(target).version = CHANGED
             if out is not target:  # as in a compiled graph
                 self._records.append(Note(out, CHANGED, torch.clone, (target,)))
 
     def _same_rows_as(self, other: Tensor, target: Tensor, key: Any) -> bool:
         """Whether rows fit those of a tensor, or of what of it they are assigned to."""
-        if self._find(other) is None or (key is None and other.shape[:1] != target.shape[:1]):
+        if not self._tracked(other) or (key is None and other.shape[:1] != target.shape[:1]):
             return key is None or other.shape[:1] == target.shape[:1]
-        first = key[0] if isinstance(key, tuple) and key else key
-        whole = isinstance(first, slice) or (isinstance(first, Tensor) and first.ndim == 1)
-        if key is None or (whole and other.ndim == target.ndim):  # so that no index is made for every pixel
-            rows, others = self._of_rows(target), self._of_rows(other)
-            rows = rows if rows is None or key is None else rows[first]
-        elif (rows := self.index(target)) is not None and (others := self.index(other)) is not None:
-            rows = rows[key]
-            others = others.expand(rows.shape) if others.ndim <= rows.ndim else others
-        return rows is not None and others is not None and self._equal(rows, others)
+        rows, others = self.index(target), self.index(other)
+        if rows is None or others is None:
+            return False
+        if key is not None:
+            rows = apply_move(Tensor.__getitem__, (target, key), {}, rows, None)
+        return others.ndim <= rows.ndim and self._equal(rows, others.expand(rows.shape))
 
     # -- answers -----------------------------------------------------------------------------------
 
-    def of_layer(self, output: Tensor, inputs: list[Tensor]) -> Tensor | bool | None:
+    def of_layer(self, output: Tensor, inputs: Sequence[Tensor]) -> Tensor | bool | None:
         """Sample numbers for the rows of what a layer reads or makes, ``(rows, ...)``.
 
         Args:
@@ -179,14 +179,14 @@ class RowTracker(Origins):
         for tensor in (output, *inputs):
             if self.is_sorted(tensor) or self.is_changed(tensor) or self.is_strange(tensor):
                 return False
-            while (record := self._find(tensor)) is not None and record.func is not None and same_rows(record):
-                tensor = record.sources[0]
-            if tensor.ndim == 0 or tensor.shape[0] != rows:
+            while (note := self._note(tensor)).same_rows:
+                tensor = note.sources[0]
+            if tensor.shape[:1] != (rows,):
                 continue
             known = self.is_of_batch(tensor)
             if known and self.keeps_rows(tensor):
                 return None
-            index = self._of_rows(tensor) if known or (record is not None and record.func is not None) else None
+            index = self._of_rows(tensor) if known or note.func is not None else None
             if known or index is not None:  # moved; where nobody knows of what, of rows in the order of the batch
                 self.needed = True
                 return _or_false(index if known or not self.reordered() else None)
@@ -207,8 +207,11 @@ class RowTracker(Origins):
             None if row i is sample i, an int64 tensor shaped like the candidate it was found from, or False if unknown.
         """
         self.mixed = False
-        found_sorted = [self.is_sorted(tensor) for tensor in candidates]
-        if any(map(self.is_changed, candidates)) or (len(candidates) == 2 and self._compares_samples(*candidates)):
+        found_sorted = list(map(self.is_sorted, candidates))
+        moves = self.moves(*candidates) if len(candidates) == 2 else None
+        # As of `p` and `p.roll(1, 0)`: a loss that compares samples with each other.
+        compares = moves is not None and not all(move.same_rows for move in moves)
+        if compares or any(map(self.is_changed, candidates)):
             self.mixed = True
             return False
         candidates = [x for x, is_sorted in zip(candidates, found_sorted, strict=True) if not is_sorted]
@@ -217,132 +220,119 @@ class RowTracker(Origins):
                 return None if self.keeps_rows(tensor) else _or_false(self.index(tensor))
         if any(map(self.is_strange, candidates)):
             return False
-        made = [x for x in candidates if (record := self._find(x)) is not None and record.func is not None]
+        made = [x for x in candidates if self._note(x).func is not None]
         in_order = not self.reordered() if made or rows == self.n else False
+        found = [self.index(x) for x in made] if in_order or len(made) == 2 else []
+        known = [x for x in found if x is not None]
         # Of the same network, put in two orders; or made of all samples together.
-        if (len(made) == 2 and self._differ(*map(self.index, made))) or any(map(self._sums_samples, made)):
+        differ = len(known) == 2 and known[0].shape == known[1].shape and not self._equal(*known)
+        if differ or any(map(self._sums_samples, made)) or (self.mixed and in_order):
             self.mixed = True
             return False
-        for tensor in made if in_order else []:  # of some tensor with one row per sample, e.g. logits (N, T, C)
-            index = self.index(tensor)
-            if self.mixed:
-                return False
-            if index is not None:
-                return None if self.keeps_rows(tensor) else index
+        if known and in_order:  # of some tensor with one row per sample, e.g. logits (N, T, C)
+            tensor = next(x for x, index in zip(made, found, strict=True) if index is not None)
+            return None if self.keeps_rows(tensor) else known[0]
         if any(found_sorted):
             return False
-        if rows == self.n and in_order and not self._ambiguous():
+        if rows == self.n and in_order and not self._ambiguous:
             return None
-        if self.guesses and (rows != self.n or self.several):
-            return self._as_inputs(made[0] if made else None, rows)
+        if self.guesses and (rows != self.n or self.several) and (inputs := self._of_inputs(rows)) is not None:
+            return _or_false(self.index(made[0], inputs) if made else inputs)
         return False
-
-    def _differ(self, first: Tensor | None, second: Tensor | None) -> bool:
-        known = first is not None and second is not None and first.shape == second.shape
-        return known and not self._equal(first, second)  # type: ignore[arg-type]
 
     def _sums_samples(self, tensor: Tensor) -> bool:
         """Whether it was made by a reduction over samples."""
-        record = self._find(tensor)
-        if record is None or record.func is None:
-            return False
-        if record.reduces:
-            return self.index(record.args[0]) is not None and self.index(tensor) is None
-        return any(map(self._sums_samples, record.sources))
+        reductions = [note for note in self._history(tensor, lambda note: not note.reduces) if note.reduces]
+        return any(self.index(note.args[0]) is not None and self.index(note.out) is None for note in reductions)
 
-    def _compares_samples(self, target: Tensor, logits: Tensor) -> bool:
-        """Whether a loss compares samples with each other, as ``p`` with ``p.roll(1, 0)``."""
-        moves = self.moves(target, logits)
-        return moves is not None and not all(move.keeps_rows for move in moves)
+    def _of_inputs(self, rows: int) -> Tensor | None:
+        """The numbers of a network's input of so many rows, e.g. of two concatenated views: it keeps them."""
+        outs = [note.out for note in self._records if note.out.shape[:1] == (rows,)]
+        found = [index for x in outs if self.is_of_batch(x) and (index := self._of_rows(x)) is not None]
+        return found[0] if found and all(self._equal(found[0], other) for other in found[1:]) else None
 
-    def _as_inputs(self, tensor: Tensor | None, rows: int) -> Tensor | bool:
-        """The numbers of a network's input of as many rows, e.g. of two concatenated views: it keeps them.
+    def index(
+        self, tensor: Tensor, inputs: Tensor | None = None, known: dict[Tensor, Tensor | None] | None = None
+    ) -> Tensor | None:
+        """Sample numbers in the shape of ``tensor``, or None where its origin is unknown.
 
         Args:
-            tensor: what moves have made of the network's output; None where it is that.
-            rows: number of rows of it.
+            tensor: the tensor.
+            inputs: the numbers that tensors of unknown origin have, where they have as many rows; else these are in the
+                order of the batch.
+            known: the answers for what it may be made of, to which this one is added.
         """
-        outs = [record.out for record in self._records if record.out.ndim and record.out.shape[0] == rows]
-        found = [index for x in outs if self.is_of_batch(x) and (index := self._of_rows(x)) is not None]
-        if not found or not all(self._equal(found[0], other) for other in found[1:]):
-            return False
+        known = {} if known is None else known
+        if tensor not in known:
+            known[tensor] = self._index(tensor, inputs, known)
+        return known[tensor]
 
-        def index_of(x: Tensor) -> Tensor | None:
-            record = self._find(x)
-            if record is None:
-                of_rows = x.ndim > 0 and x.shape[0] == rows
-                return found[0].view(-1, *[1] * (x.ndim - 1)).expand(x.shape) if of_rows else None
-            return self.index(x) if record.func is None else self.replay(record, index_of)
-
-        return found[0] if tensor is None else _or_false(index_of(tensor))
-
-    def index(self, tensor: Tensor) -> Tensor | None:
-        """Sample numbers in the shape of ``tensor``, or None where its origin is unknown."""
-        record = self._find(tensor)
-        if record is None:
-            if not tensor.ndim or self._ambiguous():
+    def _index(self, tensor: Tensor, inputs: Tensor | None, known: dict[Tensor, Tensor | None]) -> Tensor | None:
+        note = self._note(tensor)
+        if note.version != version(tensor):
+            return None
+        if note.func is not None:
+            return self._replayed(note, functools.partial(self.index, inputs=inputs, known=known))
+        if note.index is not None:
+            return note.index()
+        if note.known:
+            return self.start(tensor.shape, tensor.device, note.sample, note.first)
+        if inputs is None:
+            if not tensor.ndim or self._ambiguous:
                 return None
-            if tensor.shape[0] == self.n:
+            if len(tensor) == self.n:
                 return self.start(tensor.shape, tensor.device)
             if not self.guesses or tensor.grad_fn is None:
                 return None
             self.guesses = False  # the numbers of the inputs themselves are no guess
-            found = self._as_inputs(None, len(tensor))
+            inputs = self._of_inputs(len(tensor))
             self.guesses = True
-            return None if isinstance(found, bool) else found.view(-1, *[1] * (tensor.ndim - 1)).expand(tensor.shape)
-        if record.version != version(tensor):
+        if inputs is None or tensor.shape[:1] != inputs.shape:
             return None
-        if record.func is not None:
-            return self.replay(record, self.index)
-        if record.index is not None:
-            return record.index()
-        return self.start(tensor.shape, tensor.device, record.sample, record.first)
+        return inputs.view(-1, *[1] * (tensor.ndim - 1)).expand(tensor.shape)
 
-    def replay(self, record: Note, index: Callable[[Tensor], Tensor | None]) -> Tensor | None:
+    def _replayed(self, note: Note, index: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """Numbers in the shape of what an operation made, from those of what it was made of."""
-        func, args, kwargs, out = record.func, record.args, record.kwargs, record.out
+        func, args, kwargs, out = note.func, note.args, note.kwargs, note.out
         if func in SORTING:
             return None
+        if not (func in MOVES or func in LOOKUPS or func in ALONG or note.reduces):
+            return self._in_places(note, index)
+        several = isinstance(args[0], tuple | list)
+        found = list(map(index, args[0] if several else args[:1]))
+        inner = [x for x in found if x is not None]
+        if len(inner) < len(found) or self._joins_strangers(note):
+            return None
         if func in MOVES:
-            data = args[0]
-            if isinstance(data, tuple | list):
-                inner: Any = [index(x) for x in data]
-                if any(x is None for x in inner) or self._joins_strangers(record):
-                    return None
-            elif (inner := index(data)) is None:
-                return None
-            return apply_move(func, args, kwargs, inner, record.part)
-        if record.reduces:
-            inner = index(args[0])
-            return None if inner is None else self.without(inner, axes_of(args, kwargs, inner.ndim), out)
-        if func in ALONG:
-            inner = index(args[0])
-            still = inner is not None and self.without(inner, axes_of(args, kwargs, inner.ndim)) is not None
-            return inner if still else None
+            return note.done_to(inner if several else inner[0])
+        (numbers,) = inner
         if func in LOOKUPS:
-            inner = index(args[0])
-            return None if inner is None else inner.view(*inner.shape, *[1] * (out.ndim - inner.ndim)).expand(out.shape)
+            return numbers.view(*numbers.shape, *[1] * (out.ndim - numbers.ndim)).expand(out.shape)
+        left = self.without(numbers, axes_of(args, kwargs, numbers.ndim))
+        if left is None:
+            return None
+        return numbers if func in ALONG else left.reshape(out.shape)
+
+    def _in_places(self, note: Note, index: Callable[[Tensor], Tensor | None]) -> Tensor | None:
+        """Numbers of elements each of which was computed of those in its place."""
+        sources, shape = note.sources, note.out.shape
         # Also what is spread over other axes, such as a mask (N, 1); or (N,) over (N, N), of two samples each.
-        read = values_read(func, args, {})
-        spread = [x for x in read if x.ndim and x.shape != out.shape and self._tracked(x)]
+        read = values_read(note.func, note.args, {})
+        spread = [x for x in read if x.ndim and x.shape != shape and self._tracked(x)]
         if any(map(self.is_sorted, spread)):
             return None
-        sources = record.sources + spread
-        numbers = [(source, index(source)) for source in sources]
-        found = [x for _, x in numbers if x is not None]
-        if not found or any(
-            x is None and not self._is_constant(source) for source, x in numbers[: len(record.sources)]
-        ):
+        found = list(map(index, sources))
+        if not all(self._is_constant(x) for x, numbers in zip(sources, found, strict=True) if numbers is None):
             return None
+        known = [numbers for numbers in (*found, *map(index, spread)) if numbers is not None]
         try:
-            first, *others = [x.expand(out.shape) for x in found]
+            known = [numbers.expand(shape) for numbers in known]
         except RuntimeError:
             return None
-        moved = spread or [x for x in sources if not self.keeps_rows(x)]
-        if moved and others and not all(x is first or self._equal(first, x) for x in others):
+        if not all(self._equal(known[0], numbers) for numbers in known[1:]):
             self.mixed = True  # each element is made of several samples
             return None
-        return first
+        return known[0] if known else None
 
     def reordered(self, *, read: bool | None = None) -> bool:
         """Whether the step has put samples of the batch in another order.
@@ -353,9 +343,9 @@ class RowTracker(Origins):
         """
         if self.several:
             return True
-        for record in self._records:
-            out = record.out
-            if record.func not in MOVES or same_rows(record) or self.n not in out.shape or not self.is_of_batch(out):
+        for note in self._records:
+            out = note.out
+            if note.func not in MOVES or note.same_rows or self.n not in out.shape or not self.is_of_batch(out):
                 continue
             index = self.index(out)
             if index is None or (len(out) == self.n and self._axis(index, read) is None):
@@ -375,71 +365,49 @@ class RowTracker(Origins):
 
     def _is_constant(self, tensor: Tensor) -> bool:
         """Whether nothing of the batch is in it: it was made of constants, none of which has as many rows."""
-        record = self._find(tensor)
-        if record is None:
-            return not (tensor.requires_grad or self._tracked(tensor)) and tensor.shape[:1] != (self.n,)
-        made_of = [*record.sources, *values_read(record.func, record.args, {})]
-        return record.func is not None and all(map(self._is_constant, made_of))
+        if not self._tracked(tensor):
+            return not tensor.requires_grad and tensor.shape[:1] != (self.n,)
+        note = self._note(tensor)
+        made_of = [*note.sources, *values_read(note.func, note.args, {})]
+        return note.func is not None and all(map(self._is_constant, made_of))
 
     def keeps_rows(self, tensor: Tensor) -> bool:
         """Whether row i of it is known to be of sample i."""
-        if tensor.shape[:1] != (self.n,):
+        return all(map(self._keeps_rows, self._history(tensor, _leaves_rows)))
+
+    def _keeps_rows(self, note: Note) -> bool:
+        """The same of one operation, where it leaves rows where they are in what it is done to."""
+        if note.out.shape[:1] != (self.n,) or note.version != version(note.out):
             return False
-        record = self._find(tensor)
-        if record is None:
-            return not self._ambiguous()  # of unknown origin, with one row per sample
-        if record.version != version(tensor):
-            return False
-        if record.func is None and record.index is None:  # of the batch
-            return record.sample is None and not self.several
-        sources = record.sources
-        if sources and (same_rows(record) or (len(sources) > 1 and record.func not in MOVES)):
-            return all(map(self.keeps_rows, sources))  # so that no index is made for every pixel
-        return (index := self.index(tensor)) is not None and self._axis(index) == 0
+        if note.known:
+            return note.sample is None and not self.several
+        if note.func is None and note.index is None:
+            return not self._ambiguous  # of unknown origin, with one row per sample
+        if _leaves_rows(note):
+            return True  # no numbers are made for this
+        return (index := self.index(note.out)) is not None and self._axis(index) == 0
 
     def _of_rows(self, tensor: Tensor) -> Tensor | None:
         """Sample numbers along the first axis, or None where its origin is unknown or a row is of several samples."""
-        record = self._find(tensor)
-        if record is not None and record.func is not None and record.version == version(tensor):
-            if same_rows(record) and not record.reduces:
-                return self._of_rows(record.sources[0])
-            if record.func in MOVES and takes_rows(record.func, record.args, record.kwargs):
-                data = record.args[0]  # so that no index is made for every pixel
-                inner = [self._of_rows(x) for x in (data if isinstance(data, tuple | list) else [data])]
-                if any(x is None for x in inner) or self._joins_strangers(record):
-                    return None
-                moved = inner if isinstance(data, tuple | list) else inner[0]
-                return apply_move(record.func, record.args, record.kwargs, moved, record.part)
         index = self.index(tensor)
         return None if index is None else self.by_row(index)
 
-    def _joins_strangers(self, record: Note) -> bool:
+    def _joins_strangers(self, note: Note) -> bool:
         """Whether rows of the batch are joined with rows of unknown origin, such as those of a replay memory."""
-        data, args, kwargs = record.args[0], record.args, record.kwargs
+        data, args, kwargs = note.args[0], note.args, note.kwargs
         if not isinstance(data, tuple | list):
             return False
         dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
         known = [self.is_of_batch(x) for x in data]
         return dim == 0 and any(known) and not all(known)
 
-    def _reorders(self, args: tuple[Any, ...], out: Tensor, move: Any) -> bool:
-        """Whether an operation on a tensor of unknown origin may put samples elsewhere."""
-        data = args[0]
-        if not _may_reorder(move) or not isinstance(data, Tensor) or 0 in (data.ndim, out.ndim):
-            return False
-        return data.shape[0] == self.n == out.shape[0] and not keeps_rows(move, args, out)
-
-    def _ambiguous(self) -> bool:
-        """Whether as many other samples are in the step, so that a number of rows tells nothing."""
-        return self.several or any(x.ndim and len(x) == self.n for x, _ in self._strangers)
-
-    def _plain(self, tensor: Tensor) -> Tensor | None:
-        of_samples = tensor.ndim > 0 and tensor.shape[0] == self.n and not self.several
-        return self.start(tensor.shape, tensor.device) if of_samples else None
-
 
 # Constants in which values were looked up, known again in a batch of as many samples.
 _TABLES: Any = WeakTensorKeyDictionary()
+
+
+def _leaves_rows(note: Note) -> bool:
+    return note.same_rows or (len(note.sources) > 1 and note.func not in MOVES)
 
 
 def _or_false(index: Tensor | None) -> Tensor | bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, UntappedLossError
-from debias.tap.calls import LossCall
+from debias.tap.calls import LossCall, means
 from debias.tap.tap import LossTap
 
 __all__ = ["Reaching", "height", "means", "of_batch", "reaching", "select_call", "select_calls", "untapped"]
@@ -166,13 +166,6 @@ def reaching(tap: LossTap, loss: Tensor) -> Reaching:
     seen = _reached([loss.grad_fn], lambda node: [] if node in ends else _parents(node))
     calls = [call for call in calls if call.record.edge.node in seen]
     return Reaching(loss, calls, [name for name, at in tap.untapped if at in seen and at not in ends], _nodes=seen)
-
-
-def means(loss: Any, call: LossCall) -> bool:
-    """Whether ``loss=`` of a method may mean a loss."""
-    if callable(loss):
-        return bool(loss(call))
-    return call.position == loss if isinstance(loss, int) else True
 
 
 def select_calls(calls: list[LossCall], loss: Any, who: str) -> list[LossCall]:

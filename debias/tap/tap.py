@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +19,16 @@ from torch.overrides import TorchFunctionMode
 
 from debias.errors import LossNotFoundError, RowsError, UntappedLossError
 from debias.tap.batches import arranged_rows
-from debias.tap.calls import LossCall, LossRecord
-from debias.tap.evaluated import Evaluated, counted_by
+from debias.tap.calls import LossCall, LossRecord, means
+from debias.tap.counted import counted_by
 from debias.tap.following import FOLLOWED, Following
+from debias.tap.head import HeadFinder
 from debias.tap.losses import COMPARING, FORM, LOSSES, NAMES, NOT_PER_SAMPLE, SYMMETRIC, reduction_of, unreduced
 from debias.tap.mixing import Mixture, mix_parts
 from debias.tap.moves import CHANGING, RECORDED, among
-from debias.tap.predictions import CLASSIFYING
+from debias.tap.predictions import CLASSIFYING, Evaluated
 from debias.tap.rows import RowTracker
 from debias.tap.sharded import refuse_sharded_loss
-
-if TYPE_CHECKING:
-    from debias.tap.head import HeadFinder
 
 __all__ = ["LossTap", "no_loss_error"]
 
@@ -158,7 +156,7 @@ class LossTap(TorchFunctionMode):
             call.record.samples = functools.partial(self._samples_of_first_axis, call)
         call.record.of_pairs = any(map(self._following.batch.of_pairs, arguments.values()))
         call.record.of_batch = self._is_of_whole_batch(call, arguments)
-        mixed = self.training and self.mixture is not None and self.mixture.meant(call)
+        mixed = self.training and self.mixture is not None and means(self.mixture.loss, call)
         if mixed:
             parts = mix_parts(self, call, compute)
         if reduction != "none":
@@ -219,7 +217,7 @@ class LossTap(TorchFunctionMode):
         call = self._call(name, logits, target, lambda: (losses, den))
         if not self.training:
             call.counts.append(lambda: None if bool((den != 0).all()) else den != 0)
-        if self.training and self.mixture is not None and self.mixture.meant(call):
+        if self.training and self.mixture is not None and means(self.mixture.loss, call):
             mix_parts(self, call, lambda moved: compute(args[0], moved(args[1]), *args[2:]))
         return call, losses, den
 

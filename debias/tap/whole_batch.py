@@ -86,7 +86,7 @@ class WholeBatch:
 
     def close(self) -> None:
         """Let go of every tensor."""
-        self._numbers = []
+        self.tracker, self._numbers = None, []
         for known in (self._of_rows, self._pairs, self._ranked, self._means):
             known.clear()
 

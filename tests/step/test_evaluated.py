@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from debias.tap.evaluated import Evaluated
+from debias.tap.predictions import Evaluated
 from debias.tap.rows import RowTracker
 from debias.tap.tap import LossTap
 

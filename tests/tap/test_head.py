@@ -1,5 +1,7 @@
 """The classifier head is found in real model families, and its features are the tensor that the head reads."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -221,6 +223,19 @@ def test_a_head_that_runs_for_several_losses(n):
 def test_a_weight_that_is_used_without_its_layer():
     calls = steps(Wrapped(net), lambda: F.linear(net[:2](X), net[2].weight, net[2].bias))
     assert_head(calls, net[2])
+
+
+def test_nothing_of_a_step_outlives_it():
+    head = HeadTap(Wrapped(net), None)
+    with LossTap(finder=head.start()) as tap:
+        F.cross_entropy(net(X).double(), Y)
+    head.resolve(tap.calls[0])
+    seen = weakref.ref(tap.calls[0].logits)
+    tap.close()
+    head.forget()
+    del tap
+    assert seen() is None
+    head.close()
 
 
 def test_looking_for_the_head_leaves_parametrizations_as_they_are():

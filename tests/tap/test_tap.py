@@ -1,5 +1,8 @@
 """The tap changes nothing by itself: every loss variant, in any call style, keeps its value and its gradients."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -258,6 +261,16 @@ def test_rows_of_masked_tokens():
     assert rows == [0, 1, 1]
 
 
+@pytest.mark.parametrize("how", [lambda y: y.roll(1), lambda y: torch.roll(y, 4), lambda y: y.roll(1, 0), torch.flipud])
+def test_rows_of_rolled_tokens(how):
+    """Without an axis the elements of all rows are rolled as one."""
+    y = rand(2, 3)
+    rows, _ = _rows((y,), 2, lambda: F.mse_loss(rand(2, 3).requires_grad_(), how(y)))
+    assert torch.equal(
+        torch.tensor(rows).view(2, -1), how(torch.arange(2).repeat_interleave(3).view(2, 3))[:, : len(rows) // 2]
+    )
+
+
 def test_rows_of_contrastive_pairs_come_from_the_concatenated_views():
     first, second = rand(3, 5), rand(3, 5)
     net = nn.Linear(5, 5).double()
@@ -336,6 +349,45 @@ def test_a_move_that_moves_nothing():
     assert logits.flatten() is logits
     rows, _ = _rows((y,), 3, lambda: F.binary_cross_entropy_with_logits(logits.flatten(), y.sqrt().flatten()))
     assert rows is None
+
+
+@pytest.mark.parametrize("of_batch", [True, False])
+def test_long_chains_are_followed_in_short(of_batch):
+    """What is used twice in each of many operations is looked at once."""
+    x = rand(4, 3)
+    y = x if of_batch else nn.Linear(3, 3).double()(x)
+    with LossTap(tracker=RowTracker((x,), 4)) as tap:
+        for _ in range(40):
+            y = y + y * y.sigmoid()
+        F.mse_loss(rand(4, 3).requires_grad_(), y)
+    assert tap.calls[0].rows is None
+
+
+@pytest.mark.parametrize("step", [lambda y: y, lambda y: _filled(slice(None), lambda y: y)(y)])
+def test_nothing_is_left_to_the_garbage_collector(step):
+    gc.collect()
+    gc.disable()
+    try:
+        net, y = nn.Linear(3, 4), torch.arange(3)
+        with LossTap(tracker=RowTracker((y,), 3)) as tap:
+            logits = net(rand(3, 3).float())
+            tap.tracker.follow(logits)  # as of a layer that somebody watches
+            F.cross_entropy(logits.flatten().view(3, 4), step(y))
+        _ = tap.calls[0].rows
+        tracker = weakref.ref(tap.tracker)
+        tap.close()
+        assert tracker() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("name", ["mul_", "multiply_", "__imul__", "divide_"])
+def test_numbers_of_the_whole_batch_in_place(name):
+    w = rand(4).abs()
+    with LossTap(tracker=RowTracker((w,), 4), careful=True) as tap:
+        losses = F.mse_loss(rand(4).requires_grad_(), rand(4), reduction="none") * 1.0
+        _ = getattr(losses, name)(w / w.max()).sum() / w.sum()
+    assert tap.calls[0].record.of_batch
 
 
 ORDER = torch.tensor([2, 0, 3, 1])

@@ -171,8 +171,8 @@ def find_head(module: nn.Module, path: str | None, given: Any) -> nn.Linear:
         recorder = _Recorder()
         with recorder:
             output = module(given)
-        matched = recorder.finder.match(output) if isinstance(output, Tensor) else None
-        layers = [] if matched is None else [m for m in module.modules() if getattr(m, "weight", None) is matched[2]]
+        run = recorder.finder.match(output) if isinstance(output, Tensor) else None
+        layers = [] if run is None else [m for m in module.modules() if getattr(m, "weight", None) is run.weight]
         if not layers:
             raise HeadNotFoundError(
                 "Expected the output of the module to be that of a linear layer, so that it can be refitted, but no"

@@ -31,9 +31,8 @@ from debias.step.random import undisturbed
 from debias.step.samples import check_length, predictions, refuse_regression, sample_losses, train_set
 from debias.step.tagged import split_tags
 from debias.tap.calls import LossCall
-from debias.tap.evaluated import Evaluated
 from debias.tap.head import HeadFinder, check_features, submodule
-from debias.tap.predictions import hook_outputs
+from debias.tap.predictions import Evaluated, hook_outputs
 from debias.tap.rows import RowTracker
 from debias.tap.selection import select_calls
 from debias.tap.tap import LossTap
@@ -304,7 +303,7 @@ class TwoStage(NumberedMethod):
                     )
                 call = select_calls(tap.calls, self.loss, self.state_key)[0]
                 _ = call.rows  # found while the tracker is there
-                found = None if call.record.linear is None else call.record.linear[1]
+                found = None if call.record.linear is None else call.record.linear.given
                 yield call, numbers, given.pop() if given else found
                 tap.close()
 
