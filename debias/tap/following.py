@@ -55,6 +55,8 @@ _REDUCED = MOVES | CASTS | ELEMENTWISE | INPLACE | SUM | MEAN | READING | _DOT
 _CHOOSING = named("max min amax amin")
 _is_choice = among(_CHOOSING)
 _is_followed, _is_in_place = among(_REDUCED), among(INPLACE)
+# Make totals, or numbers of the whole batch, of what was not followed before.
+_starts = among(STATISTICS)
 FOLLOWED = _REDUCED | STATISTICS
 
 
@@ -90,6 +92,8 @@ class Following:
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Follow losses through one operation; returns what the step is to receive of it."""
+        if not (self._unreduced or self._divisible or self._totals.known or self.batch.known or _starts(func)):
+            return out  # as most operations of a network, before there is a loss
         if "other" in kwargs:
             args, kwargs = (*args, kwargs["other"]), {key: x for key, x in kwargs.items() if key != "other"}
         in_place = _is_in_place(func)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -73,8 +74,13 @@ class Origins(SampleNumbers):
 
     def _note(self, tensor: Tensor) -> Note:
         """How a tensor was made; of one that nobody has recorded, that its origin is unknown."""
-        found = (note for note in reversed(self._records) if note.out is tensor)
-        return next(found, None) or Note(tensor, first_version(tensor))
+        for note in reversed(self._records):
+            if note.out is tensor:
+                return note
+        return Note(tensor, first_version(tensor))
 
-    def _tracked(self, tensor: Tensor) -> bool:
-        return any(note.out is tensor for note in reversed(self._records))
+    def _tracked(self, x: Any) -> bool:
+        for note in reversed(self._records):  # noqa: SIM110 - a loop takes half as long as any(), and each operation asks
+            if note.out is x:
+                return True
+        return False

@@ -106,6 +106,8 @@ class RowTracker(Origins):
         if _is_in_place(func) or out is args[0]:
             self._in_place(func, args, kwargs, out)
             return
+        if not (self.everything or _may_reorder(func) or self._touches(args, kwargs)):
+            return
         results = enumerate(out) if isinstance(out, tuple | list) else [(None, out)]
         if (key := looked_up(func, args, kwargs)) is not None and self._tracked(key) and self._is_table(args[0]):
             func, args, kwargs = F.embedding, (key,), {}
@@ -117,6 +119,11 @@ class RowTracker(Origins):
         trades = _may_reorder(func) and args[0].shape[:1] == first.out.shape[:1] == (self.n,) and not first.same_rows
         if self.everything or trades or any(map(self._tracked, first.sources)):
             self._records.extend(made)
+
+    def _touches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether rows of an argument are followed: those of few operations in a network are."""
+        data = args[0] if isinstance(args[0], tuple | list) else args[:1]
+        return any(map(self._tracked, (*data, *args[1:], *kwargs.values())))
 
     def follow(self, tensor: Tensor, index: Callable[[], Tensor | None] | None = None) -> None:
         """From now on record what is made of this tensor too; ``index`` gives its sample numbers, if they are known."""

@@ -92,16 +92,17 @@ class LossTap(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.suspended:
             return func(*args, **kwargs)
-        cut = self.training and torch.compiler.is_compiling()  # to pieces, if predictions were followed
+        compiling = torch.compiler.is_compiling()
+        cut = self.training and compiling  # to pieces, if predictions were followed
         run = _run if self.evaluated is None or cut else self.evaluated.run
-        looks = self._following.batch.looks
+        looks = not compiling and self._following.batch.careful
         if not _is_watched(func) and self.finder is None and not looks:
             return run(func, args, kwargs)
         if _is_loss(func):
             return self._loss(func, args, kwargs)
         if not args and _is_watched(func):
             args, kwargs = _first_by_position(func, kwargs)
-        if self.calls and args and not torch.compiler.is_compiling() and func in CHANGING:
+        if self.calls and args and not compiling and func in CHANGING:
             for call in self.calls:
                 call.keep(args[0])
         out = run(func, args, kwargs)
@@ -154,7 +155,7 @@ class LossTap(TorchFunctionMode):
         call.record.is_sum = call.record.undivided = reduction == "sum"
         if reduction == "batchmean":
             call.record.samples = functools.partial(self._samples_of_first_axis, call)
-        call.record.of_pairs = any(map(self._following.batch.of_pairs, arguments.values()))
+        call.record.of_pairs = self._following.batch.of_pairs(*arguments.values())
         call.record.of_batch = self._is_of_whole_batch(call, arguments)
         mixed = self.training and self.mixture is not None and means(self.mixture.loss, call)
         if mixed:

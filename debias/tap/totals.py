@@ -81,6 +81,11 @@ class Totals:
         self._made: list[_Made] = []
         self._read: list[tuple[float, Total]] = []
 
+    @property
+    def known(self) -> bool:
+        """Whether there is one."""
+        return bool(self._made)
+
     def close(self) -> None:
         """Let go of every tensor."""
         self._made, self._read = [], []

@@ -84,6 +84,11 @@ class WholeBatch:
         """Whether every operation is looked at; not those inside a compiled graph."""
         return not torch.compiler.is_compiling() and self.careful
 
+    @property
+    def known(self) -> bool:
+        """Whether there is one, or every operation has to be looked at."""
+        return bool(self._numbers) or self.looks
+
     def close(self) -> None:
         """Let go of every tensor."""
         self.tracker, self._numbers = None, []
@@ -126,9 +131,9 @@ class WholeBatch:
                 if self._ranks(func, args, kwargs, given, x):
                     self._ranked[x] = True
 
-    def of_pairs(self, x: Any) -> bool:
-        """Whether it has a number for each two samples, such as their similarity; a group alone has fewer."""
-        return self.looks and isinstance(x, Tensor) and x in self._pairs
+    def of_pairs(self, *values: Any) -> bool:
+        """Whether one has a number for each two samples, such as their similarity; a group alone has fewer."""
+        return self.looks and any(isinstance(x, Tensor) and x in self._pairs for x in values)
 
     def _compares(self, func: Any, args: tuple[Any, ...], given: list[Tensor], out: Tensor) -> bool:
         """Whether an operation makes a number for each two samples, or something of such numbers."""
