@@ -58,13 +58,13 @@ def split_losses(run: Callable[[Any], Any], step: Step, reweigher: Debiaser) -> 
             f"Expected `losses='split'` to get one group id per sample, but got a membership of shape"
             f" {tuple(ids.shape)}: a sample cannot be in two passes. Give ids of shape (N,)."
         )
+    parts = [take_samples(step.batch, members, n) for members in passes]  # before the step may change its batch
     statistics = BatchStatistics(step.module)
     with statistics.of_whole():
         output = run(step.batch)
     losses = []
     with _unnoticed(step.module):
-        for members in passes:
-            part = take_samples(step.batch, members, n)
+        for part in parts:
             with statistics.of_part():
                 losses.append(_one_number(run(part), reweigher.losses))
     of_parts = torch.stack(losses)

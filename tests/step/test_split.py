@@ -112,6 +112,17 @@ def test_layers_that_are_frozen_and_normalisation_in_the_step():
     assert logged["train/loss_by_group/1"] == pytest.approx(float(expected["train/loss_by_group/1"]))
 
 
+def test_a_step_that_changes_its_batch():
+    def step(model: Model, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(model.run(x.mul_(2)), y.sub_(1).remainder_(C))
+
+    def unchanging(model: Model, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(model.run(2 * x), (y - 1) % C)
+
+    (expected, _), (model, _) = fit("split", unchanging), fit("split", step)
+    torch.testing.assert_close(model.state_dict(), expected.state_dict())
+
+
 def test_a_layer_that_is_run_on_parts_only_is_refused():
     def step(model: Model, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(model.run(x) if len(x) < N else model.net[4](x[:, 0, 0, :4]), y)
