@@ -61,15 +61,13 @@ class Origins(SampleNumbers):
         loaders = [note.loader for note in self._history(tensor) if not note.sources]
         return None if None in loaders else {loader for loader in loaders if loader is not None}
 
-    def _history(self, tensor: Tensor, through: Callable[[Note], bool] = lambda note: True) -> list[Note]:
+    def _history(self, tensor: Tensor, through: Callable[[Note], bool] | None = None) -> list[Note]:
         """The notes of a tensor, and of all that it was made of, each once; only of what ``through`` lets pass."""
-        notes: list[Note] = []
-        found = [tensor]
-        while found:
-            source = found.pop()
-            if not any(source is note.out for note in notes):
-                notes.append(self._note(source))
-                found.extend(notes[-1].sources if through(notes[-1]) else ())
+        notes = [self._note(tensor)]
+        for note in notes:  # grows meanwhile
+            for source in note.sources if through is None or through(note) else ():
+                if not any(source is other.out for other in notes):
+                    notes.append(self._note(source))
         return notes
 
     def _note(self, tensor: Tensor) -> Note:
