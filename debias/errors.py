@@ -20,11 +20,15 @@ __all__ = [
     "HeadNotFoundError",
     "LossNotFoundError",
     "RowsError",
+    "SPLIT",
     "UnknownArgumentError",
     "UnsupportedStrategyError",
     "unwritable",
     "UntappedLossError",
 ]
+
+SPLIT = "Methods that reweigh groups or domains also take `losses='split'`, which runs the step once per group."
+"""A way out of every step whose loss cannot be taken apart, under automatic optimisation."""
 
 
 class DebiasError(MisconfigurationException):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from debias.errors import AmbiguousLossError, DebiasError, DebiasWarning, RowsError, UntappedLossError
+from debias.errors import SPLIT, AmbiguousLossError, DebiasError, DebiasWarning, RowsError, UntappedLossError
 from debias.ops.distributed import alike, gather_objects, is_distributed
 from debias.ops.groups import summed
 from debias.step.context import Step
@@ -96,7 +96,7 @@ class Settlement:
     def _finish_manual(self, tap: LossTap) -> None:
         """Refuse a step in which nothing was found, or which has multiplied a loss by a number of the whole batch."""
         if (self.reweigher is not None and not self.used) or (self.step.mixture is not None and not tap.calls):
-            raise no_loss_error(_set_losses(self.step.module))
+            raise no_loss_error(_set_losses(self.step.module), manual=True)
         for call, divisor in self.used:  # since it was handed back
             if call.record.of_batch or call.record.divisor is not divisor:
                 raise of_batch(call, manual=True)
@@ -140,7 +140,7 @@ class Settlement:
         elif found.lost:
             raise untapped(found.lost, bool(found.calls))
         elif not found.calls:
-            raise no_loss_error(_set_losses(self.step.module), reweighs=self.reweigher is not None)
+            raise no_loss_error(_set_losses(self.step.module))
         else:
             self.selected = {method: self._selected(found.calls, tap, method) for method in self.choices}
         meant = [call for call in found.calls if any(call in calls for calls in self.selected.values())]
@@ -241,7 +241,7 @@ class Settlement:
                 f" of the batch, but got {len(selected)} of {', '.join(str(height(call)) for call in selected[:8])}"
                 f"{', ...' if len(selected) > 8 else ''} rows: means by group of parts of a batch do not add up to"
                 " those of the batch. Join the logits of the parts and compute one loss, or multiply the losses of all"
-                " samples by masks. Methods that reweigh also take `losses='split'`."
+                f" samples by masks. {SPLIT}"
             )
         return selected
 
@@ -293,8 +293,7 @@ class Settlement:
         who = type(penalty or asking[0]).__name__
         ways = (
             "Teach it with `debias.register_loss`, return {'loss': loss, 'losses': per_sample} for the whole,"
-            f"{'' if penalty else ' pass `losses=' + chr(39) + 'split' + chr(39) + '`, which takes all of it,'} or say"
-            f" that only {names} is meant: `loss={found.calls[0].position}`."
+            f" or say that only {names} is meant: `loss={found.calls[0].position}`. {SPLIT}"
         )
         if penalty is not None:
             raise UntappedLossError(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from debias.errors import RowsError
+from debias.errors import SPLIT, RowsError
 from debias.tap.calls import LossCall, LossRecord
 from debias.tap.divisors import Divided
 from debias.tap.moves import (
@@ -311,8 +311,7 @@ def _samples_of(tap: LossTap, tensor: Tensor) -> Tensor:
         raise RowsError(
             "Expected unreduced losses to be masked, weighted, reshaped and reduced only, each with what is of the same"
             f" samples, but got losses of shape {tuple(tensor.shape)} whose rows cannot be followed. Reduce the"
-            " elements of a sample first, then all; or return {'loss': loss, 'losses': per_sample}. Methods that"
-            " reweigh also take `losses='split'`."
+            f" elements of a sample first, then all; or return {{'loss': loss, 'losses': per_sample}}. {SPLIT}"
         )
     return index
 

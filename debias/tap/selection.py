@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, UntappedLossError
+from debias.errors import SPLIT, AmbiguousLossError, DebiasError, LossNotFoundError, UntappedLossError
 from debias.tap.calls import LossCall, means
 from debias.tap.tap import LossTap
 
@@ -73,8 +73,8 @@ class Reaching:
             raise UntappedLossError(
                 f"Expected the returned loss to be linear in `{calls[0].name}`, a sum with factors, but the step makes"
                 f" something else of it ({bends if isinstance(bends, str) else 'a root, a power, flooding'}), so that"
-                " the loss of a group is not known. Apply it to the losses of the samples (`reduction='none'`), or"
-                " pass `losses='split'`, which runs the step once per group."
+                " the loss of a group is not known. Apply it to the losses of the samples (`reduction='none'`)."
+                f" {SPLIT}"
             )
         for call, factor in zip(calls, factors, strict=True):
             self._factors[call] = factor
@@ -225,23 +225,22 @@ def untapped(lost: list[str], beside: bool) -> DebiasError:
         f"Expected every loss that reaches the returned loss to be one that can be taken apart per sample, but"
         f" `{lost[0]}` reaches it in a way that cannot be followed, {what}."
         f" {reduce if 'none' in lost[0] else 'Return'} {{'loss': loss, 'losses': per_sample}}, whose mean the loss is;"
-        " or `debias.register_loss(...)`. Methods that reweigh also take `losses='split'`, whatever the step does."
+        f" or `debias.register_loss(...)`. {SPLIT}"
     )
 
 
 def of_batch(call: LossCall, *, manual: bool = False) -> DebiasError:
     """The error for a loss that is multiplied by a number of the whole batch."""
-    split = (
-        "or use automatic optimisation, where `losses='split'` makes the number anew for each group."
+    way = (
+        f"use automatic optimisation. There m{SPLIT[1:]}"
         if manual
-        else "pass `losses='split'`, which makes the number anew for each group; or return {'loss': loss, 'losses':"
-        " per_sample}, which are taken as they are."
+        else f"return {{'loss': loss, 'losses': per_sample}}, which are taken as they are. {SPLIT}"
     )
     return UntappedLossError(
         f"Expected what the step multiplies or selects `{call.name}` by to be a constant, or of each sample, but got a"
         " number that is made of the whole batch (a mean, a maximum, a count, a rank): that of a group is another one,"
         " so that the loss of a group is not known. Divide a sum by the sum of its weights, `(losses * w).sum() /"
-        f" w.sum()`; {split}"
+        f" w.sum()`; or {way}"
     )
 
 
@@ -250,6 +249,5 @@ def _undivided(call: LossCall) -> DebiasError:
         f"Expected the step to divide the sum of `{call.name}` by what it runs over, so that the loss of a group does"
         " not depend on how many samples it has, but nothing of that kind divides it. Divide by the number of samples"
         " or elements, `losses.sum() / len(x)`, or by the sum of the weights or of the mask that the losses were"
-        " multiplied by, `losses.sum() / mask.sum()`; or use `.mean()`. Methods that reweigh also take"
-        " `losses='split'`."
+        f" multiplied by, `losses.sum() / mask.sum()`; or use `.mean()`. {SPLIT}"
     )

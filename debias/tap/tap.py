@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from debias.errors import LossNotFoundError, RowsError, UntappedLossError
+from debias.errors import SPLIT, LossNotFoundError, RowsError, UntappedLossError
 from debias.tap.batches import arranged_rows
 from debias.tap.calls import LossCall, LossRecord, means
 from debias.tap.counted import counted_by
@@ -369,17 +369,17 @@ def _rows_error(call: LossCall, n: int, shape: torch.Size, *, mixed: bool = Fals
     if mixed:
         return RowsError(
             f"{expected}, and the step mixes samples with each other (mixup? similarities of pairs? a change in"
-            " place?), so that a row is of several. `losses='split'` takes the samples of each group alone. Or mix with"
-            " `GroupMixup`, which tells whose labels count, or compute a loss with each label:"
-            " `share * cross_entropy(logits, labels) + (1 - share) * cross_entropy(logits, labels[partners])`, with"
-            " `loss='sum'`, which methods that reweigh can take. Penalties need unmixed samples."
+            " place?), so that a row is of several. Mix with `GroupMixup`, which tells whose labels count, or compute a"
+            " loss with each label: `share * cross_entropy(logits, labels) + (1 - share) * cross_entropy(logits,"
+            " labels[partners])`, with `loss='sum'`, which methods that reweigh can take. Penalties need unmixed"
+            f" samples. {SPLIT}"
         )
     if shape and shape[0] < n:
         return RowsError(
             f"{expected}. If all samples together make what it reads (a mean over the batch), choose another loss,"
-            " `loss=<index>`, or pass `losses='split'`. If a `collate_fn` leaves samples out, leave them out of the"
-            " dataset instead, as ids cannot follow; if the step does, index the batch inside it; else say which sample"
-            " each row belongs to: `rows=callable(call, n)`."
+            " `loss=<index>`. If a `collate_fn` leaves samples out, leave them out of the dataset instead, as ids"
+            " cannot follow; if the step does, index the batch inside it; else say which sample each row belongs to:"
+            f" `rows=callable(call, n)`. {SPLIT}"
         )
     return RowsError(
         f"{expected}, and it cannot be followed which sample each row is of. If the rows are built from the samples,"
@@ -388,23 +388,21 @@ def _rows_error(call: LossCall, n: int, shape: torch.Size, *, mixed: bool = Fals
     )
 
 
-def no_loss_error(seen: list[str], *, reweighs: bool = True) -> LossNotFoundError:
+def no_loss_error(seen: list[str], *, manual: bool = False) -> LossNotFoundError:
     """What to say where a training step shows no loss that can be taken apart."""
     hint = (
         f" It computes {', '.join(sorted(set(seen)))}, which has no per-sample form (it compares whole sets)."
         if seen
         else ""
     )
-    per_batch = (
-        "pass `losses='heads'` (torchvision's detectors) or `losses='split'`"
-        if reweighs
-        else "as torchvision's detectors, only methods that reweigh have a way (`losses='heads'`, `losses='split'`)"
+    stated = (
+        "{'loss': loss, 'losses': per_sample} with losses of shape (N,), or {'loss', 'logits', 'targets'}"
+        f"{' under automatic optimisation' if manual else ''}"
     )
     return LossNotFoundError(
         "Expected the training step to compute its loss with a torch loss function (cross_entropy, mse_loss, ...), but"
-        f" none that requires a gradient reaches the returned loss.{hint} Ways out: return {{'loss': loss, 'losses':"
-        " per_sample} with losses of shape (N,); or return {'loss', 'logits', 'targets'}; or register the loss once"
-        " with `debias.register_loss(LossClass, per_sample)`, and hold the instance in the module"
-        " (`self.loss = LossClass()` in `__init__`), where it is looked for; for models that only give a"
-        f" loss per batch, {per_batch}."
+        f" none that requires a gradient reaches the returned loss.{hint} Ways out: return {stated}; or register the"
+        " loss once with `debias.register_loss(LossClass, per_sample)`, and hold the instance in the module (`self.loss"
+        f" = LossClass()` in `__init__`), where it is looked for.{'' if manual else ' ' + SPLIT} For"
+        " torchvision's detectors: `losses='heads'`."
     )

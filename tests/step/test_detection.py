@@ -367,7 +367,7 @@ def test_manual_optimisation_works_with_heads_only():
 
 def test_losses_inside_a_detector_are_not_the_steps():
     """They are of anchors; nothing is taken for a sample."""
-    with pytest.raises(LossNotFoundError, match=r"`losses='heads'` \(torchvision's detectors\)"):
+    with pytest.raises(LossNotFoundError, match="For torchvision's detectors: `losses='heads'`"):
         fit([GroupDRO("site", 3)])
 
 
@@ -426,7 +426,7 @@ def test_what_heads_mode_refuses():
 
     with pytest.raises(UnsupportedStrategyError, match=r"`losses='heads'` of GroupDRO without .*but got LogitVariance"):
         fit([GroupDRO("site", 3, losses="heads"), LogitVariance()])
-    with pytest.raises(LossNotFoundError, match="only methods that reweigh have a way"):
+    with pytest.raises(LossNotFoundError, match="Methods that reweigh groups or domains also take `losses='split'`"):
         fit([LogitVariance()])
 
 

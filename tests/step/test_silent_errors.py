@@ -782,7 +782,9 @@ def test_manual_optimisation_refuses_a_number_of_the_batch_also_after_the_loss()
         return (F.cross_entropy(module.net(batch[0]), batch[1], reduction="none") * weights).mean() / weights.mean()
 
     for step in (over_the_mean, over_the_mean_of_weights):
-        with pytest.raises(UntappedLossError, match=r"whole batch.*automatic optimisation, where `losses='split'`"):
+        with pytest.raises(
+            UntappedLossError, match=r"whole batch.*automatic optimisation. There methods.*`losses='split'`"
+        ):
             fit(None, GroupDRO("place", 2), module=manual(step))
     fit(None, GroupDRO("place", 2), module=manual(lambda m, b: 2 * F.cross_entropy(m.net(b[0]), b[1]) / len(b[0])))
 

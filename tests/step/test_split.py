@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import lightning as L
@@ -15,8 +16,9 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassRecall
 
 import _support.quick  # noqa: F401 - before the first Trainer
-from debias import GroupDRO, tag
-from debias.errors import DebiasError, UnsupportedStrategyError
+import debias
+from debias import Debiaser, GroupDRO, tag
+from debias.errors import SPLIT, DebiasError, UnsupportedStrategyError
 
 N, C = 12, 3
 random = torch.Generator().manual_seed(0)
@@ -138,6 +140,15 @@ def test_a_layer_that_is_run_again_in_the_backward_pass_is_refused(reentrant):
 
     with pytest.raises(DebiasError, match=r"`torch.utils.checkpoint`.*Leave out checkpointing"):
         fit("split", step)
+
+
+def test_those_that_messages_name_take_it():
+    """Methods that reweigh groups or domains, and no other."""
+    assert "Methods that reweigh groups or domains" in SPLIT
+    methods = [cls for name in debias.__all__ if isinstance(cls := getattr(debias, name), type)]
+    for method in (cls for cls in methods if issubclass(cls, Debiaser) and cls.reweigh is not Debiaser.reweigh):
+        taken = inspect.signature(method).parameters
+        assert ("losses" in taken) == bool({"group", "domain"} & taken.keys()), method
 
 
 def synchronised(rank: int) -> None:
