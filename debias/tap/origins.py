@@ -63,14 +63,14 @@ class Origins(SampleNumbers):
 
     def _history(self, tensor: Tensor, through: Callable[[Note], bool] = lambda note: True) -> list[Note]:
         """The notes of a tensor, and of all that it was made of, each once; only of what ``through`` lets pass."""
-        notes: list[Note] = []
+        notes: dict[Tensor, Note] = {}
         found = [tensor]
         while found:
             source = found.pop()
-            if not any(source is note.out for note in notes):
-                notes.append(self._note(source))
-                found.extend(notes[-1].sources if through(notes[-1]) else ())
-        return notes
+            if source not in notes:
+                note = notes[source] = self._note(source)
+                found.extend(note.sources if through(note) else ())
+        return list(notes.values())
 
     def _note(self, tensor: Tensor) -> Note:
         """How a tensor was made; of one that nobody has recorded, that its origin is unknown."""
