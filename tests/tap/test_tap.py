@@ -348,6 +348,15 @@ def test_a_target_that_is_spread_over_predictions(members, reduction):
     assert _rows((y,), 3, lambda: step(y.expand_as(made)))[0] == [0, 0, 1, 1, 2, 2] * members
 
 
+def test_losses_that_are_divided_by_nothing():
+    """As by the length of an empty mask: torch gives infinity, and no error."""
+    logits, target = rand(3, C).requires_grad_(), torch.arange(3) % C
+    with LossTap(tracker=RowTracker((target,), 3)) as tap:
+        loss = (F.cross_entropy(logits, target, reduction="none") / 0).mean()
+    assert loss.isinf()
+    assert tap.calls[0].num.isinf().all()
+
+
 def test_unchanged_rows_need_no_index():
     y = torch.tensor([[0], [1], [2]])
     logits = rand(3, C).requires_grad_()
