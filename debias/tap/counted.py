@@ -35,6 +35,8 @@ _ELEMENTWISE = CASTS | functions(
 _KEEPS_PLACES = _MUL | _WHERE | _FILL | _SET | _NAN | _ELEMENTWISE
 _COMPARES = functions("gt ge lt le eq ne greater less")
 _FOLLOWED = MOVES | _REDUCE | _KEEPS_PLACES | _COMPARES
+# Made of their first argument; what else they are given are places, masks and values to put there.
+_OF_THE_FIRST = MOVES | _REDUCE | _FILL | _SET
 
 
 @dataclass(eq=False)
@@ -81,7 +83,8 @@ class CountedElements:
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation, and follow what it makes of the losses."""
-        operands = values_read(func, args, kwargs) if func in _FOLLOWED else []
+        data = (args[:1], {}) if func in _OF_THE_FIRST else (args, kwargs)
+        operands = values_read(func, *data) if func in _FOLLOWED else []
         found = [trace for trace in self._traces if any(trace.tensor is x for x in operands)]
         masks = [self._mask(func, args, kwargs, trace) if func in _KEEPS_PLACES else None for trace in found]
         out = func(*args, **kwargs)
@@ -114,7 +117,8 @@ class CountedElements:
         if func in _NAN:
             return ~losses.isnan()
         if func in _FILL:
-            return ~others[0].expand(torch.broadcast_shapes(losses.shape, others[0].shape))
+            filled = args[1] if len(args) > 1 else kwargs["mask"]
+            return ~filled.expand(torch.broadcast_shapes(losses.shape, filled.shape))
         if func in _WHERE and len(args) == 3:
             condition, kept, _ = (args[1], args[0], args[2]) if func is _T.where else args
             shape = torch.broadcast_shapes(*(x.shape for x in args if isinstance(x, Tensor)))

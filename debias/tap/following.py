@@ -180,7 +180,7 @@ class Following:
         constant = isinstance(other, int | float) or (isinstance(other, Tensor) and not other.requires_grad)
         if func in PRODUCT and constant:
             return other
-        if func in DIVISION and at == 0 and constant:
+        if func in DIVISION and at == 0 and constant and not _is_zero(other):
             return 1 / other  # type: ignore[operator]
         if func is torch.where and at in (1, 2) and _is_zero(args[3 - at] if len(args) > 3 - at else None):
             return args[0] if at == 1 else ~args[0]

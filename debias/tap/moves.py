@@ -99,6 +99,8 @@ def values_read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
 
 # Leave every row in its place whenever they keep the number of rows.
 _ROW_KEEPING = named("reshape flatten squeeze unsqueeze unflatten view expand view_as reshape_as expand_as")
+# Unless they put axes in front of the rows.
+_SPREADING = named("expand expand_as")
 # Move whole rows, unless told of another axis than the first.
 _ROW_WISE = named("index_select cat concat concatenate")
 _TURNING = named("flip fliplr flipud roll")
@@ -191,7 +193,7 @@ def keeps_rows(move: Callable[..., Any], args: tuple[Any, ...], out: Any) -> boo
         first = args[1][0]
         keeps = first is Ellipsis or (isinstance(first, slice) and first == slice(None))
         return keeps and not any(isinstance(key, Tensor | list) for key in args[1])
-    return move in _ROW_KEEPING
+    return move in _ROW_KEEPING and (move not in _SPREADING or data.ndim == out.ndim)
 
 
 def looked_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

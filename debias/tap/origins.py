@@ -61,14 +61,16 @@ class Origins(SampleNumbers):
         loaders = [note.loader for note in self._history(tensor) if not note.sources]
         return None if None in loaders else {loader for loader in loaders if loader is not None}
 
-    def _history(self, tensor: Tensor, through: Callable[[Note], bool] | None = None) -> list[Note]:
+    def _history(self, tensor: Tensor, through: Callable[[Note], bool] = lambda note: True) -> list[Note]:
         """The notes of a tensor, and of all that it was made of, each once; only of what ``through`` lets pass."""
-        notes = [self._note(tensor)]
-        for note in notes:  # grows meanwhile
-            for source in note.sources if through is None or through(note) else ():
-                if not any(source is other.out for other in notes):
-                    notes.append(self._note(source))
-        return notes
+        notes: dict[Tensor, Note] = {}
+        found = [tensor]
+        while found:
+            source = found.pop()
+            if source not in notes:
+                note = notes[source] = self._note(source)
+                found.extend(note.sources if through(note) else ())
+        return list(notes.values())
 
     def _note(self, tensor: Tensor) -> Note:
         """How a tensor was made; of one that nobody has recorded, that its origin is unknown."""

@@ -118,7 +118,7 @@ class WholeBatch:
         given = tensors_in((read, kwargs)) if looks else [x for x in read if isinstance(x, Tensor)]
         rows = looks and any(map(self._is_made_of_rows, given))
         of_mean = looks and any(x in self._means for x in given)
-        for x in tensors_in(out):
+        for x in tensors_in(args[:1] if func is Tensor.__setitem__ else out):
             if x.requires_grad and (of_mean or (rows and func in _DIFFERENTIABLE and not x.ndim)):
                 self._means[x] = True  # may be what is trained; a number as soon as nothing is differentiated any more
             elif (of_mean or self._is_number(func, args, kwargs, given, x, rows)) and func not in _SHAPED:

@@ -507,7 +507,32 @@ def test_rows_of_packed_sequences_are_not_those_of_a_mask():
         L.Trainer(max_epochs=1, callbacks=[GroupDRO("place", 2)], **QUIET).fit(Base(step), data)
 
 
+def written_by(ls, w):
+    """Weights to write into."""
+    made = torch.ones_like(w)
+    made[w > 0] = w.max()
+    return (ls * made).mean()
+
+
+def written_of(ls, w):
+    """The weights of the batch, written elsewhere."""
+    made = torch.zeros_like(w)
+    made[:] = w
+    return ls[made.argsort()[: N // 2]].mean()
+
+
+def counted(w, z):
+    """Weights of the classes, counted one by one."""
+    weights = torch.ones(C, dtype=z.dtype)
+    for c in range(C):
+        weights[c] = 1 / (1 + ((C * w).long() == c).sum())
+    return F.cross_entropy(z, Y, weights)
+
+
 OF_THE_BATCH = {
+    "written into constants": lambda ls, w, z: written_by(ls, w),
+    "of what was written": lambda ls, w, z: written_of(ls, w),
+    "counted into constants": lambda ls, w, z: counted(w, z),
     "shares": lambda ls, w, z: (ls * w.softmax(0)).mean(),
     "shares in a column": lambda ls, w, z: (F.mse_loss(z, Z, reduction="none") * w.softmax(0)[:, None]).mean(),
     "running sums": lambda ls, w, z: (ls * w.cumsum(0)).mean(),

@@ -334,6 +334,29 @@ def test_means_of_as_many_columns_as_samples_are_no_rows():
         _rows((x,), 3, lambda: F.mse_loss(rand(3).requires_grad_(), x.mean(0)))
 
 
+@pytest.mark.parametrize("members", [1, 2, 3, 5])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_target_that_is_spread_over_predictions(members, reduction):
+    """Of an ensemble ``(M, N, C)``: the rows of the loss are members, also where there are as many as samples."""
+    y, made = torch.rand(3, 2).double(), rand(members, 3, 2).requires_grad_()
+
+    def step(target):
+        return F.smooth_l1_loss(made, target, reduction=reduction).mean()
+
+    with pytest.warns(UserWarning, match="target size"), pytest.raises(RowsError, match="expand_as"):
+        _rows((y,), 3, lambda: step(y))
+    assert _rows((y,), 3, lambda: step(y.expand_as(made)))[0] == [0, 0, 1, 1, 2, 2] * members
+
+
+def test_losses_that_are_divided_by_nothing():
+    """As by the length of an empty mask: torch gives infinity, and no error."""
+    logits, target = rand(3, C).requires_grad_(), torch.arange(3) % C
+    with LossTap(tracker=RowTracker((target,), 3)) as tap:
+        loss = (F.cross_entropy(logits, target, reduction="none") / 0).mean()
+    assert loss.isinf()
+    assert tap.calls[0].num.isinf().all()
+
+
 def test_unchanged_rows_need_no_index():
     y = torch.tensor([[0], [1], [2]])
     logits = rand(3, C).requires_grad_()
