@@ -32,27 +32,25 @@ class Kept:
         modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
         self._tables = [table for m in modules for table in (vars(m), m._buffers)]
         self._values = _copied(self._tables)
-        self._frozen = {
-            name: p
-            for name, p in module.named_parameters()
-            if type(p) is nn.Parameter and p.is_floating_point() and not p.requires_grad
-        }
-        self._marks = self._marks_of_frozen()
+        self._parameters = {name: p for name, p in module.named_parameters() if type(p) is nn.Parameter}
+        self._marks = self._marks_of_parameters()
 
-    def _marks_of_frozen(self) -> list[tuple[int, int, float]]:
-        """By which it shows that parameters were changed: in place, or through their ``data``."""
-        parameters = list(self._frozen.values())
-        norms = [torch.linalg.vector_norm(p.detach().float()).to(parameters[0].device) for p in parameters]
-        sizes = torch.stack(norms).tolist() if norms else []
-        return [(p._version, p.data_ptr(), size) for p, size in zip(parameters, sizes, strict=True)]
+    def _marks_of_parameters(self) -> list[tuple[float, ...]]:
+        """By which it shows that parameters were changed in place; frozen ones also through their ``data``."""
+        frozen = [p for p in self._parameters.values() if p.is_floating_point() and not p.requires_grad]
+        norms = [torch.linalg.vector_norm(p.detach().float()).to(frozen[0].device) for p in frozen]
+        sizes = dict(zip(frozen, torch.stack(norms).tolist() if norms else [], strict=True))
+        return [
+            (p._version, p.data_ptr(), sizes[p]) if p in sizes else (p._version,) for p in self._parameters.values()
+        ]
 
     def check_parameters(self, losses: str) -> None:
-        """Refuse a step that has changed frozen parameters, which it would change again on each part.
+        """Refuse a step that has changed parameters, which it would change again on each part.
 
         Raises:
             UnsupportedStrategyError: naming one.
         """
-        for name, before, after in zip(self._frozen, self._marks, self._marks_of_frozen(), strict=True):
+        for name, before, after in zip(self._parameters, self._marks, self._marks_of_parameters(), strict=True):
             if before != after:
                 raise UnsupportedStrategyError(
                     f"Expected the training step to leave parameters as they are with `losses={losses!r}`, which runs"

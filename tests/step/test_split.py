@@ -161,15 +161,18 @@ def test_a_lazy_network():
     assert parts.net[1].num_batches_tracked == whole.net[1].num_batches_tracked == 4
 
 
-@pytest.mark.parametrize("by_data", [True, False])
-def test_a_step_that_changes_frozen_parameters_is_refused(by_data):
+@pytest.mark.parametrize(("by_data", "frozen"), [(True, True), (False, True), (False, False)])
+def test_a_step_that_changes_parameters_is_refused(by_data, frozen):
     def step(model: Keeping, x: Tensor, y: Tensor) -> Tensor:
         weight = model.teacher.weight.data if by_data else model.teacher.weight
-        weight.mul_(0.99)
+        with torch.no_grad():
+            weight.mul_(0.99)
         return F.cross_entropy(model.net(x), y)
 
+    model = Keeping(step)
+    model.teacher.requires_grad_(not frozen)
     with pytest.raises(UnsupportedStrategyError, match=r"changed `teacher.weight`.*`on_train_batch_end`"):
-        fit("split", model=Keeping(step))
+        fit("split", model=model)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
