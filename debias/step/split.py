@@ -1,12 +1,14 @@
 """Losses that exist only per batch, such as a detector's: the user's step is run once per group, or once per sample.
 
 The one place with a Python loop over groups or samples. The step runs on the whole batch first, as in plain training:
-that is what it logs, what metrics see, and what it returns beside the loss. Then it runs on each part for the part's
-loss, where BatchNorm has the statistics of the whole batch.
+that is what it logs, what metrics see, what modules keep of it, and what it returns beside the loss. Then it runs on
+each part for the part's loss, where BatchNorm has the statistics of the whole batch, and modules hold what they held
+before the step.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ from torchmetrics import Metric
 from debias.errors import LossNotFoundError, RowsError
 from debias.step.batch import map_samples
 from debias.step.context import Step
+from debias.step.kept import Kept
 from debias.step.proxy import attach, detach
 from debias.step.settle import with_loss
 from debias.step.statistics import BatchStatistics
@@ -38,7 +41,7 @@ def split_losses(run: Callable[[Any], Any], step: Step, reweigher: Debiaser) -> 
     Raises:
         RowsError: a part of the batch cannot be cut into samples.
         LossNotFoundError: a pass returns no single number.
-        UnsupportedStrategyError: the module has SyncBatchNorm, over several ranks.
+        UnsupportedStrategyError: a layer has statistics that a part cannot be given, or the step changes parameters.
     """
     if step.of_several:
         raise RowsError(
@@ -59,14 +62,14 @@ def split_losses(run: Callable[[Any], Any], step: Step, reweigher: Debiaser) -> 
             f" {tuple(ids.shape)}: a sample cannot be in two passes. Give ids of shape (N,)."
         )
     parts = [take_samples(step.batch, members, n) for members in passes]  # before the step may change its batch
-    statistics = BatchStatistics(step.module)
+    statistics, kept = BatchStatistics(step.module), Kept(step.module)
     with statistics.of_whole():
         output = run(step.batch)
+    kept.check_parameters(reweigher.losses)
     losses = []
-    with _unnoticed(step.module):
-        for part in parts:
-            with statistics.of_part():
-                losses.append(_one_number(run(part), reweigher.losses))
+    for part in parts:
+        with kept.put_back(), _apart(step.module), statistics.of_part():
+            losses.append(_one_number(run(part), reweigher.losses))
     of_parts = torch.stack(losses)
     sizes = of_parts.new_tensor([len(members) for members in passes])
     rows = torch.tensor([members[0] for members in passes], device=sizes.device)
@@ -87,27 +90,21 @@ def _one_number(output: Any, losses: str) -> Tensor:
 
 
 @contextmanager
-def _unnoticed(module: Any) -> Iterator[None]:
-    """While this lasts nothing is logged; afterwards metrics have not seen what they were given."""
+def _apart(module: Any) -> Iterator[None]:
+    """While this lasts nothing is logged, and metrics do not ask other ranks, which may have fewer parts."""
     proxies = [attach(module, name, lambda original, args, kwargs: None) for name in ("log", "log_dict")]
-    metrics = [m for m in module.modules() if isinstance(m, Metric)]
-    states = [
-        {name: x.clone() if isinstance(x, Tensor) else list(x) for name, x in m.metric_state.items()} for m in metrics
-    ]
-    for metric, state in zip(metrics, states, strict=True):
-        state |= {name: getattr(metric, name) for name in ("_update_count", "_computed")}
+    for metric in module.modules():
+        if isinstance(metric, Metric):
+            metric.distributed_available_fn = lambda: False  # until what modules keep is put back
     try:
         yield
     finally:
         for proxy in proxies:
             detach(proxy)
-        for metric, state in zip(metrics, states, strict=True):
-            for name, value in state.items():
-                setattr(metric, name, value)
 
 
 def take_samples(batch: Any, members: list[int], n: int) -> Any:
-    """The same batch with only some of its samples; see :func:`debias.step.batch.map_samples`.
+    """A batch of copies of only some samples; see :func:`debias.step.batch.map_samples`.
 
     Raises:
         RowsError: a tensor in it cannot be cut into samples.
@@ -116,6 +113,6 @@ def take_samples(batch: Any, members: list[int], n: int) -> Any:
         batch,
         n,
         lambda x: x[torch.tensor(members, device=x.device)],
-        lambda items: [items[i] for i in members],
+        lambda items: copy.deepcopy([items[i] for i in members]),
         whole=False,
     )

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
@@ -32,12 +33,16 @@ class BatchStatistics(TorchFunctionMode):
         module: the user's module.
 
     Raises:
-        UnsupportedStrategyError: a layer computes its statistics over several ranks, which have not as many parts.
+        UnsupportedStrategyError: a layer computes its statistics over several ranks, which have not as many parts, or
+            in a way of its own.
     """
 
     def __init__(self, module: Any) -> None:
         super().__init__()
-        self._layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+        running = [m for m in module.modules() if hasattr(m, "running_var")]
+        self._layers = [m for m in running if isinstance(m, _BatchNorm) and (m.training or m.running_var is None)]
+        self._others = [m for m in running if not (m.running_var is None or isinstance(m, _BatchNorm | _InstanceNorm))]
+        self._numbers: dict[int, tuple[int, Tensor]] = {}  # of the layers, by their buffers and parameters
         self._known: dict[int, list[tuple[Tensor, Tensor]]] = {}  # of each call of a layer
         self._left: dict[int, list[tuple[Tensor, Tensor]]] | None = None  # in this part; None in the whole batch
         if is_distributed() and any(isinstance(layer, nn.SyncBatchNorm) for layer in self._layers):
@@ -50,6 +55,21 @@ class BatchStatistics(TorchFunctionMode):
     @contextlib.contextmanager
     def of_whole(self) -> Iterator[None]:
         """While this lasts the step is run on the whole batch."""
+        before = [layer.running_var.clone() for layer in self._others]
+        with self._of_layers():
+            yield
+        for layer, value in zip(self._others, before, strict=True):
+            if not layer.running_var.equal(value):
+                raise UnsupportedStrategyError(
+                    "Expected layers with statistics of the batch to be torch's with `losses='split'` or `'image'`, but"
+                    f" got {type(layer).__name__}, which would compute those of each part. Freeze it (`eval()`), or use"
+                    " BatchNorm or GroupNorm."
+                )
+
+    @contextlib.contextmanager
+    def _of_layers(self) -> Iterator[None]:
+        """While this lasts calls of layers are seen."""
+        self._numbers.clear()
         # In a compiled graph no layer would be seen.
         stance = torch.compiler.set_stance("force_eager") if self._layers else contextlib.nullcontext()
         with stance, self:
@@ -59,12 +79,11 @@ class BatchStatistics(TorchFunctionMode):
     def of_part(self) -> Iterator[None]:
         """While this lasts the step is run on a part."""
         self._left = {layer: list(calls) for layer, calls in self._known.items()}
-        counts = [layer.num_batches_tracked for layer in self._layers if layer.num_batches_tracked is not None]
-        before = [count.clone() for count in counts]
-        with self.of_whole():
+        with self._of_layers():
             yield
-        for count, value in zip(counts, before, strict=True):
-            count.copy_(value)
+        for layer, calls in self._left.items():
+            if calls and len(calls) < len(self._known[layer]):
+                raise _other_calls(len(calls[0][0]), "less")
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -81,23 +100,35 @@ class BatchStatistics(TorchFunctionMode):
                 " is in `torch.utils.checkpoint`, which runs it again in the backward pass, where the statistics of the"
                 " whole batch are not known. Leave out checkpointing, or freeze the layer."
             )
-        layer = next((id(y) for y in (given.arguments["running_mean"], weight) if y is not None), 0)
+        layer = self._number(given.arguments["running_mean"], weight)
         precise = x.to(torch.promote_types(x.dtype, torch.float32))
         if self._left is None:
             var, mean = torch.var_mean(precise, [0, *range(2, x.ndim)], correction=0)
             self._known.setdefault(layer, []).append((mean, var))
             return func(*args, **kwargs)
         if not self._left.get(layer):
-            raise DebiasError(
-                "Expected the step to run the same BatchNorm layers on every part of the batch as on the whole batch,"
-                f" with `losses='split'` or `'image'`, but one of {x.shape[1]} channels was run more often on a part."
-                " Freeze it, or use GroupNorm."
-            )
+            raise _other_calls(x.shape[1], "more")
         mean, var = self._left[layer].pop(0)
         shape = [1, -1, *[1] * (x.ndim - 2)]
         out = (precise - mean.view(shape)) * (var + eps).rsqrt().view(shape)
         out = out if weight is None else out * weight.view(shape)
         return (out if bias is None else out + bias.view(shape)).to(x.dtype)
+
+    def _number(self, *tensors: Tensor | None) -> int:
+        """The number of the layer that has these; another one where none has, as where a step calls the function."""
+        ids = [id(x) for x in tensors if x is not None]
+        if not any(x in self._numbers for x in ids):  # a step may have given its layers others
+            for number, layer in enumerate(self._layers):
+                self._numbers |= {id(x): (number, x) for x in (layer.running_mean, layer.weight) if x is not None}
+        return next((self._numbers[x][0] for x in ids if x in self._numbers), ids[0] if ids else -1)
+
+
+def _other_calls(channels: int, how: str) -> DebiasError:
+    return DebiasError(
+        "Expected the step to run the same BatchNorm layers on every part of the batch as on the whole batch, with"
+        f" `losses='split'` or `'image'`, but one of {channels} channels was run {how} often on a part. Freeze it, or"
+        " use GroupNorm."
+    )
 
 
 def _is_run_again() -> bool:

@@ -132,7 +132,7 @@ def test_images_of_as_many_channels_as_there_are_images():
     for batch in ((images, targets), {"x": images, "y": targets}, Batch(images, targets)):
         taken = parts(take_samples(batch, [2], 3))
         assert [len(part) for part in taken] == [1, 1]
-        assert taken[0][0] is images[2]
+        assert taken[0][0].equal(images[2])
         assert len(parts(repeated(batch, torch.arange(3).repeat(2), 3))[0]) == 6
 
 

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassRecall
+from torchmetrics.wrappers import MinMaxMetric, Running
 
 import _support.quick  # noqa: F401 - before the first Trainer
 import debias
@@ -68,12 +69,16 @@ def two_views(model: Model, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     return {"loss": loss, "logits": logits}
 
 
-def fit(losses: str, step: Any = None, **options: Any) -> tuple[Model, dict[str, Tensor]]:
-    model = Model(step, **options)
-    trainer = L.Trainer(
-        callbacks=[GroupDRO("g", 3, step_size=0.5, losses=losses)], accelerator="cpu", max_epochs=2, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
-    )  # fmt: skip
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "log_every_n_steps": 1,
+    **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
+}
+
+
+def fit(losses: str, step: Any = None, model: Any = None, **options: Any) -> tuple[Any, dict[str, Tensor]]:
+    model = model or Model(step, **options)
+    trainer = L.Trainer(callbacks=[GroupDRO("g", 3, step_size=0.5, losses=losses)], max_epochs=2, **QUIET)
     trainer.fit(model, DataLoader(tag(TensorDataset(X, Y), g=G), batch_size=N))
     return model, {name: value for name, value in trainer.callback_metrics.items() if value.isfinite()}
 
@@ -90,6 +95,124 @@ def test_batch_norm_has_the_statistics_of_the_whole_batch(losses, options):
     for name, value in expected.items():
         torch.testing.assert_close(logged[name], value, msg=name)
     torch.testing.assert_close(parts.returned, whole.returned)
+
+
+class Keeping(Model):
+    """A step that keeps something of each batch: in buffers, metrics, numbers, lists."""
+
+    def __init__(self, step: Any = None) -> None:
+        super().__init__(step or keeping)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(4, C))
+            self.teacher = nn.Linear(4, C).requires_grad_(False)
+        self.net = nn.Sequential(
+            *self.net[:2], nn.InstanceNorm2d(4, track_running_stats=True), *self.net[2:4], spectral
+        )
+        self.net.double()
+        self.register_buffer("center", torch.zeros(C).double())
+        self.last, self.sizes, self.count, self.by_number = torch.zeros(()), [], 0, {}
+        self.smallest, self.lately = MinMaxMetric(MulticlassAccuracy(C)), Running(MeanMetric(), window=3)
+
+
+def keeping(model: Keeping, x: Tensor, y: Tensor) -> Tensor:
+    logits = model.net(x)
+    loss = F.cross_entropy(logits - model.center, y)
+    model.center.lerp_(logits.detach().mean(0), 0.5)
+    model.count += 1
+    model.sizes.append(len(x))
+    model.by_number.setdefault(model.count, []).append(len(x))
+    model.last = logits.detach()
+    model.log_dict(model.smallest(logits, y))
+    model.lately(loss.detach())
+    return loss
+
+
+@pytest.mark.parametrize("losses", ["split", "image"])
+def test_what_a_step_keeps_is_that_of_the_whole_batch_and_parts_see_what_was_kept_before(losses):
+    (whole, expected), (parts, logged) = fit("whole", model=Keeping()), fit(losses, model=Keeping())
+    torch.testing.assert_close(parts.state_dict(), whole.state_dict())
+    torch.testing.assert_close(logged, expected)
+    names = ("last", "sizes", "count", "by_number")
+    torch.testing.assert_close([getattr(parts, name) for name in names], [getattr(whole, name) for name in names])
+    assert parts.smallest.compute() == whole.smallest.compute()
+    assert parts.lately.compute() == pytest.approx(whole.lately.compute())
+
+
+def test_what_a_step_keeps_is_put_back_when_a_part_raises():
+    def step(model: Keeping, x: Tensor, y: Tensor) -> Tensor:
+        loss = keeping(model, x, y)
+        if len(x) < N:
+            raise KeyboardInterrupt
+        return loss
+
+    model = Keeping(step)
+    with pytest.raises(SystemExit):
+        fit("split", model=model)
+    assert (model.count, model.sizes, model.net[1].num_batches_tracked) == (1, [N], 1)
+    assert "log" not in vars(model)
+
+
+def test_a_lazy_network():
+    def lazy() -> Model:
+        model = Model(lambda model, x, y: F.cross_entropy(model.net(x), y))
+        model.net = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), *model.net[2:]).double()
+        return model
+
+    (whole, _), (parts, _) = fit("whole", model=lazy()), fit("split", model=lazy())
+    assert parts.net[1].num_batches_tracked == whole.net[1].num_batches_tracked == 4
+
+
+@pytest.mark.parametrize(("by_data", "frozen"), [(True, True), (False, True), (False, False)])
+def test_a_step_that_changes_parameters_is_refused(by_data, frozen):
+    def step(model: Keeping, x: Tensor, y: Tensor) -> Tensor:
+        weight = model.teacher.weight.data if by_data else model.teacher.weight
+        with torch.no_grad():
+            weight.mul_(0.99)
+        return F.cross_entropy(model.net(x), y)
+
+    model = Keeping(step)
+    model.teacher.requires_grad_(not frozen)
+    with pytest.raises(UnsupportedStrategyError, match=r"changed `teacher.weight`.*`on_train_batch_end`"):
+        fit("split", model=model)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("kind", ["scripted", "own"])
+def test_layers_with_statistics_of_their_own_are_refused(kind):
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("running_var", torch.ones(()).double())
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.running_var.lerp_(x.detach().var(), 0.1)
+            return x / x.std()
+
+    model = Model(lambda model, x, y: F.cross_entropy(model.run(x), y))
+    model.run = torch.jit.script(model.net) if kind == "scripted" else nn.Sequential(model.net, Own())
+    with pytest.raises(UnsupportedStrategyError, match=r"statistics of the batch to be torch's.*Freeze it"):
+        fit("split", model=model)
+
+
+def test_a_step_that_changes_a_list_of_samples():
+    def change(model: Model, images: Any, targets: Any) -> Tensor:
+        for target in targets:
+            target["label"] += 1
+        return F.cross_entropy(model.net(torch.stack(images)), torch.stack([t["label"] % C for t in targets]))
+
+    def collate(items: Any) -> Any:
+        tags = torch.utils.data.default_collate([group for *_, group in items])
+        return [x for x, *_ in items], [{"label": y.clone()} for _, y, _ in items], tags
+
+    def run(losses: str) -> dict[str, Tensor]:
+        model = Model(lambda model, images, targets, _: change(model, images, targets))
+        trainer = L.Trainer(callbacks=[GroupDRO(2, 3, losses=losses, name="g")], max_epochs=1, **QUIET)
+        trainer.fit(model, DataLoader(TensorDataset(X, Y, G), batch_size=N, collate_fn=collate))
+        return model.state_dict()
+
+    torch.testing.assert_close(run("split"), run("image"))
+    torch.testing.assert_close(run("split"), run("whole"))
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -129,7 +252,15 @@ def test_a_layer_that_is_run_on_parts_only_is_refused():
     def step(model: Model, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(model.run(x) if len(x) < N else model.net[4](x[:, 0, 0, :4]), y)
 
-    with pytest.raises(DebiasError, match=r"same BatchNorm layers on every part.*4 channels.*Freeze it"):
+    with pytest.raises(DebiasError, match=r"same BatchNorm layers on every part.*4 channels.*more often.*Freeze it"):
+        fit("split", step)
+
+
+def test_a_layer_that_is_run_on_chunks_of_the_whole_batch_is_refused():
+    def step(model: Model, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(torch.cat([model.run(chunk) for chunk in x.split(10)]), y)
+
+    with pytest.raises(DebiasError, match=r"same BatchNorm layers on every part.*4 channels.*less often"):
         fit("split", step)
 
 
@@ -160,3 +291,23 @@ def synchronised(rank: int) -> None:
 
 def test_layers_that_wait_for_other_ranks_are_refused(ranks):
     ranks.raises(UnsupportedStrategyError, r"SyncBatchNorm.*Leave out `sync_batchnorm=True`", synchronised)
+
+
+def apart(rank: int) -> tuple[float, int]:
+    """Rank 1 has more parts than rank 0; a metric asks the other ranks in the step."""
+    from debias.step.kept import Kept
+    from debias.step.split import _apart
+
+    module = L.LightningModule()
+    module.mean = MeanMetric(dist_sync_on_step=True)
+    kept = Kept(module)
+    module.mean(torch.tensor(float(rank)))
+    for _ in range(1 + rank):
+        with kept.put_back(), _apart(module):
+            module.mean(torch.tensor(10.0))
+            module.mean.compute()
+    return float(module.mean.compute()), module.mean.update_count
+
+
+def test_metrics_do_not_wait_for_ranks_with_fewer_parts(ranks):
+    assert ranks.run(apart) == [(0.5, 1), (0.5, 1)]

@@ -1,0 +1,94 @@
+"""What a step leaves in its modules beside their parameters, when it is run several times."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from debias.errors import UnsupportedStrategyError
+
+__all__ = ["Kept"]
+
+_OF_ANY_MODULE = vars(nn.Module()).keys() - {"training"}  # parameters, children, hooks
+
+
+class Kept:
+    """What modules keep when it is made: buffers, states of metrics, counters, lists, and which layers train.
+
+    Objects of other classes that a module refers to are not looked into.
+
+    Args:
+        module: the user's module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        self._tables = [table for m in modules for table in (vars(m), m._buffers)]
+        self._values = _copied(self._tables)
+        self._parameters = {name: p for name, p in module.named_parameters() if type(p) is nn.Parameter}
+        self._marks = self._marks_of_parameters()
+
+    def _marks_of_parameters(self) -> list[tuple[float, ...]]:
+        """By which it shows that parameters were changed in place; frozen ones also through their ``data``."""
+        frozen = [p for p in self._parameters.values() if p.is_floating_point() and not p.requires_grad]
+        norms = [torch.linalg.vector_norm(p.detach().float()).to(frozen[0].device) for p in frozen]
+        sizes = dict(zip(frozen, torch.stack(norms).tolist() if norms else [], strict=True))
+        return [
+            (p._version, p.data_ptr(), sizes[p]) if p in sizes else (p._version,) for p in self._parameters.values()
+        ]
+
+    def check_parameters(self, losses: str) -> None:
+        """Refuse a step that has changed parameters, which it would change again on each part.
+
+        Raises:
+            UnsupportedStrategyError: naming one.
+        """
+        for name, before, after in zip(self._parameters, self._marks, self._marks_of_parameters(), strict=True):
+            if before != after:
+                raise UnsupportedStrategyError(
+                    f"Expected the training step to leave parameters as they are with `losses={losses!r}`, which runs"
+                    f" it several times, but it has changed `{name}`. Where that is an average of another network's,"
+                    " update it in `on_train_batch_start` or `on_train_batch_end`."
+                )
+
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """While this lasts, modules keep copies of what they kept then; afterwards what they keep now."""
+        now = [dict(table) for table in self._tables]
+        try:
+            for table, values in zip(self._tables, _copied(self._values), strict=True):
+                _fill(table, values)
+            yield
+        finally:
+            for table, values in zip(self._tables, now, strict=True):
+                _fill(table, values)
+
+
+def _fill(table: dict[str, Any], values: dict[str, Any]) -> None:
+    table.clear()
+    table.update(values)
+
+
+def _copied(tables: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Copies of what a step may change; what modules share is shared by the copies."""
+    made: dict[int, Any] = {}
+
+    def copied(x: Any) -> Any:
+        if id(x) not in made:
+            made[id(x)] = x.clone() if isinstance(x, Tensor) else copy.copy(x)
+            if isinstance(x, dict):
+                made[id(x)].update({key: changeable(value) for key, value in x.items()})
+        return made[id(x)]
+
+    def changeable(x: Any) -> Any:
+        plain = isinstance(x, dict | list | set | deque) and type(x).__module__ in ("builtins", "collections")
+        return copied(x) if plain or (isinstance(x, Tensor) and not is_lazy(x)) else x
+
+    return [{name: x if name in _OF_ANY_MODULE else changeable(x) for name, x in table.items()} for table in tables]
