@@ -63,6 +63,9 @@ class Origins(SampleNumbers):
 
     def _history(self, tensor: Tensor, through: Callable[[Note], bool] = lambda note: True) -> list[Note]:
         """The notes of a tensor, and of all that it was made of, each once; only of what ``through`` lets pass."""
+        first = self._note(tensor)
+        if first.func is None:  # as of the batch itself
+            return [first]
         notes: dict[Tensor, Note] = {}
         found = [tensor]
         while found:
