@@ -26,23 +26,25 @@ class Kept:
 
     Args:
         module: the user's module.
+        reads: look at values of frozen parameters beyond the CPU, too, which waits for the device.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, reads: bool) -> None:
         modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
         self._tables = [table for m in modules for table in (vars(m), m._buffers)]
         self._values = _copied(self._tables)
         self._parameters = {name: p for name, p in module.named_parameters() if type(p) is nn.Parameter}
+        # As they are before the step, which may freeze others for a while.
+        self._frozen = [p for p in self._parameters.values() if p.is_floating_point() and not p.requires_grad]
+        self._read = [p for p in self._frozen if reads or p.device.type == "cpu"]
         self._marks = self._marks_of_parameters()
 
     def _marks_of_parameters(self) -> list[tuple[float, ...]]:
         """By which it shows that parameters were changed in place; frozen ones also through their ``data``."""
-        frozen = [p for p in self._parameters.values() if p.is_floating_point() and not p.requires_grad]
-        norms = [torch.linalg.vector_norm(p.detach().float()).to(frozen[0].device) for p in frozen]
-        sizes = dict(zip(frozen, torch.stack(norms).tolist() if norms else [], strict=True))
-        return [
-            (p._version, p.data_ptr(), sizes[p]) if p in sizes else (p._version,) for p in self._parameters.values()
-        ]
+        norms = [torch.linalg.vector_norm(p.detach().float()).to(self._read[0].device) for p in self._read]
+        sizes = dict(zip(self._read, torch.stack(norms).tolist() if norms else [], strict=True))
+        places = {p: p.data_ptr() for p in self._frozen}
+        return [(p._version, places.get(p, 0), sizes.get(p, 0.0)) for p in self._parameters.values()]
 
     def check_parameters(self, losses: str) -> None:
         """Refuse a step that has changed parameters, which it would change again on each part.

@@ -3,7 +3,7 @@
 The one place with a Python loop over groups or samples. The step runs on the whole batch first, as in plain training:
 that is what it logs, what metrics see, what modules keep of it, and what it returns beside the loss. Then it runs on
 each part for the part's loss, where BatchNorm has the statistics of the whole batch, and modules hold what they held
-before the step.
+before the step. Every step waits for the device once, for the ids that say which parts there are.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def split_losses(run: Callable[[Any], Any], step: Step, reweigher: Debiaser) -> 
             f" {tuple(ids.shape)}: a sample cannot be in two passes. Give ids of shape (N,)."
         )
     parts = [take_samples(step.batch, members, n) for members in passes]  # before the step may change its batch
-    statistics, kept = BatchStatistics(step.module), Kept(step.module)
+    statistics = BatchStatistics(step.module)
+    kept = Kept(step.module, reads=step.logging or step.batch_idx == 0)
     with statistics.of_whole():
         output = run(step.batch)
     kept.check_parameters(reweigher.losses)

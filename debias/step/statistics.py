@@ -55,11 +55,11 @@ class BatchStatistics(TorchFunctionMode):
     @contextlib.contextmanager
     def of_whole(self) -> Iterator[None]:
         """While this lasts the step is run on the whole batch."""
-        before = [layer.running_var.clone() for layer in self._others]
+        before = [_versions(layer) for layer in self._others]
         with self._of_layers():
             yield
-        for layer, value in zip(self._others, before, strict=True):
-            if not layer.running_var.equal(value):
+        for layer, versions in zip(self._others, before, strict=True):
+            if _versions(layer) != versions:
                 raise UnsupportedStrategyError(
                     "Expected layers with statistics of the batch to be torch's with `losses='split'` or `'image'`, but"
                     f" got {type(layer).__name__}, which would compute those of each part. Freeze it (`eval()`), or use"
@@ -121,6 +121,11 @@ class BatchStatistics(TorchFunctionMode):
             for number, layer in enumerate(self._layers):
                 self._numbers |= {id(x): (number, x) for x in (layer.running_mean, layer.weight) if x is not None}
         return next((self._numbers[x][0] for x in ids if x in self._numbers), ids[0] if ids else -1)
+
+
+def _versions(layer: Any) -> list[tuple[int, int]]:
+    """By which it shows, without reading them, that the buffers of a layer were changed."""
+    return [(x.data_ptr(), x._version) for x in layer.buffers(recurse=False)]
 
 
 def _other_calls(channels: int, how: str) -> DebiasError:

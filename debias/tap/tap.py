@@ -266,7 +266,7 @@ class LossTap(TorchFunctionMode):
         crossed = len(shape) == 2 and n > 1 and {tuple(x.shape) for x in trusted} == {(n,), (n, 1)}
         if not (call.record.of_pairs or crossed):
             if n > 1 or shape[:1] != (1,):
-                self._refuse_spread(call, shape, trusted)
+                _refuse_spread(self.tracker, call, shape, trusted)
             # A single number is no row that could be found among others of the step.
             single = n > 1 and shape.numel() == 1 and call.record.computed[0].ndim == 0
             index = self.tracker.resolve(trusted, 0 if single else shape[0] if shape else 1)
@@ -276,17 +276,6 @@ class LossTap(TorchFunctionMode):
             return None
         self.tracker.needed = True
         return self._aligned(index, shape, call)
-
-    def _refuse_spread(self, call: LossCall, shape: torch.Size, trusted: list[Tensor]) -> None:
-        """Refuse targets ``(N, ...)`` that torch spreads over predictions ``(M, N, ...)``: rows are no samples then."""
-        assert self.tracker is not None
-        for x in trusted:
-            if 0 < x.ndim < len(shape) and self.tracker.is_of_batch(x) and self.tracker.keeps_rows(x):
-                raise RowsError(
-                    f"Expected the target of `{call.name}` to have as many axes as its losses, so that it tells where"
-                    f" the samples lie, but got shape {tuple(x.shape)} for losses of shape {tuple(shape)}. Spread it"
-                    " over them yourself: `target.expand_as(prediction)`."
-                )
 
     def _aligned(self, index: Tensor, shape: torch.Size, call: LossCall) -> Tensor:
         """Sample numbers in the shape of the losses, or one per row."""
@@ -353,6 +342,17 @@ def _first_by_position(func: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ..
 
 def _requires_grad(*tensors: Any) -> bool:
     return any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+
+
+def _refuse_spread(tracker: RowTracker, call: LossCall, shape: torch.Size, trusted: list[Tensor]) -> None:
+    """Refuse targets ``(N, ...)`` that torch spreads over predictions ``(M, N, ...)``: rows are no samples then."""
+    for x in trusted:
+        if 0 < x.ndim < len(shape) and tracker.is_of_batch(x) and tracker.keeps_rows(x):
+            raise RowsError(
+                f"Expected the target of `{call.name}` to have as many axes as its losses, so that it tells where"
+                f" the samples lie, but got shape {tuple(x.shape)} for losses of shape {tuple(shape)}. Spread it"
+                " over them yourself: `target.expand_as(prediction)`."
+            )
 
 
 def _given_rows(rows: Any, call: LossCall, n: int, shape: torch.Size, device: torch.device) -> Tensor | None:

@@ -177,6 +177,27 @@ def test_a_step_that_changes_parameters_is_refused(by_data, frozen):
         fit("split", model=model)
 
 
+def test_a_step_that_freezes_a_layer():
+    def step(model: Model, x: Tensor, y: Tensor) -> Tensor:
+        model.net[0].requires_grad_(False)
+        return F.cross_entropy(model.net(x), y)
+
+    (whole, _), (parts, _) = fit("whole", model=Model(step)), fit("split", model=Model(step))
+    torch.testing.assert_close(parts.state_dict(), whole.state_dict())
+
+
+def test_beyond_the_cpu_values_are_read_where_that_is_allowed():
+    from debias.step.kept import Kept
+    from debias.step.statistics import BatchStatistics
+
+    layer = nn.Linear(2, 2, device="meta").requires_grad_(False)  # which has no values that could be read
+    layer.register_buffer("running_var", torch.ones(2, device="meta"))
+    with BatchStatistics(layer).of_whole():
+        Kept(layer, reads=False).check_parameters("split")
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        Kept(layer, reads=True)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("kind", ["scripted", "own"])
 def test_layers_with_statistics_of_their_own_are_refused(kind):
@@ -300,7 +321,7 @@ def apart(rank: int) -> tuple[float, int]:
 
     module = L.LightningModule()
     module.mean = MeanMetric(dist_sync_on_step=True)
-    kept = Kept(module)
+    kept = Kept(module, reads=True)
     module.mean(torch.tensor(float(rank)))
     for _ in range(1 + rank):
         with kept.put_back(), _apart(module):
