@@ -65,7 +65,6 @@ class StepEngine:
         self._detector: DetectorStep | None = None
         self.seen: Seen | None = None
         self._learned = Learned()
-        self._rows_needed_in: dict[tuple[str, int], bool] = {}  # by stage and loader, in evaluation
         self._counter: int | None = None
         self._agreement = Agreement()
 
@@ -244,7 +243,7 @@ class StepEngine:
         """A step whose losses are watched, and settled when it has returned."""
         rows = next((w.loss_rows for w in debiasers if w.loss_rows is not None), None)  # of all, or refused before
         arranged = rows if isinstance(rows, str) else None
-        tracker = self._row_tracker(step, everything=self._learned.rows_needed, arranged=arranged)
+        tracker = self._row_tracker(step, arranged)
         heads, finder = self._start_heads(step, debiasers, tracker)
         settlement = Settlement(step, debiasers, heads, self._learned)
         tap = LossTap(
@@ -264,15 +263,21 @@ class StepEngine:
         self._forget(tap, heads)
         return output if loss is None else with_loss(output, loss)
 
-    def _row_tracker(self, step: Step, **options: Any) -> RowTracker | None:
+    def _row_tracker(self, step: Step, arranged: str | None = None) -> RowTracker | None:
         """What follows rows of the numbered samples, if there are any."""
         if step.n is None:
             return None
         first, *others = step.numbered
         strangers = [part.batch_in(step.batch) for part in step.strangers]
         joined = [(part.batch_in(step.batch), part.n or 0) for part in others]
-        n = step.n - sum(size for _, size in joined)
-        return RowTracker(first.batch_in(step.batch), n, joined=joined, strangers=strangers, **options)
+        return RowTracker(
+            first.batch_in(step.batch),
+            step.n - sum(size for _, size in joined),
+            everything=self._learned.rows_needed.get((step.stage, step.dataloader_idx), True),
+            arranged=arranged,
+            joined=joined,
+            strangers=strangers,
+        )
 
     def _watched(self, tap: LossTap, heads: Heads, run: Run, step: Step) -> Any:
         """Run the user's step under a tap."""
@@ -306,9 +311,7 @@ class StepEngine:
             return run(given["batch"])
         step = self._step(stage, given)
         self._read_ids(step, monitors)
-        of_loader = stage, step.dataloader_idx
-        everything = self._rows_needed_in.get(of_loader, True)
-        tracker = self._row_tracker(step, everything=everything)
+        tracker = self._row_tracker(step)
         self.seen = seen = Seen(tracker)
         heads, finder = self._start_heads(step, monitors, tracker)
         evaluated = Evaluated()
@@ -320,7 +323,7 @@ class StepEngine:
                 if monitor.needs_features:
                     step.features = seen.features(monitor, heads[monitor.reads], tap, step)
                 monitor.observe(step, tap.calls, seen.output, output)
-            self._rows_needed_in[of_loader] = tracker is not None and tracker.needed
+            self._learned.note_rows(step, tracker)
         finally:
             self.seen = None
             self._forget(tap, heads)

@@ -18,6 +18,7 @@ from debias.step.context import Step
 from debias.tap import adapters
 from debias.tap.calls import LossCall, LossRecord, sum_of
 from debias.tap.head import FeatureTap, HeadTap, check_features, rows_of_features
+from debias.tap.rows import RowTracker
 from debias.tap.selection import Reaching, ambiguous, height, means, of_batch, reaching, select_calls, untapped
 from debias.tap.stated import check_stated, stated_losses
 from debias.tap.tap import LossTap, no_loss_error
@@ -33,7 +34,8 @@ class Learned:
     """What the steps of a run have shown so far.
 
     Attributes:
-        rows_needed: rows have to be followed: until a step has shown that row i of the loss is sample i.
+        rows_needed: by stage and loader, whether rows have to be followed everywhere: until a step has shown that row i
+            of what is read is sample i.
         epoch: in which a step was settled last.
         as_ddp: losses stay as DDP treats them: no method means one, and the step computes several or not the same on
             all ranks.
@@ -42,12 +44,17 @@ class Learned:
         warned: a term beside the losses has been told of.
     """
 
-    rows_needed: bool = True
+    rows_needed: dict[tuple[str, int], bool] = field(default_factory=dict)
     epoch: int | None = None
     as_ddp: bool = False
     only: str | None = None
     names: dict[tuple[str, int], str] = field(default_factory=dict)
     warned: bool = False
+
+    def note_rows(self, step: Step, tracker: RowTracker | None) -> None:
+        """Keep whether a step needed its rows to be followed."""
+        if tracker is not None:
+            self.rows_needed[step.stage, step.dataloader_idx] = tracker.needed
 
 
 @dataclass(eq=False)
@@ -125,7 +132,7 @@ class Settlement:
         else:
             return None
         self.learned.epoch = self.step.epoch
-        self.learned.rows_needed &= tap.tracker is not None and tap.tracker.needed
+        self.learned.note_rows(self.step, tap.tracker)
         return loss
 
     def _settled(self, found: Reaching, tap: LossTap, output: Any) -> Tensor:

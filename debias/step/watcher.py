@@ -304,16 +304,18 @@ class Debiaser(StepWatcher):
 
     def _new_fit(self, pl_module: Any) -> None:
         """State is about one module: fitted again, that goes on; with another one, such as in a next fold, the state
-        begins afresh, unless somebody has set it since. A checkpoint is loaded after this.
+        begins afresh. A checkpoint is loaded after this.
         """
-        if self.module is None:
-            return
-        another = self._fitted is not None and self._fitted() is not pl_module
-        if another and _same(self.module.state_dict(), self._left):
-            self._epoch = None
-            self.module.load_state_dict(self._initial)
+        if self._fitted is not None and self._fitted() is not pl_module:
+            self._start_afresh()
         self._remember()
         self._fitted = weakref.ref(pl_module)
+
+    def _start_afresh(self) -> None:
+        """Forget what is about another module, unless somebody has set the state since."""
+        if self.module is not None and _same(self.module.state_dict(), self._left):
+            self._epoch = None
+            self.module.load_state_dict(self._initial)
 
     def _remember(self) -> None:
         """Keep the state that a new run begins with."""
