@@ -40,7 +40,7 @@ the first type of the union: jsonargparse, which writes a value by the first typ
 
 def plain_key(key: Any) -> Any:
     """A key, or a tuple of keys whose ids are crossed; a list of any kind, OmegaConf's too, is a tuple of keys."""
-    return tuple(key) if isinstance(key, Sequence) and not isinstance(key, str) else key
+    return tuple(key) if not isinstance(key, str) and isinstance(key, Sequence) else key
 
 
 def key_name(key: Any) -> str | None:

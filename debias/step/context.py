@@ -98,8 +98,7 @@ class Step:
         """
         key = plain_key(key)
         # Of several keys the counts are part of the question: they decide how the ids are crossed.
-        counts = tuple(count) if isinstance(count, Sequence) else (count,)
-        question = (key, counts) if isinstance(key, tuple) else key
+        question = (key, tuple(count) if isinstance(count, Sequence) else count) if isinstance(key, tuple) else key
         having = self._numbered_with(key, argument) if self.of_several else self.parts
         if question not in self._ids:
             what, look = f"`{argument}={key!r}`", self.stage != "train"

@@ -108,9 +108,9 @@ class StepEngine:
     def _check_counter(self, step: Step, debiasers: list[Debiaser]) -> None:
         """Other optimisers that do (SAM) are known when they do it."""
         again, self._counter = step.counter == self._counter, step.counter
-        stateful = next((watcher for watcher in debiasers if watcher.stateful), None)
-        if again and stateful is not None:
-            raise runs_again(stateful, " and ".join(type(o).__name__ for o in self.trainer.optimizers))
+        for watcher in debiasers if again else ():
+            if watcher.stateful:
+                raise runs_again(watcher, " and ".join(type(o).__name__ for o in self.trainer.optimizers))
 
     # -- what is wrapped ---------------------------------------------------------------------------
 
@@ -342,19 +342,17 @@ class StepEngine:
 
     def _step(self, stage: str, given: dict[str, Any]) -> Step:
         trainer, module = self.trainer, self.module
-        parts = self.parts or [Part()]
+        parts, device = self.parts or [Part()], module.device
         names = [name for part in parts for name in part.tags]
         tags = {
-            name: value.to(module.device, non_blocking=True) if isinstance(value, Tensor) else value
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
             for part in parts
             for name, value in part.tags.items()
             if names.count(name) == 1  # else it depends on the loader
         }
         training = stage == "train"
         idx = 0 if training else given.get("dataloader_idx", 0)
-        if len(parts) == 1 and not parts[0].path:  # the batch is of one loader
-            parts[0].loader = idx
-        return Step(
+        step = Step(
             trainer=trainer,
             module=module,
             stage=stage,
@@ -368,6 +366,9 @@ class StepEngine:
             counter=trainer.fit_loop.epoch_loop.total_batch_idx if training else 0,
             logging=trainer._logger_connector.should_update_logs if training else False,
         )
+        if not step.of_several:
+            parts[0].loader = idx
+        return step
 
     def _read_ids(self, step: Step, watchers: Sequence[StepWatcher]) -> None:
         for watcher in watchers:
