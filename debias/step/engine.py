@@ -7,7 +7,7 @@ Lightning does so at one of five places: the step methods, the hook before batch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -20,11 +20,11 @@ from debias.ops.distributed import is_distributed, use_group
 from debias.step.agreement import Agreement, flat_loaders, refuse_contradictions
 from debias.step.context import Step
 from debias.step.detection import DetectorStep, detectors
-from debias.step.guards import data_group, refuse_duplicating_sampler, runs_again, takes_iterator, warn_padding
+from debias.step.guards import data_group, refuse_duplicating_sampler, takes_iterator, warn_padding
 from debias.step.loaders import Part, open_batch
 from debias.step.proxy import attach, detach
 from debias.step.seen import Seen
-from debias.step.settle import Learned, Settlement, with_loss
+from debias.step.settle import Learned, Settlement, loss_of, with_loss
 from debias.step.split import split_losses
 from debias.step.tagged import TagCollate
 from debias.tap import adapters
@@ -100,17 +100,20 @@ class StepEngine:
         self._collates.clear()
         self._open, self.parts = False, []
 
-    def check_optimizers(self, watcher: StepWatcher) -> None:
-        """LBFGS calls the step several times per batch, which would update a method's state several times."""
-        if watcher.stateful and any(isinstance(o, torch.optim.LBFGS) for o in self.trainer.optimizers):
-            raise runs_again(watcher, "LBFGS")
+    def check_optimizers(self, watcher: StepWatcher, *, again: bool = False) -> None:
+        """LBFGS calls the step several times per batch; other optimisers that do (SAM) are known when they do it
+        again.
 
-    def _check_counter(self, step: Step, debiasers: list[Debiaser]) -> None:
-        """Other optimisers that do (SAM) are known when they do it."""
-        again, self._counter = step.counter == self._counter, step.counter
-        for watcher in debiasers if again else ():
-            if watcher.stateful:
-                raise runs_again(watcher, " and ".join(type(o).__name__ for o in self.trainer.optimizers))
+        Raises:
+            UnsupportedStrategyError: the method has a state, which would be updated several times per batch.
+        """
+        found = [type(o).__name__ for o in self.trainer.optimizers if again or isinstance(o, torch.optim.LBFGS)]
+        if found and watcher.stateful:
+            raise UnsupportedStrategyError(
+                f"Expected an optimiser that runs the step once per batch for {type(watcher).__name__}, but got"
+                f" {' and '.join(found)}, which would update the method's state several times per batch. Use another"
+                " optimiser."
+            )
 
     # -- what is wrapped ---------------------------------------------------------------------------
 
@@ -199,7 +202,9 @@ class StepEngine:
             with self._agreement.on_ends(self.trainer):
                 return run(given["batch"])
         step = self._step("train", given)
-        self._check_counter(step, debiasers)
+        again, self._counter = step.counter == self._counter, step.counter
+        for watcher in debiasers if again else ():
+            self.check_optimizers(watcher, again=True)
         with self._agreement.on_begin(self.trainer, step.parts) as first:
             for watcher in debiasers:
                 watcher.start(step)
@@ -318,7 +323,7 @@ class StepEngine:
         tap = LossTap(training=False, tracker=tracker, finder=finder, evaluated=evaluated)
         try:
             output = self._watched(tap, heads, run, step)
-            evaluated.elements.returned = output.get("loss") if isinstance(output, Mapping) else output
+            evaluated.elements.returned = loss_of(output)
             for monitor in monitors:
                 if monitor.needs_features:
                     step.features = seen.features(monitor, heads[monitor.reads], tap, step)

@@ -26,7 +26,7 @@ from debias.tap.tap import LossTap, no_loss_error
 if TYPE_CHECKING:
     from debias.step.watcher import Debiaser
 
-__all__ = ["Learned", "Settlement", "with_loss"]
+__all__ = ["Learned", "Settlement", "loss_of", "with_loss"]
 
 
 @dataclass
@@ -112,7 +112,7 @@ class Settlement:
 
     def settle(self, tap: LossTap, output: Any) -> Tensor | None:
         """The loss to return instead of the user's, or None to return the step's output as it is."""
-        loss = output.get("loss") if isinstance(output, Mapping) else output
+        loss = loss_of(output)
         if not self.step.module.automatic_optimization:
             self._finish_manual(tap)
             loss = None
@@ -339,6 +339,11 @@ def _of_features() -> LossCall:
     call.record.compute = compute
     call.record.samples = lambda shape: None if (of := call.record.feature_rows) is None else of(call)
     return call
+
+
+def loss_of(output: Any) -> Any:
+    """What a step returned as its loss."""
+    return output.get("loss") if isinstance(output, Mapping) else output
 
 
 def with_loss(output: Any, loss: Tensor) -> Any:
