@@ -58,8 +58,7 @@ class StepEngine:
         self.parts: list[Part] = []
         self._open = False
         self._undo = ExitStack()  # puts back what is wrapped
-        self._collates: list[TagCollate] = []
-        self._training_collates: tuple[int, list[TagCollate]] = 0, []  # of the loaders set up last, and in which epoch
+        self._collates: list[tuple[TagCollate, int | None]] = []  # and the epoch that its loader was set up to train in
         self._heads: dict[Any, HeadTap | FeatureTap] = {}
         self._tap: LossTap | None = None
         self._detector: DetectorStep | None = None
@@ -139,21 +138,17 @@ class StepEngine:
         collate_fn = getattr(loader, "collate_fn", None)
         if collate_fn is None:
             return loader
-        if collate_fn not in self._collates:
+        if all(collate_fn is not ours for ours, _ in self._collates):
             loader.collate_fn = TagCollate(collate_fn.collate_fn if isinstance(collate_fn, TagCollate) else collate_fn)
-            self._collates.append(loader.collate_fn)
             self._undo.callback(setattr, loader, "collate_fn", collate_fn)
-        if self.trainer.training and not takes_iterator(self.module):
-            self._count_samples(loader.collate_fn)
-        return loader
-
-    def _count_samples(self, collate: TagCollate) -> None:
-        """Let batches of several training loaders say how many samples each of them has; one loader needs no such."""
         epoch = self.trainer.current_epoch
-        before = self._training_collates[1] if self._training_collates[0] == epoch else []  # else loaders are reloaded
-        self._training_collates = epoch, [*before, collate]
-        for each in self._training_collates[1]:
-            each.counts = len(self._training_collates[1]) > 1
+        trains = self.trainer.training and not takes_iterator(self.module)
+        self._collates.append((loader.collate_fn, epoch if trains else None))
+        # Batches of several training loaders say how many samples each of them has; one loader needs no such.
+        together = [ours for ours, of_epoch in self._collates if of_epoch == epoch]  # those of others were reloaded
+        for ours in together:
+            ours.counts = len(together) > 1
+        return loader
 
     def _keep_output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Of the module and its children."""
