@@ -42,8 +42,8 @@ class Step:
         mixture: what augmentation did to the labels, None if nothing.
         parts: what each loader gave to the batch.
         asking: the method that reads the batch.
-        asked: of which loaders' samples the ids are that each method reads.
-        keys: names of the ids that were read.
+        asked: of several loaders, those whose samples have the ids that each method reads.
+        keys: of several loaders, the names of the ids that were read.
     """
 
     trainer: Any
@@ -174,7 +174,7 @@ class Step:
 
     def having(self, method: Any) -> dict[int, str] | None:
         """Of several loaders, number and name of those whose samples have the ids that a method reads; None of one."""
-        if not self.of_several or method not in self.asked:
+        if method not in self.asked:
             return None
         return {i: part.name for i, part in enumerate(self.followed) if part in self.asked[method]}
 

@@ -204,7 +204,7 @@ class StepEngine:
             for watcher in debiasers:
                 watcher.start(step)
             self._read_ids(step, debiasers)
-            if first and step.of_several:
+            if first and step.keys:
                 refuse_contradictions(flat_loaders(self.trainer.train_dataloader), sorted(step.keys))
         with self._agreement.on_ends(self.trainer):
             return self._changed(step, debiasers, run)

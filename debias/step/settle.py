@@ -233,16 +233,9 @@ class Settlement:
     def _selected(self, calls: list[LossCall], tap: LossTap, method: Any) -> list[LossCall]:
         """The calls that ``loss=`` means, which must be the same in every step, and those of whole samples."""
         (loss, who), n = self.choices[method], self.step.n
-        calls = self._with_ids(calls, tap, method)
-        selected = select_calls(calls, loss, who)
-
-        def whole(call: LossCall) -> int:
-            """Number of samples of the loaders that a loss is of."""
-            loaders = tap.loaders_of(call) if self.step.of_several else None
-            return n or 0 if loaders is None else sum(self.step.followed[i].n or 0 for i in loaders)
-
+        selected = select_calls(self._with_ids(calls, tap, method), loss, who)
         self._check_name(selected, loss, who)
-        if len(selected) > 1 and n is not None and all(height(call) < whole(call) for call in selected):
+        if len(selected) > 1 and n is not None and all(height(c) < self._samples_of(c, tap) for c in selected):
             raise AmbiguousLossError(
                 f"Expected at least one of the losses that `loss={loss!r}` of {who} means to be of all {n} samples"
                 f" of the batch, but got {len(selected)} of {', '.join(str(height(call)) for call in selected[:8])}"
@@ -251,6 +244,11 @@ class Settlement:
                 f" samples by masks. {SPLIT}"
             )
         return selected
+
+    def _samples_of(self, call: LossCall, tap: LossTap) -> int:
+        """Number of samples of the loaders that a loss is of."""
+        loaders = tap.loaders_of(call) if self.step.of_several else None
+        return self.step.n or 0 if loaders is None else sum(self.step.followed[i].n or 0 for i in loaders)
 
     def _check_name(self, selected: list[LossCall], loss: Any, who: str) -> None:
         """Remember which loss stands where ``loss=<index>`` points to."""
