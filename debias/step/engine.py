@@ -211,14 +211,14 @@ class StepEngine:
 
     def _changed(self, step: Step, debiasers: list[Debiaser], run: Run) -> Any:
         """The user's step, with what the methods make of its loss."""
-        reweigher = next((w for w in debiasers if w.reweighs), None)
-        alone = step.mixture is None and not any(w.reweighs or w.penalises for w in debiasers)
+        settlement = Settlement(step, debiasers, self._learned)
+        reweigher = settlement.reweigher
         if reweigher is not None and reweigher.losses != "whole":
             output = self._with_losses_of_batch(step, reweigher, run)
-        elif alone and (not is_distributed() or self._learned.as_ddp):
-            output = run(step.batch)
+        elif settlement.changes_loss or (is_distributed() and not self._learned.as_ddp):
+            return self._settled(step, settlement, run)
         else:
-            return self._settled(step, debiasers, run)
+            output = run(step.batch)
         self._end_forward(debiasers)
         return output
 
@@ -239,13 +239,13 @@ class StepEngine:
         detector.finish()
         return output
 
-    def _settled(self, step: Step, debiasers: list[Debiaser], run: Run) -> Any:
+    def _settled(self, step: Step, settlement: Settlement, run: Run) -> Any:
         """A step whose losses are watched, and settled when it has returned."""
+        debiasers = settlement.methods
         rows = next((w.loss_rows for w in debiasers if w.loss_rows is not None), None)  # of all, or refused before
         arranged = rows if isinstance(rows, str) else None
         tracker = self._row_tracker(step, arranged)
         heads, finder = self._start_heads(step, debiasers, tracker)
-        settlement = Settlement(step, debiasers, heads, self._learned)
         tap = LossTap(
             tracker=tracker,
             rows=rows,
@@ -259,7 +259,7 @@ class StepEngine:
         )
         output = self._watched(tap, heads, run, step)
         self._end_forward(debiasers)
-        loss = settlement.settle(tap, output)
+        loss = settlement.settle(tap, output, heads)
         self._forget(tap, heads)
         return output if loss is None else with_loss(output, loss)
 

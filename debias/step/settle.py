@@ -59,11 +59,10 @@ class Learned:
 
 @dataclass(eq=False)
 class Settlement:
-    """Settles the losses of one step; ``heads`` deliver features, and ``learned`` is kept from step to step."""
+    """Settles the losses of one step; ``learned`` is kept from step to step."""
 
     step: Step
     methods: list[Debiaser]
-    heads: dict[Any, HeadTap | FeatureTap]
     learned: Learned
 
     def __post_init__(self) -> None:
@@ -78,6 +77,11 @@ class Settlement:
         self.first = self.learned.epoch != self.step.epoch  # in an epoch
         self.checks = self.first or self.step.logging
         self.used: list[tuple[LossCall, Any]] = []  # and what each was divided by
+
+    @property
+    def changes_loss(self) -> bool:
+        """Whether methods make another loss of the step's."""
+        return self.reweigher is not None or bool(self.penalisers) or self.step.mixture is not None
 
     # -- manual optimisation: a loss is used up inside the step ------------------------------------
 
@@ -110,8 +114,14 @@ class Settlement:
 
     # -- automatic optimisation --------------------------------------------------------------------
 
-    def settle(self, tap: LossTap, output: Any) -> Tensor | None:
-        """The loss to return instead of the user's, or None to return the step's output as it is."""
+    def settle(self, tap: LossTap, output: Any, heads: Mapping[Any, HeadTap | FeatureTap]) -> Tensor | None:
+        """The loss to return instead of the user's, or None to return the step's output as it is.
+
+        Args:
+            tap: has watched the step.
+            output: what the step has returned.
+            heads: deliver features, by what methods read.
+        """
         loss = loss_of(output)
         if not self.step.module.automatic_optimization:
             self._finish_manual(tap)
@@ -123,7 +133,7 @@ class Settlement:
                 loss = self._settled(found, tap, output)
             elif is_distributed() and not self.learned.as_ddp:
                 loss = self._averaged(found)
-            loss = self._penalised(loss, found, tap)
+            loss = self._penalised(loss, found, tap, heads)
         elif is_distributed():
             raise DebiasError(
                 "Expected the training step to return a loss on every rank, but got None: the other ranks would"
@@ -180,11 +190,13 @@ class Settlement:
             return found.loss
         return found.replaced(calls, calls[0].mean()) if calls else found.loss
 
-    def _penalised(self, loss: Tensor, found: Reaching, tap: LossTap) -> Tensor:
+    def _penalised(
+        self, loss: Tensor, found: Reaching, tap: LossTap, heads: Mapping[Any, HeadTap | FeatureTap]
+    ) -> Tensor:
         """Add the penalties, then the factors their protocols put on the whole loss."""
         for watcher in self.penalisers:
             calls = self.selected[watcher] if watcher.needs_loss else _followed(found.calls, watcher.loss)
-            head = self.heads[watcher.reads] if watcher.needs_features else None
+            head = heads[watcher.reads] if watcher.needs_features else None
             # A loss has not the rows of every run, nor of every loader.
             if not calls or (not watcher.needs_loss and head is not None and (head.several or self.step.of_several)):
                 calls = [_of_features()]
