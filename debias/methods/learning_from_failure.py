@@ -21,7 +21,6 @@ gather of five numbers a sample. Needs the numbers of samples (``tag(train)``), 
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -208,12 +207,10 @@ class LearningFromFailure(NumberedMethod):
         self._twins: LossCall | None = None
         self._tap: Any = None
 
-    def _new_fit(self, pl_module: Any) -> None:
+    def _start_afresh(self) -> None:
         """Twin and losses are about one module: another one begins with a copy of its own."""
-        if self._fitted is not None and self._fitted() is not pl_module:
-            self.module = self._epoch = None
-            self.owned["twin"].load_state_dict({})
-        self._fitted = weakref.ref(pl_module)
+        self.module = self._epoch = None
+        self.owned["twin"].load_state_dict({})
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse several optimisers, whose steps the twin could not follow."""

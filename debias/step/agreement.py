@@ -17,7 +17,7 @@ from debias.errors import BatchKeyError, DebiasError
 from debias.ops.distributed import gather_objects, is_distributed
 from debias.step.loaders import Part
 
-__all__ = ["Agreement", "flat_loaders", "refuse_contradictions", "tag_array"]
+__all__ = ["Agreement", "flat_loaders", "refuse_contradictions", "tag_array", "tags_of"]
 
 
 class Agreement:
@@ -40,14 +40,13 @@ class Agreement:
         """
         first, problem = self._epoch != trainer.current_epoch, None
         self._epoch = trainer.current_epoch
+        if not (first and is_distributed()):
+            yield first
+            return
         try:
             yield first
         except DebiasError as error:
-            if not (first and is_distributed()):
-                raise
             problem = error
-        if not (first and is_distributed()):
-            return
         loaders = flat_loaders(trainer.train_dataloader)
         stream = any(not isinstance(x, DataLoader) or isinstance(x.dataset, IterableDataset) for x in loaders)
         layout = {".".join(map(str, part.path)): ", ".join(sorted(part.tags)) or "none" for part in parts}
@@ -117,7 +116,7 @@ def refuse_contradictions(loaders: Sequence[Any], keys: Iterable[str]) -> None:
     Raises:
         BatchKeyError: naming the sample and both ids.
     """
-    bases: list[Any] = []
+    bases: dict[int, Any] = {}
     datasets = [getattr(loader, "dataset", None) for loader in loaders]
     origins = [_by_sample(dataset, partial(_origins, bases)) for dataset in datasets]
     for key in keys:
@@ -158,7 +157,7 @@ def tag_array(dataset: Any, key: Any) -> Any:
     """
 
     def tag(dataset: Any) -> Tensor | None:
-        found = (_tags_of(dataset) or {}).get(key)
+        found = (tags_of(dataset) or {}).get(key)
         return found if isinstance(found, Tensor) else None
 
     return _by_sample(dataset, tag) if isinstance(key, str) else None
@@ -178,21 +177,19 @@ def _by_sample(dataset: Any, of: Callable[[Any], Tensor | None]) -> Tensor | Non
         parts = [rows for part in dataset.datasets if (rows := _by_sample(part, of)) is not None]
         return torch.cat(parts) if len(parts) == len(dataset.datasets) else None
     found = of(dataset)
-    return found if found is not None or _tags_of(dataset) is None else _by_sample(vars(dataset).get("dataset"), of)
+    return found if found is not None or tags_of(dataset) is None else _by_sample(vars(dataset).get("dataset"), of)
 
 
-def _tags_of(dataset: Any) -> dict[str, Any] | None:
+def tags_of(dataset: Any) -> dict[str, Any] | None:
     """The tags of a tagged dataset, which has other attributes from the one inside of it."""
     tags = getattr(dataset, "__dict__", {}).get("tags")
     return tags if isinstance(tags, dict) else None
 
 
-def _origins(bases: list[Any], dataset: Any) -> Tensor | None:
-    """For each sample of a dataset that is made of no other, its number among ``bases``, and the sample's there."""
-    tagged = _tags_of(dataset) is not None and "dataset" in vars(dataset)
+def _origins(bases: dict[int, Any], dataset: Any) -> Tensor | None:
+    """For each sample of a dataset that is made of no other, which of ``bases`` that is, and the sample's number."""
+    tagged = tags_of(dataset) is not None and "dataset" in vars(dataset)
     if tagged or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         return None
-    if not any(base is dataset for base in bases):
-        bases.append(dataset)
-    number = next(i for i, base in enumerate(bases) if base is dataset)
-    return torch.stack([torch.full((len(dataset),), number), torch.arange(len(dataset))], 1)
+    bases[id(dataset)] = dataset
+    return torch.stack([torch.full((len(dataset),), id(dataset)), torch.arange(len(dataset))], 1)

@@ -40,7 +40,7 @@ the first type of the union: jsonargparse, which writes a value by the first typ
 
 def plain_key(key: Any) -> Any:
     """A key, or a tuple of keys whose ids are crossed; a list of any kind, OmegaConf's too, is a tuple of keys."""
-    return tuple(key) if isinstance(key, Sequence) and not isinstance(key, str) else key
+    return tuple(key) if not isinstance(key, str) and isinstance(key, Sequence) else key
 
 
 def key_name(key: Any) -> str | None:
@@ -190,15 +190,18 @@ class _SampleMap:
         return type(items)(self.of_list(list(items)))
 
 
-def _rebuilt(value: Any, parts: dict[Any, Any]) -> Any:
-    """A copy of a container or object with these parts."""
+def _rebuilt(value: Any, parts: Mapping[Any, Any]) -> Any:
+    """A copy of a container or object with these parts in the place of its own."""
     if isinstance(value, tuple | list):
-        return type(value)(*parts.values()) if hasattr(value, "_fields") else type(value)(parts.values())
+        items = list(value)
+        for i, part in parts.items():
+            items[i] = part
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
-        return type(value)(parts)  # type: ignore[call-arg]
+        return type(value)({**value, **parts})  # type: ignore[call-arg]
     changed = copy.copy(value)
     for key, part in parts.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) or isinstance(key, int):
             changed[key] = part
         else:
             object.__setattr__(changed, key, part)  # also of a frozen dataclass
@@ -251,24 +254,19 @@ def _replaced(here: Any, parts: list[int | str], value: Any, key: BatchKey) -> A
     part, rest = parts[0], parts[1:]
     try:
         new = _replaced(_child(here, part), rest, value, key)
-    except (KeyError, IndexError, AttributeError, TypeError):
+        if isinstance(here, Mapping):
+            return _rebuilt(here, {part if part in here else str(part): new})
+        if isinstance(part, int):
+            return _rebuilt(here, {part: new})
+        if isinstance(here, tuple):  # a field of a named one
+            return _rebuilt(here, {here._fields.index(part): new})  # type: ignore[attr-defined]
+        if dataclasses.is_dataclass(here):
+            return dataclasses.replace(here, **{part: new})  # type: ignore[type-var]
+        result = copy.copy(here)
+        setattr(result, part, new)
+        return result
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
         raise BatchKeyError(
             f"Expected `{key!r}` to name a part of the batch that can be replaced, but got {describe(here)} at"
             f" {part!r}. Correct the key."
-        ) from None
-    if isinstance(here, Mapping):
-        result: Any = copy.copy(here)
-        result[part if part in here else str(part)] = new
-        return result
-    if isinstance(here, tuple) and hasattr(here, "_fields"):
-        name = here._fields[part] if isinstance(part, int) else part
-        return here._replace(**{name: new})  # type: ignore[attr-defined]
-    if isinstance(here, tuple | list):
-        items = list(here)
-        items[int(part)] = new
-        return type(here)(items)
-    if dataclasses.is_dataclass(here) and not isinstance(here, type):
-        return dataclasses.replace(here, **{str(part): new})
-    result = copy.copy(here)
-    setattr(result, str(part), new)
-    return result
+        ) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -43,8 +42,8 @@ class Step:
         mixture: what augmentation did to the labels, None if nothing.
         parts: what each loader gave to the batch.
         asking: the method that reads the batch.
-        asked: of which loaders' samples the ids are that each method reads.
-        keys: names of the ids that were read.
+        asked: of several loaders, those whose samples have the ids that each method reads.
+        keys: of several loaders, the names of the ids that were read.
     """
 
     trainer: Any
@@ -69,10 +68,10 @@ class Step:
     _ids: dict[Any, Tensor] = field(default_factory=dict)
     _made: dict[Any, Any] = field(default_factory=dict)
 
-    @cached_property
+    @property
     def of_several(self) -> bool:
         """Whether the batch is of several loaders."""
-        return any(part.path for part in self.parts)
+        return bool(self.parts[0].path)
 
     def read(self, key: BatchKey, *, argument: str = "key") -> Any:
         """What ``key`` names among the tags and in the batch; of several loaders integers, as :meth:`ids`."""
@@ -97,43 +96,42 @@ class Step:
             BatchKeyError: nothing is there, it is no integer ids ``(N,)`` and no boolean membership ``(N, G)``, or a
                 membership is to be crossed.
         """
-        key, what = plain_key(key), f"`{argument}={key!r}`"
-        names = key if isinstance(key, tuple) else (key,)
-        self.keys |= {name for name in names if isinstance(name, str)}
+        key = plain_key(key)
         # Of several keys the counts are part of the question: they decide how the ids are crossed.
-        counts = tuple(count) if isinstance(count, Sequence) else (count,)
-        cached = (key, counts) if isinstance(key, tuple) else key
-        having = holders(self.parts, key, self.batch, argument) if self.of_several else self.parts
-        self._number(having)
-        if cached not in self._ids:
+        question = (key, tuple(count) if isinstance(count, Sequence) else count) if isinstance(key, tuple) else key
+        having = self._numbered_with(key, argument) if self.of_several else self.parts
+        if question not in self._ids:
+            what, look = f"`{argument}={key!r}`", self.stage != "train"
             found = {}
             for part in having:
-                tags, look = self._tags_of(part, names), self.stage != "train"
+                tags = self._tags_of(part, key)
                 found[part] = read_ids(self.batch, tags, key, count, self.module.device, argument=argument, look=look)
             ids = join_ids(self._numbered, found, what) if len(self._numbered) > 1 else found[having[0]]
             self.count(len(ids), what)
-            self._ids[cached] = ids
-        return self._ids[cached]
+            self._ids[question] = ids
+        return self._ids[question]
 
-    def _tags_of(self, part: Part, names: Sequence[Any]) -> dict[str, Any]:
+    def _tags_of(self, part: Part, key: Any) -> dict[str, Any]:
         """The tags of a loader's samples, as an augmenter has left them, and its number where that is asked for."""
         tags = self.tags
         if self.of_several:
             tags = {name: tags.get(name, x) for name, x in part.tags.items()}
-        if batches.LOADER not in names or part.n is None:
+        if part.n is None or batches.LOADER not in (key if isinstance(key, tuple) else (key,)):
             return tags
         if isinstance(self.batch, Mapping) and batches.LOADER in self.batch:
             return tags
         return {batches.LOADER: torch.full((part.n,), part.loader, device=self.module.device)} | tags
 
-    def _number(self, parts: list[Part]) -> None:
-        """Number the samples of these loaders too, which changes the numbers of all."""
-        if self.asking is not None and self.of_several:
-            before = self.asked.get(self.asking, parts)
-            self.asked[self.asking] = [part for part in parts if part in before]
-        if all(part in self._numbered for part in parts):
-            return
-        numbered = [part for part in self.parts if part in self._numbered or part in parts]
+    def _numbered_with(self, key: Any, argument: str) -> list[Part]:
+        """Of several loaders, those whose samples have these ids; to number them too changes the numbers of all."""
+        having = holders(self.parts, key, self.batch, argument)
+        self.keys |= {name for name in (key if isinstance(key, tuple) else (key,)) if isinstance(name, str)}
+        if self.asking is not None:
+            before = self.asked.get(self.asking, having)
+            self.asked[self.asking] = [part for part in having if part in before]
+        numbered = [part for part in self.parts if part in self._numbered or part in having]
+        if numbered == self._numbered:
+            return having
         if len(numbered) > 1 and self.mixture is not None:
             raise BatchKeyError(
                 f"Expected the samples of one loader where {self.mixture.owner} mixes or repeats them, but methods read"
@@ -144,6 +142,7 @@ class Step:
         if len(numbered) > 1:
             self._ids.clear()
             self.n = None if any(part.n is None for part in numbered) else sum(part.n or 0 for part in numbered)
+        return having
 
     def count(self, n: int, what: str = "the values of the samples") -> None:
         """Say how many samples the batch has, so that their rows are followed.
@@ -175,7 +174,7 @@ class Step:
 
     def having(self, method: Any) -> dict[int, str] | None:
         """Of several loaders, number and name of those whose samples have the ids that a method reads; None of one."""
-        if not self.of_several or method not in self.asked:
+        if method not in self.asked:
             return None
         return {i: part.name for i, part in enumerate(self.followed) if part in self.asked[method]}
 

@@ -7,7 +7,7 @@ Lightning does so at one of five places: the step methods, the hook before batch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -20,11 +20,11 @@ from debias.ops.distributed import is_distributed, use_group
 from debias.step.agreement import Agreement, flat_loaders, refuse_contradictions
 from debias.step.context import Step
 from debias.step.detection import DetectorStep, detectors
-from debias.step.guards import data_group, refuse_duplicating_sampler, runs_again, takes_iterator, warn_padding
+from debias.step.guards import data_group, refuse_duplicating_sampler, takes_iterator, warn_padding
 from debias.step.loaders import Part, open_batch
 from debias.step.proxy import attach, detach
 from debias.step.seen import Seen
-from debias.step.settle import Learned, Settlement, with_loss
+from debias.step.settle import Learned, Settlement, loss_of, with_loss
 from debias.step.split import split_losses
 from debias.step.tagged import TagCollate
 from debias.tap import adapters
@@ -58,14 +58,12 @@ class StepEngine:
         self.parts: list[Part] = []
         self._open = False
         self._undo = ExitStack()  # puts back what is wrapped
-        self._collates: list[TagCollate] = []
-        self._training_collates: tuple[int, list[TagCollate]] = 0, []  # of the loaders set up last, and in which epoch
+        self._collates: list[tuple[TagCollate, int | None]] = []  # and the epoch that its loader was set up to train in
         self._heads: dict[Any, HeadTap | FeatureTap] = {}
         self._tap: LossTap | None = None
         self._detector: DetectorStep | None = None
         self.seen: Seen | None = None
         self._learned = Learned()
-        self._rows_needed_in: dict[tuple[str, int], bool] = {}  # by stage and loader, in evaluation
         self._counter: int | None = None
         self._agreement = Agreement()
 
@@ -101,17 +99,20 @@ class StepEngine:
         self._collates.clear()
         self._open, self.parts = False, []
 
-    def check_optimizers(self, watcher: StepWatcher) -> None:
-        """LBFGS calls the step several times per batch, which would update a method's state several times."""
-        if watcher.stateful and any(isinstance(o, torch.optim.LBFGS) for o in self.trainer.optimizers):
-            raise runs_again(watcher, "LBFGS")
+    def check_optimizers(self, watcher: StepWatcher, *, again: bool = False) -> None:
+        """LBFGS calls the step several times per batch; other optimisers that do (SAM) are known when they do it
+        again.
 
-    def _check_counter(self, step: Step, debiasers: list[Debiaser]) -> None:
-        """Other optimisers that do (SAM) are known when they do it."""
-        again, self._counter = step.counter == self._counter, step.counter
-        stateful = next((watcher for watcher in debiasers if watcher.stateful), None)
-        if again and stateful is not None:
-            raise runs_again(stateful, " and ".join(type(o).__name__ for o in self.trainer.optimizers))
+        Raises:
+            UnsupportedStrategyError: the method has a state, which would be updated several times per batch.
+        """
+        found = [type(o).__name__ for o in self.trainer.optimizers if again or isinstance(o, torch.optim.LBFGS)]
+        if found and watcher.stateful:
+            raise UnsupportedStrategyError(
+                f"Expected an optimiser that runs the step once per batch for {type(watcher).__name__}, but got"
+                f" {' and '.join(found)}, which would update the method's state several times per batch. Use another"
+                " optimiser."
+            )
 
     # -- what is wrapped ---------------------------------------------------------------------------
 
@@ -137,21 +138,17 @@ class StepEngine:
         collate_fn = getattr(loader, "collate_fn", None)
         if collate_fn is None:
             return loader
-        if collate_fn not in self._collates:
+        if all(collate_fn is not ours for ours, _ in self._collates):
             loader.collate_fn = TagCollate(collate_fn.collate_fn if isinstance(collate_fn, TagCollate) else collate_fn)
-            self._collates.append(loader.collate_fn)
             self._undo.callback(setattr, loader, "collate_fn", collate_fn)
-        if self.trainer.training and not takes_iterator(self.module):
-            self._count_samples(loader.collate_fn)
-        return loader
-
-    def _count_samples(self, collate: TagCollate) -> None:
-        """Let batches of several training loaders say how many samples each of them has; one loader needs no such."""
         epoch = self.trainer.current_epoch
-        before = self._training_collates[1] if self._training_collates[0] == epoch else []  # else loaders are reloaded
-        self._training_collates = epoch, [*before, collate]
-        for each in self._training_collates[1]:
-            each.counts = len(self._training_collates[1]) > 1
+        trains = self.trainer.training and not takes_iterator(self.module)
+        self._collates.append((loader.collate_fn, epoch if trains else None))
+        # Batches of several training loaders say how many samples each of them has; one loader needs no such.
+        together = [ours for ours, of_epoch in self._collates if of_epoch == epoch]  # those of others were reloaded
+        for ours in together:
+            ours.counts = len(together) > 1
+        return loader
 
     def _keep_output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Of the module and its children."""
@@ -200,26 +197,28 @@ class StepEngine:
             with self._agreement.on_ends(self.trainer):
                 return run(given["batch"])
         step = self._step("train", given)
-        self._check_counter(step, debiasers)
+        again, self._counter = step.counter == self._counter, step.counter
+        for watcher in debiasers if again else ():
+            self.check_optimizers(watcher, again=True)
         with self._agreement.on_begin(self.trainer, step.parts) as first:
             for watcher in debiasers:
                 watcher.start(step)
             self._read_ids(step, debiasers)
-            if first and step.of_several:
+            if first and step.keys:
                 refuse_contradictions(flat_loaders(self.trainer.train_dataloader), sorted(step.keys))
         with self._agreement.on_ends(self.trainer):
             return self._changed(step, debiasers, run)
 
     def _changed(self, step: Step, debiasers: list[Debiaser], run: Run) -> Any:
         """The user's step, with what the methods make of its loss."""
-        reweigher = next((w for w in debiasers if w.reweighs), None)
-        alone = step.mixture is None and not any(w.reweighs or w.penalises for w in debiasers)
+        settlement = Settlement(step, debiasers, self._learned)
+        reweigher = settlement.reweigher
         if reweigher is not None and reweigher.losses != "whole":
             output = self._with_losses_of_batch(step, reweigher, run)
-        elif alone and (not is_distributed() or self._learned.as_ddp):
-            output = run(step.batch)
+        elif settlement.changes_loss or (is_distributed() and not self._learned.as_ddp):
+            return self._settled(step, settlement, run)
         else:
-            return self._settled(step, debiasers, run)
+            output = run(step.batch)
         self._end_forward(debiasers)
         return output
 
@@ -240,13 +239,13 @@ class StepEngine:
         detector.finish()
         return output
 
-    def _settled(self, step: Step, debiasers: list[Debiaser], run: Run) -> Any:
+    def _settled(self, step: Step, settlement: Settlement, run: Run) -> Any:
         """A step whose losses are watched, and settled when it has returned."""
+        debiasers = settlement.methods
         rows = next((w.loss_rows for w in debiasers if w.loss_rows is not None), None)  # of all, or refused before
         arranged = rows if isinstance(rows, str) else None
-        tracker = self._row_tracker(step, everything=self._learned.rows_needed, arranged=arranged)
+        tracker = self._row_tracker(step, arranged)
         heads, finder = self._start_heads(step, debiasers, tracker)
-        settlement = Settlement(step, debiasers, heads, self._learned)
         tap = LossTap(
             tracker=tracker,
             rows=rows,
@@ -260,19 +259,25 @@ class StepEngine:
         )
         output = self._watched(tap, heads, run, step)
         self._end_forward(debiasers)
-        loss = settlement.settle(tap, output)
+        loss = settlement.settle(tap, output, heads)
         self._forget(tap, heads)
         return output if loss is None else with_loss(output, loss)
 
-    def _row_tracker(self, step: Step, **options: Any) -> RowTracker | None:
+    def _row_tracker(self, step: Step, arranged: str | None = None) -> RowTracker | None:
         """What follows rows of the numbered samples, if there are any."""
         if step.n is None:
             return None
         first, *others = step.numbered
         strangers = [part.batch_in(step.batch) for part in step.strangers]
         joined = [(part.batch_in(step.batch), part.n or 0) for part in others]
-        n = step.n - sum(size for _, size in joined)
-        return RowTracker(first.batch_in(step.batch), n, joined=joined, strangers=strangers, **options)
+        return RowTracker(
+            first.batch_in(step.batch),
+            step.n - sum(size for _, size in joined),
+            everything=self._learned.rows_needed.get((step.stage, step.dataloader_idx), True),
+            arranged=arranged,
+            joined=joined,
+            strangers=strangers,
+        )
 
     def _watched(self, tap: LossTap, heads: Heads, run: Run, step: Step) -> Any:
         """Run the user's step under a tap."""
@@ -306,21 +311,19 @@ class StepEngine:
             return run(given["batch"])
         step = self._step(stage, given)
         self._read_ids(step, monitors)
-        of_loader = stage, step.dataloader_idx
-        everything = self._rows_needed_in.get(of_loader, True)
-        tracker = self._row_tracker(step, everything=everything)
+        tracker = self._row_tracker(step)
         self.seen = seen = Seen(tracker)
         heads, finder = self._start_heads(step, monitors, tracker)
         evaluated = Evaluated()
         tap = LossTap(training=False, tracker=tracker, finder=finder, evaluated=evaluated)
         try:
             output = self._watched(tap, heads, run, step)
-            evaluated.elements.returned = output.get("loss") if isinstance(output, Mapping) else output
+            evaluated.elements.returned = loss_of(output)
             for monitor in monitors:
                 if monitor.needs_features:
                     step.features = seen.features(monitor, heads[monitor.reads], tap, step)
                 monitor.observe(step, tap.calls, seen.output, output)
-            self._rows_needed_in[of_loader] = tracker is not None and tracker.needed
+            self._learned.note_rows(step, tracker)
         finally:
             self.seen = None
             self._forget(tap, heads)
@@ -339,19 +342,17 @@ class StepEngine:
 
     def _step(self, stage: str, given: dict[str, Any]) -> Step:
         trainer, module = self.trainer, self.module
-        parts = self.parts or [Part()]
+        parts, device = self.parts or [Part()], module.device
         names = [name for part in parts for name in part.tags]
         tags = {
-            name: value.to(module.device, non_blocking=True) if isinstance(value, Tensor) else value
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
             for part in parts
             for name, value in part.tags.items()
             if names.count(name) == 1  # else it depends on the loader
         }
         training = stage == "train"
         idx = 0 if training else given.get("dataloader_idx", 0)
-        if len(parts) == 1 and not parts[0].path:  # the batch is of one loader
-            parts[0].loader = idx
-        return Step(
+        step = Step(
             trainer=trainer,
             module=module,
             stage=stage,
@@ -365,6 +366,9 @@ class StepEngine:
             counter=trainer.fit_loop.epoch_loop.total_batch_idx if training else 0,
             logging=trainer._logger_connector.should_update_logs if training else False,
         )
+        if not step.of_several:
+            parts[0].loader = idx
+        return step
 
     def _read_ids(self, step: Step, watchers: Sequence[StepWatcher]) -> None:
         for watcher in watchers:

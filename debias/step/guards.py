@@ -19,7 +19,6 @@ __all__ = [
     "data_group",
     "refuse_duplicating_sampler",
     "refuse_unsupported",
-    "runs_again",
     "takes_iterator",
     "warn_padding",
 ]
@@ -118,14 +117,6 @@ def _check_rows(callbacks: list[Any]) -> None:
                 f" {stated[0][0]} and {rows!r} of {who}: what one states counts for all. Pass the same to both or"
                 " to one of them; where losses have rows of different kinds, one `rows=callable(call, n)`."
             )
-
-
-def runs_again(watcher: StepWatcher, optimizer: str) -> UnsupportedStrategyError:
-    """The error for an optimiser that runs the step several times a batch."""
-    return UnsupportedStrategyError(
-        f"Expected an optimiser that runs the step once per batch for {type(watcher).__name__}, but got {optimizer},"
-        " which would update the method's state several times per batch. Use another optimiser."
-    )
 
 
 def refuse_duplicating_sampler(loader: Any, trainer: Any) -> None:

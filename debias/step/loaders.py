@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from debias.errors import BatchKeyError
 from debias.step.batch import LOADER, key_parts
-from debias.step.tagged import TaggedBatch, TaggedSample
+from debias.step.tagged import TaggedBatch, TaggedSample, split_tags
 
 __all__ = ["Part", "holders", "join_ids", "open_batch"]
 
@@ -58,37 +57,33 @@ def open_batch(batch: Any) -> tuple[Any, list[Part]]:
     Args:
         batch: as the loaders, or a ``CombinedLoader`` of them, yield it: lists, tuples and dictionaries are searched.
     """
-    bare, parts = _open(batch, (), itertools.count())
-    return bare, parts or [Part()]
+    bare, parts = _open(batch, ())
+    for number, part in enumerate(parts):
+        if part is not None:
+            part.loader = number
+    return bare, [part for part in parts if part is not None] or [Part()]
 
 
-def _open(batch: Any, path: tuple[Any, ...], numbers: Iterator[int]) -> tuple[Any, list[Part]]:
-    if isinstance(batch, TaggedSample):
-        return batch.sample, [Part(dict(batch.tags), path)]
-    if isinstance(batch, TaggedBatch):
-        lengths = [len(x) for x in batch.tags.values() if isinstance(x, Tensor) and x.ndim]
-        n = batch.n if batch.n is not None or not lengths else lengths[0]
-        return batch.batch, [Part(batch.tags, path, next(numbers), n)]
-    if not _holds_loaders(batch):
-        return batch, []
-    keys = list(batch) if isinstance(batch, dict) else list(range(len(batch)))
-    bare, parts = [], []
-    for key in keys:
-        child, found = _open(batch[key], (*path, key), numbers)
-        if not found:  # of a loader that is exhausted, or says nothing of its batches
-            number = next(numbers)
-            found = [] if child is None else [Part({}, (*path, key), number)]
-        bare.append(child)
-        parts += found
-    return dict(zip(keys, bare, strict=True)) if isinstance(batch, dict) else type(batch)(bare), parts
-
-
-def _holds_loaders(batch: Any) -> bool:
-    """Whether it is a collection of what loaders gave."""
+def _open(batch: Any, path: tuple[Any, ...]) -> tuple[Any, list[Part | None]]:
+    """Nothing of a batch that says nothing of loaders; None for a loader that is exhausted."""
+    if isinstance(batch, TaggedBatch | TaggedSample):
+        bare, tags = split_tags(batch)
+        n = getattr(batch, "n", None)
+        if n is None and isinstance(batch, TaggedBatch):
+            n = next((len(x) for x in tags.values() if isinstance(x, Tensor) and x.ndim), None)
+        return bare, [Part(tags, path, n=n)]
     if type(batch) not in (list, tuple, dict):
-        return False
-    children = batch.values() if isinstance(batch, dict) else batch
-    return any(isinstance(child, TaggedBatch) or _holds_loaders(child) for child in children)
+        return batch, []
+    keys = list(batch) if isinstance(batch, dict) else range(len(batch))
+    opened = {key: _open(batch[key], (*path, key)) for key in keys}
+    # Tagged samples alone are a batch of one loader that does not collate.
+    if not any(found for key, (_, found) in opened.items() if not isinstance(batch[key], TaggedSample)):
+        return batch, []
+    parts: list[Part | None] = []
+    for key, (child, found) in opened.items():
+        parts += found or [None if child is None else Part(path=(*path, key))]
+    bare = {key: child for key, (child, _) in opened.items()}
+    return bare if isinstance(batch, dict) else type(batch)(bare.values()), parts
 
 
 def holders(parts: Sequence[Part], key: Any, batch: Any, argument: str) -> list[Part]:

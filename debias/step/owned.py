@@ -50,12 +50,11 @@ class OwnedModule:
         self.optimizer: torch.optim.Optimizer | None = None
         self._stash: dict[str, Any] | None = None
         self._width: int | None = None
-        self._placed: tuple[torch.device, torch.dtype] | None = None
-        self._new_fit = False
+        self._placed: tuple[torch.device, torch.dtype] | None = None  # in this fit
 
     def new_fit(self) -> None:
         """The next :meth:`create` begins a fit: the network goes on, with a fresh optimiser, as the user's is."""
-        self._new_fit = True
+        self._placed = None
 
     def create(self, width: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The network, made at the first call and the same on all ranks; a state loaded before is applied now.
@@ -76,7 +75,7 @@ class OwnedModule:
                 f"Expected features of width {self._width}, which the network of an earlier step or fit was made for,"
                 f" but got {width}. Make a new instance of the method for another model."
             )
-        elif self._new_fit:
+        elif self._placed is None:
             self.module.zero_grad(set_to_none=True)  # of a fit that ended between backward pass and step
             self._start(self.module, device, dtype, {})
         elif self._placed != (device, dtype):
@@ -101,7 +100,7 @@ class OwnedModule:
         if state.get("kind") == type(optimizer).__name__:  # what another has kept, it could not go on with
             optimizer.load_state_dict(state["optimizer"])
         self.module, self.optimizer = module, optimizer
-        self._placed, self._new_fit = (device, dtype), False
+        self._placed = device, dtype
 
     def local_loss(self, per_sample: Tensor, counts: Tensor, global_count: Tensor) -> Tensor:
         """This rank's share of the mean over the global batch, so that averaged gradients are exact.

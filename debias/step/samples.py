@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, IterableDataset, Subset
 
 from debias.errors import BatchKeyError, DebiasError
-from debias.step.agreement import flat_loaders
+from debias.step.agreement import flat_loaders, tags_of
 from debias.step.context import Step
 from debias.tap.calls import LossCall
 from debias.tap.losses import SYMMETRIC
@@ -94,8 +94,7 @@ def numbered_dataset(dataset: Any, who: str, what: str = "training") -> Any:
             f"Expected one numbering of the {what} samples for {who}, but the {what} set joins"
             f" {len(inner.datasets)} sets. Tag the joined one, `tag(ConcatDataset([...]))`, outside of everything else."
         )
-    tags = vars(inner).get("tags") if hasattr(inner, "__dict__") else None
-    if not isinstance(tags, dict) or not isinstance(tags.get(INDEX), Tensor):
+    if not isinstance((tags_of(inner) or {}).get(INDEX), Tensor):
         raise DebiasError(
             f"Expected every {what} sample to carry its number in the dataset for {who}, but got"
             f" {type(dataset).__name__} without. Wrap it, `tag(dataset)`, outside of everything else."

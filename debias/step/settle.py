@@ -18,6 +18,7 @@ from debias.step.context import Step
 from debias.tap import adapters
 from debias.tap.calls import LossCall, LossRecord, sum_of
 from debias.tap.head import FeatureTap, HeadTap, check_features, rows_of_features
+from debias.tap.rows import RowTracker
 from debias.tap.selection import Reaching, ambiguous, height, means, of_batch, reaching, select_calls, untapped
 from debias.tap.stated import check_stated, stated_losses
 from debias.tap.tap import LossTap, no_loss_error
@@ -25,7 +26,7 @@ from debias.tap.tap import LossTap, no_loss_error
 if TYPE_CHECKING:
     from debias.step.watcher import Debiaser
 
-__all__ = ["Learned", "Settlement", "with_loss"]
+__all__ = ["Learned", "Settlement", "loss_of", "with_loss"]
 
 
 @dataclass
@@ -33,7 +34,8 @@ class Learned:
     """What the steps of a run have shown so far.
 
     Attributes:
-        rows_needed: rows have to be followed: until a step has shown that row i of the loss is sample i.
+        rows_needed: by stage and loader, whether rows have to be followed everywhere: until a step has shown that row i
+            of what is read is sample i.
         epoch: in which a step was settled last.
         as_ddp: losses stay as DDP treats them: no method means one, and the step computes several or not the same on
             all ranks.
@@ -42,21 +44,25 @@ class Learned:
         warned: a term beside the losses has been told of.
     """
 
-    rows_needed: bool = True
+    rows_needed: dict[tuple[str, int], bool] = field(default_factory=dict)
     epoch: int | None = None
     as_ddp: bool = False
     only: str | None = None
     names: dict[tuple[str, int], str] = field(default_factory=dict)
     warned: bool = False
 
+    def note_rows(self, step: Step, tracker: RowTracker | None) -> None:
+        """Keep whether a step needed its rows to be followed."""
+        if tracker is not None:
+            self.rows_needed[step.stage, step.dataloader_idx] = tracker.needed
+
 
 @dataclass(eq=False)
 class Settlement:
-    """Settles the losses of one step; ``heads`` deliver features, and ``learned`` is kept from step to step."""
+    """Settles the losses of one step; ``learned`` is kept from step to step."""
 
     step: Step
     methods: list[Debiaser]
-    heads: dict[Any, HeadTap | FeatureTap]
     learned: Learned
 
     def __post_init__(self) -> None:
@@ -71,6 +77,11 @@ class Settlement:
         self.first = self.learned.epoch != self.step.epoch  # in an epoch
         self.checks = self.first or self.step.logging
         self.used: list[tuple[LossCall, Any]] = []  # and what each was divided by
+
+    @property
+    def changes_loss(self) -> bool:
+        """Whether methods make another loss of the step's."""
+        return self.reweigher is not None or bool(self.penalisers) or self.step.mixture is not None
 
     # -- manual optimisation: a loss is used up inside the step ------------------------------------
 
@@ -103,9 +114,15 @@ class Settlement:
 
     # -- automatic optimisation --------------------------------------------------------------------
 
-    def settle(self, tap: LossTap, output: Any) -> Tensor | None:
-        """The loss to return instead of the user's, or None to return the step's output as it is."""
-        loss = output.get("loss") if isinstance(output, Mapping) else output
+    def settle(self, tap: LossTap, output: Any, heads: Mapping[Any, HeadTap | FeatureTap]) -> Tensor | None:
+        """The loss to return instead of the user's, or None to return the step's output as it is.
+
+        Args:
+            tap: has watched the step.
+            output: what the step has returned.
+            heads: deliver features, by what methods read.
+        """
+        loss = loss_of(output)
         if not self.step.module.automatic_optimization:
             self._finish_manual(tap)
             loss = None
@@ -116,7 +133,7 @@ class Settlement:
                 loss = self._settled(found, tap, output)
             elif is_distributed() and not self.learned.as_ddp:
                 loss = self._averaged(found)
-            loss = self._penalised(loss, found, tap)
+            loss = self._penalised(loss, found, tap, heads)
         elif is_distributed():
             raise DebiasError(
                 "Expected the training step to return a loss on every rank, but got None: the other ranks would"
@@ -125,7 +142,7 @@ class Settlement:
         else:
             return None
         self.learned.epoch = self.step.epoch
-        self.learned.rows_needed &= tap.tracker is not None and tap.tracker.needed
+        self.learned.note_rows(self.step, tap.tracker)
         return loss
 
     def _settled(self, found: Reaching, tap: LossTap, output: Any) -> Tensor:
@@ -173,11 +190,13 @@ class Settlement:
             return found.loss
         return found.replaced(calls, calls[0].mean()) if calls else found.loss
 
-    def _penalised(self, loss: Tensor, found: Reaching, tap: LossTap) -> Tensor:
+    def _penalised(
+        self, loss: Tensor, found: Reaching, tap: LossTap, heads: Mapping[Any, HeadTap | FeatureTap]
+    ) -> Tensor:
         """Add the penalties, then the factors their protocols put on the whole loss."""
         for watcher in self.penalisers:
             calls = self.selected[watcher] if watcher.needs_loss else _followed(found.calls, watcher.loss)
-            head = self.heads[watcher.reads] if watcher.needs_features else None
+            head = heads[watcher.reads] if watcher.needs_features else None
             # A loss has not the rows of every run, nor of every loader.
             if not calls or (not watcher.needs_loss and head is not None and (head.several or self.step.of_several)):
                 calls = [_of_features()]
@@ -226,16 +245,9 @@ class Settlement:
     def _selected(self, calls: list[LossCall], tap: LossTap, method: Any) -> list[LossCall]:
         """The calls that ``loss=`` means, which must be the same in every step, and those of whole samples."""
         (loss, who), n = self.choices[method], self.step.n
-        calls = self._with_ids(calls, tap, method)
-        selected = select_calls(calls, loss, who)
-
-        def whole(call: LossCall) -> int:
-            """Number of samples of the loaders that a loss is of."""
-            loaders = tap.loaders_of(call) if self.step.of_several else None
-            return n or 0 if loaders is None else sum(self.step.followed[i].n or 0 for i in loaders)
-
+        selected = select_calls(self._with_ids(calls, tap, method), loss, who)
         self._check_name(selected, loss, who)
-        if len(selected) > 1 and n is not None and all(height(call) < whole(call) for call in selected):
+        if len(selected) > 1 and n is not None and all(height(c) < self._samples_of(c, tap) for c in selected):
             raise AmbiguousLossError(
                 f"Expected at least one of the losses that `loss={loss!r}` of {who} means to be of all {n} samples"
                 f" of the batch, but got {len(selected)} of {', '.join(str(height(call)) for call in selected[:8])}"
@@ -244,6 +256,11 @@ class Settlement:
                 f" samples by masks. {SPLIT}"
             )
         return selected
+
+    def _samples_of(self, call: LossCall, tap: LossTap) -> int:
+        """Number of samples of the loaders that a loss is of."""
+        loaders = tap.loaders_of(call) if self.step.of_several else None
+        return self.step.n or 0 if loaders is None else sum(self.step.followed[i].n or 0 for i in loaders)
 
     def _check_name(self, selected: list[LossCall], loss: Any, who: str) -> None:
         """Remember which loss stands where ``loss=<index>`` points to."""
@@ -332,6 +349,11 @@ def _of_features() -> LossCall:
     call.record.compute = compute
     call.record.samples = lambda shape: None if (of := call.record.feature_rows) is None else of(call)
     return call
+
+
+def loss_of(output: Any) -> Any:
+    """What a step returned as its loss."""
+    return output.get("loss") if isinstance(output, Mapping) else output
 
 
 def with_loss(output: Any, loss: Tensor) -> Any:

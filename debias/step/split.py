@@ -9,7 +9,7 @@ before the step. Every step waits for the device once, for the ids that say whic
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from debias.step.batch import map_samples
 from debias.step.context import Step
 from debias.step.kept import Kept
 from debias.step.proxy import attach, detach
-from debias.step.settle import with_loss
+from debias.step.settle import loss_of, with_loss
 from debias.step.statistics import BatchStatistics
 from debias.tap.calls import LossCall
 
@@ -79,7 +79,7 @@ def split_losses(run: Callable[[Any], Any], step: Step, reweigher: Debiaser) -> 
 
 
 def _one_number(output: Any, losses: str) -> Tensor:
-    loss = output.get("loss") if isinstance(output, Mapping) else output
+    loss = loss_of(output)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
         raise LossNotFoundError(

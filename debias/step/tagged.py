@@ -80,7 +80,7 @@ class TaggedBatch:
     Attributes:
         batch: as the dataset and its ``collate_fn`` make it.
         tags: by name.
-        n: number of samples, where a Trainer needs to know it.
+        n: number of samples; None where nobody has counted them.
     """
 
     batch: Any
@@ -161,21 +161,16 @@ class TagCollate:
         Raises:
             BatchKeyError: samples with and without tags meet, or the order of the samples is not kept.
         """
-        batch = self._collate(items)
-        if self.counts and isinstance(items, list):
-            return TaggedBatch(*split_tags(batch), n=len(items))
-        return batch
-
-    def _collate(self, items: Any) -> Any:
-        if isinstance(items, list) and any(isinstance(item, TaggedSample) for item in items):
-            tags = _tags_of(items)
-            samples = [item.sample for item in items]
-            if self.checked or len(samples) < 2:
-                return TaggedBatch(self.collate_fn(samples), tags)
-            return TaggedBatch(self._collate_and_check(samples), tags)
         if isinstance(items, TaggedSample):  # batch_size=None: the dataset yields whole batches
             return TaggedBatch(self.collate_fn(items.sample), dict(items.tags))
-        return self.collate_fn(items)
+        if not isinstance(items, list):
+            return self.collate_fn(items)
+        if any(isinstance(item, TaggedSample) for item in items):
+            tags, samples = _tags_of(items), [item.sample for item in items]
+            collate = self.collate_fn if self.checked or len(samples) < 2 else self._collate_and_check
+            return TaggedBatch(collate(samples), tags, len(items))
+        batch = self.collate_fn(items)
+        return TaggedBatch(*split_tags(batch), len(items)) if self.counts else batch
 
     def _collate_and_check(self, samples: list[Any]) -> Any:
         try:

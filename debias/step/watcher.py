@@ -304,26 +304,28 @@ class Debiaser(StepWatcher):
 
     def _new_fit(self, pl_module: Any) -> None:
         """State is about one module: fitted again, that goes on; with another one, such as in a next fold, the state
-        begins afresh, unless somebody has set it since. A checkpoint is loaded after this.
+        begins afresh. A checkpoint is loaded after this.
         """
-        if self.module is None:
-            return
-        another = self._fitted is not None and self._fitted() is not pl_module
-        if another and _same(self.module.state_dict(), self._left):
-            self._epoch = None
-            self.module.load_state_dict(self._initial)
+        if self._fitted is not None and self._fitted() is not pl_module:
+            self._start_afresh()
         self._remember()
         self._fitted = weakref.ref(pl_module)
+
+    def _start_afresh(self) -> None:
+        """Forget what is about another module, unless somebody has set the state since."""
+        if self.module is not None and _same(self.module.state_dict(), self._left):
+            self._epoch = None
+            self.module.load_state_dict(self._initial)
 
     def _remember(self) -> None:
         """Keep the state that a new run begins with."""
         if not self._initial and self.module is not None:
-            self._initial = _copied(self.module.state_dict())
+            self._initial = copy.deepcopy(self.module.state_dict())
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the module as it was, and know the method's own state again."""
         if self.engine is not None and self.module is not None:
-            self._left = _copied(self.module.state_dict())
+            self._left = copy.deepcopy(self.module.state_dict())
         super().teardown(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -369,10 +371,6 @@ class Debiaser(StepWatcher):
 def _leader(trainer: Any) -> StepWatcher:
     """The first watcher of a run, which does what is done once."""
     return next(callback for callback in trainer.callbacks if isinstance(callback, StepWatcher))
-
-
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: x.clone() if isinstance(x, Tensor) else copy.deepcopy(x) for name, x in state.items()}
 
 
 def _same(state: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -30,7 +30,7 @@ from debias import (
 from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, HeadNotFoundError, RowsError
 from debias.functional import coral_penalty, group_dro_weights, mmd_penalty
 from debias.step.loaders import open_batch
-from debias.step.tagged import TaggedBatch
+from debias.step.tagged import TaggedBatch, TaggedSample
 from debias.tap.rows import RowTracker
 
 D, C = 4, 3
@@ -516,6 +516,18 @@ def test_what_loaders_gave_is_found_at_any_depth():
     bare, parts = open_batch(plain)
     assert bare is plain
     assert [part.path for part in parts] == [()]
+
+
+def test_tagged_samples_are_no_loaders():
+    """A list of them is a batch that nobody has collated; beside a batch one is what its loader gave."""
+    sample, batch = TaggedSample(1, {"place": torch.tensor(2)}), TaggedBatch(3, {}, 4)
+    samples = [sample, sample]
+    bare, parts = open_batch(samples)
+    assert bare is samples
+    assert [(part.path, part.tags) for part in parts] == [((), {})]
+    bare, parts = open_batch([sample, batch])
+    assert bare == [1, 3]
+    assert [(part.path, part.loader, part.n) for part in parts] == [((0,), 0, None), ((1,), 1, 4)]
 
 
 # -- two ranks -------------------------------------------------------------------------------------

@@ -220,7 +220,7 @@ def _settled(form: Form, method: Any) -> dict[str, Tensor]:
         with tap, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loss = form(net, DATA)
-        loss = Settlement(step, [method], {}, Learned()).settle(tap, loss)
+        loss = Settlement(step, [method], Learned()).settle(tap, loss, {})
     found = {k: v for k, v in module.logged.items() if "by_group" in k or "weight" in k or "penalty" in k}
     names = [f"gradient {name}" for name, _ in net.named_parameters()]
     return found | dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))

@@ -9,7 +9,6 @@ begins; epochs and steps count on.
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -100,12 +99,10 @@ class TwoStage(NumberedMethod):
                     )
         super().setup(trainer, pl_module, stage)
 
-    def _new_fit(self, pl_module: Any) -> None:
+    def _start_afresh(self) -> None:
         """Stage and ids are about one module: another one begins with stage one."""
-        if self._fitted is not None and self._fitted() is not pl_module:
-            self.stage, self.ids = 1, None
-            self.module = self._start = self._stash = self._epoch = None
-        self._fitted = weakref.ref(pl_module)
+        self.stage, self.ids = 1, None
+        self.module = self._start = self._stash = self._epoch = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Make the table, and keep the state that stage two starts from."""
