@@ -31,8 +31,8 @@ class LossRecord:
         edge: of the tensor that the step received, before it may have changed that in place.
         received: that tensor, and its version then.
         is_sum: what the step received is a sum.
-        undivided: and the step has not divided it by what it runs over.
-        divisor: gives the weights of the elements that the step divides by the sum or mean of; None if they do not fit.
+        divisor: gives the weights of the elements that the step divides by the sum or mean of, ones where it divides by
+            a number of them; None if they do not fit.
         kept: shape of what the step received with the reduced axes kept, where it has not reduced all at once.
         factor: what the returned loss multiplies the loss by, known once the step has returned; None for 1. Where the
             step averaged over the samples only, there is one for each of the other elements.
@@ -59,7 +59,6 @@ class LossRecord:
     edge: Any = None
     received: tuple[Tensor, int] | None = None
     is_sum: bool = False
-    undivided: bool = False
     divisor: Callable[[], Tensor | None] | None = None
     kept: torch.Size | None = None
     factor: Tensor | None = None
@@ -95,6 +94,11 @@ class LossRecord:
             den = weights if self.shares is None else torch.cat([weights] * (len(num) // len(weights))) * den
         den = den.to(num.dtype)
         return num, den if den.shape == num.shape else den.expand(num.shape)
+
+    @property
+    def undivided(self) -> bool:
+        """Whether it is a sum that the step has not divided by what it runs over."""
+        return self.is_sum and self.divisor is None
 
     @property
     def over(self) -> Tensor | float:

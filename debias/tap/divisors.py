@@ -38,24 +38,21 @@ class Divided:
             totals: of the step.
         """
         record = self.record
-        if record.divisor is not None or (record.is_sum and not record.undivided):
+        if record.divisor is not None:
             return False  # by what it runs over already; this is another factor
         if isinstance(by, Total):
             if by.is_mean == record.is_sum or (not by.of_batch and self.weights(by.source) is None):
                 return False
             if not record.is_sum and record.function is None and record.computed[1].ndim:
                 return False  # a mean of its own weights already
-            self._divide(by)
+            record.divisor = functools.partial(self.weights, by.source)
         elif record.is_sum:
             total, has_zeros = self._read_as(by, totals)
             if self._is_count(by) and not has_zeros:
-                record.undivided = False
+                record.divisor = functools.partial(torch.ones_like, self._elements)
             elif total is not None:
-                self._divide(total)
-        return not record.undivided
-
-    def _divide(self, total: Total) -> None:
-        self.record.divisor, self.record.undivided = functools.partial(self.weights, total.source), False
+                record.divisor = functools.partial(self.weights, total.source)
+        return record.divisor is not None
 
     def _read_as(self, number: Any, totals: Totals) -> tuple[Total | None, bool]:
         """The sum that a number was read of, and whether some of its weights are 0, as the losses there are.

@@ -7,6 +7,7 @@ of weights with the shape of the losses. Then the loss of a group is what the st
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -261,7 +262,8 @@ class Following:
             return own.reshape(shape)
 
         record = replace(found, compute=compute, samples=samples, is_sum=func in SUM)
-        record.undivided = record.is_sum and not record.of_batch
+        if record.is_sum and record.of_batch:  # which is said, whatever divides it
+            record.divisor = functools.partial(torch.ones_like, num)
         record.kept = kept if len(axes) < num.ndim else None
         call = replace(found.function, position=len(tap.calls), record=record)
         for by in found.divided_by:

@@ -152,7 +152,7 @@ class LossTap(TorchFunctionMode):
         call.arguments = {k: v for k, v in arguments.items() if k in FORM and v is not None}
         if not self.training:
             call.counts.append(counted_by(func, arguments))
-        call.record.is_sum = call.record.undivided = reduction == "sum"
+        call.record.is_sum = reduction == "sum"
         if reduction == "batchmean":
             call.record.samples = functools.partial(self._samples_of_first_axis, call)
         call.record.of_pairs = self._following.batch.of_pairs(*arguments.values())
