@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,8 +27,8 @@ class LossRecord:
 
     Attributes:
         compute: numerators and denominators of the elements; the loss is ``num.sum() / den.sum()``.
-        samples: the samples of numerators of some shape, int64 of that shape or ``(rows,)``; None where row i is sample
-            i, or nobody asked.
+        samples: tells the samples of numerators of some shape, int64 of that shape or ``(rows,)``; None where row i is
+            sample i. None where nobody asked for them.
         edge: of the tensor that the step received, before it may have changed that in place.
         received: that tensor, and its version then.
         is_sum: what the step received is a sum.
@@ -40,22 +41,19 @@ class LossRecord:
         source: the elements as the step reduced them, likewise, or what it has made of them until then; in evaluation
             as torch's function made them.
         parts: where samples were mixed, the losses with each label, of which ``source`` is the weighted sum.
-        scale: what the step multiplied the elements by; None for 1, False if it did something else to them.
-        reordered: whether their rows are not where they were.
+        scale: what the step, or augmentation, multiplied the elements by; None for 1, False if the step did something
+            else to them, or put them in another order.
         mask: by which elements the step selected them; None if all are there, False if it is not known.
         of_batch: whether the step has multiplied them by a number that it made of the values of the whole batch.
         divided_by: numbers and totals (:class:`debias.tap.totals.Total`) that the step has divided them by.
         linear: while the head is looked for, the run of the layer that made the logits (:mod:`debias.tap.features`).
         feature_rows: tells the sample of each row of the features.
-        targets: of the rows, where samples were mixed.
-        shares: what the losses of these rows were multiplied by, shaped like the elements.
+        targets: of the rows, where samples were mixed; else None.
         own_rows: sample of each row with its own label, where samples were mixed.
-        untracked: nobody asked for the samples of the rows.
-        of_pairs: whether it reads a number for each two samples.
     """
 
     compute: Callable[[], tuple[Tensor, Tensor]]
-    samples: Callable[[torch.Size], Tensor | None] = lambda shape: None
+    samples: Callable[[torch.Size], Tensor | None] | None = lambda shape: None
     edge: Any = None
     received: tuple[Tensor, int] | None = None
     is_sum: bool = False
@@ -66,17 +64,13 @@ class LossRecord:
     source: Any = None
     parts: list[Tensor] = field(default_factory=list)
     scale: Any = None
-    reordered: bool = False
     mask: Any = None
     of_batch: bool = False
     divided_by: tuple[Any, ...] = ()
     linear: Any = None
     feature_rows: Callable[[LossCall], Tensor | None] | None = None
     targets: Any = None
-    shares: Tensor | None = None
     own_rows: Tensor | None = None
-    of_pairs: bool = False
-    untracked: bool = False
 
     @cached_property
     def computed(self) -> tuple[Tensor, Tensor]:
@@ -91,7 +85,7 @@ class LossRecord:
         num, den = self.computed
         if self.divisor is not None and (weights := self.divisor()) is not None:
             # Where samples were mixed, the rows stand there once for each label.
-            den = weights if self.shares is None else torch.cat([weights] * (len(num) // len(weights))) * den
+            den = weights if self.targets is None else torch.cat([weights] * (len(num) // len(weights))) * den
         den = den.to(num.dtype)
         return num, den if den.shape == num.shape else den.expand(num.shape)
 
@@ -117,7 +111,7 @@ class LossRecord:
                 num = num * self.factor
             if num.ndim == 0:
                 num, den = num.reshape(1), den.reshape(1)
-            index = self.samples(num.shape)
+            index = None if self.samples is None else self.samples(num.shape)
             if index is not None and index.shape == num.shape:
                 return num.flatten(), den.flatten(), index.flatten()
             if num.ndim > 1:
@@ -185,18 +179,13 @@ class LossCall:
         read = [name for name in ("logits", "target", "predicted") if shares_memory(getattr(self, name), changed)]
         if not read and not shares_memory(self.record.source, changed):
             return
-        try:
+        with contextlib.suppress(RowsError):  # said where it is read, if it is
             num, den = self.record.computed
-        except RowsError:  # said where it is read, if it is
-            return
-        with torch.enable_grad():
-            vars(self.record)["computed"] = num.clone(), den.clone()
-        try:
-            index = self.record.samples(num.shape)
-        except RowsError as error:  # likewise
-            self.record.samples = functools.partial(_raise, error)
-        else:
-            self.record.samples = lambda shape: index
+            with torch.enable_grad():
+                vars(self.record)["computed"] = num.clone(), den.clone()
+            if self.record.samples is not None:
+                index = self.record.samples(num.shape)
+                self.record.samples = lambda shape: index
         for name in read:
             setattr(self, name, getattr(self, name).clone())
 
@@ -238,7 +227,7 @@ class LossCall:
         Raises:
             RowsError: it is not known which samples the rows belong to.
         """
-        if self.record.untracked:
+        if self.record.samples is None:
             raise RowsError(
                 f"Expected to know before the step which values of its samples are read, so that the rows of"
                 f" `{self.name}` are followed to them, but nobody asked for any. Return them from"
@@ -274,7 +263,7 @@ class LossCall:
     @property
     def logits_rows(self) -> Tensor | None:
         """Sample of each row of the logits, with its own label: :attr:`rows`, unless samples were mixed."""
-        return self.rows if self.record.shares is None else self.record.own_rows
+        return self.rows if self.record.targets is None else self.record.own_rows
 
     def mean(self) -> Tensor:
         """The loss of the global batch; its gradient is this rank's share of it."""
@@ -300,10 +289,6 @@ def shares_memory(x: Any, changed: Any) -> bool:
         return bool(start) and start == changed.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # of a tensor without memory of its own, as under vmap
         return False
-
-
-def _raise(error: Exception, shape: torch.Size) -> None:
-    raise error
 
 
 def sum_of(calls: list[LossCall], *, check: bool) -> LossCall:
@@ -334,4 +319,5 @@ def sum_of(calls: list[LossCall], *, check: bool) -> LossCall:
             num = num + call.num * ratio
         return num, den
 
-    return LossCall(name, first.position, None, None, LossRecord(compute, lambda shape: first.rows))
+    samples = None if first.record.samples is None else lambda shape: first.rows
+    return LossCall(name, first.position, None, None, LossRecord(compute, samples))

@@ -76,10 +76,11 @@ class Divided:
 
     def _index(self) -> Tensor | None:
         """Sample of each element, or of each row; None where row i is sample i or that is not known."""
+        record, tracker = self.record, self.tracker
+        if tracker is None or record.samples is None:
+            return None
         try:
-            if self.record.source is None or self.tracker is None:
-                return self.record.samples(self._elements.shape)
-            return self.tracker.index(self.record.source)
+            return record.samples(self._elements.shape) if record.source is None else tracker.index(record.source)
         except RowsError:  # said where a method reads it
             return None
 

@@ -163,8 +163,7 @@ class Following:
             parts = [_with(func, args, kwargs, found.source, part, place) for part in found.parts]
             made = replace(found, source=x, parts=parts, of_batch=of_batch or changes, divided_by=divided_by)
             if func in MOVES:
-                made.reordered = found.reordered or not keeps_rows(func, args, x)
-                if not isinstance(args[0], Tensor):  # joined with others
+                if not keeps_rows(func, args, x):  # joined with others, or in another order
                     made.scale = False
                 elif isinstance(found.scale, Tensor):
                     made.scale = apply_move(func, args, kwargs, found.scale.expand(found.source.shape), place)
@@ -254,14 +253,16 @@ class Following:
             return torch.cat(nums), torch.cat(dens) / kept.numel()
 
         def samples(shape: torch.Size) -> Tensor | None:
-            if tap.tracker is None or (num.ndim == 1 and not shares and tap.tracker.keeps_rows(num)):
+            if num.ndim == 1 and not shares and tap.tracker is not None and tap.tracker.keeps_rows(num):
                 return None
             own = _samples_of(tap, num)
             if shares:
                 own = torch.cat([own if share.source is None else share.source[own] for share in shares])
             return own.reshape(shape)
 
-        record = replace(found, compute=compute, samples=samples, is_sum=func in SUM)
+        record = replace(found, compute=compute, is_sum=func in SUM)
+        if record.samples is not None:
+            record.samples = samples
         if record.is_sum and record.of_batch:  # which is said, whatever divides it
             record.divisor = functools.partial(torch.ones_like, num)
         record.kept = kept if len(axes) < num.ndim else None
