@@ -25,17 +25,31 @@ from debias.tap.following import FOLLOWED, Following
 from debias.tap.head import HeadFinder
 from debias.tap.losses import COMPARING, FORM, LOSSES, NAMES, NOT_PER_SAMPLE, SYMMETRIC, reduction_of, unreduced
 from debias.tap.mixing import Mixture, mix_parts
-from debias.tap.moves import CHANGING, RECORDED, among
+from debias.tap.moves import CHANGING, RECORDED, named
 from debias.tap.predictions import CLASSIFYING, Evaluated
 from debias.tap.rows import RowTracker
 from debias.tap.sharded import refuse_sharded_loss
 
 __all__ = ["LossTap", "no_loss_error"]
 
-_LOG_SOFTMAX = frozenset({F.log_softmax, torch.log_softmax, Tensor.log_softmax})
-_is_watched = among(frozenset(LOSSES) | FOLLOWED | RECORDED | CHANGING | NOT_PER_SAMPLE | _LOG_SOFTMAX)
-_is_loss, _is_recorded, _is_followed = among(LOSSES), among(RECORDED), among(FOLLOWED)
-_is_not_per_sample, _is_log_softmax = among(NOT_PER_SAMPLE), among(_LOG_SOFTMAX)
+# What an operation is watched for, a bit each.
+_LOSS, _RECORDED, _FOLLOWED, _CHANGING, _NOT_PER_SAMPLE, _LOG_SOFTMAX = (1 << bit for bit in range(6))
+_KINDS: dict[Any, int] = {}
+for _kind, _functions in (
+    (_LOSS, LOSSES),
+    (_RECORDED, RECORDED),
+    (_FOLLOWED, FOLLOWED),
+    (_CHANGING, CHANGING),
+    (_NOT_PER_SAMPLE, NOT_PER_SAMPLE),
+    (_LOG_SOFTMAX, named("log_softmax")),
+):
+    _KINDS |= {function: _KINDS.get(function, 0) | _kind for function in _functions}
+
+
+@torch.compiler.assume_constant_result
+def _kinds_of(func: Any) -> int:
+    """What an operation is watched for; see :func:`debias.tap.moves.among`."""
+    return _KINDS.get(func, 0)
 
 
 @dataclass(eq=False)
@@ -92,29 +106,28 @@ class LossTap(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.suspended:
             return func(*args, **kwargs)
-        compiling = torch.compiler.is_compiling()
-        cut = self.training and compiling  # to pieces, if predictions were followed
-        run = _run if self.evaluated is None or cut else self.evaluated.run
+        kinds, compiling = _kinds_of(func), torch.compiler.is_compiling()
+        evaluated = None if self.training and compiling else self.evaluated  # following predictions would cut the graph
         looks = not compiling and self._following.batch.careful
-        if not _is_watched(func) and self.finder is None and not looks:
-            return run(func, args, kwargs)
-        if _is_loss(func):
+        if not (kinds or looks) and evaluated is None and self.finder is None:
+            return func(*args, **kwargs)
+        if kinds & _LOSS:
             return self._loss(func, args, kwargs)
-        if not args and _is_watched(func):
+        if kinds and not args:
             args, kwargs = _first_by_position(func, kwargs)
-        if self.calls and args and not compiling and func in CHANGING:
+        if kinds & _CHANGING and self.calls and args and not compiling:
             for call in self.calls:
                 call.keep(args[0])
-        out = run(func, args, kwargs)
-        if self.tracker is not None and _is_recorded(func):
+        out = func(*args, **kwargs) if evaluated is None else evaluated.run(func, args, kwargs)
+        if kinds & _RECORDED and self.tracker is not None:
             self.tracker.record(func, args, kwargs, out)
-        elif _is_not_per_sample(func) and isinstance(out, Tensor) and out.requires_grad:
+        elif kinds & _NOT_PER_SAMPLE and isinstance(out, Tensor) and out.requires_grad:
             self.untapped.append((func.__name__, out.grad_fn))
-        if _is_log_softmax(func):
+        if kinds & _LOG_SOFTMAX:
             self._normalised.append((out, args[0]))
         if self.finder is not None:
             self.finder.record(func, args, kwargs, out)
-        return self._following.see(func, args, kwargs, out) if self.training and (_is_followed(func) or looks) else out
+        return self._following.see(func, args, kwargs, out) if self.training and (kinds & _FOLLOWED or looks) else out
 
     # -- losses ------------------------------------------------------------------------------------
 
@@ -278,10 +291,6 @@ class LossTap(TorchFunctionMode):
                 " Put them first: `x.transpose(0, 1)`."
             )
         return index
-
-
-def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return func(*args, **kwargs)
 
 
 def _relabelled(arguments: dict[str, Any], labels: str, moved: Callable[[Tensor], Tensor]) -> dict[str, Any]:
