@@ -496,6 +496,18 @@ REFUSED: dict[str, tuple[str, Step]] = {
             losses(net, x, y)
         ),
     ),
+    "from a rank on, sorted, then cast": (
+        OF_BATCH,
+        lambda net, x, y, yt, w, k, z: (
+            lambda ce: over_its_own_sum(ce, ce.detach() >= ce.sort(descending=True).values.detach()[1])
+        )(losses(net, x, y)),
+    ),
+    "from the middle of a row on": (
+        OF_BATCH,
+        lambda net, x, y, yt, w, k, z: over_its_own_sum(
+            losses(net, x, y), w >= 0.99 * w.sort().values.clamp(max=9).view(1, -1)[:, N // 2]
+        ),
+    ),
     "classes counted by unique": (
         OF_BATCH,
         lambda net, x, y, yt, w, k, z: F.cross_entropy(
