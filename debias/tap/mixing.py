@@ -157,7 +157,7 @@ def mix_parts(
         made.append((losses, losses * num_share, den, num_share, labels(call.target), of_rows(source)))
     losses_of, *others = zip(*made, strict=True)
     num, den, record.scale, record.targets, samples = map(torch.cat, others)
-    call.parts, record.own_rows = len(made), index
+    call.parts = len(made)
     record.compute = lambda: (num, den)
     for cached in ("computed", "elements"):
         vars(record).pop(cached, None)

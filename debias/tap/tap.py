@@ -181,7 +181,8 @@ class LossTap(TorchFunctionMode):
             call.record.compute = lambda: (out, out.new_ones(()))
         self._following.add(replace(call.record, source=out, function=call, parts=parts, scale=None))
         if self.tracker is not None:
-            self.tracker.follow(out, functools.partial(_of_elements, self.tracker, samples, out.shape, out.device))
+            index = functools.partial(self._of_elements, samples, out.shape, out.device)
+            self.tracker.follow(out, functools.cache(index))
         if self.training:
             self.untapped.append((f"{call.name}(reduction='none')", out.grad_fn))
         else:
@@ -292,6 +293,13 @@ class LossTap(TorchFunctionMode):
             )
         return index
 
+    def _of_elements(self, samples: Any, shape: torch.Size, device: torch.device) -> Tensor:
+        """Sample numbers in the shape of unreduced losses."""
+        assert self.tracker is not None
+        if (index := samples(shape)) is None:
+            return self.tracker.start(shape, device, sample=None if shape else 0)
+        return index if index.shape == shape else index.view(-1, *[1] * (len(shape) - 1)).expand(shape)
+
 
 def _relabelled(arguments: dict[str, Any], labels: str, moved: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """Arguments of a loss with the labels of other samples."""
@@ -355,13 +363,6 @@ def _followed_rows(
             if rows is not None and rows.shape[:1] == (shape[:1] or (1,)):
                 return rows
     raise _rows_error(call, n, shape, mixed=mixed)
-
-
-def _of_elements(tracker: RowTracker, samples: Any, shape: torch.Size, device: torch.device) -> Tensor:
-    """Sample numbers in the shape of unreduced losses."""
-    if (index := samples(shape)) is None:
-        return tracker.start(shape, device, sample=None if shape else 0)
-    return index if index.shape == shape else index.view(-1, *[1] * (len(shape) - 1)).expand(shape)
 
 
 def _given_rows(rows: Any, call: LossCall, n: int, shape: torch.Size, device: torch.device) -> Tensor | None:
