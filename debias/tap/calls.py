@@ -32,8 +32,8 @@ class LossRecord:
         edge: of the tensor that the step received, before it may have changed that in place.
         received: that tensor, and its version then.
         is_sum: what the step received is a sum.
-        divisor: gives the weights of the elements that the step divides by the sum or mean of, ones where it divides by
-            a number of them; None if they do not fit.
+        divisor: weights of the elements that the step divides by the sum or mean of, ones where it divides by a number
+            of them; None if it does not.
         kept: shape of what the step received with the reduced axes kept, where it has not reduced all at once.
         factor: what the returned loss multiplies the loss by, known once the step has returned; None for 1. Where the
             step averaged over the samples only, there is one for each of the other elements.
@@ -56,7 +56,7 @@ class LossRecord:
     edge: Any = None
     received: tuple[Tensor, int] | None = None
     is_sum: bool = False
-    divisor: Callable[[], Tensor | None] | None = None
+    divisor: Tensor | None = None
     kept: torch.Size | None = None
     factor: Tensor | None = None
     function: Any = None
@@ -81,7 +81,7 @@ class LossRecord:
     def elements(self) -> tuple[Tensor, Tensor]:
         """Numerators and denominators of the elements, at least float32, of the same shape."""
         num, den = self.computed
-        if self.divisor is not None and (weights := self.divisor()) is not None:
+        if (weights := self.divisor) is not None:
             # Where samples were mixed, the rows stand there once for each label.
             den = weights if self.targets is None else torch.cat([weights] * (len(num) // len(weights))) * den
         den = den.to(num.dtype)
@@ -174,6 +174,8 @@ class LossCall:
 
     def keep(self, changed: Any) -> None:
         """Keep what was read of a tensor, which the step is about to change in place for something else."""
+        if shares_memory(self.record.divisor, changed):
+            self.record.divisor = self.record.divisor.clone()  # type: ignore[union-attr]
         read = [name for name in ("logits", "target", "predicted") if shares_memory(getattr(self, name), changed)]
         if not read and not shares_memory(self.record.source, changed):
             return

@@ -7,7 +7,6 @@ of weights with the shape of the losses. Then the loss of a group is what the st
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -264,7 +263,7 @@ class Following:
         if record.samples is not None:
             record.samples = samples
         if record.is_sum and record.of_batch:  # which is said, whatever divides it
-            record.divisor = functools.partial(torch.ones_like, num)
+            record.divisor = num.new_ones(()).expand(num.shape)
         record.kept = kept if len(axes) < num.ndim else None
         call = replace(found.function, position=len(tap.calls), record=record)
         for by in found.divided_by:

@@ -292,6 +292,9 @@ RIGHT: dict[str, Step] = {
     "losses changed afterwards": lambda net, x, y, yt, w, k, z: (
         lambda values: zeroed(values, (values * k).sum() / k.sum())
     )(tokens(net, x, yt)),
+    "mask changed afterwards": lambda net, x, y, yt, w, k, z: (
+        lambda mask: zeroed(mask, (tokens(net, x, yt) * mask.clone()).sum() / mask.sum())
+    )(k.clone()),
     "looked up and sorted": lambda net, x, y, yt, w, k, z: (
         ALPHA[y[w.argsort()]] * losses(net, x[w.argsort()], y[w.argsort()])
     ).mean(),
