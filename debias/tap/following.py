@@ -78,9 +78,7 @@ class Following:
         """Let go of every tensor."""
         for losses in self._unreduced:
             losses.function.forget()
-        self._unreduced, self._divisible = [], []
-        self._totals.close()
-        self.batch.close()
+        vars(self).clear()  # its parts refer to each other through it alone
 
     def add(self, losses: LossRecord) -> None:
         """Follow losses from now on."""

@@ -88,10 +88,6 @@ class WholeBatch:
         """Whether there is one, or every operation has to be looked at."""
         return bool(self._numbers) or self.looks
 
-    def close(self) -> None:
-        """Let go of every tensor."""
-        self.tracker, self._numbers, self._marks = None, [], {}
-
     def _mark(self, x: Tensor, mark: str) -> None:
         self._marks.setdefault(x, set()).add(mark)
 
