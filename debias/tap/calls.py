@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from debias.errors import RowsError
 from debias.ops.distributed import weighted_mean
 from debias.tap.counted import both
+from debias.tap.losses import HALF
 
 __all__ = ["LossCall", "LossRecord", "means", "shares_memory", "sum_of"]
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(eq=False)
@@ -75,7 +74,7 @@ class LossRecord:
         """What :attr:`compute` gives; it carries gradients whoever asks first, also under ``torch.no_grad``."""
         with torch.enable_grad():
             num, den = self.compute()
-            return (num.float() if num.dtype in _HALF else num), den
+            return (num.float() if num.dtype in HALF else num), den
 
     @cached_property
     def elements(self) -> tuple[Tensor, Tensor]:
