@@ -15,6 +15,7 @@ from torch import Tensor
 
 from debias.errors import SPLIT, RowsError
 from debias.tap.calls import LossCall, LossRecord
+from debias.tap.counted import replaces
 from debias.tap.divisors import Divided
 from debias.tap.moves import (
     CASTS,
@@ -42,7 +43,6 @@ __all__ = ["FOLLOWED", "Following"]
 
 _T = torch.Tensor
 _ADD = named("add sub subtract add_ sub_ __add__ __radd__ __sub__ __iadd__ __isub__")
-_FILL = named("masked_fill masked_fill_")
 # Moves that leave elements out, or repeat them.
 _SELECTING = named(
     "__getitem__ index_select narrow select masked_select take take_along_dim gather diagonal repeat tile"
@@ -179,14 +179,8 @@ class Following:
             return other
         if func in DIVISION and at == 0 and constant and not _is_zero(other):
             return 1 / other  # type: ignore[operator]
-        if func is torch.where and at in (1, 2) and _is_zero(args[3 - at] if len(args) > 3 - at else None):
-            return args[0] if at == 1 else ~args[0]
-        if func in _FILL and _is_zero(args[2] if len(args) > 2 else kwargs.get("value")):
-            return ~(args[1] if len(args) > 1 else kwargs["mask"])
-        if func is _T.__setitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool and _is_zero(args[2]):
-            kept = torch.ones_like(found.source, dtype=torch.bool)
-            kept[args[1]] = False  # of rows, where the mask is of rows
-            return kept
+        if (replaced := replaces(func, args, kwargs, found.source)) is not None:
+            return replaced[0] if _is_zero(replaced[1]) else None
         return 1.0 if func in SUM and not isinstance(found.scale, Tensor) else None
 
     def _divisions(
