@@ -33,17 +33,12 @@ from debias.tap.sharded import refuse_sharded_loss
 __all__ = ["LossTap", "no_loss_error"]
 
 # What an operation is watched for, a bit each.
-_LOSS, _RECORDED, _FOLLOWED, _CHANGING, _NOT_PER_SAMPLE, _LOG_SOFTMAX = (1 << bit for bit in range(6))
-_KINDS: dict[Any, int] = {}
-for _kind, _functions in (
-    (_LOSS, LOSSES),
-    (_RECORDED, RECORDED),
-    (_FOLLOWED, FOLLOWED),
-    (_CHANGING, CHANGING),
-    (_NOT_PER_SAMPLE, NOT_PER_SAMPLE),
-    (_LOG_SOFTMAX, named("log_softmax")),
-):
-    _KINDS |= {function: _KINDS.get(function, 0) | _kind for function in _functions}
+_WATCHED = (LOSSES, RECORDED, FOLLOWED, CHANGING, NOT_PER_SAMPLE, named("log_softmax"))
+_LOSS, _RECORDED, _FOLLOWED, _CHANGING, _NOT_PER_SAMPLE, _LOG_SOFTMAX = _BITS = [1 << i for i in range(len(_WATCHED))]
+_KINDS = {
+    function: sum(bit for bit, functions in zip(_BITS, _WATCHED, strict=True) if function in functions)
+    for function in set().union(*_WATCHED)
+}
 
 
 @torch.compiler.assume_constant_result
