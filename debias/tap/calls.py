@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,10 +15,9 @@ from torch import Tensor, nn
 from debias.errors import RowsError
 from debias.ops.distributed import weighted_mean
 from debias.tap.counted import both
+from debias.tap.losses import HALF
 
 __all__ = ["LossCall", "LossRecord", "means", "shares_memory", "sum_of"]
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(eq=False)
@@ -26,13 +26,13 @@ class LossRecord:
 
     Attributes:
         compute: numerators and denominators of the elements; the loss is ``num.sum() / den.sum()``.
-        samples: the samples of numerators of some shape, int64 of that shape or ``(rows,)``; None where row i is sample
-            i, or nobody asked.
+        samples: tells the samples of numerators of some shape, int64 of that shape or ``(rows,)``; None where row i is
+            sample i. None where nobody asked for them.
         edge: of the tensor that the step received, before it may have changed that in place.
         received: that tensor, and its version then.
         is_sum: what the step received is a sum.
-        undivided: and the step has not divided it by what it runs over.
-        divisor: gives the weights of the elements that the step divides by the sum or mean of; None if they do not fit.
+        divisor: weights of the elements that the step divides by the sum or mean of, ones where it divides by a number
+            of them; None if it does not.
         kept: shape of what the step received with the reduced axes kept, where it has not reduced all at once.
         factor: what the returned loss multiplies the loss by, known once the step has returned; None for 1. Where the
             step averaged over the samples only, there is one for each of the other elements.
@@ -40,61 +40,56 @@ class LossRecord:
         source: the elements as the step reduced them, likewise, or what it has made of them until then; in evaluation
             as torch's function made them.
         parts: where samples were mixed, the losses with each label, of which ``source`` is the weighted sum.
-        scale: what the step multiplied the elements by; None for 1, False if it did something else to them.
-        reordered: whether their rows are not where they were.
+        scale: what the step, or augmentation, multiplied the elements by; None for 1, False if the step did something
+            else to them, or put them in another order.
         mask: by which elements the step selected them; None if all are there, False if it is not known.
         of_batch: whether the step has multiplied them by a number that it made of the values of the whole batch.
         divided_by: numbers and totals (:class:`debias.tap.totals.Total`) that the step has divided them by.
         linear: while the head is looked for, the run of the layer that made the logits (:mod:`debias.tap.features`).
         feature_rows: tells the sample of each row of the features.
-        targets: of the rows, where samples were mixed.
-        shares: what the losses of these rows were multiplied by, shaped like the elements.
-        own_rows: sample of each row with its own label, where samples were mixed.
-        untracked: nobody asked for the samples of the rows.
-        of_pairs: whether it reads a number for each two samples.
+        targets: of the rows, where samples were mixed; else None.
     """
 
     compute: Callable[[], tuple[Tensor, Tensor]]
-    samples: Callable[[torch.Size], Tensor | None] = lambda shape: None
+    samples: Callable[[torch.Size], Tensor | None] | None = lambda shape: None
     edge: Any = None
     received: tuple[Tensor, int] | None = None
     is_sum: bool = False
-    undivided: bool = False
-    divisor: Callable[[], Tensor | None] | None = None
+    divisor: Tensor | None = None
     kept: torch.Size | None = None
     factor: Tensor | None = None
     function: Any = None
     source: Any = None
     parts: list[Tensor] = field(default_factory=list)
     scale: Any = None
-    reordered: bool = False
     mask: Any = None
     of_batch: bool = False
     divided_by: tuple[Any, ...] = ()
     linear: Any = None
     feature_rows: Callable[[LossCall], Tensor | None] | None = None
     targets: Any = None
-    shares: Tensor | None = None
-    own_rows: Tensor | None = None
-    of_pairs: bool = False
-    untracked: bool = False
 
     @cached_property
     def computed(self) -> tuple[Tensor, Tensor]:
         """What :attr:`compute` gives; it carries gradients whoever asks first, also under ``torch.no_grad``."""
         with torch.enable_grad():
             num, den = self.compute()
-            return (num.float() if num.dtype in _HALF else num), den
+            return (num.float() if num.dtype in HALF else num), den
 
     @cached_property
     def elements(self) -> tuple[Tensor, Tensor]:
         """Numerators and denominators of the elements, at least float32, of the same shape."""
         num, den = self.computed
-        if self.divisor is not None and (weights := self.divisor()) is not None:
+        if (weights := self.divisor) is not None:
             # Where samples were mixed, the rows stand there once for each label.
-            den = weights if self.shares is None else torch.cat([weights] * (len(num) // len(weights))) * den
+            den = weights if self.targets is None else torch.cat([weights] * (len(num) // len(weights))) * den
         den = den.to(num.dtype)
         return num, den if den.shape == num.shape else den.expand(num.shape)
+
+    @property
+    def undivided(self) -> bool:
+        """Whether it is a sum that the step has not divided by what it runs over."""
+        return self.is_sum and self.divisor is None
 
     @property
     def over(self) -> Tensor | float:
@@ -113,7 +108,7 @@ class LossRecord:
                 num = num * self.factor
             if num.ndim == 0:
                 num, den = num.reshape(1), den.reshape(1)
-            index = self.samples(num.shape)
+            index = None if self.samples is None else self.samples(num.shape)
             if index is not None and index.shape == num.shape:
                 return num.flatten(), den.flatten(), index.flatten()
             if num.ndim > 1:
@@ -178,21 +173,18 @@ class LossCall:
 
     def keep(self, changed: Any) -> None:
         """Keep what was read of a tensor, which the step is about to change in place for something else."""
+        if shares_memory(self.record.divisor, changed):
+            self.record.divisor = self.record.divisor.clone()  # type: ignore[union-attr]
         read = [name for name in ("logits", "target", "predicted") if shares_memory(getattr(self, name), changed)]
         if not read and not shares_memory(self.record.source, changed):
             return
-        try:
+        with contextlib.suppress(RowsError):  # said where it is read, if it is
             num, den = self.record.computed
-        except RowsError:  # said where it is read, if it is
-            return
-        with torch.enable_grad():
-            vars(self.record)["computed"] = num.clone(), den.clone()
-        try:
-            index = self.record.samples(num.shape)
-        except RowsError as error:  # likewise
-            self.record.samples = functools.partial(_raise, error)
-        else:
-            self.record.samples = lambda shape: index
+            with torch.enable_grad():
+                vars(self.record)["computed"] = num.clone(), den.clone()
+            if self.record.samples is not None:
+                index = self.record.samples(num.shape)
+                self.record.samples = lambda shape: index
         for name in read:
             setattr(self, name, getattr(self, name).clone())
 
@@ -234,7 +226,7 @@ class LossCall:
         Raises:
             RowsError: it is not known which samples the rows belong to.
         """
-        if self.record.untracked:
+        if self.record.samples is None:
             raise RowsError(
                 f"Expected to know before the step which values of its samples are read, so that the rows of"
                 f" `{self.name}` are followed to them, but nobody asked for any. Return them from"
@@ -267,10 +259,10 @@ class LossCall:
         rows = self.record.feature_rows
         return rows is None or rows(self) is (self.record.function or self).logits_rows
 
-    @property
+    @cached_property
     def logits_rows(self) -> Tensor | None:
-        """Sample of each row of the logits, with its own label: :attr:`rows`, unless samples were mixed."""
-        return self.rows if self.record.shares is None else self.record.own_rows
+        """Sample of each row of the logits, with its own label: the first of the :attr:`parts` of :attr:`rows`."""
+        return self.rows if self.parts == 1 or self.rows is None else self.rows[: len(self.rows) // self.parts]
 
     def mean(self) -> Tensor:
         """The loss of the global batch; its gradient is this rank's share of it."""
@@ -296,10 +288,6 @@ def shares_memory(x: Any, changed: Any) -> bool:
         return bool(start) and start == changed.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # of a tensor without memory of its own, as under vmap
         return False
-
-
-def _raise(error: Exception, shape: torch.Size) -> None:
-    raise error
 
 
 def sum_of(calls: list[LossCall], *, check: bool) -> LossCall:
@@ -330,4 +318,5 @@ def sum_of(calls: list[LossCall], *, check: bool) -> LossCall:
             num = num + call.num * ratio
         return num, den
 
-    return LossCall(name, first.position, None, None, LossRecord(compute, lambda shape: first.rows))
+    samples = None if first.record.samples is None else lambda shape: first.rows
+    return LossCall(name, first.position, None, None, LossRecord(compute, samples))

@@ -16,7 +16,7 @@ from torch import Tensor
 from debias.tap.losses import LOSSES, class_weights, unreduced
 from debias.tap.moves import CASTS, MOVES, apply_move, axes_of, functions, values_read
 
-__all__ = ["CountedElements", "both", "counted_by", "left_out"]
+__all__ = ["CountedElements", "both", "counted_by", "left_out", "replaces"]
 
 _T = torch.Tensor
 
@@ -110,19 +110,11 @@ class CountedElements:
         """Which elements an operation that keeps their places leaves; None where all."""
         losses = trace.tensor
         others = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x is not losses]
-        if func in _SET:
-            kept = torch.ones_like(losses, dtype=torch.bool)
-            kept[args[1]] = False
-            return kept
         if func in _NAN:
             return ~losses.isnan()
-        if func in _FILL:
-            filled = args[1] if len(args) > 1 else kwargs["mask"]
-            return ~filled.expand(torch.broadcast_shapes(losses.shape, filled.shape))
-        if func in _WHERE and len(args) == 3:
-            condition, kept, _ = (args[1], args[0], args[2]) if func is _T.where else args
-            shape = torch.broadcast_shapes(*(x.shape for x in args if isinstance(x, Tensor)))
-            return (condition if kept is losses else ~condition).expand(shape)
+        if (replaced := replaces(func, args, kwargs, losses)) is not None:
+            shapes = [x.shape for x in (losses, replaced[0], replaced[1]) if isinstance(x, Tensor)]
+            return replaced[0].expand(shapes[0] if func in _SET else torch.broadcast_shapes(*shapes))
         factor = others[0] if func in _MUL and others else None
         if factor is None or not factor.ndim or any(other.tensor is factor for other in self._traces):
             return None
@@ -142,6 +134,21 @@ class CountedElements:
                 return None
             total = counts if total is None else total | counts
         return total
+
+
+def replaces(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> tuple[Tensor, Any] | None:
+    """Which elements an operation leaves, and what it puts in the place of the others; None of one that does not."""
+    if func in _SET:
+        kept = torch.ones_like(x, dtype=torch.bool)
+        kept[args[1]] = False  # of rows, where the place is of rows
+        return kept, args[2]
+    if func in _FILL:
+        mask, value = (*args[1:], *(kwargs[name] for name in ("mask", "value")[len(args) - 1 :]))
+        return ~mask, value
+    if func in _WHERE and len(args) == 3:
+        condition, kept, other = (args[1], args[0], args[2]) if func is _T.where else args
+        return (condition, other) if kept is x else (~condition, kept)
+    return None
 
 
 def _made(

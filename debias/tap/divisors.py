@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,40 +37,30 @@ class Divided:
             totals: of the step.
         """
         record = self.record
-        if record.divisor is not None or (record.is_sum and not record.undivided):
+        if record.divisor is not None:
             return False  # by what it runs over already; this is another factor
         if isinstance(by, Total):
-            if by.is_mean == record.is_sum or (not by.of_batch and self.weights(by.source) is None):
-                return False
-            if not record.is_sum and record.function is None and record.computed[1].ndim:
-                return False  # a mean of its own weights already
-            self._divide(by)
+            of_own_weights = not record.is_sum and record.function is None and record.computed[1].ndim > 0
+            if by.is_mean != record.is_sum and not of_own_weights:
+                record.divisor = self.weights(by.source)
         elif record.is_sum:
-            total, has_zeros = self._read_as(by, totals)
-            if self._is_count(by) and not has_zeros:
-                record.undivided = False
-            elif total is not None:
-                self._divide(total)
-        return not record.undivided
+            record.divisor = self._read_as(by, totals)
+            if self._is_count(by) and (record.divisor is None or not bool((record.divisor == 0).any())):
+                record.divisor = self._elements.new_ones(()).expand(self._elements.shape)
+        return record.divisor is not None
 
-    def _divide(self, total: Total) -> None:
-        self.record.divisor, self.record.undivided = functools.partial(self.weights, total.source), False
-
-    def _read_as(self, number: Any, totals: Totals) -> tuple[Total | None, bool]:
-        """The sum that a number was read of, and whether some of its weights are 0, as the losses there are.
+    def _read_as(self, number: Any, totals: Totals) -> Tensor | None:
+        """The weights whose sum a number was read of, some of which may be 0, as the losses there are.
 
         None where there are several: nothing tells them apart. Values are read as the step has read one, and so waited
         for the device, itself.
         """
-        found: list[tuple[Total, Tensor]] = []
+        found: list[Tensor] = []
         for total in totals.read_as(number) if isinstance(number, int | float) else ():
             weights = self.weights(total.source)
             if weights is not None and not bool(((self._elements.detach() != 0) & (weights == 0)).any()):
-                found.append((total, weights))
-        if not found or not all(torch.equal(weights, found[0][1]) for _, weights in found):
-            return None, False
-        total, weights = found[0]
-        return total, bool((weights == 0).any())
+                found.append(weights)
+        return found[0] if found and all(torch.equal(weights, found[0]) for weights in found) else None
 
     @property
     def _elements(self) -> Tensor:
@@ -79,10 +68,11 @@ class Divided:
 
     def _index(self) -> Tensor | None:
         """Sample of each element, or of each row; None where row i is sample i or that is not known."""
+        record, tracker = self.record, self.tracker
+        if tracker is None or record.samples is None:
+            return None
         try:
-            if self.record.source is None or self.tracker is None:
-                return self.record.samples(self._elements.shape)
-            return self.tracker.index(self.record.source)
+            return record.samples(self._elements.shape) if record.source is None else tracker.index(record.source)
         except RowsError:  # said where a method reads it
             return None
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from debias.errors import SPLIT, RowsError
 from debias.tap.calls import LossCall, LossRecord
+from debias.tap.counted import replaces
 from debias.tap.divisors import Divided
 from debias.tap.moves import (
     CASTS,
@@ -42,7 +43,6 @@ __all__ = ["FOLLOWED", "Following"]
 
 _T = torch.Tensor
 _ADD = named("add sub subtract add_ sub_ __add__ __radd__ __sub__ __iadd__ __isub__")
-_FILL = named("masked_fill masked_fill_")
 # Moves that leave elements out, or repeat them.
 _SELECTING = named(
     "__getitem__ index_select narrow select masked_select take take_along_dim gather diagonal repeat tile"
@@ -78,9 +78,7 @@ class Following:
         """Let go of every tensor."""
         for losses in self._unreduced:
             losses.function.forget()
-        self._unreduced, self._divisible = [], []
-        self._totals.close()
-        self.batch.close()
+        vars(self).clear()  # its parts refer to each other through it alone
 
     def add(self, losses: LossRecord) -> None:
         """Follow losses from now on."""
@@ -162,8 +160,7 @@ class Following:
             parts = [_with(func, args, kwargs, found.source, part, place) for part in found.parts]
             made = replace(found, source=x, parts=parts, of_batch=of_batch or changes, divided_by=divided_by)
             if func in MOVES:
-                made.reordered = found.reordered or not keeps_rows(func, args, x)
-                if not isinstance(args[0], Tensor):  # joined with others
+                if not keeps_rows(func, args, x):  # joined with others, or in another order
                     made.scale = False
                 elif isinstance(found.scale, Tensor):
                     made.scale = apply_move(func, args, kwargs, found.scale.expand(found.source.shape), place)
@@ -182,14 +179,8 @@ class Following:
             return other
         if func in DIVISION and at == 0 and constant and not _is_zero(other):
             return 1 / other  # type: ignore[operator]
-        if func is torch.where and at in (1, 2) and _is_zero(args[3 - at] if len(args) > 3 - at else None):
-            return args[0] if at == 1 else ~args[0]
-        if func in _FILL and _is_zero(args[2] if len(args) > 2 else kwargs.get("value")):
-            return ~(args[1] if len(args) > 1 else kwargs["mask"])
-        if func is _T.__setitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool and _is_zero(args[2]):
-            kept = torch.ones_like(found.source, dtype=torch.bool)
-            kept[args[1]] = False  # of rows, where the mask is of rows
-            return kept
+        if (replaced := replaces(func, args, kwargs, found.source)) is not None:
+            return replaced[0] if _is_zero(replaced[1]) else None
         return 1.0 if func in SUM and not isinstance(found.scale, Tensor) else None
 
     def _divisions(
@@ -253,15 +244,18 @@ class Following:
             return torch.cat(nums), torch.cat(dens) / kept.numel()
 
         def samples(shape: torch.Size) -> Tensor | None:
-            if tap.tracker is None or (num.ndim == 1 and not shares and tap.tracker.keeps_rows(num)):
+            if num.ndim == 1 and not shares and tap.tracker is not None and tap.tracker.keeps_rows(num):
                 return None
             own = _samples_of(tap, num)
             if shares:
                 own = torch.cat([own if share.source is None else share.source[own] for share in shares])
             return own.reshape(shape)
 
-        record = replace(found, compute=compute, samples=samples, is_sum=func in SUM)
-        record.undivided = record.is_sum and not record.of_batch
+        record = replace(found, compute=compute, is_sum=func in SUM)
+        if record.samples is not None:
+            record.samples = samples
+        if record.is_sum and record.of_batch:  # which is said, whatever divides it
+            record.divisor = num.new_ones(()).expand(num.shape)
         record.kept = kept if len(axes) < num.ndim else None
         call = replace(found.function, position=len(tap.calls), record=record)
         for by in found.divided_by:

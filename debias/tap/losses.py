@@ -21,6 +21,7 @@ from debias.tap.moves import named
 __all__ = [
     "COMPARING",
     "FORM",
+    "HALF",
     "LOSSES",
     "NAMES",
     "NOT_PER_SAMPLE",
@@ -29,6 +30,8 @@ __all__ = [
     "reduction_of",
     "unreduced",
 ]
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 def reduction_of(arguments: dict[str, Any]) -> str:
@@ -103,9 +106,11 @@ FORM = frozenset({"weight", "pos_weight", "label_smoothing", "ignore_index"})
 
 def unreduced(func: Any, arguments: dict[str, Any]) -> Tensor:
     """The loss per element, computed in at least float32 and outside autocast."""
-    given = {name: x for name, x in arguments.items() if name not in ("reduction", "size_average", "reduce")}
-    tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
-    half = {name: x.float() for name, x in tensors.items() if x.dtype in (torch.float16, torch.bfloat16)}
-    device = next(iter(tensors.values())).device.type
+    given = {
+        name: x.float() if isinstance(x, Tensor) and x.dtype in HALF else x
+        for name, x in arguments.items()
+        if name not in ("reduction", "size_average", "reduce")
+    }
+    device = next(x.device.type for x in given.values() if isinstance(x, Tensor))
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-        return func(**given | half, reduction="none")
+        return func(**given, reduction="none")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from debias.errors import DebiasError, RowsError
 from debias.tap.batches import arranged_rows
+from debias.tap.calls import LossCall, means
 from debias.tap.losses import COMPARING
 
 __all__ = ["Mixture", "Part", "mix_parts", "row_sources", "unmixable"]
@@ -114,9 +115,11 @@ def row_sources(source: Tensor, index: Tensor | None, n: int, *, check: bool) ->
 
 
 def mix_parts(
-    tap: Any, call: Any, compute: Callable[[Callable[[Tensor], Tensor]], tuple[Tensor, Tensor]]
+    tap: Any, call: LossCall, compute: Callable[[Callable[[Tensor], Tensor]], tuple[Tensor, Tensor]]
 ) -> list[Tensor]:
     """Give a loss the rows of all parts of the mixture; its losses with each label, before their shares.
+
+    None, where nothing is mixed, or another loss is meant.
 
     Args:
         tap: of the step.
@@ -124,11 +127,13 @@ def mix_parts(
         compute: losses and denominators with the targets that its argument makes of the step's own.
     """
     mixture, record, tracker = tap.mixture, call.record, tap.tracker
+    if not tap.training or mixture is None or not means(mixture.loss, call):
+        return []
     losses, den = compute(lambda target: target)
     if losses.ndim == 0 or call.name in COMPARING or not isinstance(call.target, Tensor):
         raise unmixable(call.name, "it has no target for each sample")
     record.compute = lambda: (losses, den)
-    index = record.samples(losses.shape)
+    index = None if record.samples is None else record.samples(losses.shape)
     if index is not None and index.ndim > 1:  # one sample a row, unless the elements are those of the target
         index = index.flatten() if call.target.shape == losses.shape else index.flatten(1)[:, 0]
     check = index is not None and (index.device.type == "cpu" or tracker is None or tracker.everything)
@@ -151,8 +156,8 @@ def mix_parts(
         den = den.to(losses.dtype) * den_share
         made.append((losses, losses * num_share, den, num_share, labels(call.target), of_rows(source)))
     losses_of, *others = zip(*made, strict=True)
-    num, den, shares, targets, samples = map(torch.cat, others)
-    call.parts, record.targets, record.own_rows, record.shares = len(made), targets, index, shares
+    num, den, record.scale, record.targets, samples = map(torch.cat, others)
+    call.parts = len(made)
     record.compute = lambda: (num, den)
     for cached in ("computed", "elements"):
         vars(record).pop(cached, None)

@@ -53,7 +53,7 @@ class Reaching:
             DebiasError: a loss is a sum that nothing divides, or the returned loss is not linear in it.
         """
         for call in calls:
-            if call.record.undivided or (call.record.divisor is not None and call.record.divisor() is None):
+            if call.record.undivided:
                 raise _undivided(call)
             if call.record.of_batch:
                 raise of_batch(call)

@@ -57,9 +57,9 @@ def stated_losses(output: Any, tap: LossTap, *, beside: bool = False) -> tuple[L
             f"Expected the returned `{name}` to require a gradient, but they are detached. Return them as computed."
         )
     if tap.tracker is None:
-        call.record.samples, call.record.untracked = (lambda shape: None), False
+        call.record.samples = lambda shape: None
     elif name == "losses":
-        call.record.samples = functools.partial(tap.samples, call, trusted=[elements])
+        call.record.samples = functools.partial(tap.samples, call, of=elements)
     return call, elements.sum() / den.sum()
 
 

@@ -19,23 +19,32 @@ from torch.overrides import TorchFunctionMode
 
 from debias.errors import SPLIT, LossNotFoundError, RowsError, UntappedLossError
 from debias.tap.batches import arranged_rows
-from debias.tap.calls import LossCall, LossRecord, means
+from debias.tap.calls import LossCall, LossRecord
 from debias.tap.counted import counted_by
 from debias.tap.following import FOLLOWED, Following
 from debias.tap.head import HeadFinder
 from debias.tap.losses import COMPARING, FORM, LOSSES, NAMES, NOT_PER_SAMPLE, SYMMETRIC, reduction_of, unreduced
 from debias.tap.mixing import Mixture, mix_parts
-from debias.tap.moves import CHANGING, RECORDED, among
+from debias.tap.moves import CHANGING, RECORDED, named
 from debias.tap.predictions import CLASSIFYING, Evaluated
 from debias.tap.rows import RowTracker
 from debias.tap.sharded import refuse_sharded_loss
 
 __all__ = ["LossTap", "no_loss_error"]
 
-_LOG_SOFTMAX = frozenset({F.log_softmax, torch.log_softmax, Tensor.log_softmax})
-_is_watched = among(frozenset(LOSSES) | FOLLOWED | RECORDED | CHANGING | NOT_PER_SAMPLE | _LOG_SOFTMAX)
-_is_loss, _is_recorded, _is_followed = among(LOSSES), among(RECORDED), among(FOLLOWED)
-_is_not_per_sample, _is_log_softmax = among(NOT_PER_SAMPLE), among(_LOG_SOFTMAX)
+# What an operation is watched for, a bit each.
+_WATCHED = (LOSSES, RECORDED, FOLLOWED, CHANGING, NOT_PER_SAMPLE, named("log_softmax"))
+_LOSS, _RECORDED, _FOLLOWED, _CHANGING, _NOT_PER_SAMPLE, _LOG_SOFTMAX = _BITS = [1 << i for i in range(len(_WATCHED))]
+_KINDS = {
+    function: sum(bit for bit, functions in zip(_BITS, _WATCHED, strict=True) if function in functions)
+    for function in set().union(*_WATCHED)
+}
+
+
+@torch.compiler.assume_constant_result
+def _kinds_of(func: Any) -> int:
+    """What an operation is watched for; see :func:`debias.tap.moves.among`."""
+    return _KINDS.get(func, 0)
 
 
 @dataclass(eq=False)
@@ -92,29 +101,28 @@ class LossTap(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.suspended:
             return func(*args, **kwargs)
-        compiling = torch.compiler.is_compiling()
-        cut = self.training and compiling  # to pieces, if predictions were followed
-        run = _run if self.evaluated is None or cut else self.evaluated.run
+        kinds, compiling = _kinds_of(func), torch.compiler.is_compiling()
+        evaluated = None if self.training and compiling else self.evaluated  # following predictions would cut the graph
         looks = not compiling and self._following.batch.careful
-        if not _is_watched(func) and self.finder is None and not looks:
-            return run(func, args, kwargs)
-        if _is_loss(func):
+        if not (kinds or looks) and evaluated is None and self.finder is None:
+            return func(*args, **kwargs)
+        if kinds & _LOSS:
             return self._loss(func, args, kwargs)
-        if not args and _is_watched(func):
+        if kinds and not args:
             args, kwargs = _first_by_position(func, kwargs)
-        if self.calls and args and not compiling and func in CHANGING:
+        if kinds & _CHANGING and self.calls and args and not compiling:
             for call in self.calls:
                 call.keep(args[0])
-        out = run(func, args, kwargs)
-        if self.tracker is not None and _is_recorded(func):
+        out = func(*args, **kwargs) if evaluated is None else evaluated.run(func, args, kwargs)
+        if kinds & _RECORDED and self.tracker is not None:
             self.tracker.record(func, args, kwargs, out)
-        elif _is_not_per_sample(func) and isinstance(out, Tensor) and out.requires_grad:
+        elif kinds & _NOT_PER_SAMPLE and isinstance(out, Tensor) and out.requires_grad:
             self.untapped.append((func.__name__, out.grad_fn))
-        if _is_log_softmax(func):
+        if kinds & _LOG_SOFTMAX:
             self._normalised.append((out, args[0]))
         if self.finder is not None:
             self.finder.record(func, args, kwargs, out)
-        return self._following.see(func, args, kwargs, out) if self.training and (_is_followed(func) or looks) else out
+        return self._following.see(func, args, kwargs, out) if self.training and (kinds & _FOLLOWED or looks) else out
 
     # -- losses ------------------------------------------------------------------------------------
 
@@ -122,18 +130,20 @@ class LossTap(TorchFunctionMode):
     def _loss(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         # Without `strict=`, which Dynamo cannot follow in torch 2.9 where the whole module is compiled.
         arguments = dict(zip(NAMES[func], args)) | kwargs  # noqa: B905
-        if self.training and not (torch.is_grad_enabled() and _requires_grad(*arguments.values())):
+        tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
+        if self.training and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
             out = func(*args, **kwargs)
             self._following.batch.see(func, args, kwargs, out)
             return out
-        if self.training and _requires_grad(arguments.get("weight"), arguments.get("pos_weight")):
+        weights = [x for name in ("weight", "pos_weight") if isinstance(x := arguments.get(name), Tensor)]
+        if self.training and any(x.requires_grad for x in weights):
             if not self.strict:
                 return func(*args, **kwargs)
             raise UntappedLossError(
                 f"Expected `weight` of `{func.__name__}` to be constant, but got one that is learned: it would enter"
                 " what the loss is divided by. Multiply the unreduced losses by it instead (`reduction='none'`)."
             )
-        refuse_sharded_loss(func.__name__, *arguments.values())
+        refuse_sharded_loss(func.__name__, *tensors)
         given, labels = NAMES[func][:2]  # the second is the target, except of the ranking losses
         if func in SYMMETRIC and self._is_prediction(arguments[labels], arguments[given]):
             given, labels = labels, given
@@ -148,28 +158,26 @@ class LossTap(TorchFunctionMode):
             losses = unreduced(func, given)
             return losses, losses.new_ones(()) if reduction in ("none", "sum") else LOSSES[func](losses, given)
 
-        call = self._call(func.__name__, prediction, arguments.get(labels), compute)
+        of_pairs = self._following.batch.of_pairs(*tensors)
+        rows = {"of_pairs": of_pairs, "along_first": reduction == "batchmean"}
+        call = self._call(func.__name__, prediction, arguments.get(labels), compute, **rows)
         call.arguments = {k: v for k, v in arguments.items() if k in FORM and v is not None}
         if not self.training:
             call.counts.append(counted_by(func, arguments))
-        call.record.is_sum = call.record.undivided = reduction == "sum"
-        if reduction == "batchmean":
-            call.record.samples = functools.partial(self._samples_of_first_axis, call)
-        call.record.of_pairs = self._following.batch.of_pairs(*arguments.values())
-        call.record.of_batch = self._is_of_whole_batch(call, arguments)
-        mixed = self.training and self.mixture is not None and means(self.mixture.loss, call)
-        if mixed:
-            parts = mix_parts(self, call, compute)
+        call.record.is_sum = reduction == "sum"
+        call.record.of_batch = self._is_of_whole_batch(call, weights)
+        samples, parts = call.record.samples, mix_parts(self, call, compute)
         if reduction != "none":
-            return self.add(call, call.record.value() if mixed else func(*args, **kwargs))
-        if mixed:
+            return self.add(call, call.record.value() if parts else func(*args, **kwargs))
+        if parts:
             out = call.record.elements[0].view(len(parts), *parts[0].shape).sum(0)
         else:
-            out, parts = func(*args, **kwargs), []
+            out = func(*args, **kwargs)
             call.record.compute = lambda: (out, out.new_ones(()))
-        self._following.add(replace(call.record, source=out, function=call, parts=parts))
+        self._following.add(replace(call.record, source=out, function=call, parts=parts, scale=None))
         if self.tracker is not None:
-            self.tracker.follow(out, functools.partial(self.element_samples, call, out.shape, out.device))
+            index = functools.partial(self._of_elements, samples, out.shape, out.device)
+            self.tracker.follow(out, functools.cache(index))
         if self.training:
             self.untapped.append((f"{call.name}(reduction='none')", out.grad_fn))
         else:
@@ -179,12 +187,12 @@ class LossTap(TorchFunctionMode):
             self.calls.append(call)
         return out
 
-    def _is_of_whole_batch(self, call: LossCall, arguments: dict[str, Any]) -> bool:
+    def _is_of_whole_batch(self, call: LossCall, weights: list[Tensor]) -> bool:
         """Whether the weights of a loss, or its targets, hold a number of the whole batch."""
         holds, target, tracker = self._following.batch.holds, call.target, self.tracker
         # Chosen by rank, or standardised; what a teacher has made may depend on the batch, as the network itself.
         of_target = target is not None and tracker is not None and holds(target) and tracker.is_of_batch(target)
-        return of_target or holds(arguments.get("weight"), arguments.get("pos_weight"))
+        return of_target or holds(weights)
 
     def _is_prediction(self, second: Any, first: Any) -> bool:
         """Whether it is the second argument of a symmetric loss that is the prediction."""
@@ -197,7 +205,7 @@ class LossTap(TorchFunctionMode):
         call, losses, _ = self.stated(name, args, per_sample)
         if self.training and not (torch.is_grad_enabled() and losses.requires_grad):
             return original
-        return self.add(call, call.record.value() if call.record.shares is not None else original)
+        return self.add(call, original if call.record.targets is None else call.record.value())
 
     def stated(
         self, name: str, args: tuple[Any, ...], per_sample: Callable[..., Any]
@@ -218,14 +226,14 @@ class LossTap(TorchFunctionMode):
         call = self._call(name, logits, target, lambda: (losses, den))
         if not self.training:
             call.counts.append(lambda: None if bool((den != 0).all()) else den != 0)
-        if self.training and self.mixture is not None and means(self.mixture.loss, call):
-            mix_parts(self, call, lambda moved: compute(args[0], moved(args[1]), *args[2:]))
+        mix_parts(self, call, lambda moved: compute(args[0], moved(args[1]), *args[2:]))
         return call, losses, den
 
-    def _call(self, name: str, logits: Any, target: Any, compute: Callable[[], tuple[Tensor, Tensor]]) -> LossCall:
+    def _call(
+        self, name: str, logits: Any, target: Any, compute: Callable[[], tuple[Tensor, Tensor]], **rows: Any
+    ) -> LossCall:
         call = LossCall(name, len(self.calls), logits, target, LossRecord(compute))
-        call.record.samples = functools.partial(self.samples, call)
-        call.record.untracked = self.tracker is None
+        call.record.samples = None if self.tracker is None else functools.partial(self.samples, call, **rows)
         if self.finder is not None and isinstance(logits, Tensor):
             call.record.linear = self.finder.match(logits)
         if self.evaluated is not None and name in CLASSIFYING:
@@ -253,67 +261,39 @@ class LossTap(TorchFunctionMode):
 
     # -- samples of rows ---------------------------------------------------------------------------
 
-    def samples(self, call: LossCall, shape: torch.Size, trusted: list[Tensor] | None = None) -> Tensor | None:
-        """Sample numbers of losses (of their shape, or one per row); None if row i is sample i or nobody asks."""
-        if self.tracker is None:
-            return None
-        n, device = self.tracker.n, call.record.computed[0].device
+    def samples(
+        self, call: LossCall, shape: torch.Size, *, of_pairs: bool = False, along_first: bool = False, of: Any = None
+    ) -> Tensor | None:
+        """Sample numbers of losses, of their shape or one per row; None if row i is sample i.
+
+        Args:
+            call: the loss.
+            shape: of the losses.
+            of_pairs: it reads a number for each two samples.
+            along_first: it is divided by the length of its first axis, so that samples have to lie along that.
+            of: the tensor that tells their rows, where that is neither its target nor its logits.
+        """
+        tracker = self.tracker
+        assert tracker is not None
         if self.rows is not None:
-            return _given_rows(self.rows, call, n, shape, device)
-        index: Tensor | bool | None = False
-        trusted = trusted or _trusted(call)
-        # Broadcast over each other, each row is of all samples.
-        crossed = len(shape) == 2 and n > 1 and {tuple(x.shape) for x in trusted} == {(n,), (n, 1)}
-        if not (call.record.of_pairs or crossed):
-            if n > 1 or shape[:1] != (1,):
-                _refuse_spread(self.tracker, call, shape, trusted)
-            # A single number is no row that could be found among others of the step.
-            single = n > 1 and shape.numel() == 1 and call.record.computed[0].ndim == 0
-            index = self.tracker.resolve(trusted, 0 if single else shape[0] if shape else 1)
-        if isinstance(index, bool):
-            raise _rows_error(call, n, shape, mixed=call.record.of_pairs or crossed or self.tracker.mixed)
-        if index is None:
-            return None
-        self.tracker.needed = True
-        return self._aligned(index, shape, call)
-
-    def _aligned(self, index: Tensor, shape: torch.Size, call: LossCall) -> Tensor:
-        """Sample numbers in the shape of the losses, or one per row."""
-        assert self.tracker is not None
-        # Of logits or soft targets: the class axis is gone in the loss.
-        if index.ndim == len(shape) + 1 and (kept := self.tracker.without(index, [1])) is not None:
-            index = kept
-        if index.shape == shape:
-            return index
-        rows = self.tracker.by_row(index)
-        if rows is None or rows.shape[:1] != (shape[:1] or (1,)):
-            raise _rows_error(call, self.tracker.n, shape)
-        return rows
-
-    def _samples_of_first_axis(self, call: LossCall, shape: torch.Size) -> Tensor | None:
-        """Sample numbers of a loss that is divided by the length of its first axis: the elements of a row have one."""
-        index = self.samples(call, shape)
-        if index is None or self.tracker is None or index.shape != shape or not index.numel():
-            return index
-        if (rows := self.tracker.by_row(index)) is None:
+            index = _given_rows(self.rows, call, tracker.n, shape, call.record.computed[0].device)
+        else:
+            index = _followed_rows(tracker, call, shape, _trusted(call) if of is None else [of], of_pairs)
+        whole = along_first and index is not None and index.shape == shape and index.numel() > 0
+        if whole and tracker.by_row(index) is None:  # type: ignore[arg-type]
             raise RowsError(
-                f"Expected samples along the first axis of a loss of shape {tuple(shape)} with"
-                " `reduction='batchmean'`, which divides by its length, but they lie along another one, so that"
-                " nothing divides by their number. Put them first: `x.transpose(0, 1)`."
+                f"Expected samples along the first axis of a loss of shape {tuple(shape)} with `reduction='batchmean'`,"
+                " which divides by its length, but they lie along another one, so that nothing divides by their number."
+                " Put them first: `x.transpose(0, 1)`."
             )
-        return rows
+        return index
 
-    def element_samples(self, call: LossCall, shape: torch.Size, device: torch.device) -> Tensor | None:
+    def _of_elements(self, samples: Any, shape: torch.Size, device: torch.device) -> Tensor:
         """Sample numbers in the shape of unreduced losses."""
         assert self.tracker is not None
-        index = self.samples(call, shape)
-        if index is None:
+        if (index := samples(shape)) is None:
             return self.tracker.start(shape, device, sample=None if shape else 0)
         return index if index.shape == shape else index.view(-1, *[1] * (len(shape) - 1)).expand(shape)
-
-
-def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return func(*args, **kwargs)
 
 
 def _relabelled(arguments: dict[str, Any], labels: str, moved: Callable[[Tensor], Tensor]) -> dict[str, Any]:
@@ -340,10 +320,6 @@ def _first_by_position(func: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ..
     return tuple(kwargs[name] for name in first), {k: v for k, v in kwargs.items() if k not in first}
 
 
-def _requires_grad(*tensors: Any) -> bool:
-    return any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
-
-
 def _refuse_spread(tracker: RowTracker, call: LossCall, shape: torch.Size, trusted: list[Tensor]) -> None:
     """Refuse targets ``(N, ...)`` that torch spreads over predictions ``(M, N, ...)``: rows are no samples then."""
     for x in trusted:
@@ -353,6 +329,35 @@ def _refuse_spread(tracker: RowTracker, call: LossCall, shape: torch.Size, trust
                 f" the samples lie, but got shape {tuple(x.shape)} for losses of shape {tuple(shape)}. Spread it"
                 " over them yourself: `target.expand_as(prediction)`."
             )
+
+
+def _followed_rows(
+    tracker: RowTracker, call: LossCall, shape: torch.Size, trusted: list[Tensor], of_pairs: bool
+) -> Tensor | None:
+    """Sample numbers of losses, see :meth:`LossTap.samples`, as what the loss reads was followed to the batch."""
+    n = tracker.n
+    # Broadcast over each other, each row is of all samples.
+    mixed = of_pairs or (len(shape) == 2 and n > 1 and {tuple(x.shape) for x in trusted} == {(n,), (n, 1)})
+    if not mixed:
+        if n > 1 or shape[:1] != (1,):
+            _refuse_spread(tracker, call, shape, trusted)
+        # A single number is no row that could be found among others of the step.
+        single = n > 1 and shape.numel() == 1 and call.record.computed[0].ndim == 0
+        index = tracker.resolve(trusted, 0 if single else shape[0] if shape else 1)
+        if index is None:
+            return None
+        mixed = tracker.mixed
+        if isinstance(index, Tensor):
+            tracker.needed = True
+            # Of logits or soft targets: the class axis is gone in the loss.
+            if index.ndim == len(shape) + 1 and (kept := tracker.without(index, [1])) is not None:
+                index = kept
+            if index.shape == shape:
+                return index
+            rows, mixed = tracker.by_row(index), False
+            if rows is not None and rows.shape[:1] == (shape[:1] or (1,)):
+                return rows
+    raise _rows_error(call, n, shape, mixed=mixed)
 
 
 def _given_rows(rows: Any, call: LossCall, n: int, shape: torch.Size, device: torch.device) -> Tensor | None:

@@ -86,10 +86,6 @@ class Totals:
         """Whether there is one."""
         return bool(self._made)
 
-    def close(self) -> None:
-        """Let go of every tensor."""
-        self._made, self._read = [], []
-
     def divides(self, func: Any, args: tuple[Any, ...], what: Any) -> Any:
         """What an operation divides one of its arguments by: a total, or a number (perhaps in a tensor), or None."""
         if len(args) < 2:

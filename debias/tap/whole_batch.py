@@ -54,6 +54,9 @@ _ADDING = named("add add_ sub subtract sub_ rsub lerp lerp_ __add__ __radd__ __i
 _OF_ITSELF = named("diagonal diag trace")
 # Make constants; where they read a number, it is a size.
 _SHAPED = LIKE | named("arange zeros ones empty eye tril_indices triu_indices")
+# What may be known of a tensor: made of rows of the batch; a number for each two samples, or made of such; made of rows
+# in the order of a value; made of a sum or mean over the batch, with a gradient.
+_OF_ROWS, _OF_PAIRS, _RANKED, _OF_MEAN = "rows", "pairs", "ranked", "mean"
 
 
 class WholeBatch:
@@ -71,13 +74,9 @@ class WholeBatch:
         self.careful = careful and self._n > 1  # a batch of one sample is its group's
         self._losses = losses
         self._numbers: list[Tensor] = []
-        by_tensor: Any = WeakTensorKeyDictionary if self.careful else dict
-        self._of_rows: Any = by_tensor()  # what was made of rows of the batch
-        self._pairs: Any = by_tensor()  # a number for each two samples, or what was made of such
-        self._ranked: Any = by_tensor()  # rows in the order of a value
-        self._means: Any = by_tensor()  # made of a sum or mean over the batch, with a gradient
+        self._marks: Any = WeakTensorKeyDictionary() if self.careful else {}
         for x in tracker.roots if tracker is not None and self.careful else ():
-            self._of_rows[x] = True
+            self._mark(x, _OF_ROWS)
 
     @property
     def looks(self) -> bool:
@@ -89,26 +88,26 @@ class WholeBatch:
         """Whether there is one, or every operation has to be looked at."""
         return bool(self._numbers) or self.looks
 
-    def close(self) -> None:
-        """Let go of every tensor."""
-        self.tracker, self._numbers = None, []
-        for known in (self._of_rows, self._pairs, self._ranked, self._means):
-            known.clear()
+    def _mark(self, x: Tensor, mark: str) -> None:
+        self._marks.setdefault(x, set()).add(mark)
+
+    def _is(self, x: Any, mark: str) -> bool:
+        return mark in self._marks.get(x, ())
 
     def holds(self, *values: Any) -> bool:
         """Whether one of these is a number of the whole batch."""
         return bool(self._numbers) and any(x is number for x in tensors_in(values) for number in self._numbers)
 
     def changes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
-        """Whether a number of the whole batch is in what an operation makes: the first of the sorted rows, too, but
-        not another order of all rows.
+        """Whether a number of the whole batch is in what an operation makes: some of the sorted rows, too, but not
+        another order of all rows.
         """
         if func in MOVES and isinstance(args[0], Tensor) and args[0].ndim:
             if out.shape[:1] == args[0].shape[:1]:
                 return self.holds(args[0])
-            given = tensors_in((args, kwargs))
-            if self.looks and self._is_made_of_rows(args[0]) and any(x in self._ranked for x in given):
-                return True
+            selects = not out.ndim or len(out) % max(self._n, 1) or out.numel() < args[0].numel()
+            if selects and self.looks and self._is_made_of_rows(args[0]):
+                return self.holds(args, kwargs) or any(self._is(x, _RANKED) for x in tensors_in((args, kwargs)))
         return self.holds(args, kwargs)
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -117,31 +116,31 @@ class WholeBatch:
         read = read_arguments(func, args)
         given = tensors_in((read, kwargs)) if looks else [x for x in read if isinstance(x, Tensor)]
         rows = looks and any(map(self._is_made_of_rows, given))
-        of_mean = looks and any(x in self._means for x in given)
+        of_mean = looks and any(self._is(x, _OF_MEAN) for x in given)
         for x in tensors_in(args[:1] if func is Tensor.__setitem__ else out):
             if x.requires_grad and (of_mean or (rows and func in _DIFFERENTIABLE and not x.ndim)):
-                self._means[x] = True  # may be what is trained; a number as soon as nothing is differentiated any more
+                self._mark(x, _OF_MEAN)  # may be trained; a number as soon as nothing is differentiated any more
             elif (of_mean or self._is_number(func, args, kwargs, given, x, rows)) and func not in _SHAPED:
                 self._numbers.append(x)
             if rows:
-                self._of_rows[x] = True
+                self._mark(x, _OF_ROWS)
                 if self._compares(func, args, given, x):
-                    self._pairs[x] = True
+                    self._mark(x, _OF_PAIRS)
                     self._numbers += [] if x.requires_grad else [x]
-                if self._ranks(func, args, kwargs, given, x):
-                    self._ranked[x] = True
+                if any(self._is(y, _RANKED) for y in given) or (func in SORTING and sorts_rows(func, args, kwargs)):
+                    self._mark(x, _RANKED)
 
     def of_pairs(self, *values: Any) -> bool:
         """Whether one has a number for each two samples, such as their similarity; a group alone has fewer."""
-        return self.looks and any(isinstance(x, Tensor) and x in self._pairs for x in values)
+        return self.looks and any(self._is(x, _OF_PAIRS) for x in values)
 
     def _compares(self, func: Any, args: tuple[Any, ...], given: list[Tensor], out: Tensor) -> bool:
         """Whether an operation makes a number for each two samples, or something of such numbers."""
-        if any(x in self._pairs for x in given):
+        if self.of_pairs(*given):
             return func not in _OF_ITSELF
         tracker, rows = self.tracker, [x for x in given if x.ndim and self._is_made_of_rows(x)]
         moves_one = func in MOVES and isinstance(args[0], Tensor)  # perhaps by rows of another one
-        by_weights = func is F.linear and args[1] not in self._of_rows  # of as many rows, by chance
+        by_weights = func is F.linear and not self._is(args[1], _OF_ROWS)  # of as many rows, by chance
         if tracker is None or not out.ndim or len(rows) < 2 or moves_one or by_weights:
             return False
         if func in _PAIRING:
@@ -151,27 +150,18 @@ class WholeBatch:
             return out.ndim == 2 and not (out.shape[0] % self._n or out.shape[1] % self._n)
         return _meet(tracker, func, rows, out)
 
-    def _ranks(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], out: Tensor
-    ) -> bool:
-        """Whether an operation puts all rows in the order of a value."""
-        if not isinstance(args[0] if args else None, Tensor) or out.shape[:1] != args[0].shape[:1]:
-            return False
-        sorts = func in SORTING and sorts_rows(func, args, kwargs)
-        return sorts or (func in MOVES and any(x in self._ranked for x in given))
-
     def _keeps_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
         """Whether a reduction leaves every row; those of unknown origin lie along the first axis, all as often."""
         if not out.ndim or self.tracker is None:
             return False
         data = args[0]
-        first = 0 not in axes_of(args, kwargs, data.ndim) and not len(data) % self._n and data not in self._pairs
+        first = 0 not in axes_of(args, kwargs, data.ndim) and not len(data) % self._n and not self._is(data, _OF_PAIRS)
         return self.tracker.index(out) is not None or (first and self.tracker.index(data) is None)
 
     def _is_made_of_rows(self, x: Tensor) -> bool:
         """Whether values of samples are in it; they are in what a network has made, which may not have been seen."""
         by_network = x.grad_fn is not None and x.ndim > 0 and len(x) == self._n
-        return by_network or x in self._of_rows
+        return by_network or self._is(x, _OF_ROWS)
 
     def _is_number(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], out: Tensor, rows: bool
@@ -191,7 +181,7 @@ class WholeBatch:
         if not (detached and rows) or func in _PLACES or func in _SHAPED:
             return False
         if func in SORTING and data is not None:
-            again = data in self._ranked or out.shape[:1] != data.shape[:1]  # places of places are ranks
+            again = self._is(data, _RANKED) or out.shape[:1] != data.shape[:1]  # places of places are ranks
             return sorts_rows(func, args, kwargs) and again
         if func in ALONG:
             return not self._keeps_rows(args, kwargs, out)

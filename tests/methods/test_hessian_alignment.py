@@ -587,7 +587,7 @@ def test_mixed_samples_of_one_domain_are_samples_with_soft_labels() -> None:
         def penalty(self, call, domains, step):
             value = super().penalty(call, domains, step)
             n = len(domains)
-            soft = (call.record.shares[:, None] * F.one_hot(call.record.targets, 2)).view(call.parts, n, 2).sum(0)
+            soft = (call.record.scale[:, None] * F.one_hot(call.record.targets, 2)).view(call.parts, n, 2).sum(0)
             assert call.parts == 2
             assert ((soft > 0) & (soft < 1)).any()  # labels were mixed
             head = call.head

@@ -292,6 +292,9 @@ RIGHT: dict[str, Step] = {
     "losses changed afterwards": lambda net, x, y, yt, w, k, z: (
         lambda values: zeroed(values, (values * k).sum() / k.sum())
     )(tokens(net, x, yt)),
+    "mask changed afterwards": lambda net, x, y, yt, w, k, z: (
+        lambda mask: zeroed(mask, (tokens(net, x, yt) * mask.clone()).sum() / mask.sum())
+    )(k.clone()),
     "looked up and sorted": lambda net, x, y, yt, w, k, z: (
         ALPHA[y[w.argsort()]] * losses(net, x[w.argsort()], y[w.argsort()])
     ).mean(),
@@ -494,6 +497,18 @@ REFUSED: dict[str, tuple[str, Step]] = {
         OF_BATCH,
         lambda net, x, y, yt, w, k, z: (lambda ce: over_its_own_sum(ce, ce >= ce.detach().kthvalue(2).values))(
             losses(net, x, y)
+        ),
+    ),
+    "from a rank on, sorted, then cast": (
+        OF_BATCH,
+        lambda net, x, y, yt, w, k, z: (
+            lambda ce: over_its_own_sum(ce, ce.detach() >= ce.sort(descending=True).values.detach()[1])
+        )(losses(net, x, y)),
+    ),
+    "from the middle of a row on": (
+        OF_BATCH,
+        lambda net, x, y, yt, w, k, z: over_its_own_sum(
+            losses(net, x, y), w >= 0.99 * w.sort().values.clamp(max=9).view(1, -1)[:, N // 2]
         ),
     ),
     "classes counted by unique": (

@@ -78,23 +78,22 @@ def _rebuilt(call: LossCall) -> HeadLoss:
     name = "cross_entropy" if name == "nll_loss" else name  # the same, of log-probabilities
     logits = float32(logits)
     record = call.record
-    followed, mixed = record.function is not None, record.shares is not None  # reduced by the step; by augmentation
+    followed, mixed = record.function is not None, record.targets is not None  # reduced by the step; by augmentation
     if mixed:  # rows count with the labels of others
         logits, target = call.of_logits(logits), record.targets
     loss = make_head_loss(name, logits, target, **_options(name, call.arguments))
     rows, den = len(loss.logits), call.den.to(logits.dtype)
     if followed and loss.kind != "cross_entropy":  # the step may have summed the labels of a sample
         loss = replace(loss, summed=record.computed[0].ndim == 1)
-    scale = record.shares if mixed else record.scale
-    factors = _factors(loss, scale) if followed or mixed else None
-    unknown = followed and (scale is False or (scale is not None and factors is None))
-    if unknown or record.reordered or (mixed and followed) or den.numel() % max(rows, 1):
-        which = " of mixed samples" if mixed else " of rows in another order" if record.reordered else ""
+    factors = _factors(loss, record.scale)
+    unknown = followed and (record.scale is False or (record.scale is not None and factors is None))
+    if unknown or (mixed and followed) or den.numel() % max(rows, 1):
         raise RowsError(
             f"Expected the losses of `{call.name}` to be what that function makes of the logits"
             f" {tuple(logits.shape)}, row by row, with masks and weights only, but the step has made something else of"
-            f" them{which} (a focal factor? another loss added? rows left out?). Leave the reduction to the loss"
-            " function, or use a penalty that only needs losses (VREx)."
+            f" them{' of mixed samples' if mixed else ''} (a focal factor? another loss added? rows left out? rows in"
+            " another order?). Leave the reduction to the loss function, or use a penalty that only needs losses"
+            " (VREx)."
         )
     if record.factor is not None:
         factors = record.factor if factors is None else factors * record.factor
