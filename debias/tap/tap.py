@@ -29,6 +29,7 @@ from debias.tap.moves import CHANGING, RECORDED, named
 from debias.tap.predictions import CLASSIFYING, Evaluated
 from debias.tap.rows import RowTracker
 from debias.tap.sharded import refuse_sharded_loss
+from debias.tap.whole_batch import is_irregular
 
 __all__ = ["LossTap", "no_loss_error"]
 
@@ -104,7 +105,8 @@ class LossTap(TorchFunctionMode):
         kinds, compiling = _kinds_of(func), torch.compiler.is_compiling()
         evaluated = None if self.training and compiling else self.evaluated  # following predictions would cut the graph
         looks = not compiling and self._following.batch.careful
-        if not (kinds or looks) and evaluated is None and self.finder is None:
+        unwatched = not (kinds or looks) and evaluated is None and self.finder is None
+        if unwatched or (args and not compiling and is_irregular(args[0])):
             return func(*args, **kwargs)
         if kinds & _LOSS:
             return self._loss(func, args, kwargs)

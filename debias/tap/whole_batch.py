@@ -34,7 +34,7 @@ from debias.tap.rows import RowTracker
 if TYPE_CHECKING:
     from debias.tap.following import Following
 
-__all__ = ["STATISTICS", "WholeBatch", "tensors_in"]
+__all__ = ["STATISTICS", "WholeBatch", "is_irregular", "tensors_in"]
 
 # Make numbers of the batch out of its values.
 STATISTICS = REDUCTIONS | named(
@@ -191,10 +191,15 @@ class WholeBatch:
         return func not in RECORDED and not _does_the_same_to_parts(func, args, kwargs, out)
 
 
+def is_irregular(x: Any) -> bool:
+    """Whether it is a sparse, nested or quantised tensor, of which little can be asked."""
+    return isinstance(x, Tensor) and (x.layout is not torch.strided or x.is_nested or x.is_quantized)
+
+
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in lists, tuples and dictionaries."""
+    """The tensors in lists, tuples and dictionaries, but for irregular ones."""
     if isinstance(value, Tensor):
-        return [] if value.is_nested else [value]
+        return [] if is_irregular(value) else [value]
     if isinstance(value, dict):
         value = list(value.values())
     return [x for part in value for x in tensors_in(part)] if isinstance(value, tuple | list) else []

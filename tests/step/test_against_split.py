@@ -182,6 +182,15 @@ RIGHT: dict[str, Step] = {
     "weights of the classes in each row": lambda net, x, y, yt, w, k, z: (
         losses(net, x, y) * ALPHA.repeat(len(y), 1).gather(1, y[:, None])[:, 0]
     ).mean(),
+    "sparse features": lambda net, x, y, yt, w, k, z: F.cross_entropy(
+        net(torch.sparse.mm(x[:, 0].to_sparse(), torch.eye(D).double())), y
+    ),
+    "a graph of the batch": lambda net, x, y, yt, w, k, z: F.cross_entropy(
+        net(torch.sparse.mm(torch.sparse_coo_tensor(torch.arange(len(x)).repeat(2, 1), w, (len(x),) * 2), x[:, 0])), y
+    ),
+    "bags in a nested tensor": lambda net, x, y, yt, w, k, z: (
+        lambda bags: F.cross_entropy(net(torch.stack([bag.mean(0) for bag in bags.unbind()])), y)
+    )(torch.nested.as_nested_tensor([bag[: 1 + int(n)] for bag, n in zip(x, k.sum(1), strict=True)])),
     "the best of several": lambda net, x, y, yt, w, k, z: (tokens(net, x, yt).min(dim=1).values * w).sum() / w.sum(),
     "the better of two": lambda net, x, y, yt, w, k, z: torch.min(losses(net, x, y), tokens(net, x, yt).amax(1)).mean(),
     "parts of one forward pass": lambda net, x, y, yt, w, k, z: fixmatch(net, torch.cat([x, x + 0.1, 2 * x])),
@@ -647,6 +656,7 @@ REFUSED: dict[str, tuple[str, Step]] = {
 
 @pytest.mark.parametrize("name", RIGHT)
 @pytest.mark.filterwarnings("ignore:The training step adds a term")
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks", "ignore:The PyTorch API of nested tensors")  # of torch
 def test_a_group_has_the_loss_that_the_step_returns_for_it(name):
     same(RIGHT[name])
 
