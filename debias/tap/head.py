@@ -30,7 +30,7 @@ from debias.tap.features import (
     rows_of_features,
 )
 from debias.tap.hooks import Hook
-from debias.tap.moves import CASTS, among, named
+from debias.tap.moves import CASTS, among, kind_of, named
 from debias.tap.notes import Note
 from debias.tap.rows import RowTracker
 from debias.tap.sharded import has_shards, whole
@@ -65,7 +65,7 @@ class HeadFinder:
                 layer = None if self._root is None else _holder(self._root, weight)
                 self._notes.append(Note(out, 0, F.linear, (args[0] if args else kwargs["input"], weight, layer)))
         elif isinstance(out, Tensor) and (_passes(func) or (func is _T.__getitem__ and _keeps_all(args, out))):
-            self._notes.append(Note(out, 0, func, args, kwargs))
+            self._notes.append(Note(out, 0, func, args, kwargs, kind_of(func)))
 
     def runs_of(self, weight: Tensor) -> int:
         """How often a layer of this weight ran with gradients."""

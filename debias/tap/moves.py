@@ -18,10 +18,8 @@ __all__ = [
     "ELEMENTWISE",
     "INPLACE",
     "LIKE",
-    "LOOKUPS",
     "MEAN",
     "MOVES",
-    "PACKING",
     "PRODUCT",
     "PUTTING",
     "RECORDED",
@@ -34,6 +32,7 @@ __all__ = [
     "axes_of",
     "functions",
     "keeps_rows",
+    "kind_of",
     "looked_up",
     "named",
     "read_arguments",
@@ -104,9 +103,9 @@ _SPREADING = named("expand expand_as")
 # Move whole rows, unless told of another axis than the first.
 _ROW_WISE = named("index_select cat concat concatenate")
 _TURNING = named("flip fliplr flipud roll")
-_TRANSPOSED = frozenset({_T.T.__get__, _T.mT.__get__})  # type: ignore[attr-defined]
+_TRANSPOSING = frozenset({_T.T.__get__, _T.mT.__get__})  # type: ignore[attr-defined]
 # Move, drop or repeat elements; only the first argument (or its list) holds data.
-MOVES = (_ROW_KEEPING | _ROW_WISE | _TURNING | _TRANSPOSED) | named(
+MOVES = (_ROW_KEEPING | _ROW_WISE | _TURNING | _TRANSPOSING) | named(
     "permute transpose t repeat_interleave chunk split tensor_split unbind movedim swapaxes swapdims narrow select"
     " masked_select take take_along_dim gather tile repeat moveaxis diagonal rot90 stack hstack vstack __getitem__"
 )
@@ -145,14 +144,33 @@ ALONG = named("softmax log_softmax cumsum")
 # After these nobody knows where a row is.
 SORTING = named("sort topk msort argsort")
 # Take the rows of sequences apart, or put them together.
-PACKING = frozenset({torch._VF._pack_padded_sequence, torch._VF._pad_packed_sequence})  # type: ignore[attr-defined]
+_PACKING = frozenset({torch._VF._pack_padded_sequence, torch._VF._pad_packed_sequence})  # type: ignore[attr-defined]
 # Make a value, or a row of values, of each element of integers.
-LOOKUPS = frozenset({F.one_hot, F.embedding})
+_LOOKUPS = frozenset({F.one_hot, F.embedding})
 _looks_up = among(named("index_select gather take __getitem__"))
 # Moves by which steps and networks put rows in another order, not merely axes.
 REORDERING = SORTING | named("__getitem__ flip flipud roll index_select gather take take_along_dim")
 
-RECORDED = MOVES | CASTS | ELEMENTWISE | INPLACE | PUTTING | PACKING | REDUCTIONS | ALONG | SORTING | LOOKUPS
+_BY_KIND = {
+    "move": MOVES,
+    "cast": CASTS,
+    "elementwise": ELEMENTWISE,
+    "in place": INPLACE,
+    "putting": PUTTING,
+    "packing": _PACKING,
+    "reduction": REDUCTIONS,
+    "along": ALONG,
+    "sorting": SORTING,
+    "lookup": _LOOKUPS,
+}
+_KINDS = {function: kind for kind, functions in _BY_KIND.items() for function in functions}
+RECORDED = frozenset(_KINDS)
+
+
+@torch.compiler.assume_constant_result
+def kind_of(func: Any) -> str | None:
+    """What a function does to rows, as named above; None where nobody knows."""
+    return _KINDS.get(func)
 
 
 def thinned(tensors: Sequence[Tensor], first: int = 0) -> list[Tensor]:
@@ -166,8 +184,6 @@ def apply_move(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], data: Any, part: int | None
 ) -> Any:
     """Run a recorded move on other data of the same shape."""
-    if func in _TRANSPOSED:
-        return func(data)
     if func is _T.view:  # of data that is expanded, where the original was not
         shape = (*args[1:], *kwargs.values())
         return data if isinstance(shape[0], torch.dtype) else data.reshape(*shape)

@@ -21,7 +21,7 @@ class SampleNumbers:
         everything: whether numbers may be read beyond the CPU, too.
     """
 
-    def __init__(self, n: int, *, several: bool, everything: bool) -> None:
+    def __init__(self, n: int, several: bool, everything: bool) -> None:
         self.n = n
         self.several = several
         self.everything = everything

@@ -20,30 +20,24 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from debias.tap.batches import arranged_rows, roots_of
 from debias.tap.moves import (
-    ALONG,
-    INPLACE,
-    LOOKUPS,
-    MOVES,
-    PACKING,
-    PUTTING,
     REORDERING,
-    SORTING,
     among,
     apply_move,
     axes_of,
+    kind_of,
     looked_up,
     sorts_rows,
     values_read,
 )
-from debias.tap.notes import CHANGED, Note, first_version, version
-from debias.tap.origins import Origins
+from debias.tap.notes import CHANGED, Note, Notes, first_version, version
+from debias.tap.numbers import SampleNumbers
 
 __all__ = ["RowTracker"]
 
-_sorts, _packs, _puts, _is_in_place, _may_reorder = map(among, (SORTING, PACKING, PUTTING, INPLACE, REORDERING))
+_may_reorder = among(REORDERING)
 
 
-class RowTracker(Origins):
+class RowTracker(Notes, SampleNumbers):
     """Records the operations of one step and answers which sample each row of a tensor comes from.
 
     Args:
@@ -73,7 +67,8 @@ class RowTracker(Origins):
         strangers: Sequence[Any] = (),
     ) -> None:
         # Of several loaders, nothing is in "the order of the batch": what is unknown is of any of them.
-        super().__init__(n + sum(more for _, more in joined), several=bool(joined), everything=everything)
+        Notes.__init__(self)
+        SampleNumbers.__init__(self, n + sum(more for _, more in joined), bool(joined), everything)
         self.arranged = arranged
         self.needed = self.mixed = False
         self.guesses = True
@@ -94,29 +89,33 @@ class RowTracker(Origins):
 
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Remember one operation; called for every one in :data:`debias.tap.moves.RECORDED`."""
-        if not args or (_sorts(func) and not sorts_rows(func, args, kwargs)):
-            return
-        if _packs(func):
+        kind = kind_of(func)
+        if kind == "packing":
             self.guesses = False
             return
-        if _puts(func):
+        reorders = _may_reorder(func)
+        if not args or not (self.everything or reorders or self._touches(args, kwargs)):
+            return
+        if kind == "sorting" and not sorts_rows(func, args, kwargs):
+            return
+        if kind == "putting":
             self._lose(args[0], out)
             return
         # y.long() may be y itself, as may x.flatten(): then it is no operation.
-        if _is_in_place(func) or out is args[0]:
+        if kind == "in place" or out is args[0]:
             self._in_place(func, args, kwargs, out)
             return
-        if not (self.everything or _may_reorder(func) or self._touches(args, kwargs)):
-            return
-        results = enumerate(out) if isinstance(out, tuple | list) else [(None, out)]
+        if kind == "reduction" and len(args) > 1 and isinstance(args[1], Tensor):  # the maximum of two
+            kind = "elementwise"
         if (key := looked_up(func, args, kwargs)) is not None and self._tracked(key) and self._is_table(args[0]):
-            func, args, kwargs = F.embedding, (key,), {}
-        made = [Note(x, first_version(x), func, args, kwargs, i) for i, x in results if isinstance(x, Tensor)]
+            func, args, kwargs, kind = F.embedding, (key,), {}, "lookup"
+        results = enumerate(out) if isinstance(out, tuple | list) else [(None, out)]
+        made = [Note(x, first_version(x), func, args, kwargs, kind, i) for i, x in results if isinstance(x, Tensor)]
         if not made:
             return
         first = made[0]
         # What is made of something unknown matters where samples may trade places: few networks do that.
-        trades = _may_reorder(func) and args[0].shape[:1] == first.out.shape[:1] == (self.n,) and not first.same_rows
+        trades = reorders and args[0].shape[:1] == first.out.shape[:1] == (self.n,) and not first.same_rows
         if self.everything or trades or any(map(self._tracked, first.sources)):
             self._records.extend(made)
 
@@ -157,7 +156,7 @@ class RowTracker(Origins):
         if self._tracked(target):
             self._note(target).version = CHANGED
             if out is not target:  # as in a compiled graph
-                self._records.append(Note(out, CHANGED, torch.clone, (target,)))
+                self._records.append(Note(out, CHANGED, torch.clone, (target,), kind="cast"))
 
     def _same_rows_as(self, other: Tensor, target: Tensor, key: Any) -> bool:
         """Whether rows fit those of a tensor, or of what of it they are assigned to."""
@@ -249,8 +248,9 @@ class RowTracker(Origins):
 
     def _sums_samples(self, tensor: Tensor) -> bool:
         """Whether it was made by a reduction over samples."""
-        reductions = [note for note in self._history(tensor, lambda note: not note.reduces) if note.reduces]
-        return any(self.index(note.args[0]) is not None and self.index(note.out) is None for note in reductions)
+        history = self._history(tensor, lambda note: note.kind != "reduction")
+        reduced = [note for note in history if note.kind == "reduction"]
+        return any(self.index(note.args[0]) is not None and self.index(note.out) is None for note in reduced)
 
     def _of_inputs(self, rows: int) -> Tensor | None:
         """The numbers of a network's input of so many rows, e.g. of two concatenated views: it keeps them."""
@@ -300,25 +300,25 @@ class RowTracker(Origins):
 
     def _replayed(self, note: Note, index: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """Numbers in the shape of what an operation made, from those of what it was made of."""
-        func, args, kwargs, out = note.func, note.args, note.kwargs, note.out
-        if func in SORTING:
+        kind, args, out = note.kind, note.args, note.out
+        if kind == "sorting":
             return None
-        if not (func in MOVES or func in LOOKUPS or func in ALONG or note.reduces):
+        if kind not in ("move", "lookup", "along", "reduction"):
             return self._in_places(note, index)
         several = isinstance(args[0], tuple | list)
         found = list(map(index, args[0] if several else args[:1]))
         inner = [x for x in found if x is not None]
         if len(inner) < len(found) or self._joins_strangers(note):
             return None
-        if func in MOVES:
+        if kind == "move":
             return note.done_to(inner if several else inner[0])
         (numbers,) = inner
-        if func in LOOKUPS:
+        if kind == "lookup":
             return numbers.view(*numbers.shape, *[1] * (out.ndim - numbers.ndim)).expand(out.shape)
-        left = self.without(numbers, axes_of(args, kwargs, numbers.ndim))
+        left = self.without(numbers, axes_of(args, note.kwargs, numbers.ndim))
         if left is None:
             return None
-        return numbers if func in ALONG else left.reshape(out.shape)
+        return numbers if kind == "along" else left.reshape(out.shape)
 
     def _in_places(self, note: Note, index: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """Numbers of elements each of which was computed of those in its place."""
@@ -352,7 +352,7 @@ class RowTracker(Origins):
             return True
         for note in self._records:
             out = note.out
-            if note.func not in MOVES or note.same_rows or self.n not in out.shape or not self.is_of_batch(out):
+            if note.kind != "move" or note.same_rows or self.n not in out.shape or not self.is_of_batch(out):
                 continue
             index = self.index(out)
             if index is None or (len(out) == self.n and self._axis(index, read) is None):
@@ -414,7 +414,7 @@ _TABLES: Any = WeakTensorKeyDictionary()
 
 
 def _leaves_rows(note: Note) -> bool:
-    return note.same_rows or (len(note.sources) > 1 and note.func not in MOVES)
+    return note.same_rows or (len(note.sources) > 1 and note.kind != "move")
 
 
 def _or_false(index: Tensor | None) -> Tensor | bool:
