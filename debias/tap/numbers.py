@@ -60,29 +60,29 @@ class SampleNumbers:
         """The axes along which samples change; each is looked at when it is asked for."""
         return (axis for axis in range(index.ndim) if self.without(index, [axis]) is None)
 
-    def _axis(self, index: Tensor, read: bool | None = None) -> int | None:
+    def _axis(self, index: Tensor) -> int | None:
         """The axis along which the samples lie in the order of the batch, each the same along all other axes."""
         if self.n == 1:
             return index.shape.index(1) if 1 in index.shape else None
         order = self._order(index.device)
         for axis, size in enumerate(index.shape):
             lines = order.view(-1, *[1] * (index.ndim - axis - 1))
-            if size == self.n and self._equal(index, lines.expand(index.shape), read=read, unread=False):
+            if size == self.n and self._equal(index, lines.expand(index.shape), unread=False):
                 return axis
         return None
 
-    def _equal(self, a: Tensor, b: Tensor, *, read: bool | None = None, unread: bool = True) -> bool:
+    def _equal(self, a: Tensor, b: Tensor, *, unread: bool = True) -> bool:
         """Whether numbers are the same; ``unread`` where that takes reading them, and they may not be read."""
         if a is b or a.shape != b.shape:
             return a is b
         first, second = thinned([a, b])
         if first._base is second._base is not None and _layout(first) == _layout(second):
             return True  # views of the same numbers
-        return torch.equal(first, second) if self.reads(a, read) else unread
+        return torch.equal(first, second) if self.reads(a) else unread
 
-    def reads(self, x: Tensor, read: bool | None = None) -> bool:
+    def reads(self, x: Tensor) -> bool:
         """Whether numbers may be read: that waits for the device, so beyond the CPU only in the first step."""
-        return (x.device.type == "cpu" or self.everything) if read is None else read
+        return x.device.type == "cpu" or self.everything
 
     def _order(self, device: torch.device) -> Tensor:
         for order in self._orders:

@@ -341,13 +341,13 @@ class RowTracker(Notes, SampleNumbers):
             return None
         return known[0] if known else None
 
-    def reordered(self, *, read: bool | None = None) -> bool:
+    def reordered(self, *, read: bool = False) -> bool:
         """Whether the step has put samples of the batch in another order.
 
         Args:
-            read: look into the numbers where operations alone do not tell, which waits for the device; by default on
-                the CPU, and in the step that records everything.
+            read: from now on numbers may be read where operations alone do not tell, which waits for the device.
         """
+        self.everything = self.everything or read
         if self.several:
             return True
         for note in self._records:
@@ -355,7 +355,7 @@ class RowTracker(Notes, SampleNumbers):
             if note.kind != "move" or note.same_rows or self.n not in out.shape or not self.is_of_batch(out):
                 continue
             index = self.index(out)
-            if index is None or (len(out) == self.n and self._axis(index, read) is None):
+            if index is None or (len(out) == self.n and self._axis(index) is None):
                 return True
         return False
 
