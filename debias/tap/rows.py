@@ -72,18 +72,15 @@ class RowTracker(Notes, SampleNumbers):
         self.arranged = arranged
         self.needed = self.mixed = False
         self.guesses = True
-        first = 0
-        for loader, (part, size) in enumerate([(batch, n), *joined]):
-            for x, i in roots_of(part, size):
-                sample = None if i is None else first + i
-                self._records.append(Note(x, version(x), sample=sample, first=first, loader=loader, known=True))
-            first += size
         # Whether as many other samples are in the step, so that a number of rows tells nothing.
         self._ambiguous = self.several
-        for loader, part in enumerate(strangers, 1 + len(joined)):
-            for x, _ in roots_of(part, None):
-                self._records.append(Note(x, version(x), loader=loader))
-                self._ambiguous = self._ambiguous or x.shape[:1] == (self.n,)
+        first = 0
+        for loader, (part, size) in enumerate([(batch, n), *joined, *((part, None) for part in strangers)]):
+            for x, i in roots_of(part, size):
+                sample, known = None if i is None else first + i, size is not None
+                self._records.append(Note(x, version(x), sample=sample, first=first, loader=loader, known=known))
+                self._ambiguous = self._ambiguous or (not known and x.shape[:1] == (self.n,))
+            first += size or 0
 
     # -- recording ---------------------------------------------------------------------------------
 
@@ -197,7 +194,7 @@ class RowTracker(Notes, SampleNumbers):
                 self.needed = True
                 return _or_false(index if known or not self.reordered() else None)
         if rows == self.n:
-            return False if self.reordered() else None
+            return False if self._ambiguous or self.reordered() else None
         if self.arranged is None or rows % self.n:
             return False
         return arranged_rows(self.arranged, self.n, rows // self.n, output.device)
@@ -213,20 +210,19 @@ class RowTracker(Notes, SampleNumbers):
             None if row i is sample i, an int64 tensor shaped like the candidate it was found from, or False if unknown.
         """
         self.mixed = False
-        found_sorted = list(map(self.is_sorted, candidates))
         moves = self.moves(*candidates) if len(candidates) == 2 else None
         # As of `p` and `p.roll(1, 0)`: a loss that compares samples with each other.
         compares = moves is not None and not all(move.same_rows for move in moves)
         if compares or any(map(self.is_changed, candidates)):
             self.mixed = True
             return False
-        candidates = [x for x, is_sorted in zip(candidates, found_sorted, strict=True) if not is_sorted]
-        for tensor in candidates:  # derived from the batch itself
+        unsorted = [x for x in candidates if not self.is_sorted(x)]
+        for tensor in unsorted:  # derived from the batch itself
             if self.is_of_batch(tensor):
                 return None if self.keeps_rows(tensor) else _or_false(self.index(tensor))
-        if any(map(self.is_strange, candidates)):
+        if any(map(self.is_strange, unsorted)):
             return False
-        made = [x for x in candidates if self._note(x).func is not None]
+        made = [x for x in unsorted if self._note(x).func is not None]
         in_order = not self.reordered() if made or rows == self.n else False
         found = [self.index(x) for x in made] if in_order or len(made) == 2 else []
         known = [x for x in found if x is not None]
@@ -238,7 +234,7 @@ class RowTracker(Notes, SampleNumbers):
         if known and in_order:  # of some tensor with one row per sample, e.g. logits (N, T, C)
             tensor = next(x for x, index in zip(made, found, strict=True) if index is not None)
             return None if self.keeps_rows(tensor) else known[0]
-        if any(found_sorted):
+        if len(unsorted) < len(candidates):
             return False
         if rows == self.n and in_order and not self._ambiguous:
             return None
