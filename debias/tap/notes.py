@@ -73,12 +73,12 @@ class Note:
 
     @property
     def same_rows(self) -> bool:
-        """Whether row i is made of row i of one other tensor."""
+        """Whether row i is made of row i of each of its sources."""
         if self.kind in ("reduction", "along"):
             moved = self.out.ndim == 0 or 0 in axes_of(self.args, self.kwargs, self.args[0].ndim)
         else:
             moved = self.kind == "sorting" or (self.kind == "move" and not keeps_rows(self.func, self.args, self.out))
-        return not moved and len(self.sources) == 1
+        return not moved and len(self.sources) > 0
 
     def done_to(self, data: Any) -> Any:
         """What a move makes of other data of the same shape."""

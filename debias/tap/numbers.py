@@ -25,7 +25,7 @@ class SampleNumbers:
         self.n = n
         self.several = several
         self.everything = everything
-        self._orders: list[Tensor] = []
+        self._orders: dict[torch.device, Tensor] = {}
 
     def start(self, shape: torch.Size, device: torch.device, sample: int | None = None, first: int = 0) -> Tensor:
         """Sample numbers of a tensor with one row per sample from ``first`` on, or of one of a single sample."""
@@ -85,11 +85,9 @@ class SampleNumbers:
         return x.device.type == "cpu" or self.everything
 
     def _order(self, device: torch.device) -> Tensor:
-        for order in self._orders:
-            if order.device == device:
-                return order
-        self._orders.append(torch.arange(self.n, device=device))
-        return self._orders[-1]
+        if device not in self._orders:
+            self._orders[device] = torch.arange(self.n, device=device)
+        return self._orders[device]
 
 
 def _layout(x: Tensor) -> tuple[object, list[int]]:

@@ -182,7 +182,7 @@ class RowTracker(Notes, SampleNumbers):
         for tensor in (output, *inputs):
             if self.is_sorted(tensor) or self.is_changed(tensor) or self.is_strange(tensor):
                 return False
-            while (note := self._note(tensor)).same_rows:
+            while (note := self._note(tensor)).same_rows and len(note.sources) == 1:
                 tensor = note.sources[0]
             if tensor.shape[:1] != (rows,):
                 continue
@@ -376,7 +376,7 @@ class RowTracker(Notes, SampleNumbers):
 
     def keeps_rows(self, tensor: Tensor) -> bool:
         """Whether row i of it is known to be of sample i."""
-        return all(map(self._keeps_rows, self._history(tensor, _leaves_rows)))
+        return all(map(self._keeps_rows, self._history(tensor, lambda note: note.same_rows)))
 
     def _keeps_rows(self, note: Note) -> bool:
         """The same of one operation, where it leaves rows where they are in what it is done to."""
@@ -386,7 +386,7 @@ class RowTracker(Notes, SampleNumbers):
             return note.sample is None and not self.several
         if note.func is None and note.index is None:
             return not self._ambiguous  # of unknown origin, with one row per sample
-        if _leaves_rows(note):
+        if note.same_rows:
             return True  # no numbers are made for this
         return (index := self.index(note.out)) is not None and self._axis(index) == 0
 
@@ -407,10 +407,6 @@ class RowTracker(Notes, SampleNumbers):
 
 # Constants in which values were looked up, known again in a batch of as many samples.
 _TABLES: Any = WeakTensorKeyDictionary()
-
-
-def _leaves_rows(note: Note) -> bool:
-    return note.same_rows or (len(note.sources) > 1 and note.kind != "move")
 
 
 def _or_false(index: Tensor | None) -> Tensor | bool:
