@@ -206,9 +206,11 @@ def keeps_rows(move: Callable[..., Any], args: tuple[Any, ...], out: Any) -> boo
     if data.shape[0] != out.shape[0]:
         return False
     if move is _T.__getitem__ and isinstance(args[1], tuple) and args[1]:
-        first = args[1][0]
-        keeps = first is Ellipsis or (isinstance(first, slice) and first == slice(None))
-        return keeps and not any(isinstance(key, Tensor | list) for key in args[1])
+        first, *others = args[1]
+        # Not an array or a sequence, which puts elements elsewhere; and `...` may stand for no axis at all.
+        plain = all(key is None or key is Ellipsis or isinstance(key, slice | int) for key in others)
+        at_first = first is Ellipsis and sum(isinstance(key, slice | int) for key in others) < data.ndim
+        return plain and (at_first or (isinstance(first, slice) and first == slice(None)))
     return move in _ROW_KEEPING and (move not in _SPREADING or data.ndim == out.ndim)
 
 

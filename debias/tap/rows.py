@@ -402,7 +402,7 @@ class RowTracker(Notes, SampleNumbers):
             return False
         dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
         known = [self.is_of_batch(x) for x in data]
-        return dim == 0 and any(known) and not all(known)
+        return dim in (0, -note.out.ndim) and any(known) and not all(known)
 
 
 # Constants in which values were looked up, known again in a batch of as many samples.
