@@ -103,11 +103,12 @@ _SPREADING = named("expand expand_as")
 # Move whole rows, unless told of another axis than the first.
 _ROW_WISE = named("index_select cat concat concatenate")
 _TURNING = named("flip fliplr flipud roll")
-_TRANSPOSING = frozenset({_T.T.__get__, _T.mT.__get__})  # type: ignore[attr-defined]
+_TRANSPOSING = frozenset({_T.T.__get__, _T.mT.__get__, _T.H.__get__, _T.mH.__get__})  # type: ignore[attr-defined]
 # Move, drop or repeat elements; only the first argument (or its list) holds data.
 MOVES = (_ROW_KEEPING | _ROW_WISE | _TURNING | _TRANSPOSING) | named(
     "permute transpose t repeat_interleave chunk split tensor_split unbind movedim swapaxes swapdims narrow select"
     " masked_select take take_along_dim gather tile repeat moveaxis diagonal rot90 stack hstack vstack __getitem__"
+    " adjoint ravel hsplit vsplit dsplit"
 )
 # Compute each element from those at the same place; targets and masks are often made with them.
 _IN_PLACES = (
@@ -236,9 +237,9 @@ def _takes_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
 def axes_of(args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int) -> list[int]:
     """The axes that a reduction runs over."""
     dims = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
-    if dims is None or isinstance(dims, Tensor | float | str):
+    if not ndim or dims is None or isinstance(dims, Tensor | float | str):
         return list(range(ndim))
-    return sorted({d % max(ndim, 1) for d in ([dims] if isinstance(dims, int) else dims)})
+    return sorted({d % ndim for d in ([dims] if isinstance(dims, int) else dims)})
 
 
 def sorts_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debias.tap.moves import apply_move, axes_of, keeps_rows
+from debias.tap.moves import apply_move, axes_of, keeps_rows, values_read
 
 __all__ = ["CHANGED", "Note", "Notes", "first_version", "version"]
 
@@ -69,7 +69,12 @@ class Note:
         if self.kind in ("move", "cast", "reduction", "lookup"):
             data = self.args[0]
             return [x for x in data if isinstance(x, Tensor)] if isinstance(data, tuple | list) else [data]
-        return [x for x in self.args if isinstance(x, Tensor) and x.ndim and x.shape == self.out.shape]
+        return [x for x in self.operands if x.shape == self.out.shape]
+
+    @property
+    def operands(self) -> list[Tensor]:
+        """The tensors whose values it was computed of, but for single numbers."""
+        return [x for x in values_read(self.func, self.args, self.kwargs) if x.ndim and x is not self.out]
 
     @property
     def same_rows(self) -> bool:

@@ -49,6 +49,8 @@ class SampleNumbers:
     def without(self, index: Tensor, axes: list[int]) -> Tensor | None:
         """Sample numbers when these axes are gone; None if samples change along them."""
         for axis in reversed(axes):
+            if not index.shape[axis]:
+                return None
             first = index.select(axis, 0)
             still = index.shape[axis] == 1 or index.stride(axis) == 0
             if not still and not (self.reads(index) and torch.equal(index, first.unsqueeze(axis).expand_as(index))):

@@ -102,7 +102,7 @@ class RowTracker(Notes, SampleNumbers):
         if kind == "in place" or out is args[0]:
             self._in_place(func, args, kwargs, out)
             return
-        if kind == "reduction" and len(args) > 1 and isinstance(args[1], Tensor):  # the maximum of two
+        if kind == "reduction" and len(values_read(func, args[:2], kwargs)) > 1:  # the maximum of two
             kind = "elementwise"
         if (key := looked_up(func, args, kwargs)) is not None and self._tracked(key) and self._is_table(args[0]):
             func, args, kwargs, kind = F.embedding, (key,), {}, "lookup"
@@ -320,8 +320,7 @@ class RowTracker(Notes, SampleNumbers):
         """Numbers of elements each of which was computed of those in its place."""
         sources, shape = note.sources, note.out.shape
         # Also what is spread over other axes, such as a mask (N, 1); or (N,) over (N, N), of two samples each.
-        read = values_read(note.func, note.args, {})
-        spread = [x for x in read if x.ndim and x.shape != shape and self._tracked(x)]
+        spread = self._spread(note)
         if any(map(self.is_sorted, spread)):
             return None
         found = list(map(index, sources))
@@ -336,6 +335,12 @@ class RowTracker(Notes, SampleNumbers):
             self.mixed = True  # each element is made of several samples
             return None
         return known[0] if known else None
+
+    def _spread(self, note: Note) -> list[Tensor]:
+        """What an operation on elements has spread over what it made, of what is followed."""
+        if note.kind != "elementwise":
+            return []
+        return [x for x in note.operands if x.shape != note.out.shape and self._tracked(x)]
 
     def reordered(self, *, read: bool = False) -> bool:
         """Whether the step has put samples of the batch in another order.
@@ -371,12 +376,11 @@ class RowTracker(Notes, SampleNumbers):
         if not self._tracked(tensor):
             return not tensor.requires_grad and tensor.shape[:1] != (self.n,)
         note = self._note(tensor)
-        made_of = [*note.sources, *values_read(note.func, note.args, {})]
-        return note.func is not None and all(map(self._is_constant, made_of))
+        return note.func is not None and all(map(self._is_constant, [*note.sources, *note.operands]))
 
     def keeps_rows(self, tensor: Tensor) -> bool:
         """Whether row i of it is known to be of sample i."""
-        return all(map(self._keeps_rows, self._history(tensor, lambda note: note.same_rows)))
+        return all(map(self._keeps_rows, self._history(tensor, self._leaves_rows)))
 
     def _keeps_rows(self, note: Note) -> bool:
         """The same of one operation, where it leaves rows where they are in what it is done to."""
@@ -386,9 +390,12 @@ class RowTracker(Notes, SampleNumbers):
             return note.sample is None and not self.several
         if note.func is None and note.index is None:
             return not self._ambiguous  # of unknown origin, with one row per sample
-        if note.same_rows:
+        if self._leaves_rows(note):
             return True  # no numbers are made for this
         return (index := self.index(note.out)) is not None and self._axis(index) == 0
+
+    def _leaves_rows(self, note: Note) -> bool:
+        return note.same_rows and not self._spread(note)
 
     def _of_rows(self, tensor: Tensor) -> Tensor | None:
         """Sample numbers along the first axis, or None where its origin is unknown or a row is of several samples."""

@@ -541,6 +541,46 @@ def test_a_memory_that_is_joined_with_the_batch_is_of_no_sample(dim):
         _ = tap.calls[0].rows
 
 
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda y: torch.add(y, other=y.flip(0)),
+        lambda y: torch.max(y, other=y.flip(0)),
+        lambda y: torch.lerp(y, end=y.flip(0), weight=0.5),
+        lambda y: torch.where(y > 1, input=y, other=y.flip(0)),
+        lambda y: torch.add(y, y.flip(0), out=torch.empty_like(y)),
+        lambda y: y - y[:1],
+        lambda y: y - y[0],
+    ],
+    ids=["add", "max", "lerp", "where", "out", "first row", "first sample"],
+)
+def test_samples_that_are_mixed_with_each_other_by_name_or_spread(mix):
+    y = torch.randn(3, 1)
+    tracker = RowTracker((y,), 3)
+    with LossTap(tracker=tracker):
+        mixed = mix(y)
+    assert tracker.resolve([mixed], 3) is False
+
+
+def test_a_mask_that_is_spread_over_its_rows_leaves_them():
+    y, mask = torch.randn(3, 2), torch.ones(3, 1)
+    tracker = RowTracker((y, mask), 3, everything=False)
+    with LossTap(tracker=tracker):
+        masked = y * mask
+    assert tracker.resolve([masked], 3) is None
+
+
+@pytest.mark.parametrize("reduce", [lambda y: y[0, 0].sum(0), lambda y: y[:, 1:].sum(1), lambda y: y.ravel()])
+def test_what_is_left_of_rows_can_be_followed(reduce):
+    """Of one number, of no columns; and another name of a reshape."""
+    y = torch.randn(3, 1)
+    tracker = RowTracker((y,), 3)
+    with LossTap(tracker=tracker):
+        left = reduce(y)
+    index = tracker.index(left)
+    assert index is None or index.shape == left.shape
+
+
 def test_features_that_may_be_another_loaders_are_of_no_sample():
     """Where that has as many samples, and what was made of them cannot be followed."""
     x, other = torch.randn(3, 2), torch.randn(3, 2)
