@@ -69,12 +69,12 @@ class Note:
         if self.kind in ("move", "cast", "reduction", "lookup"):
             data = self.args[0]
             return [x for x in data if isinstance(x, Tensor)] if isinstance(data, tuple | list) else [data]
-        return [x for x in self.operands if x.shape == self.out.shape]
+        return [x for x in self.operands if x.ndim and x.shape == self.out.shape]
 
     @property
     def operands(self) -> list[Tensor]:
-        """The tensors whose values it was computed of, but for single numbers."""
-        return [x for x in values_read(self.func, self.args, self.kwargs) if x.ndim and x is not self.out]
+        """The tensors whose values it was computed of."""
+        return [x for x in values_read(self.func, self.args, self.kwargs) if x is not self.out]
 
     @property
     def same_rows(self) -> bool:

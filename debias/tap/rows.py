@@ -319,9 +319,10 @@ class RowTracker(Notes, SampleNumbers):
     def _in_places(self, note: Note, index: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """Numbers of elements each of which was computed of those in its place."""
         sources, shape = note.sources, note.out.shape
-        # Also what is spread over other axes, such as a mask (N, 1); or (N,) over (N, N), of two samples each.
+        # Also what is spread over other axes, such as a mask (N, 1); or (N,) over (N, N), of two samples each; or a
+        # number of one sample.
         spread = self._spread(note)
-        if any(map(self.is_sorted, spread)):
+        if any(x.ndim and self.is_sorted(x) for x in spread):
             return None
         found = list(map(index, sources))
         if not all(self._is_constant(x) for x, numbers in zip(sources, found, strict=True) if numbers is None):
@@ -376,7 +377,8 @@ class RowTracker(Notes, SampleNumbers):
         if not self._tracked(tensor):
             return not tensor.requires_grad and tensor.shape[:1] != (self.n,)
         note = self._note(tensor)
-        return note.func is not None and all(map(self._is_constant, [*note.sources, *note.operands]))
+        made_of = [*note.sources, *(x for x in note.operands if x.ndim)]
+        return note.func is not None and all(map(self._is_constant, made_of))
 
     def keeps_rows(self, tensor: Tensor) -> bool:
         """Whether row i of it is known to be of sample i."""

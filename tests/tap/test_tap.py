@@ -555,11 +555,11 @@ def test_a_memory_that_is_joined_with_the_batch_is_of_no_sample(dim):
     ids=["add", "max", "lerp", "where", "out", "first row", "first sample"],
 )
 def test_samples_that_are_mixed_with_each_other_by_name_or_spread(mix):
-    y = torch.randn(3, 1)
-    tracker = RowTracker((y,), 3)
-    with LossTap(tracker=tracker):
-        mixed = mix(y)
-    assert tracker.resolve([mixed], 3) is False
+    for y in (torch.randn(3, 1), torch.randn(3)):
+        tracker = RowTracker((y,), 3)
+        with LossTap(tracker=tracker):
+            mixed = mix(y)
+        assert tracker.resolve([mixed], 3) is False
 
 
 def test_a_mask_that_is_spread_over_its_rows_leaves_them():
