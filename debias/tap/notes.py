@@ -66,6 +66,8 @@ class Note:
     @property
     def sources(self) -> list[Tensor]:
         """The tensors whose elements it holds."""
+        if self.func is None:
+            return []
         if self.kind in ("move", "cast", "reduction", "lookup"):
             data = self.args[0]
             return [x for x in data if isinstance(x, Tensor)] if isinstance(data, tuple | list) else [data]
