@@ -141,7 +141,7 @@ DIVISION = named("div divide true_divide truediv", "{} {}_ __{}__ __i{}__")
 # Make one value of all along some axes.
 REDUCTIONS = named("sum mean argmax argmin max min amax amin any all prod count_nonzero nansum nanmean median")
 # Make each value of all along an axis.
-ALONG = named("softmax log_softmax cumsum")
+ALONG = named("softmax log_softmax softmin cumsum cumprod logcumsumexp cummax cummin")
 # After these nobody knows where a row is.
 SORTING = named("sort topk msort argsort")
 # Take the rows of sequences apart, or put them together.

@@ -551,8 +551,10 @@ def test_a_memory_that_is_joined_with_the_batch_is_of_no_sample(dim):
         lambda y: torch.add(y, y.flip(0), out=torch.empty_like(y)),
         lambda y: y - y[:1],
         lambda y: y - y[0],
+        lambda y: y.cumprod(0),
+        lambda y: y.cummax(0).values,
     ],
-    ids=["add", "max", "lerp", "where", "out", "first row", "first sample"],
+    ids=["add", "max", "lerp", "where", "out", "first row", "first sample", "cumprod", "cummax"],
 )
 def test_samples_that_are_mixed_with_each_other_by_name_or_spread(mix):
     for y in (torch.randn(3, 1), torch.randn(3)):
