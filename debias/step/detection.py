@@ -138,7 +138,7 @@ def detection_losses(
         numbers = domains.tolist()
         rows = [[i for i in range(n) if numbers[i] == number] for number in sorted(set(numbers))]
     parts = [model([images[i] for i in row], [targets[i] for i in row]) for row in rows]
-    return DetectionLosses({name: torch.stack([part[name] for part in parts]) for name in parts[0]}, rows)
+    return DetectionLosses(_stacked(parts), rows)
 
 
 def detectors(module: nn.Module) -> list[nn.Module]:
@@ -175,14 +175,18 @@ def _per_image(model: Any) -> Iterator[dict[str, Tensor]]:
     with ExitStack() as stack:
 
         def put(owner: Any, name: str, around: Callable[..., Any], *given: Any) -> None:
-            stack.callback(detach, attach(owner, name, functools.partial(around, counts, *given)))
+            stack.callback(detach, attach(owner, name, functools.partial(around, *given)))
 
         if family == "GeneralizedRCNN" and not model.roi_heads.has_keypoint():
-            put(model.rpn, "compute_loss", _rpn_losses, model.rpn)
-            put(model.roi_heads, "forward", _roi_losses, model.roi_heads)
-        elif family in ("FCOS", "RetinaNet", "SSD"):
-            owner = model if family == "SSD" else model.head
-            put(owner, "compute_loss", _anchor_losses, family != "RetinaNet")
+            sampled: list[Tensor] = []
+            losses = "loss_objectness", "loss_rpn_box_reg"
+            put(model.rpn, "fg_bg_sampler", _count_anchors, sampled)
+            put(model.rpn, "compute_loss", _by_image, counts, losses, lambda _: torch.stack(sampled))
+            put(model.roi_heads, "forward", _roi_losses, counts)
+        elif family in ("FCOS", "SSD"):
+            put(model if family == "SSD" else model.head, "compute_loss", _by_image, counts, (), _foreground)
+        elif family == "RetinaNet":
+            put(model.head, "compute_loss", _by_image, counts, (), lambda args: torch.ones_like(_foreground(args)))
         else:
             raise DebiasError(
                 f"Expected one of torchvision's {_SUPPORTED} for `losses='heads'`, but got {type(model).__name__}. Use"
@@ -191,84 +195,76 @@ def _per_image(model: Any) -> Iterator[dict[str, Tensor]]:
         yield counts
 
 
-def _anchor_losses(
-    counts: dict[str, Tensor], by_foreground: bool, original: Callable[..., Any], args: tuple[Any, ...], _: Any
+def _by_image(
+    counts: dict[str, Tensor], losses: Sequence[str], divisors: Any, function: Any, args: tuple[Any, ...], _: Any = None
 ) -> Any:
-    """Losses of the one-stage detectors: their own function, one image at a time."""
-    targets, outputs, anchors, matched = args
-    parts = [
-        original([targets[i]], {k: v[i : i + 1] for k, v in outputs.items()}, [anchors[i]], [matched[i]])
-        for i in range(len(targets))
-    ]
-    losses = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-    foreground = torch.stack([(m >= 0).sum() for m in matched])
-    counts.update(dict.fromkeys(losses, foreground if by_foreground else torch.ones_like(foreground)))
-    return losses
+    """What a loss function of the detector returns for each image, stacked; its divisors go to ``counts``.
+
+    Of its arguments lists hold an element for each image, dictionaries tensors ``(N, ...)``, and tensors the rows of
+    one image after the other, as many as its element of the first list has.
+    """
+    sizes = [len(x) for x in next(x for x in args if isinstance(x, list))]
+
+    def parts(x: Any) -> Sequence[Any]:
+        if isinstance(x, Tensor):
+            return x.split(sizes)
+        if isinstance(x, dict):
+            return [{name: value[i : i + 1] for name, value in x.items()} for i in range(len(sizes))]
+        return [[of_image] for of_image in x]
+
+    found = _stacked([function(*part) for part in zip(*map(parts, args), strict=True)])
+    counts.update(dict.fromkeys(losses or found, divisors(args)))
+    return found
 
 
-def _rpn_losses(
-    counts: dict[str, Tensor], rpn: Any, original: Callable[..., Any], args: tuple[Any, ...], _: Any
-) -> Any:
-    """Losses of the region proposal network; anchors are sampled image by image, as torchvision does."""
-    objectness, deltas, labels, regression = args
-    sampled: list[Tensor] = []
-    sampler = rpn.fg_bg_sampler
-
-    def sample(labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        positive, negative = sampler(labels)
-        sampled.append(positive[0].sum() + negative[0].sum())
-        return positive, negative
-
-    sizes = [len(x) for x in labels]
-    rpn.fg_bg_sampler = sample
-    try:
-        parts = [
-            original(*part[:2], [part[2]], [part[3]])
-            for part in zip(objectness.split(sizes), deltas.split(sizes), labels, regression, strict=True)
-        ]
-    finally:
-        rpn.fg_bg_sampler = sampler
-    counts.update(dict.fromkeys(("loss_objectness", "loss_rpn_box_reg"), torch.stack(sampled)))
-    return tuple(torch.stack(losses) for losses in zip(*parts, strict=True))
+def _stacked(parts: list[Any]) -> Any:
+    """One tensor of tensors, or a tuple or dictionary of such."""
+    if isinstance(parts[0], dict):
+        return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+    return torch.stack(parts) if isinstance(parts[0], Tensor) else tuple(map(torch.stack, zip(*parts, strict=True)))
 
 
-def _roi_losses(
-    counts: dict[str, Tensor], heads: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _foreground(args: tuple[Any, ...]) -> Tensor:
+    """How many anchors of each image are matched with a box; the last argument tells."""
+    return torch.stack([(matched >= 0).sum() for matched in args[-1]])
+
+
+def _count_anchors(sampled: list[Tensor], sampler: Any, args: tuple[Any, ...], _: Any) -> Any:
+    """Sample anchors of one image, as the region proposal network is asked for, and count them."""
+    positive, negative = sampler(*args)
+    sampled.append(positive[0].sum() + negative[0].sum())
+    return positive, negative
+
+
+def _roi_losses(counts: dict[str, Tensor], original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The RoI heads' own forward, with loss functions of its module replaced: they are no methods."""
-    function = original.__func__  # type: ignore[attr-defined]
-    names = function.__globals__
-    own_boxes, own_masks = names["fastrcnn_loss"], names["maskrcnn_loss"]
+    function = original.__func__
+    own = function.__globals__
 
-    def boxes(logits: Tensor, boxes: Tensor, labels: list[Tensor], regression: list[Tensor]) -> tuple[Tensor, ...]:
-        sizes = [len(x) for x in labels]
-        parts = [
-            own_boxes(x, y, [label], [target])
-            if len(label)
-            else (x.sum(), y.sum())  # no proposal: zeros, where a mean is NaN
-            for x, y, label, target in zip(logits.split(sizes), boxes.split(sizes), labels, regression, strict=True)
-        ]
-        counts.update(dict.fromkeys(("loss_classifier", "loss_box_reg"), torch.tensor(sizes, device=logits.device)))
-        return tuple(torch.stack(losses) for losses in zip(*parts, strict=True))
+    def boxes_of_image(logits: Tensor, boxes: Tensor, labels: list[Tensor], regression: list[Tensor]) -> Any:
+        if len(labels[0]):
+            return own["fastrcnn_loss"](logits, boxes, labels, regression)
+        return logits.sum(), boxes.sum()  # no proposal: zeros, where a mean is NaN
 
-    def masks(logits: Tensor, proposals: list[Tensor], *others: list[Any]) -> Tensor:
-        sizes = [len(x) for x in proposals]
-        parts = [
-            own_masks(x, [proposal], *([y] for y in rest))
-            for x, proposal, *rest in zip(logits.split(sizes), proposals, *others, strict=True)
-        ]
-        counts["loss_mask"] = torch.tensor(sizes, device=logits.device)
-        return torch.stack(parts)
+    def boxes(*given: Any) -> Any:
+        return _by_image(counts, ("loss_classifier", "loss_box_reg"), rows, boxes_of_image, given)
+
+    def masks(*given: Any) -> Any:
+        return _by_image(counts, ("loss_mask",), rows, own["maskrcnn_loss"], given)
+
+    def rows(given: tuple[Any, ...]) -> Tensor:
+        per_image = next(x for x in given if isinstance(x, list))
+        return torch.tensor([len(x) for x in per_image], device=given[0].device)
 
     # A copy of the function that looks names up elsewhere; replacing them in torchvision would reach other threads.
     replaced = types.FunctionType(
         function.__code__,
-        names | {"fastrcnn_loss": boxes, "maskrcnn_loss": masks},
+        own | {"fastrcnn_loss": boxes, "maskrcnn_loss": masks},
         function.__name__,
         function.__defaults__,
         function.__closure__,
     )
-    return replaced(heads, *args, **kwargs)
+    return replaced(original.__self__, *args, **kwargs)
 
 
 class DetectorStep:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,30 +10,23 @@ from torch import Tensor
 __all__ = ["arranged_rows", "one_per_sample", "roots_of"]
 
 
-def roots_of(
-    batch: Any, n: int | None, sample: int | None = None, depth: int = 0
-) -> Iterator[tuple[Tensor, int | None]]:
+def roots_of(batch: Any, n: int | None, sample: int | None = None, depth: int = 0) -> list[tuple[Tensor, int | None]]:
     """Tensors of a batch with a row for each of n samples, or of one sample; all of them where n is None."""
     if depth > 4:
-        return
+        return []
     if isinstance(batch, Tensor):
-        if sample is not None or n is None or (batch.ndim and batch.shape[0] == n):
-            yield batch, sample
-        return
+        return [(batch, sample)] if sample is not None or n is None or batch.shape[:1] == (n,) else []
     if isinstance(batch, dict):
         children = list(batch.values())
     elif isinstance(batch, tuple | list):
         children = list(batch)
-        if n is not None and sample is None and (depth or not _of_lists(children, n)) and one_per_sample(children, n):
-            for i, child in enumerate(children):
-                yield from roots_of(child, n, i, depth + 1)
-            return
+        if n is not None and sample is None and one_per_sample(children, n) and (depth or not _of_lists(children, n)):
+            return [root for i, child in enumerate(children) for root in roots_of(child, n, i, depth + 1)]
     elif hasattr(batch, "__dict__") and not isinstance(batch, torch.nn.Module):
         children = list(vars(batch).values())
     else:
-        return
-    for child in children:
-        yield from roots_of(child, n, sample, depth + 1)
+        return []
+    return [root for child in children for root in roots_of(child, n, sample, depth + 1)]
 
 
 def one_per_sample(children: list[Any], n: int) -> bool:

@@ -30,8 +30,8 @@ from debias.tap.features import (
     rows_of_features,
 )
 from debias.tap.hooks import Hook
-from debias.tap.moves import CASTS, among, named
-from debias.tap.notes import Note
+from debias.tap.moves import among, kind_of, named
+from debias.tap.notes import Note, Notes
 from debias.tap.rows import RowTracker
 from debias.tap.sharded import has_shards, whole
 
@@ -45,7 +45,7 @@ _passes = among(
 )
 
 
-class HeadFinder:
+class HeadFinder(Notes):
     """Notes linear layers (and 1x1 convolutions) of one step and matches their outputs with the logits of a loss.
 
     Args:
@@ -54,8 +54,8 @@ class HeadFinder:
     """
 
     def __init__(self, root: nn.Module | None = None) -> None:
+        super().__init__()
         self._root = root
-        self._notes: list[Note] = []
 
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Note one operation."""
@@ -63,9 +63,9 @@ class HeadFinder:
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
             if isinstance(weight, Tensor) and (weight.ndim == 2 or weight.shape[2:] == (1, 1)):
                 layer = None if self._root is None else _holder(self._root, weight)
-                self._notes.append(Note(out, 0, F.linear, (args[0] if args else kwargs["input"], weight, layer)))
-        elif isinstance(out, Tensor) and (_passes(func) or (func is _T.__getitem__ and _keeps_all(args, out))):
-            self._notes.append(Note(out, 0, func, args, kwargs))
+                self._records.append(Note(out, 0, F.linear, (args[0] if args else kwargs["input"], weight, layer)))
+        elif args and out is not args[0] and (_passes(func) or (func is _T.__getitem__ and _keeps_all(args, out))):
+            self._records.append(Note(out, 0, func, args, kwargs, kind_of(func)))
 
     def runs_of(self, weight: Tensor) -> int:
         """How often a layer of this weight ran with gradients."""
@@ -78,20 +78,13 @@ class HeadFinder:
 
     def match(self, logits: Tensor) -> Run | None:
         """The run of the linear layer whose output the logits are, with its weight and the moves between them."""
-        moves: list[Note] = []
-        for note in reversed(self._notes):
-            if note.out is not logits:
-                continue
-            if note.func is F.linear:
-                given, weight, _ = note.args
-                return Run(given, note.out, weight=weight, moves=moves[::-1])
-            if note.func not in CASTS:
-                moves.append(note)
-            logits = note.args[0]
+        for note in reversed(self._records):
+            if note.func is F.linear and (moves := self.moves(logits, note.out)) is not None:
+                return Run(note.args[0], note.out, weight=note.args[1], moves=moves)
         return None
 
     def _with(self, weight: Tensor) -> list[Note]:
-        return [note for note in self._notes if note.func is F.linear and note.args[1] is weight]
+        return [note for note in self._records if note.func is F.linear and note.args[1] is weight]
 
 
 def _holder(root: nn.Module, weight: Tensor) -> nn.Module | None:

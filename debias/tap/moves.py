@@ -18,10 +18,8 @@ __all__ = [
     "ELEMENTWISE",
     "INPLACE",
     "LIKE",
-    "LOOKUPS",
     "MEAN",
     "MOVES",
-    "PACKING",
     "PRODUCT",
     "PUTTING",
     "RECORDED",
@@ -34,6 +32,7 @@ __all__ = [
     "axes_of",
     "functions",
     "keeps_rows",
+    "kind_of",
     "looked_up",
     "named",
     "read_arguments",
@@ -104,11 +103,12 @@ _SPREADING = named("expand expand_as")
 # Move whole rows, unless told of another axis than the first.
 _ROW_WISE = named("index_select cat concat concatenate")
 _TURNING = named("flip fliplr flipud roll")
-_TRANSPOSED = frozenset({_T.T.__get__, _T.mT.__get__})  # type: ignore[attr-defined]
+_TRANSPOSING = frozenset({_T.T.__get__, _T.mT.__get__, _T.H.__get__, _T.mH.__get__})  # type: ignore[attr-defined]
 # Move, drop or repeat elements; only the first argument (or its list) holds data.
-MOVES = (_ROW_KEEPING | _ROW_WISE | _TURNING | _TRANSPOSED) | named(
+MOVES = (_ROW_KEEPING | _ROW_WISE | _TURNING | _TRANSPOSING) | named(
     "permute transpose t repeat_interleave chunk split tensor_split unbind movedim swapaxes swapdims narrow select"
     " masked_select take take_along_dim gather tile repeat moveaxis diagonal rot90 stack hstack vstack __getitem__"
+    " adjoint ravel hsplit vsplit dsplit"
 )
 # Compute each element from those at the same place; targets and masks are often made with them.
 _IN_PLACES = (
@@ -141,18 +141,37 @@ DIVISION = named("div divide true_divide truediv", "{} {}_ __{}__ __i{}__")
 # Make one value of all along some axes.
 REDUCTIONS = named("sum mean argmax argmin max min amax amin any all prod count_nonzero nansum nanmean median")
 # Make each value of all along an axis.
-ALONG = named("softmax log_softmax cumsum")
+ALONG = named("softmax log_softmax softmin cumsum cumprod logcumsumexp cummax cummin")
 # After these nobody knows where a row is.
 SORTING = named("sort topk msort argsort")
 # Take the rows of sequences apart, or put them together.
-PACKING = frozenset({torch._VF._pack_padded_sequence, torch._VF._pad_packed_sequence})  # type: ignore[attr-defined]
+_PACKING = frozenset({torch._VF._pack_padded_sequence, torch._VF._pad_packed_sequence})  # type: ignore[attr-defined]
 # Make a value, or a row of values, of each element of integers.
-LOOKUPS = frozenset({F.one_hot, F.embedding})
+_LOOKUPS = frozenset({F.one_hot, F.embedding})
 _looks_up = among(named("index_select gather take __getitem__"))
 # Moves by which steps and networks put rows in another order, not merely axes.
 REORDERING = SORTING | named("__getitem__ flip flipud roll index_select gather take take_along_dim")
 
-RECORDED = MOVES | CASTS | ELEMENTWISE | INPLACE | PUTTING | PACKING | REDUCTIONS | ALONG | SORTING | LOOKUPS
+_BY_KIND = {
+    "move": MOVES,
+    "cast": CASTS,
+    "elementwise": ELEMENTWISE,
+    "in place": INPLACE,
+    "putting": PUTTING,
+    "packing": _PACKING,
+    "reduction": REDUCTIONS,
+    "along": ALONG,
+    "sorting": SORTING,
+    "lookup": _LOOKUPS,
+}
+_KINDS = {function: kind for kind, functions in _BY_KIND.items() for function in functions}
+RECORDED = frozenset(_KINDS)
+
+
+@torch.compiler.assume_constant_result
+def kind_of(func: Any) -> str | None:
+    """What a function does to rows, as named above; None where nobody knows."""
+    return _KINDS.get(func)
 
 
 def thinned(tensors: Sequence[Tensor], first: int = 0) -> list[Tensor]:
@@ -166,8 +185,6 @@ def apply_move(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], data: Any, part: int | None
 ) -> Any:
     """Run a recorded move on other data of the same shape."""
-    if func in _TRANSPOSED:
-        return func(data)
     if func is _T.view:  # of data that is expanded, where the original was not
         shape = (*args[1:], *kwargs.values())
         return data if isinstance(shape[0], torch.dtype) else data.reshape(*shape)
@@ -190,9 +207,11 @@ def keeps_rows(move: Callable[..., Any], args: tuple[Any, ...], out: Any) -> boo
     if data.shape[0] != out.shape[0]:
         return False
     if move is _T.__getitem__ and isinstance(args[1], tuple) and args[1]:
-        first = args[1][0]
-        keeps = first is Ellipsis or (isinstance(first, slice) and first == slice(None))
-        return keeps and not any(isinstance(key, Tensor | list) for key in args[1])
+        first, *others = args[1]
+        # Not an array or a sequence, which puts elements elsewhere; and `...` may stand for no axis at all.
+        plain = all(key is None or key is Ellipsis or isinstance(key, slice | int) for key in others)
+        at_first = first is Ellipsis and sum(isinstance(key, slice | int) for key in others) < data.ndim
+        return plain and (at_first or (isinstance(first, slice) and first == slice(None)))
     return move in _ROW_KEEPING and (move not in _SPREADING or data.ndim == out.ndim)
 
 
@@ -218,9 +237,9 @@ def _takes_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
 def axes_of(args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int) -> list[int]:
     """The axes that a reduction runs over."""
     dims = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
-    if dims is None or isinstance(dims, Tensor | float | str):
+    if not ndim or dims is None or isinstance(dims, Tensor | float | str):
         return list(range(ndim))
-    return sorted({d % max(ndim, 1) for d in ([dims] if isinstance(dims, int) else dims)})
+    return sorted({d % ndim for d in ([dims] if isinstance(dims, int) else dims)})
 
 
 def sorts_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""One operation of a step: a tensor, and what it was made of."""
+"""The operations of a step that were recorded: what each tensor was made of."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debias.tap.moves import ALONG, CASTS, LOOKUPS, MOVES, REDUCTIONS, SORTING, apply_move, axes_of, keeps_rows
+from debias.tap.moves import apply_move, axes_of, keeps_rows, values_read
 
-__all__ = ["CHANGED", "Note", "first_version", "version"]
+__all__ = ["CHANGED", "Note", "Notes", "first_version", "version"]
 
 CHANGED = -3  # no tensor has this version, nor the one after it
 
@@ -40,6 +40,7 @@ class Note:
         func: what made it; None for a root, or where that is unknown.
         args: arguments of that.
         kwargs: keyword arguments of that.
+        kind: what that does to rows (:func:`debias.tap.moves.kind_of`).
         part: which of several results it is.
         sample: the one sample that a root belongs to; None where it has a row for each.
         first: the sample of the first row of a root.
@@ -54,6 +55,7 @@ class Note:
     func: Any = None
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    kind: str | None = None
     part: int | None = None
     sample: int | None = None
     first: int = 0
@@ -62,27 +64,103 @@ class Note:
     index: Callable[[], Tensor | None] | None = None
 
     @property
-    def reduces(self) -> bool:
-        """Whether it was made by reducing axes; `torch.max` of two tensors does not."""
-        return self.func in REDUCTIONS and not (len(self.args) > 1 and isinstance(self.args[1], Tensor))
-
-    @property
     def sources(self) -> list[Tensor]:
         """The tensors whose elements it holds."""
-        if self.func in MOVES or self.func in CASTS or self.reduces or self.func in LOOKUPS:
+        if self.func is None:
+            return []
+        if self.kind in ("move", "cast", "reduction", "lookup"):
             data = self.args[0]
             return [x for x in data if isinstance(x, Tensor)] if isinstance(data, tuple | list) else [data]
-        return [x for x in self.args if isinstance(x, Tensor) and x.ndim and x.shape == self.out.shape]
+        return [x for x in self.operands if x.ndim and x.shape == self.out.shape]
+
+    @property
+    def operands(self) -> list[Tensor]:
+        """The tensors whose values it was computed of."""
+        return [x for x in values_read(self.func, self.args, self.kwargs) if x is not self.out]
 
     @property
     def same_rows(self) -> bool:
-        """Whether row i is made of row i of one other tensor."""
-        if self.reduces or self.func in ALONG:
+        """Whether row i is made of row i of each of its sources."""
+        if self.kind in ("reduction", "along"):
             moved = self.out.ndim == 0 or 0 in axes_of(self.args, self.kwargs, self.args[0].ndim)
         else:
-            moved = self.func in SORTING or (self.func in MOVES and not keeps_rows(self.func, self.args, self.out))
-        return len(self.sources) == 1 and not moved
+            moved = self.kind == "sorting" or (self.kind == "move" and not keeps_rows(self.func, self.args, self.out))
+        return not moved and len(self.sources) > 0
 
     def done_to(self, data: Any) -> Any:
         """What a move makes of other data of the same shape."""
         return apply_move(self.func, self.args, self.kwargs, data, self.part)
+
+
+class Notes:
+    """The notes of one step, and what they say of the tensors: of what each was made."""
+
+    def __init__(self) -> None:
+        self._records: list[Note] = []  # last ones last
+
+    @property
+    def roots(self) -> list[Tensor]:
+        """The tensors of the batch, those of strangers too."""
+        return [note.out for note in self._records if note.func is None]
+
+    def moves(self, tensor: Tensor, source: Tensor) -> list[Note] | None:
+        """The moves that made ``tensor`` of ``source``, first to last; None where it was made in another way."""
+        made: list[Note] = []
+        while tensor is not source:
+            note = self._note(tensor)
+            if len(note.sources) != 1 or note.kind in ("sorting", "reduction"):
+                return None
+            if note.kind == "move":
+                if not isinstance(note.args[0], Tensor):
+                    return None
+                made.append(note)
+            tensor = note.sources[0]
+        return made[::-1]
+
+    def is_of_batch(self, tensor: Tensor) -> bool:
+        """Whether it is a tensor of the batch, or was made of such alone."""
+        return all(note.known for note in self._history(tensor) if not note.sources)
+
+    def is_sorted(self, tensor: Tensor) -> bool:
+        """Whether its rows are in an order of values."""
+        return any(note.kind == "sorting" for note in self._history(tensor))
+
+    def is_changed(self, tensor: Tensor) -> bool:
+        """Whether something was done to it in place that may have put its rows, or their samples, elsewhere."""
+        return any(note.version != version(note.out) for note in self._history(tensor))
+
+    def is_strange(self, tensor: Tensor) -> bool:
+        """Whether it is made of samples that the numbers are not of."""
+        return any(note.loader is not None and not note.known for note in self._history(tensor))
+
+    def loaders_of(self, tensor: Tensor) -> set[int] | None:
+        """Which loaders the rows of a tensor come from, strangers too; None where its origin is unknown."""
+        loaders = [note.loader for note in self._history(tensor) if not note.sources]
+        return None if None in loaders else {loader for loader in loaders if loader is not None}
+
+    def _history(self, tensor: Tensor, through: Callable[[Note], bool] = lambda note: True) -> list[Note]:
+        """The notes of a tensor, and of all that it was made of, each once; only of what ``through`` lets pass."""
+        first = self._note(tensor)
+        if first.func is None:  # as of the batch itself
+            return [first]
+        notes: dict[Tensor, Note] = {}
+        found = [tensor]
+        while found:
+            source = found.pop()
+            if source not in notes:
+                note = notes[source] = self._note(source)
+                found.extend(note.sources if through(note) else ())
+        return list(notes.values())
+
+    def _note(self, tensor: Tensor) -> Note:
+        """How a tensor was made; of one that nobody has recorded, that its origin is unknown."""
+        for note in reversed(self._records):
+            if note.out is tensor:
+                return note
+        return Note(tensor, first_version(tensor))
+
+    def _tracked(self, x: Any) -> bool:
+        for note in reversed(self._records):  # noqa: SIM110 - a loop takes half as long as any(), and each operation asks
+            if note.out is x:
+                return True
+        return False

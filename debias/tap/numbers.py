@@ -21,11 +21,11 @@ class SampleNumbers:
         everything: whether numbers may be read beyond the CPU, too.
     """
 
-    def __init__(self, n: int, *, several: bool, everything: bool) -> None:
+    def __init__(self, n: int, several: bool, everything: bool) -> None:
         self.n = n
         self.several = several
         self.everything = everything
-        self._orders: list[Tensor] = []
+        self._orders: dict[torch.device, Tensor] = {}
 
     def start(self, shape: torch.Size, device: torch.device, sample: int | None = None, first: int = 0) -> Tensor:
         """Sample numbers of a tensor with one row per sample from ``first`` on, or of one of a single sample."""
@@ -49,6 +49,8 @@ class SampleNumbers:
     def without(self, index: Tensor, axes: list[int]) -> Tensor | None:
         """Sample numbers when these axes are gone; None if samples change along them."""
         for axis in reversed(axes):
+            if not index.shape[axis]:
+                return None
             first = index.select(axis, 0)
             still = index.shape[axis] == 1 or index.stride(axis) == 0
             if not still and not (self.reads(index) and torch.equal(index, first.unsqueeze(axis).expand_as(index))):
@@ -60,36 +62,34 @@ class SampleNumbers:
         """The axes along which samples change; each is looked at when it is asked for."""
         return (axis for axis in range(index.ndim) if self.without(index, [axis]) is None)
 
-    def _axis(self, index: Tensor, read: bool | None = None) -> int | None:
+    def _axis(self, index: Tensor) -> int | None:
         """The axis along which the samples lie in the order of the batch, each the same along all other axes."""
         if self.n == 1:
             return index.shape.index(1) if 1 in index.shape else None
         order = self._order(index.device)
         for axis, size in enumerate(index.shape):
             lines = order.view(-1, *[1] * (index.ndim - axis - 1))
-            if size == self.n and self._equal(index, lines.expand(index.shape), read=read, unread=False):
+            if size == self.n and self._equal(index, lines.expand(index.shape), unread=False):
                 return axis
         return None
 
-    def _equal(self, a: Tensor, b: Tensor, *, read: bool | None = None, unread: bool = True) -> bool:
+    def _equal(self, a: Tensor, b: Tensor, *, unread: bool = True) -> bool:
         """Whether numbers are the same; ``unread`` where that takes reading them, and they may not be read."""
         if a is b or a.shape != b.shape:
             return a is b
         first, second = thinned([a, b])
         if first._base is second._base is not None and _layout(first) == _layout(second):
             return True  # views of the same numbers
-        return torch.equal(first, second) if self.reads(a, read) else unread
+        return torch.equal(first, second) if self.reads(a) else unread
 
-    def reads(self, x: Tensor, read: bool | None = None) -> bool:
+    def reads(self, x: Tensor) -> bool:
         """Whether numbers may be read: that waits for the device, so beyond the CPU only in the first step."""
-        return (x.device.type == "cpu" or self.everything) if read is None else read
+        return x.device.type == "cpu" or self.everything
 
     def _order(self, device: torch.device) -> Tensor:
-        for order in self._orders:
-            if order.device == device:
-                return order
-        self._orders.append(torch.arange(self.n, device=device))
-        return self._orders[-1]
+        if device not in self._orders:
+            self._orders[device] = torch.arange(self.n, device=device)
+        return self._orders[device]
 
 
 def _layout(x: Tensor) -> tuple[object, list[int]]:

@@ -20,30 +20,24 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from debias.tap.batches import arranged_rows, roots_of
 from debias.tap.moves import (
-    ALONG,
-    INPLACE,
-    LOOKUPS,
-    MOVES,
-    PACKING,
-    PUTTING,
     REORDERING,
-    SORTING,
     among,
     apply_move,
     axes_of,
+    kind_of,
     looked_up,
     sorts_rows,
     values_read,
 )
-from debias.tap.notes import CHANGED, Note, first_version, version
-from debias.tap.origins import Origins
+from debias.tap.notes import CHANGED, Note, Notes, first_version, version
+from debias.tap.numbers import SampleNumbers
 
 __all__ = ["RowTracker"]
 
-_sorts, _packs, _puts, _is_in_place, _may_reorder = map(among, (SORTING, PACKING, PUTTING, INPLACE, REORDERING))
+_may_reorder = among(REORDERING)
 
 
-class RowTracker(Origins):
+class RowTracker(Notes, SampleNumbers):
     """Records the operations of one step and answers which sample each row of a tensor comes from.
 
     Args:
@@ -73,50 +67,52 @@ class RowTracker(Origins):
         strangers: Sequence[Any] = (),
     ) -> None:
         # Of several loaders, nothing is in "the order of the batch": what is unknown is of any of them.
-        super().__init__(n + sum(more for _, more in joined), several=bool(joined), everything=everything)
+        Notes.__init__(self)
+        SampleNumbers.__init__(self, n + sum(more for _, more in joined), bool(joined), everything)
         self.arranged = arranged
         self.needed = self.mixed = False
         self.guesses = True
-        first = 0
-        for loader, (part, size) in enumerate([(batch, n), *joined]):
-            for x, i in roots_of(part, size):
-                sample = None if i is None else first + i
-                self._records.append(Note(x, version(x), sample=sample, first=first, loader=loader, known=True))
-            first += size
         # Whether as many other samples are in the step, so that a number of rows tells nothing.
         self._ambiguous = self.several
-        for loader, part in enumerate(strangers, 1 + len(joined)):
-            for x, _ in roots_of(part, None):
-                self._records.append(Note(x, version(x), loader=loader))
-                self._ambiguous = self._ambiguous or x.shape[:1] == (self.n,)
+        first = 0
+        for loader, (part, size) in enumerate([(batch, n), *joined, *((part, None) for part in strangers)]):
+            for x, i in roots_of(part, size):
+                sample, known = None if i is None else first + i, size is not None
+                self._records.append(Note(x, version(x), sample=sample, first=first, loader=loader, known=known))
+                self._ambiguous = self._ambiguous or (not known and x.shape[:1] == (self.n,))
+            first += size or 0
 
     # -- recording ---------------------------------------------------------------------------------
 
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Remember one operation; called for every one in :data:`debias.tap.moves.RECORDED`."""
-        if not args or (_sorts(func) and not sorts_rows(func, args, kwargs)):
-            return
-        if _packs(func):
+        kind = kind_of(func)
+        if kind == "packing":
             self.guesses = False
             return
-        if _puts(func):
+        reorders = _may_reorder(func)
+        if not args or not (self.everything or reorders or self._touches(args, kwargs)):
+            return
+        if kind == "sorting" and not sorts_rows(func, args, kwargs):
+            return
+        if kind == "putting":
             self._lose(args[0], out)
             return
         # y.long() may be y itself, as may x.flatten(): then it is no operation.
-        if _is_in_place(func) or out is args[0]:
+        if kind == "in place" or out is args[0]:
             self._in_place(func, args, kwargs, out)
             return
-        if not (self.everything or _may_reorder(func) or self._touches(args, kwargs)):
-            return
-        results = enumerate(out) if isinstance(out, tuple | list) else [(None, out)]
+        if kind == "reduction" and len(values_read(func, args[:2], kwargs)) > 1:  # the maximum of two
+            kind = "elementwise"
         if (key := looked_up(func, args, kwargs)) is not None and self._tracked(key) and self._is_table(args[0]):
-            func, args, kwargs = F.embedding, (key,), {}
-        made = [Note(x, first_version(x), func, args, kwargs, i) for i, x in results if isinstance(x, Tensor)]
+            func, args, kwargs, kind = F.embedding, (key,), {}, "lookup"
+        results = enumerate(out) if isinstance(out, tuple | list) else [(None, out)]
+        made = [Note(x, first_version(x), func, args, kwargs, kind, i) for i, x in results if isinstance(x, Tensor)]
         if not made:
             return
         first = made[0]
         # What is made of something unknown matters where samples may trade places: few networks do that.
-        trades = _may_reorder(func) and args[0].shape[:1] == first.out.shape[:1] == (self.n,) and not first.same_rows
+        trades = reorders and args[0].shape[:1] == first.out.shape[:1] == (self.n,) and not first.same_rows
         if self.everything or trades or any(map(self._tracked, first.sources)):
             self._records.extend(made)
 
@@ -157,7 +153,7 @@ class RowTracker(Origins):
         if self._tracked(target):
             self._note(target).version = CHANGED
             if out is not target:  # as in a compiled graph
-                self._records.append(Note(out, CHANGED, torch.clone, (target,)))
+                self._records.append(Note(out, CHANGED, torch.clone, (target,), kind="cast"))
 
     def _same_rows_as(self, other: Tensor, target: Tensor, key: Any) -> bool:
         """Whether rows fit those of a tensor, or of what of it they are assigned to."""
@@ -186,7 +182,7 @@ class RowTracker(Origins):
         for tensor in (output, *inputs):
             if self.is_sorted(tensor) or self.is_changed(tensor) or self.is_strange(tensor):
                 return False
-            while (note := self._note(tensor)).same_rows:
+            while (note := self._note(tensor)).same_rows and len(note.sources) == 1:
                 tensor = note.sources[0]
             if tensor.shape[:1] != (rows,):
                 continue
@@ -198,7 +194,7 @@ class RowTracker(Origins):
                 self.needed = True
                 return _or_false(index if known or not self.reordered() else None)
         if rows == self.n:
-            return False if self.reordered() else None
+            return False if self._ambiguous or self.reordered() else None
         if self.arranged is None or rows % self.n:
             return False
         return arranged_rows(self.arranged, self.n, rows // self.n, output.device)
@@ -214,20 +210,19 @@ class RowTracker(Origins):
             None if row i is sample i, an int64 tensor shaped like the candidate it was found from, or False if unknown.
         """
         self.mixed = False
-        found_sorted = list(map(self.is_sorted, candidates))
         moves = self.moves(*candidates) if len(candidates) == 2 else None
         # As of `p` and `p.roll(1, 0)`: a loss that compares samples with each other.
         compares = moves is not None and not all(move.same_rows for move in moves)
         if compares or any(map(self.is_changed, candidates)):
             self.mixed = True
             return False
-        candidates = [x for x, is_sorted in zip(candidates, found_sorted, strict=True) if not is_sorted]
-        for tensor in candidates:  # derived from the batch itself
+        unsorted = [x for x in candidates if not self.is_sorted(x)]
+        for tensor in unsorted:  # derived from the batch itself
             if self.is_of_batch(tensor):
                 return None if self.keeps_rows(tensor) else _or_false(self.index(tensor))
-        if any(map(self.is_strange, candidates)):
+        if any(map(self.is_strange, unsorted)):
             return False
-        made = [x for x in candidates if self._note(x).func is not None]
+        made = [x for x in unsorted if self._note(x).func is not None]
         in_order = not self.reordered() if made or rows == self.n else False
         found = [self.index(x) for x in made] if in_order or len(made) == 2 else []
         known = [x for x in found if x is not None]
@@ -239,7 +234,7 @@ class RowTracker(Origins):
         if known and in_order:  # of some tensor with one row per sample, e.g. logits (N, T, C)
             tensor = next(x for x, index in zip(made, found, strict=True) if index is not None)
             return None if self.keeps_rows(tensor) else known[0]
-        if any(found_sorted):
+        if len(unsorted) < len(candidates):
             return False
         if rows == self.n and in_order and not self._ambiguous:
             return None
@@ -249,8 +244,9 @@ class RowTracker(Origins):
 
     def _sums_samples(self, tensor: Tensor) -> bool:
         """Whether it was made by a reduction over samples."""
-        reductions = [note for note in self._history(tensor, lambda note: not note.reduces) if note.reduces]
-        return any(self.index(note.args[0]) is not None and self.index(note.out) is None for note in reductions)
+        history = self._history(tensor, lambda note: note.kind != "reduction")
+        reduced = [note for note in history if note.kind == "reduction"]
+        return any(self.index(note.args[0]) is not None and self.index(note.out) is None for note in reduced)
 
     def _of_inputs(self, rows: int) -> Tensor | None:
         """The numbers of a network's input of so many rows, e.g. of two concatenated views: it keeps them."""
@@ -300,33 +296,33 @@ class RowTracker(Origins):
 
     def _replayed(self, note: Note, index: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """Numbers in the shape of what an operation made, from those of what it was made of."""
-        func, args, kwargs, out = note.func, note.args, note.kwargs, note.out
-        if func in SORTING:
+        kind, args, out = note.kind, note.args, note.out
+        if kind == "sorting":
             return None
-        if not (func in MOVES or func in LOOKUPS or func in ALONG or note.reduces):
+        if kind not in ("move", "lookup", "along", "reduction"):
             return self._in_places(note, index)
         several = isinstance(args[0], tuple | list)
         found = list(map(index, args[0] if several else args[:1]))
         inner = [x for x in found if x is not None]
         if len(inner) < len(found) or self._joins_strangers(note):
             return None
-        if func in MOVES:
+        if kind == "move":
             return note.done_to(inner if several else inner[0])
         (numbers,) = inner
-        if func in LOOKUPS:
+        if kind == "lookup":
             return numbers.view(*numbers.shape, *[1] * (out.ndim - numbers.ndim)).expand(out.shape)
-        left = self.without(numbers, axes_of(args, kwargs, numbers.ndim))
+        left = self.without(numbers, axes_of(args, note.kwargs, numbers.ndim))
         if left is None:
             return None
-        return numbers if func in ALONG else left.reshape(out.shape)
+        return numbers if kind == "along" else left.reshape(out.shape)
 
     def _in_places(self, note: Note, index: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """Numbers of elements each of which was computed of those in its place."""
         sources, shape = note.sources, note.out.shape
-        # Also what is spread over other axes, such as a mask (N, 1); or (N,) over (N, N), of two samples each.
-        read = values_read(note.func, note.args, {})
-        spread = [x for x in read if x.ndim and x.shape != shape and self._tracked(x)]
-        if any(map(self.is_sorted, spread)):
+        # Also what is spread over other axes, such as a mask (N, 1); or (N,) over (N, N), of two samples each; or a
+        # number of one sample.
+        spread = self._spread(note)
+        if any(x.ndim and self.is_sorted(x) for x in spread):
             return None
         found = list(map(index, sources))
         if not all(self._is_constant(x) for x, numbers in zip(sources, found, strict=True) if numbers is None):
@@ -341,21 +337,27 @@ class RowTracker(Origins):
             return None
         return known[0] if known else None
 
-    def reordered(self, *, read: bool | None = None) -> bool:
+    def _spread(self, note: Note) -> list[Tensor]:
+        """What an operation on elements has spread over what it made, of what is followed."""
+        if note.kind != "elementwise":
+            return []
+        return [x for x in note.operands if x.shape != note.out.shape and self._tracked(x)]
+
+    def reordered(self, *, read: bool = False) -> bool:
         """Whether the step has put samples of the batch in another order.
 
         Args:
-            read: look into the numbers where operations alone do not tell, which waits for the device; by default on
-                the CPU, and in the step that records everything.
+            read: from now on numbers may be read where operations alone do not tell, which waits for the device.
         """
+        self.everything = self.everything or read
         if self.several:
             return True
         for note in self._records:
             out = note.out
-            if note.func not in MOVES or note.same_rows or self.n not in out.shape or not self.is_of_batch(out):
+            if note.kind != "move" or note.same_rows or self.n not in out.shape or not self.is_of_batch(out):
                 continue
             index = self.index(out)
-            if index is None or (len(out) == self.n and self._axis(index, read) is None):
+            if index is None or (len(out) == self.n and self._axis(index) is None):
                 return True
         return False
 
@@ -375,12 +377,12 @@ class RowTracker(Origins):
         if not self._tracked(tensor):
             return not tensor.requires_grad and tensor.shape[:1] != (self.n,)
         note = self._note(tensor)
-        made_of = [*note.sources, *values_read(note.func, note.args, {})]
+        made_of = [*note.sources, *(x for x in note.operands if x.ndim)]
         return note.func is not None and all(map(self._is_constant, made_of))
 
     def keeps_rows(self, tensor: Tensor) -> bool:
         """Whether row i of it is known to be of sample i."""
-        return all(map(self._keeps_rows, self._history(tensor, _leaves_rows)))
+        return all(map(self._keeps_rows, self._history(tensor, self._leaves_rows)))
 
     def _keeps_rows(self, note: Note) -> bool:
         """The same of one operation, where it leaves rows where they are in what it is done to."""
@@ -390,9 +392,12 @@ class RowTracker(Origins):
             return note.sample is None and not self.several
         if note.func is None and note.index is None:
             return not self._ambiguous  # of unknown origin, with one row per sample
-        if _leaves_rows(note):
+        if self._leaves_rows(note):
             return True  # no numbers are made for this
         return (index := self.index(note.out)) is not None and self._axis(index) == 0
+
+    def _leaves_rows(self, note: Note) -> bool:
+        return note.same_rows and not self._spread(note)
 
     def _of_rows(self, tensor: Tensor) -> Tensor | None:
         """Sample numbers along the first axis, or None where its origin is unknown or a row is of several samples."""
@@ -406,15 +411,11 @@ class RowTracker(Origins):
             return False
         dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
         known = [self.is_of_batch(x) for x in data]
-        return dim == 0 and any(known) and not all(known)
+        return dim in (0, -note.out.ndim) and any(known) and not all(known)
 
 
 # Constants in which values were looked up, known again in a batch of as many samples.
 _TABLES: Any = WeakTensorKeyDictionary()
-
-
-def _leaves_rows(note: Note) -> bool:
-    return note.same_rows or (len(note.sources) > 1 and note.func not in MOVES)
 
 
 def _or_false(index: Tensor | None) -> Tensor | bool:

@@ -3,6 +3,7 @@
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -506,6 +507,89 @@ def test_a_loss_of_one_number_is_not_divided_by_the_weights_of_the_samples():
         loss = F.cross_entropy(logits[0], YC[0], reduction="sum") / weights.sum()
     with pytest.raises(UntappedLossError, match="nothing of that kind divides it"):
         reaching(tap, loss).multiply(tap.calls)
+
+
+@pytest.mark.parametrize(
+    "key", [np.array([2, 0, 1]), (2, 0, 1), range(3)[::-1], [2, 0, 1]], ids=lambda key: type(key).__name__
+)
+def test_rows_that_are_picked_behind_an_ellipsis(key):
+    """Of a tensor with one axis an ellipsis stands for none."""
+    y = torch.tensor([0, 2, 1])
+    tracker = RowTracker((y,), 3)
+    with LossTap(tracker=tracker):
+        picked = y[..., key]
+    assert tracker.resolve([picked], 3).tolist() == list(key)
+
+
+def test_one_row_behind_an_ellipsis_is_of_one_sample():
+    """Also where it has as many columns as there are samples."""
+    x = torch.randn(3, 3)
+    tracker = RowTracker((x,), 3)
+    with LossTap(tracker=tracker):
+        row = x[..., 1, :]
+    assert tracker.resolve([row], 3).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("dim", [0, -2])
+def test_a_memory_that_is_joined_with_the_batch_is_of_no_sample(dim):
+    """Also where it has as many rows, and the axis is counted from the end."""
+    x, memory = torch.randn(3, 2), torch.randn(3, 2)
+    with LossTap(tracker=RowTracker((x,), 3)) as tap:
+        joined = torch.cat([x, memory], dim=dim)
+        F.mse_loss(nn.Linear(2, 2)(joined), joined)
+    with pytest.raises(RowsError, match=r"shape \(6, 2\)"):
+        _ = tap.calls[0].rows
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda y: torch.add(y, other=y.flip(0)),
+        lambda y: torch.max(y, other=y.flip(0)),
+        lambda y: torch.lerp(y, end=y.flip(0), weight=0.5),
+        lambda y: torch.where(y > 1, input=y, other=y.flip(0)),
+        lambda y: torch.add(y, y.flip(0), out=torch.empty_like(y)),
+        lambda y: y - y[:1],
+        lambda y: y - y[0],
+        lambda y: y.cumprod(0),
+        lambda y: y.cummax(0).values,
+    ],
+    ids=["add", "max", "lerp", "where", "out", "first row", "first sample", "cumprod", "cummax"],
+)
+def test_samples_that_are_mixed_with_each_other_by_name_or_spread(mix):
+    for y in (torch.randn(3, 1), torch.randn(3)):
+        tracker = RowTracker((y,), 3)
+        with LossTap(tracker=tracker):
+            mixed = mix(y)
+        assert tracker.resolve([mixed], 3) is False
+
+
+def test_a_mask_that_is_spread_over_its_rows_leaves_them():
+    y, mask = torch.randn(3, 2), torch.ones(3, 1)
+    tracker = RowTracker((y, mask), 3, everything=False)
+    with LossTap(tracker=tracker):
+        masked = y * mask
+    assert tracker.resolve([masked], 3) is None
+
+
+@pytest.mark.parametrize("reduce", [lambda y: y[0, 0].sum(0), lambda y: y[:, 1:].sum(1), lambda y: y.ravel()])
+def test_what_is_left_of_rows_can_be_followed(reduce):
+    """Of one number, of no columns; and another name of a reshape."""
+    y = torch.randn(3, 1)
+    tracker = RowTracker((y,), 3)
+    with LossTap(tracker=tracker):
+        left = reduce(y)
+    index = tracker.index(left)
+    assert index is None or index.shape == left.shape
+
+
+def test_features_that_may_be_another_loaders_are_of_no_sample():
+    """Where that has as many samples, and what was made of them cannot be followed."""
+    x, other = torch.randn(3, 2), torch.randn(3, 2)
+    tracker = RowTracker(x, 3, strangers=[other])
+    with LossTap(tracker=tracker):
+        features = nn.Linear(2, 2)(given := torch.from_numpy(other.numpy() * 2))
+    assert tracker.of_layer(features, [given]) is False
 
 
 class NoOperations(TorchDispatchMode):
