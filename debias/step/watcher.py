@@ -320,12 +320,12 @@ class Debiaser(StepWatcher):
     def _remember(self) -> None:
         """Keep the state that a new run begins with."""
         if not self._initial and self.module is not None:
-            self._initial = copy.deepcopy(self.module.state_dict())
+            self._initial = _copied(self.module.state_dict())
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the module as it was, and know the method's own state again."""
         if self.engine is not None and self.module is not None:
-            self._left = copy.deepcopy(self.module.state_dict())
+            self._left = _copied(self.module.state_dict())
         super().teardown(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -371,6 +371,10 @@ class Debiaser(StepWatcher):
 def _leader(trainer: Any) -> StepWatcher:
     """The first watcher of a run, which does what is done once."""
     return next(callback for callback in trainer.callbacks if isinstance(callback, StepWatcher))
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.clone() if isinstance(x, Tensor) else copy.deepcopy(x) for name, x in state.items()}
 
 
 def _same(state: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -119,7 +119,7 @@ def mix_parts(
 ) -> list[Tensor]:
     """Give a loss the rows of all parts of the mixture; its losses with each label, before their shares.
 
-    None, where nothing is mixed, or another loss is meant.
+    There are none where nothing is mixed, or another loss is meant.
 
     Args:
         tap: of the step.
@@ -157,7 +157,7 @@ def mix_parts(
         made.append((losses, losses * num_share, den, num_share, labels(call.target), of_rows(source)))
     losses_of, *others = zip(*made, strict=True)
     num, den, record.scale, record.targets, samples = map(torch.cat, others)
-    call.parts = len(made)
+    call.parts, record.own_rows = len(made), index
     record.compute = lambda: (num, den)
     for cached in ("computed", "elements"):
         vars(record).pop(cached, None)
