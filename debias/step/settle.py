@@ -247,20 +247,23 @@ class Settlement:
         (loss, who), n = self.choices[method], self.step.n
         selected = select_calls(self._with_ids(calls, tap, method), loss, who)
         self._check_name(selected, loss, who)
-        if len(selected) > 1 and n is not None and all(height(c) < self._samples_of(c, tap) for c in selected):
+        if len(selected) > 1 and n is not None and all(self._is_of_part(call, tap) for call in selected):
             raise AmbiguousLossError(
                 f"Expected at least one of the losses that `loss={loss!r}` of {who} means to be of all {n} samples"
                 f" of the batch, but got {len(selected)} of {', '.join(str(height(call)) for call in selected[:8])}"
-                f"{', ...' if len(selected) > 8 else ''} rows: means by group of parts of a batch do not add up to"
-                " those of the batch. Join the logits of the parts and compute one loss, or multiply the losses of all"
-                f" samples by masks. {SPLIT}"
+                f"{', ...' if len(selected) > 8 else ''} rows, each of some samples: means by group of parts of a batch"
+                " do not add up to those of the batch. Join the logits of the parts and compute one loss, or multiply"
+                f" the losses of all samples by masks. {SPLIT}"
             )
         return selected
 
-    def _samples_of(self, call: LossCall, tap: LossTap) -> int:
-        """Number of samples of the loaders that a loss is of."""
+    def _is_of_part(self, call: LossCall, tap: LossTap) -> bool:
+        """Whether a loss is of some of its loaders' samples; rows are read beyond the CPU, too, when ``checks``."""
         loaders = tap.loaders_of(call) if self.step.of_several else None
-        return self.step.n or 0 if loaders is None else sum(self.step.followed[i].n or 0 for i in loaders)
+        n = self.step.n or 0 if loaders is None else sum(self.step.followed[i].n or 0 for i in loaders)
+        if height(call) < n or (rows := call.rows) is None:
+            return height(call) < n
+        return (self.checks or rows.device.type == "cpu") and len(rows.unique()) < n
 
     def _check_name(self, selected: list[LossCall], loss: Any, who: str) -> None:
         """Remember which loss stands where ``loss=<index>`` points to."""

@@ -48,6 +48,7 @@ class LossRecord:
         linear: while the head is looked for, the run of the layer that made the logits (:mod:`debias.tap.features`).
         feature_rows: tells the sample of each row of the features.
         targets: of the rows, where samples were mixed; else None.
+        own_rows: sample of each row with its own label, likewise; None where row i is sample i.
     """
 
     compute: Callable[[], tuple[Tensor, Tensor]]
@@ -68,6 +69,7 @@ class LossRecord:
     linear: Any = None
     feature_rows: Callable[[LossCall], Tensor | None] | None = None
     targets: Any = None
+    own_rows: Tensor | None = None
 
     @cached_property
     def computed(self) -> tuple[Tensor, Tensor]:
@@ -200,7 +202,8 @@ class LossCall:
             factor = factor.reshape(record.kept)
             vars(record).pop("rows", None)
         if record.is_sum or record.divisor is not None:
-            over = record.elements[1].sum() / record.over
+            total = record.elements[1].sum()
+            over = (total + (total == 0)) / record.over  # of nothing, the step divides by its guard against 0
             factor = over if factor is None else factor * over
         record.factor = factor
 
@@ -259,10 +262,10 @@ class LossCall:
         rows = self.record.feature_rows
         return rows is None or rows(self) is (self.record.function or self).logits_rows
 
-    @cached_property
+    @property
     def logits_rows(self) -> Tensor | None:
-        """Sample of each row of the logits, with its own label: the first of the :attr:`parts` of :attr:`rows`."""
-        return self.rows if self.parts == 1 or self.rows is None else self.rows[: len(self.rows) // self.parts]
+        """Sample of each row of the logits, with its own label: :attr:`rows`, unless samples were mixed."""
+        return self.rows if self.record.targets is None else self.record.own_rows
 
     def mean(self) -> Tensor:
         """The loss of the global batch; its gradient is this rank's share of it."""

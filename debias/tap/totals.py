@@ -52,6 +52,16 @@ class Total:
         """Whether the weights are still those that were summed up."""
         return torch.compiler.is_compiling() or self.version == version(self.source)
 
+    def is_guarded(self, before: Any, after: Any) -> bool:
+        """Whether a guard against 0 has left it, or what is proportional to it, as it is.
+
+        It may have added a ten-thousandth of one weight, and no more: the weights of a group may be as few.
+        """
+        if before is after or bool((before == 0) | (before == after)):
+            return True
+        weights = 1 if self.is_mean else self.source.count_nonzero()
+        return bool(abs(after - before) * weights <= 1e-4 * abs(before))
+
 
 @dataclass(eq=False)
 class _Made:
@@ -103,8 +113,8 @@ class Totals:
 
     def read_as(self, number: float) -> list[Total]:
         """The sums from which a step has read this number, to guard it against 0 perhaps."""
-        close = [t for x, t in self._read if x == 0 or abs(number - x) <= 1e-4 * abs(x)]
-        return [t for t in dict.fromkeys(close) if t.current and not t.is_mean]
+        read = dict.fromkeys(total for x, total in self._read if total.current and total.is_guarded(x, number))
+        return [total for total in read if not total.is_mean]
 
     def see(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
         """Note what an operation has made of constants; of one in place, see :meth:`changed`."""
@@ -144,8 +154,10 @@ class Totals:
         elif is_product and self._holds(others):
             return
         for note in made:
-            if note.tensor is changed and note.version == before and (is_product or self._is_guarded(func, note)):
-                note.version += 1
+            if note.tensor is changed and note.version == before:
+                weights = note.total.source.to(changed.dtype)
+                it_was = weights.mean() if note.total.is_mean else weights.sum()
+                note.version += is_product or self._leaves(func, it_was, changed, note.total)
 
     def _derive(self, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
         """Note what was made of a total, or of its inverse."""
@@ -160,7 +172,7 @@ class Totals:
         if (total := self._total_in(first)) is not None:
             if _is_inverse(func) or (_is_power(func) and [x for x in others if not isinstance(x, Tensor)] == [-1]):
                 self._note(out, total, inverse=True)
-            elif (scales and out.numel() == 1) or ((_casts(func) or _guards(func)) and self._is_same(first, out)):
+            elif out.numel() == 1 and (scales or self._leaves(func, first, out, total)):
                 self._note(out, total)
         elif (total := self._total_in(first, inverse=True)) is not None and (scales or _moves(func) or _casts(func)):
             self._note(out, total, inverse=True)
@@ -173,17 +185,13 @@ class Totals:
         note = next((note for note in reversed(self._made) if note.tensor is x and note.inverse is inverse), None)
         return note.total if note is not None and note.current else None
 
-    def _is_guarded(self, func: Any, note: _Made) -> bool:
-        source = note.total.source.float()
-        return _guards(func) and self._is_same(source.mean() if note.total.is_mean else source.sum(), note.tensor)
-
-    def _is_same(self, before: Tensor, after: Tensor) -> bool:
-        """Whether a guard against 0, or a cast, has left a total as it is."""
-        if before.device.type != "cpu" and not self._careful:
-            return True
-        if after.dtype == torch.bool:
-            return False
-        return bool(((before == 0) | ((after - before).abs() <= 1e-4 * before.abs())).all())
+    def _leaves(self, func: Any, before: Tensor, after: Tensor, total: Total) -> bool:
+        """Whether a cast, or a guard against 0, has left a total as it is."""
+        reads = before.device.type == "cpu" or self._careful
+        if _casts(func):  # not to a truth value, nor to a whole number that it is not
+            rounded = not reads or bool((before == 0) | ((after - before).abs() <= 1e-4 * before.abs()))
+            return after.dtype != torch.bool and rounded
+        return _guards(func) and (not reads or total.is_guarded(before, after))
 
 
 def _whole(x: Tensor) -> bool:

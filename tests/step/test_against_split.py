@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from debias import IRM, AttributeProbe, Fishr, GroupDRO, GroupMonitor, JustTrainTwice, SampleRecorder, tag
-from debias.errors import DebiasError, LossNotFoundError, RowsError, UntappedLossError
+from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, RowsError, UntappedLossError
 
 N, T, D, C = 8, 3, 4, 3
 G = torch.tensor([0, 1, 0, 1, 1, 0, 0, 0])
@@ -557,6 +557,15 @@ REFUSED: dict[str, tuple[str, Step]] = {
     "over more than the sum": (
         UNDIVIDED, lambda net, x, y, yt, w, k, z: (tokens(net, x, yt) * k).sum() / k.sum().clamp(min=99)
     ),
+    "over a guard that counts in a group": (
+        UNDIVIDED,
+        lambda net, x, y, yt, w, k, z: (
+            lambda many: (tokens(net, x, yt).repeat(1, 400) * many).sum() / (many.sum() + 2e-3)
+        )(k.repeat(1, 400)),
+    ),
+    "over a number with a guard that counts in a group": (
+        UNDIVIDED, lambda net, x, y, yt, w, k, z: (tokens(net, x, yt) * k).sum() / (float(k.sum()) + 1e-3)
+    ),
     "image and text": (
         "mixes samples",
         lambda net, x, y, yt, w, k, z: F.cross_entropy(net(x).mean(1) @ net(x)[:, 0].t(), torch.arange(len(x))),
@@ -690,6 +699,30 @@ def test_what_a_group_would_have_otherwise_is_refused(name):
     options = {"loss": "sum"} if "task" in name or name == "larger of two" else {}
     with pytest.raises((UntappedLossError, RowsError, LossNotFoundError), match=said):
         fit(step, **options)
+
+
+@pytest.mark.parametrize("least", [1, 1e-2])
+def test_a_batch_without_what_its_losses_are_divided_by_trains(least):
+    """Such as one without positives: then the guard against 0 divides, for each group as for all."""
+
+    def step(net, x, y, yt, w, k, z):
+        return losses(net, x, y).sum() / (y > C).sum().clamp(min=least)
+
+    (_, whole), (_, split) = fit(step), fit(step, losses="split")
+    torch.testing.assert_close(whole, split, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("split", [list, lambda x: x.chunk(2)], ids=["sample by sample", "in chunks"])
+def test_losses_of_parts_of_a_batch_do_not_add_up(split):
+    """Each part has as many rows as the batch has samples, but they are of some of these."""
+
+    def step(net, x, y, yt, w, k, z):
+        xs, ys = split(x.repeat(1, 3, 1)), split(yt.repeat(1, 3))
+        return sum(F.cross_entropy(net(a).flatten(0, -2), b.flatten()) for a, b in zip(xs, ys, strict=True)) / len(xs)
+
+    with pytest.raises(AmbiguousLossError, match="to be of all 8 samples of the batch"):
+        fit(step, loss="sum")
+    fit(step, losses="split")
 
 
 def test_as_many_tokens_as_samples():
