@@ -230,17 +230,17 @@ def untapped(lost: list[str], beside: bool) -> DebiasError:
 
 
 def of_batch(call: LossCall, *, manual: bool = False) -> DebiasError:
-    """The error for a loss that is multiplied by a number of the whole batch."""
+    """The error for a loss that is multiplied by a number of the whole batch, or has targets made of it."""
     way = (
         f"use automatic optimisation. There m{SPLIT[1:]}"
         if manual
         else f"return {{'loss': loss, 'losses': per_sample}}, which are taken as they are. {SPLIT}"
     )
     return UntappedLossError(
-        f"Expected what the step multiplies or selects `{call.name}` by to be a constant, or of each sample, but got a"
-        " number that is made of the whole batch (a mean, a maximum, a count, a rank): that of a group is another one,"
-        " so that the loss of a group is not known. Divide a sum by the sum of its weights, `(losses * w).sum() /"
-        f" w.sum()`; or {way}"
+        f"Expected the target of `{call.name}`, and what the step multiplies or selects it by, to be a constant, or of"
+        " each sample, but got a number that is made of the whole batch (a mean, a maximum, a count, a rank, samples"
+        " mixed or moved by a matrix or by `scatter`): that of a group is another one, so that the loss of a group is"
+        f" not known. Divide a sum by the sum of its weights, `(losses * w).sum() / w.sum()`; or {way}"
     )
 
 

@@ -191,10 +191,8 @@ class LossTap(TorchFunctionMode):
 
     def _is_of_whole_batch(self, call: LossCall, weights: list[Tensor]) -> bool:
         """Whether the weights of a loss, or its targets, hold a number of the whole batch."""
-        holds, target, tracker = self._following.batch.holds, call.target, self.tracker
-        # Chosen by rank, or standardised; what a teacher has made may depend on the batch, as the network itself.
-        of_target = target is not None and tracker is not None and holds(target) and tracker.is_of_batch(target)
-        return of_target or holds(weights)
+        batch = self._following.batch
+        return batch.holds(weights) or batch.makes(call.target)
 
     def _is_prediction(self, second: Any, first: Any) -> bool:
         """Whether it is the second argument of a symmetric loss that is the prediction."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from debias.tap.moves import (
@@ -55,8 +55,8 @@ _OF_ITSELF = named("diagonal diag trace")
 # Make constants; where they read a number, it is a size.
 _SHAPED = LIKE | named("arange zeros ones empty eye tril_indices triu_indices")
 # What may be known of a tensor: made of rows of the batch; a number for each two samples, or made of such; made of rows
-# in the order of a value; made of a sum or mean over the batch, with a gradient.
-_OF_ROWS, _OF_PAIRS, _RANKED, _OF_MEAN = "rows", "pairs", "ranked", "mean"
+# in the order of a value; made of a sum or mean over the batch, with a gradient; made by a network.
+_OF_ROWS, _OF_PAIRS, _RANKED, _OF_MEAN, _BY_NETWORK = "rows", "pairs", "ranked", "mean", "network"
 
 
 class WholeBatch:
@@ -117,11 +117,14 @@ class WholeBatch:
         given = tensors_in((read, kwargs)) if looks else [x for x in read if isinstance(x, Tensor)]
         rows = looks and any(map(self._is_made_of_rows, given))
         of_mean = looks and any(self._is(x, _OF_MEAN) for x in given)
+        by_network = looks and any(isinstance(x, nn.Parameter) or self._is(x, _BY_NETWORK) for x in given)
         for x in tensors_in(args[:1] if func is Tensor.__setitem__ else out):
             if x.requires_grad and (of_mean or (rows and func in _DIFFERENTIABLE and not x.ndim)):
                 self._mark(x, _OF_MEAN)  # may be trained; a number as soon as nothing is differentiated any more
             elif (of_mean or self._is_number(func, args, kwargs, given, x, rows)) and func not in _SHAPED:
                 self._numbers.append(x)
+            if by_network:
+                self._mark(x, _BY_NETWORK)
             if rows:
                 self._mark(x, _OF_ROWS)
                 if self._compares(func, args, given, x):
@@ -133,6 +136,15 @@ class WholeBatch:
     def of_pairs(self, *values: Any) -> bool:
         """Whether one has a number for each two samples, such as their similarity; a group alone has fewer."""
         return self.looks and any(self._is(x, _OF_PAIRS) for x in values)
+
+    def makes(self, x: Any) -> bool:
+        """Whether a target is made of the whole batch; what a teacher makes of it may be, as what the network makes.
+
+        Of numbers of pairs it is said elsewhere.
+        """
+        if not self.holds(x) or self.of_pairs(x):
+            return False
+        return not self._is(x, _BY_NETWORK) or (self.tracker is not None and self.tracker.is_of_batch(x))
 
     def _compares(self, func: Any, args: tuple[Any, ...], given: list[Tensor], out: Tensor) -> bool:
         """Whether an operation makes a number for each two samples, or something of such numbers."""

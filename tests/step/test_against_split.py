@@ -191,6 +191,9 @@ RIGHT: dict[str, Step] = {
     "bags in a nested tensor": lambda net, x, y, yt, w, k, z: (
         lambda bags: F.cross_entropy(net(torch.stack([bag.mean(0) for bag in bags.unbind()])), y)
     )(torch.nested.as_nested_tensor([bag[: 1 + int(n)] for bag, n in zip(x, k.sum(1), strict=True)])),
+    "targets of a teacher with BatchNorm": lambda net, x, y, yt, w, k, z: F.cross_entropy(
+        net(x.mean(1)), F.batch_norm(F.linear(x.mean(1), net[0].weight), None, None, training=True).detach().argmax(1)
+    ),
     "the best of several": lambda net, x, y, yt, w, k, z: (tokens(net, x, yt).min(dim=1).values * w).sum() / w.sum(),
     "the better of two": lambda net, x, y, yt, w, k, z: torch.min(losses(net, x, y), tokens(net, x, yt).amax(1)).mean(),
     "parts of one forward pass": lambda net, x, y, yt, w, k, z: fixmatch(net, torch.cat([x, x + 0.1, 2 * x])),
@@ -579,6 +582,19 @@ REFUSED: dict[str, tuple[str, Step]] = {
         lambda net, x, y, yt, w, k, z: (
             lambda sure: (losses(net, x, y) * (sure / sure.mean()).detach()).mean()
         )(net(x).mean(1).softmax(1).amax(1)),
+    ),
+    "mixed by a matrix": (
+        OF_BATCH,
+        lambda net, x, y, yt, w, k, z: (lambda mix: F.cross_entropy(net(mix @ x.mean(1)), mix @ z))(
+            0.6 * torch.eye(len(x)).double() + 0.4 * torch.eye(len(x)).double().roll(1, 0)
+        ),
+    ),
+    "put elsewhere by an operation of no kind": (
+        OF_BATCH,
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(
+            net(torch.linalg.solve(torch.eye(len(x)).double().roll(1, 0), x.mean(1))),
+            torch.linalg.solve(torch.eye(len(x)).double().roll(1, 0), z),
+        ),
     ),
     "samples that are surer than the mean": (
         OF_BATCH,
