@@ -194,6 +194,10 @@ RIGHT: dict[str, Step] = {
     "targets of a teacher with BatchNorm": lambda net, x, y, yt, w, k, z: F.cross_entropy(
         net(x.mean(1)), F.batch_norm(F.linear(x.mean(1), net[0].weight), None, None, training=True).detach().argmax(1)
     ),
+    "times the inverse of their number": lambda net, x, y, yt, w, k, z: 6.0 * ((1.0 / len(x)) * ce(net, x, y, "sum")),
+    "unreduced, times the inverse of their number": lambda net, x, y, yt, w, k, z: (
+        tokens(net, x, yt) * (1.0 / yt.numel())
+    ).sum(),
     "the best of several": lambda net, x, y, yt, w, k, z: (tokens(net, x, yt).min(dim=1).values * w).sum() / w.sum(),
     "the better of two": lambda net, x, y, yt, w, k, z: torch.min(losses(net, x, y), tokens(net, x, yt).amax(1)).mean(),
     "parts of one forward pass": lambda net, x, y, yt, w, k, z: fixmatch(net, torch.cat([x, x + 0.1, 2 * x])),
