@@ -105,9 +105,13 @@ class LossTap(TorchFunctionMode):
         kinds, compiling = _kinds_of(func), torch.compiler.is_compiling()
         evaluated = None if self.training and compiling else self.evaluated  # following predictions would cut the graph
         looks = not compiling and self._following.batch.careful
-        unwatched = not (kinds or looks) and evaluated is None and self.finder is None
-        if unwatched or (args and not compiling and is_irregular(args[0])):
+        if not (kinds or looks) and evaluated is None and self.finder is None:
             return func(*args, **kwargs)
+        if args and not compiling and is_irregular(args[0]):
+            out = func(*args, **kwargs)
+            if self.training:
+                self._following.batch.see(func, (None, *args[1:]), kwargs, out)
+            return out
         if kinds & _LOSS:
             return self._loss(func, args, kwargs)
         if kinds and not args:

@@ -7,6 +7,8 @@ number, unless the operation is known to keep the rows, or gives the same where 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -200,7 +202,11 @@ class WholeBatch:
         if func in PUTTING:  # counts of classes, say; along other axes than the first it is done to each row
             adds = kwargs.get("accumulate", args[-1]) is True
             return adds or (len(args) > 1 and type(args[1]) is int and args[1] == 0)
-        return func not in RECORDED and not _does_the_same_to_parts(func, args, kwargs, out)
+        if func in RECORDED:
+            return False
+        # Something else may have as many rows by chance, such as a window of `stft`.
+        same = functools.partial(_does_the_same_to_parts, func, args, kwargs, out)
+        return not (same(lambda x: True) or same(self._is_made_of_rows))
 
 
 def is_irregular(x: Any) -> bool:
@@ -256,8 +262,13 @@ def _rows_at(tracker: RowTracker, func: Any, args: tuple[Any, ...], rows: list[T
 
 
 @torch.no_grad()
-def _does_the_same_to_parts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
-    """Whether an operation makes each row of the rows in its place: half of them alone give half of the result."""
+def _does_the_same_to_parts(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor, has_rows: Callable[[Tensor], bool]
+) -> bool:
+    """Whether an operation makes each row of the rows in its place: half of them alone give half of the result.
+
+    ``has_rows`` tells which of the tensors with as many rows as the result these are.
+    """
     name = getattr(func, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
     if not out.ndim or len(out) < 2 or in_place or func is torch.autograd.grad:  # whose graph may be used up
@@ -265,12 +276,12 @@ def _does_the_same_to_parts(func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     if torch._C._functorch.is_functorch_wrapped_tensor(out):  # as under vmap, where no value can be looked at
         return True
     half = len(out) // 2
-    size = out.abs().amax() if out.numel() and not out.is_complex() and out.dtype != torch.bool else 0
+    size = out.abs().amax() if out.numel() and out.dtype != torch.bool else 0
     for part in (slice(half), slice(half, None)):
 
         def cut(value: Any, part: slice = part) -> Any:
             if isinstance(value, Tensor):  # a copy, as running means are changed in place
-                return (value[part] if value.ndim and len(value) == len(out) else value).clone()
+                return (value[part] if value.ndim and len(value) == len(out) and has_rows(value) else value).clone()
             return type(value)(map(cut, value)) if type(value) in (tuple, list) else value
 
         try:
@@ -280,6 +291,7 @@ def _does_the_same_to_parts(func: Any, args: tuple[Any, ...], kwargs: dict[str, 
             return False
         if not isinstance(alone, Tensor) or alone.shape != out[part].shape:
             return False
-        if bool(((alone.double() - out[part].double()).abs() > 1e-4 * size).any()):
+        differ = alone != out[part] if out.dtype == torch.bool else (alone - out[part]).abs() > 1e-4 * size
+        if bool(differ.any()):
             return False
     return True

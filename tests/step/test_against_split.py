@@ -198,6 +198,9 @@ RIGHT: dict[str, Step] = {
     "unreduced, times the inverse of their number": lambda net, x, y, yt, w, k, z: (
         tokens(net, x, yt) * (1.0 / yt.numel())
     ).sum(),
+    "spectra": lambda net, x, y, yt, w, k, z: F.l1_loss(
+        net(x).mean(1), torch.stft(x.flatten(1), 8, window=ALPHA.repeat(3)[:N], return_complex=True).abs()[:, 0, :C]
+    ),
     "the best of several": lambda net, x, y, yt, w, k, z: (tokens(net, x, yt).min(dim=1).values * w).sum() / w.sum(),
     "the better of two": lambda net, x, y, yt, w, k, z: torch.min(losses(net, x, y), tokens(net, x, yt).amax(1)).mean(),
     "parts of one forward pass": lambda net, x, y, yt, w, k, z: fixmatch(net, torch.cat([x, x + 0.1, 2 * x])),
@@ -593,6 +596,12 @@ REFUSED: dict[str, tuple[str, Step]] = {
             0.6 * torch.eye(len(x)).double() + 0.4 * torch.eye(len(x)).double().roll(1, 0)
         ),
     ),
+    "mixed by a sparse matrix": (
+        OF_BATCH,
+        lambda net, x, y, yt, w, k, z: (
+            lambda mix: F.cross_entropy(net(torch.sparse.mm(mix, x.mean(1))), torch.sparse.mm(mix, z))
+        )(torch.eye(len(x)).double().roll(1, 0).to_sparse()),
+    ),
     "put elsewhere by an operation of no kind": (
         OF_BATCH,
         lambda net, x, y, yt, w, k, z: F.cross_entropy(
@@ -713,6 +722,7 @@ def test_a_batch_of_as_many_samples_as_classes_has_their_weights_too():
 
 
 @pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch
 @pytest.mark.filterwarnings("ignore:Using a target size")
 def test_what_a_group_would_have_otherwise_is_refused(name):
     said, step = REFUSED[name]
