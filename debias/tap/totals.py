@@ -155,10 +155,8 @@ class Totals:
         elif is_product and self._holds(others):
             return
         for note in made:
-            if note.tensor is changed and note.version == before:
-                weights = note.total.source.to(changed.dtype)
-                it_was = weights.mean() if note.total.is_mean else weights.sum()
-                note.version += is_product or self._leaves(func, it_was, changed, note.total)
+            if note.tensor is changed and note.version == before and (is_product or self._leaves_in_place(func, note)):
+                note.version += 1
 
     def _derive(self, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
         """Note what was made of a total, or of its inverse."""
@@ -185,6 +183,11 @@ class Totals:
         """The total that a tensor is proportional to, or to the inverse of."""
         note = next((note for note in reversed(self._made) if note.tensor is x and note.inverse is inverse), None)
         return note.total if note is not None and note.current else None
+
+    def _leaves_in_place(self, func: Any, note: _Made) -> bool:
+        weights = note.total.source.to(note.tensor.dtype)
+        before = weights.mean() if note.total.is_mean else weights.sum()
+        return self._leaves(func, before, note.tensor, note.total)
 
     def _leaves(self, func: Any, before: Tensor, after: Tensor, total: Total) -> bool:
         """Whether a cast, or a guard against 0, has left a total as it is."""
