@@ -101,8 +101,7 @@ class Totals:
         if len(args) < 2:
             return None
         if _multiplies(func):
-            other = args[1] if args[0] is what else args[0]
-            return _inverse(other) if isinstance(other, float) else self._total_in(other, inverse=True)
+            return self._total_in(args[1] if args[0] is what else args[0], inverse=True)
         if not _divides(func) or args[0] is not what:
             return None
         by = args[1]
@@ -196,12 +195,6 @@ class Totals:
             rounded = not reads or bool((before == 0) | ((after - before).abs() <= 1e-4 * before.abs()))
             return after.dtype != torch.bool and rounded
         return _guards(func) and (not reads or total.is_guarded(before, after))
-
-
-def _inverse(x: float) -> int | None:
-    """The number of which it is the inverse, as in `(1 / len(x)) * losses.sum()`."""
-    number = round(1 / x) if 0 < x < 1 else 0
-    return number if number and abs(x * number - 1) < 1e-12 else None
 
 
 def _whole(x: Tensor) -> bool:

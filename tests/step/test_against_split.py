@@ -194,10 +194,6 @@ RIGHT: dict[str, Step] = {
     "targets of a teacher with BatchNorm": lambda net, x, y, yt, w, k, z: F.cross_entropy(
         net(x.mean(1)), F.batch_norm(F.linear(x.mean(1), net[0].weight), None, None, training=True).detach().argmax(1)
     ),
-    "times the inverse of their number": lambda net, x, y, yt, w, k, z: 6.0 * ((1.0 / len(x)) * ce(net, x, y, "sum")),
-    "unreduced, times the inverse of their number": lambda net, x, y, yt, w, k, z: (
-        tokens(net, x, yt) * (1.0 / yt.numel())
-    ).sum(),
     "spectra": lambda net, x, y, yt, w, k, z: F.l1_loss(
         net(x).mean(1), torch.stft(x.flatten(1), 8, window=ALPHA.repeat(3)[:N], return_complex=True).abs()[:, 0, :C]
     ),
