@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -247,7 +248,7 @@ class Settlement:
         (loss, who), n = self.choices[method], self.step.n
         selected = select_calls(self._with_ids(calls, tap, method), loss, who)
         self._check_name(selected, loss, who)
-        if len(selected) > 1 and n is not None and all(self._is_of_part(call, tap) for call in selected):
+        if len(selected) > 1 and n is not None and self._are_parts(selected, tap):
             raise AmbiguousLossError(
                 f"Expected at least one of the losses that `loss={loss!r}` of {who} means to be of all {n} samples"
                 f" of the batch, but got {len(selected)} of {', '.join(str(height(call)) for call in selected[:8])}"
@@ -257,13 +258,24 @@ class Settlement:
             )
         return selected
 
-    def _is_of_part(self, call: LossCall, tap: LossTap) -> bool:
-        """Whether a loss is of some of its loaders' samples; rows are read beyond the CPU, too, when ``checks``."""
-        loaders = tap.loaders_of(call) if self.step.of_several else None
-        n = self.step.n or 0 if loaders is None else sum(self.step.followed[i].n or 0 for i in loaders)
-        if height(call) < n or (rows := call.rows) is None:
-            return height(call) < n
-        return (self.checks or rows.device.type == "cpu") and len(rows.unique()) < n
+    def _are_parts(self, calls: list[LossCall], tap: LossTap) -> bool:
+        """Whether losses are of parts of the batch: none of all samples of its loaders, nor all of the same samples.
+
+        Rows are read: beyond the CPU in an epoch's first step and on logging steps.
+        """
+        if not self.checks and self.step.module.device.type != "cpu":
+            return False
+        samples: list[Tensor | None] = []
+        for call in calls:
+            loaders = tap.loaders_of(call) if self.step.of_several else None
+            n = self.step.n or 0 if loaders is None else sum(self.step.followed[i].n or 0 for i in loaders)
+            found = None
+            with suppress(RowsError):  # said where a method reads them
+                found = None if call.rows is None else call.rows.unique()
+            if height(call) >= n and (found is None or len(found) == n):
+                return False
+            samples.append(found)
+        return any(x is None or samples[0] is None or not torch.equal(x, samples[0]) for x in samples)
 
     def _check_name(self, selected: list[LossCall], loss: Any, who: str) -> None:
         """Remember which loss stands where ``loss=<index>`` points to."""

@@ -78,10 +78,13 @@ class HeadFinder(Notes):
 
     def match(self, logits: Tensor) -> Run | None:
         """The run of the linear layer whose output the logits are, with its weight and the moves between them."""
-        for note in reversed(self._records):
-            if note.func is F.linear and (moves := self.moves(logits, note.out)) is not None:
-                return Run(note.args[0], note.out, weight=note.args[1], moves=moves)
-        return None
+        out = logits
+        while (note := self._note(out)).func is not F.linear:
+            if len(note.sources) != 1:
+                return None
+            out = note.sources[0]
+        moves = self.moves(logits, out)
+        return None if moves is None else Run(note.args[0], out, weight=note.args[1], moves=moves)
 
     def _with(self, weight: Tensor) -> list[Note]:
         return [note for note in self._records if note.func is F.linear and note.args[1] is weight]

@@ -53,14 +53,16 @@ class Total:
         return torch.compiler.is_compiling() or self.version == version(self.source)
 
     def is_guarded(self, before: Any, after: Any) -> bool:
-        """Whether a guard against 0 has left it, or what is proportional to it, as it is.
+        """Whether a guard against 0 has left it, or what is proportional to it, as it is; of 0 it may make anything.
 
-        It may have added a ten-thousandth of one weight, and no more: the weights of a group may be as few.
+        It may have added about a ten-thousandth of one weight, as a group may hold a single weight.
         """
         if before is after or bool((before == 0) | (before == after)):
             return True
+        if isinstance(before, int | float) and abs(after - before) > 1e-4 * abs(before):  # no value of a tensor is read
+            return False
         weights = 1 if self.is_mean else self.source.count_nonzero()
-        return bool(abs(after - before) * weights <= 1e-4 * abs(before))
+        return bool(abs(after - before) * weights <= 1.01e-4 * abs(before))
 
 
 @dataclass(eq=False)
@@ -191,9 +193,10 @@ class Totals:
     def _leaves(self, func: Any, before: Tensor, after: Tensor, total: Total) -> bool:
         """Whether a cast, or a guard against 0, has left a total as it is."""
         reads = before.device.type == "cpu" or self._careful
-        if _casts(func):  # not to a truth value, nor to a whole number that it is not
-            rounded = not reads or bool((before == 0) | ((after - before).abs() <= 1e-4 * before.abs()))
-            return after.dtype != torch.bool and rounded
+        if after.dtype == torch.bool:
+            return False
+        if _casts(func):  # but to a whole number that it is not
+            return not reads or bool((before == 0) | ((after - before).abs() <= 1e-4 * before.abs()))
         return _guards(func) and (not reads or total.is_guarded(before, after))
 
 

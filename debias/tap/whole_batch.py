@@ -57,8 +57,10 @@ _OF_ITSELF = named("diagonal diag trace")
 # Make constants; where they read a number, it is a size.
 _SHAPED = LIKE | named("arange zeros ones empty eye tril_indices triu_indices")
 # What may be known of a tensor: made of rows of the batch; a number for each two samples, or made of such; made of rows
-# in the order of a value; made of a sum or mean over the batch, with a gradient; made by a network.
-_OF_ROWS, _OF_PAIRS, _RANKED, _OF_MEAN, _BY_NETWORK = "rows", "pairs", "ranked", "mean", "network"
+# in the order of a value; made of a sum or mean over the batch, with a gradient; made of rows that an operation of no
+# known kind has mixed or moved; made by a network.
+_OF_ROWS, _OF_PAIRS, _RANKED, _OF_MEAN = "rows", "pairs", "ranked", "mean"
+_MIXED, _BY_NETWORK = "mixed", "network"
 
 
 class WholeBatch:
@@ -120,13 +122,18 @@ class WholeBatch:
         rows = looks and any(map(self._is_made_of_rows, given))
         of_mean = looks and any(self._is(x, _OF_MEAN) for x in given)
         by_network = looks and any(isinstance(x, nn.Parameter) or self._is(x, _BY_NETWORK) for x in given)
+        mixed = looks and any(self._is(x, _MIXED) for x in given)
+        mixes = rows and (func in PUTTING or func not in RECORDED) and any(x.shape[:1] == (self._n,) for x in given)
         for x in tensors_in(args[:1] if func is Tensor.__setitem__ else out):
             if x.requires_grad and (of_mean or (rows and func in _DIFFERENTIABLE and not x.ndim)):
                 self._mark(x, _OF_MEAN)  # may be trained; a number as soon as nothing is differentiated any more
             elif (of_mean or self._is_number(func, args, kwargs, given, x, rows)) and func not in _SHAPED:
                 self._numbers.append(x)
-            if by_network:
+                mixed = mixed or (mixes and x.shape[:1] == (self._n,))
+            if by_network or func is F.batch_norm:  # whose weights may be plain tensors
                 self._mark(x, _BY_NETWORK)
+            elif mixed:
+                self._mark(x, _MIXED)
             if rows:
                 self._mark(x, _OF_ROWS)
                 if self._compares(func, args, given, x):
@@ -139,14 +146,13 @@ class WholeBatch:
         """Whether one has a number for each two samples, such as their similarity; a group alone has fewer."""
         return self.looks and any(self._is(x, _OF_PAIRS) for x in values)
 
-    def makes(self, x: Any) -> bool:
-        """Whether a target is made of the whole batch; what a teacher makes of it may be, as what the network makes.
-
-        Of numbers of pairs it is said elsewhere.
+    def makes(self, target: Any) -> bool:
+        """Whether a target is made of the whole batch. One that a network computed is allowed; numbers of pairs are
+        refused where rows are found.
         """
-        if not self.holds(x) or self.of_pairs(x):
+        if not self.holds(target) or self.of_pairs(target):
             return False
-        return not self._is(x, _BY_NETWORK) or (self.tracker is not None and self.tracker.is_of_batch(x))
+        return self._is(target, _MIXED) or (self.tracker is not None and self.tracker.is_of_batch(target))
 
     def _compares(self, func: Any, args: tuple[Any, ...], given: list[Tensor], out: Tensor) -> bool:
         """Whether an operation makes a number for each two samples, or something of such numbers."""
@@ -267,7 +273,8 @@ def _does_the_same_to_parts(
 ) -> bool:
     """Whether an operation makes each row of the rows in its place: half of them alone give half of the result.
 
-    ``has_rows`` tells which of the tensors with as many rows as the result these are.
+    Of one whose results are random nothing can be told. ``has_rows`` tells which of the tensors with as many rows as
+    the result these are.
     """
     name = getattr(func, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
@@ -275,11 +282,10 @@ def _does_the_same_to_parts(
         return False
     if torch._C._functorch.is_functorch_wrapped_tensor(out):  # as under vmap, where no value can be looked at
         return True
-    half = len(out) // 2
     size = out.abs().amax() if out.numel() and out.dtype != torch.bool else 0
-    for part in (slice(half), slice(half, None)):
 
-        def cut(value: Any, part: slice = part) -> Any:
+    def gives(part: slice) -> bool | None:
+        def cut(value: Any) -> Any:
             if isinstance(value, Tensor):  # a copy, as running means are changed in place
                 return (value[part] if value.ndim and len(value) == len(out) and has_rows(value) else value).clone()
             return type(value)(map(cut, value)) if type(value) in (tuple, list) else value
@@ -287,11 +293,12 @@ def _does_the_same_to_parts(
         try:
             with torch.random.fork_rng(devices=[out.device] if out.is_cuda else []):
                 alone = func(*map(cut, args), **{key: cut(value) for key, value in kwargs.items()})
-        except Exception:  # whatever it says, it cannot be done to a part
-            return False
+        except Exception:  # whatever it says, it cannot be done again
+            return None
         if not isinstance(alone, Tensor) or alone.shape != out[part].shape:
             return False
         differ = alone != out[part] if out.dtype == torch.bool else (alone - out[part]).abs() > 1e-4 * size
-        if bool(differ.any()):
-            return False
-    return True
+        return not bool(differ.any())
+
+    half = len(out) // 2
+    return all(map(gives, (slice(half), slice(half, None)))) or gives(slice(None)) is False
