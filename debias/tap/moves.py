@@ -97,7 +97,12 @@ def values_read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
 
 
 # Leave every row in its place whenever they keep the number of rows.
-_ROW_KEEPING = named("reshape flatten squeeze unsqueeze unflatten view expand view_as reshape_as expand_as")
+_ROW_KEEPING = named(
+    "reshape flatten squeeze unsqueeze unflatten view expand view_as reshape_as expand_as narrow chunk split"
+    " tensor_split hsplit vsplit dsplit"
+)
+# Take what lies at one place of an axis.
+_PICKING = named("select unbind")
 # Unless they put axes in front of the rows.
 _SPREADING = named("expand expand_as")
 # Move whole rows, unless told of another axis than the first.
@@ -106,9 +111,8 @@ _TURNING = named("flip fliplr flipud roll")
 _TRANSPOSING = frozenset({_T.T.__get__, _T.mT.__get__, _T.H.__get__, _T.mH.__get__})  # type: ignore[attr-defined]
 # Move, drop or repeat elements; only the first argument (or its list) holds data.
 MOVES = (_ROW_KEEPING | _ROW_WISE | _TURNING | _TRANSPOSING) | named(
-    "permute transpose t repeat_interleave chunk split tensor_split unbind movedim swapaxes swapdims narrow select"
-    " masked_select take take_along_dim gather tile repeat moveaxis diagonal rot90 stack hstack vstack __getitem__"
-    " adjoint ravel hsplit vsplit dsplit"
+    "permute transpose t repeat_interleave unbind movedim swapaxes swapdims select masked_select take take_along_dim"
+    " gather tile repeat moveaxis diagonal rot90 stack hstack vstack __getitem__ adjoint ravel"
 )
 # Compute each element from those at the same place; targets and masks are often made with them.
 _IN_PLACES = (
@@ -149,8 +153,11 @@ _PACKING = frozenset({torch._VF._pack_padded_sequence, torch._VF._pad_packed_seq
 # Make a value, or a row of values, of each element of integers.
 _LOOKUPS = frozenset({F.one_hot, F.embedding})
 _looks_up = among(named("index_select gather take __getitem__"))
-# Moves by which steps and networks put rows in another order, not merely axes.
-REORDERING = SORTING | named("__getitem__ flip flipud roll index_select gather take take_along_dim")
+# What steps and networks put rows in another order by, or choose some, and not merely axes.
+REORDERING = SORTING | named(
+    "__getitem__ flip flipud roll index_select gather take take_along_dim masked_select narrow select unbind chunk"
+    " split tensor_split vsplit"
+)
 
 _BY_KIND = {
     "move": MOVES,
@@ -206,6 +213,8 @@ def keeps_rows(move: Callable[..., Any], args: tuple[Any, ...], out: Any) -> boo
         return False
     if data.shape[0] != out.shape[0]:
         return False
+    if move in _PICKING:
+        return len(args) > 1 and args[1] % data.ndim != 0
     if move is _T.__getitem__ and isinstance(args[1], tuple) and args[1]:
         first, *others = args[1]
         # Not an array or a sequence, which puts elements elsewhere; and `...` may stand for no axis at all.

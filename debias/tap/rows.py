@@ -90,7 +90,8 @@ class RowTracker(Notes, SampleNumbers):
         if kind == "packing":
             self.guesses = False
             return
-        reorders = _may_reorder(func)
+        # What is made of something unknown matters where samples may trade places: few networks do that.
+        reorders = _may_reorder(func) and args[0].shape[:1] == (self.n,)
         if not args or not (self.everything or reorders or self._touches(args, kwargs)):
             return
         if kind == "sorting" and not sorts_rows(func, args, kwargs):
@@ -111,9 +112,7 @@ class RowTracker(Notes, SampleNumbers):
         if not made:
             return
         first = made[0]
-        # What is made of something unknown matters where samples may trade places: few networks do that.
-        trades = reorders and args[0].shape[:1] == first.out.shape[:1] == (self.n,) and not first.same_rows
-        if self.everything or trades or any(map(self._tracked, first.sources)):
+        if self.everything or (reorders and not first.same_rows) or any(map(self._tracked, first.sources)):
             self._records.extend(made)
 
     def _touches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -683,6 +683,24 @@ def test_a_batch_of_as_many_samples_as_classes_has_their_weights_too():
     torch.testing.assert_close(trained(), trained(losses="split"), rtol=1e-9, atol=1e-9)
 
 
+def test_a_first_batch_of_one_class_tells_nothing_of_the_next_ones():
+    """Its rows stay where they are, and those of the next ones do not."""
+
+    def step(net: Any, x: Tensor, y: Tensor) -> Tensor:
+        scores = net(x).mean((1, 2))
+        ones, zeros = scores[y == 1], scores[y == 0]
+        labels = torch.cat([torch.ones_like(ones), torch.zeros_like(zeros)])
+        return F.binary_cross_entropy_with_logits(torch.cat([ones, zeros]), labels)
+
+    def trained(**options: Any) -> Tensor:
+        model, y = Model(step), torch.tensor([0, 0, 0, 0, 0, 1, 1, 0])
+        run = trainer(GroupDRO("g", 2, step_size=0.5, **options))
+        run.fit(model, DataLoader(tag(TensorDataset(data()[0], y), g=G), batch_size=4))
+        return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+    torch.testing.assert_close(trained(), trained(losses="split"), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.filterwarnings("ignore:Using a target size")
 def test_what_a_group_would_have_otherwise_is_refused(name):

@@ -592,6 +592,46 @@ def test_features_that_may_be_another_loaders_are_of_no_sample():
     assert tracker.of_layer(features, [given]) is False
 
 
+SELECTED = {
+    "masks": lambda s, y: [s[y == 1], s[y == 0]],
+    "selected by masks": lambda s, y: [s.masked_select(y == 1), s.masked_select(y == 0)],
+    "split": lambda s, y: s.split([1, 3])[::-1],
+    "narrowed": lambda s, y: [s.narrow(0, 2, 2), s.narrow(0, 0, 2)],
+    "unbound": lambda s, y: [row[None] for row in s.unbind()[::-1]],
+    "single": lambda s, y: [s[i : i + 1] for i in (3, 1, 0, 2)],
+}
+
+
+@pytest.mark.parametrize("name", SELECTED)
+def test_parts_of_a_networks_output_are_followed_in_later_steps_too(name):
+    """Also where each part has fewer rows than the batch."""
+    part, x, y = SELECTED[name], torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
+    with LossTap(tracker=RowTracker((x, y), 4, everything=False)) as tap:
+        logits = torch.cat(list(part(nn.Linear(3, 1)(x).squeeze(1), y)))
+        F.binary_cross_entropy_with_logits(logits, torch.ones(4))
+    assert tap.calls[0].rows.tolist() == torch.cat(list(part(torch.arange(4), y))).tolist()
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda h: h.chunk(2, dim=-1),
+        lambda h: h.split(2, 1),
+        lambda h: h.unbind(1),
+        lambda h: h.select(-1, 0),
+        lambda h: h[:, 0],
+        lambda h: h.transpose(0, 1),
+    ],
+)
+def test_later_steps_keep_nothing_of_a_network_that_keeps_its_rows(part):
+    x = torch.randn(4, 3)
+    with LossTap(tracker=RowTracker((x,), 4, everything=False)):
+        h = nn.Linear(3, 6)(x)
+        made, kept = part(h), weakref.ref(h)
+        del h, made
+        assert kept() is None
+
+
 class NoOperations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         raise AssertionError(f"{func} was computed")
