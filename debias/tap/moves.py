@@ -35,6 +35,7 @@ __all__ = [
     "kind_of",
     "looked_up",
     "named",
+    "puts_rows",
     "read_arguments",
     "sorts_rows",
     "thinned",
@@ -107,7 +108,7 @@ _PICKING = named("select unbind")
 _SPREADING = named("expand expand_as")
 # Move whole rows, unless told of another axis than the first.
 _ROW_WISE = named("index_select cat concat concatenate")
-_TURNING = named("flip fliplr flipud roll")
+_TURNING = named("flip fliplr flipud roll __reversed__") | {torch.fft.fftshift, torch.fft.ifftshift}
 _TRANSPOSING = frozenset({_T.T.__get__, _T.mT.__get__, _T.H.__get__, _T.mH.__get__})  # type: ignore[attr-defined]
 # Move, drop or repeat elements; only the first argument (or its list) holds data.
 MOVES = (_ROW_KEEPING | _ROW_WISE | _TURNING | _TRANSPOSING) | named(
@@ -134,10 +135,16 @@ CHANGING = frozenset(
     for name in dir(_T)
     if name in ("__setitem__", "set_data") or re.fullmatch("[a-z].*[^_]_|__i(add|sub|mul|truediv|and|or|pow)__", name)
 ) - {_T.requires_grad_}
-# Put elements elsewhere in place: after them nobody knows where a row is.
-PUTTING = named(
-    "copy_ put_ index_put_ index_copy_ index_add_ index_reduce_ masked_scatter_ scatter_ scatter_add_ scatter_reduce_"
-    " transpose_ t_ swapaxes_ swapdims_ resize_"
+# Put elements elsewhere along an axis: to each row by itself, if that is not the first one.
+_PUTTING_ALONG = named(
+    "scatter scatter_add scatter_reduce index_copy index_add index_reduce select_scatter slice_scatter", "{} {}_"
+)
+_puts_along = among(_PUTTING_ALONG)
+# Put elements elsewhere: after them nobody knows where a row is.
+PUTTING = (
+    _PUTTING_ALONG
+    | named("put index_put masked_scatter diagonal_scatter", "{} {}_")
+    | named("transpose_ t_ swapaxes_ swapdims_ resize_")
 )
 SUM, MEAN = named("sum"), named("mean")
 PRODUCT = functions("mul multiply")
@@ -154,16 +161,21 @@ _PACKING = frozenset({torch._VF._pack_padded_sequence, torch._VF._pad_packed_seq
 _LOOKUPS = frozenset({F.one_hot, F.embedding})
 _looks_up = among(named("index_select gather take __getitem__"))
 # What steps and networks put rows in another order by, or choose some, and not merely axes.
-REORDERING = SORTING | named(
-    "__getitem__ flip flipud roll index_select gather take take_along_dim masked_select narrow select unbind chunk"
-    " split tensor_split vsplit"
+REORDERING = (
+    SORTING
+    | PUTTING
+    | _TURNING
+    | named(
+        "__getitem__ index_select gather take take_along_dim masked_select narrow select unbind chunk split"
+        " tensor_split vsplit"
+    )
 )
 
 _BY_KIND = {
     "move": MOVES,
     "cast": CASTS,
     "elementwise": ELEMENTWISE,
-    "in place": INPLACE,
+    "in place": INPLACE | {_T.copy_},
     "putting": PUTTING,
     "packing": _PACKING,
     "reduction": REDUCTIONS,
@@ -249,6 +261,13 @@ def axes_of(args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int) -> list[in
     if not ndim or dims is None or isinstance(dims, Tensor | float | str):
         return list(range(ndim))
     return sorted({d % ndim for d in ([dims] if isinstance(dims, int) else dims)})
+
+
+def puts_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether what puts elements elsewhere may put them into other rows."""
+    place = 2 if func.__name__ in ("select_scatter", "slice_scatter") else 1
+    dim = args[place] if len(args) > place else kwargs.get("dim", 0)
+    return not (_puts_along(func) and isinstance(dim, int) and dim % max(args[0].ndim, 1))
 
 
 def sorts_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

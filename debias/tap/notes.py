@@ -11,8 +11,9 @@ from torch import Tensor
 
 from debias.tap.moves import apply_move, axes_of, keeps_rows, values_read
 
-__all__ = ["CHANGED", "Note", "Notes", "first_version", "version"]
+__all__ = ["CHANGED", "LOST", "Note", "Notes", "first_version", "version"]
 
+LOST = ("sorting", "putting")  # kinds after which nobody knows where a row is
 CHANGED = -3  # no tensor has this version, nor the one after it
 
 
@@ -84,7 +85,7 @@ class Note:
         if self.kind in ("reduction", "along"):
             moved = self.out.ndim == 0 or 0 in axes_of(self.args, self.kwargs, self.args[0].ndim)
         else:
-            moved = self.kind == "sorting" or (self.kind == "move" and not keeps_rows(self.func, self.args, self.out))
+            moved = self.kind in LOST or (self.kind == "move" and not keeps_rows(self.func, self.args, self.out))
         return not moved and len(self.sources) > 0
 
     def done_to(self, data: Any) -> Any:
@@ -108,7 +109,7 @@ class Notes:
         made: list[Note] = []
         while tensor is not source:
             note = self._note(tensor)
-            if len(note.sources) != 1 or note.kind in ("sorting", "reduction"):
+            if len(note.sources) != 1 or note.kind in (*LOST, "reduction"):
                 return None
             if note.kind == "move":
                 if not isinstance(note.args[0], Tensor):
@@ -121,9 +122,9 @@ class Notes:
         """Whether it is a tensor of the batch, or was made of such alone."""
         return all(note.known for note in self._history(tensor) if not note.sources)
 
-    def is_sorted(self, tensor: Tensor) -> bool:
-        """Whether its rows are in an order of values."""
-        return any(note.kind == "sorting" for note in self._history(tensor))
+    def is_lost(self, tensor: Tensor) -> bool:
+        """Whether its rows are in an order of values, or were put elsewhere."""
+        return any(note.kind in LOST for note in self._history(tensor))
 
     def is_changed(self, tensor: Tensor) -> bool:
         """Whether something was done to it in place that may have put its rows, or their samples, elsewhere."""

@@ -317,7 +317,7 @@ def _trusted(call: LossCall) -> list[Tensor]:
 
 def _first_by_position(func: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of ``torch.squeeze(input=x, dim=1)`` and its like with what the operation is done to in front."""
-    names = ("condition", "input", "other") if func is torch.where else ("input", "tensors", "tensor")
+    names = ("condition", "input", "other") if func is torch.where else ("input", "tensors", "tensor", "x")
     first = [name for name in names if name in kwargs]
     return tuple(kwargs[name] for name in first), {k: v for k, v in kwargs.items() if k not in first}
 

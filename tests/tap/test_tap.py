@@ -442,6 +442,7 @@ ELSEWHERE = {
     "into a new tensor": _filled(ORDER, lambda y: y),
     "a row in each column": lambda y: _put((slice(None), slice(4)), lambda z: y.double())(F.one_hot(y, 4).double()),
     "of a memory": _put(slice(2), lambda y: torch.tensor([3, 3])),
+    "of a tensor, in another order": _put(ORDER, lambda y: torch.tensor([3, 3, 0, 1])),
 }
 IN_PLACE = {
     "some": _put(FEW, lambda y: y[FEW]),
@@ -466,6 +467,34 @@ def test_rows_that_are_assigned(name, inference):
             return
         with pytest.raises(RowsError, match="mixes samples with each other"):
             tap.calls[0].rows  # noqa: B018
+
+
+def test_a_column_of_unknown_origin_is_of_the_rows_that_it_is_assigned_to():
+    y = torch.arange(4)
+    tracker = RowTracker((y,), 4)
+    with LossTap(tracker=tracker):
+        target = F.one_hot(y[ORDER], 4)
+        target[:, 0] = torch.tensor([3, 3, 0, 1])
+    assert tracker.resolve([target], 4)[:, 0].tolist() == ORDER.tolist()
+
+
+@pytest.mark.parametrize(
+    ("put", "known"),
+    [
+        (lambda y: torch.zeros(4, 4).scatter_(1, y[:, None], 1.0), True),
+        (lambda y: torch.zeros(4, 4).scatter(1, y[:, None], 1.0), True),
+        (lambda y: (y[:, None] + torch.zeros(4, 4)).scatter(0, y.argsort()[:, None], 1.0), False),
+        (lambda y: torch.zeros_like(y).index_copy_(0, y.argsort(), y), False),
+        (lambda y: torch.fft.fftshift(x=y), False),
+    ],
+)
+def test_rows_that_are_put_elsewhere_in_a_compiled_step(put, known):
+    torch.compiler.reset()
+    y = torch.tensor([0, 2, 3, 1])
+    tracker = RowTracker((y,), 4)
+    with LossTap(tracker=tracker):
+        made = torch.compile(put, backend="eager")(y)
+    assert (tracker.resolve([made], 4) is None) == known
 
 
 def test_unknown_rows_are_an_error_with_both_shapes():
