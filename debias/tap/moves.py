@@ -141,10 +141,9 @@ _PUTTING_ALONG = named(
 )
 _puts_along = among(_PUTTING_ALONG)
 # Put elements elsewhere: after them nobody knows where a row is.
-PUTTING = (
-    _PUTTING_ALONG
-    | named("put index_put masked_scatter diagonal_scatter", "{} {}_")
-    | named("transpose_ t_ swapaxes_ swapdims_ resize_")
+PUTTING = _PUTTING_ALONG | named(
+    "put index_put masked_scatter diagonal_scatter put_ index_put_ masked_scatter_ transpose_ t_ swapaxes_ swapdims_"
+    " resize_"
 )
 SUM, MEAN = named("sum"), named("mean")
 PRODUCT = functions("mul multiply")
@@ -160,16 +159,12 @@ _PACKING = frozenset({torch._VF._pack_padded_sequence, torch._VF._pad_packed_seq
 # Make a value, or a row of values, of each element of integers.
 _LOOKUPS = frozenset({F.one_hot, F.embedding})
 _looks_up = among(named("index_select gather take __getitem__"))
-# What steps and networks put rows in another order by, or choose some, and not merely axes.
-REORDERING = (
-    SORTING
-    | PUTTING
-    | _TURNING
-    | named(
-        "__getitem__ index_select gather take take_along_dim masked_select narrow select unbind chunk split"
-        " tensor_split vsplit"
-    )
+_CHOOSING = named(
+    "__getitem__ index_select gather take take_along_dim masked_select narrow select unbind chunk split tensor_split"
+    " vsplit"
 )
+# What steps and networks put rows in another order by, or choose some, and not merely axes.
+REORDERING = SORTING | PUTTING | _TURNING | _CHOOSING
 
 _BY_KIND = {
     "move": MOVES,

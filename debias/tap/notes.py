@@ -134,6 +134,11 @@ class Notes:
         """Whether it is made of samples that the numbers are not of."""
         return any(note.loader is not None and not note.known for note in self._history(tensor))
 
+    def is_blank(self, tensor: Tensor) -> bool:
+        """Whether nothing of the batch is in it, nor anything that is learned: it was made to be filled."""
+        leaves = [note for note in self._history(tensor) if note.func is None]
+        return not any(x.known or x.index or x.loader is not None or x.out.requires_grad for x in leaves)
+
     def loaders_of(self, tensor: Tensor) -> set[int] | None:
         """Which loaders the rows of a tensor come from, strangers too; None where its origin is unknown."""
         loaders = [note.loader for note in self._history(tensor) if not note.sources]

@@ -178,7 +178,7 @@ class RowTracker(Notes, SampleNumbers):
         others = self.index(other, None if rows is None or self._tracked(other) else self.by_row(rows))
         if rows is None or others is None:
             spread = key is None and other.shape[:1] != target.shape[:1]
-            return spread or (self._is_blank(target) and not self.is_of_batch(other))
+            return spread or (self.is_blank(target) and not self.is_of_batch(other))
         if key is not None:
             rows = apply_move(Tensor.__getitem__, (target, key), {}, rows, None)
         return others.ndim <= rows.ndim and self._equal(rows, others.expand(rows.shape))
@@ -257,6 +257,13 @@ class RowTracker(Notes, SampleNumbers):
         if self.guesses and (rows != self.n or self.several) and (inputs := self._of_inputs(rows)) is not None:
             return _or_false(self.index(made[0], inputs) if made else inputs)
         return False
+
+    def compares(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether rows of the first of these tensors are known to stand beside rows of other samples."""
+        self.mixed = False
+        known = [self._of_rows(x) for i, x in enumerate(tensors) if i == 0 or self._tracked(x)]
+        same = [x is None or known[0] is None or x.shape != known[0].shape or self._equal(known[0], x) for x in known]
+        return self.mixed or not all(same)
 
     def _sums_samples(self, tensor: Tensor) -> bool:
         """Whether it was made by a reduction over samples."""
@@ -396,11 +403,6 @@ class RowTracker(Notes, SampleNumbers):
         note = self._note(tensor)
         made_of = [*note.sources, *(x for x in note.operands if x.ndim)]
         return note.func is not None and note.kind != "putting" and all(map(self._is_constant, made_of))
-
-    def _is_blank(self, tensor: Tensor) -> bool:
-        """Whether nothing of the batch is in it, nor anything that is learned: it was made to be filled."""
-        leaves = [note for note in self._history(tensor) if note.func is None]
-        return not any(x.known or x.index or x.loader is not None or x.out.requires_grad for x in leaves)
 
     def keeps_rows(self, tensor: Tensor) -> bool:
         """Whether row i of it is known to be of sample i."""

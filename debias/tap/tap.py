@@ -161,6 +161,8 @@ class LossTap(TorchFunctionMode):
             return losses, losses.new_ones(()) if reduction in ("none", "sum") else LOSSES[func](losses, given)
 
         of_pairs = self._following.batch.of_pairs(*tensors)
+        if func.__name__ in COMPARING and self.tracker is not None:
+            of_pairs = of_pairs or self.tracker.compares(tensors)
         rows = {"of_pairs": of_pairs, "along_first": reduction == "batchmean"}
         call = self._call(func.__name__, prediction, arguments.get(labels), compute, **rows)
         call.arguments = {k: v for k, v in arguments.items() if k in FORM and v is not None}
@@ -271,7 +273,7 @@ class LossTap(TorchFunctionMode):
         Args:
             call: the loss.
             shape: of the losses.
-            of_pairs: it reads a number for each two samples.
+            of_pairs: it reads a number for each two samples, or rows of several.
             along_first: it is divided by the length of its first axis, so that samples have to lie along that.
             of: the tensor that tells their rows, where that is neither its target nor its logits.
         """

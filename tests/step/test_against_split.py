@@ -179,6 +179,16 @@ def spread(rank: Tensor, x: Tensor) -> Tensor:
 
 
 RIGHT: dict[str, Step] = {
+    "a triple in each sample": lambda net, x, y, yt, w, k, z: F.triplet_margin_loss(*net(x).unbind(1)),
+    "triples through the network one by one": lambda net, x, y, yt, w, k, z: F.triplet_margin_loss(
+        net(x[:, 0]), net(x[:, 1]), net(x[:, 2])
+    ),
+    "triples through the network at once": lambda net, x, y, yt, w, k, z: F.triplet_margin_loss(
+        *net(torch.cat([x[:, 0], x[:, 1], x[:, 2]])).chunk(3)
+    ),
+    "a pair in each sample, ranked": lambda net, x, y, yt, w, k, z: F.margin_ranking_loss(
+        net(x)[:, 0, 0], net(x)[:, 1, 0], torch.sign(w - 0.6)
+    ),
     "classes put into constants that were cast": lambda net, x, y, yt, w, k, z: F.cross_entropy(
         net(x).mean(1), torch.zeros(len(y), C).double().scatter_(1, y[:, None], 1.0)
     ),
@@ -374,6 +384,22 @@ RIGHT: dict[str, Step] = {
 UNDIVIDED, OF_BATCH, BENT = "by what it runs over", "made of the whole batch", "to be linear"
 NOT_FOLLOWED, MIXED = "cannot be followed", "mixes samples"
 REFUSED: dict[str, tuple[str, Step]] = {
+    "negatives of the next sample": (
+        MIXED,
+        lambda net, x, y, yt, w, k, z: (lambda h: F.triplet_margin_loss(h, net(x)[:, 0], h.roll(1, 0)))(net(x)[:, 1]),
+    ),
+    "positives by an index": (
+        MIXED,
+        lambda net, x, y, yt, w, k, z: (
+            lambda h: F.triplet_margin_loss(h, h[(torch.arange(len(h)) + 1) % len(h)], net(x)[:, 1])
+        )(net(x)[:, 0]),
+    ),
+    "one half ranked against the other": (
+        MIXED,
+        lambda net, x, y, yt, w, k, z: (
+            lambda h, n: F.margin_ranking_loss(h[:n], h[n : 2 * n], torch.ones(n).double())
+        )(net(x).mean((1, 2)), len(x) // 2),
+    ),
     **{
         f"put elsewhere by {name}": (NOT_FOLLOWED, lambda net, x, y, yt, w, k, z, how=how: put(net, x, y, w, how))
         for name, how in {
