@@ -72,8 +72,7 @@ class RowTracker(Notes, SampleNumbers):
         Notes.__init__(self)
         SampleNumbers.__init__(self, n + sum(more for _, more in joined), bool(joined), everything)
         self.arranged = arranged
-        self.needed = self.mixed = False
-        self._put = False  # whether rows of the batch were put elsewhere
+        self.needed = self.mixed = self._put = False  # the last: whether rows of the batch were put elsewhere
         self.guesses = True
         # Whether as many other samples are in the step, so that a number of rows tells nothing.
         self._ambiguous = self.several
@@ -151,10 +150,11 @@ class RowTracker(Notes, SampleNumbers):
             self._lose(func, args, kwargs, out)
             return
         if not tracked:
-            if key is None or not any(map(self.is_of_batch, others)):
+            known = key is not None and target.shape[:1] == (self.n,)
+            if not (known or isinstance(key, Tensor)) or not any(map(self.is_of_batch, others)):
                 return
-            note = Note(target, version(target), known=target.shape[:1] == (self.n,))
-            self._records.append(note)  # to be filled with rows of the batch
+            note = Note(target, version(target), known=known)  # to be filled with rows of the batch
+            self._records.append(note)
         # Masks and weights of unknown origin are taken for rows of the batch, as other operands are.
         for x in others:
             if not self._same_rows_as(x, target, tuple(map(slice, x.shape)) if puts else key):
@@ -163,9 +163,11 @@ class RowTracker(Notes, SampleNumbers):
     def _lose(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """From now on the rows of what an operation has made, or changed, are unknown."""
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        if all(map(self._is_constant, given)):
+        compiled = torch.compiler.is_compiling()  # then no history can be looked at
+        of_batch = any(map(self._tracked if compiled else self.is_of_batch, given))
+        if not of_batch and (compiled or all(map(self._is_constant, given))):
             return
-        self._put = self._put or (self.n in args[0].shape and any(map(self.is_of_batch, given)))
+        self._put = self._put or (of_batch and self.n in args[0].shape)
         for x in (out, args[0]) if _changes(func) else (out,):  # two of one, in a compiled graph
             if isinstance(x, Tensor):
                 self._records.append(Note(x, first_version(x), func, kind="putting"))

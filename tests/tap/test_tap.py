@@ -661,6 +661,16 @@ def test_later_steps_keep_nothing_of_a_network_that_keeps_its_rows(part):
         assert kept() is None
 
 
+def test_inputs_that_are_put_together_time_first_leave_a_layers_rows():
+    x, steps = torch.randn(4, 3, 2), torch.zeros(3, 4, 2)
+    tracker = RowTracker((x,), 4)
+    with LossTap(tracker=tracker):
+        for t in range(3):
+            steps[t] = x[:, t]
+        output = nn.GRU(2, 5)(steps)[1].squeeze(0)
+    assert tracker.of_layer(output, [steps]) is None
+
+
 class NoOperations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         raise AssertionError(f"{func} was computed")
