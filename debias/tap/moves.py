@@ -17,6 +17,7 @@ __all__ = [
     "DIVISION",
     "ELEMENTWISE",
     "INPLACE",
+    "JOINING",
     "LIKE",
     "MEAN",
     "MOVES",
@@ -97,17 +98,18 @@ def values_read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
     return [x for x in (*read_arguments(func, args), *by_name) if isinstance(x, Tensor)]
 
 
+JOINING = named("cat concat concatenate")
 # Leave every row in its place whenever they keep the number of rows.
 _ROW_KEEPING = named(
     "reshape flatten squeeze unsqueeze unflatten view expand view_as reshape_as expand_as narrow chunk split"
-    " tensor_split hsplit vsplit dsplit"
+    " tensor_split hsplit vsplit dsplit cat concat concatenate"
 )
 # Take what lies at one place of an axis.
 _PICKING = named("select unbind")
 # Unless they put axes in front of the rows.
 _SPREADING = named("expand expand_as")
 # Move whole rows, unless told of another axis than the first.
-_ROW_WISE = named("index_select cat concat concatenate")
+_ROW_WISE = JOINING | named("index_select")
 _TURNING = named("flip fliplr flipud roll __reversed__") | {torch.fft.fftshift, torch.fft.ifftshift}
 _TRANSPOSING = frozenset({_T.T.__get__, _T.mT.__get__, _T.H.__get__, _T.mH.__get__})  # type: ignore[attr-defined]
 # Move, drop or repeat elements; only the first argument (or its list) holds data.
@@ -164,7 +166,7 @@ _CHOOSING = named(
     " vsplit"
 )
 # What steps and networks put rows in another order by, or choose some, and not merely axes.
-REORDERING = SORTING | PUTTING | _TURNING | _CHOOSING
+REORDERING = SORTING | PUTTING | _TURNING | _CHOOSING | JOINING
 
 _BY_KIND = {
     "move": MOVES,

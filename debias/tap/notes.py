@@ -84,8 +84,11 @@ class Note:
         """Whether row i is made of row i of each of its sources."""
         if self.kind in ("reduction", "along"):
             moved = self.out.ndim == 0 or 0 in axes_of(self.args, self.kwargs, self.args[0].ndim)
+        elif self.kind == "move":  # of what is joined, as many as there are in the first
+            data = self.args[0][:1] if isinstance(self.args[0], tuple | list) else self.args[:1]
+            moved = not keeps_rows(self.func, (*data, *self.args[1:]), self.out)
         else:
-            moved = self.kind in LOST or (self.kind == "move" and not keeps_rows(self.func, self.args, self.out))
+            moved = self.kind in LOST
         return not moved and len(self.sources) > 0
 
     def done_to(self, data: Any) -> Any:

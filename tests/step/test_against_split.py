@@ -179,6 +179,13 @@ def spread(rank: Tensor, x: Tensor) -> Tensor:
 
 
 RIGHT: dict[str, Step] = {
+    "in chunks": lambda net, x, y, yt, w, k, z: ce(lambda x: torch.cat([net(part) for part in x.chunk(3)]), x, y),
+    "each class by itself, with its labels": lambda net, x, y, yt, w, k, z: F.cross_entropy(
+        torch.cat([net(x[y == c]).mean(1) for c in range(C)]), torch.cat([y[y == c] for c in range(C)])
+    ),
+    "constant labels in two parts": lambda net, x, y, yt, w, k, z: F.binary_cross_entropy_with_logits(
+        net(x).mean((1, 2)), torch.cat([torch.ones(len(x) - 3), torch.ones(3)]).double()
+    ),
     "a triple in each sample": lambda net, x, y, yt, w, k, z: F.triplet_margin_loss(*net(x).unbind(1)),
     "triples through the network one by one": lambda net, x, y, yt, w, k, z: F.triplet_margin_loss(
         net(x[:, 0]), net(x[:, 1]), net(x[:, 2])
@@ -384,6 +391,20 @@ RIGHT: dict[str, Step] = {
 UNDIVIDED, OF_BATCH, BENT = "by what it runs over", "made of the whole batch", "to be linear"
 NOT_FOLLOWED, MIXED = "cannot be followed", "mixes samples"
 REFUSED: dict[str, tuple[str, Step]] = {
+    "each class by itself, with constant labels": (
+        NOT_FOLLOWED,
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(
+            torch.cat([net(x[y == c]).mean(1) for c in range(C)]),
+            torch.cat([torch.full(((y == c).sum(),), c) for c in range(C)]),
+        ),
+    ),
+    "some samples beside some of a memory": (
+        NOT_FOLLOWED,
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(
+            torch.cat([net(x[:5]).mean(1), net(torch.zeros(len(x) - 5, T, D).double()).mean(1)]),
+            torch.cat([y[:5], torch.zeros(len(x) - 5).long()]),
+        ),
+    ),
     "negatives of the next sample": (
         MIXED,
         lambda net, x, y, yt, w, k, z: (lambda h: F.triplet_margin_loss(h, net(x)[:, 0], h.roll(1, 0)))(net(x)[:, 1]),

@@ -641,6 +641,16 @@ def test_parts_of_a_networks_output_are_followed_in_later_steps_too(name):
     assert tap.calls[0].rows.tolist() == torch.cat(list(part(torch.arange(4), y))).tolist()
 
 
+@pytest.mark.parametrize("everything", [True, False])
+def test_outputs_for_parts_of_the_batch_that_are_joined_are_of_unknown_rows(everything):
+    net, x, y = nn.Linear(3, 1), torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
+    with LossTap(tracker=RowTracker((x, y), 4, everything=everything)) as tap:
+        logits = torch.cat([net(x[y == 1]), net(x[y == 0])])
+        F.binary_cross_entropy_with_logits(logits, torch.tensor([[1.0], [1.0], [0.0], [0.0]]))
+    with pytest.raises(RowsError, match="cannot be followed"):
+        tap.calls[0].rows  # noqa: B018
+
+
 @pytest.mark.parametrize(
     "part",
     [
@@ -649,6 +659,7 @@ def test_parts_of_a_networks_output_are_followed_in_later_steps_too(name):
         lambda h: h.unbind(1),
         lambda h: h.select(-1, 0),
         lambda h: h[:, 0],
+        lambda h: torch.cat([h, h], 1),
         lambda h: h.transpose(0, 1),
     ],
 )
