@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debias.tap.moves import apply_move, axes_of, keeps_rows, values_read
+from debias.tap.moves import JOINING, apply_move, axes_of, keeps_rows, values_read
 
 __all__ = ["CHANGED", "LOST", "Note", "Notes", "first_version", "version"]
 
@@ -136,6 +136,10 @@ class Notes:
     def is_strange(self, tensor: Tensor) -> bool:
         """Whether it is made of samples that the numbers are not of."""
         return any(note.loader is not None and not note.known for note in self._history(tensor))
+
+    def is_joined(self, tensor: Tensor) -> bool:
+        """Whether it was put together of parts; where nobody knows their rows, nobody knows its order."""
+        return any(note.kind == "move" and note.func in JOINING for note in self._history(tensor))
 
     def is_blank(self, tensor: Tensor) -> bool:
         """Whether nothing of the batch is in it, nor anything that is learned: it was made to be filled."""

@@ -21,7 +21,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from debias.tap.batches import arranged_rows, roots_of
 from debias.tap.moves import (
     CHANGING,
-    JOINING,
     REORDERING,
     among,
     apply_move,
@@ -252,7 +251,7 @@ class RowTracker(Notes, SampleNumbers):
         if differ or any(map(self._sums_samples, made)) or (self.mixed and in_order):
             self.mixed = True
             return False
-        if in_order and any(self.index(x) is None and self._is_joined(x) for x in candidates[-1:]):
+        if in_order and any(self.index(x) is None and self.is_joined(x) for x in candidates[-1:]):
             return False
         if known and in_order:  # of some tensor with one row per sample, e.g. logits (N, T, C)
             tensor = next(x for x, index in zip(made, found, strict=True) if index is not None)
@@ -269,10 +268,6 @@ class RowTracker(Notes, SampleNumbers):
         known = [self._of_rows(x) for i, x in enumerate(tensors) if i == 0 or self._tracked(x)]
         same = [x is None or known[0] is None or x.shape != known[0].shape or self._equal(known[0], x) for x in known]
         return self.mixed or not all(same)
-
-    def _is_joined(self, tensor: Tensor) -> bool:
-        """Whether it was put together of parts; where nobody knows their rows, nobody knows its order."""
-        return any(note.kind == "move" and note.func in JOINING for note in self._history(tensor))
 
     def _sums_samples(self, tensor: Tensor) -> bool:
         """Whether it was made by a reduction over samples."""
