@@ -81,7 +81,7 @@ class Seen:
                     " followed. Make them of tensors of the batch by reshapes and indexing; a `collate_fn` must not"
                     " leave samples out, as ids cannot follow."
                 )
-            if not tracker.reordered(read=True) and not any(map(tracker.is_sorted, rows)):
+            if not tracker.reordered(read=True) and not any(map(tracker.is_lost, rows)):
                 return None
             raise _out_of_order(who)
         if index is None:

@@ -17,6 +17,7 @@ __all__ = [
     "DIVISION",
     "ELEMENTWISE",
     "INPLACE",
+    "JOINING",
     "LIKE",
     "MEAN",
     "MOVES",
@@ -35,6 +36,7 @@ __all__ = [
     "kind_of",
     "looked_up",
     "named",
+    "puts_rows",
     "read_arguments",
     "sorts_rows",
     "thinned",
@@ -96,19 +98,24 @@ def values_read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
     return [x for x in (*read_arguments(func, args), *by_name) if isinstance(x, Tensor)]
 
 
+JOINING = named("cat concat concatenate")
 # Leave every row in its place whenever they keep the number of rows.
-_ROW_KEEPING = named("reshape flatten squeeze unsqueeze unflatten view expand view_as reshape_as expand_as")
+_ROW_KEEPING = named(
+    "reshape flatten squeeze unsqueeze unflatten view expand view_as reshape_as expand_as narrow chunk split"
+    " tensor_split hsplit vsplit dsplit cat concat concatenate"
+)
+# Take what lies at one place of an axis.
+_PICKING = named("select unbind")
 # Unless they put axes in front of the rows.
 _SPREADING = named("expand expand_as")
 # Move whole rows, unless told of another axis than the first.
-_ROW_WISE = named("index_select cat concat concatenate")
-_TURNING = named("flip fliplr flipud roll")
+_ROW_WISE = JOINING | named("index_select")
+_TURNING = named("flip fliplr flipud roll __reversed__") | {torch.fft.fftshift, torch.fft.ifftshift}
 _TRANSPOSING = frozenset({_T.T.__get__, _T.mT.__get__, _T.H.__get__, _T.mH.__get__})  # type: ignore[attr-defined]
 # Move, drop or repeat elements; only the first argument (or its list) holds data.
 MOVES = (_ROW_KEEPING | _ROW_WISE | _TURNING | _TRANSPOSING) | named(
-    "permute transpose t repeat_interleave chunk split tensor_split unbind movedim swapaxes swapdims narrow select"
-    " masked_select take take_along_dim gather tile repeat moveaxis diagonal rot90 stack hstack vstack __getitem__"
-    " adjoint ravel hsplit vsplit dsplit"
+    "permute transpose t repeat_interleave unbind movedim swapaxes swapdims select masked_select take take_along_dim"
+    " gather tile repeat moveaxis diagonal rot90 stack hstack vstack __getitem__ adjoint ravel"
 )
 # Compute each element from those at the same place; targets and masks are often made with them.
 _IN_PLACES = (
@@ -130,10 +137,15 @@ CHANGING = frozenset(
     for name in dir(_T)
     if name in ("__setitem__", "set_data") or re.fullmatch("[a-z].*[^_]_|__i(add|sub|mul|truediv|and|or|pow)__", name)
 ) - {_T.requires_grad_}
-# Put elements elsewhere in place: after them nobody knows where a row is.
-PUTTING = named(
-    "copy_ put_ index_put_ index_copy_ index_add_ index_reduce_ masked_scatter_ scatter_ scatter_add_ scatter_reduce_"
-    " transpose_ t_ swapaxes_ swapdims_ resize_"
+# Put elements elsewhere along an axis: to each row by itself, if that is not the first one.
+_PUTTING_ALONG = named(
+    "scatter scatter_add scatter_reduce index_copy index_add index_reduce select_scatter slice_scatter", "{} {}_"
+)
+_puts_along = among(_PUTTING_ALONG)
+# Put elements elsewhere: after them nobody knows where a row is.
+PUTTING = _PUTTING_ALONG | named(
+    "put index_put masked_scatter diagonal_scatter put_ index_put_ masked_scatter_ transpose_ t_ swapaxes_ swapdims_"
+    " resize_"
 )
 SUM, MEAN = named("sum"), named("mean")
 PRODUCT = functions("mul multiply")
@@ -149,14 +161,18 @@ _PACKING = frozenset({torch._VF._pack_padded_sequence, torch._VF._pad_packed_seq
 # Make a value, or a row of values, of each element of integers.
 _LOOKUPS = frozenset({F.one_hot, F.embedding})
 _looks_up = among(named("index_select gather take __getitem__"))
-# Moves by which steps and networks put rows in another order, not merely axes.
-REORDERING = SORTING | named("__getitem__ flip flipud roll index_select gather take take_along_dim")
+_CHOOSING = named(
+    "__getitem__ index_select gather take take_along_dim masked_select narrow select unbind chunk split tensor_split"
+    " vsplit"
+)
+# What steps and networks put rows in another order by, or choose some, and not merely axes.
+REORDERING = SORTING | PUTTING | _TURNING | _CHOOSING | JOINING
 
 _BY_KIND = {
     "move": MOVES,
     "cast": CASTS,
     "elementwise": ELEMENTWISE,
-    "in place": INPLACE,
+    "in place": INPLACE | {_T.copy_},
     "putting": PUTTING,
     "packing": _PACKING,
     "reduction": REDUCTIONS,
@@ -206,6 +222,8 @@ def keeps_rows(move: Callable[..., Any], args: tuple[Any, ...], out: Any) -> boo
         return False
     if data.shape[0] != out.shape[0]:
         return False
+    if move in _PICKING:
+        return len(args) > 1 and args[1] % data.ndim != 0
     if move is _T.__getitem__ and isinstance(args[1], tuple) and args[1]:
         first, *others = args[1]
         # Not an array or a sequence, which puts elements elsewhere; and `...` may stand for no axis at all.
@@ -240,6 +258,13 @@ def axes_of(args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int) -> list[in
     if not ndim or dims is None or isinstance(dims, Tensor | float | str):
         return list(range(ndim))
     return sorted({d % ndim for d in ([dims] if isinstance(dims, int) else dims)})
+
+
+def puts_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether what puts elements elsewhere may put them into other rows."""
+    place = 2 if func.__name__ in ("select_scatter", "slice_scatter") else 1
+    dim = args[place] if len(args) > place else kwargs.get("dim", 0)
+    return not (_puts_along(func) and isinstance(dim, int) and dim % max(args[0].ndim, 1))
 
 
 def sorts_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

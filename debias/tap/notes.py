@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debias.tap.moves import apply_move, axes_of, keeps_rows, values_read
+from debias.tap.moves import JOINING, apply_move, axes_of, keeps_rows, values_read
 
-__all__ = ["CHANGED", "Note", "Notes", "first_version", "version"]
+__all__ = ["CHANGED", "LOST", "Note", "Notes", "first_version", "version"]
 
+LOST = ("sorting", "putting")  # kinds after which nobody knows where a row is
 CHANGED = -3  # no tensor has this version, nor the one after it
 
 
@@ -83,8 +84,11 @@ class Note:
         """Whether row i is made of row i of each of its sources."""
         if self.kind in ("reduction", "along"):
             moved = self.out.ndim == 0 or 0 in axes_of(self.args, self.kwargs, self.args[0].ndim)
+        elif self.kind == "move":  # of what is joined, as many as there are in the first
+            data = self.args[0][:1] if isinstance(self.args[0], tuple | list) else self.args[:1]
+            moved = not keeps_rows(self.func, (*data, *self.args[1:]), self.out)
         else:
-            moved = self.kind == "sorting" or (self.kind == "move" and not keeps_rows(self.func, self.args, self.out))
+            moved = self.kind in LOST
         return not moved and len(self.sources) > 0
 
     def done_to(self, data: Any) -> Any:
@@ -108,7 +112,7 @@ class Notes:
         made: list[Note] = []
         while tensor is not source:
             note = self._note(tensor)
-            if len(note.sources) != 1 or note.kind in ("sorting", "reduction"):
+            if len(note.sources) != 1 or note.kind in (*LOST, "reduction"):
                 return None
             if note.kind == "move":
                 if not isinstance(note.args[0], Tensor):
@@ -121,9 +125,9 @@ class Notes:
         """Whether it is a tensor of the batch, or was made of such alone."""
         return all(note.known for note in self._history(tensor) if not note.sources)
 
-    def is_sorted(self, tensor: Tensor) -> bool:
-        """Whether its rows are in an order of values."""
-        return any(note.kind == "sorting" for note in self._history(tensor))
+    def is_lost(self, tensor: Tensor) -> bool:
+        """Whether its rows are in an order of values, or were put elsewhere."""
+        return any(note.kind in LOST for note in self._history(tensor))
 
     def is_changed(self, tensor: Tensor) -> bool:
         """Whether something was done to it in place that may have put its rows, or their samples, elsewhere."""
@@ -132,6 +136,15 @@ class Notes:
     def is_strange(self, tensor: Tensor) -> bool:
         """Whether it is made of samples that the numbers are not of."""
         return any(note.loader is not None and not note.known for note in self._history(tensor))
+
+    def is_joined(self, tensor: Tensor) -> bool:
+        """Whether it was put together of parts; where nobody knows their rows, nobody knows its order."""
+        return any(note.kind == "move" and note.func in JOINING for note in self._history(tensor))
+
+    def is_blank(self, tensor: Tensor) -> bool:
+        """Whether nothing of the batch is in it, nor anything that is learned: it was made to be filled."""
+        leaves = [note for note in self._history(tensor) if note.func is None]
+        return not any(x.known or x.index or x.loader is not None or x.out.requires_grad for x in leaves)
 
     def loaders_of(self, tensor: Tensor) -> set[int] | None:
         """Which loaders the rows of a tensor come from, strangers too; None where its origin is unknown."""

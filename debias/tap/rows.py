@@ -20,21 +20,23 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from debias.tap.batches import arranged_rows, roots_of
 from debias.tap.moves import (
+    CHANGING,
     REORDERING,
     among,
     apply_move,
     axes_of,
     kind_of,
     looked_up,
+    puts_rows,
     sorts_rows,
     values_read,
 )
-from debias.tap.notes import CHANGED, Note, Notes, first_version, version
+from debias.tap.notes import CHANGED, LOST, Note, Notes, first_version, version
 from debias.tap.numbers import SampleNumbers
 
 __all__ = ["RowTracker"]
 
-_may_reorder = among(REORDERING)
+_may_reorder, _changes = among(REORDERING), among(CHANGING)
 
 
 class RowTracker(Notes, SampleNumbers):
@@ -70,7 +72,7 @@ class RowTracker(Notes, SampleNumbers):
         Notes.__init__(self)
         SampleNumbers.__init__(self, n + sum(more for _, more in joined), bool(joined), everything)
         self.arranged = arranged
-        self.needed = self.mixed = False
+        self.needed = self.mixed = self._put = False  # the last: whether rows of the batch were put elsewhere
         self.guesses = True
         # Whether as many other samples are in the step, so that a number of rows tells nothing.
         self._ambiguous = self.several
@@ -90,14 +92,19 @@ class RowTracker(Notes, SampleNumbers):
         if kind == "packing":
             self.guesses = False
             return
-        reorders = _may_reorder(func)
-        if not args or not (self.everything or reorders or self._touches(args, kwargs)):
+        if not args:
+            return
+        # What is made of something unknown matters where samples may trade places: few networks do that.
+        reorders = _may_reorder(func) and (self.n,) in [x.shape[:1] for x in (args[0], out) if isinstance(x, Tensor)]
+        if not (self.everything or reorders or self._touches(args, kwargs)):
             return
         if kind == "sorting" and not sorts_rows(func, args, kwargs):
             return
-        if kind == "putting":
-            self._lose(args[0], out)
+        if kind == "putting" and puts_rows(func, args, kwargs):
+            self._lose(func, args, kwargs, out)
             return
+        if kind == "putting":  # of elements that stay in their rows
+            kind = "in place" if _changes(func) else "elementwise"
         # y.long() may be y itself, as may x.flatten(): then it is no operation.
         if kind == "in place" or out is args[0]:
             self._in_place(func, args, kwargs, out)
@@ -111,9 +118,7 @@ class RowTracker(Notes, SampleNumbers):
         if not made:
             return
         first = made[0]
-        # What is made of something unknown matters where samples may trade places: few networks do that.
-        trades = reorders and args[0].shape[:1] == first.out.shape[:1] == (self.n,) and not first.same_rows
-        if self.everything or trades or any(map(self._tracked, first.sources)):
+        if self.everything or (reorders and not first.same_rows) or any(map(self._tracked, first.sources)):
             self._records.extend(made)
 
     def _touches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -128,40 +133,54 @@ class RowTracker(Notes, SampleNumbers):
 
     def _in_place(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """A change in place is understood if it keeps every row with its sample."""
-        target, key = args[0], args[1] if func is Tensor.__setitem__ else None
-        given = values_read(func, args, kwargs)[1:] if key is None else args[2:]
+        target, puts = args[0], kind_of(func) == "putting"
+        key = args[1] if func is Tensor.__setitem__ else ... if func is Tensor.copy_ else None
+        given = args[2:] if func is Tensor.__setitem__ else values_read(func, args, kwargs)[1:]
         others = [x for x in given if isinstance(x, Tensor) and x.ndim]
         if torch.compiler.is_compiling():  # neither versions nor sample numbers can be looked at
-            if others:
-                self._lose(target, out)
+            if others and self._tracked(target):
+                self._lose(func, args, kwargs, out)
             return
-        if self._tracked(target):
-            if version(target) != self._note(target).version + (not target.is_inference()):
+        if tracked := self._tracked(target):
+            note = self._note(target)
+            if version(target) != note.version + (not target.is_inference()):
                 return  # nothing was changed, or something else as well
-        elif key is not None and target.shape[:1] == (self.n,) and any(map(self.is_of_batch, others)):
-            self._records.append(Note(target, version(target), known=True))  # to be filled with rows of the batch
-        else:
+            note.version = version(target)
+        if any(self.is_lost(x) or self.is_changed(x) for x in others):
+            self._lose(func, args, kwargs, out)
             return
-        note = self._note(target)
-        note.version = version(target)
+        if not tracked:
+            known = key is not None and target.shape[:1] == (self.n,)
+            if not (known or isinstance(key, Tensor)) or not any(map(self.is_of_batch, others)):
+                return
+            note = Note(target, version(target), known=known)  # to be filled with rows of the batch
+            self._records.append(note)
         # Masks and weights of unknown origin are taken for rows of the batch, as other operands are.
-        if not all(self._same_rows_as(x, target, key) for x in others):
-            note.version = CHANGED
+        for x in others:
+            if not self._same_rows_as(x, target, tuple(map(slice, x.shape)) if puts else key):
+                note.version = CHANGED
 
-    def _lose(self, target: Tensor, out: Any) -> None:
-        """From now on the rows of this tensor are unknown."""
-        if self._tracked(target):
-            self._note(target).version = CHANGED
-            if out is not target:  # as in a compiled graph
-                self._records.append(Note(out, CHANGED, torch.clone, (target,), kind="cast"))
+    def _lose(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """From now on the rows of what an operation has made, or changed, are unknown."""
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        compiled = torch.compiler.is_compiling()  # then no history can be looked at
+        of_batch = any(map(self._tracked if compiled else self.is_of_batch, given))
+        if not of_batch and (compiled or all(map(self._is_constant, given))):
+            return
+        self._put = self._put or (of_batch and self.n in args[0].shape)
+        for x in (out, args[0]) if _changes(func) else (out,):  # two of one, in a compiled graph
+            if isinstance(x, Tensor):
+                self._records.append(Note(x, first_version(x), func, kind="putting"))
 
     def _same_rows_as(self, other: Tensor, target: Tensor, key: Any) -> bool:
         """Whether rows fit those of a tensor, or of what of it they are assigned to."""
-        if not self._tracked(other) or (key is None and other.shape[:1] != target.shape[:1]):
-            return key is None or other.shape[:1] == target.shape[:1]
-        rows, others = self.index(target), self.index(other)
+        if key is None and not self._tracked(other):
+            return True
+        rows = self.index(target)
+        others = self.index(other, None if rows is None or self._tracked(other) else self.by_row(rows))
         if rows is None or others is None:
-            return False
+            spread = key is None and other.shape[:1] != target.shape[:1]
+            return spread or (self.is_blank(target) and not self.is_of_batch(other))
         if key is not None:
             rows = apply_move(Tensor.__getitem__, (target, key), {}, rows, None)
         return others.ndim <= rows.ndim and self._equal(rows, others.expand(rows.shape))
@@ -180,7 +199,7 @@ class RowTracker(Notes, SampleNumbers):
         """
         rows = output.shape[0]
         for tensor in (output, *inputs):
-            if self.is_sorted(tensor) or self.is_changed(tensor) or self.is_strange(tensor):
+            if self.is_lost(tensor) or self.is_changed(tensor) or self.is_strange(tensor):
                 return False
             while (note := self._note(tensor)).same_rows and len(note.sources) == 1:
                 tensor = note.sources[0]
@@ -216,13 +235,14 @@ class RowTracker(Notes, SampleNumbers):
         if compares or any(map(self.is_changed, candidates)):
             self.mixed = True
             return False
-        unsorted = [x for x in candidates if not self.is_sorted(x)]
-        for tensor in unsorted:  # derived from the batch itself
-            if self.is_of_batch(tensor):
+        for tensor in candidates:
+            if self.is_lost(tensor):
+                return False
+            if self.is_of_batch(tensor):  # derived from the batch itself
                 return None if self.keeps_rows(tensor) else _or_false(self.index(tensor))
-        if any(map(self.is_strange, unsorted)):
+        if any(map(self.is_strange, candidates)):
             return False
-        made = [x for x in unsorted if self._note(x).func is not None]
+        made = [x for x in candidates if self._note(x).func is not None]
         in_order = not self.reordered() if made or rows == self.n else False
         found = [self.index(x) for x in made] if in_order or len(made) == 2 else []
         known = [x for x in found if x is not None]
@@ -231,16 +251,23 @@ class RowTracker(Notes, SampleNumbers):
         if differ or any(map(self._sums_samples, made)) or (self.mixed and in_order):
             self.mixed = True
             return False
+        if in_order and any(self.index(x) is None and self.is_joined(x) for x in candidates[-1:]):
+            return False
         if known and in_order:  # of some tensor with one row per sample, e.g. logits (N, T, C)
             tensor = next(x for x, index in zip(made, found, strict=True) if index is not None)
             return None if self.keeps_rows(tensor) else known[0]
-        if len(unsorted) < len(candidates):
-            return False
         if rows == self.n and in_order and not self._ambiguous:
             return None
         if self.guesses and (rows != self.n or self.several) and (inputs := self._of_inputs(rows)) is not None:
             return _or_false(self.index(made[0], inputs) if made else inputs)
         return False
+
+    def compares(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether rows of the first of these tensors are known to stand beside rows of other samples."""
+        self.mixed = False
+        known = [self._of_rows(x) for i, x in enumerate(tensors) if i == 0 or self._tracked(x)]
+        same = [x is None or known[0] is None or x.shape != known[0].shape or self._equal(known[0], x) for x in known]
+        return self.mixed or not all(same)
 
     def _sums_samples(self, tensor: Tensor) -> bool:
         """Whether it was made by a reduction over samples."""
@@ -297,7 +324,7 @@ class RowTracker(Notes, SampleNumbers):
     def _replayed(self, note: Note, index: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """Numbers in the shape of what an operation made, from those of what it was made of."""
         kind, args, out = note.kind, note.args, note.out
-        if kind == "sorting":
+        if kind in LOST:
             return None
         if kind not in ("move", "lookup", "along", "reduction"):
             return self._in_places(note, index)
@@ -322,7 +349,8 @@ class RowTracker(Notes, SampleNumbers):
         # Also what is spread over other axes, such as a mask (N, 1); or (N,) over (N, N), of two samples each; or a
         # number of one sample.
         spread = self._spread(note)
-        if any(x.ndim and self.is_sorted(x) for x in spread):
+        if any(x.ndim and self.is_lost(x) for x in spread):
+            self.mixed = True
             return None
         found = list(map(index, sources))
         if not all(self._is_constant(x) for x, numbers in zip(sources, found, strict=True) if numbers is None):
@@ -350,7 +378,7 @@ class RowTracker(Notes, SampleNumbers):
             read: from now on numbers may be read where operations alone do not tell, which waits for the device.
         """
         self.everything = self.everything or read
-        if self.several:
+        if self.several or self._put:
             return True
         for note in self._records:
             out = note.out
@@ -378,7 +406,7 @@ class RowTracker(Notes, SampleNumbers):
             return not tensor.requires_grad and tensor.shape[:1] != (self.n,)
         note = self._note(tensor)
         made_of = [*note.sources, *(x for x in note.operands if x.ndim)]
-        return note.func is not None and all(map(self._is_constant, made_of))
+        return note.func is not None and note.kind != "putting" and all(map(self._is_constant, made_of))
 
     def keeps_rows(self, tensor: Tensor) -> bool:
         """Whether row i of it is known to be of sample i."""

@@ -165,6 +165,8 @@ class LossTap(TorchFunctionMode):
             return losses, losses.new_ones(()) if reduction in ("none", "sum") else LOSSES[func](losses, given)
 
         of_pairs = self._following.batch.of_pairs(*tensors)
+        if func.__name__ in COMPARING and self.tracker is not None:
+            of_pairs = of_pairs or self.tracker.compares(tensors)
         rows = {"of_pairs": of_pairs, "along_first": reduction == "batchmean"}
         call = self._call(func.__name__, prediction, arguments.get(labels), compute, **rows)
         call.arguments = {k: v for k, v in arguments.items() if k in FORM and v is not None}
@@ -273,7 +275,7 @@ class LossTap(TorchFunctionMode):
         Args:
             call: the loss.
             shape: of the losses.
-            of_pairs: it reads a number for each two samples.
+            of_pairs: it reads a number for each two samples, or rows of several.
             along_first: it is divided by the length of its first axis, so that samples have to lie along that.
             of: the tensor that tells their rows, where that is neither its target nor its logits.
         """
@@ -319,7 +321,7 @@ def _trusted(call: LossCall) -> list[Tensor]:
 
 def _first_by_position(func: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of ``torch.squeeze(input=x, dim=1)`` and its like with what the operation is done to in front."""
-    names = ("condition", "input", "other") if func is torch.where else ("input", "tensors", "tensor")
+    names = ("condition", "input", "other") if func is torch.where else ("input", "tensors", "tensor", "x")
     first = [name for name in names if name in kwargs]
     return tuple(kwargs[name] for name in first), {k: v for k, v in kwargs.items() if k not in first}
 

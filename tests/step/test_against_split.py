@@ -162,7 +162,76 @@ def listed(z: Tensor) -> Tensor:
     return torch.stack([torch.stack([(a * b).sum() for b in z]) for a in z])
 
 
+def filled(out: Tensor, parts: Any) -> Tensor:
+    for key, part in parts:
+        out[key] = part
+    return out
+
+
+def put(net: Any, x: Tensor, y: Tensor, w: Tensor, how: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The loss of a batch that is put into another order, inputs and labels alike."""
+    rank = w.argsort().argsort()
+    return F.cross_entropy(net(how(x[:, 0], rank)), how(y, rank))
+
+
+def spread(rank: Tensor, x: Tensor) -> Tensor:
+    return rank.view(-1, *[1] * (x.ndim - 1)).expand_as(x)
+
+
 RIGHT: dict[str, Step] = {
+    "in chunks": lambda net, x, y, yt, w, k, z: ce(lambda x: torch.cat([net(part) for part in x.chunk(3)]), x, y),
+    "each class by itself, with its labels": lambda net, x, y, yt, w, k, z: F.cross_entropy(
+        torch.cat([net(x[y == c]).mean(1) for c in range(C)]), torch.cat([y[y == c] for c in range(C)])
+    ),
+    "constant labels in two parts": lambda net, x, y, yt, w, k, z: F.binary_cross_entropy_with_logits(
+        net(x).mean((1, 2)), torch.cat([torch.ones(len(x) - 3), torch.ones(3)]).double()
+    ),
+    "a triple in each sample": lambda net, x, y, yt, w, k, z: F.triplet_margin_loss(*net(x).unbind(1)),
+    "triples through the network one by one": lambda net, x, y, yt, w, k, z: F.triplet_margin_loss(
+        net(x[:, 0]), net(x[:, 1]), net(x[:, 2])
+    ),
+    "triples through the network at once": lambda net, x, y, yt, w, k, z: F.triplet_margin_loss(
+        *net(torch.cat([x[:, 0], x[:, 1], x[:, 2]])).chunk(3)
+    ),
+    "a pair in each sample, ranked": lambda net, x, y, yt, w, k, z: F.margin_ranking_loss(
+        net(x)[:, 0, 0], net(x)[:, 1, 0], torch.sign(w - 0.6)
+    ),
+    "classes put into constants that were cast": lambda net, x, y, yt, w, k, z: F.cross_entropy(
+        net(x).mean(1), torch.zeros(len(y), C).double().scatter_(1, y[:, None], 1.0)
+    ),
+    "classes put into constants out of place": lambda net, x, y, yt, w, k, z: F.cross_entropy(
+        net(x).mean(1), torch.zeros(len(y), C).double().scatter(1, y[:, None], 1.0)
+    ),
+    "smoothed classes put into a clone": lambda net, x, y, yt, w, k, z: (
+        lambda p: F.kl_div(p, p.data.clone().fill_(0.05).scatter_(1, y[:, None], 0.9), reduction="batchmean")
+    )(net(x).mean(1).log_softmax(1)),
+    "the two likeliest classes": lambda net, x, y, yt, w, k, z: F.binary_cross_entropy_with_logits(
+        net(x).mean(1), torch.zeros(len(x), C).double().scatter_(1, z.topk(2, 1).indices, 1.0)
+    ),
+    "outputs put into constants, time first": lambda net, x, y, yt, w, k, z: F.cross_entropy(
+        filled(torch.zeros(T, len(x), C).double(), [(t, net(x[:, t])) for t in range(T)]).view(-1, C), yt.t().flatten()
+    ),
+    "a head for each class": lambda net, x, y, yt, w, k, z: (
+        lambda h: F.cross_entropy(
+            filled(torch.zeros(len(x), C).to(h), [(y == c, net(h[y == c]) * (c + 1)) for c in range(C)]), y
+        )
+    )(torch.cat([net(x).mean(1), w[:, None]], 1)),
+    "experts whose outputs are added to their samples": lambda net, x, y, yt, w, k, z: F.cross_entropy(
+        torch.zeros(len(x), C).double().index_add_(0, (s := (w > 0.6).nonzero()[:, 0]), net(x[s]).mean(1)), y
+    ),
+    "columns put into constants": lambda net, x, y, yt, w, k, z: F.mse_loss(
+        net(x).mean(1), torch.zeros(len(x), C).double().index_copy_(1, torch.tensor([0, 2]), z[:, :2])
+    ),
+    "a copy": lambda net, x, y, yt, w, k, z: F.mse_loss(net(x)[:, 0, 0], torch.zeros(len(x)).double().copy_(w)),
+    "turned round by reversed": lambda net, x, y, yt, w, k, z: F.cross_entropy(
+        net(reversed(x)).mean(1), torch.stack(list(reversed(y)))
+    ),
+    "turned by half": lambda net, x, y, yt, w, k, z: F.mse_loss(
+        net(torch.fft.fftshift(x, dim=0)).mean(1), torch.fft.fftshift(z, dim=0)
+    ),
+    "weights of classes put into constants": lambda net, x, y, yt, w, k, z: (
+        losses(net, x, y) * torch.ones(C).double().scatter_(0, torch.tensor([1]), 2.0)[y]
+    ).mean(),
     "rows of soft targets over their mask": lambda net, x, y, yt, w, k, z: (
         F.kl_div(
             net(x).log_softmax(-1).view(-1, C), (x[..., :C].softmax(-1) * k[..., None]).view(-1, C), reduction="sum"
@@ -328,6 +397,87 @@ RIGHT: dict[str, Step] = {
 UNDIVIDED, OF_BATCH, BENT = "by what it runs over", "made of the whole batch", "to be linear"
 NOT_FOLLOWED, MIXED = "cannot be followed", "mixes samples"
 REFUSED: dict[str, tuple[str, Step]] = {
+    "each class by itself, with constant labels": (
+        NOT_FOLLOWED,
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(
+            torch.cat([net(x[y == c]).mean(1) for c in range(C)]),
+            torch.cat([torch.full(((y == c).sum(),), c) for c in range(C)]),
+        ),
+    ),
+    "some samples beside some of a memory": (
+        NOT_FOLLOWED,
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(
+            torch.cat([net(x[:5]).mean(1), net(torch.zeros(len(x) - 5, T, D).double()).mean(1)]),
+            torch.cat([y[:5], torch.zeros(len(x) - 5).long()]),
+        ),
+    ),
+    "negatives of the next sample": (
+        MIXED,
+        lambda net, x, y, yt, w, k, z: (lambda h: F.triplet_margin_loss(h, net(x)[:, 0], h.roll(1, 0)))(net(x)[:, 1]),
+    ),
+    "positives by an index": (
+        MIXED,
+        lambda net, x, y, yt, w, k, z: (
+            lambda h: F.triplet_margin_loss(h, h[(torch.arange(len(h)) + 1) % len(h)], net(x)[:, 1])
+        )(net(x)[:, 0]),
+    ),
+    "one half ranked against the other": (
+        MIXED,
+        lambda net, x, y, yt, w, k, z: (
+            lambda h, n: F.margin_ranking_loss(h[:n], h[n : 2 * n], torch.ones(n).double())
+        )(net(x).mean((1, 2)), len(x) // 2),
+    ),
+    **{
+        f"put elsewhere by {name}": (NOT_FOLLOWED, lambda net, x, y, yt, w, k, z, how=how: put(net, x, y, w, how))
+        for name, how in {
+            "index_copy": lambda x, rank: torch.zeros_like(x).index_copy(0, rank, x),
+            "index_put": lambda x, rank: torch.zeros_like(x).index_put((rank,), x),
+            "index_add": lambda x, rank: torch.zeros_like(x).index_add(0, rank, x),
+            "keywords": lambda x, rank: torch.index_add(input=torch.zeros_like(x), dim=0, index=rank, source=x),
+            "scatter": lambda x, rank: torch.zeros_like(x).scatter(0, spread(rank, x), x),
+            "scatter_add": lambda x, rank: torch.scatter_add(torch.zeros_like(x), 0, spread(rank, x), x),
+            "scatter_reduce": lambda x, rank: torch.zeros_like(x).scatter_reduce(0, spread(rank, x), x, "sum"),
+            "put": lambda x, rank: torch.zeros_like(x).put(
+                spread(rank, x) * x[0].numel() + torch.arange(x[0].numel()).view(x[0].shape), x
+            ),
+            "slice_scatter": lambda x, rank: torch.slice_scatter(x, x[1:], 0, 0, len(x) - 1),
+            "select_scatter": lambda x, rank: torch.select_scatter(x, x[1], 0, 0),
+            "masked_scatter": lambda x, rank: torch.zeros_like(x).masked_scatter(torch.tensor(True), x.flip(0)),
+            "index_copy_": lambda x, rank: torch.zeros_like(x).index_copy_(0, rank, x),
+            "index_put_": lambda x, rank: torch.zeros_like(x).index_put_((rank,), x),
+            "index_add_": lambda x, rank: torch.zeros_like(x).index_add_(0, rank, x),
+            "scatter_": lambda x, rank: torch.zeros_like(x).scatter_(0, spread(rank, x), x),
+            "put_ into what was cast": lambda x, rank: torch.zeros_like(x).to(x.dtype).index_copy_(0, rank, x),
+        }.items()
+    },
+    "put elsewhere, beside a target of unknown origin": (
+        NOT_FOLLOWED,
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(
+            net(torch.zeros_like(x).index_copy(0, w.argsort().argsort(), x)).mean(1),
+            torch.from_numpy(y[w.argsort()].numpy().copy()),
+        ),
+    ),
+    "two views put elsewhere": (
+        MIXED,
+        lambda net, x, y, yt, w, k, z: (
+            lambda order, both: F.cross_entropy(
+                net(filled(torch.zeros_like(both), [(order, both)])).mean(1),
+                filled(torch.zeros(2 * len(x)).long(), [(order, torch.cat([y, y]))]),
+            )
+        )(torch.cat([w, x[:, 0, 0]]).argsort(), torch.cat([x, x])),
+    ),
+    "sorted values put into constants": (
+        NOT_FOLLOWED,
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(
+            net(x).mean(1), torch.zeros(len(y), C).double().scatter_(1, y.sort().values[:, None], 1.0)
+        ),
+    ),
+    "sorted values beside those of the samples": (
+        NOT_FOLLOWED, lambda net, x, y, yt, w, k, z: F.mse_loss(net(x)[:, 0, 0], w.sort().values)
+    ),
+    "less the first sample's, in place": (
+        MIXED, lambda net, x, y, yt, w, k, z: F.mse_loss(net(x)[:, 0, :1], w[:, None].clone().sub_(w[:1, None]))
+    ),
     "the least of a list": (
         NOT_FOLLOWED, lambda net, x, y, yt, w, k, z: torch.stack(sorted(losses(net, x, y))[:3]).mean()
     ),
@@ -712,6 +862,24 @@ def test_a_batch_of_as_many_samples_as_classes_has_their_weights_too():
         dataset = TensorDataset(*(column[: N - 1] for column in data()))
         run = trainer(GroupDRO("g", 2, step_size=0.5, **options))
         run.fit(model, DataLoader(tag(dataset, g=groups), batch_size=N - 1 - C))  # then C
+        return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+    torch.testing.assert_close(trained(), trained(losses="split"), rtol=1e-9, atol=1e-9)
+
+
+def test_a_first_batch_of_one_class_tells_nothing_of_the_next_ones():
+    """Its rows stay where they are, and those of the next ones do not."""
+
+    def step(net: Any, x: Tensor, y: Tensor) -> Tensor:
+        scores = net(x).mean((1, 2))
+        ones, zeros = scores[y == 1], scores[y == 0]
+        labels = torch.cat([torch.ones_like(ones), torch.zeros_like(zeros)])
+        return F.binary_cross_entropy_with_logits(torch.cat([ones, zeros]), labels)
+
+    def trained(**options: Any) -> Tensor:
+        model, y = Model(step), torch.tensor([0, 0, 0, 0, 0, 1, 1, 0])
+        run = trainer(GroupDRO("g", 2, step_size=0.5, **options))
+        run.fit(model, DataLoader(tag(TensorDataset(data()[0], y), g=G), batch_size=4))
         return nn.utils.parameters_to_vector(model.parameters()).detach()
 
     torch.testing.assert_close(trained(), trained(losses="split"), rtol=1e-9, atol=1e-9)

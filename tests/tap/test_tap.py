@@ -442,6 +442,7 @@ ELSEWHERE = {
     "into a new tensor": _filled(ORDER, lambda y: y),
     "a row in each column": lambda y: _put((slice(None), slice(4)), lambda z: y.double())(F.one_hot(y, 4).double()),
     "of a memory": _put(slice(2), lambda y: torch.tensor([3, 3])),
+    "of a tensor, in another order": _put(ORDER, lambda y: torch.tensor([3, 3, 0, 1])),
 }
 IN_PLACE = {
     "some": _put(FEW, lambda y: y[FEW]),
@@ -466,6 +467,34 @@ def test_rows_that_are_assigned(name, inference):
             return
         with pytest.raises(RowsError, match="mixes samples with each other"):
             tap.calls[0].rows  # noqa: B018
+
+
+def test_a_column_of_unknown_origin_is_of_the_rows_that_it_is_assigned_to():
+    y = torch.arange(4)
+    tracker = RowTracker((y,), 4)
+    with LossTap(tracker=tracker):
+        target = F.one_hot(y[ORDER], 4)
+        target[:, 0] = torch.tensor([3, 3, 0, 1])
+    assert tracker.resolve([target], 4)[:, 0].tolist() == ORDER.tolist()
+
+
+@pytest.mark.parametrize(
+    ("put", "known"),
+    [
+        (lambda y: torch.zeros(4, 4).scatter_(1, y[:, None], 1.0), True),
+        (lambda y: torch.zeros(4, 4).scatter(1, y[:, None], 1.0), True),
+        (lambda y: (y[:, None] + torch.zeros(4, 4)).scatter(0, y.argsort()[:, None], 1.0), False),
+        (lambda y: torch.zeros_like(y).index_copy_(0, y.argsort(), y), False),
+        (lambda y: torch.fft.fftshift(x=y), False),
+    ],
+)
+def test_rows_that_are_put_elsewhere_in_a_compiled_step(put, known):
+    torch.compiler.reset()
+    y = torch.tensor([0, 2, 3, 1])
+    tracker = RowTracker((y,), 4)
+    with LossTap(tracker=tracker):
+        made = torch.compile(put, backend="eager")(y)
+    assert (tracker.resolve([made], 4) is None) == known
 
 
 def test_unknown_rows_are_an_error_with_both_shapes():
@@ -590,6 +619,67 @@ def test_features_that_may_be_another_loaders_are_of_no_sample():
     with LossTap(tracker=tracker):
         features = nn.Linear(2, 2)(given := torch.from_numpy(other.numpy() * 2))
     assert tracker.of_layer(features, [given]) is False
+
+
+SELECTED = {
+    "masks": lambda s, y: [s[y == 1], s[y == 0]],
+    "selected by masks": lambda s, y: [s.masked_select(y == 1), s.masked_select(y == 0)],
+    "split": lambda s, y: s.split([1, 3])[::-1],
+    "narrowed": lambda s, y: [s.narrow(0, 2, 2), s.narrow(0, 0, 2)],
+    "unbound": lambda s, y: [row[None] for row in s.unbind()[::-1]],
+    "single": lambda s, y: [s[i : i + 1] for i in (3, 1, 0, 2)],
+}
+
+
+@pytest.mark.parametrize("name", SELECTED)
+def test_parts_of_a_networks_output_are_followed_in_later_steps_too(name):
+    """Also where each part has fewer rows than the batch."""
+    part, x, y = SELECTED[name], torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
+    with LossTap(tracker=RowTracker((x, y), 4, everything=False)) as tap:
+        logits = torch.cat(list(part(nn.Linear(3, 1)(x).squeeze(1), y)))
+        F.binary_cross_entropy_with_logits(logits, torch.ones(4))
+    assert tap.calls[0].rows.tolist() == torch.cat(list(part(torch.arange(4), y))).tolist()
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_outputs_for_parts_of_the_batch_that_are_joined_are_of_unknown_rows(everything):
+    net, x, y = nn.Linear(3, 1), torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
+    with LossTap(tracker=RowTracker((x, y), 4, everything=everything)) as tap:
+        logits = torch.cat([net(x[y == 1]), net(x[y == 0])])
+        F.binary_cross_entropy_with_logits(logits, torch.tensor([[1.0], [1.0], [0.0], [0.0]]))
+    with pytest.raises(RowsError, match="cannot be followed"):
+        tap.calls[0].rows  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda h: h.chunk(2, dim=-1),
+        lambda h: h.split(2, 1),
+        lambda h: h.unbind(1),
+        lambda h: h.select(-1, 0),
+        lambda h: h[:, 0],
+        lambda h: torch.cat([h, h], 1),
+        lambda h: h.transpose(0, 1),
+    ],
+)
+def test_later_steps_keep_nothing_of_a_network_that_keeps_its_rows(part):
+    x = torch.randn(4, 3)
+    with LossTap(tracker=RowTracker((x,), 4, everything=False)):
+        h = nn.Linear(3, 6)(x)
+        made, kept = part(h), weakref.ref(h)
+        del h, made
+        assert kept() is None
+
+
+def test_inputs_that_are_put_together_time_first_leave_a_layers_rows():
+    x, steps = torch.randn(4, 3, 2), torch.zeros(3, 4, 2)
+    tracker = RowTracker((x,), 4)
+    with LossTap(tracker=tracker):
+        for t in range(3):
+            steps[t] = x[:, t]
+        output = nn.GRU(2, 5)(steps)[1].squeeze(0)
+    assert tracker.of_layer(output, [steps]) is None
 
 
 class NoOperations(TorchDispatchMode):
