@@ -123,7 +123,7 @@ class WholeBatch:
         of_mean = looks and any(self._is(x, _OF_MEAN) for x in given)
         by_network = looks and any(isinstance(x, nn.Parameter) or self._is(x, _BY_NETWORK) for x in given)
         mixed = looks and any(self._is(x, _MIXED) for x in given)
-        mixes = rows and (func in PUTTING or func not in RECORDED) and any(x.shape[:1] == (self._n,) for x in given)
+        mixes = rows and func not in RECORDED and any(x.shape[:1] == (self._n,) for x in given)
         for x in tensors_in(args[:1] if func is Tensor.__setitem__ else out):
             if x.requires_grad and (of_mean or (rows and func in _DIFFERENTIABLE and not x.ndim)):
                 self._mark(x, _OF_MEAN)  # may be trained; a number as soon as nothing is differentiated any more
