@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from debias.errors import BatchKeyError, RowsError
-from debias.tap.batches import one_per_sample
+from debias.tap.batches import attributes, one_per_sample
 
 __all__ = [
     "LOADER",
@@ -206,16 +206,6 @@ def _rebuilt(value: Any, parts: Mapping[Any, Any]) -> Any:
         else:
             object.__setattr__(changed, key, part)  # also of a frozen dataclass
     return changed
-
-
-def attributes(value: Any) -> dict[str, Any]:
-    """The parts of a batch that is an object: its attributes; none of modules, classes and functions."""
-    if callable(value):
-        return {}
-    slots = (getattr(kind, "__slots__", ()) for kind in type(value).__mro__)
-    names = [name for of_kind in slots for name in ([of_kind] if isinstance(of_kind, str) else of_kind)]
-    found = {name: getattr(value, name) for name in names if not name.startswith("__") and hasattr(value, name)}
-    return found | getattr(value, "__dict__", {})
 
 
 def describe(batch: Any) -> str:

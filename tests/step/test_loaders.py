@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import lightning as L
@@ -617,6 +619,19 @@ def test_features_of_a_stranger_have_no_sample():
     assert tracker.of_layer(stranger.tanh(), [stranger]) is False
     assert tracker.loaders_of(stranger) == {1}
     assert tracker.loaders_of(x.tanh()) is None
+
+
+@dataclass(slots=True)
+class Slotted:
+    x: Tensor
+
+
+@pytest.mark.parametrize("make", [Slotted, lambda x: MappingProxyType({"x": x}), lambda x: {"a": (Slotted(x),)}])
+def test_strangers_are_known_whatever_their_batch_is_made_of(make):
+    stranger = torch.randn(4, D)
+    tracker = RowTracker((torch.randn(4, D),), 4, strangers=[make(stranger)])
+    assert tracker.loaders_of(stranger) == {1}
+    assert tracker.resolve([stranger], 4) is False
 
 
 class Watched(Model):
