@@ -95,7 +95,8 @@ class RowTracker(Notes, SampleNumbers):
         if not args:
             return
         # What is made of something unknown matters where samples may trade places: few networks do that.
-        reorders = _may_reorder(func) and (self.n,) in [x.shape[:1] for x in (args[0], out) if isinstance(x, Tensor)]
+        of_rows = args[0] if isinstance(args[0], Tensor) else out  # or joined to rows
+        reorders = _may_reorder(func) and isinstance(of_rows, Tensor) and of_rows.shape[:1] == (self.n,)
         if not (self.everything or reorders or self._touches(args, kwargs)):
             return
         if kind == "sorting" and not sorts_rows(func, args, kwargs):

@@ -66,10 +66,12 @@ def trainer(*callbacks: Any, **options: Any) -> L.Trainer:
 
 
 def fit(step: Step, dataset: Any = None, collate: Any = None, **options: Any) -> tuple[dict[str, Tensor], Tensor]:
-    """Losses of the groups, and parameters after one step of GroupDRO."""
-    model, run = Model(step), trainer(GroupDRO("g", 2, step_size=0.5, **options))
-    dataset = TensorDataset(*data()) if dataset is None else dataset
-    run.fit(model, DataLoader(tag(dataset, g=G), batch_size=N, collate_fn=collate))
+    """Losses of the groups, and parameters after two steps of GroupDRO, of which the first looks at everything."""
+    model, run, groups = Model(step), trainer(GroupDRO("g", 2, step_size=0.5, **options)), G
+    if dataset is None:
+        *columns, groups = (torch.cat([x, x.flip(0)]) for x in (*data(), G))
+        dataset = TensorDataset(*columns)
+    run.fit(model, DataLoader(tag(dataset, g=groups), batch_size=N, collate_fn=collate))
     logged = {k: v for k, v in run.callback_metrics.items() if "loss_by_group" in k}
     return logged, nn.utils.parameters_to_vector(model.parameters()).detach()
 
@@ -266,6 +268,12 @@ RIGHT: dict[str, Step] = {
     "spectra": lambda net, x, y, yt, w, k, z: F.l1_loss(
         net(x).mean(1), torch.stft(x.flatten(1), 8, window=ALPHA.repeat(3)[:N], return_complex=True).abs()[:, 0, :C]
     ),
+    "weights of classes, looked up by what a teacher says": lambda net, x, y, yt, w, k, z: (
+        lambda said: (F.cross_entropy(net(x + 0.1).mean(1), said, reduction="none") * ALPHA[said]).mean()
+    )(net(x).mean(1).detach().max(1).indices),
+    "weights of classes, gathered": lambda net, x, y, yt, w, k, z: (
+        lambda alpha: (alpha * losses(net, x, y)).sum() / alpha.sum()
+    )(ALPHA.gather(0, y.data.view(-1))),
     "the best of several": lambda net, x, y, yt, w, k, z: (tokens(net, x, yt).min(dim=1).values * w).sum() / w.sum(),
     "the better of two": lambda net, x, y, yt, w, k, z: torch.min(losses(net, x, y), tokens(net, x, yt).amax(1)).mean(),
     "parts of one forward pass": lambda net, x, y, yt, w, k, z: fixmatch(net, torch.cat([x, x + 0.1, 2 * x])),
