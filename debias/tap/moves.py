@@ -261,7 +261,9 @@ def axes_of(args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int) -> list[in
 
 
 def puts_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether what puts elements elsewhere may put them into other rows."""
+    """Whether what puts elements elsewhere may put them into other rows; a number is of no row."""
+    if func.__name__ in ("index_put", "index_put_") and len(args) > 2 and not args[2].ndim:
+        return False
     place = 2 if func.__name__ in ("select_scatter", "slice_scatter") else 1
     dim = args[place] if len(args) > place else kwargs.get("dim", 0)
     return not (_puts_along(func) and isinstance(dim, int) and dim % max(args[0].ndim, 1))

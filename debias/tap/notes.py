@@ -172,6 +172,11 @@ class Notes:
                 return note
         return Note(tensor, first_version(tensor))
 
+    def _touches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether rows of an argument are followed: those of few operations in a network are."""
+        data = args[0] if isinstance(args[0], tuple | list) else args[:1]
+        return any(map(self._tracked, (*data, *args[1:], *kwargs.values())))
+
     def _tracked(self, x: Any) -> bool:
         for note in reversed(self._records):  # noqa: SIM110 - a loop takes half as long as any(), and each operation asks
             if note.out is x:

@@ -58,6 +58,11 @@ class SampleNumbers:
             index = first
         return index
 
+    def only(self, found: list[Tensor | None]) -> Tensor | None:
+        """The number of the one sample that all of these numbers say, ``()``; None if they say several, or nothing."""
+        one = [small.view(()) for x in found if x is not None and (small := thinned([x])[0]).numel() == 1]
+        return one[0] if one and len(one) == len(found) and all(self._equal(x, one[0]) for x in one) else None
+
     def moving(self, index: Tensor) -> Iterator[int]:
         """The axes along which samples change; each is looked at when it is asked for."""
         return (axis for axis in range(index.ndim) if self.without(index, [axis]) is None)

@@ -122,11 +122,6 @@ class RowTracker(Notes, SampleNumbers):
         if self.everything or (reorders and not first.same_rows) or any(map(self._tracked, first.sources)):
             self._records.extend(made)
 
-    def _touches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether rows of an argument are followed: those of few operations in a network are."""
-        data = args[0] if isinstance(args[0], tuple | list) else args[:1]
-        return any(map(self._tracked, (*data, *args[1:], *kwargs.values())))
-
     def follow(self, tensor: Tensor, index: Callable[[], Tensor | None] | None = None) -> None:
         """From now on record what is made of this tensor too; ``index`` gives its sample numbers, if they are known."""
         if index is not None or not self._tracked(tensor):
@@ -147,7 +142,7 @@ class RowTracker(Notes, SampleNumbers):
             if version(target) != note.version + (not target.is_inference()):
                 return  # nothing was changed, or something else as well
             note.version = version(target)
-        if any(self.is_lost(x) or self.is_changed(x) for x in others):
+        if any(map(self.is_lost, others)):
             self._lose(func, args, kwargs, out)
             return
         if not tracked:
@@ -163,15 +158,18 @@ class RowTracker(Notes, SampleNumbers):
 
     def _lose(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """From now on the rows of what an operation has made, or changed, are unknown."""
-        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        made, given = args[0] if out is None else out, [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         compiled = torch.compiler.is_compiling()  # then no history can be looked at
+        one = None if compiled else self.only([self.index(x) for x in given if self.is_of_batch(x)])
+        if one is not None:
+            self._records.append(Note(made, version(made), index=lambda: one.expand(made.shape)))
+            return
         of_batch = any(map(self._tracked if compiled else self.is_of_batch, given))
         if not of_batch and (compiled or all(map(self._is_constant, given))):
             return
         self._put = self._put or (of_batch and self.n in args[0].shape)
-        for x in (out, args[0]) if _changes(func) else (out,):  # two of one, in a compiled graph
-            if isinstance(x, Tensor):
-                self._records.append(Note(x, first_version(x), func, kind="putting"))
+        for x in (made, args[0]) if _changes(func) else (made,):  # two of one, in a compiled graph
+            self._records.append(Note(x, first_version(x), func, kind="putting"))
 
     def _same_rows_as(self, other: Tensor, target: Tensor, key: Any) -> bool:
         """Whether rows fit those of a tensor, or of what of it they are assigned to."""

@@ -118,6 +118,14 @@ def counts(y: Tensor) -> Tensor:
     return 1 / (torch.bincount(y, minlength=C) + 1).double()
 
 
+def drawn(x: Tensor) -> Tensor:
+    """A bump for each sample, drawn into what is there."""
+    target = torch.zeros(len(x), C).double()
+    for i in range(len(x)):
+        target[i] = torch.maximum(target[i], (-((torch.arange(C) - x[i, 0, 0]) ** 2)).exp())
+    return target
+
+
 def tasks(net: Any, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     return torch.stack([ce(net, x, y), F.mse_loss(net(x).mean(1), z)])
 
@@ -274,6 +282,16 @@ RIGHT: dict[str, Step] = {
     "weights of classes, gathered": lambda net, x, y, yt, w, k, z: (
         lambda alpha: (alpha * losses(net, x, y)).sum() / alpha.sum()
     )(ALPHA.gather(0, y.data.view(-1))),
+    "targets scattered sample by sample": lambda net, x, y, yt, w, k, z: F.cross_entropy(
+        net(x).mean(1), torch.stack([torch.zeros(C).double().scatter(0, of[None], 1.0) for of in y])
+    ),
+    "counts of each sample": lambda net, x, y, yt, w, k, z: F.mse_loss(
+        net(x).mean(1), torch.stack([torch.zeros(C).double().index_add(0, of, m) for of, m in zip(yt, k, strict=True)])
+    ),
+    "targets put by numbers": lambda net, x, y, yt, w, k, z: F.cross_entropy(
+        net(x).mean(1), torch.zeros(len(x), C).double().index_put((torch.arange(len(x)), y), torch.ones(()).double())
+    ),
+    "targets drawn one after the other": lambda net, x, y, yt, w, k, z: F.mse_loss(net(x).mean(1), drawn(x)),
     "the best of several": lambda net, x, y, yt, w, k, z: (tokens(net, x, yt).min(dim=1).values * w).sum() / w.sum(),
     "the better of two": lambda net, x, y, yt, w, k, z: torch.min(losses(net, x, y), tokens(net, x, yt).amax(1)).mean(),
     "parts of one forward pass": lambda net, x, y, yt, w, k, z: fixmatch(net, torch.cat([x, x + 0.1, 2 * x])),
