@@ -75,7 +75,7 @@ def among(functions: Iterable[Any]) -> Callable[[Any], bool]:
 # Change neither order nor number of elements nor shape.
 CASTS = frozenset(
     {_T.float, _T.double, _T.half, _T.bfloat16, _T.long, _T.int, _T.bool, _T.to, _T.type, _T.contiguous, _T.clone}
-    | {_T.detach, _T.type_as, torch.clone, torch.detach, _T.cuda, _T.cpu, _T.requires_grad_}
+    | {_T.detach, _T.type_as, torch.clone, torch.detach, _T.cuda, _T.cpu, _T.requires_grad_, _T.__deepcopy__}
 )
 # Read of another tensor its shape, dtype and device; of their first argument, its values.
 _reads_the_first = among(CASTS | {_T.expand_as, _T.view_as, _T.reshape_as})

@@ -295,7 +295,7 @@ def _does_the_same_to_parts(
                 alone = func(*map(cut, args), **{key: cut(value) for key, value in kwargs.items()})
         except Exception:  # whatever it says, it cannot be done again
             return None
-        if not isinstance(alone, Tensor) or alone.shape != out[part].shape:
+        if not isinstance(alone, Tensor) or alone.shape != out[part].shape or alone.dtype != out.dtype:
             return False
         differ = alone != out[part] if out.dtype == torch.bool else (alone - out[part]).abs() > 1e-4 * size
         return not bool(differ.any())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -292,6 +293,7 @@ RIGHT: dict[str, Step] = {
         net(x).mean(1), torch.zeros(len(x), C).double().index_put((torch.arange(len(x)), y), torch.ones(()).double())
     ),
     "targets drawn one after the other": lambda net, x, y, yt, w, k, z: F.mse_loss(net(x).mean(1), drawn(x)),
+    "a deep copy in another order": lambda net, x, y, yt, w, k, z: ce(net, *copy.deepcopy([x.flip(0), y.flip(0)])),
     "the best of several": lambda net, x, y, yt, w, k, z: (tokens(net, x, yt).min(dim=1).values * w).sum() / w.sum(),
     "the better of two": lambda net, x, y, yt, w, k, z: torch.min(losses(net, x, y), tokens(net, x, yt).amax(1)).mean(),
     "parts of one forward pass": lambda net, x, y, yt, w, k, z: fixmatch(net, torch.cat([x, x + 0.1, 2 * x])),
