@@ -1,7 +1,7 @@
 """What a method costs per training step: real Lightning loops with and without it, in turn, in one process.
 
     python benchmarks/step_overhead.py --models mlp resnet18 vit_tiny --steps 200 --threads 1
-    python benchmarks/step_overhead.py --models mlp --methods Nothing Reading GroupDRO --floor --threads 1
+    python benchmarks/step_overhead.py --models mlp --methods Nothing Reading GroupDRO --by-hand --threads 1
 
 For every model, plain Lightning and each registered method train in alternating blocks of a few steps, in reversed
 order every other round, so that a busy machine slows both alike. A step is the time from the end of a batch to that of
@@ -9,8 +9,9 @@ the next: tags taken off the batch, transfer, step, backward, optimiser, callbac
 what the DataLoader's workers do is not in it, and nothing is logged: these are the steps between logging steps.
 
 ``Nothing`` is a method that does nothing, and ``Reading`` one that takes the loss apart, with the groups of its rows,
-and puts it together again: what a method costs before its own mathematics. ``--floor`` times the tensor operations of
-GroupDRO alone, in a loop without Lightning and without debias.
+and puts it together again: what a method costs before its own mathematics. ``--by-hand`` adds a module whose own step
+holds the tensor operations of GroupDRO, in the same loop and without debias: nothing that is fed by callbacks can cost
+less than those operations and ``Nothing`` together.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from debias.step.tagged import TaggedBatch
 
 N_GROUPS = 4
 WARM_UP = 3  # steps at the start of a block that are not counted: the first one learns the structure of the step
-PLAIN = "plain"
+PLAIN, BY_HAND = "plain", "by hand"
 IMAGES = ("AdvStyle", "DSU", "EdgeView", "MixStyle")  # need feature maps or images, which the MLP has not
 # Operations whose result the host waits for, or whose output size depends on the data.
 SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "_unique2", "equal", "is_nonzero")
@@ -55,6 +56,33 @@ class Model(L.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=1e-6, momentum=0.9)  # at published weights penalties go far
+
+
+class ByHand(Model):
+    """Group DRO written into the module itself, with the operations and checks that the method has on a CPU."""
+
+    def __init__(self, network, size):
+        super().__init__(network)
+        self.register_buffer("log_weights", torch.zeros(N_GROUPS, dtype=torch.float64))
+        self.register_buffer("ones", torch.ones((), dtype=torch.float64).expand(size))
+        self.register_buffer("ids", torch.arange(N_GROUPS + 1))
+
+    def training_step(self, batch, batch_idx):
+        x, y, group = batch
+        logits = self.network(x)
+        F.cross_entropy(logits, y)  # what the step of an unmodified module receives, and logs
+        losses = F.cross_entropy(logits, y, reduction="none")
+        counted = (y != -100).to(losses.dtype)
+        place = torch.bucketize(group, self.ids, right=True)  # ids out of range have places of their own
+        rows = torch.stack((losses.detach(), counted, self.ones))
+        table = rows.new_zeros(3, N_GROUPS + 3).scatter_add_(1, place.expand(3, -1), rows)
+        table.tolist()  # bad rows raise
+        num, den, _ = table.narrow(1, 1, N_GROUPS).unbind()
+        divisors = den + den.logical_not()
+        self.log_weights.add_(num / divisors, alpha=0.01).clamp_(-1e300, 1e300)
+        factors = losses.new_zeros(N_GROUPS + 3)
+        torch.div(self.log_weights.softmax(0), divisors, out=factors.narrow(0, 1, N_GROUPS))
+        return losses.dot(factors.index_select(0, place))
 
 
 def mlp():
@@ -90,44 +118,6 @@ class Reading(debias.Debiaser):
         for call in calls:
             call.of_rows(self.sample_ids(step))
         return [call.num.sum() / call.den.sum() for call in calls]
-
-
-def floor(repeats=60, steps=50):
-    """Microseconds that the tensor operations of GroupDRO add to a step of the MLP, written out in a bare loop."""
-    network, shape, size = mlp()
-    x, y, group = torch.randn(size, *shape), torch.randint(2, (size,)), torch.randint(N_GROUPS, (size,))
-    log_weights = torch.zeros(N_GROUPS, dtype=torch.float64)
-    ones, ids = torch.ones((), dtype=torch.float64).expand(size), torch.arange(N_GROUPS + 1)
-
-    def plain():
-        F.cross_entropy(network(x), y).backward()
-
-    def group_dro():
-        logits = network(x)
-        F.cross_entropy(logits, y)  # what the step itself receives, and logs
-        losses = F.cross_entropy(logits, y, reduction="none")
-        counted = (y != -100).to(losses.dtype)
-        place = torch.bucketize(group, ids, right=True)  # ids out of range have places of their own
-        rows = torch.stack((losses.detach(), counted, ones))
-        table = rows.new_zeros(3, N_GROUPS + 3).scatter_add_(1, place.expand(3, -1), rows)
-        table.tolist()  # bad rows raise
-        num, den, _ = table.narrow(1, 1, N_GROUPS).unbind()
-        divisors = den + den.logical_not()
-        log_weights.add_(num / divisors, alpha=0.01).clamp_(-1e300, 1e300)
-        factors = losses.new_zeros(N_GROUPS + 3)
-        torch.div(log_weights.softmax(0), divisors, out=factors.narrow(0, 1, N_GROUPS))
-        losses.dot(factors.index_select(0, place)).backward()
-
-    fastest = {}
-    for step in (plain, group_dro) * 2:  # the first time to warm up
-        times = []
-        for _ in range(repeats):
-            start = Clock.now()
-            for _ in range(steps):
-                step()
-            times.append((Clock.now() - start) / steps / 1e3)
-        fastest[step] = min(times)
-    return fastest[group_dro] - fastest[plain]
 
 
 MODELS = {"mlp": mlp, "resnet18": resnet18, "vit_tiny": vit_tiny}
@@ -226,10 +216,10 @@ class Repeated:
 class Arm:
     """One training run that can go on for a few steps at a time."""
 
-    def __init__(self, model, make, accelerator):
+    def __init__(self, model, make, accelerator, *, by_hand=False):
         torch.manual_seed(0)
         network, shape, size = MODELS[model]()
-        self.module = Model(network)
+        self.module = ByHand(network, size) if by_hand else Model(network)
         self.methods = [make()] if make is not None else []
         self.accelerator = accelerator
         self.batches = []
@@ -237,6 +227,8 @@ class Arm:
         for i in range(4):
             batch = (torch.randn(size, *shape), torch.randint(2, (size,)))
             tags = {"group": torch.randint(N_GROUPS, (size,))}
+            if by_hand:
+                batch = (*batch, tags["group"])
             if any("index" in method.needs for method in self.methods):
                 tags["index"] = torch.arange(i * size, (i + 1) * size)
             self.batches.append(TaggedBatch(batch, tags) if self.methods else batch)
@@ -293,9 +285,11 @@ def fast(durations):
     return sorted(durations)[len(durations) // 10]
 
 
-def measure(model, methods, steps, block, accelerator):
-    """A row for plain Lightning and for each method."""
+def measure(model, methods, steps, block, accelerator, *, by_hand=False):
+    """A row for plain Lightning, for each method, and for Group DRO without debias."""
     arms = {PLAIN: Arm(model, None, accelerator)}
+    if by_hand:
+        arms[BY_HAND] = Arm(model, None, accelerator, by_hand=True)
     methods = {name: make for name, make in methods.items() if model != "mlp" or name not in IMAGES}
     arms |= {name: Arm(model, make, accelerator) for name, make in methods.items()}
     for arm in arms.values():
@@ -358,7 +352,7 @@ def main():
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cpu-time", action="store_true", help="of this process, where others keep the machine busy")
-    parser.add_argument("--floor", action="store_true", help="time the tensor operations of GroupDRO alone, too")
+    parser.add_argument("--by-hand", action="store_true", help="time a module that does GroupDRO itself, too")
     parser.add_argument("--out", type=Path, default=None, help="write the rows as CSV")
     options = parser.parse_args()
     globals()["N_GROUPS"] = options.groups
@@ -379,7 +373,10 @@ def main():
             f"{'method':<20}{'step':>12}{'extra':>11}{'quartiles':>20}{'ratio':>8}{'fast':>8}{'peak memory':>14}"
             f"{'operations':>12}{'host syncs':>12}"
         )
-        for row in measure(model, methods, options.steps, options.block, options.accelerator):
+        rows_of_model = measure(
+            model, methods, options.steps, options.block, options.accelerator, by_hand=options.by_hand
+        )
+        for row in rows_of_model:
             rows.append(row)
             quartiles = f"{row['extra_us_low']:.0f} .. {row['extra_us_high']:.0f}"
             print(
@@ -388,8 +385,6 @@ def main():
                 f"{row['extra_operations']:>+12}{row['host_syncs']:>12}",
                 flush=True,
             )
-    if options.floor:
-        print(f"\nThe tensor operations of GroupDRO alone: {floor():.0f} us")
     if options.out is not None:
         with options.out.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))
