@@ -138,8 +138,8 @@ class Notes:
         return any(note.loader is not None and not note.known for note in self._history(tensor))
 
     def is_joined(self, tensor: Tensor) -> bool:
-        """Whether it was put together of parts; where nobody knows their rows, nobody knows its order."""
-        return any(note.kind == "move" and note.func in JOINING for note in self._history(tensor))
+        """Whether its rows were put together of parts; where nobody knows these, nobody knows its order."""
+        return any(note.func in JOINING and not note.same_rows for note in self._history(tensor))
 
     def is_blank(self, tensor: Tensor) -> bool:
         """Whether nothing of the batch is in it, nor anything that is learned: it was made to be filled."""

@@ -294,6 +294,12 @@ RIGHT: dict[str, Step] = {
     ),
     "targets drawn one after the other": lambda net, x, y, yt, w, k, z: F.mse_loss(net(x).mean(1), drawn(x)),
     "a deep copy in another order": lambda net, x, y, yt, w, k, z: ce(net, *copy.deepcopy([x.flip(0), y.flip(0)])),
+    "a masked autoencoder": lambda net, x, y, yt, w, k, z: F.mse_loss(
+        torch.cat([net(x)[:, :2], net[0].bias.expand(len(x), 1, C)], 1).gather(
+            1, x[..., 0].argsort(1)[..., None].expand(-1, -1, C)
+        ),
+        torch.from_numpy(x[..., :C].numpy().copy()),
+    ),
     "the best of several": lambda net, x, y, yt, w, k, z: (tokens(net, x, yt).min(dim=1).values * w).sum() / w.sum(),
     "the better of two": lambda net, x, y, yt, w, k, z: torch.min(losses(net, x, y), tokens(net, x, yt).amax(1)).mean(),
     "parts of one forward pass": lambda net, x, y, yt, w, k, z: fixmatch(net, torch.cat([x, x + 0.1, 2 * x])),
