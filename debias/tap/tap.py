@@ -280,7 +280,7 @@ class LossTap(TorchFunctionMode):
             of: the tensor that tells their rows, where that is neither its target nor its logits.
         """
         tracker = self.tracker
-        assert tracker is not None
+        assert tracker is not None  # else a loss has no `samples`, and never row i for sample i
         if self.rows is not None:
             index = _given_rows(self.rows, call, tracker.n, shape, call.record.computed[0].device)
         else:
