@@ -89,8 +89,12 @@ def main(args: Sequence[str] | None = None) -> None:
         from debias.cli.errors import readable_errors
 
         with readable_errors(), needs_extra("cli"):
+            from debias.cli.retrain import retrain
             from debias.cli.training import train
-        train(words[0], words[1:])
+        if words[0] == "retrain":
+            retrain(words[1:])
+        else:
+            train(words[0], words[1:])
         return
     parser = make_parser()
     if words and not words[0].startswith("-") and words[0] not in parser.get_default("commands"):

@@ -9,11 +9,13 @@ import ast
 import inspect
 import re
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Entry", "list_methods", "list_monitors", "methods", "print_methods", "print_table"]
+from debias.cli.recipes import METHODS, recipes_folder
+from debias.cli.table import print_table
+
+__all__ = ["Entry", "list_methods", "list_monitors", "methods", "print_methods"]
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -107,8 +109,6 @@ def _stated(name: str, attribute: str, classes: dict[str, ast.ClassDef], default
 
 def print_methods() -> None:
     """Print the methods with their recipes, then the monitors: what each does, needs, and where it comes from."""
-    from debias.cli.recipes import METHODS, recipes_folder
-
     files = sorted((recipes_folder() / METHODS).glob("*.yaml"))
     used = {file.stem: re.findall(r"class_path: debias\.(\w+)", file.read_text(encoding="utf-8")) for file in files}
     rows = []
@@ -129,22 +129,3 @@ def print_methods() -> None:
 
 def _needs(needs: Sequence[str]) -> str:
     return ", ".join(needs) or "nothing"
-
-
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table with rich where it is installed, else as aligned text."""
-    if find_spec("rich"):
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(show_lines=True)
-        for i, column in enumerate(header):
-            table.add_column(column, no_wrap=i == 0, overflow="fold")  # what is typed stays, however narrow it gets
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
-        Console().print(table)
-        return
-    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
-    for line in [header, *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from debias.cli.listing import print_table
 from debias.cli.suggest import nearest
+from debias.cli.table import print_table
 
 __all__ = ["copy_recipe", "print_recipes", "recipes", "recipes_folder"]
 

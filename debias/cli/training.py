@@ -37,11 +37,6 @@ def train(stage: str, args: Sequence[str]) -> None:
         stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
         args: the words after ``debias <stage>``.
     """
-    if stage == "retrain":
-        from debias.cli.retrain import retrain
-
-        retrain(args)
-        return
     with readable_errors():
         DebiasCLI(stage, args).run_stage()
 

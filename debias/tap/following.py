@@ -7,8 +7,9 @@ of weights with the shape of the losses. Then the loss of a group is what the st
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from debias.errors import SPLIT, RowsError
 from debias.tap.calls import LossCall, LossRecord
 from debias.tap.counted import replaces
 from debias.tap.divisors import Divided
+from debias.tap.mixing import Mixture
 from debias.tap.moves import (
     CASTS,
     DIVISION,
@@ -33,11 +35,9 @@ from debias.tap.moves import (
     named,
     values_read,
 )
+from debias.tap.rows import RowTracker
 from debias.tap.totals import READING, Total, Totals
 from debias.tap.whole_batch import STATISTICS, WholeBatch, tensors_in
-
-if TYPE_CHECKING:
-    from debias.tap.tap import LossTap
 
 __all__ = ["FOLLOWED", "Following"]
 
@@ -64,15 +64,25 @@ class Following:
     """Follows the unreduced losses of one step.
 
     Args:
-        tap: of the step; it records what is found.
+        tracker: of the step; None where nobody reads ids.
+        mixture: which labels the samples count with; None where augmentation has mixed none.
+        record: records a loss that was reduced, and returns what the step is to receive.
+        careful: look at every operation, as in the first step of an epoch.
     """
 
-    def __init__(self, tap: LossTap) -> None:
-        self.tap = tap
+    def __init__(
+        self,
+        tracker: RowTracker | None,
+        mixture: Mixture | None,
+        record: Callable[[LossCall, Tensor], Tensor],
+        *,
+        careful: bool,
+    ) -> None:
+        self._tracker, self._mixture, self._record = tracker, mixture, record
         self._unreduced: list[LossRecord] = []
         self._divisible: list[tuple[Tensor, list[LossCall]]] = []  # what is proportional to a loss, so far
-        self.batch = WholeBatch(tap.tracker, self, careful=tap.careful)
-        self._totals = Totals(self.batch.holds, careful=tap.careful)
+        self.batch = WholeBatch(tracker, self.is_unreduced, self.is_proportional, careful=careful)
+        self._totals = Totals(self.batch.holds, careful=careful)
 
     def close(self) -> None:
         """Let go of every tensor."""
@@ -106,8 +116,8 @@ class Following:
                 self._proportional(func, args, kwargs, x)
         elif _is_dot(func):  # the sum of a product
             product = torch.mul(*args[:2])
-            if self.tap.tracker is not None:
-                self.tap.tracker.record(torch.mul, args[:2], {}, product)
+            if self._tracker is not None:
+                self._tracker.record(torch.mul, args[:2], {}, product)
             self.see(torch.mul, args[:2], {}, product)
             return self.see(torch.sum, (product,), {}, out)
         elif (axes := self._reduces(func, found, args, kwargs)) is None:
@@ -212,7 +222,7 @@ class Following:
         keepdim = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
         if len(axes) == ndim and not keepdim:
             return axes
-        tracker = self.tap.tracker
+        tracker = self._tracker
         try:
             index = None if tracker is None else tracker.index(found.source)
         except RowsError:  # of a loss that perhaps nobody means
@@ -228,25 +238,25 @@ class Following:
 
     def _reduced(self, func: Any, found: LossRecord, axes: list[int], out: Tensor) -> Tensor:
         """The loss that a sum or mean over samples ends in."""
-        num, tap = found.source, self.tap
+        num, tracker = found.source, self._tracker
         if not num.requires_grad:
             self._totals.see(func, (num,), out)
             return out
         kept = torch.Size(1 if a in axes else size for a, size in enumerate(num.shape))
-        shares = tap.mixture.parts if found.parts and tap.mixture is not None else []
+        shares = self._mixture.parts if found.parts and self._mixture is not None else []
 
         def compute() -> tuple[Tensor, Tensor]:
             if not shares:
                 return num, num.new_full((), 1 / kept.numel())
-            own = _samples_of(tap, num)
+            own = _samples_of(tracker, num)
             nums = [x * share.num.to(x.dtype)[own] for x, share in zip(found.parts, shares, strict=True)]
             dens = [share.den.to(num.dtype)[own] for share in shares]
             return torch.cat(nums), torch.cat(dens) / kept.numel()
 
         def samples(shape: torch.Size) -> Tensor | None:
-            if num.ndim == 1 and not shares and tap.tracker is not None and tap.tracker.keeps_rows(num):
+            if num.ndim == 1 and not shares and tracker is not None and tracker.keeps_rows(num):
                 return None
-            own = _samples_of(tap, num)
+            own = _samples_of(tracker, num)
             if shares:
                 own = torch.cat([own if share.source is None else share.source[own] for share in shares])
             return own.reshape(shape)
@@ -257,11 +267,11 @@ class Following:
         if record.is_sum and record.of_batch:  # which is said, whatever divides it
             record.divisor = num.new_ones(()).expand(num.shape)
         record.kept = kept if len(axes) < num.ndim else None
-        call = replace(found.function, position=len(tap.calls), record=record)
+        call = replace(found.function, record=record)
         for by in found.divided_by:
             if not self._divide(call, by) and isinstance(by, Total) and by.of_batch:
                 record.of_batch = True
-        return tap.add(call, out)
+        return self._record(call, out)
 
     def _proportional(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         """Follow what is proportional to losses, and what losses are divided by."""
@@ -279,7 +289,7 @@ class Following:
 
     def _divide(self, call: LossCall, by: Any) -> bool:
         """The step divides a loss by a number, or by a sum of weights: whether that is what the loss runs over."""
-        return Divided(self.tap.tracker, call.record, reads_all=self.batch.careful).by(by, self._totals)
+        return Divided(self._tracker, call.record, reads_all=self.batch.careful).by(by, self._totals)
 
 
 def _is_zero(x: Any) -> bool:
@@ -298,9 +308,9 @@ def _times(scale: Any, factor: Any) -> Any:
     return factor if scale is None else scale * factor
 
 
-def _samples_of(tap: LossTap, tensor: Tensor) -> Tensor:
-    assert tap.tracker is not None
-    index = tap.tracker.index(tensor)
+def _samples_of(tracker: RowTracker | None, tensor: Tensor) -> Tensor:
+    assert tracker is not None
+    index = tracker.index(tensor)
     if index is None:
         raise RowsError(
             "Expected unreduced losses to be masked, weighted, reshaped and reduced only, each with what is of the same"

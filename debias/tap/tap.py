@@ -85,7 +85,7 @@ class LossTap(TorchFunctionMode):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self._following = Following(self)
+        self._following = Following(self.tracker, self.mixture, self.add, careful=self.careful)
         self._normalised: list[tuple[Tensor, Tensor]] = []  # log-probabilities and their logits
 
     def close(self) -> None:
@@ -248,6 +248,7 @@ class LossTap(TorchFunctionMode):
 
     def add(self, call: LossCall, out: Tensor) -> Tensor:
         """Record a loss that the step receives as ``out``; what it receives."""
+        call.position = len(self.calls)
         self.calls.append(call)
         if self.training and self.at_once is not None and (changed := self.at_once(call)) is not None:
             out = changed

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +32,6 @@ from debias.tap.moves import (
     sorts_rows,
 )
 from debias.tap.rows import RowTracker
-
-if TYPE_CHECKING:
-    from debias.tap.following import Following
 
 __all__ = ["STATISTICS", "WholeBatch", "is_irregular", "tensors_in"]
 
@@ -68,15 +65,23 @@ class WholeBatch:
 
     Args:
         tracker: of the step; None where nobody reads ids.
-        losses: tells losses.
+        is_unreduced: whether a tensor holds losses that nobody has reduced yet.
+        is_proportional: whether it is a loss, or what is proportional to some.
         careful: look at every operation, as in the first step of an epoch.
     """
 
-    def __init__(self, tracker: RowTracker | None, losses: Following, *, careful: bool) -> None:
+    def __init__(
+        self,
+        tracker: RowTracker | None,
+        is_unreduced: Callable[[Tensor], bool],
+        is_proportional: Callable[[Tensor], bool],
+        *,
+        careful: bool,
+    ) -> None:
         self.tracker = tracker
         self._n = 0 if tracker is None else tracker.n
         self.careful = careful and self._n > 1  # a batch of one sample is its group's
-        self._losses = losses
+        self._is_unreduced, self._is_proportional = is_unreduced, is_proportional
         self._numbers: list[Tensor] = []
         self._marks: Any = WeakTensorKeyDictionary() if self.careful else {}
         for x in tracker.roots if tracker is not None and self.careful else ():
@@ -193,10 +198,10 @@ class WholeBatch:
         if _is_statistic(func) and isinstance(data, Tensor) and not (len(args) > 1 and isinstance(args[1], Tensor)):
             if tracker is None or data.numel() < 2 or (func in _DIFFERENTIABLE and not detached):
                 return False
-            of_rows = self._losses.is_unreduced(data) or tracker.is_of_batch(data) or (rows and detached)
+            of_rows = self._is_unreduced(data) or tracker.is_of_batch(data) or (rows and detached)
             return of_rows and not self._keeps_rows(args, kwargs, out)
         # As soon as nothing is differentiated any more a loss of the batch is such a number, too.
-        if detached and any(map(self._losses.is_proportional, given)):
+        if detached and any(map(self._is_proportional, given)):
             return True
         if not (detached and rows) or func in _PLACES or func in _SHAPED:
             return False

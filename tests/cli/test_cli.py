@@ -247,7 +247,7 @@ def test_a_narrow_terminal_leaves_names_whole(capsys, monkeypatch):
 
 
 def test_listings_work_without_rich(capsys, monkeypatch):
-    monkeypatch.setattr("debias.cli.listing.find_spec", lambda name: None)
+    monkeypatch.setattr("debias.cli.table.find_spec", lambda name: None)
     main(["methods"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:2] == ["method", "recipe"]
