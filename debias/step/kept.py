@@ -10,41 +10,41 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from debias.errors import UnsupportedStrategyError
 
 __all__ = ["Kept"]
 
-_OF_ANY_MODULE = vars(nn.Module()).keys() - {"training"}  # parameters, children, hooks
+_OF_ANY_MODULE = vars(nn.Module()).keys() - {"training"}
+# The tables in which any module keeps its buffers and its hooks.
+_TABLES = [k for k, x in vars(nn.Module()).items() if isinstance(x, dict) and k not in ("_parameters", "_modules")]
 
 
 class Kept:
-    """What modules keep when it is made: buffers, states of metrics, counters, lists, and which layers train.
+    """What modules keep when it is made: buffers, states of metrics, counters, lists, hooks, and which layers train.
 
     Objects of other classes that a module refers to are not looked into.
 
     Args:
         module: the user's module.
-        reads: look at values of frozen parameters beyond the CPU, too, which waits for the device.
+        reads: look at values of parameters beyond the CPU, too, which waits for the device.
     """
 
     def __init__(self, module: nn.Module, *, reads: bool) -> None:
         modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
-        self._tables = [table for m in modules for table in (vars(m), m._buffers)]
+        self._tables = [table for m in modules for table in _tables_of(m)]
         self._values = _copied(self._tables)
         self._parameters = {name: p for name, p in module.named_parameters() if type(p) is nn.Parameter}
-        # As they are before the step, which may freeze others for a while.
-        self._frozen = [p for p in self._parameters.values() if p.is_floating_point() and not p.requires_grad]
-        self._read = [p for p in self._frozen if reads or p.device.type == "cpu"]
+        self._read = [p for p in self._parameters.values() if reads or p.device.type == "cpu"]
         self._marks = self._marks_of_parameters()
 
     def _marks_of_parameters(self) -> list[tuple[float, ...]]:
-        """By which it shows that parameters were changed in place; frozen ones also through their ``data``."""
-        norms = [torch.linalg.vector_norm(p.detach().float()).to(self._read[0].device) for p in self._read]
-        sizes = dict(zip(self._read, torch.stack(norms).tolist() if norms else [], strict=True))
-        places = {p: p.data_ptr() for p in self._frozen}
-        return [(p._version, places.get(p, 0), sizes.get(p, 0.0)) for p in self._parameters.values()]
+        """By which it shows that parameters were changed in place, also through their ``data``."""
+        norms = [torch.linalg.vector_norm(p.detach().abs().float()).to(self._read[0].device) for p in self._read]
+        sizes = dict(zip(self._read, torch.stack(norms).nan_to_num(-1.0).tolist() if norms else [], strict=True))
+        return [(p._version, sizes[p] if p in sizes else p.data_ptr()) for p in self._parameters.values()]
 
     def check_parameters(self, losses: str) -> None:
         """Refuse a step that has changed parameters, which it would change again on each part.
@@ -71,6 +71,12 @@ class Kept:
         finally:
             for table, values in zip(self._tables, now, strict=True):
                 _fill(table, values)
+
+
+def _tables_of(module: nn.Module) -> list[dict[str, Any]]:
+    """Where a module keeps things; one that its first call builds, which it tells by a hook, keeps its hooks."""
+    names = ["_buffers"] if isinstance(module, LazyModuleMixin) else _TABLES
+    return [vars(module), *(vars(module)[name] for name in names)]
 
 
 def _fill(table: dict[str, Any], values: dict[str, Any]) -> None:

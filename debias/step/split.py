@@ -4,7 +4,7 @@ The one place with a Python loop over groups or samples. The step runs on the wh
 that is what it logs, what metrics see, what modules keep of it, and what it returns beside the loss. Then it runs on
 each part for the part's loss, where BatchNorm has the statistics of the whole batch, and modules hold what they held
 before the step. Every step waits for the device once, for the ids that say which parts there are; the first one of an
-epoch and logging steps also for the values of frozen parameters.
+epoch and logging steps also for the values of parameters.
 """
 
 from __future__ import annotations

@@ -153,6 +153,18 @@ def test_what_a_step_keeps_is_put_back_when_a_part_raises():
     assert "log" not in vars(model)
 
 
+def test_hooks_that_a_network_installs_in_its_first_call_are_installed_once():
+    def step(model: Any, x: Tensor, y: Tensor) -> Tensor:
+        if not getattr(model, "installed", False):
+            model.net[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+            model.installed = True
+        return F.cross_entropy(model.net(x), y)
+
+    (whole, _), (parts, _) = fit("whole", model=Model(step)), fit("split", model=Model(step))
+    torch.testing.assert_close(parts.state_dict(), whole.state_dict())
+    assert len(parts.net[0]._forward_hooks) == 1
+
+
 def test_a_lazy_network():
     def lazy() -> Model:
         model = Model(lambda model, x, y: F.cross_entropy(model.net(x), y))
@@ -163,12 +175,16 @@ def test_a_lazy_network():
     assert parts.net[1].num_batches_tracked == whole.net[1].num_batches_tracked == 4
 
 
-@pytest.mark.parametrize(("by_data", "frozen"), [(True, True), (False, True), (False, False)])
-def test_a_step_that_changes_parameters_is_refused(by_data, frozen):
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("how", ["in place", "by data", "new data"])
+def test_a_step_that_changes_parameters_is_refused(how, frozen):
     def step(model: Keeping, x: Tensor, y: Tensor) -> Tensor:
-        weight = model.teacher.weight.data if by_data else model.teacher.weight
+        weight = model.teacher.weight
         with torch.no_grad():
-            weight.mul_(0.99)
+            if how == "new data":
+                weight.data = 0.99 * weight.data
+            else:
+                (weight if how == "in place" else weight.data).mul_(0.99)
         return F.cross_entropy(model.net(x), y)
 
     model = Keeping(step)
@@ -242,9 +258,9 @@ def test_in_half_precision_too(autocast):
 
     def step(model: Model, x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return F.cross_entropy(model.to(dtype).run(x.to(dtype)), y)
+            return F.cross_entropy(model.run(x.to(dtype)), y)
 
-    (whole, _), (parts, _) = fit("whole", step), fit("split", step)
+    (whole, _), (parts, _) = (fit(losses, model=Model(step).to(dtype)) for losses in ("whole", "split"))
     torch.testing.assert_close(parts.net[4].weight, whole.net[4].weight, rtol=0.02, atol=0.004)
 
 
