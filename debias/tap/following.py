@@ -154,7 +154,7 @@ class Following:
         factor = self._factor(func, args, kwargs, found)
         divided_by, of_batch = self._divisions(func, args, found, by, linear=factor is not None)
         if func is _T.__setitem__ or out is found.source:  # in place
-            found.of_batch = of_batch or (by is None and self.batch.holds(args[1:], kwargs))
+            found.of_batch = of_batch or (by is None and self._is_scaled(args, kwargs, found))
             found.scale, found.divided_by = _times(found.scale, factor), divided_by
             for part in found.parts:
                 func(*(part if x is found.source else x for x in args), **kwargs)
@@ -166,7 +166,7 @@ class Following:
                 continue  # a mask, such as that of the largest losses
             if func in MOVES and not x.ndim and found.source.numel() > 1:
                 continue  # one of several, which Python may choose by their values
-            changes = by is None and self.batch.changes(func, args, kwargs, x)
+            changes = by is None and (self.batch.changes(func, args, kwargs, x) or self._is_scaled(args, kwargs, found))
             parts = [_with(func, args, kwargs, found.source, part, place) for part in found.parts]
             made = replace(found, source=x, parts=parts, of_batch=of_batch or changes, divided_by=divided_by)
             if func in MOVES:
@@ -179,6 +179,10 @@ class Following:
             elif func not in CASTS:
                 made.scale = _times(found.scale, factor)
             self._unreduced.append(made)
+
+    def _is_scaled(self, args: tuple[Any, ...], kwargs: dict[str, Any], found: LossRecord) -> bool:
+        """Whether a number of the whole batch, trained or not, meets the elements in an operation."""
+        return self.batch.scales([x for x in tensors_in((args, kwargs)) if x is not found.source])
 
     def _factor(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: LossRecord) -> Any:
         """What an operation multiplies elements by; None if it does something else to them."""
@@ -283,7 +287,9 @@ class Following:
         by = next((x for x in divided_by if x is not None), None)
         for call in calls:
             if (by is None or not self._divide(call, by)) and func not in _ADD:
-                call.record.of_batch = call.record.of_batch or self.batch.holds(given)
+                others = [x for x in given if not self.is_proportional(x)]
+                scaled = self.batch.scales(others) if func in PRODUCT or func in DIVISION else self.batch.holds(given)
+                call.record.of_batch = call.record.of_batch or scaled
         if not any(out is x for x in given):
             self._divisible.append((out, calls))
 

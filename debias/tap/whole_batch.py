@@ -40,7 +40,6 @@ STATISTICS = REDUCTIONS | named(
     "var std norm quantile nanquantile median nanmedian mode bincount histc logsumexp unique"
 )
 _is_statistic = among(STATISTICS)
-_DIFFERENTIABLE = named("sum mean")
 # Tell where a mask holds, and so are no more than it.
 _PLACES = named("nonzero argwhere")
 # Compare the rows of two tensors: sum over the last axis of the first and the last but one, or the last, of the second.
@@ -54,9 +53,9 @@ _OF_ITSELF = named("diagonal diag trace")
 # Make constants; where they read a number, it is a size.
 _SHAPED = LIKE | named("arange zeros ones empty eye tril_indices triu_indices")
 # What may be known of a tensor: made of rows of the batch; a number for each two samples, or made of such; made of rows
-# in the order of a value; made of a sum or mean over the batch, with a gradient; made of rows that an operation of no
-# known kind has mixed or moved; made by a network.
-_OF_ROWS, _OF_PAIRS, _RANKED, _OF_MEAN = "rows", "pairs", "ranked", "mean"
+# in the order of a value; a number of the whole batch that may be trained, or made of one; made of rows that an
+# operation of no known kind has mixed or moved; made by a network.
+_OF_ROWS, _OF_PAIRS, _RANKED, _TRAINED = "rows", "pairs", "ranked", "trained"
 _MIXED, _BY_NETWORK = "mixed", "network"
 
 
@@ -107,6 +106,10 @@ class WholeBatch:
         """Whether one of these is a number of the whole batch."""
         return bool(self._numbers) and any(x is number for x in tensors_in(values) for number in self._numbers)
 
+    def scales(self, *values: Any) -> bool:
+        """Whether one of these is a number of the whole batch, also one that may be trained."""
+        return self.holds(*values) or (self.looks and any(self._is(x, _TRAINED) for x in tensors_in(values)))
+
     def changes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
         """Whether a number of the whole batch is in what an operation makes: some of the sorted rows, too, but not
         another order of all rows.
@@ -125,23 +128,27 @@ class WholeBatch:
         read = read_arguments(func, args)
         given = tensors_in((read, kwargs)) if looks else [x for x in read if isinstance(x, Tensor)]
         rows = looks and any(map(self._is_made_of_rows, given))
-        of_mean = looks and any(self._is(x, _OF_MEAN) for x in given)
-        by_network = looks and any(isinstance(x, nn.Parameter) or self._is(x, _BY_NETWORK) for x in given)
+        trained = looks and any(self._is(x, _TRAINED) for x in given)
+        of_layer = looks and any(isinstance(x, nn.Parameter) for x in given)
+        by_network = of_layer or (looks and any(self._is(x, _BY_NETWORK) for x in given))
         mixed = looks and any(self._is(x, _MIXED) for x in given)
         mixes = rows and func not in RECORDED and any(x.shape[:1] == (self._n,) for x in given)
         for x in tensors_in(args[:1] if func is Tensor.__setitem__ else out):
-            if x.requires_grad and (of_mean or (rows and func in _DIFFERENTIABLE and not x.ndim)):
-                self._mark(x, _OF_MEAN)  # may be trained; a number as soon as nothing is differentiated any more
-            elif (of_mean or self._is_number(func, args, kwargs, given, x, rows)) and func not in _SHAPED:
-                self._numbers.append(x)
-                mixed = mixed or (mixes and x.shape[:1] == (self._n,))
+            if (trained or self._is_number(func, args, kwargs, given, x, rows)) and func not in _SHAPED:
+                if not x.requires_grad:
+                    self._numbers.append(x)
+                    mixed = mixed or (mixes and x.shape[:1] == (self._n,))
+                elif not (
+                    of_layer and x.shape[:1] == (self._n,)
+                ):  # what a layer makes of such numbers is the network's
+                    self._mark(x, _TRAINED)
             if by_network or func is F.batch_norm:  # whose weights may be plain tensors
                 self._mark(x, _BY_NETWORK)
             elif mixed:
                 self._mark(x, _MIXED)
             if rows:
                 self._mark(x, _OF_ROWS)
-                if self._compares(func, args, given, x):
+                if self._compares(func, args, kwargs, given, x):
                     self._mark(x, _OF_PAIRS)
                     self._numbers += [] if x.requires_grad else [x]
                 if any(self._is(y, _RANKED) for y in given) or (func in SORTING and sorts_rows(func, args, kwargs)):
@@ -159,13 +166,16 @@ class WholeBatch:
             return False
         return self._is(target, _MIXED) or (self.tracker is not None and self.tracker.is_of_batch(target))
 
-    def _compares(self, func: Any, args: tuple[Any, ...], given: list[Tensor], out: Tensor) -> bool:
+    def _compares(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], out: Tensor
+    ) -> bool:
         """Whether an operation makes a number for each two samples, or something of such numbers."""
         if self.of_pairs(*given):
             return func not in _OF_ITSELF
         tracker, rows = self.tracker, [x for x in given if x.ndim and self._is_made_of_rows(x)]
         moves_one = func in MOVES and isinstance(args[0], Tensor)  # perhaps by rows of another one
-        by_weights = func is F.linear and not self._is(args[1], _OF_ROWS)  # of as many rows, by chance
+        weight = args[1] if len(args) > 1 else kwargs.get("weight")
+        by_weights = func is F.linear and not self._is(weight, _OF_ROWS)  # of as many rows, by chance
         if tracker is None or not out.ndim or len(rows) < 2 or moves_one or by_weights:
             return False
         if func in _PAIRING:
@@ -196,20 +206,20 @@ class WholeBatch:
             return True
         data, tracker = args[0] if args else None, self.tracker
         if _is_statistic(func) and isinstance(data, Tensor) and not (len(args) > 1 and isinstance(args[1], Tensor)):
-            if tracker is None or data.numel() < 2 or (func in _DIFFERENTIABLE and not detached):
+            if tracker is None or data.numel() < 2:
                 return False
-            of_rows = self._is_unreduced(data) or tracker.is_of_batch(data) or (rows and detached)
+            of_rows = self._is_unreduced(data) or tracker.is_of_batch(data) or rows
             return of_rows and not self._keeps_rows(args, kwargs, out)
         # As soon as nothing is differentiated any more a loss of the batch is such a number, too.
         if detached and any(map(self._is_proportional, given)):
             return True
+        if rows and func in ALONG:
+            return not self._keeps_rows(args, kwargs, out)
         if not (detached and rows) or func in _PLACES or func in _SHAPED:
             return False
         if func in SORTING and data is not None:
             again = self._is(data, _RANKED) or out.shape[:1] != data.shape[:1]  # places of places are ranks
             return sorts_rows(func, args, kwargs) and again
-        if func in ALONG:
-            return not self._keeps_rows(args, kwargs, out)
         if func in PUTTING:  # counts of classes, say; along other axes than the first it is done to each row
             adds = kwargs.get("accumulate", args[-1]) is True
             return adds or (len(args) > 1 and type(args[1]) is int and args[1] == 0)

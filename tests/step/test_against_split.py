@@ -101,6 +101,12 @@ def crops(net: Any, x: Tensor) -> Tensor:
     return net(x.flatten(0, 1)).view(-1, T, C).transpose(0, 1).flatten(0, 1)
 
 
+def scaled(net: Any, x: Tensor, z: Tensor, of: Step) -> Tensor:
+    """The mean of losses of all classes, changed by something that is made of the logits."""
+    logits = net(x).mean(1)
+    return of(F.binary_cross_entropy_with_logits(logits, z, reduction="none"), logits).mean()
+
+
 def over_its_own_sum(values: Tensor, weights: Tensor) -> Tensor:
     return (values * weights).sum() / weights.sum()
 
@@ -423,6 +429,12 @@ RIGHT: dict[str, Step] = {
     "crops in another order after the network": lambda net, x, y, yt, w, k, z: F.cross_entropy(
         crops(net, x), torch.tensor(y.tolist() * T)
     ),
+    "operands by keyword": lambda net, x, y, yt, w, k, z: F.cross_entropy(
+        F.linear(weight=net[2].weight, input=net[:2](x).mean(1)), y
+    ),
+    "weights of each sample that are trained": lambda net, x, y, yt, w, k, z: (
+        lambda h: (F.cross_entropy(h, y, reduction="none") * h.sigmoid().mean(1) / h.norm(dim=1)).mean()
+    )(net(x).mean(1)),
     "stated beside a loss": lambda net, x, y, yt, w, k, z: stated(tokens(net, x, yt).max(1).values),
     "stated with more than the loss": lambda net, x, y, yt, w, k, z: stated(
         tokens(net, x, yt).mean(1) + 1 - (net(x).softmax(-1) * F.one_hot(yt, C)).mean((1, 2))
@@ -438,6 +450,22 @@ REFUSED: dict[str, tuple[str, Step]] = {
             torch.cat([torch.full(((y == c).sum(),), c) for c in range(C)]),
         ),
     ),
+    **{
+        f"by a number that is trained, {name}": (OF_BATCH, lambda net, x, y, yt, w, k, z, of=of: scaled(net, x, z, of))
+        for name, of in {
+            "their own sum": lambda losses, h: losses / losses.sum().sqrt(),
+            "a focal sum": lambda losses, h: losses / ((1 - (-losses).exp()) ** 2).sum().clamp_min(1e-6),
+            "in place": lambda losses, h: losses.div_(h.sigmoid().sum()),
+            "of classes": lambda losses, h: losses * h.sigmoid().mean(0),
+            "a maximum": lambda losses, h: losses * h.sigmoid().amax(0),
+            "a norm": lambda losses, h: losses / h.norm(),
+            "a deviation": lambda losses, h: losses / h.std(0),
+            "over the batch": lambda losses, h: losses * h.softmax(0),
+            "a power": lambda losses, h: losses ** h.sigmoid().mean(),
+            "added": lambda losses, h: losses + h.sigmoid().mean(),
+            "of the mean": lambda losses, h: losses.mean() * h.sigmoid().mean(),
+        }.items()
+    },
     "some samples beside some of a memory": (
         NOT_FOLLOWED,
         lambda net, x, y, yt, w, k, z: F.cross_entropy(
