@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["arranged_rows", "attributes", "one_per_sample", "roots_of"]
 
@@ -30,7 +31,7 @@ def roots_of(batch: Any, n: int | None, sample: int | None = None, depth: int = 
 
 def attributes(value: Any) -> dict[str, Any]:
     """The parts of a batch that is an object: its attributes; none of modules, classes and functions."""
-    if callable(value):
+    if isinstance(value, type | nn.Module) or inspect.isroutine(value):
         return {}
     slots = (getattr(kind, "__slots__", ()) for kind in type(value).__mro__)
     names = [name for of_kind in slots for name in ([of_kind] if isinstance(of_kind, str) else of_kind)]

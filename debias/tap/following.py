@@ -290,8 +290,9 @@ class Following:
                 others = [x for x in given if not self.is_proportional(x)]
                 scaled = self.batch.scales(others) if func in PRODUCT or func in DIVISION else self.batch.holds(given)
                 call.record.of_batch = call.record.of_batch or scaled
-        if not any(out is x for x in given):
-            self._divisible.append((out, calls))
+        known = [call for tensor, of in self._divisible if tensor is out for call in of]
+        if new := [call for call in dict.fromkeys(calls) if call not in known]:
+            self._divisible.append((out, new))
 
     def _divide(self, call: LossCall, by: Any) -> bool:
         """The step divides a loss by a number, or by a sum of weights: whether that is what the loss runs over."""

@@ -22,7 +22,7 @@ _T = torch.Tensor
 READING = frozenset({_T.item, _T.__float__, _T.__int__})
 # Leave a sum as it is where they guard against 0.
 _GUARDS = named(
-    "add add_ __add__ __radd__ __iadd__ clamp clamp_ clamp_min clamp_min_ clip maximum max nan_to_num nan_to_num_"
+    "add add_ __add__ __radd__ __iadd__ clamp clamp_ clamp_min clamp_min_ clip maximum max where nan_to_num nan_to_num_"
 )
 _reads, _guards, _casts, _moves = map(among, (READING, _GUARDS, CASTS, MOVES))
 _divides, _multiplies = map(among, (DIVISION, PRODUCT))
@@ -122,7 +122,9 @@ class Totals:
         """Note what an operation has made of constants; of one in place, see :meth:`changed`."""
         if not args or not isinstance(args[0], Tensor):
             return
-        if _counts(func) and isinstance(out, Tensor) and out.numel() == 1 and not out.requires_grad:
+        if _counts(func) and (again := self._total_in(args[0])) is not None:  # `w.sum().sum()`
+            self._note(out, again)
+        elif _counts(func) and isinstance(out, Tensor) and out.numel() == 1 and not out.requires_grad:
             source = args[0] != 0 if func.__name__ == "count_nonzero" else args[0]
             if not self._holds(source):
                 self._note(out, Total(source, first_version(source), func in MEAN, self._holds(out)))
@@ -155,19 +157,23 @@ class Totals:
             self._note(changed, by, inverse=True)
         elif is_product and self._holds(others):
             return
+        for x in others:
+            if (added := self._total_in(x)) is not None and self._leaves(func, x, changed, added):  # `n += w.sum()`
+                self._note(changed, added)
         for note in made:
             if note.tensor is changed and note.version == before and (is_product or self._leaves_in_place(func, note)):
                 note.version += 1
 
     def _derive(self, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
         """Note what was made of a total, or of its inverse."""
-        first, *others = args
         for what in args[:2]:
             by = self.divides(func, args, what)
             if isinstance(by, Total) and not self._holds(what):
                 is_length = isinstance(what, int) and what == by.source.numel()  # `len(w) / w.sum()`
                 self._note(out, replace(by, is_mean=True) if is_length else by, inverse=True)
                 return
+        first = args[0] if _divides(func) or _is_power(func) else next(filter(self._total_in, args[:3]), args[0])
+        others = [x for x in args if x is not first]
         scales = (_multiplies(func) or _divides(func)) and not self._holds(others)
         if (total := self._total_in(first)) is not None:
             if _is_inverse(func) or (_is_power(func) and [x for x in others if not isinstance(x, Tensor)] == [-1]):

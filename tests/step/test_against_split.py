@@ -107,6 +107,14 @@ def scaled(net: Any, x: Tensor, z: Tensor, of: Step) -> Tensor:
     return of(F.binary_cross_entropy_with_logits(logits, z, reduction="none"), logits).mean()
 
 
+def of_states(loss: Tensor, total: Tensor) -> Tensor:
+    """As metrics keep them."""
+    states = {"loss": torch.tensor(0.0).double(), "total": torch.tensor(0.0).double()}
+    states["loss"] += loss
+    states["total"] += total
+    return states["loss"] / states["total"]
+
+
 def over_its_own_sum(values: Tensor, weights: Tensor) -> Tensor:
     return (values * weights).sum() / weights.sum()
 
@@ -429,6 +437,18 @@ RIGHT: dict[str, Step] = {
     "crops in another order after the network": lambda net, x, y, yt, w, k, z: F.cross_entropy(
         crops(net, x), torch.tensor(y.tolist() * T)
     ),
+    **{
+        f"sums {name}": lambda net, x, y, yt, w, k, z, of=of: of((losses(net, x, y) * w).sum(), w.sum())
+        for name, of in {
+            "of sums": lambda loss, total: loss.sum() / total.sum(),
+            "added to 0": lambda loss, total: (torch.tensor(0.0) + loss) / (torch.tensor(0.0) + total),
+            "added to 0 in place": lambda loss, total: (
+                torch.zeros_like(loss).add_(loss) / torch.zeros_like(total).add_(total)
+            ),
+            "by the name of a state": lambda loss, total: of_states(loss, total),
+            "that are not 0": lambda loss, total: loss / torch.where(total == 0, torch.ones_like(total), total),
+        }.items()
+    },
     "operands by keyword": lambda net, x, y, yt, w, k, z: F.cross_entropy(
         F.linear(weight=net[2].weight, input=net[:2](x).mean(1)), y
     ),

@@ -55,6 +55,20 @@ class Counting:
         self.size, self.itself = (2, 3, 5), self
 
 
+class Store:
+    """Graphs as torch_geometric joins them: callable, with attributes that come out of a mapping."""
+
+    def __init__(self, x: Any, y: Any) -> None:
+        self.__dict__["_store"] = UserDict(x=x, y=y)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self.__dict__.get("_store", ()):
+            raise AttributeError(name)
+        return self.__dict__["_store"][name]
+
+    def __call__(self) -> None: ...
+
+
 LAYOUTS = {
     "tuple": lambda x, y: (x, y),
     "list": lambda x, y: [x, y],
@@ -68,6 +82,7 @@ LAYOUTS = {
     "dataclass with slots": Slots,
     "slots": PlainSlots,
     "object": Counting,
+    "store": Store,
     "namespace": lambda x, y: SimpleNamespace(x=x, y=y),
     "nested": lambda x, y: {"a": [Batch(x, 1)], "b": SimpleNamespace(y=y, name="b")},
 }
