@@ -318,7 +318,7 @@ class Settlement:
             UntappedLossError: a penalty needs the whole loss.
         """
         asking = [w for w in self.needing if w.loss in (None, "sum")]
-        if not asking or found.same or not self.checks or self.learned.warned or not found.has_other_terms:
+        if not asking or found.same or not self.first or self.learned.warned or not found.has_other_terms:
             return
         names = ", ".join(f"`{call.name}`" for call in found.calls)
         penalty = next((w for w in asking if w.penalises), None)

@@ -287,7 +287,8 @@ class Following:
         by = next((x for x in divided_by if x is not None), None)
         for call in calls:
             if (by is None or not self._divide(call, by)) and func not in _ADD:
-                others = [x for x in given if not self.is_proportional(x)]
+                own = [tensor for tensor, of in self._divisible if call in of]
+                others = [x for x in given if not any(x is y for y in own)]
                 scaled = self.batch.scales(others) if func in PRODUCT or func in DIVISION else self.batch.holds(given)
                 call.record.of_batch = call.record.of_batch or scaled
         known = [call for tensor, of in self._divisible if tensor is out for call in of]

@@ -32,6 +32,7 @@ class Reaching:
     lost: list[str] = field(default_factory=list)
     same: bool = False
     _nodes: dict[Any, None] = field(default_factory=dict)
+    _of_parameters: set[Any] = field(default_factory=set)
     _factors: dict[LossCall, Tensor] = field(default_factory=dict)
 
     @property
@@ -39,10 +40,11 @@ class Reaching:
         """Whether a term of it depends on what the network made of the batch, other than through these losses.
 
         It does if it shares a part of the graph with them, or if data enters it: where a layer multiplies something
-        that needs no gradient with its weights.
+        that needs no gradient with its weights. What is made of parameters alone, such as sampled weights, is neither.
         """
         ends = {call.record.edge.node for call in self.calls}
-        above = [node for node in self._nodes if node not in ends and type(node).__name__ != "AccumulateGrad"]
+        others = ends | self._of_parameters
+        above = [node for node in self._nodes if node not in others and type(node).__name__ != "AccumulateGrad"]
         below = _reached([parent for end in ends for parent in _parents(end)], _parents)
         return any(node in below or _takes_data(node) for node in above)
 
@@ -165,7 +167,8 @@ def reaching(tap: LossTap, loss: Tensor) -> Reaching:
     ends = {call.record.edge.node for call in calls}
     seen = _reached([loss.grad_fn], lambda node: [] if node in ends else _parents(node))
     calls = [call for call in calls if call.record.edge.node in seen]
-    return Reaching(loss, calls, [name for name, at in tap.untapped if at in seen and at not in ends], _nodes=seen)
+    lost = [name for name, at in tap.untapped if at in seen and at not in ends]
+    return Reaching(loss, calls, lost, _nodes=seen, _of_parameters=tap.parameter_nodes)
 
 
 def select_calls(calls: list[LossCall], loss: Any, who: str) -> list[LossCall]:

@@ -98,6 +98,11 @@ class LossTap(TorchFunctionMode):
         if self.evaluated is not None:
             self.evaluated.close()
 
+    @property
+    def parameter_nodes(self) -> set[Any]:
+        """See :class:`debias.tap.whole_batch.WholeBatch`."""
+        return self._following.batch.parameter_nodes
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.suspended:

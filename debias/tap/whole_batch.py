@@ -44,6 +44,7 @@ _is_statistic = among(STATISTICS)
 _PLACES = named("nonzero argwhere")
 # Compare the rows of two tensors: sum over the last axis of the first and the last but one, or the last, of the second.
 _MATMUL = named("matmul mm bmm __matmul__")
+_PRODUCTS = _MATMUL | named("mv")
 _BY_ROWS = named("cdist linear inner")
 _PAIRING = _MATMUL | _BY_ROWS | named("__rmatmul__ addmm einsum outer tensordot")
 # Add samples up, as mixup does; what is computed of that is one sample's still.
@@ -54,9 +55,9 @@ _OF_ITSELF = named("diagonal diag trace")
 _SHAPED = LIKE | named("arange zeros ones empty eye tril_indices triu_indices")
 # What may be known of a tensor: made of rows of the batch; a number for each two samples, or made of such; made of rows
 # in the order of a value; a number of the whole batch that may be trained, or made of one; made of rows that an
-# operation of no known kind has mixed or moved; made by a network.
+# operation of no known kind has mixed or moved; made by a network; made of its parameters alone.
 _OF_ROWS, _OF_PAIRS, _RANKED, _TRAINED = "rows", "pairs", "ranked", "trained"
-_MIXED, _BY_NETWORK = "mixed", "network"
+_MIXED, _BY_NETWORK, _OF_PARAMETERS = "mixed", "network", "parameters"
 
 
 class WholeBatch:
@@ -67,6 +68,9 @@ class WholeBatch:
         is_unreduced: whether a tensor holds losses that nobody has reduced yet.
         is_proportional: whether it is a loss, or what is proportional to some.
         careful: look at every operation, as in the first step of an epoch.
+
+    Attributes:
+        parameter_nodes: of the autograd graph, for tensors that are made of parameters alone.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class WholeBatch:
         self._n = 0 if tracker is None else tracker.n
         self.careful = careful and self._n > 1  # a batch of one sample is its group's
         self._is_unreduced, self._is_proportional = is_unreduced, is_proportional
+        self.parameter_nodes: set[Any] = set()
         self._numbers: list[Tensor] = []
         self._marks: Any = WeakTensorKeyDictionary() if self.careful else {}
         for x in tracker.roots if tracker is not None and self.careful else ():
@@ -129,8 +134,11 @@ class WholeBatch:
         given = tensors_in((read, kwargs)) if looks else [x for x in read if isinstance(x, Tensor)]
         rows = looks and any(map(self._is_made_of_rows, given))
         trained = looks and any(self._is(x, _TRAINED) for x in given)
-        of_layer = looks and any(isinstance(x, nn.Parameter) for x in given)
+        of_layer = looks and any(map(self._is_of_parameters, given))
         by_network = of_layer or (looks and any(self._is(x, _BY_NETWORK) for x in given))
+        with_rows = given[:1] if func in _PRODUCTS else given  # the rows of a product are those of its first factor
+        of_samples = (x for x in with_rows if not self._is_of_parameters(x) and self._n in x.shape)
+        of_parameters = of_layer and not rows and next(of_samples, None) is None
         mixed = looks and any(self._is(x, _MIXED) for x in given)
         mixes = rows and func not in RECORDED and any(x.shape[:1] == (self._n,) for x in given)
         for x in tensors_in(args[:1] if func is Tensor.__setitem__ else out):
@@ -138,10 +146,11 @@ class WholeBatch:
                 if not x.requires_grad:
                     self._numbers.append(x)
                     mixed = mixed or (mixes and x.shape[:1] == (self._n,))
-                elif not (
-                    of_layer and x.shape[:1] == (self._n,)
-                ):  # what a layer makes of such numbers is the network's
+                elif not of_layer or x.shape[:1] != (self._n,):  # else it is the network's
                     self._mark(x, _TRAINED)
+            if of_parameters:
+                self._mark(x, _OF_PARAMETERS)
+                self.parameter_nodes.add(x.grad_fn)
             if by_network or func is F.batch_norm:  # whose weights may be plain tensors
                 self._mark(x, _BY_NETWORK)
             elif mixed:
@@ -195,8 +204,13 @@ class WholeBatch:
 
     def _is_made_of_rows(self, x: Tensor) -> bool:
         """Whether values of samples are in it; they are in what a network has made, which may not have been seen."""
-        by_network = x.grad_fn is not None and x.ndim > 0 and len(x) == self._n
-        return by_network or self._is(x, _OF_ROWS)
+        if self._is(x, _OF_ROWS):
+            return True
+        return x.grad_fn is not None and x.ndim > 0 and len(x) == self._n and not self._is(x, _OF_PARAMETERS)
+
+    def _is_of_parameters(self, x: Tensor) -> bool:
+        """Whether it is made of parameters of the network, and of no sample; it may have as many rows by chance."""
+        return isinstance(x, nn.Parameter) or self._is(x, _OF_PARAMETERS)
 
     def _is_number(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], out: Tensor, rows: bool

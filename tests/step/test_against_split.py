@@ -452,6 +452,9 @@ RIGHT: dict[str, Step] = {
     "operands by keyword": lambda net, x, y, yt, w, k, z: F.cross_entropy(
         F.linear(weight=net[2].weight, input=net[:2](x).mean(1)), y
     ),
+    "parameters of as many rows as samples": lambda net, x, y, yt, w, k, z: (
+        lambda rows: F.cross_entropy(x.mean(1) @ rows.T @ F.normalize(rows, dim=0)[:, :C], y)
+    )(net[0].weight.repeat(3, 1)[:N]),
     "weights of each sample that are trained": lambda net, x, y, yt, w, k, z: (
         lambda h: (F.cross_entropy(h, y, reduction="none") * h.sigmoid().mean(1) / h.norm(dim=1)).mean()
     )(net(x).mean(1)),
@@ -484,6 +487,7 @@ REFUSED: dict[str, tuple[str, Step]] = {
             "a power": lambda losses, h: losses ** h.sigmoid().mean(),
             "added": lambda losses, h: losses + h.sigmoid().mean(),
             "of the mean": lambda losses, h: losses.mean() * h.sigmoid().mean(),
+            "of another task": lambda losses, h: losses.mean() / (1 + F.mse_loss(h, h.detach() + 1)),
         }.items()
     },
     "some samples beside some of a memory": (

@@ -742,6 +742,17 @@ def test_a_step_that_differentiates_its_own_loss():
     assert_step(step, objective, GroupDRO("place", 2, step_size=STEP_SIZE, loss=0))
 
 
+def test_a_term_on_sampled_weights_is_one_on_parameters():
+    """As of Bayesian layers, which keep the divergence of the weights that they have used."""
+
+    def step(module, batch):
+        x, y, _ = batch
+        weight = module.net.weight * (1 + 0.1 * torch.ones(C, D))
+        return F.cross_entropy(F.linear(x, weight, module.net.bias), y) + 0.01 * weight.pow(2).sum()
+
+    fit(step, VREx("place", 2))
+
+
 def test_a_nested_pair_of_two_samples_is_a_pair():
     class Pairs(Dataset):
         def __len__(self):
