@@ -31,6 +31,10 @@ def first_version(tensor: Tensor) -> int:
     return 0 if torch.compiler.is_compiling() else version(tensor)
 
 
+def _memory_of(tensor: Tensor) -> Tensor:
+    return tensor if tensor._base is None else tensor._base
+
+
 @dataclass(eq=False)
 class Note:
     """A tensor, and where its rows come from: it is of the batch, an unreduced loss, or made of other tensors.
@@ -171,6 +175,12 @@ class Notes:
             if note.out is tensor:
                 return note
         return Note(tensor, first_version(tensor))
+
+    def _changed_with(self, tensor: Tensor) -> list[Note]:
+        """Its note, and those of the other views of the same memory, which count their changes together."""
+        first = self._note(tensor)
+        others = [note for note in self._records if note is not first and note.version == first.version]
+        return [first, *(note for note in others if _memory_of(note.out) is _memory_of(tensor))]
 
     def _touches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether rows of an argument are followed: those of few operations in a network are."""

@@ -137,24 +137,25 @@ class RowTracker(Notes, SampleNumbers):
             if others and self._tracked(target):
                 self._lose(func, args, kwargs, out)
             return
-        if tracked := self._tracked(target):
-            note = self._note(target)
-            if version(target) != note.version + (not target.is_inference()):
-                return  # nothing was changed, or something else as well
-            note.version = version(target)
-        if any(map(self.is_lost, others)):
-            self._lose(func, args, kwargs, out)
-            return
-        if not tracked:
+        tracked = self._tracked(target)
+        views = self._changed_with(target) if tracked else []
+        if tracked and version(target) != views[0].version + (not target.is_inference()):
+            return  # nothing was changed, or something else as well
+        lost = any(map(self.is_lost, others))
+        if not (tracked or lost):
             known = key is not None and target.shape[:1] == (self.n,)
             if not (known or isinstance(key, Tensor)) or not any(map(self.is_of_batch, others)):
                 return
-            note = Note(target, version(target), known=known)  # to be filled with rows of the batch
-            self._records.append(note)
+            views = [Note(target, version(target), known=known)]  # to be filled with rows of the batch
+            self._records += views
+        for note in views:
+            note.version = version(target)
         # Masks and weights of unknown origin are taken for rows of the batch, as other operands are.
-        for x in others:
-            if not self._same_rows_as(x, target, tuple(map(slice, x.shape)) if puts else key):
+        if lost or not all(self._same_rows_as(x, target, tuple(map(slice, x.shape)) if puts else key) for x in others):
+            for note in views:
                 note.version = CHANGED
+        if lost:
+            self._lose(func, args, kwargs, out)
 
     def _lose(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """From now on the rows of what an operation has made, or changed, are unknown."""

@@ -115,6 +115,17 @@ def of_states(loss: Tensor, total: Tensor) -> Tensor:
     return states["loss"] / states["total"]
 
 
+def masked_view(values: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    """As of the next states of Q-learning, of which those that end are worth nothing."""
+    best = values.gather(1, y[:, None]).squeeze(1)
+    best[mask] = 0.0
+    return best
+
+
+def written_view(values: Tensor, rows: Tensor) -> None:
+    values[:, 0].copy_(rows)
+
+
 def over_its_own_sum(values: Tensor, weights: Tensor) -> Tensor:
     return (values * weights).sum() / weights.sum()
 
@@ -452,6 +463,12 @@ RIGHT: dict[str, Step] = {
     "operands by keyword": lambda net, x, y, yt, w, k, z: F.cross_entropy(
         F.linear(weight=net[2].weight, input=net[:2](x).mean(1)), y
     ),
+    "a mask written into a view": lambda net, x, y, yt, w, k, z: F.mse_loss(
+        net(x).mean(1)[:, 0], masked_view(net(x).detach().mean(1), y, w > 0.7)
+    ),
+    "a view written to, and what it is of": lambda net, x, y, yt, w, k, z: (
+        lambda h: (written_view(h, w), F.mse_loss(net(x).mean(1)[:, 0], h[:, 0]))[1]
+    )(net(x).detach().mean(1)),
     "parameters of as many rows as samples": lambda net, x, y, yt, w, k, z: (
         lambda rows: F.cross_entropy(x.mean(1) @ rows.T @ F.normalize(rows, dim=0)[:, :C], y)
     )(net[0].weight.repeat(3, 1)[:N]),
@@ -560,6 +577,12 @@ REFUSED: dict[str, tuple[str, Step]] = {
     ),
     "sorted values beside those of the samples": (
         NOT_FOLLOWED, lambda net, x, y, yt, w, k, z: F.mse_loss(net(x)[:, 0, 0], w.sort().values)
+    ),
+    "rows of others written into a view": (
+        MIXED,
+        lambda net, x, y, yt, w, k, z: (
+            lambda h: (written_view(h, w.flip(0)), F.mse_loss(net(x).mean(1)[:, 0], h[:, 0]))[1]
+        )(x.mean(1).clone()),
     ),
     "less the first sample's, in place": (
         MIXED, lambda net, x, y, yt, w, k, z: F.mse_loss(net(x)[:, 0, :1], w[:, None].clone().sub_(w[:1, None]))
