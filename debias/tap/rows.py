@@ -242,7 +242,7 @@ class RowTracker(Notes, SampleNumbers):
                 return None if self.keeps_rows(tensor) else _or_false(self.index(tensor))
         if any(map(self.is_strange, candidates)):
             return False
-        made = [x for x in candidates if self._note(x).func is not None]
+        made = [x for x in candidates if self._note(x).func is not None and not self._is_constant(x)]
         in_order = not self.reordered() if made or rows == self.n else False
         found = [self.index(x) for x in made] if in_order or len(made) == 2 else []
         known = [x for x in found if x is not None]

@@ -463,6 +463,9 @@ RIGHT: dict[str, Step] = {
     "operands by keyword": lambda net, x, y, yt, w, k, z: F.cross_entropy(
         F.linear(weight=net[2].weight, input=net[:2](x).mean(1)), y
     ),
+    "which of three views it is": lambda net, x, y, yt, w, k, z: F.cross_entropy(
+        net(torch.cat([x, -x, 2 * x])).mean(1), torch.arange(C).repeat_interleave(len(x))
+    ),
     "a mask written into a view": lambda net, x, y, yt, w, k, z: F.mse_loss(
         net(x).mean(1)[:, 0], masked_view(net(x).detach().mean(1), y, w > 0.7)
     ),
