@@ -36,6 +36,7 @@ __all__ = [
     "kind_of",
     "looked_up",
     "named",
+    "pools_rows",
     "puts_rows",
     "read_arguments",
     "sorts_rows",
@@ -142,6 +143,7 @@ _PUTTING_ALONG = named(
     "scatter scatter_add scatter_reduce index_copy index_add index_reduce select_scatter slice_scatter", "{} {}_"
 )
 _puts_along = among(_PUTTING_ALONG)
+_pools = among(named("scatter_add scatter_reduce index_add index_reduce", "{} {}_"))
 # Put elements elsewhere: after them nobody knows where a row is.
 PUTTING = _PUTTING_ALONG | named(
     "put index_put masked_scatter diagonal_scatter put_ index_put_ masked_scatter_ transpose_ t_ swapaxes_ swapdims_"
@@ -267,6 +269,12 @@ def puts_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     place = 2 if func.__name__ in ("select_scatter", "slice_scatter") else 1
     dim = args[place] if len(args) > place else kwargs.get("dim", 0)
     return not (_puts_along(func) and isinstance(dim, int) and dim % max(args[0].ndim, 1))
+
+
+def pools_rows(func: Any, args: tuple[Any, ...], n: int) -> bool:
+    """Whether rows that are not those of the ``n`` samples are added up for each of these, as the nodes of graphs."""
+    given = [x for x in args[1:] if isinstance(x, Tensor)]
+    return _pools(func) and len(args[0]) == n and all(x.shape[:1] != (n,) for x in given)
 
 
 def sorts_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

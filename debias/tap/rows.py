@@ -27,6 +27,7 @@ from debias.tap.moves import (
     axes_of,
     kind_of,
     looked_up,
+    pools_rows,
     puts_rows,
     sorts_rows,
     values_read,
@@ -91,18 +92,17 @@ class RowTracker(Notes, SampleNumbers):
         kind = kind_of(func)
         if kind == "packing":
             self.guesses = False
-            return
-        if not args:
+        if kind == "packing" or not args:
             return
         # What is made of something unknown matters where samples may trade places: few networks do that.
         of_rows = args[0] if isinstance(args[0], Tensor) else out  # or joined to rows
         reorders = _may_reorder(func) and isinstance(of_rows, Tensor) and of_rows.shape[:1] == (self.n,)
         if not (self.everything or reorders or self._touches(args, kwargs)):
             return
-        if kind == "sorting" and not sorts_rows(func, args, kwargs):
-            return
-        if kind == "putting" and puts_rows(func, args, kwargs):
+        puts = kind == "putting" and puts_rows(func, args, kwargs)
+        if puts:
             self._lose(func, args, kwargs, out)
+        if puts or (kind == "sorting" and not sorts_rows(func, args, kwargs)):
             return
         if kind == "putting":  # of elements that stay in their rows
             kind = "in place" if _changes(func) else "elementwise"
@@ -167,6 +167,9 @@ class RowTracker(Notes, SampleNumbers):
             return
         of_batch = any(map(self._tracked if compiled else self.is_of_batch, given))
         if not of_batch and (compiled or all(map(self._is_constant, given))):
+            return
+        if not of_batch and pools_rows(func, args, self.n):
+            self._records.append(Note(made, version(made)))  # of unknown origin
             return
         self._put = self._put or (of_batch and self.n in args[0].shape)
         for x in (made, args[0]) if _changes(func) else (made,):  # two of one, in a compiled graph

@@ -16,7 +16,7 @@ import torchmetrics
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from debias import GroupDRO, GroupMonitor, register_loss, tag
+from debias import CORAL, GroupDRO, GroupMonitor, register_loss, tag
 from debias.errors import (
     AmbiguousLossError,
     BatchKeyError,
@@ -593,6 +593,26 @@ class Graphs(Base):
 
 def test_graphs_with_an_own_collate_function():
     assert_exact(Graphs(), Samples(X, Y), lambda net: dro(ce(net), ONES, GROUPS), collate_fn=collate_graphs)
+
+
+@pytest.mark.parametrize("pass_on", [False, True], ids=["nodes", "messages"])
+def test_features_of_graphs_are_those_of_their_pooled_nodes(pass_on):
+    def trained(pool):
+        class Pooled(Graphs):
+            def training_step(self, batch, batch_idx):
+                nodes = self.net(batch.x)
+                if pass_on:
+                    nodes = torch.zeros_like(nodes).index_add(0, torch.arange(len(nodes)).flip(0), nodes)
+                return F.cross_entropy(self.body(pool(nodes, batch.graph)), batch.y)
+
+        model = Pooled()
+        model.body = nn.Identity()
+        loader = DataLoader(tag(Samples(X, Y), place=GROUPS), batch_size=N, collate_fn=collate_graphs)
+        L.Trainer(max_steps=1, callbacks=[CORAL("place", 3, features="body")], **QUIET).fit(model, loader)
+        return model.net.weight.detach()
+
+    added = trained(lambda nodes, graph: nodes.new_zeros(N, C).index_add(0, graph, nodes))
+    torch.testing.assert_close(added, trained(lambda nodes, graph: nodes.view(N, 3, C).sum(1)))
 
 
 class ImageLists(Base):
