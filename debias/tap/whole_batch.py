@@ -53,11 +53,13 @@ _ADDING = named("add add_ sub subtract sub_ rsub lerp lerp_ __add__ __radd__ __i
 _OF_ITSELF = named("diagonal diag trace")
 # Make constants; where they read a number, it is a size.
 _SHAPED = LIKE | named("arange zeros ones empty eye tril_indices triu_indices")
-# What may be known of a tensor: made of rows of the batch; a number for each two samples, or made of such; made of rows
-# in the order of a value; made of a sum or mean over the batch, with a gradient; made of rows that an operation of no
-# known kind has mixed or moved; made by a network.
-_OF_ROWS, _OF_PAIRS, _RANKED, _OF_MEAN = "rows", "pairs", "ranked", "mean"
-_MIXED, _BY_NETWORK = "mixed", "network"
+# Marks of a tensor. What an operation makes has those of what it was given, see `WholeBatch._inherited`.
+_OF_ROWS = "rows"  # made of rows of the batch
+_OF_PAIRS = "pairs"  # made of numbers of which there is one for each two samples
+_RANKED = "ranked"  # made of rows in the order of a value
+_OF_MEAN = "mean"  # made of a sum or mean over the batch, with a gradient
+_BY_NETWORK = "network"  # made by a network
+_MIXED = "mixed"  # made, by no network, of rows that an operation of no known kind has mixed or moved
 
 
 class WholeBatch:
@@ -85,7 +87,7 @@ class WholeBatch:
         self._numbers: list[Tensor] = []
         self._marks: Any = WeakTensorKeyDictionary() if self.careful else {}
         for x in tracker.roots if tracker is not None and self.careful else ():
-            self._mark(x, _OF_ROWS)
+            self._marks[x] = {_OF_ROWS}
 
     @property
     def looks(self) -> bool:
@@ -96,9 +98,6 @@ class WholeBatch:
     def known(self) -> bool:
         """Whether there is one, or every operation has to be looked at."""
         return bool(self._numbers) or self.looks
-
-    def _mark(self, x: Tensor, mark: str) -> None:
-        self._marks.setdefault(x, set()).add(mark)
 
     def _is(self, x: Any, mark: str) -> bool:
         return mark in self._marks.get(x, ())
@@ -120,32 +119,41 @@ class WholeBatch:
         return self.holds(args, kwargs)
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """Look at what an operation has made."""
+        """Look at what an operation has made: is it a number of the whole batch, and which marks has it?"""
         looks = self.looks
         read = read_arguments(func, args)
         given = tensors_in((read, kwargs)) if looks else [x for x in read if isinstance(x, Tensor)]
-        rows = looks and any(map(self._is_made_of_rows, given))
-        of_mean = looks and any(self._is(x, _OF_MEAN) for x in given)
-        by_network = looks and any(isinstance(x, nn.Parameter) or self._is(x, _BY_NETWORK) for x in given)
-        mixed = looks and any(self._is(x, _MIXED) for x in given)
+        marks = self._inherited(func, args, kwargs, given) if looks else set()
+        rows, of_mean, of_pairs = _OF_ROWS in marks, _OF_MEAN in marks, _OF_PAIRS in marks
         mixes = rows and func not in RECORDED and any(x.shape[:1] == (self._n,) for x in given)
         for x in tensors_in(args[:1] if func is Tensor.__setitem__ else out):
+            marks.discard(_OF_MEAN)
             if x.requires_grad and (of_mean or (rows and func in _DIFFERENTIABLE and not x.ndim)):
-                self._mark(x, _OF_MEAN)  # may be trained; a number as soon as nothing is differentiated any more
+                marks.add(_OF_MEAN)  # may be trained; a number as soon as nothing is differentiated any more
             elif (of_mean or self._is_number(func, args, kwargs, given, x, rows)) and func not in _SHAPED:
                 self._numbers.append(x)
-                mixed = mixed or (mixes and x.shape[:1] == (self._n,))
-            if by_network or func is F.batch_norm:  # whose weights may be plain tensors
-                self._mark(x, _BY_NETWORK)
-            elif mixed:
-                self._mark(x, _MIXED)
-            if rows:
-                self._mark(x, _OF_ROWS)
-                if self._compares(func, args, given, x):
-                    self._mark(x, _OF_PAIRS)
-                    self._numbers += [] if x.requires_grad else [x]
-                if any(self._is(y, _RANKED) for y in given) or (func in SORTING and sorts_rows(func, args, kwargs)):
-                    self._mark(x, _RANKED)
+                if mixes and x.shape[:1] == (self._n,) and _BY_NETWORK not in marks:
+                    marks.add(_MIXED)
+            if looks:
+                self._marks.setdefault(x, set()).update(marks)
+            if of_pairs or (rows and self._compares(func, args, given, x)):
+                self._marks[x].add(_OF_PAIRS)
+                self._numbers += [] if x.requires_grad else [x]
+
+    def _inherited(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]) -> set[str]:
+        """The marks that an operation hands on from what it was given, or makes of whatever it was given."""
+        marks: set[str] = set().union(*(self._marks.get(x, ()) for x in given))
+        if any(map(self._is_made_of_rows, given)):
+            marks.add(_OF_ROWS)
+            if func in SORTING and sorts_rows(func, args, kwargs):
+                marks.add(_RANKED)
+        if func is F.batch_norm or any(isinstance(x, nn.Parameter) for x in given):  # its weights may be plain tensors
+            marks.add(_BY_NETWORK)
+        if _BY_NETWORK in marks:
+            marks.discard(_MIXED)
+        if func in _OF_ITSELF:
+            marks.discard(_OF_PAIRS)
+        return marks
 
     def of_pairs(self, *values: Any) -> bool:
         """Whether one has a number for each two samples, such as their similarity; a group alone has fewer."""
@@ -160,9 +168,7 @@ class WholeBatch:
         return self._is(target, _MIXED) or (self.tracker is not None and self.tracker.is_of_batch(target))
 
     def _compares(self, func: Any, args: tuple[Any, ...], given: list[Tensor], out: Tensor) -> bool:
-        """Whether an operation makes a number for each two samples, or something of such numbers."""
-        if self.of_pairs(*given):
-            return func not in _OF_ITSELF
+        """Whether an operation makes a number for each two samples, of tensors that have one for each sample."""
         tracker, rows = self.tracker, [x for x in given if x.ndim and self._is_made_of_rows(x)]
         moves_one = func in MOVES and isinstance(args[0], Tensor)  # perhaps by rows of another one
         by_weights = func is F.linear and not self._is(args[1], _OF_ROWS)  # of as many rows, by chance
