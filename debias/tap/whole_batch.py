@@ -175,9 +175,8 @@ class WholeBatch:
         if tracker is None or not out.ndim or len(rows) < 2 or moves_one or by_weights:
             return False
         if func in _PAIRING:
-            at = _rows_at(tracker, func, args, rows) if len(rows) == 2 else []
-            if at and None not in at:
-                return at[0] != at[1]
+            if (axes := _axes_in_product(tracker, func, args, rows)) is not None:
+                return axes[0] != axes[1]
             return out.ndim == 2 and not (out.shape[0] % self._n or out.shape[1] % self._n)
         return _meet(tracker, func, rows, out)
 
@@ -197,6 +196,7 @@ class WholeBatch:
     def _is_number(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], out: Tensor, rows: bool
     ) -> bool:
+        """Whether an operation has made a number of the whole batch."""
         detached = not out.requires_grad
         if detached and (self._numbers or self.looks) and self.changes(func, args, kwargs, out):
             return True
@@ -209,17 +209,19 @@ class WholeBatch:
         # As soon as nothing is differentiated any more a loss of the batch is such a number, too.
         if detached and any(map(self._is_proportional, given)):
             return True
-        if not (detached and rows) or func in _PLACES or func in _SHAPED:
-            return False
-        if func in SORTING and data is not None:
-            again = self._is(data, _RANKED) or out.shape[:1] != data.shape[:1]  # places of places are ranks
+        return detached and rows and self._mixes(func, args, kwargs, out)
+
+    def _mixes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
+        """Whether rows of what an operation makes of rows are of several samples."""
+        if func in SORTING and args[0] is not None:
+            again = self._is(args[0], _RANKED) or out.shape[:1] != args[0].shape[:1]  # places of places are ranks
             return sorts_rows(func, args, kwargs) and again
         if func in ALONG:
             return not self._keeps_rows(args, kwargs, out)
         if func in PUTTING:  # counts of classes, say; along other axes than the first it is done to each row
             adds = kwargs.get("accumulate", args[-1]) is True
             return adds or (len(args) > 1 and type(args[1]) is int and args[1] == 0)
-        if func in RECORDED:
+        if func in RECORDED or func in _PLACES or func in _SHAPED:
             return False
         # Something else may have as many rows by chance, such as a window of `stft`.
         same = functools.partial(_does_the_same_to_parts, func, args, kwargs, out)
@@ -263,19 +265,19 @@ def _axis_of_rows(tracker: RowTracker, x: Tensor) -> int | None:
     return axes[0] - x.ndim if len(axes) == 1 else None
 
 
-def _rows_at(tracker: RowTracker, func: Any, args: tuple[Any, ...], rows: list[Tensor]) -> list[int | str | None]:
-    """The axes of a product along which the rows of its factors lie; "" of those that it sums over."""
-    first, second = (_axis_of_rows(tracker, x) for x in rows)
+def _axes_in_product(tracker: RowTracker, func: Any, args: tuple[Any, ...], rows: list[Tensor]) -> list[Any] | None:
+    """The axes of a product along which the rows of its factors lie, "" of those that it sums over; None if unknown."""
+    first, second = (_axis_of_rows(tracker, x) for x in rows) if len(rows) == 2 else (None, None)
     if first is None or second is None:
-        return [None]
+        return None
     if func is torch.einsum and isinstance(args[0], str) and "." not in args[0]:
         names = args[0].replace(" ", "").partition("->")[0].split(",")
-        return [name[axis] for name, axis in zip(names, (first, second), strict=False)]
-    if func in _MATMUL:
-        return ["" if first == -1 else first, "" if second == -2 else second]
-    if func in _BY_ROWS:
-        return ["" if first == -1 else first, "" if second == -1 else -1 if second == -2 else second]
-    return [None]
+        return [names[0][first], names[1][second]]
+    if func in _BY_ROWS:  # the matrix product with the second one transposed
+        second = {-1: -2, -2: -1}.get(second, second)
+    elif func not in _MATMUL:
+        return None
+    return ["" if first == -1 else first, "" if second == -2 else second]
 
 
 @torch.no_grad()
