@@ -25,10 +25,9 @@ from debias.tap.moves import (
     among,
     apply_move,
     axes_of,
+    effect_of,
     kind_of,
     looked_up,
-    puts_rows,
-    sorts_rows,
     values_read,
 )
 from debias.tap.notes import CHANGED, LOST, Note, Notes, first_version, version
@@ -99,28 +98,21 @@ class RowTracker(Notes, SampleNumbers):
         reorders = _may_reorder(func) and isinstance(of_rows, Tensor) and of_rows.shape[:1] == (self.n,)
         if not (self.everything or reorders or self._touches(args, kwargs)):
             return
-        if kind == "sorting" and not sorts_rows(func, args, kwargs):
-            return
-        if kind == "putting" and puts_rows(func, args, kwargs):
+        kind = effect_of(kind, func, args, kwargs, out)
+        if kind == "putting":
             self._lose(func, args, kwargs, out)
-            return
-        if kind == "putting":  # of elements that stay in their rows
-            kind = "in place" if _changes(func) else "elementwise"
-        # y.long() may be y itself, as may x.flatten(): then it is no operation.
-        if kind == "in place" or out is args[0]:
+        elif kind == "in place":
             self._in_place(func, args, kwargs, out)
-            return
-        if kind == "reduction" and len(values_read(func, args[:2], kwargs)) > 1:  # the maximum of two
-            kind = "elementwise"
-        if (key := looked_up(func, args, kwargs)) is not None and self._tracked(key) and self._is_table(args[0]):
-            func, args, kwargs, kind = F.embedding, (key,), {}, "lookup"
-        results = enumerate(out) if isinstance(out, tuple | list) else [(None, out)]
-        made = [Note(x, first_version(x), func, args, kwargs, kind, i) for i, x in results if isinstance(x, Tensor)]
-        if not made:
-            return
-        first = made[0]
-        if self.everything or (reorders and not first.same_rows) or any(map(self._tracked, first.sources)):
-            self._records.extend(made)
+        elif kind is not None:
+            if (key := looked_up(func, args, kwargs)) is not None and self._tracked(key) and self._is_table(args[0]):
+                func, args, kwargs, kind = F.embedding, (key,), {}, "lookup"
+            results = enumerate(out) if isinstance(out, tuple | list) else [(None, out)]
+            made = [Note(x, first_version(x), func, args, kwargs, kind, i) for i, x in results if isinstance(x, Tensor)]
+            if not made:
+                return
+            first = made[0]
+            if self.everything or (reorders and not first.same_rows) or any(map(self._tracked, first.sources)):
+                self._records.extend(made)
 
     def follow(self, tensor: Tensor, index: Callable[[], Tensor | None] | None = None) -> None:
         """From now on record what is made of this tensor too; ``index`` gives its sample numbers, if they are known."""
