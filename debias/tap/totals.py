@@ -26,9 +26,8 @@ _GUARDS = named(
 )
 _reads, _guards, _casts, _moves = map(among, (READING, _GUARDS, CASTS, MOVES))
 _divides, _multiplies = map(among, (DIVISION, PRODUCT))
-_counts, _is_inverse, _is_power = map(
-    among, (SUM | MEAN | named("count_nonzero"), named("reciprocal __rdiv__"), named("pow __pow__"))
-)
+_counts = among(SUM | MEAN | named("count_nonzero"))
+_is_inverse, _is_power = among(named("reciprocal __rdiv__")), among(named("pow __pow__"))
 
 
 @dataclass(eq=False)
