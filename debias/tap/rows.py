@@ -234,7 +234,7 @@ class RowTracker(Notes, SampleNumbers):
         if any(map(self.is_strange, candidates)):
             return False
         made = [x for x in candidates if self._note(x).func is not None]
-        in_order = not self.reordered() if made or rows == self.n else False
+        in_order = (len(made) > 0 or rows == self.n) and not self.reordered()
         found = [self.index(x) for x in made] if in_order or len(made) == 2 else []
         known = [x for x in found if x is not None]
         # Of the same network, put in two orders; or made of all samples together.
@@ -242,13 +242,14 @@ class RowTracker(Notes, SampleNumbers):
         if differ or any(map(self._sums_samples, made)) or (self.mixed and in_order):
             self.mixed = True
             return False
-        if in_order and any(self.index(x) is None and self.is_joined(x) for x in candidates[-1:]):
-            return False
-        if known and in_order:  # of some tensor with one row per sample, e.g. logits (N, T, C)
-            tensor = next(x for x, index in zip(made, found, strict=True) if index is not None)
-            return None if self.keeps_rows(tensor) else known[0]
-        if rows == self.n and in_order and not self._ambiguous:
-            return None
+        if in_order:
+            if any(self.index(x) is None and self.is_joined(x) for x in candidates[-1:]):
+                return False
+            if known:  # of some tensor with one row per sample, e.g. logits (N, T, C)
+                tensor = next(x for x, index in zip(made, found, strict=True) if index is not None)
+                return None if self.keeps_rows(tensor) else known[0]
+            if rows == self.n and not self._ambiguous:
+                return None
         if self.guesses and (rows != self.n or self.several) and (inputs := self._of_inputs(rows)) is not None:
             return _or_false(self.index(made[0], inputs) if made else inputs)
         return False
