@@ -14,7 +14,17 @@ from debias.tap.totals import Total, Totals
 if TYPE_CHECKING:
     from debias.tap.rows import RowTracker
 
-__all__ = ["Divided"]
+__all__ = ["Divided", "index_of"]
+
+
+def index_of(tracker: RowTracker | None, record: LossRecord) -> Tensor | None:
+    """Sample of each element of a loss, or of each row; None where row i is sample i, or nobody knows."""
+    if tracker is None or record.samples is None:
+        return None
+    try:
+        return record.samples(record.computed[0].shape) if record.source is None else tracker.index(record.source)
+    except RowsError:  # said where a method reads it; perhaps nobody means this loss
+        return None
 
 
 class Divided:
@@ -66,16 +76,6 @@ class Divided:
     def _elements(self) -> Tensor:
         return self.record.computed[0] if self.record.source is None else self.record.source
 
-    def _index(self) -> Tensor | None:
-        """Sample of each element, or of each row; None where row i is sample i or that is not known."""
-        record, tracker = self.record, self.tracker
-        if tracker is None or record.samples is None:
-            return None
-        try:
-            return record.samples(self._elements.shape) if record.source is None else tracker.index(record.source)
-        except RowsError:  # said where a method reads it
-            return None
-
     def _is_count(self, by: Tensor | float) -> bool:
         """Whether a number is that of the samples, rows or elements of a loss.
 
@@ -92,14 +92,14 @@ class Divided:
 
     def _axis_of_samples(self) -> int:
         """The first axis of a loss along which samples lie: tokens may come before them."""
-        shape, index, tracker = self._elements.shape, self._index(), self.tracker
+        shape, index, tracker = self._elements.shape, index_of(self.tracker, self.record), self.tracker
         if tracker is None or index is None or index.shape != shape:
             return 0
         return next(tracker.moving(index), 0)
 
     def _even(self) -> bool:
         """Whether each sample has as many rows, as far as that is known: then their number counts the rows."""
-        index, tracker = self._index(), self.tracker
+        index, tracker = index_of(self.tracker, self.record), self.tracker
         if index is None or tracker is None:
             return True
         even = not index.numel() % tracker.n
@@ -121,7 +121,7 @@ class Divided:
             return self._spread(weights, known=self.tracker is not None and self.tracker.is_of_batch(source))
         own = theirs = None
         if self.record.source is not None and self.tracker is not None:
-            own, theirs = self._index(), self.tracker.index(source)
+            own, theirs = index_of(self.tracker, self.record), self.tracker.index(source)
         if of_tokens and theirs is not None:
             theirs = theirs.flatten(ndim).select(ndim, 0)
         fits = mask is None

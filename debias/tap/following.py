@@ -17,7 +17,7 @@ from torch import Tensor
 from debias.errors import SPLIT, RowsError
 from debias.tap.calls import LossCall, LossRecord
 from debias.tap.counted import replaces
-from debias.tap.divisors import Divided
+from debias.tap.divisors import Divided, index_of
 from debias.tap.mixing import Mixture
 from debias.tap.moves import (
     CASTS,
@@ -213,7 +213,7 @@ class Following:
         return found.divided_by if alike and (keeps or (func in _ADD and len(met) == 2)) else None
 
     def _reduces(self, func: Any, found: LossRecord, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
-        """The axes of a reduction that runs over samples; None of others, such as over the elements of each."""
+        """The axes of a reduction over samples; None of another operation, as one over the elements of each sample."""
         if func not in _REDUCING or (len(args) > 1 and isinstance(args[1], Tensor)):  # or a choice of two
             return None
         ndim = found.source.ndim
@@ -221,11 +221,7 @@ class Following:
         keepdim = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
         if len(axes) == ndim and not keepdim:
             return axes
-        tracker = self._tracker
-        try:
-            index = None if tracker is None else tracker.index(found.source)
-        except RowsError:  # of a loss that perhaps nobody means
-            index = None
+        tracker, index = self._tracker, index_of(self._tracker, found)
         if tracker is not None and index is not None:
             if tracker.without(index, axes) is not None:
                 return None
