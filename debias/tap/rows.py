@@ -338,8 +338,8 @@ class RowTracker(Notes, SampleNumbers):
     def _in_places(self, note: Note, index: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """Numbers of elements each of which was computed of those in its place."""
         sources, shape = note.sources, note.out.shape
-        # Also what is spread over other axes, such as a mask (N, 1); or (N,) over (N, N), of two samples each; or a
-        # number of one sample.
+        # What has another shape counts, too: a mask (N, 1), a number of one sample, or (N,) over (N, N), where each
+        # element is of two samples.
         spread = self._spread(note)
         if any(x.ndim and self.is_lost(x) for x in spread):
             self.mixed = True

@@ -41,13 +41,13 @@ STATISTICS = REDUCTIONS | named(
 )
 _is_statistic = among(STATISTICS)
 _DIFFERENTIABLE = named("sum mean")
-# Tell where a mask holds, and so are no more than it.
+# Say where a mask is true, which is no more than the mask says.
 _PLACES = named("nonzero argwhere")
 # Compare the rows of two tensors: sum over the last axis of the first and the last but one, or the last, of the second.
 _MATMUL = named("matmul mm bmm __matmul__")
 _BY_ROWS = named("cdist linear inner")
 _PAIRING = _MATMUL | _BY_ROWS | named("__rmatmul__ addmm einsum outer tensordot")
-# Add samples up, as mixup does; what is computed of that is one sample's still.
+# Add samples up, as mixup does: no comparison of samples, so that the result is not one of pairs.
 _ADDING = named("add add_ sub subtract sub_ rsub lerp lerp_ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__")
 # Of numbers of pairs, those of each sample with itself.
 _OF_ITSELF = named("diagonal diag trace")
@@ -107,8 +107,8 @@ class WholeBatch:
         return bool(self._numbers) and any(x is number for x in tensors_in(values) for number in self._numbers)
 
     def changes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
-        """Whether a number of the whole batch is in what an operation makes: some of the sorted rows, too, but not
-        another order of all rows.
+        """Whether a number of the whole batch is in what an operation makes. Another order of all rows has none, but a
+        part of the rows has one where the order of a value chooses them.
         """
         if func in MOVES and isinstance(args[0], Tensor) and args[0].ndim:
             if out.shape[:1] == args[0].shape[:1]:
@@ -160,8 +160,8 @@ class WholeBatch:
         return self.looks and any(self._is(x, _OF_PAIRS) for x in values)
 
     def makes(self, target: Any) -> bool:
-        """Whether a target is made of the whole batch. One that a network computed is allowed; numbers of pairs are
-        refused where rows are found.
+        """Whether a target is made of the whole batch, and by no network. Numbers of pairs are refused elsewhere, where
+        rows are found.
         """
         if not self.holds(target) or self.of_pairs(target):
             return False
@@ -181,7 +181,7 @@ class WholeBatch:
         return _meet(tracker, func, rows, out)
 
     def _keeps_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
-        """Whether a reduction leaves every row; those of unknown origin lie along the first axis, all as often."""
+        """Whether a reduction leaves every row. Rows that nobody knows are taken to lie along the first axis."""
         if not out.ndim or self.tracker is None:
             return False
         data = args[0]
@@ -189,9 +189,9 @@ class WholeBatch:
         return self.tracker.index(out) is not None or (first and self.tracker.index(data) is None)
 
     def _is_made_of_rows(self, x: Tensor) -> bool:
-        """Whether values of samples are in it; they are in what a network has made, which may not have been seen."""
-        by_network = x.grad_fn is not None and x.ndim > 0 and len(x) == self._n
-        return by_network or self._is(x, _OF_ROWS)
+        """Whether values of samples are in it; also of what a network has made, which perhaps nobody saw."""
+        of_network = x.grad_fn is not None and x.ndim > 0 and len(x) == self._n
+        return of_network or self._is(x, _OF_ROWS)
 
     def _is_number(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], out: Tensor, rows: bool
@@ -213,9 +213,9 @@ class WholeBatch:
 
     def _mixes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
         """Whether rows of what an operation makes of rows are of several samples."""
-        if func in SORTING and args[0] is not None:
-            again = self._is(args[0], _RANKED) or out.shape[:1] != args[0].shape[:1]  # places of places are ranks
-            return sorts_rows(func, args, kwargs) and again
+        if func in SORTING and args[0] is not None:  # places of places are ranks
+            ranks = self._is(args[0], _RANKED) or out.shape[:1] != args[0].shape[:1]
+            return ranks and sorts_rows(func, args, kwargs)
         if func in ALONG:
             return not self._keeps_rows(args, kwargs, out)
         if func in PUTTING:  # counts of classes, say; along other axes than the first it is done to each row
@@ -284,10 +284,10 @@ def _axes_in_product(tracker: RowTracker, func: Any, args: tuple[Any, ...], rows
 def _does_the_same_to_parts(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor, has_rows: Callable[[Tensor], bool]
 ) -> bool:
-    """Whether an operation makes each row of the rows in its place: half of them alone give half of the result.
+    """Whether each row of a result is made of the rows in its place alone: half of those give half of the result.
 
-    Of one whose results are random nothing can be told. ``has_rows`` tells which of the tensors with as many rows as
-    the result these are.
+    It is also where doing all of it again gives another result: that is random, and nothing can be told. ``has_rows``
+    says which of the tensors with as many rows as the result are cut.
     """
     name = getattr(func, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
