@@ -40,12 +40,7 @@ class Divided:
         self.tracker, self.record, self.reads_all = tracker, record, reads_all
 
     def by(self, by: Any, totals: Totals) -> bool:
-        """Whether it is divided by what it runs over; the loss is told.
-
-        Args:
-            by: a total, or a number, perhaps in a tensor.
-            totals: of the step.
-        """
+        """Whether a total, or a number (perhaps in a tensor), is what it runs over; then the loss has its divisor."""
         record = self.record
         if record.divisor is not None:
             return False  # by what it runs over already; this is another factor

@@ -37,7 +37,7 @@ from debias.tap.moves import (
 )
 from debias.tap.rows import RowTracker
 from debias.tap.totals import READING, Total, Totals
-from debias.tap.whole_batch import STATISTICS, WholeBatch, tensors_in
+from debias.tap.whole_batch import STATISTICS, WholeBatch, is_statistic, tensors_in
 
 __all__ = ["FOLLOWED", "Following"]
 
@@ -56,8 +56,6 @@ _CHOOSING = named("max min amax amin")
 _is_choice = among(_CHOOSING)
 _REDUCING = SUM | MEAN | _CHOOSING
 _is_followed, _is_in_place = among(_REDUCED), among(INPLACE)
-# Make totals, or numbers of the whole batch, of what was not followed before.
-_starts = among(STATISTICS)
 FOLLOWED = _REDUCED | STATISTICS
 
 
@@ -101,7 +99,7 @@ class Following:
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Follow losses through one operation; returns what the step is to receive of it."""
-        if not (self._unreduced or self._divisible or self._totals.known or self.batch.known or _starts(func)):
+        if not (self._unreduced or self._divisible or self._totals.known or self.batch.known or is_statistic(func)):
             return out  # as most operations of a network, before there is a loss
         if "other" in kwargs:
             args, kwargs = (*args, kwargs["other"]), {key: x for key, x in kwargs.items() if key != "other"}

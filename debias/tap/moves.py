@@ -195,14 +195,12 @@ def effect_of(kind: str | None, func: Any, args: tuple[Any, ...], kwargs: dict[s
     """The kind of an operation, with what its arguments say of that; None where it leaves rows unsorted."""
     if kind == "sorting":
         return kind if sorts_rows(func, args, kwargs) else None
-    if kind == "putting":
-        if _puts_rows(func, args, kwargs):
-            return kind
-        kind = "in place" if _changes(func) else "elementwise"  # elements stay in their rows
-    if kind == "reduction" and len(values_read(func, args[:2], kwargs)) > 1:  # the maximum of two
-        kind = "elementwise"
-    # y.long() may be y itself, as may x.flatten(): then it is no operation.
-    return "in place" if out is args[0] else kind
+    if kind == "putting" and _puts_rows(func, args, kwargs):
+        return kind
+    if out is args[0] or (kind == "putting" and _changes(func)):  # also y.long(), which may be y itself
+        return "in place"
+    of_two = kind == "reduction" and len(values_read(func, args[:2], kwargs)) > 1  # their maximum
+    return "elementwise" if of_two or kind == "putting" else kind
 
 
 def thinned(tensors: Sequence[Tensor], first: int = 0) -> list[Tensor]:

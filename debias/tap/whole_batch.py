@@ -33,13 +33,13 @@ from debias.tap.moves import (
 )
 from debias.tap.rows import RowTracker
 
-__all__ = ["STATISTICS", "WholeBatch", "is_irregular", "tensors_in"]
+__all__ = ["STATISTICS", "WholeBatch", "is_irregular", "is_statistic", "tensors_in"]
 
 # Make numbers of the batch out of its values.
 STATISTICS = REDUCTIONS | named(
     "var std norm quantile nanquantile median nanmedian mode bincount histc logsumexp unique"
 )
-_is_statistic = among(STATISTICS)
+is_statistic = among(STATISTICS)
 _DIFFERENTIABLE = named("sum mean")
 # Say where a mask is true, which is no more than the mask says.
 _PLACES = named("nonzero argwhere")
@@ -201,7 +201,7 @@ class WholeBatch:
         if detached and (self._numbers or self.looks) and self.changes(func, args, kwargs, out):
             return True
         data, tracker = args[0] if args else None, self.tracker
-        if _is_statistic(func) and isinstance(data, Tensor) and not (len(args) > 1 and isinstance(args[1], Tensor)):
+        if is_statistic(func) and isinstance(data, Tensor) and not (len(args) > 1 and isinstance(args[1], Tensor)):
             if tracker is None or data.numel() < 2 or (func in _DIFFERENTIABLE and not detached):
                 return False
             of_rows = self._is_unreduced(data) or tracker.is_of_batch(data) or (rows and detached)
