@@ -76,10 +76,9 @@ class Divided:
 
         Beyond the CPU only the first step of an epoch reads one that is a tensor.
         """
-        if isinstance(by, Tensor) and not (by.device.type == "cpu" or self.reads_all):
-            return True
         shape = self._elements.shape
-        if not shape.numel():  # of nothing, whatever it is divided by
+        unread = isinstance(by, Tensor) and not (by.device.type == "cpu" or self.reads_all)
+        if unread or not shape.numel():  # of nothing, whatever it is divided by
             return True
         counts = {1} if not shape else {shape[: i + 1].numel() for i in range(self._axis_of_samples(), len(shape))}
         of_samples = self.tracker is not None and self.record.mask is None and float(by) == self.tracker.n

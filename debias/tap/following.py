@@ -50,13 +50,11 @@ _SELECTING = named(
 )
 _DOT = named("dot vdot inner matmul __matmul__ __rmatmul__")
 _is_dot = among(_DOT)
-_REDUCED = MOVES | CASTS | ELEMENTWISE | INPLACE | SUM | MEAN | READING | _DOT
-# Choose, along axes of the elements of a sample, or between two losses.
-_CHOOSING = named("max min amax amin")
-_is_choice = among(_CHOOSING)
-_REDUCING = SUM | MEAN | _CHOOSING
-_is_followed, _is_in_place = among(_REDUCED), among(INPLACE)
-FOLLOWED = _REDUCED | STATISTICS
+# The last four choose, along axes of the elements of a sample, or between two losses.
+_REDUCING = SUM | MEAN | named("max min amax amin")
+_KNOWN = MOVES | CASTS | ELEMENTWISE | INPLACE | READING | _DOT | _REDUCING
+_is_known, _is_in_place = among(_KNOWN), among(INPLACE)
+FOLLOWED = _KNOWN | STATISTICS
 
 
 class Following:
@@ -107,7 +105,7 @@ class Following:
         if in_place:
             self._totals.changed(func, args)
         self.batch.see(func, args, kwargs, out)
-        found = self._find(func, args) if self._unreduced and args and self._may_follow(func, args) else None
+        found = self._find(func, args) if self._unreduced and args else None
         if found is None:
             if not in_place:
                 self._totals.see(func, args, out)
@@ -125,11 +123,6 @@ class Following:
             return self._reduced(func, found, axes, out)
         return out
 
-    def _may_follow(self, func: Any, args: tuple[Any, ...]) -> bool:
-        if _is_dot(func):
-            return len(args) > 1 and args[0].ndim == args[1].ndim == 1
-        return _is_followed(func) or (_is_choice(func) and isinstance(args[0], Tensor))
-
     def is_unreduced(self, x: Tensor) -> bool:
         """Whether it holds losses that nobody has reduced yet."""
         return self._of(x) is not None
@@ -141,6 +134,9 @@ class Following:
     # -- elements ----------------------------------------------------------------------------------
 
     def _find(self, func: Any, args: tuple[Any, ...]) -> LossRecord | None:
+        """The losses that an operation is done to, if it is one that is known."""
+        if not _is_known(func) or (_is_dot(func) and not (len(args) > 1 and args[0].ndim == args[1].ndim == 1)):
+            return None
         data = (*args[0], *args[1:3]) if isinstance(args[0], tuple | list) else args[:3]
         return next((losses for x in values_read(func, data, {}) if (losses := self._of(x)) is not None), None)
 
