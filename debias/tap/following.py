@@ -166,9 +166,9 @@ class Following:
                 continue  # a mask, such as that of the largest losses
             if func in MOVES and not x.ndim and found.source.numel() > 1:
                 continue  # one of several, which Python may choose by their values
-            changes = by is None and self.batch.changes(func, args, kwargs, x)
+            enters = by is None and self.batch.enters(func, args, kwargs, x)
             parts = [_with(func, args, kwargs, found.source, part, place) for part in found.parts]
-            made = replace(found, source=x, parts=parts, of_batch=of_batch or changes, divided_by=divided_by)
+            made = replace(found, source=x, parts=parts, of_batch=of_batch or enters, divided_by=divided_by)
             if func in MOVES:
                 if not keeps_rows(func, args, x):  # joined with others, or in another order
                     made.scale = False

@@ -106,9 +106,9 @@ class WholeBatch:
         """Whether one of these is a number of the whole batch."""
         return bool(self._numbers) and any(x is number for x in tensors_in(values) for number in self._numbers)
 
-    def changes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
-        """Whether a number of the whole batch is in what an operation makes. Another order of all rows has none, but a
-        part of the rows has one where the order of a value chooses them.
+    def enters(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
+        """Whether a number of the whole batch enters what an operation makes. Another order of all rows is none, but an
+        order of values that chooses some of them is one.
         """
         if func in MOVES and isinstance(args[0], Tensor) and args[0].ndim:
             if out.shape[:1] == args[0].shape[:1]:
@@ -198,7 +198,7 @@ class WholeBatch:
     ) -> bool:
         """Whether an operation has made a number of the whole batch."""
         detached = not out.requires_grad
-        if detached and (self._numbers or self.looks) and self.changes(func, args, kwargs, out):
+        if detached and (self._numbers or self.looks) and self.enters(func, args, kwargs, out):
             return True
         data, tracker = args[0] if args else None, self.tracker
         if is_statistic(func) and isinstance(data, Tensor) and not (len(args) > 1 and isinstance(args[1], Tensor)):
