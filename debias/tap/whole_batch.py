@@ -127,15 +127,14 @@ class WholeBatch:
         rows, of_mean, of_pairs = _OF_ROWS in marks, _OF_MEAN in marks, _OF_PAIRS in marks
         mixes = rows and func not in RECORDED and any(x.shape[:1] == (self._n,) for x in given)
         for x in tensors_in(args[:1] if func is Tensor.__setitem__ else out):
-            marks.discard(_OF_MEAN)
-            if x.requires_grad and (of_mean or (rows and func in _DIFFERENTIABLE and not x.ndim)):
-                marks.add(_OF_MEAN)  # may be trained; a number as soon as nothing is differentiated any more
-            elif (of_mean or self._is_number(func, args, kwargs, given, x, rows)) and func not in _SHAPED:
+            # May be trained; a number as soon as nothing is differentiated any more.
+            is_mean = x.requires_grad and (of_mean or (rows and func in _DIFFERENTIABLE and not x.ndim))
+            if not is_mean and (of_mean or self._is_number(func, args, kwargs, given, x, rows)) and func not in _SHAPED:
                 self._numbers.append(x)
                 if mixes and x.shape[:1] == (self._n,) and _BY_NETWORK not in marks:
                     marks.add(_MIXED)
             if looks:
-                self._marks.setdefault(x, set()).update(marks)
+                self._marks.setdefault(x, set()).update(marks - {_OF_MEAN}, {_OF_MEAN} if is_mean else ())
             if of_pairs or (rows and self._compares(func, args, given, x)):
                 self._marks[x].add(_OF_PAIRS)
                 self._numbers += [] if x.requires_grad else [x]
