@@ -14,14 +14,11 @@ import torch
 from torch import Tensor
 
 from debias.tap.losses import LOSSES, class_weights, unreduced
-from debias.tap.moves import CASTS, MOVES, apply_move, axes_of, functions, values_read
+from debias.tap.moves import CASTS, MOVES, PRODUCT, apply_move, axes_of, functions, values_read
 
 __all__ = ["CountedElements", "both", "counted_by", "left_out", "replaces"]
 
 _T = torch.Tensor
-
-
-_MUL = functions("mul multiply")
 _WHERE = functions("where")
 _FILL = functions("masked_fill")
 _SET = frozenset({_T.__setitem__})
@@ -32,7 +29,7 @@ _ELEMENTWISE = CASTS | functions(
     "add sub subtract rsub div true_divide truediv divide exp neg negative pow sqrt square abs log log1p clamp"
     " clamp_min clamp_max clip minimum maximum tanh sigmoid"
 )
-_KEEPS_PLACES = _MUL | _WHERE | _FILL | _SET | _NAN | _ELEMENTWISE
+_KEEPS_PLACES = PRODUCT | _WHERE | _FILL | _SET | _NAN | _ELEMENTWISE
 _COMPARES = functions("gt ge lt le eq ne greater less")
 _FOLLOWED = MOVES | _REDUCE | _KEEPS_PLACES | _COMPARES
 # Made of their first argument; what else they are given are places, masks and values to put there.
@@ -115,7 +112,7 @@ class CountedElements:
         if (replaced := replaces(func, args, kwargs, losses)) is not None:
             shapes = [x.shape for x in (losses, replaced[0], replaced[1]) if isinstance(x, Tensor)]
             return replaced[0].expand(shapes[0] if func in _SET else torch.broadcast_shapes(*shapes))
-        factor = others[0] if func in _MUL and others else None
+        factor = others[0] if func in PRODUCT and others else None
         if factor is None or not factor.ndim or any(other.tensor is factor for other in self._traces):
             return None
         return ~left_out(*torch.broadcast_tensors(factor, losses))

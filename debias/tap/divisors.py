@@ -14,7 +14,17 @@ from debias.tap.totals import Total, Totals
 if TYPE_CHECKING:
     from debias.tap.rows import RowTracker
 
-__all__ = ["Divided"]
+__all__ = ["Divided", "index_of"]
+
+
+def index_of(tracker: RowTracker | None, record: LossRecord) -> Tensor | None:
+    """Sample of each element of a loss, or of each row; None where row i is sample i, or nobody knows."""
+    if tracker is None or record.samples is None:
+        return None
+    try:
+        return record.samples(record.computed[0].shape) if record.source is None else tracker.index(record.source)
+    except RowsError:  # said where a method reads it; perhaps nobody means this loss
+        return None
 
 
 class Divided:
@@ -30,12 +40,7 @@ class Divided:
         self.tracker, self.record, self.reads_all = tracker, record, reads_all
 
     def by(self, by: Any, totals: Totals) -> bool:
-        """Whether it is divided by what it runs over; the loss is told.
-
-        Args:
-            by: a total, or a number, perhaps in a tensor.
-            totals: of the step.
-        """
+        """Whether a total, or a number (perhaps in a tensor), is what it runs over; then the loss has its divisor."""
         record = self.record
         if record.divisor is not None:
             return False  # by what it runs over already; this is another factor
@@ -66,66 +71,62 @@ class Divided:
     def _elements(self) -> Tensor:
         return self.record.computed[0] if self.record.source is None else self.record.source
 
-    def _index(self) -> Tensor | None:
-        """Sample of each element, or of each row; None where row i is sample i or that is not known."""
-        record, tracker = self.record, self.tracker
-        if tracker is None or record.samples is None:
-            return None
-        try:
-            return record.samples(self._elements.shape) if record.source is None else tracker.index(record.source)
-        except RowsError:  # said where a method reads it
-            return None
-
     def _is_count(self, by: Tensor | float) -> bool:
         """Whether a number is that of the samples, rows or elements of a loss.
 
         Beyond the CPU only the first step of an epoch reads one that is a tensor.
         """
-        if isinstance(by, Tensor) and not (by.device.type == "cpu" or self.reads_all):
-            return True
         shape = self._elements.shape
-        if not shape.numel():  # of nothing, whatever it is divided by
+        unread = isinstance(by, Tensor) and not (by.device.type == "cpu" or self.reads_all)
+        if unread or not shape.numel():  # of nothing, whatever it is divided by
             return True
         counts = {1} if not shape else {shape[: i + 1].numel() for i in range(self._axis_of_samples(), len(shape))}
-        of_samples = self.tracker is not None and float(by) == self.tracker.n
+        of_samples = self.tracker is not None and self.record.mask is None and float(by) == self.tracker.n
         return float(by) in counts or (of_samples and self._even())
 
     def _axis_of_samples(self) -> int:
         """The first axis of a loss along which samples lie: tokens may come before them."""
-        shape, index, tracker = self._elements.shape, self._index(), self.tracker
+        shape, index, tracker = self._elements.shape, index_of(self.tracker, self.record), self.tracker
         if tracker is None or index is None or index.shape != shape:
             return 0
         return next(tracker.moving(index), 0)
 
     def _even(self) -> bool:
-        """Whether each sample has as many rows, so that their number counts the rows."""
-        index, tracker = self._index(), self.tracker
-        if self.record.mask is not None or index is None or tracker is None:
-            return self.record.mask is None
-        if index.numel() % tracker.n or not tracker.reads(index):
-            return not index.numel() % tracker.n
-        counts = index.flatten().bincount(minlength=tracker.n)
-        return bool((counts == counts[0]).all())
+        """Whether each sample has as many rows, as far as that is known: then their number counts the rows."""
+        index, tracker = index_of(self.tracker, self.record), self.tracker
+        if index is None or tracker is None:
+            return True
+        even = not index.numel() % tracker.n
+        if even and tracker.reads(index):
+            counts = index.flatten().bincount(minlength=tracker.n)
+            even = bool((counts == counts[0]).all())
+        return even
 
     def weights(self, source: Tensor) -> Tensor | None:
         """Weights in the shape of the elements, whose sum is that of ``source``; None if they do not fit."""
-        shape, mask, own, theirs = self._elements.shape, self.record.mask, None, None
+        shape, mask = self._elements.shape, self.record.mask
         if mask is not None and source.shape != shape:
             return source.new_ones((), dtype=torch.float32).expand(shape) if self._are_same(source, mask) else None
         weights, ndim = source.detach(), len(shape)
-        if self.record.source is not None and self.tracker is not None:
-            own, theirs = self._index(), self.tracker.index(source)
-        if ndim and weights.ndim > ndim and weights.shape[:ndim] == shape:  # a mask of tokens, of losses per sample
+        of_tokens = 0 < ndim < source.ndim and source.shape[:ndim] == shape  # a mask of tokens, of losses per sample
+        if of_tokens:
             weights = weights.flatten(ndim).sum(ndim)
-            theirs = None if theirs is None else theirs.flatten(ndim).select(ndim, 0)
-        if weights.numel() == shape.numel():
-            if own is not None and theirs is not None and own.numel() == theirs.numel():
-                return weights.reshape(shape) if self._equal(own.flatten(), theirs.flatten()) else None
-            return None if mask is not None else weights.reshape(shape)
-        if not ndim or not weights.ndim:
-            return None
-        known = self.tracker is not None and self.tracker.is_of_batch(source)
-        if weights.ndim == 1 and shape.count(shape[0]) > 1 and not known:
+        if weights.numel() != shape.numel():
+            return self._spread(weights, known=self.tracker is not None and self.tracker.is_of_batch(source))
+        own = theirs = None
+        if self.record.source is not None and self.tracker is not None:
+            own, theirs = index_of(self.tracker, self.record), self.tracker.index(source)
+        if of_tokens and theirs is not None:
+            theirs = theirs.flatten(ndim).select(ndim, 0)
+        fits = mask is None
+        if own is not None and theirs is not None and own.numel() == theirs.numel():
+            fits = self._equal(own.flatten(), theirs.flatten())
+        return weights.reshape(shape) if fits else None
+
+    def _spread(self, weights: Tensor, *, known: bool) -> Tensor | None:
+        """Weights of samples or rows, spread over their elements; ``known`` if they are of the batch."""
+        shape, ndim = self._elements.shape, self._elements.ndim
+        if not ndim or not weights.ndim or (weights.ndim == 1 and shape.count(shape[0]) > 1 and not known):
             return None  # of the rows, or of the columns
         if weights.shape == shape[: weights.ndim]:
             weights = weights.view(*weights.shape, *[1] * (ndim - weights.ndim))
@@ -137,11 +138,10 @@ class Divided:
 
     def _are_same(self, source: Tensor, mask: Any) -> bool:
         """Whether weights are the mask that elements were selected by."""
-        if source is mask or not isinstance(mask, Tensor) or mask.dtype != torch.bool or source.shape != mask.shape:
-            return source is mask
-        return self._equal(source.to(torch.float32), mask.to(torch.float32))
+        alike = isinstance(mask, Tensor) and mask.dtype == torch.bool and source.shape == mask.shape
+        return source is mask or (alike and self._equal(source.to(torch.float32), mask.to(torch.float32)))
 
     def _equal(self, a: Tensor, b: Tensor) -> bool:
-        """Reading waits for the device, so beyond the CPU only the step that records everything looks."""
-        reads = a.device.type == "cpu" or (self.tracker is not None and self.tracker.everything)
+        """Whether they are the same, as far as values may be read; see :meth:`SampleNumbers.reads`."""
+        reads = a.device.type == "cpu" if self.tracker is None else self.tracker.reads(a)
         return not reads or torch.equal(a, b)

@@ -17,7 +17,7 @@ from torch import Tensor
 from debias.errors import SPLIT, RowsError
 from debias.tap.calls import LossCall, LossRecord
 from debias.tap.counted import replaces
-from debias.tap.divisors import Divided
+from debias.tap.divisors import Divided, index_of
 from debias.tap.mixing import Mixture
 from debias.tap.moves import (
     CASTS,
@@ -37,7 +37,7 @@ from debias.tap.moves import (
 )
 from debias.tap.rows import RowTracker
 from debias.tap.totals import READING, Total, Totals
-from debias.tap.whole_batch import STATISTICS, WholeBatch, tensors_in
+from debias.tap.whole_batch import STATISTICS, WholeBatch, is_statistic, tensors_in
 
 __all__ = ["FOLLOWED", "Following"]
 
@@ -50,14 +50,11 @@ _SELECTING = named(
 )
 _DOT = named("dot vdot inner matmul __matmul__ __rmatmul__")
 _is_dot = among(_DOT)
-_REDUCED = MOVES | CASTS | ELEMENTWISE | INPLACE | SUM | MEAN | READING | _DOT
-# Choose, along axes of the elements of a sample, or between two losses.
-_CHOOSING = named("max min amax amin")
-_is_choice = among(_CHOOSING)
-_is_followed, _is_in_place = among(_REDUCED), among(INPLACE)
-# Make totals, or numbers of the whole batch, of what was not followed before.
-_starts = among(STATISTICS)
-FOLLOWED = _REDUCED | STATISTICS
+# The last four choose, along axes of the elements of a sample, or between two losses.
+_REDUCING = SUM | MEAN | named("max min amax amin")
+_KNOWN = MOVES | CASTS | ELEMENTWISE | INPLACE | READING | _DOT | _REDUCING
+_is_known, _is_in_place = among(_KNOWN), among(INPLACE)
+FOLLOWED = _KNOWN | STATISTICS
 
 
 class Following:
@@ -100,7 +97,7 @@ class Following:
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Follow losses through one operation; returns what the step is to receive of it."""
-        if not (self._unreduced or self._divisible or self._totals.known or self.batch.known or _starts(func)):
+        if not (self._unreduced or self._divisible or self._totals.known or self.batch.known or is_statistic(func)):
             return out  # as most operations of a network, before there is a loss
         if "other" in kwargs:
             args, kwargs = (*args, kwargs["other"]), {key: x for key, x in kwargs.items() if key != "other"}
@@ -108,7 +105,7 @@ class Following:
         if in_place:
             self._totals.changed(func, args)
         self.batch.see(func, args, kwargs, out)
-        found = self._find(func, args) if self._unreduced and args and self._may_follow(func, args) else None
+        found = self._find(func, args) if self._unreduced and args else None
         if found is None:
             if not in_place:
                 self._totals.see(func, args, out)
@@ -126,11 +123,6 @@ class Following:
             return self._reduced(func, found, axes, out)
         return out
 
-    def _may_follow(self, func: Any, args: tuple[Any, ...]) -> bool:
-        if _is_dot(func):
-            return len(args) > 1 and args[0].ndim == args[1].ndim == 1
-        return _is_followed(func) or (_is_choice(func) and isinstance(args[0], Tensor))
-
     def is_unreduced(self, x: Tensor) -> bool:
         """Whether it holds losses that nobody has reduced yet."""
         return self._of(x) is not None
@@ -142,6 +134,9 @@ class Following:
     # -- elements ----------------------------------------------------------------------------------
 
     def _find(self, func: Any, args: tuple[Any, ...]) -> LossRecord | None:
+        """The losses that an operation is done to, if it is one that is known."""
+        if not _is_known(func) or (_is_dot(func) and not (len(args) > 1 and args[0].ndim == args[1].ndim == 1)):
+            return None
         data = (*args[0], *args[1:3]) if isinstance(args[0], tuple | list) else args[:3]
         return next((losses for x in values_read(func, data, {}) if (losses := self._of(x)) is not None), None)
 
@@ -152,7 +147,12 @@ class Following:
         """Follow losses through an operation that does not end them."""
         by = self._totals.divides(func, args, found.source)
         factor = self._factor(func, args, kwargs, found)
-        divided_by, of_batch = self._divisions(func, args, found, by, linear=factor is not None)
+        met = [losses for x in tensors_in(args) if (losses := self._of(x)) is not None]
+        of_batch = any(losses.of_batch for losses in met)
+        divided_by = self._divisors(func, args, found, met, by, linear=factor is not None)
+        if divided_by is None:  # what they were divided by is a factor now
+            divided_by = ()
+            of_batch = of_batch or any(isinstance(x, Total) and x.of_batch for losses in met for x in losses.divided_by)
         if func is _T.__setitem__ or out is found.source:  # in place
             found.of_batch = of_batch or (by is None and self._is_scaled(args, kwargs, found))
             found.scale, found.divided_by = _times(found.scale, factor), divided_by
@@ -166,9 +166,9 @@ class Following:
                 continue  # a mask, such as that of the largest losses
             if func in MOVES and not x.ndim and found.source.numel() > 1:
                 continue  # one of several, which Python may choose by their values
-            changes = by is None and (self.batch.changes(func, args, kwargs, x) or self._is_scaled(args, kwargs, found))
+            enters = by is None and (self.batch.enters(func, args, kwargs, x) or self._is_scaled(args, kwargs, found))
             parts = [_with(func, args, kwargs, found.source, part, place) for part in found.parts]
-            made = replace(found, source=x, parts=parts, of_batch=of_batch or changes, divided_by=divided_by)
+            made = replace(found, source=x, parts=parts, of_batch=of_batch or enters, divided_by=divided_by)
             if func in MOVES:
                 if not keeps_rows(func, args, x):  # joined with others, or in another order
                     made.scale = False
@@ -186,51 +186,40 @@ class Following:
 
     def _factor(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: LossRecord) -> Any:
         """What an operation multiplies elements by; None if it does something else to them."""
-        at = next((i for i, x in enumerate(args[:3]) if x is found.source), None)
-        other = next((x for i, x in enumerate(args[:2]) if i != at), None)
-        constant = isinstance(other, int | float) or (isinstance(other, Tensor) and not other.requires_grad)
-        if func in PRODUCT and constant:
+        first = args[0] is found.source
+        if func in PRODUCT and _is_constant(other := args[1] if first else args[0]):
             return other
-        if func in DIVISION and at == 0 and constant and not _is_zero(other):
-            return 1 / other  # type: ignore[operator]
+        if func in DIVISION and first and _is_constant(args[1]) and not _is_zero(args[1]):
+            return 1 / args[1]
         if (replaced := replaces(func, args, kwargs, found.source)) is not None:
             return replaced[0] if _is_zero(replaced[1]) else None
         return 1.0 if func in SUM and not isinstance(found.scale, Tensor) else None
 
-    def _divisions(
-        self, func: Any, args: tuple[Any, ...], found: LossRecord, by: Any, *, linear: bool
-    ) -> tuple[tuple[Any, ...], bool]:
-        """What elements are divided by after an operation, and whether a number of the whole batch is in them."""
-        met = [losses for x in tensors_in(args) if (losses := self._of(x)) is not None]
-        of_batch, divided = any(losses.of_batch for losses in met), [losses.divided_by for losses in met]
-        if by is None and not any(divided):
-            return (), of_batch
-        if func in PRODUCT:
-            by_all = [x for x in (*sum(divided, ()), by) if x is not None]
-            return tuple(x for x in by_all if not any(_equal(x, y) for y in args[:2])), of_batch  # `losses / n * n`
-        alike = all(len(each) == len(divided[0]) and all(map(_equal, each, divided[0])) for each in divided)
-        keeps = func in MOVES or func in CASTS or func in SUM or func in MEAN or linear
-        if func in DIVISION and args[0] is found.source and not any(divided[1:]):
-            return (*found.divided_by, *([] if by is None else [by])), of_batch
-        if alike and (keeps or (func in _ADD and len(met) == 2)):
-            return found.divided_by, of_batch
-        return (), of_batch or any(isinstance(x, Total) and x.of_batch for x in sum(divided, ()))
+    def _divisors(
+        self, func: Any, args: tuple[Any, ...], found: LossRecord, met: list[LossRecord], by: Any, *, linear: bool
+    ) -> tuple[Any, ...] | None:
+        """What elements are divided by after an operation; None where nobody knows any more."""
+        before, new = [losses.divided_by for losses in met], () if by is None else (by,)
+        if not (new or any(before)):
+            return ()
+        if func in PRODUCT:  # less what is multiplied back, as in `losses / n * n`
+            return tuple(x for x in sum([*before, new], ()) if not any(_equal(x, y) for y in args[:2]))
+        if func in DIVISION and args[0] is found.source and not any(before[1:]):
+            return found.divided_by + new
+        alike = all(len(each) == len(before[0]) and all(map(_equal, each, before[0])) for each in before)
+        keeps = linear or func in MOVES or func in CASTS or func in SUM or func in MEAN
+        return found.divided_by if alike and (keeps or (func in _ADD and len(met) == 2)) else None
 
     def _reduces(self, func: Any, found: LossRecord, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
-        """The axes of a reduction that runs over samples; None of others, such as over the elements of each."""
-        of_two = len(args) > 1 and isinstance(args[1], Tensor)
-        if not (func in SUM or func in MEAN or (func in _CHOOSING and not of_two)):
+        """The axes of a reduction over samples; None of another operation, as one over the elements of each sample."""
+        if func not in _REDUCING or (len(args) > 1 and isinstance(args[1], Tensor)):  # or a choice of two
             return None
         ndim = found.source.ndim
         axes = axes_of(args, kwargs, ndim)
         keepdim = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
         if len(axes) == ndim and not keepdim:
             return axes
-        tracker = self._tracker
-        try:
-            index = None if tracker is None else tracker.index(found.source)
-        except RowsError:  # of a loss that perhaps nobody means
-            index = None
+        tracker, index = self._tracker, index_of(self._tracker, found)
         if tracker is not None and index is not None:
             if tracker.without(index, axes) is not None:
                 return None
@@ -265,12 +254,11 @@ class Following:
                 own = torch.cat([own if share.source is None else share.source[own] for share in shares])
             return own.reshape(shape)
 
-        record = replace(found, compute=compute, is_sum=func in SUM)
+        record = replace(found, compute=compute, is_sum=func in SUM, kept=kept if len(axes) < num.ndim else None)
         if record.samples is not None:
             record.samples = samples
         if record.is_sum and record.of_batch:  # which is said, whatever divides it
             record.divisor = num.new_ones(()).expand(num.shape)
-        record.kept = kept if len(axes) < num.ndim else None
         call = replace(found.function, record=record)
         for by in found.divided_by:
             if not self._divide(call, by) and isinstance(by, Total) and by.of_batch:
@@ -298,6 +286,10 @@ class Following:
     def _divide(self, call: LossCall, by: Any) -> bool:
         """The step divides a loss by a number, or by a sum of weights: whether that is what the loss runs over."""
         return Divided(self._tracker, call.record, reads_all=self.batch.careful).by(by, self._totals)
+
+
+def _is_constant(x: Any) -> bool:
+    return isinstance(x, int | float) or (isinstance(x, Tensor) and not x.requires_grad)
 
 
 def _is_zero(x: Any) -> bool:

@@ -285,16 +285,17 @@ class HeadTap(_LayerTap):
             )
         call.head = head
         deliver(call, self._tracker, [(noted, noted.given)])
-        runs = self.runs
         if not self._hookable:
             return
+        runs = self.runs
+        agrees = len(runs) == 1 and runs[0].given is noted.given  # what the hook has seen with what was noted
         if self.head is None:
-            self.head = head
-        elif head is not self.head or (self._handles and (len(runs) != 1 or runs[0].given is not noted.given)):
+            self.head = head  # hooked from the next step on
+        elif head is self.head and (agrees or not self._handles):
+            self._noting = not self._handles
+        else:
             self._hookable, self._noting = False, True
             self.close()
-        else:
-            self._noting = not self._handles
 
 
 class FeatureTap(_LayerTap):

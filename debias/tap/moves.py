@@ -31,13 +31,13 @@ __all__ = [
     "among",
     "apply_move",
     "axes_of",
+    "effect_of",
     "functions",
     "keeps_rows",
     "kind_of",
     "looked_up",
     "named",
     "pools_rows",
-    "puts_rows",
     "read_arguments",
     "sorts_rows",
     "thinned",
@@ -138,6 +138,7 @@ CHANGING = frozenset(
     for name in dir(_T)
     if name in ("__setitem__", "set_data") or re.fullmatch("[a-z].*[^_]_|__i(add|sub|mul|truediv|and|or|pow)__", name)
 ) - {_T.requires_grad_}
+_changes = among(CHANGING)
 # Put elements elsewhere along an axis: to each row by itself, if that is not the first one.
 _PUTTING_ALONG = named(
     "scatter scatter_add scatter_reduce index_copy index_add index_reduce select_scatter slice_scatter", "{} {}_"
@@ -190,6 +191,18 @@ RECORDED = frozenset(_KINDS)
 def kind_of(func: Any) -> str | None:
     """What a function does to rows, as named above; None where nobody knows."""
     return _KINDS.get(func)
+
+
+def effect_of(kind: str | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> str | None:
+    """The kind of an operation, with what its arguments say of that; None where it leaves rows unsorted."""
+    if kind == "sorting":
+        return kind if sorts_rows(func, args, kwargs) else None
+    if kind == "putting" and _puts_rows(func, args, kwargs):
+        return kind
+    if out is args[0] or (kind == "putting" and _changes(func)):  # also y.long(), which may be y itself
+        return "in place"
+    of_two = kind == "reduction" and len(values_read(func, args[:2], kwargs)) > 1  # their maximum
+    return "elementwise" if of_two or kind == "putting" else kind
 
 
 def thinned(tensors: Sequence[Tensor], first: int = 0) -> list[Tensor]:
@@ -262,7 +275,7 @@ def axes_of(args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int) -> list[in
     return sorted({d % ndim for d in ([dims] if isinstance(dims, int) else dims)})
 
 
-def puts_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _puts_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether what puts elements elsewhere may put them into other rows; a number is of no row."""
     if func.__name__ in ("index_put", "index_put_") and len(args) > 2 and not args[2].ndim:
         return False

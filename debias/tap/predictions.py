@@ -155,26 +155,24 @@ class Predictions:
         mine: Tensor = args[0] if in_place else min(known, key=lambda x: known[x].rank)
         origin, sign = known[mine], -1 if _subtracts(func, args, mine) else 1
         number = changes is True and func in _SUM and len(known) == 1 and all(x.numel() == 1 for x in others)
+        if in_place and origin.output is mine:
+            if changes is False:  # a masked output is one still
+                return run(func, args, kwargs)
+            origin = origin if changes is None else self._kept(mine)
 
-        then = functools.partial(_Made.then, number=number, sign=sign)
-        if in_place:
-            itself = origin.output is mine
-            if changes is None:
-                self._made[mine] = _OUTPUT
-            elif changes is not False or not itself:  # a masked output is one still
-                origin = self._kept(mine) if itself else origin
-                self._made[mine] = then(origin, _step(func, args, kwargs, {mine: _OUTPUT}), changes)
-            return run(func, args, kwargs)
         out = run(func, args, kwargs)
-        for i, x in enumerate(out) if isinstance(out, tuple | list) else [(None, out)]:
-            if not isinstance(x, Tensor) or any(x is operand for operand in operands):
+        results = enumerate(out) if isinstance(out, tuple | list) else [(None, out)]
+        for i, x in [(None, mine)] if in_place else results:
+            if not isinstance(x, Tensor) or (not in_place and any(x is operand for operand in operands)):
                 continue
             if changes is None:
                 self._made[x] = _OUTPUT
-            elif isinstance(changes, Tensor) and len(known) > 1 and func in _SUM:  # of two columns, masked or not
+            elif isinstance(changes, Tensor) and len(known) > 1 and func in _SUM and not in_place:
+                # Of two columns, masked or not.
                 self._made[x] = _Made(origin.output, (_step(func, args, kwargs, known),), changes, shifted=False)
             elif changes is False or mine.shape == x.shape:
-                self._made[x] = then(origin, _step(func, args, kwargs, {mine: _OUTPUT}, i), changes)
+                step = _step(func, args, kwargs, {mine: _OUTPUT}, i)
+                self._made[x] = origin.then(step, changes, number=number, sign=sign)
         return out
 
     def of(self, logits: Any, target: Any, loss: str) -> tuple[Tensor | None, bool]:

@@ -25,11 +25,10 @@ from debias.tap.moves import (
     among,
     apply_move,
     axes_of,
+    effect_of,
     kind_of,
     looked_up,
     pools_rows,
-    puts_rows,
-    sorts_rows,
     values_read,
 )
 from debias.tap.notes import CHANGED, LOST, Note, Notes, first_version, version
@@ -99,28 +98,21 @@ class RowTracker(Notes, SampleNumbers):
         reorders = _may_reorder(func) and isinstance(of_rows, Tensor) and of_rows.shape[:1] == (self.n,)
         if not (self.everything or reorders or self._touches(args, kwargs)):
             return
-        puts = kind == "putting" and puts_rows(func, args, kwargs)
-        if puts:
+        kind = effect_of(kind, func, args, kwargs, out)
+        if kind == "putting":
             self._lose(func, args, kwargs, out)
-        if puts or (kind == "sorting" and not sorts_rows(func, args, kwargs)):
-            return
-        if kind == "putting":  # of elements that stay in their rows
-            kind = "in place" if _changes(func) else "elementwise"
-        # y.long() may be y itself, as may x.flatten(): then it is no operation.
-        if kind == "in place" or out is args[0]:
+        elif kind == "in place":
             self._in_place(func, args, kwargs, out)
-            return
-        if kind == "reduction" and len(values_read(func, args[:2], kwargs)) > 1:  # the maximum of two
-            kind = "elementwise"
-        if (key := looked_up(func, args, kwargs)) is not None and self._tracked(key) and self._is_table(args[0]):
-            func, args, kwargs, kind = F.embedding, (key,), {}, "lookup"
-        results = enumerate(out) if isinstance(out, tuple | list) else [(None, out)]
-        made = [Note(x, first_version(x), func, args, kwargs, kind, i) for i, x in results if isinstance(x, Tensor)]
-        if not made:
-            return
-        first = made[0]
-        if self.everything or (reorders and not first.same_rows) or any(map(self._tracked, first.sources)):
-            self._records.extend(made)
+        elif kind is not None:
+            if (key := looked_up(func, args, kwargs)) is not None and self._tracked(key) and self._is_table(args[0]):
+                func, args, kwargs, kind = F.embedding, (key,), {}, "lookup"
+            results = enumerate(out) if isinstance(out, tuple | list) else [(None, out)]
+            made = [Note(x, first_version(x), func, args, kwargs, kind, i) for i, x in results if isinstance(x, Tensor)]
+            if not made:
+                return
+            first = made[0]
+            if self.everything or (reorders and not first.same_rows) or any(map(self._tracked, first.sources)):
+                self._records.extend(made)
 
     def follow(self, tensor: Tensor, index: Callable[[], Tensor | None] | None = None) -> None:
         """From now on record what is made of this tensor too; ``index`` gives its sample numbers, if they are known."""
@@ -246,7 +238,7 @@ class RowTracker(Notes, SampleNumbers):
         if any(map(self.is_strange, candidates)):
             return False
         made = [x for x in candidates if self._note(x).func is not None and not self._is_constant(x)]
-        in_order = not self.reordered() if made or rows == self.n else False
+        in_order = (len(made) > 0 or rows == self.n) and not self.reordered()
         found = [self.index(x) for x in made] if in_order or len(made) == 2 else []
         known = [x for x in found if x is not None]
         # Of the same network, put in two orders; or made of all samples together.
@@ -254,13 +246,14 @@ class RowTracker(Notes, SampleNumbers):
         if differ or any(map(self._sums_samples, made)) or (self.mixed and in_order):
             self.mixed = True
             return False
-        if in_order and any(self.index(x) is None and self.is_joined(x) for x in candidates[-1:]):
-            return False
-        if known and in_order:  # of some tensor with one row per sample, e.g. logits (N, T, C)
-            tensor = next(x for x, index in zip(made, found, strict=True) if index is not None)
-            return None if self.keeps_rows(tensor) else known[0]
-        if rows == self.n and in_order and not self._ambiguous:
-            return None
+        if in_order:
+            if any(self.index(x) is None and self.is_joined(x) for x in candidates[-1:]):
+                return False
+            if known:  # of some tensor with one row per sample, e.g. logits (N, T, C)
+                tensor = next(x for x, index in zip(made, found, strict=True) if index is not None)
+                return None if self.keeps_rows(tensor) else known[0]
+            if rows == self.n and not self._ambiguous:
+                return None
         if self.guesses and (rows != self.n or self.several) and (inputs := self._of_inputs(rows)) is not None:
             return _or_false(self.index(made[0], inputs) if made else inputs)
         return False
@@ -349,8 +342,8 @@ class RowTracker(Notes, SampleNumbers):
     def _in_places(self, note: Note, index: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """Numbers of elements each of which was computed of those in its place."""
         sources, shape = note.sources, note.out.shape
-        # Also what is spread over other axes, such as a mask (N, 1); or (N,) over (N, N), of two samples each; or a
-        # number of one sample.
+        # What has another shape counts, too: a mask (N, 1), a number of one sample, or (N,) over (N, N), where each
+        # element is of two samples.
         spread = self._spread(note)
         if any(x.ndim and self.is_lost(x) for x in spread):
             self.mixed = True

@@ -142,9 +142,10 @@ class LossTap(TorchFunctionMode):
         # Without `strict=`, which Dynamo cannot follow in torch 2.9 where the whole module is compiled.
         arguments = dict(zip(NAMES[func], args)) | kwargs  # noqa: B905
         tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
+        batch = self._following.batch
         if self.training and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
             out = func(*args, **kwargs)
-            self._following.batch.see(func, args, kwargs, out)
+            batch.see(func, args, kwargs, out)
             return out
         weights = [x for name in ("weight", "pos_weight") if isinstance(x := arguments.get(name), Tensor)]
         if self.training and any(x.requires_grad for x in weights):
@@ -169,7 +170,7 @@ class LossTap(TorchFunctionMode):
             losses = unreduced(func, given)
             return losses, losses.new_ones(()) if reduction in ("none", "sum") else LOSSES[func](losses, given)
 
-        of_pairs = self._following.batch.of_pairs(*tensors)
+        of_pairs = batch.of_pairs(*tensors)
         if func.__name__ in COMPARING and self.tracker is not None:
             of_pairs = of_pairs or self.tracker.compares(tensors)
         rows = {"of_pairs": of_pairs, "along_first": reduction == "batchmean"}
@@ -178,7 +179,7 @@ class LossTap(TorchFunctionMode):
         if not self.training:
             call.counts.append(counted_by(func, arguments))
         call.record.is_sum = reduction == "sum"
-        call.record.of_batch = self._is_of_whole_batch(call, weights)
+        call.record.of_batch = batch.holds(weights) or batch.makes(call.target)
         samples, parts = call.record.samples, mix_parts(self, call, compute)
         if reduction != "none":
             return self.add(call, call.record.value() if parts else func(*args, **kwargs))
@@ -199,11 +200,6 @@ class LossTap(TorchFunctionMode):
                 call.counts.append(self.evaluated.elements.start(out))
             self.calls.append(call)
         return out
-
-    def _is_of_whole_batch(self, call: LossCall, weights: list[Tensor]) -> bool:
-        """Whether the weights of a loss, or its targets, hold a number of the whole batch."""
-        batch = self._following.batch
-        return batch.holds(weights) or batch.makes(call.target)
 
     def _is_prediction(self, second: Any, first: Any) -> bool:
         """Whether it is the second argument of a symmetric loss that is the prediction."""

@@ -26,9 +26,8 @@ _GUARDS = named(
 )
 _reads, _guards, _casts, _moves = map(among, (READING, _GUARDS, CASTS, MOVES))
 _divides, _multiplies = map(among, (DIVISION, PRODUCT))
-_counts, _is_inverse, _is_power = map(
-    among, (SUM | MEAN | named("count_nonzero"), named("reciprocal __rdiv__"), named("pow __pow__"))
-)
+_counts = among(SUM | MEAN | named("count_nonzero"))
+_is_inverse, _is_power = among(named("reciprocal __rdiv__")), among(named("pow __pow__"))
 
 
 @dataclass(eq=False)
@@ -53,9 +52,9 @@ class Total:
         return torch.compiler.is_compiling() or self.version == version(self.source)
 
     def is_guarded(self, before: Any, after: Any) -> bool:
-        """Whether a guard against 0 has left it, or what is proportional to it, as it is; of 0 it may make anything.
+        """Whether a guard against 0 has left the total, or a multiple of it, as it was; from 0 it may make anything.
 
-        It may have added about a ten-thousandth of one weight, as a group may hold a single weight.
+        It may add a ten-thousandth of one weight, since a group may have no more than one.
         """
         if before is after or bool((before == 0) | (before == after)):
             return True
@@ -138,8 +137,8 @@ class Totals:
             self._derive(func, args, out)
 
     def changed(self, func: Any, args: tuple[Any, ...]) -> None:
-        """An operation has changed a constant in place: it is something else, unless it is a multiple of itself or a
-        guard leaves it. To be told before it may count as a number of the whole batch.
+        """Note that an operation has changed a constant in place: it is no total any more, unless it was multiplied, or
+        a guard left it as it was. Comes before the operation may make a number of the whole batch of it.
         """
         changed, *others = args
         is_product = _multiplies(func) or _divides(func)

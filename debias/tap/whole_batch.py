@@ -33,31 +33,34 @@ from debias.tap.moves import (
 )
 from debias.tap.rows import RowTracker
 
-__all__ = ["STATISTICS", "WholeBatch", "is_irregular", "tensors_in"]
+__all__ = ["STATISTICS", "WholeBatch", "is_irregular", "is_statistic", "tensors_in"]
 
 # Make numbers of the batch out of its values.
 STATISTICS = REDUCTIONS | named(
     "var std norm quantile nanquantile median nanmedian mode bincount histc logsumexp unique"
 )
-_is_statistic = among(STATISTICS)
-# Tell where a mask holds, and so are no more than it.
+is_statistic = among(STATISTICS)
+# Say where a mask is true, which is no more than the mask says.
 _PLACES = named("nonzero argwhere")
 # Compare the rows of two tensors: sum over the last axis of the first and the last but one, or the last, of the second.
 _MATMUL = named("matmul mm bmm __matmul__")
 _PRODUCTS = _MATMUL | named("mv")
 _BY_ROWS = named("cdist linear inner")
 _PAIRING = _MATMUL | _BY_ROWS | named("__rmatmul__ addmm einsum outer tensordot")
-# Add samples up, as mixup does; what is computed of that is one sample's still.
+# Add samples up, as mixup does: no comparison of samples, so that the result is not one of pairs.
 _ADDING = named("add add_ sub subtract sub_ rsub lerp lerp_ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__")
 # Of numbers of pairs, those of each sample with itself.
 _OF_ITSELF = named("diagonal diag trace")
 # Make constants; where they read a number, it is a size.
 _SHAPED = LIKE | named("arange zeros ones empty eye tril_indices triu_indices")
-# What may be known of a tensor: made of rows of the batch; a number for each two samples, or made of such; made of rows
-# in the order of a value; a number of the whole batch that may be trained, or made of one; made of rows that an
-# operation of no known kind has mixed or moved; made by a network; made of its parameters alone.
-_OF_ROWS, _OF_PAIRS, _RANKED, _TRAINED = "rows", "pairs", "ranked", "trained"
-_MIXED, _BY_NETWORK, _OF_PARAMETERS = "mixed", "network", "parameters"
+# Marks of a tensor. What an operation makes has those of what it was given, see `WholeBatch._inherited`.
+_OF_ROWS = "rows"  # made of rows of the batch
+_OF_PAIRS = "pairs"  # made of numbers of which there is one for each two samples
+_RANKED = "ranked"  # made of rows in the order of a value
+_TRAINED = "trained"  # made of a number of the whole batch that may be trained
+_BY_NETWORK = "network"  # made by a network
+_MIXED = "mixed"  # made, by no network, of rows that an operation of no known kind has mixed or moved
+_OF_PARAMETERS = "parameters"  # made of parameters of the network alone
 
 
 class WholeBatch:
@@ -89,7 +92,7 @@ class WholeBatch:
         self._numbers: list[Tensor] = []
         self._marks: Any = WeakTensorKeyDictionary() if self.careful else {}
         for x in tracker.roots if tracker is not None and self.careful else ():
-            self._mark(x, _OF_ROWS)
+            self._marks[x] = {_OF_ROWS}
 
     @property
     def looks(self) -> bool:
@@ -100,9 +103,6 @@ class WholeBatch:
     def known(self) -> bool:
         """Whether there is one, or every operation has to be looked at."""
         return bool(self._numbers) or self.looks
-
-    def _mark(self, x: Tensor, mark: str) -> None:
-        self._marks.setdefault(x, set()).add(mark)
 
     def _is(self, x: Any, mark: str) -> bool:
         return mark in self._marks.get(x, ())
@@ -115,9 +115,9 @@ class WholeBatch:
         """Whether one of these is a number of the whole batch, also one that may be trained."""
         return self.holds(*values) or (self.looks and any(self._is(x, _TRAINED) for x in tensors_in(values)))
 
-    def changes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
-        """Whether a number of the whole batch is in what an operation makes: some of the sorted rows, too, but not
-        another order of all rows.
+    def enters(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
+        """Whether a number of the whole batch enters what an operation makes. Another order of all rows is none, but an
+        order of values that chooses some of them is one.
         """
         if func in MOVES and isinstance(args[0], Tensor) and args[0].ndim:
             if out.shape[:1] == args[0].shape[:1]:
@@ -128,48 +128,60 @@ class WholeBatch:
         return self.holds(args, kwargs)
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """Look at what an operation has made."""
+        """Look at what an operation has made: is it a number of the whole batch, and which marks has it?"""
         looks = self.looks
         read = read_arguments(func, args)
         given = tensors_in((read, kwargs)) if looks else [x for x in read if isinstance(x, Tensor)]
-        rows = looks and any(map(self._is_made_of_rows, given))
-        trained = looks and any(self._is(x, _TRAINED) for x in given)
         of_layer = looks and any(map(self._is_of_parameters, given))
-        by_network = of_layer or (looks and any(self._is(x, _BY_NETWORK) for x in given))
-        with_rows = given[:1] if func in _PRODUCTS else given  # the rows of a product are those of its first factor
-        of_samples = (x for x in with_rows if not self._is_of_parameters(x) and self._n in x.shape)
-        of_parameters = of_layer and not rows and next(of_samples, None) is None
-        mixed = looks and any(self._is(x, _MIXED) for x in given)
+        marks = self._inherited(func, args, kwargs, given, of_layer=of_layer) if looks else set()
+        rows, trained, of_pairs = _OF_ROWS in marks, _TRAINED in marks, _OF_PAIRS in marks
         mixes = rows and func not in RECORDED and any(x.shape[:1] == (self._n,) for x in given)
+        marks.discard(_TRAINED)
         for x in tensors_in(args[:1] if func is Tensor.__setitem__ else out):
+            own = set()
             if (trained or self._is_number(func, args, kwargs, given, x, rows)) and func not in _SHAPED:
                 if not x.requires_grad:
                     self._numbers.append(x)
-                    mixed = mixed or (mixes and x.shape[:1] == (self._n,))
-                elif not of_layer or x.shape[:1] != (self._n,):  # else it is the network's
-                    self._mark(x, _TRAINED)
-            if of_parameters:
-                self._mark(x, _OF_PARAMETERS)
+                    if mixes and x.shape[:1] == (self._n,) and _BY_NETWORK not in marks:
+                        marks.add(_MIXED)
+                elif not of_layer or x.shape[:1] != (self._n,):  # what a layer makes of it is the network's
+                    own.add(_TRAINED)
+            if looks:
+                self._marks.setdefault(x, set()).update(marks, own)
+            if _OF_PARAMETERS in marks:
                 self.parameter_nodes.add(x.grad_fn)
-            if by_network or func is F.batch_norm:  # whose weights may be plain tensors
-                self._mark(x, _BY_NETWORK)
-            elif mixed:
-                self._mark(x, _MIXED)
-            if rows:
-                self._mark(x, _OF_ROWS)
-                if self._compares(func, args, kwargs, given, x):
-                    self._mark(x, _OF_PAIRS)
-                    self._numbers += [] if x.requires_grad else [x]
-                if any(self._is(y, _RANKED) for y in given) or (func in SORTING and sorts_rows(func, args, kwargs)):
-                    self._mark(x, _RANKED)
+            if of_pairs or (rows and self._compares(func, args, kwargs, given, x)):
+                self._marks[x].add(_OF_PAIRS)
+                self._numbers += [] if x.requires_grad else [x]
+
+    def _inherited(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], *, of_layer: bool
+    ) -> set[str]:
+        """The marks that an operation hands on from what it was given, or makes of whatever it was given."""
+        marks: set[str] = set().union(*(self._marks.get(x, ()) for x in given)) - {_OF_PARAMETERS}
+        if any(map(self._is_made_of_rows, given)):
+            marks.add(_OF_ROWS)
+            if func in SORTING and sorts_rows(func, args, kwargs):
+                marks.add(_RANKED)
+        elif of_layer:
+            with_rows = given[:1] if func in _PRODUCTS else given  # the rows of a product are those of its first factor
+            if all(self._is_of_parameters(x) or self._n not in x.shape for x in with_rows):
+                marks.add(_OF_PARAMETERS)
+        if func is F.batch_norm or of_layer:  # the weights of the first may be plain tensors
+            marks.add(_BY_NETWORK)
+        if _BY_NETWORK in marks:
+            marks.discard(_MIXED)
+        if func in _OF_ITSELF:
+            marks.discard(_OF_PAIRS)
+        return marks
 
     def of_pairs(self, *values: Any) -> bool:
         """Whether one has a number for each two samples, such as their similarity; a group alone has fewer."""
         return self.looks and any(self._is(x, _OF_PAIRS) for x in values)
 
     def makes(self, target: Any) -> bool:
-        """Whether a target is made of the whole batch. One that a network computed is allowed; numbers of pairs are
-        refused where rows are found.
+        """Whether a target is made of the whole batch, and by no network. Numbers of pairs are refused elsewhere, where
+        rows are found.
         """
         if not self.holds(target) or self.of_pairs(target):
             return False
@@ -178,9 +190,7 @@ class WholeBatch:
     def _compares(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], out: Tensor
     ) -> bool:
-        """Whether an operation makes a number for each two samples, or something of such numbers."""
-        if self.of_pairs(*given):
-            return func not in _OF_ITSELF
+        """Whether an operation makes a number for each two samples, of tensors that have one for each sample."""
         tracker, rows = self.tracker, [x for x in given if x.ndim and self._is_made_of_rows(x)]
         moves_one = func in MOVES and isinstance(args[0], Tensor)  # perhaps by rows of another one
         weight = args[1] if len(args) > 1 else kwargs.get("weight")
@@ -188,14 +198,13 @@ class WholeBatch:
         if tracker is None or not out.ndim or len(rows) < 2 or moves_one or by_weights:
             return False
         if func in _PAIRING:
-            at = _rows_at(tracker, func, args, rows) if len(rows) == 2 else []
-            if at and None not in at:
-                return at[0] != at[1]
+            if (axes := _axes_in_product(tracker, func, args, rows)) is not None:
+                return axes[0] != axes[1]
             return out.ndim == 2 and not (out.shape[0] % self._n or out.shape[1] % self._n)
         return _meet(tracker, func, rows, out)
 
     def _keeps_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
-        """Whether a reduction leaves every row; those of unknown origin lie along the first axis, all as often."""
+        """Whether a reduction leaves every row. Rows that nobody knows are taken to lie along the first axis."""
         if not out.ndim or self.tracker is None:
             return False
         data = args[0]
@@ -203,7 +212,7 @@ class WholeBatch:
         return self.tracker.index(out) is not None or (first and self.tracker.index(data) is None)
 
     def _is_made_of_rows(self, x: Tensor) -> bool:
-        """Whether values of samples are in it; they are in what a network has made, which may not have been seen."""
+        """Whether values of samples are in it; also of what a network has made, which perhaps nobody saw."""
         if self._is(x, _OF_ROWS):
             return True
         return x.grad_fn is not None and x.ndim > 0 and len(x) == self._n and not self._is(x, _OF_PARAMETERS)
@@ -215,11 +224,12 @@ class WholeBatch:
     def _is_number(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], out: Tensor, rows: bool
     ) -> bool:
+        """Whether an operation has made a number of the whole batch."""
         detached = not out.requires_grad
-        if detached and (self._numbers or self.looks) and self.changes(func, args, kwargs, out):
+        if detached and (self._numbers or self.looks) and self.enters(func, args, kwargs, out):
             return True
         data, tracker = args[0] if args else None, self.tracker
-        if _is_statistic(func) and isinstance(data, Tensor) and not (len(args) > 1 and isinstance(args[1], Tensor)):
+        if is_statistic(func) and isinstance(data, Tensor) and not (len(args) > 1 and isinstance(args[1], Tensor)):
             if tracker is None or data.numel() < 2:
                 return False
             of_rows = self._is_unreduced(data) or tracker.is_of_batch(data) or rows
@@ -229,15 +239,17 @@ class WholeBatch:
             return True
         if rows and func in ALONG:
             return not self._keeps_rows(args, kwargs, out)
-        if not (detached and rows) or func in _PLACES or func in _SHAPED:
-            return False
-        if func in SORTING and data is not None:
-            again = self._is(data, _RANKED) or out.shape[:1] != data.shape[:1]  # places of places are ranks
-            return sorts_rows(func, args, kwargs) and again
+        return detached and rows and self._mixes(func, args, kwargs, out)
+
+    def _mixes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
+        """Whether rows of what an operation makes of rows are of several samples."""
+        if func in SORTING and args[0] is not None:  # places of places are ranks
+            ranks = self._is(args[0], _RANKED) or out.shape[:1] != args[0].shape[:1]
+            return ranks and sorts_rows(func, args, kwargs)
         if func in PUTTING:  # counts of classes, say; along other axes than the first it is done to each row
             adds = kwargs.get("accumulate", args[-1]) is True
             return adds or (len(args) > 1 and type(args[1]) is int and args[1] == 0)
-        if func in RECORDED:
+        if func in RECORDED or func in _PLACES or func in _SHAPED:
             return False
         # Something else may have as many rows by chance, such as a window of `stft`.
         same = functools.partial(_does_the_same_to_parts, func, args, kwargs, out)
@@ -281,29 +293,29 @@ def _axis_of_rows(tracker: RowTracker, x: Tensor) -> int | None:
     return axes[0] - x.ndim if len(axes) == 1 else None
 
 
-def _rows_at(tracker: RowTracker, func: Any, args: tuple[Any, ...], rows: list[Tensor]) -> list[int | str | None]:
-    """The axes of a product along which the rows of its factors lie; "" of those that it sums over."""
-    first, second = (_axis_of_rows(tracker, x) for x in rows)
+def _axes_in_product(tracker: RowTracker, func: Any, args: tuple[Any, ...], rows: list[Tensor]) -> list[Any] | None:
+    """The axes of a product along which the rows of its factors lie, "" of those that it sums over; None if unknown."""
+    first, second = (_axis_of_rows(tracker, x) for x in rows) if len(rows) == 2 else (None, None)
     if first is None or second is None:
-        return [None]
+        return None
     if func is torch.einsum and isinstance(args[0], str) and "." not in args[0]:
         names = args[0].replace(" ", "").partition("->")[0].split(",")
-        return [name[axis] for name, axis in zip(names, (first, second), strict=False)]
-    if func in _MATMUL:
-        return ["" if first == -1 else first, "" if second == -2 else second]
-    if func in _BY_ROWS:
-        return ["" if first == -1 else first, "" if second == -1 else -1 if second == -2 else second]
-    return [None]
+        return [names[0][first], names[1][second]]
+    if func in _BY_ROWS:  # the matrix product with the second one transposed
+        second = {-1: -2, -2: -1}.get(second, second)
+    elif func not in _MATMUL:
+        return None
+    return ["" if first == -1 else first, "" if second == -2 else second]
 
 
 @torch.no_grad()
 def _does_the_same_to_parts(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor, has_rows: Callable[[Tensor], bool]
 ) -> bool:
-    """Whether an operation makes each row of the rows in its place: half of them alone give half of the result.
+    """Whether each row of a result is made of the rows in its place alone: half of those give half of the result.
 
-    Of one whose results are random nothing can be told. ``has_rows`` tells which of the tensors with as many rows as
-    the result these are.
+    It is also where doing all of it again gives another result: that is random, and nothing can be told. ``has_rows``
+    says which of the tensors with as many rows as the result are cut.
     """
     name = getattr(func, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
