@@ -19,6 +19,7 @@ __all__ = [
     "INPLACE",
     "JOINING",
     "LIKE",
+    "MAY_CHANGE",
     "MEAN",
     "MOVES",
     "PRODUCT",
@@ -139,6 +140,13 @@ CHANGING = frozenset(
     if name in ("__setitem__", "set_data") or re.fullmatch("[a-z].*[^_]_|__i(add|sub|mul|truediv|and|or|pow)__", name)
 ) - {_T.requires_grad_}
 _changes = among(CHANGING)
+# And functions that change what they are given, some only with `inplace=True`.
+_arguments = {x: getattr(getattr(x, "__code__", None), "co_varnames", ()) for x in vars(F).values() if callable(x)}
+MAY_CHANGE = (
+    CHANGING
+    | {x for x, names in _arguments.items() if "inplace" in names}
+    | {x for name, x in (*vars(torch).items(), *vars(F).items()) if re.fullmatch("[a-z].*[^_]_", name)}
+)
 # Put elements elsewhere along an axis: to each row by itself, if that is not the first one.
 _PUTTING_ALONG = named(
     "scatter scatter_add scatter_reduce index_copy index_add index_reduce select_scatter slice_scatter", "{} {}_"

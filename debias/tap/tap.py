@@ -25,7 +25,7 @@ from debias.tap.following import FOLLOWED, Following
 from debias.tap.head import HeadFinder
 from debias.tap.losses import COMPARING, FORM, LOSSES, NAMES, NOT_PER_SAMPLE, SYMMETRIC, reduction_of, unreduced
 from debias.tap.mixing import Mixture, mix_parts
-from debias.tap.moves import CHANGING, RECORDED, named
+from debias.tap.moves import MAY_CHANGE, RECORDED, named
 from debias.tap.predictions import CLASSIFYING, Evaluated
 from debias.tap.rows import RowTracker
 from debias.tap.sharded import refuse_sharded_loss
@@ -34,7 +34,7 @@ from debias.tap.whole_batch import is_irregular
 __all__ = ["LossTap", "no_loss_error"]
 
 # What an operation is watched for, a bit each.
-_WATCHED = (LOSSES, RECORDED, FOLLOWED, CHANGING, NOT_PER_SAMPLE, named("log_softmax"))
+_WATCHED = (LOSSES, RECORDED, FOLLOWED, MAY_CHANGE, NOT_PER_SAMPLE, named("log_softmax"))
 _LOSS, _RECORDED, _FOLLOWED, _CHANGING, _NOT_PER_SAMPLE, _LOG_SOFTMAX = _BITS = [1 << i for i in range(len(_WATCHED))]
 _KINDS = {
     function: sum(bit for bit, functions in zip(_BITS, _WATCHED, strict=True) if function in functions)

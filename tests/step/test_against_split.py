@@ -463,6 +463,15 @@ RIGHT: dict[str, Step] = {
     "operands by keyword": lambda net, x, y, yt, w, k, z: F.cross_entropy(
         F.linear(weight=net[2].weight, input=net[:2](x).mean(1)), y
     ),
+    **{
+        f"logits changed after their loss by {name}": lambda net, x, y, yt, w, k, z, change=change: (
+            lambda h: (F.cross_entropy(h, y), change(h))[0]
+        )(net(x).mean(1))
+        for name, change in {
+            "a function": torch.relu_,
+            "a function that is told to": lambda h: F.leaky_relu(h, inplace=True),
+        }.items()
+    },
     "which of three views it is": lambda net, x, y, yt, w, k, z: F.cross_entropy(
         net(torch.cat([x, -x, 2 * x])).mean(1), torch.arange(C).repeat_interleave(len(x))
     ),
