@@ -559,14 +559,6 @@ def test_wrong_batches_are_refused() -> None:
     with pytest.raises(BadRowsError, match="domain ids below `n_domains=2`"):
         fit(Classifier(), HessianAlignment("place", 2))
 
-    class Spatial(Classifier):
-        def training_step(self, batch, batch_idx):
-            x, y = batch
-            return F.cross_entropy(self(x).unsqueeze(2), y.unsqueeze(1))
-
-    with pytest.raises(DebiasError, match=r"`logits` to have shape \(N, C\)"):
-        fit(Spatial(), HessianAlignment("place", 3, head="head"))
-
     class Absolute(Classifier):
         def training_step(self, batch, batch_idx):
             x, y = batch

@@ -603,6 +603,69 @@ def test_features_of_a_linear_head_are_its_last_axis(method: type) -> None:
     assert all(torch.allclose(value, ends[1][name], rtol=1e-10, atol=1e-12) for name, value in ends[0].items())
 
 
+class Dense(Classifier):
+    """Logits of three positions of each sample: ``(N, C, 3, 1)``, as of a convolution, or with a row for each."""
+
+    def __init__(self, loss: Callable[..., torch.Tensor], dense: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(6, 2, 1).double()
+        with torch.no_grad():
+            self.conv.weight.copy_(self.head.weight[:, :, None, None])
+            self.conv.bias.copy_(self.head.bias)
+        self.loss, self.dense = loss, dense
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        features = torch.stack([self.backbone(x + 0.1 * i) for i in range(3)], 2)
+        target = torch.stack([y, 1 - y, y], 1)
+        target[:, 2] = -100
+        if self.dense:
+            return self.loss(self.conv(features.unsqueeze(-1)), target.unsqueeze(-1))
+        rows = features.transpose(1, 2).reshape(-1, 6)
+        return self.loss(self.head(rows), target.flatten())
+
+
+def masked(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    mask = (y >= 0) * (1.0 + (y == 1))
+    return (F.cross_entropy(z, y, reduction="none") * mask).sum() / mask.sum()
+
+
+def of_elements(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Of the logits of one class, with weights of the elements."""
+    z = z[:, 0]
+    return F.binary_cross_entropy_with_logits(
+        z, (y == 1).to(z.dtype), weight=1.0 + (y == 0), pos_weight=z.new_tensor(3)
+    )
+
+
+DENSE = {
+    "classes": lambda z, y: 0.5 * F.cross_entropy(z, y, weight=z.new_tensor([1, 2]), label_smoothing=0.1),
+    "probabilities": lambda z, y: F.cross_entropy(z, torch.stack([y == 1, y != 1], 1).to(z.dtype) * 0.8 + 0.1),
+    "a mask": masked,
+    "elements": of_elements,
+}
+
+
+# The logits of one class are not what a head makes.
+HEADS = [(method, name) for method in (IRM, Fishr, HessianAlignment) for name in DENSE if name != "elements"]
+
+
+@pytest.mark.parametrize(("method", "name"), [*HEADS, (IRM, "elements")])
+def test_dense_logits_have_a_row_for_each_position(method: type, name: str) -> None:
+    ends = []
+    for dense in (True, False):
+        model = Dense(DENSE[name], dense)
+        train(model, [method("place", 3)])
+        ends.append(parameters(model))
+    backbone = [key for key in ends[0] if key.startswith("backbone")]
+    assert all(torch.allclose(ends[0][key], ends[1][key], rtol=1e-9, atol=1e-11) for key in backbone)
+
+
+def test_a_convolution_is_no_head_of_rows() -> None:
+    with pytest.raises(HeadNotFoundError, match=r"one row of features.*Conv2d.*`derivatives='closed_form'`"):
+        train(Dense(DENSE["classes"], True), [Fishr("place", 3, derivatives="autograd")])
+
+
 # -- which samples features belong to ------------------------------------------------------------------
 
 PENALTIES = {CORAL: coral_penalty, MMD: mmd_penalty}

@@ -15,6 +15,7 @@ from debias.errors import DebiasError, HeadNotFoundError, RowsError
 from debias.ops.head_losses import HeadLoss, make_head_loss
 from debias.ops.penalties import LOSS_OPTIONS
 from debias.tap.calls import LossCall
+from debias.tap.features import rows_of_features
 from debias.tap.sharded import has_shards, whole
 
 __all__ = [
@@ -81,8 +82,10 @@ def _rebuilt(call: LossCall) -> HeadLoss:
     followed, mixed = record.function is not None, record.targets is not None  # reduced by the step; by augmentation
     if mixed:  # rows count with the labels of others
         logits, target = call.of_logits(logits), record.targets
-    loss = make_head_loss(name, logits, target, **_options(name, call.arguments))
-    rows, den = len(loss.logits), call.den.to(logits.dtype)
+    logits, target, options = _in_rows(name, logits, target, _options(name, call.arguments))
+    loss = make_head_loss(name, logits, target, **options)
+    rows, dense = len(loss.logits), call.logits.ndim > 2  # type: ignore[union-attr]
+    den = (record.elements[1].flatten() if dense else call.den).to(logits.dtype)
     if followed and loss.kind != "cross_entropy":  # the step may have summed the labels of a sample
         loss = replace(loss, summed=record.computed[0].ndim == 1)
     factors = _factors(loss, record.scale)
@@ -95,10 +98,28 @@ def _rebuilt(call: LossCall) -> HeadLoss:
             " another order?). Leave the reduction to the loss function, or use a penalty that only needs losses"
             " (VREx)."
         )
-    if record.factor is not None:
-        factors = record.factor if factors is None else factors * record.factor
+    if (factor := record.factor) is not None:
+        factor = factor.expand(record.elements[0].shape).flatten() if factor.ndim and dense else factor
+        factors = factor if factors is None else factors * factor
     loss = loss if factors is None else loss.weighted(factors.expand(rows) if factors.ndim == 0 else factors)
     return replace(loss, den=den.view(rows, -1).sum(1) if den.numel() != rows else den)
+
+
+def _in_rows(
+    name: str, logits: Tensor, target: Tensor, options: dict[str, Any]
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Dense logits ``(N, C, ...)``, of pixels or tokens, with a row for each position, or for each element of a loss
+    that has one for each.
+    """
+    shape = logits.shape
+    if len(shape) < 3:
+        return logits, target, options
+    if name != "cross_entropy":
+        flat = {k: x.expand(shape).flatten() if isinstance(x, Tensor) else x for k, x in options.items()}
+        return logits.flatten(), target.flatten() if target.shape == shape else target, flat
+    soft = target.shape == shape
+    target = target.movedim(1, -1).reshape(-1, shape[1]) if soft else target.flatten()
+    return logits.movedim(1, -1).reshape(-1, shape[1]), target, options
 
 
 def _factors(loss: HeadLoss, scale: Any) -> Tensor | None:
@@ -106,8 +127,8 @@ def _factors(loss: HeadLoss, scale: Any) -> Tensor | None:
     if scale is None or scale is False:
         return None
     scale = torch.as_tensor(scale, device=loss.logits.device).to(loss.logits.dtype)
-    if scale.ndim < 2 and scale.numel() in (1, len(loss.logits)):
-        return scale.expand(len(loss.logits))
+    if scale.numel() in (1, len(loss.logits)) and (scale.ndim < 2 or loss.kind == "cross_entropy"):
+        return scale.flatten().expand(len(loss.logits))
     fits = loss.kind != "cross_entropy" and scale.numel() == loss.logits.numel()
     return scale.reshape(loss.logits.shape) if fits else None
 
@@ -120,6 +141,8 @@ def rows_of(call: LossCall, per_sample: Tensor, rows: int) -> Tensor:
     """
     index = call.rows
     count = len(per_sample) if index is None else index.numel()
+    if call.logits is not None and call.logits.ndim > 2 and rows % max(count, 1) == 0:  # a row for each position
+        return (per_sample if index is None else per_sample[index]).repeat_interleave(rows // max(count, 1), 0)
     if count != rows and (index is None or count % max(rows, 1)):
         raise RowsError(
             f"Expected {rows} rows that belong to the {count} of `{call.name}`, but they do not divide it. The loss is"
@@ -145,16 +168,16 @@ def features_of(call: LossCall, rows: int) -> Tensor:
     Raises:
         HeadNotFoundError: it has another number of rows.
     """
-    features = call.features
-    assert features is not None
-    width = features.shape[1] if features.ndim == 4 and features.shape[2:] == (1, 1) else features.shape[-1]
-    if features.numel() != rows * width:
+    assert call.features is not None
+    features = rows_of_features(call.features, call.head)
+    if len(features) != rows:
         raise HeadNotFoundError(
             f"Expected the head to have one input row for each of the {rows} rows of the loss, but got features of"
-            f" shape {tuple(features.shape)}. Name the layer that makes the logits of the loss: `head='dotted.path'`."
+            f" shape {tuple(call.features.shape)}. Name the layer that makes the logits of the loss:"
+            " `head='dotted.path'`."
         )
     precise = torch.float32 if call.logits is None else torch.promote_types(torch.float32, call.logits.dtype)
-    return features.reshape(rows, width).to(torch.promote_types(features.dtype, precise))
+    return features.to(torch.promote_types(features.dtype, precise))
 
 
 def check_linear(call: LossCall, features: Tensor, logits: Tensor) -> None:
@@ -188,6 +211,12 @@ def check_head(call: LossCall, features: Tensor, logits: Tensor) -> None:
     """
     head = call.head
     assert head is not None
+    if isinstance(head, nn.modules.conv._ConvNd):
+        raise HeadNotFoundError(
+            "Expected a head that reads one row of features for each row of the loss with `derivatives='autograd'`,"
+            f" but got a {type(head).__name__}. Take `derivatives='closed_form'`, to which a convolution of size 1 is a"
+            " linear layer."
+        )
     features = features.to(next((p.dtype for p in head.parameters()), features.dtype))
     with torch.no_grad():
         made = head.forward(features).reshape(logits.shape)
