@@ -144,8 +144,9 @@ class Predictions:
             return run(func, args, kwargs)
         if func not in _FOLLOWED or joined:
             out = run(func, args, kwargs)
-            if isinstance(out, Tensor) and out.ndim and out.is_floating_point() and not any(out is x for x in operands):
-                self._made[out] = _OUTPUT
+            for made in tensors_in(out):  # of several, as a maximum and its places
+                if made.ndim and made.is_floating_point() and not any(made is x for x in operands):
+                    self._made[made] = _OUTPUT
             return out
         if func in _PRODUCT and len(known) > 1:  # a learned scale is part of the network, whatever was done before
             known = {x: made for x, made in known.items() if x.numel() > 1} or known
