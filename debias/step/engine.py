@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from debias.errors import UnsupportedStrategyError
 from debias.ops.distributed import is_distributed, use_group
@@ -87,6 +88,8 @@ class StepEngine:
         for submodule in self.module.modules():
             if (per_sample := adapters.adapter_of(submodule)) is not None:
                 self._put(submodule, "forward", partial(self._adapt, submodule, per_sample))
+            for name in ("update", "compute") if isinstance(submodule, Metric) else ():
+                self._put(submodule, name, self._measure)
 
     def _put(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         self._undo.callback(detach, attach(owner, name, around))
@@ -169,6 +172,16 @@ class StepEngine:
         if self._tap is None:
             return run()
         return adapters.take(self._tap, type(loss).__name__, args, run, partial(per_sample, loss, **kwargs))
+
+    def _measure(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a metric: nothing tells in evaluation that its value is the loss, as training tells of a criterion."""
+        if (tap := self._tap) is None or tap.training:
+            return original(*args, **kwargs)
+        tap.measuring += 1
+        try:
+            return original(*args, **kwargs)
+        finally:
+            tap.measuring -= 1
 
     def _detect(
         self, model: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

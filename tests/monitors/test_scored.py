@@ -263,6 +263,28 @@ def test_dense_targets_without_a_loss():
         assert found == pytest.approx(expected, rel=1e-5)
 
 
+class Subsample(torchmetrics.MeanMetric):
+    def update(self, logits, target):
+        super().update(F.cross_entropy(logits[:3], target[:3]))
+
+
+@pytest.mark.parametrize("how", ["__call__", "update"])
+@pytest.mark.parametrize("loss", [True, False])
+def test_losses_of_a_metric_are_none_of_the_steps(how, loss):
+    def step(module, x, y):
+        logits = module(x)
+        getattr(module.accuracy, how)(logits, y)
+        if loss:
+            F.cross_entropy(logits, y)
+
+    module = Module(step)
+    module.accuracy = Subsample()
+    before = dict(vars(module.accuracy))
+    found = validate(module, GroupMonitor("g", 3), X, CLASSES)
+    assert found["accuracy"] == pytest.approx(float(right_by_hand(module(X)).mean()))
+    assert all(vars(module.accuracy)[name] is before[name] for name in ("update", "compute"))
+
+
 # ---------------------------------------------------------------------------------------------------- groups
 
 
