@@ -238,7 +238,7 @@ class GroupMonitor(EpochMonitor):
                 f" {describe(found)}. Return the logits from the step."
             )
         return LossNotFoundError(
-            f"Expected {stage} to compute a torch loss (other than in a metric), or to call the module's `forward` with a"
+            f"Expected {stage} to compute a torch loss (not in a metric), or to call the module's `forward` with a"
             f" tensor as output (or something that holds one as `logits`), but got {describe(found)}. Pass"
             " `logits='dotted.path'` of the submodule whose output they are, with `target=` where it is in the batch:"
             " then validation and test need no loss; or `logits=callable(step_output)`."

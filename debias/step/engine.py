@@ -23,15 +23,14 @@ from debias.step.context import Step
 from debias.step.detection import DetectorStep, detectors
 from debias.step.guards import data_group, refuse_duplicating_sampler, takes_iterator, warn_padding
 from debias.step.loaders import Part, open_batch
-from debias.step.proxy import attach, detach
+from debias.step.proxy import attach, detach, watch_outputs
 from debias.step.seen import Seen
 from debias.step.settle import Learned, Settlement, loss_of, with_loss
 from debias.step.split import split_losses
 from debias.step.tagged import TagCollate
 from debias.tap import adapters
 from debias.tap.head import FeatureTap, HeadFinder, HeadTap
-from debias.tap.hooks import Hook
-from debias.tap.predictions import Evaluated, hook_outputs
+from debias.tap.predictions import Evaluated
 from debias.tap.rows import RowTracker
 from debias.tap.tap import LossTap
 
@@ -81,8 +80,7 @@ class StepEngine:
         self._put(self.module, "_on_before_batch_transfer", self._strip_tags)
         self._put(self.trainer.strategy, "process_dataloader", self._process_dataloader)
         if any(getattr(callback, "reads_predictions", False) for callback in self.trainer.callbacks):
-            for handle in hook_outputs(self.module, Hook(self._keep_output)):
-                self._undo.callback(handle.remove)
+            watch_outputs(self.module, self._keep_output, self._undo)
         for model in detectors(self.module) if stage == "fit" else ():
             self._put(model, "forward", partial(self._detect, model))
         for submodule in self.module.modules():

@@ -163,6 +163,19 @@ def test_logits_that_the_criterion_has_changed_are_no_predictions(case):
     assert found["multiclass_accuracy_by_group/1"] == pytest.approx(float(right[GROUPS == 1].mean()))
 
 
+@pytest.mark.parametrize("how", ["__call__", "forward"])
+def test_the_last_term_of_forward_is_part_of_the_network(how):
+    class Shifted(Module):
+        def forward(self, x):
+            return self.net(x) + PRIOR
+
+    module = Shifted(lambda m, x, y: F.cross_entropy(getattr(m, how)(x), y))
+    expected = right_by_hand(module(X)).mean()
+    assert float(expected) != float(right_by_hand(module.net(X)).mean())
+    assert validate(module, GroupMonitor("g", 3), X, CLASSES)["accuracy"] == pytest.approx(float(expected))
+    assert "forward" not in vars(module)
+
+
 def test_logits_of_a_layer_that_is_given_the_labels_are_refused():
     def step(module, x, y):
         logits = module.margin(x, y)
