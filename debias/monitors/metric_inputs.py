@@ -17,6 +17,7 @@ from debias.errors import DebiasError
 from debias.metrics import GroupedMetric
 from debias.metrics.undefined import task_of
 from debias.monitors.scored import IGNORED, counted_like
+from debias.tap.counted import both
 
 __all__ = ["ignoring", "metric_inputs", "update_metric"]
 
@@ -101,7 +102,10 @@ def update_metric(
     try:
         if task in ("Binary", "Multilabel") and preds.shape != labels.shape:  # some binary metrics do not look
             raise ValueError("predictions and target are not of one shape")
-        metric.update(*_counted_only(inner, preds, labels, groups, counted_like(counted, labels)))
+        counted = counted_like(counted, labels)
+        if loss is None:  # nothing else says what is missing
+            counted = both(counted, labels >= 0 if task else ~labels.isnan())
+        metric.update(*_counted_only(inner, preds, labels, groups, counted))
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         if "memory" in str(error):  # Lightning's BatchSizeFinder reads it
             raise
@@ -129,7 +133,7 @@ def _counted_only(
     if hasattr(metric, "multioutput") or (getattr(metric, "num_outputs", None) or 1) > 1:
         raise DebiasError(
             f"Expected whole samples to be left out for {type(metric).__name__}, which has a value of each column, but"
-            " the loss leaves out some columns of a sample. Choose a metric over all elements, such as"
+            " the loss, or a target of NaN, leaves out some columns of a sample. Choose a metric over all elements, as"
             " `torchmetrics.MeanAbsoluteError()`, or one monitor for each column, with `logits=` and `target=`."
         )
     if preds.ndim == target.ndim + 1:

@@ -114,10 +114,16 @@ def test_f1_of_labels_that_the_loss_leaves_out():
     assert validate(module, MultilabelF1Monitor(names), X, labels)["f1"] != pytest.approx(expected["f1"])
 
 
-def test_missing_numbers():
-    def step(module, x, y):
-        return (F.mse_loss(module(x), y.nan_to_num(), reduction="none") * ~y.isnan()).sum() / (~y.isnan()).sum()
+def masked(module, x, y):
+    return (F.mse_loss(module(x), y.nan_to_num(), reduction="none") * ~y.isnan()).sum() / (~y.isnan()).sum()
 
+
+def no_loss(module, x, y):
+    return module(x)
+
+
+@pytest.mark.parametrize("step", [masked, no_loss])
+def test_missing_numbers(step):
     module = Module(step)
     error = (module(X) - Y).abs().detach()
     found = validate(module, GroupMonitor("g", 3, metric=torchmetrics.MeanAbsoluteError()), X, Y)
@@ -260,19 +266,17 @@ def test_labels_of_a_language_model_are_shifted_as_its_loss_shifts_them(step, op
     assert found["accuracy"] == pytest.approx(float(shares.double().nanmean()))
 
 
-def test_dense_targets_without_a_loss():
-    def step(module, x, y):
-        module(x)
-
+@pytest.mark.parametrize(("missing", "options"), [(255, {"ignore_index": 255}), (-1, {})])
+def test_dense_targets_without_a_loss(missing, options):
     class Dense(Module):
         def forward(self, x):
             return self.net(x).transpose(1, 2)
 
-    labels = LABELS.where(LABELS >= 0, 255)
+    labels = LABELS.where(LABELS >= 0, missing)
     for metric in (None, MulticlassAccuracy(K, average="micro")):
-        monitor = GroupMonitor("g", 3, metric=metric, ignore_index=255)
+        monitor = GroupMonitor("g", 3, metric=metric, **options)
         expected = validate(Module(dense), GroupMonitor("g", 3, metric=metric), TOKENS, LABELS)
-        found = validate(Dense(step), monitor, TOKENS, labels)
+        found = validate(Dense(no_loss), monitor, TOKENS, labels)
         assert found == pytest.approx(expected, rel=1e-5)
 
 
