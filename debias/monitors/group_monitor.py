@@ -89,8 +89,9 @@ class GroupMonitor(EpochMonitor):
             place where a loss of the step does so.
         ignore_index: a target that is not scored, beside those that the loss leaves out and negative ones.
         loss: which of several losses is meant: its position, or a callable of :class:`LossCall`.
-        threshold: for binary and multi-label outputs: a logit above it is a positive. Probabilities p that a loss reads
-            have the logit ``log(p / (1 - p))``; of a step without a loss, what ``forward`` returns is compared itself.
+        threshold: for binary and multi-label outputs: a logit above it is a positive; 0 by default. Probabilities p
+            that a loss reads have the logit ``log(p / (1 - p))``. Without a loss, or with ``logits``, nothing says
+            whether the scores are logits, so it has to be given: they are compared themselves.
         train_counts: training samples per group, for the adjusted average.
         name: prefix of several monitors' logged names, e.g. ``"place"`` gives ``val/place/accuracy``.
         allow_untested_strategy: run under a strategy that was not tested.
@@ -118,7 +119,7 @@ class GroupMonitor(EpochMonitor):
         target: BatchKey | None = None,
         ignore_index: int | None = None,
         loss: int | Callable[[LossCall], bool] | None = None,
-        threshold: float = 0.0,
+        threshold: float | None = None,
         train_counts: list[int] | None = None,
         name: str | None = None,
         allow_untested_strategy: bool = False,
@@ -220,6 +221,13 @@ class GroupMonitor(EpochMonitor):
             kept = target != self.ignore_index
             counted = kept if counted is None else counted & kept
         self._look_for_exclusive_classes(target, call)
+        binary = logits.is_floating_point() and logits.numel() == target.numel()
+        if call is None and binary and self.metric is None and self.threshold is None:
+            raise DebiasError(
+                "Expected `threshold` of GroupMonitor to be given where no loss says whether scores are logits or"
+                f" probabilities, but got one score {tuple(logits.shape)} for each target {tuple(target.shape)}. Pass"
+                " `threshold=0.0` for logits, `threshold=0.5` for probabilities."
+            )
         if call is not None and call.name == "binary_cross_entropy" and self.metric is None:
             # Of probabilities; those of 0 and 1 stay finite, or they would be counted as wrong.
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).logit(eps=1e-7)
@@ -326,7 +334,7 @@ class GroupMonitor(EpochMonitor):
         """One metric for each value, all with states of their own."""
         options: dict[str, Any] = {"group_names": self.group_names, "train_counts": self.train_counts}
         if self.metric is None:
-            return [GroupAccuracy(self.total, threshold=self.threshold, ignore_index=IGNORED, **options)]
+            return [GroupAccuracy(self.total, threshold=self.threshold or 0.0, ignore_index=IGNORED, **options)]
         if isinstance(self.metric, MetricCollection):
             if not len(self.metric):
                 raise DebiasError("Expected `metric` to hold at least one metric, but got an empty MetricCollection.")

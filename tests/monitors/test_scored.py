@@ -280,6 +280,16 @@ def test_dense_targets_without_a_loss(missing, options):
         assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"logits": "net"}, {"logits": lambda output: output}])
+def test_scores_of_which_no_loss_says_what_they_are(options):
+    module, labels = Module(no_loss), Y.nan_to_num()
+    with pytest.raises(DebiasError, match=r"`threshold`.*`threshold=0.0` for logits, `threshold=0.5` for probabil"):
+        validate(module, GroupMonitor("g", 3, target=1, **options), X, labels)
+    for threshold in (0.0, 0.5):
+        found = validate(module, GroupMonitor("g", 3, target=1, threshold=threshold, **options), X, labels)
+        assert found["accuracy"] == pytest.approx(float(((module(X) > threshold) == labels.bool()).double().mean()))
+
+
 class Subsample(torchmetrics.MeanMetric):
     def update(self, logits, target):
         super().update(F.cross_entropy(logits[:3], target[:3]))
