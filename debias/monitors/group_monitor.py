@@ -204,7 +204,8 @@ class GroupMonitor(EpochMonitor):
         if self.logits is not None:
             logits = logits_of(self._captured if isinstance(self.logits, str) else self.logits(output))
         else:
-            call = loss_of(calls, self.loss, type(self).__name__)
+            way = "; of several losses of one prediction, as of each class, `logits=` and `target=`"
+            call = loss_of(calls, self.loss, type(self).__name__, way)
             logits = logits_of(forward_output) if call is None else predicted_by(call, type(self).__name__)
         if call is not None and self.metric is None and call.name not in _CLASSIFICATION:
             raise DebiasError(

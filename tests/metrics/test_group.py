@@ -251,6 +251,17 @@ def test_ids_that_are_too_large():
         metric.compute()
 
 
+@pytest.mark.parametrize("target", [torch.tensor([0, 2, 1, -1, 255]), torch.tensor([0.1, 2, 0.9, -1, 255])])
+def test_targets_above_1_beside_one_score_each(target):
+    metric = GroupAccuracy(1, ignore_index=255)
+    metric.update(torch.ones(5), target, torch.zeros(5, dtype=torch.long))
+    with pytest.raises(DebiasError, match=r"`target` to be 0 or 1, .* but got 1 larger ones.*`ignore_index`"):
+        metric.compute()
+    metric.reset()
+    metric.update(torch.ones(4), target[[0, 2, 3, 4]], torch.zeros(4, dtype=torch.long))
+    assert metric.compute()["accuracy"] == 0.5
+
+
 def test_updates_on_other_devices_do_not_look_at_values():
     metric = GroupAccuracy(2).to("meta")  # any look at a value raises there
     metric.update(*(torch.zeros(3, dtype=torch.long, device="meta") for _ in range(3)))

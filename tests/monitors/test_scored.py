@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy, MultilabelAccuracy
 
 from debias import DetectionMonitor, GroupDRO, GroupMonitor, MultilabelF1Monitor, tag
-from debias.errors import BatchKeyError, DebiasError, HeadNotFoundError
+from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, HeadNotFoundError
 from debias.metrics import GroupAccuracy
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
@@ -288,6 +288,22 @@ def test_scores_of_which_no_loss_says_what_they_are(options):
     for threshold in (0.0, 0.5):
         found = validate(module, GroupMonitor("g", 3, target=1, threshold=threshold, **options), X, labels)
         assert found["accuracy"] == pytest.approx(float(((module(X) > threshold) == labels.bool()).double().mean()))
+
+
+def test_a_loss_of_each_class():
+    def step(module, x, y):
+        for k, z in enumerate(module.net(x).unbind(1)):
+            F.binary_cross_entropy_with_logits(z, (y == k).float())
+
+    module = Module(step)
+    with pytest.raises(AmbiguousLossError, match=r"of one prediction, as of each class, `logits=` and `target=`"):
+        validate(module, GroupMonitor("g", 3), X, CLASSES)
+    with pytest.raises(
+        DebiasError, match=r"`target` to be 0 or 1.*class ids pass logits \(N, C, ...\), to GroupMonitor"
+    ):
+        validate(module, GroupMonitor("g", 3, loss=0, target=1), X, CLASSES)
+    found = validate(module, GroupMonitor("g", 3, logits="net", target=1), X, CLASSES)
+    assert found["accuracy"] == pytest.approx(float(right_by_hand(module(X)).mean()))
 
 
 class Subsample(torchmetrics.MeanMetric):
