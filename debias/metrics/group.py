@@ -544,7 +544,8 @@ def _labels(preds: Tensor, target: Tensor, threshold: float) -> tuple[Tensor, Te
     raise DebiasError(
         "Expected `preds` to be labels or scores of the shape of `target`, or logits (N, C, ...) for integer targets"
         f" (N, ...), but got {tuple(preds.shape)} for a target {tuple(target.shape)} of {target.dtype}. Check that both"
-        " are those of the same batch."
+        " are those of the same batch. Class ids are integers without an axis of classes: of (N, 1, ...), or of floats,"
+        " make `target.squeeze(1).long()`, for GroupMonitor by `target=callable(batch)`."
     )
 
 

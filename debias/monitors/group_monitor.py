@@ -185,7 +185,7 @@ class GroupMonitor(EpochMonitor):
         self._captured, self._captured_inputs = None, []
         logits, target, rows, counted, loss = scored
         check_rows(logits, target, len(groups) if rows is None else len(rows))
-        if logits.ndim == target.ndim + 1 and logits.shape[1] == 1:
+        if logits.ndim == target.ndim + 1 and logits.shape[1] == 1 and logits.numel() == target.numel():
             logits = logits.squeeze(1)
         of_rows = groups if rows is None else groups[rows]
         with torch.no_grad():

@@ -27,8 +27,8 @@ _ADVICE = {
     "Binary": "A binary metric takes one score for each target. For two classes or more choose its multiclass form,"
     " e.g. `Accuracy(task='multiclass', num_classes=2)`; or pass `logits=`, a callable of what the step returns, that"
     " makes one score of two logits: `z[:, 1] - z[:, 0]`.",
-    "Multiclass": "A multiclass metric takes a score for each of its `num_classes` classes, and class ids; ids that do"
-    " not count are its `ignore_index`. For one score a sample choose its binary form.",
+    "Multiclass": "A multiclass metric takes a score for each of its `num_classes` classes, (N, C, ...), and class ids,"
+    " integers (N, ...); ids that do not count are its `ignore_index`. For one score a sample choose its binary form.",
     "Multilabel": "A multilabel metric takes a score, and a target 0 or 1, for each of its `num_labels` labels;"
     " targets that do not count are its `ignore_index`.",
     "": "Choose a metric that takes them, for class scores one of `torchmetrics.classification`; or pass `logits=` and"

@@ -280,6 +280,24 @@ def test_dense_targets_without_a_loss(missing, options):
         assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_one_task_of_several_classes():
+    class Tasks(Module):
+        def forward(self, x):
+            return self.net(x)[:, None]
+
+    found = validate(Tasks(no_loss), GroupMonitor("g", 3), X, CLASSES[:, None])
+    assert found["accuracy"] == pytest.approx(float(right_by_hand(Module(no_loss)(X)).mean()))
+
+
+def test_class_ids_with_an_axis_of_classes():
+    """As MONAI's labels are, in floats."""
+    labels = CLASSES[:, None].float()
+    with pytest.raises(DebiasError, match=r"\(8, 3\) for a target \(8, 1\).*`target.squeeze\(1\).long\(\)`.*`target=c"):
+        validate(Module(no_loss), GroupMonitor("g", 3), X, labels)
+    found = validate(Module(no_loss), GroupMonitor("g", 3, target=lambda b: b[1].squeeze(1).long()), X, labels)
+    assert found["accuracy"] == pytest.approx(float(right_by_hand(Module(no_loss)(X)).mean()))
+
+
 @pytest.mark.parametrize("options", [{}, {"logits": "net"}, {"logits": lambda output: output}])
 def test_scores_of_which_no_loss_says_what_they_are(options):
     module, labels = Module(no_loss), Y.nan_to_num()
