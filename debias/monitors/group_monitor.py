@@ -273,7 +273,11 @@ class GroupMonitor(EpochMonitor):
                 " `logits=callable(step_output)`."
             )
         inputs = seen.inputs if self.logits is None else self._captured_inputs
-        return seen.rows_of(logits, call, "GroupMonitor", inputs)
+        way = (
+            ", or return them from the step with a row for each sample, (N, C, views), and pass"
+            " `logits=callable(step_output)` and `target=callable(batch)`, (N, views)"
+        )
+        return seen.rows_of(logits, call, "GroupMonitor", inputs, way)
 
     def _target(
         self, step: Step, calls: list[LossCall], call: LossCall | None, logits: Tensor, rows: Tensor | None

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy, MultilabelAccuracy
 
 from debias import DetectionMonitor, GroupDRO, GroupMonitor, MultilabelF1Monitor, tag
-from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, HeadNotFoundError
+from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, HeadNotFoundError, RowsError
 from debias.metrics import GroupAccuracy
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
@@ -322,6 +322,39 @@ def test_a_loss_of_each_class():
         validate(module, GroupMonitor("g", 3, loss=0, target=1), X, CLASSES)
     found = validate(module, GroupMonitor("g", 3, logits="net", target=1), X, CLASSES)
     assert found["accuracy"] == pytest.approx(float(right_by_hand(module(X)).mean()))
+
+
+def views(module, x, y):
+    z = module.net(torch.cat([x, -x]))
+    F.cross_entropy(z, torch.arange(2).repeat_interleave(len(x)))
+    return z.view(2, len(x), K).permute(1, 2, 0)
+
+
+def test_views_that_cannot_be_followed():
+    module = Module(views)
+    with pytest.raises(RowsError, match=r"\(N, C, views\), and pass `logits=callable\(step_output\)` and `target=c"):
+        validate(module, GroupMonitor("g", 3), X, CLASSES)
+    monitor = GroupMonitor("g", 3, logits=lambda output: output, target=lambda b: torch.arange(2).expand(len(b[0]), 2))
+    right = (module.step(module, X, None).argmax(1) == torch.arange(2)).double().mean(1)
+    found = validate(module, monitor, X, CLASSES)
+    assert [found[f"accuracy_by_group/{k}"] for k in range(3)] == pytest.approx(
+        [float(right[k == GROUPS].mean()) for k in range(3)]
+    )
+
+
+def test_members_that_the_step_averages():
+    class Ensemble(Module):
+        def forward(self, x):
+            return torch.cat([self.net(x), 2 - self.net(x)])
+
+    def step(module, x, y):
+        return module(x).softmax(1).view(2, len(x), K).mean(0)
+
+    module = Ensemble(step)
+    rows = [float(right_by_hand(z, CLASSES).mean()) for z in module(X).view(2, N, K)]
+    assert validate(module, GroupMonitor("g", 3), X, CLASSES)["accuracy"] == pytest.approx(sum(rows) / 2)
+    found = validate(module, GroupMonitor("g", 3, logits=lambda output: output, target=1), X, CLASSES)
+    assert found["accuracy"] == pytest.approx(float(right_by_hand(step(module, X, None)).mean()))
 
 
 class Subsample(torchmetrics.MeanMetric):
