@@ -164,8 +164,8 @@ class GroupAccuracy(RankMetric):
         **kwargs: see ``torchmetrics.Metric``.
 
     Raises:
-        DebiasError: an argument is out of range, or shapes do not fit; in ``compute``, a target above 1 was beside one
-            score.
+        DebiasError: an argument is out of range, or shapes do not fit; in ``compute``, targets were above what may be
+            predicted: 1, or the last class.
         BadRowsError: an id is not below ``n_groups``; on CPU in ``update``, on other devices, where looking would stop
             the device, in ``compute``, on all ranks together.
 
@@ -238,9 +238,10 @@ class GroupAccuracy(RankMetric):
         _raise_bad_ids(self.bad_ids, self.n_groups)
         if self.bad_targets:
             raise DebiasError(
-                "Expected argument `target` to be 0 or 1, or negative where it does not count, beside one score for"
-                f" each, but got {int(self.bad_targets)} larger ones. If one value marks missing targets, pass it as"
-                " `ignore_index`; beside class ids pass logits (N, C, ...), to GroupMonitor by `logits=`."
+                "Expected argument `target` to be 0 or 1 beside one score for each, class ids below C beside logits"
+                f" (N, C, ...), or negative where it does not count, but got {int(self.bad_targets)} larger ones. If a"
+                " value marks missing targets, pass it as `ignore_index`; beside class ids pass logits of all classes,"
+                " to GroupMonitor by `logits=`."
             )
         overall = self.correct_all / self.total_all
         by_group = self.correct / self.total
@@ -508,26 +509,26 @@ def _hits(
     preds: Tensor, target: Tensor, threshold: float, ignore_index: int | None
 ) -> tuple[list[Tensor], Tensor | int]:
     """Which elements are right, which count, and which of these are not finite; boolean ``(N, elements)``. And how many
-    targets are neither 0 nor 1, nor between, where a prediction is a yes or no.
+    targets are above every label that may be predicted.
 
     No missing element is right, and none that is not finite.
     """
-    labels, finite = _labels(preds, target, threshold)
+    labels, finite, last = _labels(preds, target, threshold)
     valid = target >= 0  # False for NaN too
     if ignore_index is not None:
         valid = valid & (target != ignore_index)
-    beyond = (valid & (target > 1)).sum() if labels.dtype == torch.bool else 0
+    beyond = 0 if last is None else (valid & (target > last)).sum()
     if labels.dtype == torch.bool and target.is_floating_point():
         target = target > 0.5  # smoothed labels are never equal to a prediction
     hits = (labels == target) & valid & finite
     return [x[:, None] if x.ndim == 1 else x.flatten(1) for x in (hits, valid, valid & ~finite)], beyond
 
 
-def _labels(preds: Tensor, target: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Predicted labels, and whether they come from finite numbers; both of the shape of ``target``."""
+def _labels(preds: Tensor, target: Tensor, threshold: float) -> tuple[Tensor, Tensor, int | None]:
+    """Predicted labels, whether they come from finite numbers, both of the shape of ``target``, and the last label."""
     if not preds.is_floating_point():
         if preds.shape == target.shape:
-            return preds, torch.ones_like(preds, dtype=torch.bool)
+            return preds, torch.ones_like(preds, dtype=torch.bool), 1 if preds.dtype == torch.bool else None
         raise DebiasError(
             f"Expected integer `preds` to have the shape of `target`, but got {tuple(preds.shape)} and"
             f" {tuple(target.shape)}. Pass labels, or logits as floats."
@@ -535,12 +536,12 @@ def _labels(preds: Tensor, target: Tensor, threshold: float) -> tuple[Tensor, Te
     if preds.ndim == target.ndim + 1 and preds.numel() == target.numel() and 1 in (preds.shape[1], preds.shape[-1]):
         preds = preds.reshape(target.shape)  # one logit: binary, for which argmax would always say 0
     if preds.shape == target.shape:
-        return preds > threshold, preds.isfinite()
+        return preds > threshold, preds.isfinite(), 1
     if preds.ndim == target.ndim + 1 and not target.is_floating_point():
         for dim, shape in ((1, preds.shape[:1] + preds.shape[2:]), (-1, preds.shape[:-1])):
             if shape == target.shape:
                 largest, labels = preds.max(dim)  # NaN where any is; -inf masks a class
-                return labels, largest.isfinite()
+                return labels, largest.isfinite(), preds.shape[dim] - 1
     raise DebiasError(
         "Expected `preds` to be labels or scores of the shape of `target`, or logits (N, C, ...) for integer targets"
         f" (N, ...), but got {tuple(preds.shape)} for a target {tuple(target.shape)} of {target.dtype}. Check that both"

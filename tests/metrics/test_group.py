@@ -251,14 +251,23 @@ def test_ids_that_are_too_large():
         metric.compute()
 
 
-@pytest.mark.parametrize("target", [torch.tensor([0, 2, 1, -1, 255]), torch.tensor([0.1, 2, 0.9, -1, 255])])
-def test_targets_above_1_beside_one_score_each(target):
+BEYOND = {
+    "a score": (torch.ones(5), torch.tensor([0, 2, 1, -1, 255])),
+    "a score, smoothed": (torch.ones(5), torch.tensor([0.1, 2, 0.9, -1, 255])),
+    "classes": (torch.eye(3)[[2, 2, 1, 0, 0]], torch.tensor([0, 3, 1, -1, 255])),
+}
+
+
+@pytest.mark.parametrize("case", BEYOND)
+def test_targets_that_cannot_be_predicted(case):
+    (preds, target), groups = BEYOND[case], torch.zeros(5, dtype=torch.long)
     metric = GroupAccuracy(1, ignore_index=255)
-    metric.update(torch.ones(5), target, torch.zeros(5, dtype=torch.long))
-    with pytest.raises(DebiasError, match=r"`target` to be 0 or 1, .* but got 1 larger ones.*`ignore_index`"):
+    metric.update(preds, target, groups)
+    with pytest.raises(DebiasError, match=r"`target` to be 0 or 1 .* but got 1 larger ones.*`ignore_index`"):
         metric.compute()
     metric.reset()
-    metric.update(torch.ones(4), target[[0, 2, 3, 4]], torch.zeros(4, dtype=torch.long))
+    kept = [0, 2, 3, 4]
+    metric.update(preds[kept], target[kept], groups[kept])
     assert metric.compute()["accuracy"] == 0.5
 
 
