@@ -164,7 +164,8 @@ class GroupAccuracy(RankMetric):
         **kwargs: see ``torchmetrics.Metric``.
 
     Raises:
-        DebiasError: an argument is out of range, or shapes do not fit.
+        DebiasError: an argument is out of range, or shapes do not fit; in ``compute``, targets were above what may be
+            predicted: 1, or the last class.
         BadRowsError: an id is not below ``n_groups``; on CPU in ``update``, on other devices, where looking would stop
             the device, in ``compute``, on all ranks together.
 
@@ -186,6 +187,7 @@ class GroupAccuracy(RankMetric):
     correct_all: Tensor
     total_all: Tensor
     bad_ids: Tensor
+    bad_targets: Tensor
     not_finite: Tensor
     train_counts: Tensor | None
 
@@ -208,14 +210,15 @@ class GroupAccuracy(RankMetric):
         self.register_buffer("train_counts", _counts(train_counts, n_groups), persistent=False)
         for name, shape in (("correct", n_groups), ("total", n_groups), ("correct_all", ()), ("total_all", ())):
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("bad_ids", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        for name in ("bad_ids", "bad_targets"):
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("not_finite", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor, groups: Tensor, rows: Tensor | None = None) -> None:
         """Count a batch; shapes and dtypes are in the docstring of the class."""
         groups = _checked_groups(groups, len(target) if rows is None else len(groups), self.n_groups)
         bad_ids = _bad_ids(groups, self.n_groups)
-        found = _hits(preds, target, self.threshold, self.ignore_index)
+        found, beyond = _hits(preds, target, self.threshold, self.ignore_index)
         right, n_valid, bad = (x.sum(1, dtype=torch.float64) for x in found)
         if rows is not None:
             right, n_valid, bad = (x.new_zeros(len(groups)).index_add_(0, rows, x) for x in (right, n_valid, bad))
@@ -228,10 +231,18 @@ class GroupAccuracy(RankMetric):
         self.correct_all += share.sum()
         self.total_all += counted.sum()
         self.bad_ids += bad_ids
+        self.bad_targets += beyond
 
     def compute(self) -> dict[str, Tensor]:
         """The dictionary that the docstring of the class describes."""
         _raise_bad_ids(self.bad_ids, self.n_groups)
+        if self.bad_targets:
+            raise DebiasError(
+                "Expected argument `target` to be 0 or 1 beside one score for each, class ids below C beside logits"
+                f" (N, C, ...), or negative where it does not count, but got {int(self.bad_targets)} larger ones. If a"
+                " value marks missing targets, pass it as `ignore_index`; beside class ids pass logits of all classes,"
+                " to GroupMonitor by `logits=`."
+            )
         overall = self.correct_all / self.total_all
         by_group = self.correct / self.total
         summary = _summary("accuracy", overall, by_group, self.total, self.train_counts, higher_is_better=True)
@@ -494,28 +505,30 @@ def _not_finite_rows(preds: Tensor) -> Tensor | int:
     return (~preds.reshape(len(preds), -1).amax(1).isfinite()).sum()  # NaN where any is
 
 
-def _hits(preds: Tensor, target: Tensor, threshold: float, ignore_index: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Which elements are right, which count, and which of these are not finite; boolean ``(N, elements)``.
+def _hits(
+    preds: Tensor, target: Tensor, threshold: float, ignore_index: int | None
+) -> tuple[list[Tensor], Tensor | int]:
+    """Which elements are right, which count, and which of these are not finite; boolean ``(N, elements)``. And how many
+    targets are above every label that may be predicted.
 
     No missing element is right, and none that is not finite.
     """
-    labels, finite = _labels(preds, target, threshold)
+    labels, finite, last = _labels(preds, target, threshold)
     valid = target >= 0  # False for NaN too
     if ignore_index is not None:
         valid = valid & (target != ignore_index)
+    beyond = 0 if last is None else (valid & (target > last)).sum()
     if labels.dtype == torch.bool and target.is_floating_point():
         target = target > 0.5  # smoothed labels are never equal to a prediction
     hits = (labels == target) & valid & finite
-    found = hits, valid, valid & ~finite
-    hits, valid, bad = (x[:, None] if x.ndim == 1 else x.flatten(1) for x in found)
-    return hits, valid, bad
+    return [x[:, None] if x.ndim == 1 else x.flatten(1) for x in (hits, valid, valid & ~finite)], beyond
 
 
-def _labels(preds: Tensor, target: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Predicted labels, and whether they come from finite numbers; both of the shape of ``target``."""
+def _labels(preds: Tensor, target: Tensor, threshold: float) -> tuple[Tensor, Tensor, int | None]:
+    """Predicted labels, whether they come from finite numbers, both of the shape of ``target``, and the last label."""
     if not preds.is_floating_point():
         if preds.shape == target.shape:
-            return preds, torch.ones_like(preds, dtype=torch.bool)
+            return preds, torch.ones_like(preds, dtype=torch.bool), 1 if preds.dtype == torch.bool else None
         raise DebiasError(
             f"Expected integer `preds` to have the shape of `target`, but got {tuple(preds.shape)} and"
             f" {tuple(target.shape)}. Pass labels, or logits as floats."
@@ -523,16 +536,17 @@ def _labels(preds: Tensor, target: Tensor, threshold: float) -> tuple[Tensor, Te
     if preds.ndim == target.ndim + 1 and preds.numel() == target.numel() and 1 in (preds.shape[1], preds.shape[-1]):
         preds = preds.reshape(target.shape)  # one logit: binary, for which argmax would always say 0
     if preds.shape == target.shape:
-        return preds > threshold, preds.isfinite()
+        return preds > threshold, preds.isfinite(), 1
     if preds.ndim == target.ndim + 1 and not target.is_floating_point():
         for dim, shape in ((1, preds.shape[:1] + preds.shape[2:]), (-1, preds.shape[:-1])):
             if shape == target.shape:
                 largest, labels = preds.max(dim)  # NaN where any is; -inf masks a class
-                return labels, largest.isfinite()
+                return labels, largest.isfinite(), preds.shape[dim] - 1
     raise DebiasError(
         "Expected `preds` to be labels or scores of the shape of `target`, or logits (N, C, ...) for integer targets"
         f" (N, ...), but got {tuple(preds.shape)} for a target {tuple(target.shape)} of {target.dtype}. Check that both"
-        " are those of the same batch."
+        " are those of the same batch. Class ids are integers without an axis of classes: of (N, 1, ...), or of floats,"
+        " make `target.squeeze(1).long()`, for GroupMonitor by `target=callable(batch)`."
     )
 
 

@@ -60,7 +60,7 @@ class EnvironmentMonitor(GroupMonitor):
         input: BatchKey = 0,
         target: BatchKey = 1,
         loss: int | Callable[[LossCall], bool] | None = None,
-        threshold: float = 0.0,
+        threshold: float | None = None,
         name: str | None = "inferred",
         allow_untested_strategy: bool = False,
     ) -> None:

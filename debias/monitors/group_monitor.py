@@ -89,8 +89,9 @@ class GroupMonitor(EpochMonitor):
             place where a loss of the step does so.
         ignore_index: a target that is not scored, beside those that the loss leaves out and negative ones.
         loss: which of several losses is meant: its position, or a callable of :class:`LossCall`.
-        threshold: for binary and multi-label outputs: a logit above it is a positive. Probabilities p that a loss reads
-            have the logit ``log(p / (1 - p))``; of a step without a loss, what ``forward`` returns is compared itself.
+        threshold: for binary and multi-label outputs: a logit above it is a positive; 0 by default. Probabilities p
+            that a loss reads have the logit ``log(p / (1 - p))``. Without a loss, or with ``logits``, nothing says
+            whether the scores are logits, so it has to be given: they are compared themselves.
         train_counts: training samples per group, for the adjusted average.
         name: prefix of several monitors' logged names, e.g. ``"place"`` gives ``val/place/accuracy``.
         allow_untested_strategy: run under a strategy that was not tested.
@@ -118,7 +119,7 @@ class GroupMonitor(EpochMonitor):
         target: BatchKey | None = None,
         ignore_index: int | None = None,
         loss: int | Callable[[LossCall], bool] | None = None,
-        threshold: float = 0.0,
+        threshold: float | None = None,
         train_counts: list[int] | None = None,
         name: str | None = None,
         allow_untested_strategy: bool = False,
@@ -184,7 +185,7 @@ class GroupMonitor(EpochMonitor):
         self._captured, self._captured_inputs = None, []
         logits, target, rows, counted, loss = scored
         check_rows(logits, target, len(groups) if rows is None else len(rows))
-        if logits.ndim == target.ndim + 1 and logits.shape[1] == 1:
+        if logits.ndim == target.ndim + 1 and logits.shape[1] == 1 and logits.numel() == target.numel():
             logits = logits.squeeze(1)
         of_rows = groups if rows is None else groups[rows]
         with torch.no_grad():
@@ -203,7 +204,8 @@ class GroupMonitor(EpochMonitor):
         if self.logits is not None:
             logits = logits_of(self._captured if isinstance(self.logits, str) else self.logits(output))
         else:
-            call = loss_of(calls, self.loss, type(self).__name__)
+            way = "; of several losses of one prediction, as of each class, `logits=` and `target=`"
+            call = loss_of(calls, self.loss, type(self).__name__, way)
             logits = logits_of(forward_output) if call is None else predicted_by(call, type(self).__name__)
         if call is not None and self.metric is None and call.name not in _CLASSIFICATION:
             raise DebiasError(
@@ -220,6 +222,13 @@ class GroupMonitor(EpochMonitor):
             kept = target != self.ignore_index
             counted = kept if counted is None else counted & kept
         self._look_for_exclusive_classes(target, call)
+        binary = logits.is_floating_point() and logits.numel() == target.numel()
+        if call is None and binary and self.metric is None and self.threshold is None:
+            raise DebiasError(
+                "Expected `threshold` of GroupMonitor to be given where no loss says whether scores are logits or"
+                f" probabilities, but got one score {tuple(logits.shape)} for each target {tuple(target.shape)}. Pass"
+                " `threshold=0.0` for logits, `threshold=0.5` for probabilities."
+            )
         if call is not None and call.name == "binary_cross_entropy" and self.metric is None:
             # Of probabilities; those of 0 and 1 stay finite, or they would be counted as wrong.
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).logit(eps=1e-7)
@@ -238,10 +247,10 @@ class GroupMonitor(EpochMonitor):
                 f" {describe(found)}. Return the logits from the step."
             )
         return LossNotFoundError(
-            f"Expected {stage} to compute a torch loss, or to call the module's `forward` with a tensor as output (or"
-            f" something that holds one as `logits`), but got {describe(found)}. Pass `logits='dotted.path'` of the"
-            " submodule whose output they are, with `target=` where it is in the batch: then validation and test need"
-            " no loss; or `logits=callable(step_output)`."
+            f"Expected {stage} to compute a torch loss (not in a metric), or to call the module's `forward` with a"
+            f" tensor as output (or something that holds one as `logits`), but got {describe(found)}. Pass"
+            " `logits='dotted.path'` of the submodule whose output they are, with `target=` where it is in the batch:"
+            " then validation and test need no loss; or `logits=callable(step_output)`."
         )
 
     def _rows(self, logits: Tensor, call: LossCall | None) -> Tensor | None:
@@ -264,7 +273,11 @@ class GroupMonitor(EpochMonitor):
                 " `logits=callable(step_output)`."
             )
         inputs = seen.inputs if self.logits is None else self._captured_inputs
-        return seen.rows_of(logits, call, "GroupMonitor", inputs)
+        way = (
+            ", or return them from the step with a row for each sample, (N, C, views), and pass"
+            " `logits=callable(step_output)` and `target=callable(batch)`, (N, views)"
+        )
+        return seen.rows_of(logits, call, "GroupMonitor", inputs, way)
 
     def _target(
         self, step: Step, calls: list[LossCall], call: LossCall | None, logits: Tensor, rows: Tensor | None
@@ -326,7 +339,7 @@ class GroupMonitor(EpochMonitor):
         """One metric for each value, all with states of their own."""
         options: dict[str, Any] = {"group_names": self.group_names, "train_counts": self.train_counts}
         if self.metric is None:
-            return [GroupAccuracy(self.total, threshold=self.threshold, ignore_index=IGNORED, **options)]
+            return [GroupAccuracy(self.total, threshold=self.threshold or 0.0, ignore_index=IGNORED, **options)]
         if isinstance(self.metric, MetricCollection):
             if not len(self.metric):
                 raise DebiasError("Expected `metric` to hold at least one metric, but got an empty MetricCollection.")

@@ -17,6 +17,7 @@ from debias.errors import DebiasError
 from debias.metrics import GroupedMetric
 from debias.metrics.undefined import task_of
 from debias.monitors.scored import IGNORED, counted_like
+from debias.tap.counted import both
 
 __all__ = ["ignoring", "metric_inputs", "update_metric"]
 
@@ -26,8 +27,8 @@ _ADVICE = {
     "Binary": "A binary metric takes one score for each target. For two classes or more choose its multiclass form,"
     " e.g. `Accuracy(task='multiclass', num_classes=2)`; or pass `logits=`, a callable of what the step returns, that"
     " makes one score of two logits: `z[:, 1] - z[:, 0]`.",
-    "Multiclass": "A multiclass metric takes a score for each of its `num_classes` classes, and class ids; ids that do"
-    " not count are its `ignore_index`. For one score a sample choose its binary form.",
+    "Multiclass": "A multiclass metric takes a score for each of its `num_classes` classes, (N, C, ...), and class ids,"
+    " integers (N, ...); ids that do not count are its `ignore_index`. For one score a sample choose its binary form.",
     "Multilabel": "A multilabel metric takes a score, and a target 0 or 1, for each of its `num_labels` labels;"
     " targets that do not count are its `ignore_index`.",
     "": "Choose a metric that takes them, for class scores one of `torchmetrics.classification`; or pass `logits=` and"
@@ -101,7 +102,10 @@ def update_metric(
     try:
         if task in ("Binary", "Multilabel") and preds.shape != labels.shape:  # some binary metrics do not look
             raise ValueError("predictions and target are not of one shape")
-        metric.update(*_counted_only(inner, preds, labels, groups, counted_like(counted, labels)))
+        counted = counted_like(counted, labels)
+        if loss is None:  # nothing else says what is missing
+            counted = both(counted, labels >= 0 if task else ~labels.isnan())
+        metric.update(*_counted_only(inner, preds, labels, groups, counted))
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         if "memory" in str(error):  # Lightning's BatchSizeFinder reads it
             raise
@@ -129,7 +133,7 @@ def _counted_only(
     if hasattr(metric, "multioutput") or (getattr(metric, "num_outputs", None) or 1) > 1:
         raise DebiasError(
             f"Expected whole samples to be left out for {type(metric).__name__}, which has a value of each column, but"
-            " the loss leaves out some columns of a sample. Choose a metric over all elements, such as"
+            " the loss, or a target of NaN, leaves out some columns of a sample. Choose a metric over all elements, as"
             " `torchmetrics.MeanAbsoluteError()`, or one monitor for each column, with `logits=` and `target=`."
         )
     if preds.ndim == target.ndim + 1:

@@ -52,13 +52,13 @@ class Scored(NamedTuple):
     loss: str | None
 
 
-def loss_of(calls: list[LossCall], loss: Any, who: str) -> LossCall | None:
-    """The loss of the evaluation step that ``loss=`` means; None of a step without one.
+def loss_of(calls: list[LossCall], loss: Any, who: str, way: str = "") -> LossCall | None:
+    """The loss of the evaluation step that ``loss=`` means; None of a step without one. See :func:`select_call`.
 
     Raises:
         AmbiguousLossError: there are several, or none that it chooses.
     """
-    return select_call(calls, loss, who) if calls else None
+    return select_call(calls, loss, who, way) if calls else None
 
 
 def predicted_by(call: LossCall, who: str) -> Any:

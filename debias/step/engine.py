@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from debias.errors import UnsupportedStrategyError
 from debias.ops.distributed import is_distributed, use_group
@@ -22,15 +23,14 @@ from debias.step.context import Step
 from debias.step.detection import DetectorStep, detectors
 from debias.step.guards import data_group, refuse_duplicating_sampler, takes_iterator, warn_padding
 from debias.step.loaders import Part, open_batch
-from debias.step.proxy import attach, detach
+from debias.step.proxy import attach, detach, watch_outputs
 from debias.step.seen import Seen
 from debias.step.settle import Learned, Settlement, loss_of, with_loss
 from debias.step.split import split_losses
 from debias.step.tagged import TagCollate
 from debias.tap import adapters
 from debias.tap.head import FeatureTap, HeadFinder, HeadTap
-from debias.tap.hooks import Hook
-from debias.tap.predictions import Evaluated, hook_outputs
+from debias.tap.predictions import Evaluated
 from debias.tap.rows import RowTracker
 from debias.tap.tap import LossTap
 
@@ -80,13 +80,14 @@ class StepEngine:
         self._put(self.module, "_on_before_batch_transfer", self._strip_tags)
         self._put(self.trainer.strategy, "process_dataloader", self._process_dataloader)
         if any(getattr(callback, "reads_predictions", False) for callback in self.trainer.callbacks):
-            for handle in hook_outputs(self.module, Hook(self._keep_output)):
-                self._undo.callback(handle.remove)
+            watch_outputs(self.module, self._keep_output, self._undo)
         for model in detectors(self.module) if stage == "fit" else ():
             self._put(model, "forward", partial(self._detect, model))
         for submodule in self.module.modules():
             if (per_sample := adapters.adapter_of(submodule)) is not None:
                 self._put(submodule, "forward", partial(self._adapt, submodule, per_sample))
+            for name in ("update", "compute") if isinstance(submodule, Metric) else ():
+                self._put(submodule, name, self._measure)
 
     def _put(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         self._undo.callback(detach, attach(owner, name, around))
@@ -169,6 +170,16 @@ class StepEngine:
         if self._tap is None:
             return run()
         return adapters.take(self._tap, type(loss).__name__, args, run, partial(per_sample, loss, **kwargs))
+
+    def _measure(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a metric: nothing tells in evaluation that its value is the loss, as training tells of a criterion."""
+        if (tap := self._tap) is None or tap.training:
+            return original(*args, **kwargs)
+        tap.measuring += 1
+        try:
+            return original(*args, **kwargs)
+        finally:
+            tap.measuring -= 1
 
     def _detect(
         self, model: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -5,9 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
-__all__ = ["StepProxy", "attach", "detach"]
+from torch import nn
+
+from debias.tap.hooks import Hook
+
+__all__ = ["StepProxy", "attach", "detach", "watch_outputs"]
 
 
 class StepProxy:
@@ -56,6 +61,23 @@ def detach(proxy: StepProxy) -> None:
         setattr(proxy.owner, proxy.name, proxy.original)
     else:
         delattr(proxy.owner, proxy.name)
+
+
+def watch_outputs(module: nn.Module, saw: Callable[[nn.Module, Any, Any, Any], None], undo: ExitStack) -> None:
+    """Let ``saw(module, args, kwargs, output)`` see what a module and its direct children make, until ``undo`` closes.
+
+    The module itself has a proxy: a step that calls ``self.forward(x)`` runs none of its hooks.
+    """
+
+    def around(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = original(*args, **kwargs)
+        saw(module, args, kwargs, output)
+        return output
+
+    undo.callback(detach, attach(module, "forward", around))
+    for child in module.children():
+        if getattr(child, "_compiled_call_impl", None) is None:  # else the hook would be compiled, too
+            undo.callback(child.register_forward_hook(Hook(saw), with_kwargs=True).remove)
 
 
 def _same(x: Any) -> Any:

@@ -45,7 +45,9 @@ class Seen:
         self.output, self.inputs = output, [x for x in args if isinstance(x, Tensor)]
         self.calls += 1
 
-    def rows_of(self, tensor: Tensor, call: LossCall | None, who: str, inputs: Sequence[Tensor] = ()) -> Tensor | None:
+    def rows_of(
+        self, tensor: Tensor, call: LossCall | None, who: str, inputs: Sequence[Tensor] = (), way: str = ""
+    ) -> Tensor | None:
         """Sample of each row of what a monitor reads in an evaluation step; None where row i is sample i.
 
         Args:
@@ -53,6 +55,7 @@ class Seen:
             call: the loss that was computed from them; None where none was.
             who: name of the monitor, for messages.
             inputs: what the network that made them was given.
+            way: what else the user may do where rows are unknown, for the message.
 
         Returns:
             int64 ``(rows,)``.
@@ -78,8 +81,8 @@ class Seen:
                 raise RowsError(
                     f"Expected the rows of what {who} reads to be those of the {tracker.n} samples of the batch, or"
                     f" views of them, but got shape {tuple(tensor.shape)}, and where its rows come from cannot be"
-                    " followed. Make them of tensors of the batch by reshapes and indexing; a `collate_fn` must not"
-                    " leave samples out, as ids cannot follow."
+                    f" followed. Make them of tensors of the batch by reshapes and indexing{way}; a `collate_fn` must"
+                    " not leave samples out, as ids cannot follow."
                 )
             if not tracker.reordered(read=True) and not any(map(tracker.is_lost, rows)):
                 return None

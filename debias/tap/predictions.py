@@ -29,7 +29,7 @@ from debias.tap.counted import CountedElements
 from debias.tap.moves import CASTS, MOVES, functions, values_read
 from debias.tap.whole_batch import tensors_in
 
-__all__ = ["CLASSIFYING", "SOFTMAX", "Evaluated", "Predictions", "hook_outputs"]
+__all__ = ["CLASSIFYING", "SOFTMAX", "Evaluated", "Predictions"]
 
 # Losses whose logits may be changed without changing what is predicted; numbers are predicted as the loss reads them.
 CLASSIFYING = frozenset(
@@ -49,12 +49,6 @@ _SMOOTH = "softmax log_softmax sigmoid logsigmoid log exp acos arccos cos asin a
 _CLIPS = "clamp clamp_min clamp_max clip relu hardtanh nan_to_num masked_fill index_fill"
 _KEPT = MOVES | CASTS | functions(f"{_SMOOTH} {_CLIPS} neg negative")
 _FOLLOWED = _SUM | _PRODUCT | _CHOICE | _KEPT
-
-
-def hook_outputs(module: nn.Module, hook: Callable[..., None]) -> list[Any]:
-    """Handles of a forward hook on a module and its direct children; a compiled child would compile the hook, too."""
-    watched = [module, *(child for child in module.children() if getattr(child, "_compiled_call_impl", None) is None)]
-    return [each.register_forward_hook(hook, with_kwargs=True) for each in watched]
 
 
 class _Made(NamedTuple):
@@ -144,8 +138,9 @@ class Predictions:
             return run(func, args, kwargs)
         if func not in _FOLLOWED or joined:
             out = run(func, args, kwargs)
-            if isinstance(out, Tensor) and out.ndim and out.is_floating_point() and not any(out is x for x in operands):
-                self._made[out] = _OUTPUT
+            for made in tensors_in(out):  # of several, as a maximum and its places
+                if made.ndim and made.is_floating_point() and not any(made is x for x in operands):
+                    self._made[made] = _OUTPUT
             return out
         if func in _PRODUCT and len(known) > 1:  # a learned scale is part of the network, whatever was done before
             known = {x: made for x, made in known.items() if x.numel() > 1} or known

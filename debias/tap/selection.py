@@ -188,8 +188,8 @@ def select_calls(calls: list[LossCall], loss: Any, who: str) -> list[LossCall]:
     return chosen
 
 
-def select_call(calls: list[LossCall], loss: Any, who: str) -> LossCall:
-    """The one loss of an evaluation step that a monitor means by ``loss=``.
+def select_call(calls: list[LossCall], loss: Any, who: str, way: str = "") -> LossCall:
+    """The one loss of an evaluation step that a monitor means by ``loss=``; ``way``: what else it may be told.
 
     Raises:
         AmbiguousLossError: it chooses none of them, or several.
@@ -200,7 +200,7 @@ def select_call(calls: list[LossCall], loss: Any, who: str) -> LossCall:
             f"Expected the evaluation step to compute one loss for {who}, but got {len(calls)}:"
             f" {', '.join(f'{call.name} at {call.position}' for call in calls)}"
             f"{'' if loss is None else f', of which `loss={loss!r}` chooses {len(chosen)}'}. Say which:"
-            " `loss=<position>`, or `loss=callable(call) -> bool`."
+            f" `loss=<position>`, or `loss=callable(call) -> bool`{way}."
         )
     return chosen[0]
 

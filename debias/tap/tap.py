@@ -68,6 +68,7 @@ class LossTap(TorchFunctionMode):
         untapped: losses that reach the returned loss unseen if nothing reduces them in a way that can be followed: name
             and node.
         suspended: above 0 while nothing is to be recorded.
+        measuring: above 0 while losses that are computed are none of the step's, but a metric's.
     """
 
     training: bool = True
@@ -82,6 +83,7 @@ class LossTap(TorchFunctionMode):
     calls: list[LossCall] = field(default_factory=list)
     untapped: list[tuple[str, Any]] = field(default_factory=list)
     suspended: int = 0
+    measuring: int = 0
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -143,7 +145,7 @@ class LossTap(TorchFunctionMode):
         arguments = dict(zip(NAMES[func], args)) | kwargs  # noqa: B905
         tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
         batch = self._following.batch
-        if self.training and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        if not self._counts(*tensors):
             out = func(*args, **kwargs)
             batch.see(func, args, kwargs, out)
             return out
@@ -201,6 +203,12 @@ class LossTap(TorchFunctionMode):
             self.calls.append(call)
         return out
 
+    def _counts(self, *tensors: Tensor) -> bool:
+        """Whether what reads, or is, these is a loss of the step: in training one to differentiate."""
+        if self.training:
+            return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        return not self.measuring
+
     def _is_prediction(self, second: Any, first: Any) -> bool:
         """Whether it is the second argument of a symmetric loss that is the prediction."""
         if first.requires_grad or second.requires_grad:
@@ -210,7 +218,7 @@ class LossTap(TorchFunctionMode):
     def adapted(self, name: str, args: tuple[Any, ...], per_sample: Callable[..., Any], original: Tensor) -> Tensor:
         """Take a loss that torch's functions do not show from an adapter: per-sample losses ``(rows, ...)``."""
         call, losses, _ = self.stated(name, args, per_sample)
-        if self.training and not (torch.is_grad_enabled() and losses.requires_grad):
+        if not self._counts(losses):
             return original
         return self.add(call, original if call.record.targets is None else call.record.value())
 

@@ -251,6 +251,26 @@ def test_ids_that_are_too_large():
         metric.compute()
 
 
+BEYOND = {
+    "a score": (torch.ones(5), torch.tensor([0, 2, 1, -1, 255])),
+    "a score, smoothed": (torch.ones(5), torch.tensor([0.1, 2, 0.9, -1, 255])),
+    "classes": (torch.eye(3)[[2, 2, 1, 0, 0]], torch.tensor([0, 3, 1, -1, 255])),
+}
+
+
+@pytest.mark.parametrize("case", BEYOND)
+def test_targets_that_cannot_be_predicted(case):
+    (preds, target), groups = BEYOND[case], torch.zeros(5, dtype=torch.long)
+    metric = GroupAccuracy(1, ignore_index=255)
+    metric.update(preds, target, groups)
+    with pytest.raises(DebiasError, match=r"`target` to be 0 or 1 .* but got 1 larger ones.*`ignore_index`"):
+        metric.compute()
+    metric.reset()
+    kept = [0, 2, 3, 4]
+    metric.update(preds[kept], target[kept], groups[kept])
+    assert metric.compute()["accuracy"] == 0.5
+
+
 def test_updates_on_other_devices_do_not_look_at_values():
     metric = GroupAccuracy(2).to("meta")  # any look at a value raises there
     metric.update(*(torch.zeros(3, dtype=torch.long, device="meta") for _ in range(3)))

@@ -57,6 +57,11 @@ class ForwardOnly(Base):
         self(batch[0]).argmax(1)
 
 
+class ForwardCalledDirectly(Base):
+    def validation_step(self, batch, batch_idx):
+        self.forward(batch[0])
+
+
 class NeitherLossNorForward(Base):
     def validation_step(self, batch, batch_idx):
         return {"scores": self.net(batch[0])}
@@ -92,7 +97,7 @@ def test_values_by_group_are_logged_up_to_a_number(n):
     )
 
 
-@pytest.mark.parametrize("module", [WithLoss, ForwardOnly])
+@pytest.mark.parametrize("module", [WithLoss, ForwardOnly, ForwardCalledDirectly])
 def test_logged_values(module):
     module = module()
     logged = validate(module, GroupMonitor("place", 4, train_counts=[6, 3, 1, 0], group_names=["a", "b", "c", "d"]))

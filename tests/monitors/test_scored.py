@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy, MultilabelAccuracy
 
 from debias import DetectionMonitor, GroupDRO, GroupMonitor, MultilabelF1Monitor, tag
-from debias.errors import BatchKeyError, DebiasError, HeadNotFoundError
+from debias.errors import AmbiguousLossError, BatchKeyError, DebiasError, HeadNotFoundError, RowsError
 from debias.metrics import GroupAccuracy
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
@@ -114,10 +114,16 @@ def test_f1_of_labels_that_the_loss_leaves_out():
     assert validate(module, MultilabelF1Monitor(names), X, labels)["f1"] != pytest.approx(expected["f1"])
 
 
-def test_missing_numbers():
-    def step(module, x, y):
-        return (F.mse_loss(module(x), y.nan_to_num(), reduction="none") * ~y.isnan()).sum() / (~y.isnan()).sum()
+def masked(module, x, y):
+    return (F.mse_loss(module(x), y.nan_to_num(), reduction="none") * ~y.isnan()).sum() / (~y.isnan()).sum()
 
+
+def no_loss(module, x, y):
+    return module(x)
+
+
+@pytest.mark.parametrize("step", [masked, no_loss])
+def test_missing_numbers(step):
     module = Module(step)
     error = (module(X) - Y).abs().detach()
     found = validate(module, GroupMonitor("g", 3, metric=torchmetrics.MeanAbsoluteError()), X, Y)
@@ -161,6 +167,19 @@ def test_logits_that_the_criterion_has_changed_are_no_predictions(case):
     metric = MulticlassAccuracy(K, average="micro")
     found = validate(module, GroupMonitor("g", 3, metric=metric), X, CLASSES)
     assert found["multiclass_accuracy_by_group/1"] == pytest.approx(float(right[GROUPS == 1].mean()))
+
+
+@pytest.mark.parametrize("how", ["__call__", "forward"])
+def test_the_last_term_of_forward_is_part_of_the_network(how):
+    class Shifted(Module):
+        def forward(self, x):
+            return self.net(x) + PRIOR
+
+    module = Shifted(lambda m, x, y: F.cross_entropy(getattr(m, how)(x), y))
+    expected = right_by_hand(module(X)).mean()
+    assert float(expected) != float(right_by_hand(module.net(X)).mean())
+    assert validate(module, GroupMonitor("g", 3), X, CLASSES)["accuracy"] == pytest.approx(float(expected))
+    assert "forward" not in vars(module)
 
 
 def test_logits_of_a_layer_that_is_given_the_labels_are_refused():
@@ -247,20 +266,117 @@ def test_labels_of_a_language_model_are_shifted_as_its_loss_shifts_them(step, op
     assert found["accuracy"] == pytest.approx(float(shares.double().nanmean()))
 
 
-def test_dense_targets_without_a_loss():
-    def step(module, x, y):
-        module(x)
-
+@pytest.mark.parametrize(("missing", "options"), [(255, {"ignore_index": 255}), (-1, {})])
+def test_dense_targets_without_a_loss(missing, options):
     class Dense(Module):
         def forward(self, x):
             return self.net(x).transpose(1, 2)
 
-    labels = LABELS.where(LABELS >= 0, 255)
+    labels = LABELS.where(LABELS >= 0, missing)
     for metric in (None, MulticlassAccuracy(K, average="micro")):
-        monitor = GroupMonitor("g", 3, metric=metric, ignore_index=255)
+        monitor = GroupMonitor("g", 3, metric=metric, **options)
         expected = validate(Module(dense), GroupMonitor("g", 3, metric=metric), TOKENS, LABELS)
-        found = validate(Dense(step), monitor, TOKENS, labels)
+        found = validate(Dense(no_loss), monitor, TOKENS, labels)
         assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_task_of_several_classes():
+    class Tasks(Module):
+        def forward(self, x):
+            return self.net(x)[:, None]
+
+    found = validate(Tasks(no_loss), GroupMonitor("g", 3), X, CLASSES[:, None])
+    assert found["accuracy"] == pytest.approx(float(right_by_hand(Module(no_loss)(X)).mean()))
+
+
+def test_class_ids_with_an_axis_of_classes():
+    """As MONAI's labels are, in floats."""
+    labels = CLASSES[:, None].float()
+    with pytest.raises(DebiasError, match=r"\(8, 3\) for a target \(8, 1\).*`target.squeeze\(1\).long\(\)`.*`target=c"):
+        validate(Module(no_loss), GroupMonitor("g", 3), X, labels)
+    found = validate(Module(no_loss), GroupMonitor("g", 3, target=lambda b: b[1].squeeze(1).long()), X, labels)
+    assert found["accuracy"] == pytest.approx(float(right_by_hand(Module(no_loss)(X)).mean()))
+
+
+@pytest.mark.parametrize("options", [{}, {"logits": "net"}, {"logits": lambda output: output}])
+def test_scores_of_which_no_loss_says_what_they_are(options):
+    module, labels = Module(no_loss), Y.nan_to_num()
+    with pytest.raises(DebiasError, match=r"`threshold`.*`threshold=0.0` for logits, `threshold=0.5` for probabil"):
+        validate(module, GroupMonitor("g", 3, target=1, **options), X, labels)
+    for threshold in (0.0, 0.5):
+        found = validate(module, GroupMonitor("g", 3, target=1, threshold=threshold, **options), X, labels)
+        assert found["accuracy"] == pytest.approx(float(((module(X) > threshold) == labels.bool()).double().mean()))
+
+
+def test_a_loss_of_each_class():
+    def step(module, x, y):
+        for k, z in enumerate(module.net(x).unbind(1)):
+            F.binary_cross_entropy_with_logits(z, (y == k).float())
+
+    module = Module(step)
+    with pytest.raises(AmbiguousLossError, match=r"of one prediction, as of each class, `logits=` and `target=`"):
+        validate(module, GroupMonitor("g", 3), X, CLASSES)
+    with pytest.raises(
+        DebiasError, match=r"`target` to be 0 or 1.*pass logits of all classes, to GroupMonitor by `logits=`"
+    ):
+        validate(module, GroupMonitor("g", 3, loss=0, target=1), X, CLASSES)
+    found = validate(module, GroupMonitor("g", 3, logits="net", target=1), X, CLASSES)
+    assert found["accuracy"] == pytest.approx(float(right_by_hand(module(X)).mean()))
+
+
+def views(module, x, y):
+    z = module.net(torch.tensor([*x.tolist(), *(-x).tolist()], dtype=x.dtype))
+    F.cross_entropy(z, torch.arange(2).repeat_interleave(len(x)))
+    return z.view(2, len(x), K).permute(1, 2, 0)
+
+
+def test_views_that_cannot_be_followed():
+    module = Module(views)
+    with pytest.raises(RowsError, match=r"\(N, C, views\), and pass `logits=callable\(step_output\)` and `target=c"):
+        validate(module, GroupMonitor("g", 3), X, CLASSES)
+    monitor = GroupMonitor("g", 3, logits=lambda output: output, target=lambda b: torch.arange(2).expand(len(b[0]), 2))
+    right = (module.step(module, X, None).argmax(1) == torch.arange(2)).double().mean(1)
+    found = validate(module, monitor, X, CLASSES)
+    assert [found[f"accuracy_by_group/{k}"] for k in range(3)] == pytest.approx(
+        [float(right[k == GROUPS].mean()) for k in range(3)]
+    )
+
+
+def test_members_that_the_step_averages():
+    class Ensemble(Module):
+        def forward(self, x):
+            return torch.cat([self.net(x), 2 - self.net(x)])
+
+    def step(module, x, y):
+        return module(x).softmax(1).view(2, len(x), K).mean(0)
+
+    module = Ensemble(step)
+    rows = [float(right_by_hand(z, CLASSES).mean()) for z in module(X).view(2, N, K)]
+    assert validate(module, GroupMonitor("g", 3), X, CLASSES)["accuracy"] == pytest.approx(sum(rows) / 2)
+    found = validate(module, GroupMonitor("g", 3, logits=lambda output: output, target=1), X, CLASSES)
+    assert found["accuracy"] == pytest.approx(float(right_by_hand(step(module, X, None)).mean()))
+
+
+class Subsample(torchmetrics.MeanMetric):
+    def update(self, logits, target):
+        super().update(F.cross_entropy(logits[:3], target[:3]))
+
+
+@pytest.mark.parametrize("how", ["__call__", "update"])
+@pytest.mark.parametrize("loss", [True, False])
+def test_losses_of_a_metric_are_none_of_the_steps(how, loss):
+    def step(module, x, y):
+        logits = module(x)
+        getattr(module.accuracy, how)(logits, y)
+        if loss:
+            F.cross_entropy(logits, y)
+
+    module = Module(step)
+    module.accuracy = Subsample()
+    before = dict(vars(module.accuracy))
+    found = validate(module, GroupMonitor("g", 3), X, CLASSES)
+    assert found["accuracy"] == pytest.approx(float(right_by_hand(module(X)).mean()))
+    assert all(vars(module.accuracy)[name] is before[name] for name in ("update", "compute"))
 
 
 # ---------------------------------------------------------------------------------------------------- groups

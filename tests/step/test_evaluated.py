@@ -338,6 +338,10 @@ CHANGED = {
     "margin at the label": (cross_entropy(subtracted_at_the_label), RAW),
     "margin and scale": (cross_entropy(lambda z: 8 * (z - 0.5 * F.one_hot(CLASSES, K))), 8 * RAW),
     "chosen by the label": (cross_entropy(chosen), 3 * RAW),
+    "pooled, then a margin": (
+        cross_entropy(lambda z: torch.stack([z, z - 1], 2).max(2).values - 0.5 * F.one_hot(CLASSES, K)),
+        RAW,
+    ),
     "two networks and a prior": (lambda: F.cross_entropy((NET(X) + OTHER(X)) / 2 + PRIOR, CLASSES), TWO / 2),
     "several networks and a prior": (
         lambda: F.cross_entropy(torch.stack([NET(X), OTHER(X)]).sum(0) + PRIOR, CLASSES),

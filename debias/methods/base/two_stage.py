@@ -25,13 +25,13 @@ from debias.methods.base.method import NumberedMethod
 from debias.ops.distributed import global_rank, is_distributed, world_size
 from debias.ops.samples import SampleTable
 from debias.step.context import Step
-from debias.step.proxy import attach, detach
+from debias.step.proxy import attach, detach, watch_outputs
 from debias.step.random import undisturbed
 from debias.step.samples import check_length, predictions, refuse_regression, sample_losses, train_set
 from debias.step.tagged import split_tags
 from debias.tap.calls import LossCall
 from debias.tap.head import HeadFinder, check_features, submodule
-from debias.tap.predictions import Evaluated, hook_outputs
+from debias.tap.predictions import Evaluated
 from debias.tap.rows import RowTracker
 from debias.tap.selection import select_calls
 from debias.tap.tap import LossTap
@@ -281,8 +281,7 @@ class TwoStage(NumberedMethod):
                 handle = named.register_forward_pre_hook(lambda module, args: given.append(args[0]))
                 stack.callback(handle.remove)
             evaluated = Evaluated()
-            for handle in hook_outputs(pl_module, lambda _, *seen: evaluated.predictions.saw(*seen)):
-                stack.callback(handle.remove)
+            watch_outputs(pl_module, lambda _, *seen: evaluated.predictions.saw(*seen), stack)
             for i, raw in enumerate(batches):
                 batch, tags = split_tags(raw)
                 batch = trainer.strategy.batch_to_device(batch)
