@@ -21,7 +21,7 @@ from debias.tap.calls import LossCall, LossRecord, sum_of
 from debias.tap.head import FeatureTap, HeadTap, check_features, rows_of_features
 from debias.tap.rows import RowTracker
 from debias.tap.selection import Reaching, ambiguous, height, means, of_batch, reaching, select_calls, untapped
-from debias.tap.stated import check_stated, stated_losses
+from debias.tap.stated import check_registered, check_stated, stated_losses
 from debias.tap.tap import LossTap, no_loss_error
 
 if TYPE_CHECKING:
@@ -109,6 +109,8 @@ class Settlement:
         """Refuse a step in which nothing was found, or which has multiplied a loss by a number of the whole batch."""
         if (self.reweigher is not None and not self.used) or (self.step.mixture is not None and not tap.calls):
             raise no_loss_error(_set_losses(self.step.module), manual=True)
+        if self.checks:
+            check_registered(call for call, _ in self.used)
         for call, divisor in self.used:  # since it was handed back
             if call.record.of_batch or call.record.divisor is not divisor:
                 raise of_batch(call, manual=True)
@@ -162,6 +164,8 @@ class Settlement:
         else:
             self.selected = {method: self._selected(found.calls, tap, method) for method in self.choices}
         meant = [call for call in found.calls if any(call in calls for calls in self.selected.values())]
+        if self.checks:
+            check_registered(meant)
         if plain is None:
             found.multiply(meant)
             self._check_other_terms(found)
@@ -185,6 +189,8 @@ class Settlement:
         if self.learned.only is None and len(found.calls) == 1:
             self.learned.only = found.calls[0].name
         calls = [call for call in found.calls if call.name == self.learned.only][:1]
+        if self.checks:
+            check_registered(calls)
         try:
             found.multiply(calls)
         except UntappedLossError:
