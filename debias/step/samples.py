@@ -27,7 +27,7 @@ __all__ = [
     "train_set",
 ]
 
-_OF_NUMBERS = {loss.__name__ for loss in SYMMETRIC}
+_OF_NUMBERS = {loss.__name__ for loss in SYMMETRIC} | {"gaussian_nll_loss", "poisson_nll_loss"}
 
 INDEX = "index"
 """The tag that holds the number of a sample in its dataset."""
@@ -132,7 +132,13 @@ def sample_losses(call: LossCall, n: int) -> tuple[Tensor, Tensor]:
     return num / torch.where(den == 0, 1, den), den != 0
 
 
-def refuse_regression(call: LossCall, who: str, instead: str) -> None:
+_INSTEAD = (
+    "Choose a loss of classes, `loss=<index>`, or remove the method; one that takes `target=` and `n_classes=` can be"
+    " told both instead."
+)
+
+
+def refuse_regression(call: LossCall, who: str, instead: str = _INSTEAD) -> None:
     """Refuse to read classes of a loss of numbers.
 
     Raises:
@@ -140,8 +146,8 @@ def refuse_regression(call: LossCall, who: str, instead: str) -> None:
     """
     if call.name in _OF_NUMBERS:
         raise DebiasError(
-            f"Expected a classification loss for {who}, which asks whether predictions are right, but the step computes"
-            f" `{call.name}`, which compares numbers. {instead}"
+            f"Expected a classification loss for {who}, which takes its numbers for those of classes, but the step"
+            f" computes `{call.name}`, which compares numbers. {instead}"
         )
 
 
