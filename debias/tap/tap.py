@@ -427,10 +427,10 @@ def no_loss_error(seen: list[str], *, manual: bool = False) -> LossNotFoundError
         "{'loss': loss, 'losses': per_sample} with losses of shape (N,), or {'loss', 'logits', 'targets'}"
         f"{' under automatic optimisation' if manual else ''}"
     )
+    split = "Methods that reweigh groups or domains also take" if manual else f"{SPLIT[:-1]}, and"
     return LossNotFoundError(
         "Expected the training step to compute its loss with a torch loss function (cross_entropy, mse_loss, ...), but"
         f" none that requires a gradient reaches the returned loss.{hint} Ways out: return {stated}; or register the"
         " loss once with `debias.register_loss(LossClass, per_sample)`, and hold the instance in the module (`self.loss"
-        f" = LossClass()` in `__init__`), where it is looked for.{'' if manual else ' ' + SPLIT} For"
-        " torchvision's detectors: `losses='heads'`."
+        f" = LossClass()` in `__init__`), where it is looked for. {split} `losses='heads'` for torchvision's detectors."
     )
