@@ -168,8 +168,9 @@ def predictions(call: LossCall, n: int, who: str) -> tuple[Tensor, Tensor]:
         )
     if call.rows is not None:
         raise DebiasError(
-            f"Expected the step to keep the samples in the order of the batch for {who}, one row for each of the {n},"
-            f" but the rows of `{call.name}` are others. Leave the order as it is, or choose another loss, `loss=`."
+            f"Expected one row of `{call.name}` for each of the {n} samples, in the order of the batch for {who}, but"
+            f" got {len(call.rows)} that are not known to be these. Leave the order as it is; take a mask from the"
+            " batch, or give it to the loss, `weight=mask`; or choose another loss, `loss=`."
         )
     if logits is None or target is None or len(logits) != n or len(target) != n:
         raise DebiasError(
