@@ -38,7 +38,8 @@ def tag(dataset: Any, **tags: Any) -> TaggedDataset | TaggedIterableDataset:
             refused: numbered set by set, one name could get another number in each.
 
     Returns:
-        A dataset of the same length; other attributes are those of ``dataset``.
+        A dataset of the same length; other attributes are those of ``dataset``, whose own method to make a loader makes
+        one without tags: give the tagged dataset to a ``DataLoader``.
 
     Raises:
         DataError: an iterable dataset gets no tag, the lengths differ, or ids are not numbers.

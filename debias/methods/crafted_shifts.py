@@ -19,7 +19,7 @@ from debias.errors import BatchKeyError, DebiasError
 from debias.methods.base import Method
 from debias.ops.distributed import global_sum, is_distributed
 from debias.ops.fields import arguments
-from debias.ops.shifts import UnitImages, families_of, shifted_batch
+from debias.ops.shifts import UnitImages, check_targets, families_of, shifted_batch
 from debias.step.batch import BatchKey, describe, replace
 from debias.step.context import Step
 
@@ -52,8 +52,9 @@ class CraftedShifts(Method):
         seed: seed of the draws, which differ by rank and resume exactly.
 
     Raises:
-        DebiasError: a family is unknown, ``original`` is no share, images leave [0, 1] or have another shape, or
-            kornia (extra ``augment``) is not installed.
+        DebiasError: a family is unknown, ``original`` is no share, images leave [0, 1] or have another shape, kornia
+            (extra ``augment``) is not installed, or the batch holds boxes, or a tensor ``(..., H, W)`` such as a mask,
+            with the family ``"geometric"``, which would move the images away from them.
         BatchKeyError: the images are not where ``input`` says.
 
     Example:
@@ -98,6 +99,7 @@ class CraftedShifts(Method):
                 " key."
             )
         unit = self._unit.open(images)
+        check_targets(images, step.batch, self.shift_families)
         self._check_range(unit, step)
         sources, keys = self.random.draw("shifts", _HOST, lambda g: self._draw(images.shape[0], g))
         shifted = shifted_batch(unit, self.shift_families, sources, keys)

@@ -208,8 +208,12 @@ class DomainAdversarial(DomainAdversarialOptions, AdversarialDebiaser):
     @property
     def needs_loss(self) -> bool:
         """CDANN reads the classes off the loss, unless it is told where they are."""
-        told = self.target is not None and self.module.n_classes is not None
-        return super().needs_loss or (self.conditional and not told)
+        return super().needs_loss or self.classifies
+
+    @property
+    def classifies(self) -> bool:  # type: ignore[override]
+        """Whether it reads the classes off the loss."""
+        return self.conditional and (self.target is None or self.module.n_classes is None)
 
     def targets(self, call: LossCall, step: Step, n_rows: int) -> Tensor | None:
         """Classes of the rows, for CDANN."""

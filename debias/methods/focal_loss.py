@@ -75,6 +75,8 @@ class FocalLoss(Criterion):
     works = "Many easy samples drown the hard ones, as in dense detection."
     fails = "Labels are noisy: what the network is unsure of then counts more. It knows neither classes nor groups."
 
+    classifies = True
+
     gamma: float = field(default=2.0, kw_only=False)
 
     def elements(self, call: LossCall, step: Step) -> tuple[Tensor, Tensor]:

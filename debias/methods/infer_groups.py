@@ -136,7 +136,7 @@ class InferGroups(TwoStage):
         # A wrong option is an error now, not after stage one.
         self.inference_options = {} if callable(method) else check_options("options", given, METHODS[method])
         self.monitors = self.validation  # type: ignore[misc]
-        self.classifies = not callable(method)  # type: ignore[misc]
+        self.classifies = not callable(method)
         self.records_features = method == "george" or bool(getattr(method, "needs_features", False))  # type: ignore[misc]
         self.validation_ids: Tensor | None = None
         self._waiting: list[Any] = []

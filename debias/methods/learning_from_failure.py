@@ -188,6 +188,7 @@ class LearningFromFailure(NumberedMethod):
         On logging steps ``train/failure_weight``, the mean weight, ``train/biased_loss`` and ``train/average_loss``.
     """
 
+    classifies = True
     needs = ("index", "target")
     reference = "Nam et al., NeurIPS 2020, arXiv 2007.02561"
     works = "The shortcut is easier than the task, so that the biased twin falls for it; labels are clean."

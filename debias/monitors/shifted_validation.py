@@ -18,7 +18,7 @@ from debias.metrics import GroupAccuracy
 from debias.monitors._epoch import EpochMonitor
 from debias.ops.arguments import checked
 from debias.ops.distributed import global_sum
-from debias.ops.shifts import UnitImages, crafted_shift, families_of, held_out_mean, sample_keys
+from debias.ops.shifts import UnitImages, check_targets, crafted_shift, families_of, held_out_mean, sample_keys
 from debias.step.batch import BatchKey, describe, replace
 from debias.step.context import Step
 from debias.step.indices import evaluation_loaders, evaluation_order
@@ -56,7 +56,7 @@ class ShiftedValidation(EpochMonitor):
     Args:
         families: which: ``"all"``, the fold ``"first"`` or ``"second"``, or names.
         input: where the images are in a batch: floating point ``(N, C, H, W)`` with C 1 or 3, or bytes in [0, 255].
-        target: where the targets are, int64 ``(N,)``.
+        target: where the targets are, int64 ``(N,)``; ones of pixels without the family ``"geometric"`` only.
         logits: how logits are computed: by default the module's ``forward`` of the images; or the dotted path of a
             submodule that maps images to logits; or a callable of the module and the batch with shifted images.
         mean: mean of the images' normalisation, a number or one a channel; it is undone, and done again.
@@ -69,7 +69,8 @@ class ShiftedValidation(EpochMonitor):
 
     Raises:
         DebiasError: images leave [0, 1] (in one process in the batch itself, on several ranks at the end of the epoch,
-            on all of them together) or have another shape; kornia (extra ``augment``) is not installed.
+            on all of them together) or have another shape; kornia (extra ``augment``) is not installed; targets lie at
+            the pixels of the images, ``(..., H, W)``, which the family ``"geometric"`` moves.
         BatchKeyError: images, targets or index are not where the argument says, or the loader shuffles.
         LossNotFoundError: the module has no ``forward``, or what it returns are not logits.
 
@@ -137,6 +138,7 @@ class ShiftedValidation(EpochMonitor):
         images, target = self._tensor(step, self.input, "input"), self._tensor(step, self.target, "target")
         indices = self._indices(step, images.shape[0])
         unit = self._unit.open(images)
+        check_targets(images, target, self.families)
         self._check_range(unit, step)
         metric = self._metrics[step.dataloader_idx]
         with _evaluating(step.module):

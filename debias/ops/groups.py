@@ -308,10 +308,10 @@ class GroupState(nn.Module):
         if not ids and not losses:
             return
         if ids:
-            number = f"n_{self.kind}s"
+            number = f"n_{_plural(self.kind)}"
             raise BadRowsError(
                 f"Expected {self.kind} ids below `{number}={self.n_groups}`, but {ids} rows had a higher one. They took"
-                f" no part in the loss or the method's state. Number the {self.kind}s 0 .. {number} - 1 (-1 ="
+                f" no part in the loss or the method's state. Number the {_plural(self.kind)} 0 .. {number} - 1 (-1 ="
                 f" unlabelled), or raise `{number}`."
             )
         raise BadRowsError(
@@ -334,8 +334,9 @@ class GroupState(nn.Module):
         fits = groups.shape == losses.shape and not groups.is_floating_point() and groups.dtype != torch.bool
         if not fits and not (groups.dtype == torch.bool and groups.shape == (len(losses), self.n_groups)):
             raise DebiasError(
-                f"Expected `{self.kind}s` to be integer ids of shape {tuple(losses.shape)} or a boolean membership of"
-                f" shape {(len(losses), self.n_groups)}, but got {groups.dtype} of shape {tuple(groups.shape)}."
+                f"Expected `{_plural(self.kind)}` to be integer ids of shape {tuple(losses.shape)} or a boolean"
+                f" membership of shape {(len(losses), self.n_groups)}, but got {groups.dtype} of shape"
+                f" {tuple(groups.shape)}."
             )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -357,6 +358,11 @@ class GroupState(nn.Module):
         return self
 
 
+def _plural(kind: str) -> str:
+    """Groups, domains, classes."""
+    return f"{kind}es" if kind.endswith("s") else f"{kind}s"
+
+
 def check_n_groups(n_groups: int | Sequence[int], kind: str = "group") -> int:
     """The total number of groups.
 
@@ -366,11 +372,11 @@ def check_n_groups(n_groups: int | Sequence[int], kind: str = "group") -> int:
     sizes = list(n_groups) if isinstance(n_groups, Sequence) and not isinstance(n_groups, str) else [n_groups]
     if not sizes or any(not isinstance(size, int | Integral) or isinstance(size, bool) or size < 1 for size in sizes):
         raise DebiasError(
-            f"Expected `n_{kind}s` to be a positive integer, or one per key of a crossed `{kind}`, but got"
+            f"Expected `n_{_plural(kind)}` to be a positive integer, or one per key of a crossed `{kind}`, but got"
             f" {n_groups!r}."
         )
     total = prod(int(size) for size in sizes)  # NumPy's integers count too, as `ids.max() + 1` gives them
-    return check_count(f"n_{kind}s", total, 1, MOST)
+    return check_count(f"n_{_plural(kind)}", total, 1, MOST)
 
 
 def check_counts(group_counts: Any, names: Sequence[str], kind: str = "group") -> Tensor:
@@ -389,8 +395,8 @@ def check_counts(group_counts: Any, names: Sequence[str], kind: str = "group") -
         empty = [name for name, count in zip(names, counts.tolist(), strict=True) if count == 0]
         raise DebiasError(
             f"Expected every {kind} to have training samples, but got none of {', '.join(empty)} (counts"
-            f" {[int(c) for c in counts.tolist()]}). Merge or renumber the {kind}s, so that `n_{kind}s` counts only"
-            " those that occur."
+            f" {[int(c) for c in counts.tolist()]}). Merge or renumber the {_plural(kind)}, so that"
+            f" `n_{_plural(kind)}` counts only those that occur."
         )
     return counts
 

@@ -78,8 +78,8 @@ def read(batch: Any, key: BatchKey, tags: Mapping[str, Any] | None = None, *, ar
             name = key if isinstance(key, str) and key.isidentifier() else "name"
             raise BatchKeyError(
                 f"Expected `{argument}={key!r}` to name a part of the batch or a tag, but the batch{where} is"
-                f" {describe(here)} and the tags are {sorted(tags) if tags else 'none'}. Correct the key, or wrap the"
-                f" dataset of this loader: `tag(dataset, {name}=ids)`."
+                f" {describe(here)} and the tags are {sorted(tags) if tags else 'none'}. Correct the key, or give"
+                f" the loader the tagged dataset: `DataLoader(tag(dataset, {name}=ids))`."
             ) from None
         done.append(str(part))
     return here

@@ -27,7 +27,7 @@ __all__ = [
     "train_set",
 ]
 
-_OF_NUMBERS = {loss.__name__ for loss in SYMMETRIC}
+_OF_NUMBERS = {loss.__name__ for loss in SYMMETRIC} | {"gaussian_nll_loss", "poisson_nll_loss"}
 
 INDEX = "index"
 """The tag that holds the number of a sample in its dataset."""
@@ -132,7 +132,13 @@ def sample_losses(call: LossCall, n: int) -> tuple[Tensor, Tensor]:
     return num / torch.where(den == 0, 1, den), den != 0
 
 
-def refuse_regression(call: LossCall, who: str, instead: str) -> None:
+_INSTEAD = (
+    "Choose a loss of classes, `loss=<index>`, or remove the method; one that takes `target=` and `n_classes=` can be"
+    " told both instead."
+)
+
+
+def refuse_regression(call: LossCall, who: str, instead: str = _INSTEAD) -> None:
     """Refuse to read classes of a loss of numbers.
 
     Raises:
@@ -140,8 +146,8 @@ def refuse_regression(call: LossCall, who: str, instead: str) -> None:
     """
     if call.name in _OF_NUMBERS:
         raise DebiasError(
-            f"Expected a classification loss for {who}, which asks whether predictions are right, but the step computes"
-            f" `{call.name}`, which compares numbers. {instead}"
+            f"Expected a classification loss for {who}, which takes its numbers for those of classes, but the step"
+            f" computes `{call.name}`, which compares numbers. {instead}"
         )
 
 
@@ -162,8 +168,9 @@ def predictions(call: LossCall, n: int, who: str) -> tuple[Tensor, Tensor]:
         )
     if call.rows is not None:
         raise DebiasError(
-            f"Expected the step to keep the samples in the order of the batch for {who}, one row for each of the {n},"
-            f" but the rows of `{call.name}` are others. Leave the order as it is, or choose another loss, `loss=`."
+            f"Expected one row of `{call.name}` for each of the {n} samples, in the order of the batch for {who}, but"
+            f" got {len(call.rows)} that are not known to be these. Leave the order as it is; take a mask from the"
+            " batch, or give it to the loss, `weight=mask`; or choose another loss, `loss=`."
         )
     if logits is None or target is None or len(logits) != n or len(target) != n:
         raise DebiasError(

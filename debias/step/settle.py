@@ -16,12 +16,13 @@ from debias.errors import SPLIT, AmbiguousLossError, DebiasError, DebiasWarning,
 from debias.ops.distributed import alike, gather_objects, is_distributed
 from debias.ops.groups import summed
 from debias.step.context import Step
+from debias.step.samples import refuse_regression
 from debias.tap import adapters
 from debias.tap.calls import LossCall, LossRecord, sum_of
 from debias.tap.head import FeatureTap, HeadTap, check_features, rows_of_features
 from debias.tap.rows import RowTracker
 from debias.tap.selection import Reaching, ambiguous, height, means, of_batch, reaching, select_calls, untapped
-from debias.tap.stated import check_stated, stated_losses
+from debias.tap.stated import check_registered, check_stated, stated_losses
 from debias.tap.tap import LossTap, no_loss_error
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class Settlement:
             )
         if call.record.of_batch:
             raise of_batch(call, manual=True)
-        self._check_name([call], method.loss, type(method).__name__)
+        self._check_meant([call], method)
         call.multiply(None)
         self.used.append((call, call.record.divisor))
         return method.reweigh([call], self.step)[0]
@@ -109,6 +110,8 @@ class Settlement:
         """Refuse a step in which nothing was found, or which has multiplied a loss by a number of the whole batch."""
         if (self.reweigher is not None and not self.used) or (self.step.mixture is not None and not tap.calls):
             raise no_loss_error(_set_losses(self.step.module), manual=True)
+        if self.checks:
+            check_registered(call for call, _ in self.used)
         for call, divisor in self.used:  # since it was handed back
             if call.record.of_batch or call.record.divisor is not divisor:
                 raise of_batch(call, manual=True)
@@ -162,6 +165,8 @@ class Settlement:
         else:
             self.selected = {method: self._selected(found.calls, tap, method) for method in self.choices}
         meant = [call for call in found.calls if any(call in calls for calls in self.selected.values())]
+        if self.checks:
+            check_registered(meant)
         if plain is None:
             found.multiply(meant)
             self._check_other_terms(found)
@@ -185,6 +190,8 @@ class Settlement:
         if self.learned.only is None and len(found.calls) == 1:
             self.learned.only = found.calls[0].name
         calls = [call for call in found.calls if call.name == self.learned.only][:1]
+        if self.checks:
+            check_registered(calls)
         try:
             found.multiply(calls)
         except UntappedLossError:
@@ -247,7 +254,7 @@ class Settlement:
         """The calls that ``loss=`` means, which must be the same in every step, and those of whole samples."""
         (loss, who), n = self.choices[method], self.step.n
         selected = select_calls(self._with_ids(calls, tap, method), loss, who)
-        self._check_name(selected, loss, who)
+        self._check_meant(selected, method)
         if len(selected) > 1 and n is not None and self._are_parts(selected, tap):
             raise AmbiguousLossError(
                 f"Expected at least one of the losses that `loss={loss!r}` of {who} means to be of all {n} samples"
@@ -277,8 +284,11 @@ class Settlement:
             samples.append(found)
         return any(x is None or samples[0] is None or not torch.equal(x, samples[0]) for x in samples)
 
-    def _check_name(self, selected: list[LossCall], loss: Any, who: str) -> None:
-        """Remember which loss stands where ``loss=<index>`` points to."""
+    def _check_meant(self, selected: list[LossCall], method: Any) -> None:
+        """Refuse a loss of numbers for a method of classes; remember which stands where ``loss=<index>`` points to."""
+        loss, who = self.choices[method]
+        for call in selected if method is not None and method.classifies else ():
+            refuse_regression(call, who)
         if not isinstance(loss, int):
             return
         for call in selected:

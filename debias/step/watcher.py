@@ -179,6 +179,7 @@ class Debiaser(StepWatcher):
     """
 
     trains: ClassVar[bool] = True
+    classifies: bool = False  # takes the loss, its predictions and targets for those of classes
     only_features: ClassVar[bool] = False  # reads features, and a loss only to find the head that reads them
 
     @checked()

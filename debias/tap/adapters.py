@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from debias.errors import DebiasError
+from debias.errors import SPLIT, DebiasError, LossNotFoundError
+from debias.ops.arguments import shown
 
 __all__ = ["ADAPTERS", "SET_LOSSES", "adapter_of", "register_loss"]
 
@@ -50,13 +52,16 @@ def register_loss(loss: Any, per_sample: PerSample) -> Any:
         loss: a loss class (``nn.Module``), recognised wherever it is a submodule of the trained module, or a function.
         per_sample: computes what the loss averages. For a class it is called as ``per_sample(module, *args,
             **kwargs)``, for a function as ``per_sample(*args, **kwargs)``. It returns losses of shape ``(N, ...)``, or
-            ``(numerators, denominators)`` where the mean is ``numerators.sum() / denominators.sum()``.
+            ``(numerators, denominators)`` where the mean is ``numerators.sum() / denominators.sum()``. That the loss
+            returns this mean is checked in the first training step of an epoch and on logging steps.
 
     Returns:
         The class itself; for a function the function to call in the training step, which does the same and can be seen.
 
     Raises:
         DebiasError: ``loss`` is neither a class nor a function.
+        LossNotFoundError: in a step: the loss returns anything but that mean, as one number, or ``per_sample`` anything
+            but such losses.
 
     Example:
         >>> import torch
@@ -104,4 +109,31 @@ def take(
         out = original()
     finally:
         tap.suspended -= 1
-    return tap.adapted(name, args, per_sample, out)
+    if tap.training and isinstance(out, Tensor) and not out.requires_grad:
+        return out
+    if tap.training and not (isinstance(out, Tensor) and out.numel() == 1):
+        raise LossNotFoundError(
+            f"Expected the registered loss `{name}` to return one number, the mean of what its `per_sample` computes,"
+            f" but got {shown(out)}. Register a function that ends with the mean, and call that in the step. {SPLIT}"
+        )
+    n = (
+        tap.tracker.n
+        if tap.tracker is not None
+        else next((len(x) for x in args if isinstance(x, Tensor) and x.ndim), 1)
+    )
+    return tap.adapted(name, args, functools.partial(_computed, name, per_sample, n), out)
+
+
+def _computed(name: str, per_sample: Callable[..., Any], n: int, *args: Any) -> Any:
+    """What an adapter gives, where that is losses of rows, or such and their denominators."""
+    found = per_sample(*args)
+    losses, den = found if isinstance(found, tuple) and len(found) == 2 else (found, found)
+    with suppress(AttributeError, RuntimeError):
+        if losses.ndim or n == 1:
+            den.expand(losses.shape)
+            return found
+    raise LossNotFoundError(
+        f"Expected `per_sample` of the registered loss `{name}` to return losses of shape (N, ...), or these and their"
+        f" denominators, but got {shown(found)}. Return a value for each sample, without the mean; where that is what"
+        " the loss computes by an option, of a new instance: `type(loss)(reduction='none')(*args)`."
+    )

@@ -49,6 +49,7 @@ class LossRecord:
         feature_rows: tells the sample of each row of the features.
         targets: of the rows, where samples were mixed; else None.
         own_rows: sample of each row with its own label, likewise; None where row i is sample i.
+        registered: of a registered loss: what it returned, and its losses and denominators as its adapter gives them.
     """
 
     compute: Callable[[], tuple[Tensor, Tensor]]
@@ -70,6 +71,7 @@ class LossRecord:
     feature_rows: Callable[[LossCall], Tensor | None] | None = None
     targets: Any = None
     own_rows: Tensor | None = None
+    registered: tuple[Tensor, Tensor, Tensor] | None = None
 
     @cached_property
     def computed(self) -> tuple[Tensor, Tensor]:

@@ -247,7 +247,7 @@ class Following:
             return torch.cat(nums), torch.cat(dens) / kept.numel()
 
         def samples(shape: torch.Size) -> Tensor | None:
-            if num.ndim == 1 and not shares and tracker is not None and tracker.keeps_rows(num):
+            if not shares and tracker is not None and tracker.keeps_rows(num):
                 return None
             own = _samples_of(tracker, num)
             if shares:

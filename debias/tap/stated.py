@@ -1,25 +1,25 @@
-"""Losses that no function of torch shows and the step states itself: ``{"loss", "losses"}`` or ``{"loss", "logits",
-"targets"}``.
+"""Losses that no function of torch shows: the step states them itself, ``{"loss", "losses"}`` or ``{"loss", "logits",
+"targets"}``, or they are registered (:mod:`debias.tap.adapters`).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from debias.errors import LossNotFoundError, RowsError
+from debias.errors import SPLIT, LossNotFoundError, RowsError
 from debias.ops.distributed import global_sum
 from debias.tap.calls import LossCall
-from debias.tap.losses import unreduced
+from debias.tap.losses import HALF, unreduced
 from debias.tap.mixing import unmixable
 from debias.tap.tap import LossTap
 
-__all__ = ["check_stated", "stated_losses"]
+__all__ = ["check_registered", "check_stated", "stated_losses"]
 
 
 def stated_losses(output: Any, tap: LossTap, *, beside: bool = False) -> tuple[LossCall, Tensor] | None:
@@ -68,8 +68,8 @@ def _has_rows(x: Tensor, n: int | None) -> bool:
     return x.ndim > 0 and n in (None, len(x))
 
 
-def _differs(a: Tensor, b: Tensor) -> Tensor:
-    rounding = 1e-5 if a.dtype in (torch.float32, torch.float64) else 2e-2
+def _differs(a: Tensor, b: Tensor, *made_of: Any) -> Tensor:
+    rounding = 2e-2 if any(x.dtype in HALF for x in (a, b, *made_of) if isinstance(x, Tensor)) else 1e-5
     return ((a - b).abs() > rounding * (1 + b.abs())).any()  # NaN is a bad row, said elsewhere
 
 
@@ -105,6 +105,27 @@ def check_stated(loss: Tensor, call: LossCall, plain: Tensor) -> None:
         " (`losses = 0.1 * losses; loss = losses.mean() + other`); where a mask or weights reduce them, use a torch"
         " loss function with `reduction='none'`, or `debias.register_loss`, so that the reduction is seen."
     )
+
+
+def check_registered(calls: Iterable[LossCall]) -> None:
+    """Refuse registered losses that return something else than the mean of what their adapters compute; waits for the
+    device. All ranks pass the same ones.
+    """
+    for call in calls:
+        if call.record.registered is None:
+            continue
+        returned, losses, den = call.record.registered
+        precise = torch.promote_types(losses.dtype, torch.float32)
+        mean = losses.detach().sum(dtype=precise) / den.sum(dtype=precise)
+        if not global_sum(_differs(returned, mean, losses, call.logits).float()):
+            continue
+        raise LossNotFoundError(
+            f"Expected the registered loss `{call.name}` to return the mean of what its `per_sample` computes, which"
+            f" methods work with, but got {returned.item():.6g} where the mean is {mean.item():.6g}. Return"
+            " from `per_sample` what the loss averages, with its factors and without random numbers of its own; where"
+            " it divides by something else than their number, (numerators, denominators). A loss that compares whole"
+            f" sets, such as a Dice loss over the batch, has no such form. {SPLIT}"
+        )
 
 
 def _loss_of(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

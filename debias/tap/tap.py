@@ -26,7 +26,7 @@ from debias.tap.head import HeadFinder
 from debias.tap.losses import COMPARING, FORM, LOSSES, NAMES, NOT_PER_SAMPLE, SYMMETRIC, reduction_of, unreduced
 from debias.tap.mixing import Mixture, mix_parts
 from debias.tap.moves import MAY_CHANGE, RECORDED, named
-from debias.tap.predictions import CLASSIFYING, Evaluated
+from debias.tap.predictions import Evaluated, is_classifying
 from debias.tap.rows import RowTracker
 from debias.tap.sharded import refuse_sharded_loss
 from debias.tap.whole_batch import is_irregular
@@ -217,9 +217,11 @@ class LossTap(TorchFunctionMode):
 
     def adapted(self, name: str, args: tuple[Any, ...], per_sample: Callable[..., Any], original: Tensor) -> Tensor:
         """Take a loss that torch's functions do not show from an adapter: per-sample losses ``(rows, ...)``."""
-        call, losses, _ = self.stated(name, args, per_sample)
+        call, losses, den = self.stated(name, args, per_sample)
         if not self._counts(losses):
             return original
+        # Copied, as the step may change it in place before it is compared.
+        call.record.registered = original.detach().clone(), losses, den
         return self.add(call, original if call.record.targets is None else call.record.value())
 
     def stated(
@@ -251,7 +253,7 @@ class LossTap(TorchFunctionMode):
         call.record.samples = None if self.tracker is None else functools.partial(self.samples, call, **rows)
         if self.finder is not None and isinstance(logits, Tensor):
             call.record.linear = self.finder.match(logits)
-        if self.evaluated is not None and name in CLASSIFYING:
+        if self.evaluated is not None and is_classifying(name, logits, target):
             call.predicted, call.from_labels = self.evaluated.predictions.of(logits, target, name)
         return call
 
@@ -360,7 +362,7 @@ def _followed_rows(
         # A single number is no row that could be found among others of the step.
         single = n > 1 and shape.numel() == 1 and call.record.computed[0].ndim == 0
         index = tracker.resolve(trusted, 0 if single else shape[0] if shape else 1)
-        if index is None:
+        if index is None and (shape[0] if shape else 1) == n:  # a registered loss may have any shape
             return None
         mixed = tracker.mixed
         if isinstance(index, Tensor):
@@ -396,8 +398,9 @@ def _given_rows(rows: Any, call: LossCall, n: int, shape: torch.Size, device: to
 
 
 def _rows_error(call: LossCall, n: int, shape: torch.Size, *, mixed: bool = False) -> RowsError:
+    what = "the loss has" if call.record.registered is None else "its `per_sample` returns losses of"
     expected = (
-        f"Expected the rows of `{call.name}` to be those of the batch, but the loss has shape {tuple(shape)} and the"
+        f"Expected the rows of `{call.name}` to be those of the batch, but {what} shape {tuple(shape)} and the"
         f" batch {n} ids"
     )
     if mixed:
@@ -433,10 +436,10 @@ def no_loss_error(seen: list[str], *, manual: bool = False) -> LossNotFoundError
         "{'loss': loss, 'losses': per_sample} with losses of shape (N,), or {'loss', 'logits', 'targets'}"
         f"{' under automatic optimisation' if manual else ''}"
     )
+    split = "Methods that reweigh groups or domains also take" if manual else f"{SPLIT[:-1]}, and"
     return LossNotFoundError(
         "Expected the training step to compute its loss with a torch loss function (cross_entropy, mse_loss, ...), but"
         f" none that requires a gradient reaches the returned loss.{hint} Ways out: return {stated}; or register the"
         " loss once with `debias.register_loss(LossClass, per_sample)`, and hold the instance in the module (`self.loss"
-        f" = LossClass()` in `__init__`), where it is looked for.{'' if manual else ' ' + SPLIT} For"
-        " torchvision's detectors: `losses='heads'`."
+        f" = LossClass()` in `__init__`), where it is looked for. {split} `losses='heads'` for torchvision's detectors."
     )

@@ -249,6 +249,28 @@ def test_wrong_arguments(options, message):
         CraftedShifts(**options)
 
 
+@pytest.mark.parametrize(
+    ("target", "found"),
+    [
+        (torch.zeros(23, 1, 12, 12), r"a tensor of shape \(8, 1, 12, 12\)"),
+        (torch.zeros(23, 12, 12).long(), r"a tensor of shape \(8, 12, 12\)"),
+        ({"boxes": torch.zeros(23, 2, 4)}, "`boxes`"),
+    ],
+)
+def test_targets_that_would_stay_behind(target, found):
+    """Of images that the family moves; with the families that the message names nothing is refused."""
+
+    class Dense(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch[0], labels(len(batch[0]))), batch_idx)
+
+    of = (lambda i: {"boxes": target["boxes"][i]}) if isinstance(target, dict) else target.__getitem__
+    data = DataLoader([(x, of(i)) for i, x in enumerate(images(23))], 8)
+    with pytest.raises(DebiasError, match=rf"'geometric' moves, but got {found}.*`families=\['blur'\]`"):
+        fit([CraftedShifts(families=["geometric", "blur"])], Dense(), data=data)
+    fit([CraftedShifts(families=["blur"])], Dense(), data=data)
+
+
 def test_wrong_batches():
     with pytest.raises(BatchKeyError, match=r"`input='image'` to name a part"):
         fit([CraftedShifts(input="image")])

@@ -281,10 +281,15 @@ class Regression(Classifier):
         return F.mse_loss(self(batch[0]), F.one_hot(batch[1], 2).double())
 
 
+class SeveralLabels(Classifier):
+    def training_step(self, batch, batch_idx):
+        return F.binary_cross_entropy_with_logits(self(batch[0]), F.one_hot(batch[1], 2).double())
+
+
 def test_conditional_without_classes():
     with pytest.raises(DebiasError, match=r"one class for each of the 16 rows.*\(16, 2\).*target='label'"):
-        fitted(DomainAdversarial("place", 3, conditional=True), Regression())
-    fitted(DomainAdversarial("place", 3, conditional=True, target=1), Regression())
+        fitted(DomainAdversarial("place", 3, conditional=True), SeveralLabels())
+    fitted(DomainAdversarial("place", 3, conditional=True, target=1, n_classes=2), Regression())
     with pytest.raises(DebiasError, match="`targets` with `n_classes`, but got None"):
         DomainAdversarialLoss(D, E, n_classes=2)(FEATURES.float(), DOMAINS)
 

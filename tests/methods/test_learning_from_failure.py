@@ -179,6 +179,30 @@ def test_bad_input():
         make_trainer([method]).fit(model, loader(20, last=(4,)), val_loader())
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_elements_that_the_step_reduces_are_those_of_the_loss(masked):
+    """Several labels or pixels of each sample, in the order of the batch."""
+
+    class Whole(Classifier):
+        def training_step(self, batch, batch_idx):
+            z, y = self(batch[0]), F.one_hot(batch[1], 2).double()
+            mask = (batch[0][:, :1] > 0).double().expand_as(y)
+            options = {"weight": mask, "reduction": "sum"} if masked else {}
+            return F.binary_cross_entropy_with_logits(z, y, **options) / (mask.sum() if masked else 1)
+
+    class Reduced(Classifier):
+        def training_step(self, batch, batch_idx):
+            z, y = self(batch[0]), F.one_hot(batch[1], 2).double()
+            losses = F.binary_cross_entropy_with_logits(z, y, reduction="none")
+            mask = (batch[0][:, :1] > 0).double().expand_as(y)
+            return (losses * mask).sum() / mask.sum() if masked else losses.mean()
+
+    models = Whole(), Reduced()
+    for model in models:
+        train(model, [LearningFromFailure()], max_epochs=2)
+    assert deviation(*map(parameters, models)) < 1e-12
+
+
 def test_maxima_that_are_kept_are_those_of_a_look_at_all_samples():
     """Also where the largest loss of a class falls, rises, or belongs to a sample that changes its class."""
     g = torch.Generator().manual_seed(0)

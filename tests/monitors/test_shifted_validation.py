@@ -425,6 +425,24 @@ def test_wrong_keys(key, message):
         validate(Net(), ShiftedValidation(input=key))
 
 
+def test_targets_of_pixels():
+    """The family that moves pixels away from them is refused; the others are scored."""
+    module = nn.Conv2d(1, 3, 1)
+
+    class Dense(L.LightningModule):
+        def forward(self, x):
+            return module(x)
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    x = images(8)
+    data = DataLoader(TensorDataset(x, module(x).argmax(1)), 4)
+    with pytest.raises(DebiasError, match=r"\(4, 12, 12\), which would stay.*`families=\['blur'\]`"):
+        validate(Dense(), ShiftedValidation(families=["blur", "geometric"]), data)
+    assert shifts_of(validate(Dense(), ShiftedValidation(families=["blur"]), data))["original"] == 1
+
+
 def test_a_target_that_is_no_tensor():
     with pytest.raises(BatchKeyError, match=r"`target=.*` to name a tensor"):
         validate(Net(), ShiftedValidation(target=lambda batch: "label"))

@@ -160,7 +160,7 @@ def test_a_reweigher_and_two_penalties_go_together():
 def test_missing_tag():
     match = (
         r"(?s)`group='place'` to name a part of the batch or a tag, but the batch is a list of 2 and the tags"
-        r" are none\..*`tag\(dataset, place=ids\)`"
+        r" are none\..*`DataLoader\(tag\(dataset, place=ids\)\)`"
     )
     refused(BatchKeyError, match, build("GroupDRO"), batches=loader(bare=True))
 

@@ -424,8 +424,12 @@ def test_own_maths_is_refused_with_the_ways_out():
         fit_one_step(OwnMaths(), Samples(X, MULTI))
 
 
+def log_cosh_of(prediction, target):
+    return torch.log(torch.cosh(prediction - target))
+
+
 def log_cosh(net):
-    return torch.log(torch.cosh(net(X) - MULTI)).mean(1)
+    return log_cosh_of(net(X), MULTI).mean(1)
 
 
 def test_own_maths_with_a_registered_adapter(monkeypatch):
@@ -434,6 +438,82 @@ def test_own_maths_with_a_registered_adapter(monkeypatch):
     monkeypatch.setattr(adapters, "ADAPTERS", dict(adapters.ADAPTERS))
     register_loss(LogCosh, lambda loss, prediction, target: torch.log(torch.cosh(prediction - target)))
     assert_exact(OwnMaths(), Samples(X, MULTI), lambda net: dro(log_cosh(net), ONES, GROUPS))
+
+
+WRONG_ADAPTERS = {
+    "factor": (lambda p, t: 2 * log_cosh_of(p, t), LossNotFoundError, "return the mean of what its `per_sample`"),
+    "some samples": (
+        lambda p, t: log_cosh_of(p, t).mean().expand(3, 4),
+        RowsError,
+        r"`per_sample` returns losses of shape \(3, 4\)",
+    ),
+    "mean": (lambda p, t: log_cosh_of(p, t).mean(), LossNotFoundError, r"losses of shape \(N, ...\).*shape \(\)"),
+    "denominators": (lambda p, t: (log_cosh_of(p, t), t[:2]), LossNotFoundError, "and their denominators, but got"),
+    "no tensor": (lambda p, t: None, LossNotFoundError, "and their denominators, but got None"),
+}
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+@pytest.mark.parametrize(("per_sample", "error", "match"), WRONG_ADAPTERS.values(), ids=WRONG_ADAPTERS)
+def test_a_wrong_adapter(per_sample, error, match, automatic):
+    """Its losses would be trained in the place of others."""
+    adapted = register_loss(lambda p, t: log_cosh_of(p, t).mean(), per_sample)
+
+    class Module(Base):
+        def training_step(self, batch, batch_idx):
+            loss = adapted(self.net(batch[0]), batch[1])
+            return loss if automatic else self.manual_backward(loss)
+
+    module = Module()
+    module.automatic_optimization = automatic
+    with pytest.raises(error, match=f"(?s){match}"):
+        fit_one_step(module, Samples(X, MULTI))
+
+
+def test_a_registered_loss_that_is_changed_in_place():
+    """It is compared as it was."""
+    adapted = register_loss(lambda p, t: log_cosh_of(p, t).mean(), log_cosh_of)
+
+    class Module(Base):
+        def training_step(self, batch, batch_idx):
+            return adapted(self.net(batch[0]), batch[1]).mul_(3)
+
+    assert_exact(Module(), Samples(X, MULTI), lambda net: dro(3 * log_cosh(net), ONES, GROUPS))
+
+
+def test_a_registered_loss_that_the_step_reduces():
+    adapted = register_loss(log_cosh_of, log_cosh_of)
+
+    class Module(Base):
+        def training_step(self, batch, batch_idx):
+            with torch.no_grad():
+                self.log("unreduced", adapted(self.net(batch[0]), batch[1]).max())
+            return adapted(self.net(batch[0]), batch[1]).mean()
+
+    with pytest.raises(LossNotFoundError, match=r"`log_cosh_of` to return one number.*got a tensor of shape \(6, 4\)"):
+        fit_one_step(Module(), Samples(X, MULTI))
+
+
+def test_a_registered_loss_of_classes_beside_a_monitor():
+    """It is one where the targets are ids along the logits; its logits are then what the network predicts."""
+
+    def nll(z, y):
+        return -z.log_softmax(1).gather(1, y[:, None]).squeeze(1)
+
+    adapted = register_loss(lambda z, y: nll(z, y).mean(), nll)
+
+    class Module(Base):
+        def forward(self, x):
+            return self.net(x)
+
+        def validation_step(self, batch, batch_idx):
+            adapted(self(batch[0]) + 50 * F.one_hot(batch[1], C), batch[1])
+
+    module = Module()
+    trainer = L.Trainer(callbacks=[GroupMonitor("place", 3)], **QUIET)
+    loader = DataLoader(tag(Samples(X, Y), place=GROUPS), N)
+    (found,) = trainer.validate(module, loader, verbose=False)
+    assert found["val/accuracy"] == pytest.approx(float((module.net(X).argmax(1) == Y).double().mean()))
 
 
 def test_a_registered_loss_that_fails_hides_none_after_it(monkeypatch):
@@ -668,7 +748,7 @@ def test_crossed_ids():
 def test_a_key_that_is_not_there():
     with pytest.raises(
         BatchKeyError,
-        match=r"(?s)`group='site'`.*a list of 2 and the tags are \['index', 'place'\].*tag\(dataset, site=ids\)",
+        match=r"(?s)`group='site'`.*the tags are \['index', 'place'\].*DataLoader\(tag\(dataset, site=ids",
     ):
         fit_one_step(CrossEntropy(), Samples(X, Y), GroupDRO("site", 3))
 

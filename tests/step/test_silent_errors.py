@@ -28,13 +28,18 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from debias import (
     IRM,
     CVaRDRO,
+    DomainAdversarial,
     Fishr,
+    FocalLoss,
     GroupBalancedSampler,
     GroupDRO,
     GroupMixup,
     GroupMonitor,
     GroupReweighting,
     HessianAlignment,
+    InferGroups,
+    JustTrainTwice,
+    LearningFromFailure,
     VREx,
     tag,
 )
@@ -1206,6 +1211,30 @@ def test_stated_losses_whose_mean_is_a_part_of_the_returned_loss(step):
     loss.backward()
     torch.testing.assert_close(module.net.weight, other.net.weight - other.net.weight.grad, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(module.net.bias, other.net.bias - other.net.bias.grad, rtol=1e-12, atol=1e-14)
+
+
+def by_poisson(module, batch):
+    return F.poisson_nll_loss(module.net(batch[0])[:, 0], batch[1].double())
+
+
+def by_square(module, batch):
+    return F.mse_loss(module.net(batch[0])[:, 0], batch[1].double())
+
+
+OF_CLASSES = [
+    FocalLoss(),
+    LearningFromFailure(),
+    DomainAdversarial("place", 2, conditional=True),
+    JustTrainTwice(epochs=1),
+    InferGroups("eiil", 1),
+]
+
+
+@pytest.mark.parametrize("step", [by_square, by_poisson])
+@pytest.mark.parametrize("method", OF_CLASSES, ids=lambda method: type(method).__name__)
+def test_methods_that_read_classes_off_a_loss_of_numbers(method, step):
+    with pytest.raises(DebiasError, match=f"a classification loss for {type(method).__name__}.*`loss=<index>`"):
+        fit(step, method, epochs=3)
 
 
 class ByHand(Base):

@@ -52,7 +52,7 @@ class TwoStage(NumberedMethod):
     """
 
     records_features: ClassVar[bool] = False
-    classifies: ClassVar[bool] = True  # it reads predictions and targets as those of classes
+    classifies = True
     epochs: int
     module: Any
 
@@ -178,8 +178,8 @@ class TwoStage(NumberedMethod):
         """Record what a step makes of its samples."""
         n = len(numbers)
         losses, counts = sample_losses(call, n)
-        if self.classifies:
-            refuse_regression(call, self.state_key, "Choose another loss, `loss=<index>`.")
+        if self.classifies:  # of a pass, in which no loss is settled
+            refuse_regression(call, self.state_key)
         logits, targets = predictions(call, n, self.state_key)
         values = {"logits": logits, "targets": targets, "loss": losses}
         if self.records_features:

@@ -14,7 +14,8 @@ images of one channel (hue, saturation, temperature) is not drawn for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -144,6 +145,39 @@ def check_images(images: Tensor) -> None:
         )
     if not images.is_floating_point():
         raise DebiasError(f"Expected floating-point images in [0, 1], but got {images.dtype}. Divide by 255.")
+
+
+def check_targets(images: Tensor, others: Any, families: Sequence[str]) -> None:
+    """Refuse to move images where something else of the batch lies at their pixels, and would stay behind.
+
+    Args:
+        images: ``(N, C, H, W)``.
+        others: what there is beside them, in lists, tuples and dictionaries; may hold the images, too.
+        families: names of families.
+
+    Raises:
+        DebiasError: ``"geometric"`` is among them, and a tensor ``(..., H, W)`` of three axes or more, or ``boxes``.
+    """
+    if "geometric" in families and (found := _at_pixels(others, images)):
+        kept = [family for family in families if family != "geometric"]
+        raise DebiasError(
+            f"Expected nothing in the batch to lie at the pixels of the images, {tuple(images.shape)}, which the family"
+            f" 'geometric' moves, but got {found}, which would stay where it is (a mask, boxes, another image)."
+            f" {f'Leave the family out: `families={kept}`' if kept else 'Choose other families, `families=`'}."
+        )
+
+
+def _at_pixels(value: Any, images: Tensor) -> str:
+    """What lies at the pixels of the images; "" for nothing."""
+    if isinstance(value, Tensor):
+        dense = value is not images and value.ndim > 2 and value.shape[-2:] == images.shape[-2:]
+        return f"a tensor of shape {tuple(value.shape)}" if dense else ""
+    if isinstance(value, Mapping):
+        if "boxes" in value:
+            return "`boxes`"
+        value = list(value.values())
+    parts = value if isinstance(value, list | tuple) else ()
+    return next(filter(None, (_at_pixels(part, images) for part in parts)), "")
 
 
 def families_of(families: str | Sequence[str], *, argument: str = "families") -> tuple[str, ...]:
