@@ -26,6 +26,7 @@ __all__ = [
     "NAMES",
     "NOT_PER_SAMPLE",
     "SYMMETRIC",
+    "UNMIXABLE",
     "class_weights",
     "reduction_of",
     "unreduced",
@@ -86,6 +87,7 @@ LOSSES: dict[Any, Callable[[Tensor, dict[str, Any]], Tensor]] = {
     F.multilabel_margin_loss: _count,
     F.multilabel_soft_margin_loss: _count,
     F.triplet_margin_loss: _count,
+    F.ctc_loss: _count,
 }
 # Losses without a per-sample form here; reaching the returned loss they are refused, never left out in silence.
 NOT_PER_SAMPLE = named(
@@ -99,6 +101,8 @@ SYMMETRIC = frozenset({F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss})
 
 # Losses that compare inputs with each other.
 COMPARING = frozenset({"triplet_margin_loss", "margin_ranking_loss", "cosine_embedding_loss"})
+# Losses whose labels cannot be mixed: they have none for each sample, or lengths beside them.
+UNMIXABLE = COMPARING | {"ctc_loss"}
 
 # Arguments that are part of a loss's formula, beside logits and target.
 FORM = frozenset({"weight", "pos_weight", "label_smoothing", "ignore_index"})
@@ -113,4 +117,7 @@ def unreduced(func: Any, arguments: dict[str, Any]) -> Tensor:
     }
     device = next(x.device.type for x in given.values() if isinstance(x, Tensor))
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-        return func(**given, reduction="none")
+        losses: Tensor = func(**given, reduction="none")
+    if func is F.ctc_loss and reduction_of(arguments) == "mean":  # a mean over samples, each over its length
+        losses = losses / torch.as_tensor(arguments["target_lengths"], device=losses.device).clamp(min=1)
+    return losses

@@ -20,7 +20,7 @@ from torch import Tensor
 from debias.errors import DebiasError, RowsError
 from debias.tap.batches import arranged_rows
 from debias.tap.calls import LossCall, means
-from debias.tap.losses import COMPARING
+from debias.tap.losses import UNMIXABLE
 
 __all__ = ["Mixture", "Part", "mix_parts", "row_sources", "unmixable"]
 
@@ -130,7 +130,7 @@ def mix_parts(
     if not tap.training or mixture is None or not means(mixture.loss, call):
         return []
     losses, den = compute(lambda target: target)
-    if losses.ndim == 0 or call.name in COMPARING or not isinstance(call.target, Tensor):
+    if losses.ndim == 0 or call.name in UNMIXABLE or not isinstance(call.target, Tensor):
         raise unmixable(call.name, "it has no target for each sample")
     record.compute = lambda: (losses, den)
     index = None if record.samples is None else record.samples(losses.shape)

@@ -145,7 +145,7 @@ class LossTap(TorchFunctionMode):
         arguments = dict(zip(NAMES[func], args)) | kwargs  # noqa: B905
         tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
         batch = self._following.batch
-        if not self._counts(*tensors):
+        if not self._counts(*tensors) or (func is F.ctc_loss and not self.training):  # which monitors cannot score
             out = func(*args, **kwargs)
             batch.see(func, args, kwargs, out)
             return out
@@ -161,6 +161,8 @@ class LossTap(TorchFunctionMode):
         given, labels = NAMES[func][:2]  # the second is the target, except of the ranking losses
         if func in SYMMETRIC and self._is_prediction(arguments[labels], arguments[given]):
             given, labels = labels, given
+        if func is F.ctc_loss and arguments[labels].ndim == 1:  # of all samples, one after the other
+            labels = "target_lengths"
         prediction = arguments[given]
         if self.training and func is F.nll_loss:  # of the log-probabilities of some logits
             prediction = next((x for y, x in self._normalised if y is prediction), prediction)

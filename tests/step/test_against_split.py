@@ -115,6 +115,12 @@ def of_states(loss: Tensor, total: Tensor) -> Tensor:
     return states["loss"] / states["total"]
 
 
+def transcribed(net: Any, x: Tensor, yt: Tensor, loss: Step) -> Tensor:
+    """Of one or two labels a sample, which are no blanks."""
+    labels = torch.stack([yt[:, 0] % 2 + 1, 2 - yt[:, 0] % 2], 1)
+    return loss(net(x).log_softmax(-1).transpose(0, 1), labels, torch.full((len(x),), T), yt[:, 1] % 2 + 1)
+
+
 def masked_view(values: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     """As of the next states of Q-learning, of which those that end are worth nothing."""
     best = values.gather(1, y[:, None]).squeeze(1)
@@ -470,6 +476,21 @@ RIGHT: dict[str, Step] = {
         for name, change in {
             "a function": torch.relu_,
             "a function that is told to": lambda h: F.leaky_relu(h, inplace=True),
+        }.items()
+    },
+    **{
+        f"transcripts, {name}": lambda net, x, y, yt, w, k, z, loss=loss: transcribed(net, x, yt, loss)
+        for name, loss in {
+            "their mean": lambda *given: F.ctc_loss(*given),
+            "a sum over samples": lambda *given: F.ctc_loss(*given, reduction="sum") / len(given[-1]),
+            "a sum over labels": lambda *given: F.ctc_loss(*given, reduction="sum") / given[-1].sum(),
+            "each": lambda *given: F.ctc_loss(*given, reduction="none", zero_infinity=True).mean(),
+            "one after the other": lambda logits, labels, steps, lengths: F.ctc_loss(
+                logits, torch.cat([row[:n] for row, n in zip(labels, lengths, strict=True)]), steps, lengths
+            ),
+            "lengths as numbers": lambda logits, labels, steps, lengths: torch.nn.CTCLoss()(
+                logits, labels, steps.tolist(), lengths.tolist()
+            ),
         }.items()
     },
     "which of three views it is": lambda net, x, y, yt, w, k, z: F.cross_entropy(

@@ -384,6 +384,15 @@ def test_losses_that_cannot_be_mixed_are_refused():
     with pytest.raises(DebiasError, match="labels of `triplet_margin_loss` to be mixable"):
         train(Ranking(), [Halves()])
 
+    class Transcribed(Pictures):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            ones = torch.ones_like(y)
+            return F.ctc_loss(self(x).log_softmax(1)[None], ones[:, None], ones, ones)
+
+    with pytest.raises(DebiasError, match="labels of `ctc_loss` to be mixable"):
+        train(Transcribed(), [Halves()])
+
     class Computed(Pictures):
         def training_step(self, batch, batch_idx):
             losses = -self(batch[0]).log_softmax(1)[:, 0]
