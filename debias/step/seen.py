@@ -114,6 +114,12 @@ class Seen:
             read, of_call = self.output, None
         if isinstance(read, Tensor) and read.ndim:
             rows = self.rows_of(read, of_call, type(monitor).__name__, self.inputs)
+            if rows is not None and len(rows) > (step.n or 0):
+                raise RowsError(
+                    f"Expected one row of features for each of the {step.n} samples for {type(monitor).__name__}, but"
+                    f" got {len(rows)} (tokens? views?). Name the module whose output they are, and how it becomes one"
+                    " row a sample: `features='dotted.path', pool='mean'`."
+                )
             if rows is not None and not torch.equal(rows, torch.arange(len(rows), device=rows.device)):
                 raise _out_of_order(type(monitor).__name__)
         head.resolve(call)

@@ -472,6 +472,11 @@ class Pairs(Classifier):
         F.cross_entropy(self(batch[0][:4]), batch[1][:4])
 
 
+class TwoViews(Classifier):
+    def validation_step(self, batch, batch_idx):
+        F.cross_entropy(self(torch.cat([batch[0], -batch[0]])), batch[1].repeat(2))
+
+
 class Sorted(Classifier):
     def validation_step(self, batch, batch_idx):
         order = batch[0][:, 0].argsort()
@@ -493,6 +498,7 @@ class NoHead(Classifier):
     [
         (Spatial, {}, HeadNotFoundError, r"features to have shape \(N, D\).*\(8, 1, 6\)"),
         (Pairs, {}, RowsError, "each of 8 samples, but got 4"),
+        (TwoViews, {}, RowsError, r"each of the 8 samples for AttributeProbe, but got 16.*`features=.*, pool='mean'`"),
         (Sorted, {}, RowsError, "in the order of the batch for AttributeProbe"),
         (SortedForward, {}, RowsError, "in the order of the batch for AttributeProbe"),
         (NoHead, {}, HeadNotFoundError, r"head='dotted\.path'"),
