@@ -265,10 +265,11 @@ class HeadTap(_LayerTap):
         noted: Run | None = call.record.linear
         head = None if noted is None else finder.layer_of(self.root, noted.weight)
         if noted is None or head is None:
+            way = "; or the module whose output is meant, `features='dotted.path'`, of maps with `pool='mean'`"
             raise HeadNotFoundError(
                 f"Expected the logits of `{call.name}` to be the output of a linear layer of the module, but no layer"
                 " was found (averaged heads, `logits / temperature`, cosine and tensor-parallel heads are not). Name"
-                " it: `head='dotted.path'`."
+                f" it: `head='dotted.path'`{way if join else ''}."
             )
         if join and having and not having.keys() <= (of_loss or set()):
             raise HeadNotFoundError(

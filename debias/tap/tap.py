@@ -430,7 +430,8 @@ def _rows_error(call: LossCall, n: int, shape: torch.Size, *, mixed: bool = Fals
 def no_loss_error(seen: list[str], *, manual: bool = False) -> LossNotFoundError:
     """What to say where a training step shows no loss that can be taken apart."""
     hint = (
-        f" It computes {', '.join(sorted(set(seen)))}, which has no per-sample form (it compares whole sets)."
+        f" It computes {', '.join(sorted(set(seen)))}, which has no per-sample form where it compares whole sets of"
+        " samples; one that averages over them can be registered."
         if seen
         else ""
     )

@@ -916,7 +916,9 @@ def test_the_output_of_a_named_module(method: type) -> None:
     plain = Averaged()
     train(plain, bare=True)
     assert deviation(parameters(plain), theirs) > 1e-6
-    with pytest.raises(HeadNotFoundError, match="no layer was found"):
+    with pytest.raises(
+        HeadNotFoundError, match=r"no layer was found.*`features=.dotted.path.`, of maps with `pool=.mean.`"
+    ):
         train(Averaged(), [method("place", 3)])
 
 
