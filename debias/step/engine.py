@@ -264,6 +264,7 @@ class StepEngine:
             mixture=step.mixture,
             strict=bool(settlement.choices),
             careful=settlement.first,
+            constants=self.module.buffers() if settlement.first else (),
             evaluated=Evaluated() if any(w.reads_predictions for w in debiasers) else None,
             # Under manual optimisation the loss is used up inside the step: nothing can be settled afterwards.
             at_once=None if self.module.automatic_optimization else settlement.at_once,

@@ -42,7 +42,8 @@ class Kept:
 
     def _marks_of_parameters(self) -> list[tuple[float, ...]]:
         """By which it shows that parameters were changed in place, also through their ``data``."""
-        norms = [torch.linalg.vector_norm(p.detach().abs().float()).to(self._read[0].device) for p in self._read]
+        real = (torch.view_as_real(p.detach()) if p.is_complex() else p.detach().float() for p in self._read)
+        norms = [torch.linalg.vector_norm(p).float().to(self._read[0].device) for p in real]
         sizes = dict(zip(self._read, torch.stack(norms).nan_to_num(-1.0).tolist() if norms else [], strict=True))
         return [(p._version, sizes[p] if p in sizes else p.data_ptr()) for p in self._parameters.values()]
 

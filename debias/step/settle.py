@@ -44,6 +44,7 @@ class Learned:
         only: name of the loss that is averaged over ranks where no method means one.
         names: the losses that ``loss=<index>`` of a method has pointed to.
         warned: a term beside the losses has been told of.
+        constant_terms: terms beside the losses are of parameters alone, which the graph by itself does not tell.
     """
 
     rows_needed: dict[tuple[str, int], bool] = field(default_factory=dict)
@@ -52,6 +53,7 @@ class Learned:
     only: str | None = None
     names: dict[tuple[str, int], str] = field(default_factory=dict)
     warned: bool = False
+    constant_terms: bool = False
 
     def note_rows(self, step: Step, tracker: RowTracker | None) -> None:
         """Keep whether a step needed its rows to be followed."""
@@ -169,7 +171,7 @@ class Settlement:
             check_registered(meant)
         if plain is None:
             found.multiply(meant)
-            self._check_other_terms(found)
+            self._check_other_terms(found, tap)
         reweighed = [] if self.reweigher is None else self.selected[self.reweigher]
         values = [] if self.reweigher is None else self.reweigher.reweigh(reweighed, self.step)
         others = []
@@ -321,14 +323,19 @@ class Settlement:
                 " `loss=<index>`, or `loss=callable(call) -> bool`."
             )
 
-    def _check_other_terms(self, found: Reaching) -> None:
+    def _check_other_terms(self, found: Reaching, tap: LossTap) -> None:
         """A term of the step's own that depends on the network's outputs is no regulariser: it is a part of the loss.
 
         Raises:
             UntappedLossError: a penalty needs the whole loss.
         """
         asking = [w for w in self.needing if w.loss in (None, "sum")]
-        if not asking or found.same or not self.first or self.learned.warned or not found.has_other_terms:
+        if not asking or found.same or not self.checks or self.learned.warned:
+            return
+        terms = found.has_other_terms(tap.constant_nodes)
+        if self.first:  # later ones do not know what is constant
+            self.learned.constant_terms = not terms and found.has_other_terms()
+        if not terms or (self.learned.constant_terms and not self.first):
             return
         names = ", ".join(f"`{call.name}`" for call in found.calls)
         penalty = next((w for w in asking if w.penalises), None)

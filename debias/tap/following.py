@@ -7,7 +7,7 @@ of weights with the shape of the losses. Then the loss of a group is what the st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -64,6 +64,7 @@ class Following:
         tracker: of the step; None where nobody reads ids.
         mixture: which labels the samples count with; None where augmentation has mixed none.
         record: records a loss that was reduced, and returns what the step is to receive.
+        constants: buffers of the network.
         careful: look at every operation, as in the first step of an epoch.
     """
 
@@ -72,13 +73,14 @@ class Following:
         tracker: RowTracker | None,
         mixture: Mixture | None,
         record: Callable[[LossCall, Tensor], Tensor],
+        constants: Iterable[Tensor],
         *,
         careful: bool,
     ) -> None:
         self._tracker, self._mixture, self._record = tracker, mixture, record
         self._unreduced: list[LossRecord] = []
         self._divisible: list[tuple[Tensor, list[LossCall]]] = []  # what is proportional to a loss, so far
-        self.batch = WholeBatch(tracker, self.is_unreduced, self.is_proportional, careful=careful)
+        self.batch = WholeBatch(tracker, self.is_unreduced, self.is_proportional, constants, careful=careful)
         self._totals = Totals(self.batch.holds, careful=careful)
 
     def close(self) -> None:

@@ -32,18 +32,19 @@ class Reaching:
     lost: list[str] = field(default_factory=list)
     same: bool = False
     _nodes: dict[Any, None] = field(default_factory=dict)
-    _of_parameters: set[Any] = field(default_factory=set)
     _factors: dict[LossCall, Tensor] = field(default_factory=dict)
 
-    @property
-    def has_other_terms(self) -> bool:
+    def has_other_terms(self, constant: set[Any] | frozenset[Any] = frozenset()) -> bool:
         """Whether a term of it depends on what the network made of the batch, other than through these losses.
 
         It does if it shares a part of the graph with them, or if data enters it: where a layer multiplies something
-        that needs no gradient with its weights. What is made of parameters alone, such as sampled weights, is neither.
+        that needs no gradient with its weights. Neither is what is made of parameters alone, such as sampled weights.
+
+        Args:
+            constant: nodes of the graph that are known to be made of parameters alone.
         """
         ends = {call.record.edge.node for call in self.calls}
-        others = ends | self._of_parameters
+        others = ends | constant
         above = [node for node in self._nodes if node not in others and type(node).__name__ != "AccumulateGrad"]
         below = _reached([parent for end in ends for parent in _parents(end)], _parents)
         return any(node in below or _takes_data(node) for node in above)
@@ -168,7 +169,7 @@ def reaching(tap: LossTap, loss: Tensor) -> Reaching:
     seen = _reached([loss.grad_fn], lambda node: [] if node in ends else _parents(node))
     calls = [call for call in calls if call.record.edge.node in seen]
     lost = [name for name, at in tap.untapped if at in seen and at not in ends]
-    return Reaching(loss, calls, lost, _nodes=seen, _of_parameters=tap.parameter_nodes)
+    return Reaching(loss, calls, lost, _nodes=seen)
 
 
 def select_calls(calls: list[LossCall], loss: Any, who: str) -> list[LossCall]:

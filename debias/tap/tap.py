@@ -8,7 +8,7 @@ becomes of the losses is settled once the step has returned.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -61,6 +61,7 @@ class LossTap(TorchFunctionMode):
         evaluated: follows what was predicted, where somebody asks, and in evaluation what counts.
         strict: refuse losses that cannot be taken apart.
         careful: look for numbers of the whole batch in all operations, as in the first step of an epoch.
+        constants: buffers of the network, in which no sample is.
         at_once: makes what a loss is replaced by while the step runs, for steps that use their losses up themselves.
 
     Attributes:
@@ -79,6 +80,7 @@ class LossTap(TorchFunctionMode):
     at_once: Callable[[LossCall], Tensor | None] | None = None
     strict: bool = True
     careful: bool = False
+    constants: Iterable[Tensor] = ()
     evaluated: Evaluated | None = None
     calls: list[LossCall] = field(default_factory=list)
     untapped: list[tuple[str, Any]] = field(default_factory=list)
@@ -87,7 +89,7 @@ class LossTap(TorchFunctionMode):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self._following = Following(self.tracker, self.mixture, self.add, careful=self.careful)
+        self._following = Following(self.tracker, self.mixture, self.add, self.constants, careful=self.careful)
         self._normalised: list[tuple[Tensor, Tensor]] = []  # log-probabilities and their logits
 
     def close(self) -> None:
@@ -101,9 +103,9 @@ class LossTap(TorchFunctionMode):
             self.evaluated.close()
 
     @property
-    def parameter_nodes(self) -> set[Any]:
+    def constant_nodes(self) -> set[Any]:
         """See :class:`debias.tap.whole_batch.WholeBatch`."""
-        return self._following.batch.parameter_nodes
+        return self._following.batch.constant_nodes
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

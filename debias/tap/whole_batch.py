@@ -8,7 +8,7 @@ number, unless the operation is known to keep the rows, or gives the same where 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -44,7 +44,6 @@ is_statistic = among(STATISTICS)
 _PLACES = named("nonzero argwhere")
 # Compare the rows of two tensors: sum over the last axis of the first and the last but one, or the last, of the second.
 _MATMUL = named("matmul mm bmm __matmul__")
-_PRODUCTS = _MATMUL | named("mv")
 _BY_ROWS = named("cdist linear inner")
 _PAIRING = _MATMUL | _BY_ROWS | named("__rmatmul__ addmm einsum outer tensordot")
 # Add samples up, as mixup does: no comparison of samples, so that the result is not one of pairs.
@@ -53,6 +52,8 @@ _ADDING = named("add add_ sub subtract sub_ rsub lerp lerp_ __add__ __radd__ __i
 _OF_ITSELF = named("diagonal diag trace")
 # Make constants; where they read a number, it is a size.
 _SHAPED = LIKE | named("arange zeros ones empty eye tril_indices triu_indices")
+# Make them of nothing, or of other constants.
+_FACTORIES = (_SHAPED - named("new_tensor")) | named("linspace full rand randn randint randperm normal")
 # Marks of a tensor. What an operation makes has those of what it was given, see `WholeBatch._inherited`.
 _OF_ROWS = "rows"  # made of rows of the batch
 _OF_PAIRS = "pairs"  # made of numbers of which there is one for each two samples
@@ -60,7 +61,7 @@ _RANKED = "ranked"  # made of rows in the order of a value
 _TRAINED = "trained"  # made of a number of the whole batch that may be trained
 _BY_NETWORK = "network"  # made by a network
 _MIXED = "mixed"  # made, by no network, of rows that an operation of no known kind has mixed or moved
-_OF_PARAMETERS = "parameters"  # made of parameters of the network alone
+_CONSTANT = "constant"  # made of parameters, buffers and constants alone, whatever its shape
 
 
 class WholeBatch:
@@ -70,10 +71,11 @@ class WholeBatch:
         tracker: of the step; None where nobody reads ids.
         is_unreduced: whether a tensor holds losses that nobody has reduced yet.
         is_proportional: whether it is a loss, or what is proportional to some.
+        constants: buffers of the network.
         careful: look at every operation, as in the first step of an epoch.
 
     Attributes:
-        parameter_nodes: of the autograd graph, for tensors that are made of parameters alone.
+        constant_nodes: of the autograd graph, for what is made of parameters alone.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class WholeBatch:
         tracker: RowTracker | None,
         is_unreduced: Callable[[Tensor], bool],
         is_proportional: Callable[[Tensor], bool],
+        constants: Iterable[Tensor],
         *,
         careful: bool,
     ) -> None:
@@ -88,9 +91,11 @@ class WholeBatch:
         self._n = 0 if tracker is None else tracker.n
         self.careful = careful and self._n > 1  # a batch of one sample is its group's
         self._is_unreduced, self._is_proportional = is_unreduced, is_proportional
-        self.parameter_nodes: set[Any] = set()
+        self.constant_nodes: set[Any] = set()
         self._numbers: list[Tensor] = []
         self._marks: Any = WeakTensorKeyDictionary() if self.careful else {}
+        for x in constants if self.careful else ():
+            self._marks[x] = {_CONSTANT}
         for x in tracker.roots if tracker is not None and self.careful else ():
             self._marks[x] = {_OF_ROWS}
 
@@ -132,7 +137,8 @@ class WholeBatch:
         looks = self.looks
         read = read_arguments(func, args)
         given = tensors_in((read, kwargs)) if looks else [x for x in read if isinstance(x, Tensor)]
-        of_layer = looks and any(map(self._is_of_parameters, given))
+        layer = [x for x in given if isinstance(x, nn.Parameter) or (x.requires_grad and self._is_constant(x))]
+        of_layer = looks and len(layer) > 0
         marks = self._inherited(func, args, kwargs, given, of_layer=of_layer) if looks else set()
         rows, trained, of_pairs = _OF_ROWS in marks, _TRAINED in marks, _OF_PAIRS in marks
         mixes = rows and func not in RECORDED and any(x.shape[:1] == (self._n,) for x in given)
@@ -147,9 +153,10 @@ class WholeBatch:
                 elif not of_layer or x.shape[:1] != (self._n,):  # what a layer makes of it is the network's
                     own.add(_TRAINED)
             if looks:
-                self._marks.setdefault(x, set()).update(marks, own)
-            if _OF_PARAMETERS in marks:
-                self.parameter_nodes.add(x.grad_fn)
+                kept = self._marks.get(x, set()) - {_CONSTANT}  # of what is changed in place
+                self._marks[x] = kept | marks | own
+            if _CONSTANT in marks:
+                self.constant_nodes.add(x.grad_fn)
             if of_pairs or (rows and self._compares(func, args, kwargs, given, x)):
                 self._marks[x].add(_OF_PAIRS)
                 self._numbers += [] if x.requires_grad else [x]
@@ -158,15 +165,13 @@ class WholeBatch:
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], *, of_layer: bool
     ) -> set[str]:
         """The marks that an operation hands on from what it was given, or makes of whatever it was given."""
-        marks: set[str] = set().union(*(self._marks.get(x, ()) for x in given)) - {_OF_PARAMETERS}
+        marks: set[str] = set().union(*(self._marks.get(x, ()) for x in given)) - {_CONSTANT}
         if any(map(self._is_made_of_rows, given)):
             marks.add(_OF_ROWS)
             if func in SORTING and sorts_rows(func, args, kwargs):
                 marks.add(_RANKED)
-        elif of_layer:
-            with_rows = given[:1] if func in _PRODUCTS else given  # the rows of a product are those of its first factor
-            if all(self._is_of_parameters(x) or self._n not in x.shape for x in with_rows):
-                marks.add(_OF_PARAMETERS)
+        elif all(map(self._is_constant, given)) and (given or func in _FACTORIES):
+            marks.add(_CONSTANT)
         if func is F.batch_norm or of_layer:  # the weights of the first may be plain tensors
             marks.add(_BY_NETWORK)
         if _BY_NETWORK in marks:
@@ -205,21 +210,28 @@ class WholeBatch:
 
     def _keeps_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
         """Whether a reduction leaves every row. Rows that nobody knows are taken to lie along the first axis."""
-        if not out.ndim or self.tracker is None:
+        if self.tracker is None:
             return False
         data = args[0]
+        known = self.tracker.index(data)
+        if known is not None and self.tracker.only([known]) is not None:
+            return True  # of one sample
+        if not out.ndim:
+            return False
+        if known is None and out.requires_grad and len(data) % self._n:
+            return True  # of one sample, or time first, perhaps: then what is trained is not refused
         first = 0 not in axes_of(args, kwargs, data.ndim) and not len(data) % self._n and not self._is(data, _OF_PAIRS)
-        return self.tracker.index(out) is not None or (first and self.tracker.index(data) is None)
+        return self.tracker.index(out) is not None or (first and known is None)
 
     def _is_made_of_rows(self, x: Tensor) -> bool:
         """Whether values of samples are in it; also of what a network has made, which perhaps nobody saw."""
         if self._is(x, _OF_ROWS):
             return True
-        return x.grad_fn is not None and x.ndim > 0 and len(x) == self._n and not self._is(x, _OF_PARAMETERS)
+        return x.grad_fn is not None and x.ndim > 0 and len(x) == self._n and not self._is(x, _CONSTANT)
 
-    def _is_of_parameters(self, x: Tensor) -> bool:
-        """Whether it is made of parameters of the network, and of no sample; it may have as many rows by chance."""
-        return isinstance(x, nn.Parameter) or self._is(x, _OF_PARAMETERS)
+    def _is_constant(self, x: Tensor) -> bool:
+        """Whether no sample is in it: it is made of parameters; it may have as many rows by chance."""
+        return isinstance(x, nn.Parameter) or self._is(x, _CONSTANT)
 
     def _is_number(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], out: Tensor, rows: bool

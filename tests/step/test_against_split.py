@@ -505,6 +505,15 @@ RIGHT: dict[str, Step] = {
     "parameters of as many rows as samples": lambda net, x, y, yt, w, k, z: (
         lambda rows: F.cross_entropy(x.mean(1) @ rows.T @ F.normalize(rows, dim=0)[:, :C], y)
     )(net[0].weight.repeat(3, 1)[:N]),
+    "weights of each sample, one by one": lambda net, x, y, yt, w, k, z: (
+        lambda h: (F.cross_entropy(h, y, reduction="none") * torch.stack([row.sigmoid().mean() for row in h])).mean()
+    )(net(x).mean(1)),
+    "weights of networks of one sample each": lambda net, x, y, yt, w, k, z: (
+        lambda h: (F.cross_entropy(h, y, reduction="none") * h.norm(dim=1)).mean()
+    )(torch.stack([net(each[: 1 + int(c)]).mean(0) for each, c in zip(x, y, strict=True)])),
+    "weights of pooled steps, time first": lambda net, x, y, yt, w, k, z: (
+        lambda h: (F.cross_entropy(h, y, reduction="none") * h.norm(dim=1)).mean()
+    )(net(x.transpose(0, 1)).mean(0)),
     "weights of each sample that are trained": lambda net, x, y, yt, w, k, z: (
         lambda h: (F.cross_entropy(h, y, reduction="none") * h.sigmoid().mean(1) / h.norm(dim=1)).mean()
     )(net(x).mean(1)),
@@ -985,6 +994,29 @@ REFUSED: dict[str, tuple[str, Step]] = {
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks", "ignore:The PyTorch API of nested tensors")  # of torch
 def test_a_group_has_the_loss_that_the_step_returns_for_it(name):
     same(RIGHT[name])
+
+
+def joined_views(samples: list[Any]) -> tuple[Tensor, Tensor]:
+    """Two views of each sample in one tensor, which has not as many rows as the batch has samples."""
+    x, y = (torch.stack(column) for column in zip(*((sample[0], sample[1]) for sample in samples), strict=True))
+    return torch.cat([x[:, 0], x[:, 1]]), y
+
+
+def over_their_maximum(net: Any, views: Tensor, y: Tensor) -> Tensor:
+    first, second = net(views).chunk(2)
+    weights = second.detach().norm(dim=1)
+    return (F.cross_entropy(first, y, reduction="none") * weights / weights.max()).mean()
+
+
+def matched(net: Any, views: Tensor, y: Tensor) -> Tensor:
+    first, second = net(views).chunk(2)
+    return F.cross_entropy(first @ second.T, torch.arange(len(y)))
+
+
+@pytest.mark.parametrize(("said", "step"), [(MIXED, matched), (OF_BATCH, over_their_maximum)])
+def test_what_a_network_makes_of_joined_views_is_of_samples(said, step):
+    with pytest.raises((RowsError, UntappedLossError), match=said):
+        fit(step, TensorDataset(*data()), collate=joined_views)
 
 
 def test_parts_over_counts_that_are_read_and_happen_to_be_the_same():

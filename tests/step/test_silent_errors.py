@@ -758,6 +758,23 @@ def test_a_term_on_sampled_weights_is_one_on_parameters():
     fit(step, VREx("place", 2))
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_term_on_other_rows_than_the_samples_is_no_regulariser(late):
+    """Such as those of the nodes of graphs; also where it begins later, on logging steps."""
+    steps = []
+
+    def step(module, batch):
+        x, y, _ = batch
+        loss = F.cross_entropy(module.net(x), y)
+        steps.append(module.net(torch.tensor(3 * x.tolist()).double()).pow(2).mean())
+        return loss if late and len(steps) < 2 else loss + steps[-1]
+
+    module = Base(step)
+    loader = DataLoader(tag(TensorDataset(X, Y, Z), place=GROUPS), batch_size=N // 2)
+    with pytest.raises(UntappedLossError, match="adds a term to `cross_entropy`"):
+        L.Trainer(max_epochs=1, callbacks=[VREx("place", 2)], log_every_n_steps=1, **QUIET).fit(module, loader)
+
+
 def test_a_nested_pair_of_two_samples_is_a_pair():
     class Pairs(Dataset):
         def __len__(self):

@@ -188,6 +188,7 @@ def test_a_step_that_changes_parameters_is_refused(how, frozen):
         return F.cross_entropy(model.net(x), y)
 
     model = Keeping(step)
+    model.mask = nn.Parameter(torch.tensor([True, False]), requires_grad=False)
     model.teacher.requires_grad_(not frozen)
     with pytest.raises(UnsupportedStrategyError, match=r"changed `teacher.weight`.*`on_train_batch_end`"):
         fit("split", model=model)
