@@ -137,14 +137,13 @@ class WholeBatch:
         looks = self.looks
         read = read_arguments(func, args)
         given = tensors_in((read, kwargs)) if looks else [x for x in read if isinstance(x, Tensor)]
-        layer = [x for x in given if isinstance(x, nn.Parameter) or (x.requires_grad and self._is_constant(x))]
-        of_layer = looks and len(layer) > 0
+        of_layer = looks and any(map(self._is_weight, given))
         marks = self._inherited(func, args, kwargs, given, of_layer=of_layer) if looks else set()
         rows, trained, of_pairs = _OF_ROWS in marks, _TRAINED in marks, _OF_PAIRS in marks
         mixes = rows and func not in RECORDED and any(x.shape[:1] == (self._n,) for x in given)
         marks.discard(_TRAINED)
         for x in tensors_in(args[:1] if func is Tensor.__setitem__ else out):
-            own = set()
+            own: set[str] = set()
             if (trained or self._is_number(func, args, kwargs, given, x, rows)) and func not in _SHAPED:
                 if not x.requires_grad:
                     self._numbers.append(x)
@@ -228,6 +227,10 @@ class WholeBatch:
         if self._is(x, _OF_ROWS):
             return True
         return x.grad_fn is not None and x.ndim > 0 and len(x) == self._n and not self._is(x, _CONSTANT)
+
+    def _is_weight(self, x: Tensor) -> bool:
+        """Whether it is a parameter, frozen or not, or is made of such that are trained."""
+        return isinstance(x, nn.Parameter) or (x.requires_grad and self._is_constant(x))
 
     def _is_constant(self, x: Tensor) -> bool:
         """Whether no sample is in it: it is made of parameters; it may have as many rows by chance."""
