@@ -42,9 +42,11 @@ from debias.step.watcher import check_loss
 from debias.tap.calls import LossCall
 from debias.tap.head import submodule
 from debias.tap.hooks import Hook
-from debias.tap.predictions import is_classifying
+from debias.tap.predictions import CLASSIFYING
 
 __all__ = ["GroupMonitor"]
+
+_CLASSIFICATION = CLASSIFYING | {"losses"}
 
 
 class GroupMonitor(EpochMonitor):
@@ -205,7 +207,7 @@ class GroupMonitor(EpochMonitor):
             way = "; of several losses of one prediction, as of each class, `logits=` and `target=`"
             call = loss_of(calls, self.loss, type(self).__name__, way)
             logits = logits_of(forward_output) if call is None else predicted_by(call, type(self).__name__)
-        if call is not None and self.metric is None and not is_classifying(call.name, call.logits, call.target):
+        if call is not None and self.metric is None and call.name not in _CLASSIFICATION:
             raise DebiasError(
                 f"Expected a classification loss for GroupMonitor's accuracy, but the step computes `{call.name}`. If"
                 " it is one, pass `logits=`, the submodule whose output they are, and `target=`; else a metric that"

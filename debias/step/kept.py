@@ -37,6 +37,8 @@ class Kept:
         self._tables = [table for m in modules for table in _tables_of(m)]
         self._values = _copied(self._tables)
         self._parameters = {name: p for name, p in module.named_parameters() if type(p) is nn.Parameter}
+        # As they are before the step, which may freeze others for a while; trained ones may be moved, as by an LSTM.
+        self._frozen = {p for p in self._parameters.values() if not p.requires_grad}
         self._read = [p for p in self._parameters.values() if reads or p.device.type == "cpu"]
         self._marks = self._marks_of_parameters()
 
@@ -45,7 +47,8 @@ class Kept:
         real = (torch.view_as_real(p.detach()) if p.is_complex() else p.detach().float() for p in self._read)
         norms = [torch.linalg.vector_norm(p).float().to(self._read[0].device) for p in real]
         sizes = dict(zip(self._read, torch.stack(norms).nan_to_num(-1.0).tolist() if norms else [], strict=True))
-        return [(p._version, sizes[p] if p in sizes else p.data_ptr()) for p in self._parameters.values()]
+        places = {p: p.data_ptr() for p in self._frozen} | sizes
+        return [(p._version, places.get(p, 0)) for p in self._parameters.values()]
 
     def check_parameters(self, losses: str) -> None:
         """Refuse a step that has changed parameters, which it would change again on each part.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import nn
 
 from debias.tap.hooks import Hook
@@ -68,15 +69,23 @@ def watch_outputs(module: nn.Module, saw: Callable[[nn.Module, Any, Any, Any], N
 
     The module itself has a proxy: a step that calls ``self.forward(x)`` runs none of its hooks.
     """
+    depth = 0  # a `forward` may call itself, as one that averages over flips
 
     def around(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        output = original(*args, **kwargs)
-        saw(module, args, kwargs, output)
+        nonlocal depth
+        depth += 1
+        try:
+            output = original(*args, **kwargs)
+        finally:
+            depth -= 1
+        if not depth:
+            saw(module, args, kwargs, output)
         return output
 
     undo.callback(detach, attach(module, "forward", around))
     for child in module.children():
-        if getattr(child, "_compiled_call_impl", None) is None:  # else the hook would be compiled, too
+        compiled = getattr(child, "_compiled_call_impl", None) is not None  # the hook would be compiled, too
+        if not (compiled or isinstance(child, torch.jit.ScriptModule)):
             undo.callback(child.register_forward_hook(Hook(saw), with_kwargs=True).remove)
 
 

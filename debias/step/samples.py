@@ -27,7 +27,7 @@ __all__ = [
     "train_set",
 ]
 
-_OF_NUMBERS = {loss.__name__ for loss in SYMMETRIC} | {"gaussian_nll_loss", "poisson_nll_loss"}
+_OF_NUMBERS = {loss.__name__ for loss in SYMMETRIC} | {"gaussian_nll_loss", "poisson_nll_loss", "ctc_loss"}
 
 INDEX = "index"
 """The tag that holds the number of a sample in its dataset."""
@@ -145,9 +145,10 @@ def refuse_regression(call: LossCall, who: str, instead: str = _INSTEAD) -> None
         DebiasError: the loss compares numbers.
     """
     if call.name in _OF_NUMBERS:
+        what = "sequences" if call.name == "ctc_loss" else "numbers"
         raise DebiasError(
             f"Expected a classification loss for {who}, which takes its numbers for those of classes, but the step"
-            f" computes `{call.name}`, which compares numbers. {instead}"
+            f" computes `{call.name}`, which compares {what}. {instead}"
         )
 
 

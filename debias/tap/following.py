@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from debias.errors import SPLIT, RowsError
-from debias.tap.calls import LossCall, LossRecord
+from debias.tap.calls import LossCall, LossRecord, shares_memory
 from debias.tap.counted import replaces
 from debias.tap.divisors import Divided, index_of
 from debias.tap.mixing import Mixture
@@ -158,6 +158,9 @@ class Following:
         if func is _T.__setitem__ or out is found.source:  # in place
             found.of_batch = of_batch or (by is None and self._is_scaled(args, kwargs, found))
             found.scale, found.divided_by = _times(found.scale, factor), divided_by
+            for other in self._unreduced:
+                if other is not found and shares_memory(other.source, found.source):  # other views of the elements
+                    other.of_batch, other.scale = other.of_batch or found.of_batch, False
             for part in found.parts:
                 func(*(part if x is found.source else x for x in args), **kwargs)
             return

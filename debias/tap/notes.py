@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from debias.tap.calls import shares_memory
 from debias.tap.moves import JOINING, apply_move, axes_of, keeps_rows, values_read
 
 __all__ = ["CHANGED", "LOST", "Note", "Notes", "first_version", "version"]
@@ -180,7 +181,13 @@ class Notes:
         """Its note, and those of the other views of the same memory, which count their changes together."""
         first = self._note(tensor)
         others = [note for note in self._records if note is not first and note.version == first.version]
+        if tensor.is_inference():  # whose views do not know what they are of
+            return [first, *(note for note in others if shares_memory(note.out, tensor))]
         return [first, *(note for note in others if _memory_of(note.out) is _memory_of(tensor))]
+
+    def changed_with(self, tensor: Tensor) -> list[Tensor]:
+        """The other views of the memory of a tensor, as far as they were noted."""
+        return [note.out for note in self._changed_with(tensor)[1:]]
 
     def _touches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether rows of an argument are followed: those of few operations in a network are."""

@@ -29,10 +29,10 @@ from debias.tap.counted import CountedElements
 from debias.tap.moves import CASTS, MOVES, functions, values_read
 from debias.tap.whole_batch import tensors_in
 
-__all__ = ["SOFTMAX", "Evaluated", "Predictions", "is_classifying"]
+__all__ = ["CLASSIFYING", "SOFTMAX", "Evaluated", "Predictions"]
 
 # Losses whose logits may be changed without changing what is predicted; numbers are predicted as the loss reads them.
-_CLASSIFYING = frozenset(
+CLASSIFYING = frozenset(
     {"cross_entropy", "nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits", "multi_margin_loss"}
     | {"LabelSmoothingCrossEntropy", "SoftTargetCrossEntropy"}  # timm's
 )
@@ -49,14 +49,6 @@ _SMOOTH = "softmax log_softmax sigmoid logsigmoid log exp acos arccos cos asin a
 _CLIPS = "clamp clamp_min clamp_max clip relu hardtanh nan_to_num masked_fill index_fill"
 _KEPT = MOVES | CASTS | functions(f"{_SMOOTH} {_CLIPS} neg negative")
 _FOLLOWED = _SUM | _PRODUCT | _CHOICE | _KEPT
-
-
-def is_classifying(loss: str, logits: Any, target: Any) -> bool:
-    """Whether a loss is of classes: by its name, or, of a registered one, as its target holds ids along its logits."""
-    if loss in _CLASSIFYING:
-        return True
-    given = isinstance(logits, Tensor) and isinstance(target, Tensor)
-    return given and not target.is_floating_point() and logits.ndim == target.ndim + 1
 
 
 class _Made(NamedTuple):

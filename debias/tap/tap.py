@@ -26,7 +26,7 @@ from debias.tap.head import HeadFinder
 from debias.tap.losses import COMPARING, FORM, LOSSES, NAMES, NOT_PER_SAMPLE, SYMMETRIC, reduction_of, unreduced
 from debias.tap.mixing import Mixture, mix_parts
 from debias.tap.moves import MAY_CHANGE, RECORDED, named
-from debias.tap.predictions import Evaluated, is_classifying
+from debias.tap.predictions import CLASSIFYING, Evaluated
 from debias.tap.rows import RowTracker
 from debias.tap.sharded import refuse_sharded_loss
 from debias.tap.whole_batch import is_irregular
@@ -224,8 +224,8 @@ class LossTap(TorchFunctionMode):
         call, losses, den = self.stated(name, args, per_sample)
         if not self._counts(losses):
             return original
-        # Copied, as the step may change it in place before it is compared.
-        call.record.registered = original.detach().clone(), losses, den
+        if self.training:  # copied, as the step may change it in place before it is compared
+            call.record.registered = original.detach().clone(), losses, den
         return self.add(call, original if call.record.targets is None else call.record.value())
 
     def stated(
@@ -257,7 +257,7 @@ class LossTap(TorchFunctionMode):
         call.record.samples = None if self.tracker is None else functools.partial(self.samples, call, **rows)
         if self.finder is not None and isinstance(logits, Tensor):
             call.record.linear = self.finder.match(logits)
-        if self.evaluated is not None and is_classifying(name, logits, target):
+        if self.evaluated is not None and name in CLASSIFYING:
             call.predicted, call.from_labels = self.evaluated.predictions.of(logits, target, name)
         return call
 

@@ -26,6 +26,7 @@ _GUARDS = named(
 )
 _reads, _guards, _casts, _moves = map(among, (READING, _GUARDS, CASTS, MOVES))
 _divides, _multiplies = map(among, (DIVISION, PRODUCT))
+_adds = among(named("add __add__ __radd__"))
 _counts = among(SUM | MEAN | named("count_nonzero"))
 _is_inverse, _is_power = among(named("reciprocal __rdiv__")), among(named("pow __pow__"))
 
@@ -156,7 +157,7 @@ class Totals:
             self._note(changed, by, inverse=True)
         elif is_product and self._holds(others):
             return
-        for x in others:
+        for x in others if changed.device.type == "cpu" else ():  # elsewhere it is not read whether that began at 0
             if (added := self._total_in(x)) is not None and self._leaves(func, x, changed, added):  # `n += w.sum()`
                 self._note(changed, added)
         for note in made:
@@ -174,6 +175,8 @@ class Totals:
         first = args[0] if _divides(func) or _is_power(func) else next(filter(self._total_in, args[:3]), args[0])
         others = [x for x in args if x is not first]
         scales = (_multiplies(func) or _divides(func)) and not self._holds(others)
+        if _adds(func) and out.device.type != "cpu" and any(isinstance(x, Tensor) for x in others):
+            return  # to a state perhaps, of which nothing is read there
         if (total := self._total_in(first)) is not None:
             if _is_inverse(func) or (_is_power(func) and [x for x in others if not isinstance(x, Tensor)] == [-1]):
                 self._note(out, total, inverse=True)
@@ -198,7 +201,7 @@ class Totals:
     def _leaves(self, func: Any, before: Tensor, after: Tensor, total: Total) -> bool:
         """Whether a cast, or a guard against 0, has left a total as it is."""
         reads = before.device.type == "cpu" or self._careful
-        if after.dtype == torch.bool:
+        if after.dtype == torch.bool or after.numel() != 1:
             return False
         if _casts(func):  # but to a whole number that it is not
             return not reads or bool((before == 0) | ((after - before).abs() <= 1e-4 * before.abs()))

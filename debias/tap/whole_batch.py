@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from debias.tap.moves import (
     ALONG,
+    CHANGING,
     ELEMENTWISE,
     LIKE,
     MOVES,
@@ -147,6 +148,8 @@ class WholeBatch:
             if (trained or self._is_number(func, args, kwargs, given, x, rows)) and func not in _SHAPED:
                 if not x.requires_grad:
                     self._numbers.append(x)
+                    if self.tracker is not None and func in CHANGING:  # and so are the other views of the same memory
+                        self._numbers += self.tracker.changed_with(x)
                     if mixes and x.shape[:1] == (self._n,) and _BY_NETWORK not in marks:
                         marks.add(_MIXED)
                 elif not of_layer or x.shape[:1] != (self._n,):  # what a layer makes of it is the network's

@@ -121,6 +121,11 @@ def transcribed(net: Any, x: Tensor, yt: Tensor, loss: Step) -> Tensor:
     return loss(net(x).log_softmax(-1).transpose(0, 1), labels, torch.full((len(x),), T), yt[:, 1] % 2 + 1)
 
 
+def through_a_view(values: Tensor, change: Step) -> Tensor:
+    change(values.view(-1))
+    return values
+
+
 def masked_view(values: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     """As of the next states of Q-learning, of which those that end are worth nothing."""
     best = values.gather(1, y[:, None]).squeeze(1)
@@ -463,6 +468,7 @@ RIGHT: dict[str, Step] = {
                 torch.zeros_like(loss).add_(loss) / torch.zeros_like(total).add_(total)
             ),
             "by the name of a state": lambda loss, total: of_states(loss, total),
+            "of several": lambda loss, total: (torch.zeros(2).double().add_(total), loss / total)[1],
             "that are not 0": lambda loss, total: loss / torch.where(total == 0, torch.ones_like(total), total),
         }.items()
     },
@@ -619,6 +625,27 @@ REFUSED: dict[str, tuple[str, Step]] = {
     ),
     "sorted values beside those of the samples": (
         NOT_FOLLOWED, lambda net, x, y, yt, w, k, z: F.mse_loss(net(x)[:, 0, 0], w.sort().values)
+    ),
+    "weights over their maximum, by a view": (
+        OF_BATCH,
+        lambda net, x, y, yt, w, k, z: (
+            losses(net, x, y) * through_a_view(w.clone(), lambda v: v.div_(v.max()))
+        ).mean(),
+    ),
+    "losses times their maximum, by a view": (
+        OF_BATCH,
+        lambda net, x, y, yt, w, k, z: (
+            lambda ce: through_a_view(ce, lambda v: v.mul_(ce.detach().max())).mean()
+        )(1 * losses(net, x, y)),
+    ),
+    "nodes put into a sorted order": (
+        NOT_FOLLOWED,
+        lambda net, x, y, yt, w, k, z: F.cross_entropy(
+            torch.zeros(len(x), C)
+            .double()
+            .index_add(0, w.argsort().argsort().repeat_interleave(T), net(x).flatten(0, 1)),
+            torch.tensor(y[w.argsort()].tolist()),
+        ),
     ),
     "rows of others written into a view": (
         MIXED,

@@ -20,6 +20,7 @@ from debias import CORAL, GroupDRO, GroupMonitor, register_loss, tag
 from debias.errors import (
     AmbiguousLossError,
     BatchKeyError,
+    DebiasError,
     LossNotFoundError,
     RowsError,
     UnsupportedStrategyError,
@@ -494,8 +495,8 @@ def test_a_registered_loss_that_the_step_reduces():
         fit_one_step(Module(), Samples(X, MULTI))
 
 
-def test_a_registered_loss_of_classes_beside_a_monitor():
-    """It is one where the targets are ids along the logits; its logits are then what the network predicts."""
+def test_a_registered_loss_beside_a_monitor():
+    """Nothing says whether it is one of classes, of embeddings or of numbers."""
 
     def nll(z, y):
         return -z.log_softmax(1).gather(1, y[:, None]).squeeze(1)
@@ -503,15 +504,13 @@ def test_a_registered_loss_of_classes_beside_a_monitor():
     adapted = register_loss(lambda z, y: nll(z, y).mean(), nll)
 
     class Module(Base):
-        def forward(self, x):
-            return self.net(x)
-
         def validation_step(self, batch, batch_idx):
-            adapted(self(batch[0]) + 50 * F.one_hot(batch[1], C), batch[1])
+            adapted(self.net(batch[0]), batch[1])
 
-    module = Module()
-    trainer = L.Trainer(callbacks=[GroupMonitor("place", 3)], **QUIET)
-    loader = DataLoader(tag(Samples(X, Y), place=GROUPS), N)
+    module, loader = Module(), DataLoader(tag(Samples(X, Y), place=GROUPS), N)
+    with pytest.raises(DebiasError, match="If it is one, pass `logits=`"):
+        L.Trainer(callbacks=[GroupMonitor("place", 3)], **QUIET).validate(module, loader, verbose=False)
+    trainer = L.Trainer(callbacks=[GroupMonitor("place", 3, logits="net", target=1)], **QUIET)
     (found,) = trainer.validate(module, loader, verbose=False)
     assert found["val/accuracy"] == pytest.approx(float((module.net(X).argmax(1) == Y).double().mean()))
 

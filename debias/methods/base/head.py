@@ -98,7 +98,11 @@ def _rebuilt(call: LossCall) -> HeadLoss:
             " another order?). Leave the reduction to the loss function, or use a penalty that only needs losses"
             " (VREx)."
         )
-    if (factor := record.factor) is not None:
+    factor = record.factor
+    if record.kept is not None and record.divisor is None:  # a mean of means: what each is divided by cancels out
+        size = record.kept.numel()
+        den, factor = den * size, logits.new_full((), size) if factor is None else factor * size
+    if factor is not None:
         factor = factor.expand(record.elements[0].shape).flatten() if factor.ndim and dense else factor
         factors = factor if factors is None else factors * factor
     loss = loss if factors is None else loss.weighted(factors.expand(rows) if factors.ndim == 0 else factors)
