@@ -314,8 +314,7 @@ def _times(scale: Any, factor: Any) -> Any:
 
 
 def _samples_of(tracker: RowTracker | None, tensor: Tensor) -> Tensor:
-    assert tracker is not None
-    index = tracker.index(tensor)
+    index = None if tracker is None else tracker.index(tensor)
     if index is None:
         raise RowsError(
             "Expected unreduced losses to be masked, weighted, reshaped and reduced only, each with what is of the same"

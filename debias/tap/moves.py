@@ -292,9 +292,9 @@ def _puts_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
     return not (_puts_along(func) and isinstance(dim, int) and dim % max(args[0].ndim, 1))
 
 
-def pools_rows(func: Any, args: tuple[Any, ...], n: int) -> bool:
+def pools_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], n: int) -> bool:
     """Whether rows that are not those of the ``n`` samples are added up for each of these, as the nodes of graphs."""
-    given = [x for x in args[1:] if isinstance(x, Tensor)]
+    given = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, Tensor)]
     return _pools(func) and len(args[0]) == n and all(x.shape[:1] != (n,) for x in given)
 
 

@@ -122,7 +122,7 @@ class Totals:
         """Note what an operation has made of constants; of one in place, see :meth:`changed`."""
         if not args or not isinstance(args[0], Tensor):
             return
-        if _counts(func) and (again := self._total_in(args[0])) is not None:  # `w.sum().sum()`
+        if (func in SUM or func in MEAN) and (again := self._total_in(args[0])) is not None:  # `w.sum().sum()`
             self._note(out, again)
         elif _counts(func) and isinstance(out, Tensor) and out.numel() == 1 and not out.requires_grad:
             source = args[0] != 0 if func.__name__ == "count_nonzero" else args[0]

@@ -626,6 +626,10 @@ REFUSED: dict[str, tuple[str, Step]] = {
     "sorted values beside those of the samples": (
         NOT_FOLLOWED, lambda net, x, y, yt, w, k, z: F.mse_loss(net(x)[:, 0, 0], w.sort().values)
     ),
+    "over how many sums are not 0": (
+        UNDIVIDED,
+        lambda net, x, y, yt, w, k, z: (losses(net, x, y) * w).sum() / w.sum().count_nonzero(),
+    ),
     "weights over their maximum, by a view": (
         OF_BATCH,
         lambda net, x, y, yt, w, k, z: (
@@ -643,8 +647,8 @@ REFUSED: dict[str, tuple[str, Step]] = {
         lambda net, x, y, yt, w, k, z: F.cross_entropy(
             torch.zeros(len(x), C)
             .double()
-            .index_add(0, w.argsort().argsort().repeat_interleave(T), net(x).flatten(0, 1)),
-            torch.tensor(y[w.argsort()].tolist()),
+            .index_add(0, torch.tensor(x[..., 0].flatten().tolist()).argsort() % len(x), net(x).flatten(0, 1)),
+            torch.tensor(y.tolist()),
         ),
     ),
     "rows of others written into a view": (

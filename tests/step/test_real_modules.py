@@ -690,8 +690,11 @@ def test_features_of_graphs_are_those_of_their_pooled_nodes(pass_on):
         L.Trainer(max_steps=1, callbacks=[CORAL("place", 3, features="body")], **QUIET).fit(model, loader)
         return model.net.weight.detach()
 
+    expected = trained(lambda nodes, graph: nodes.view(N, 3, C).sum(1))
     added = trained(lambda nodes, graph: nodes.new_zeros(N, C).index_add(0, graph, nodes))
-    torch.testing.assert_close(added, trained(lambda nodes, graph: nodes.view(N, 3, C).sum(1)))
+    torch.testing.assert_close(added, expected)
+    named = trained(lambda nodes, graph: nodes.new_zeros(N, C).index_add_(dim=0, index=graph, source=nodes))
+    torch.testing.assert_close(named, expected)
 
 
 class ImageLists(Base):

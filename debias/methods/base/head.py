@@ -172,7 +172,6 @@ def features_of(call: LossCall, rows: int) -> Tensor:
     Raises:
         HeadNotFoundError: it has another number of rows.
     """
-    assert call.features is not None
     features = rows_of_features(call.features, call.head)
     if len(features) != rows:
         raise HeadNotFoundError(
