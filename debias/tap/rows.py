@@ -160,8 +160,8 @@ class RowTracker(Notes, SampleNumbers):
         of_batch = any(map(self._tracked if compiled else self.is_of_batch, given))
         if not of_batch and (compiled or all(map(self._is_constant, given))):
             return
-        sorted_by = [x for x in given if not x.is_floating_point() and self.is_lost(x)]
-        if not (of_batch or sorted_by) and pools_rows(func, args, kwargs, self.n):
+        index = [x for x in given if not x.is_floating_point()]
+        if not of_batch and pools_rows(func, args, kwargs, self.n) and not any(map(self.is_lost, index)):
             self._records.append(Note(made, version(made)))  # of unknown origin
             return
         self._put = self._put or (of_batch and self.n in args[0].shape)
