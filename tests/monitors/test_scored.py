@@ -342,6 +342,18 @@ def test_views_that_cannot_be_followed():
     )
 
 
+def test_labels_in_another_order_by_a_view():
+    """Of inference tensors no view knows what it is of."""
+
+    def step(module, x, y):
+        labels = y.clone()
+        labels.view(-1).copy_(y[x[:, 0].argsort()])
+        F.cross_entropy(module.net(x), labels)
+
+    with pytest.raises(RowsError, match="GroupMonitor"):
+        validate(Module(step), GroupMonitor("g", 3), X, CLASSES)
+
+
 def test_members_that_the_step_averages():
     class Ensemble(Module):
         def forward(self, x):
