@@ -41,6 +41,16 @@ def _frozen() -> None:
     gc.freeze()
 
 
+@pytest.fixture(params=["host reads along", "nothing is read"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test twice; the second time as on a GPU, where values may be read in few steps, as that waits for it."""
+    if request.param == "nothing is read":
+        from debias.ops import arguments
+
+        monkeypatch.setattr(arguments, "on_host", lambda x: False)
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def ranks(pytestconfig: pytest.Config) -> Iterator[Ranks]:
     """Two processes of one gloo group."""

@@ -159,9 +159,9 @@ def shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
-def on_host(tensor: Tensor) -> bool:
-    """Whether looking at a tensor's values waits for nothing."""
-    return tensor.device.type == "cpu"
+def on_host(x: Any) -> bool:
+    """Whether looking at the values of a tensor, or of what a module holds, waits for nothing."""
+    return bool(x.device.type == "cpu")
 
 
 def checked(shapes: str = "", *, first: bool = False, **within: str) -> Callable[[F], F]:

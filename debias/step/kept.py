@@ -14,6 +14,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from debias.errors import UnsupportedStrategyError
+from debias.ops import arguments
 
 __all__ = ["Kept"]
 
@@ -39,7 +40,7 @@ class Kept:
         self._parameters = {name: p for name, p in module.named_parameters() if type(p) is nn.Parameter}
         # As they are before the step, which may freeze others for a while; trained ones may be moved, as by an LSTM.
         self._frozen = {p for p in self._parameters.values() if not p.requires_grad}
-        self._read = [p for p in self._parameters.values() if reads or p.device.type == "cpu"]
+        self._read = [p for p in self._parameters.values() if reads or arguments.on_host(p)]
         self._marks = self._marks_of_parameters()
 
     def _marks_of_parameters(self) -> list[tuple[float, ...]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from debias.errors import SPLIT, AmbiguousLossError, DebiasError, DebiasWarning, RowsError, UntappedLossError
+from debias.ops import arguments
 from debias.ops.distributed import alike, gather_objects, is_distributed
 from debias.ops.groups import summed
 from debias.step.context import Step
@@ -272,7 +273,7 @@ class Settlement:
 
         Rows are read: beyond the CPU in an epoch's first step and on logging steps.
         """
-        if not self.checks and self.step.module.device.type != "cpu":
+        if not self.checks and not arguments.on_host(self.step.module):
             return False
         samples: list[Tensor | None] = []
         for call in calls:

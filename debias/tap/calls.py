@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from debias.errors import RowsError
+from debias.ops import arguments
 from debias.ops.distributed import weighted_mean
 from debias.tap.counted import both
 from debias.tap.losses import HALF
@@ -311,7 +312,7 @@ def sum_of(calls: list[LossCall], *, check: bool) -> LossCall:
         for call in others:
             ratio = total / call.den.sum()
             alike = call.den.shape == den.shape and (call.rows is None) == (first.rows is None)
-            if alike and (check or den.device.type == "cpu"):
+            if alike and (check or arguments.on_host(den)):
                 same = call.rows is None or first.rows is None or torch.equal(call.rows, first.rows)
                 alike = same and torch.allclose(call.den * ratio, den)
             if not alike:

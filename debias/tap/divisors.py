@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from debias.errors import RowsError
+from debias.ops import arguments
 from debias.tap.calls import LossRecord
 from debias.tap.totals import Total, Totals
 
@@ -77,7 +78,7 @@ class Divided:
         Beyond the CPU only the first step of an epoch reads one that is a tensor.
         """
         shape = self._elements.shape
-        unread = isinstance(by, Tensor) and not (by.device.type == "cpu" or self.reads_all)
+        unread = isinstance(by, Tensor) and not (arguments.on_host(by) or self.reads_all)
         if unread or not shape.numel():  # of nothing, whatever it is divided by
             return True
         counts = {1} if not shape else {shape[: i + 1].numel() for i in range(self._axis_of_samples(), len(shape))}
@@ -143,5 +144,5 @@ class Divided:
 
     def _equal(self, a: Tensor, b: Tensor) -> bool:
         """Whether they are the same, as far as values may be read; see :meth:`SampleNumbers.reads`."""
-        reads = a.device.type == "cpu" if self.tracker is None else self.tracker.reads(a)
+        reads = arguments.on_host(a) if self.tracker is None else self.tracker.reads(a)
         return not reads or torch.equal(a, b)

@@ -33,11 +33,12 @@ from debias.tap.moves import (
     axes_of,
     keeps_rows,
     named,
+    tensors_in,
     values_read,
 )
 from debias.tap.rows import RowTracker
 from debias.tap.totals import READING, Total, Totals
-from debias.tap.whole_batch import STATISTICS, WholeBatch, is_statistic, tensors_in
+from debias.tap.whole_batch import STATISTICS, WholeBatch, is_statistic
 
 __all__ = ["FOLLOWED", "Following"]
 

@@ -34,6 +34,7 @@ __all__ = [
     "axes_of",
     "effect_of",
     "functions",
+    "is_irregular",
     "keeps_rows",
     "kind_of",
     "looked_up",
@@ -41,6 +42,7 @@ __all__ = [
     "pools_rows",
     "read_arguments",
     "sorts_rows",
+    "tensors_in",
     "thinned",
     "values_read",
 ]
@@ -100,14 +102,28 @@ def values_read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
     return [x for x in (*read_arguments(func, args), *by_name) if isinstance(x, Tensor)]
 
 
+def is_irregular(x: Any) -> bool:
+    """Whether it is a sparse, nested or quantised tensor, of which little can be asked."""
+    return isinstance(x, Tensor) and (x.layout is not torch.strided or x.is_nested or x.is_quantized)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in lists, tuples and dictionaries, but for irregular ones."""
+    if isinstance(value, Tensor):
+        return [] if is_irregular(value) else [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [x for part in value for x in tensors_in(part)] if isinstance(value, tuple | list) else []
+
+
 JOINING = named("cat concat concatenate")
 # Leave every row in its place whenever they keep the number of rows.
 _ROW_KEEPING = named(
     "reshape flatten squeeze unsqueeze unflatten view expand view_as reshape_as expand_as narrow chunk split"
     " tensor_split hsplit vsplit dsplit cat concat concatenate"
 )
-# Take what lies at one place of an axis.
-_PICKING = named("select unbind")
+# Take what lies at some places of an axis.
+_PICKING = named("select unbind index_select gather")
 # Unless they put axes in front of the rows.
 _SPREADING = named("expand expand_as")
 # Move whole rows, unless told of another axis than the first.
@@ -249,11 +265,16 @@ def keeps_rows(move: Callable[..., Any], args: tuple[Any, ...], out: Any) -> boo
         return len(args) > 1 and args[1] % data.ndim != 0
     if move is _T.__getitem__ and isinstance(args[1], tuple) and args[1]:
         first, *others = args[1]
-        # Not an array or a sequence, which puts elements elsewhere; and `...` may stand for no axis at all.
-        plain = all(key is None or key is Ellipsis or isinstance(key, slice | int) for key in others)
-        at_first = first is Ellipsis and sum(isinstance(key, slice | int) for key in others) < data.ndim
+        keys = [key for key in others if key is not None and key is not Ellipsis]
+        # Several arrays may put their axis in front, and `...` may stand for no axis at all.
+        plain = all(isinstance(key, slice | int) for key in keys) or (len(keys) == 1 and _is_index(keys[0]))
+        at_first = first is Ellipsis and len(keys) < data.ndim
         return plain and (at_first or (isinstance(first, slice) and first == slice(None)))
     return move in _ROW_KEEPING and (move not in _SPREADING or data.ndim == out.ndim)
+
+
+def _is_index(key: Any) -> bool:
+    return isinstance(key, Tensor) and key.dtype != torch.bool
 
 
 def looked_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -261,7 +282,7 @@ def looked_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
     if not _looks_up(func) or not isinstance(args[0], Tensor):
         return None
     key = kwargs.get("index", args[-1])
-    if not isinstance(key, Tensor) or not key.ndim or key.is_floating_point() or key.dtype == torch.bool:
+    if not _is_index(key) or not key.ndim or key.is_floating_point():
         return None
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
     return None if func.__name__ == "index_select" and dim != 0 else key

@@ -146,6 +146,21 @@ class Notes:
         """Whether its rows were put together of parts; where nobody knows these, nobody knows its order."""
         return any(note.func in JOINING and not note.same_rows for note in self._history(tensor))
 
+    def _joins_strangers(self, note: Note) -> bool:
+        """Whether rows of the batch are joined with rows of unknown origin, such as those of a replay memory."""
+        data, args, kwargs = note.args[0], note.args, note.kwargs
+        if not isinstance(data, tuple | list):
+            return False
+        dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+        known = [self.is_of_batch(x) for x in data]
+        return dim in (0, -note.out.ndim) and any(known) and not all(known)
+
+    def _spread(self, note: Note) -> list[Tensor]:
+        """What an operation on elements has spread over what it made, of what is followed."""
+        if note.kind != "elementwise":
+            return []
+        return [x for x in note.operands if x.shape != note.out.shape and self._tracked(x)]
+
     def is_blank(self, tensor: Tensor) -> bool:
         """Whether nothing of the batch is in it, nor anything that is learned: it was made to be filled."""
         leaves = [note for note in self._history(tensor) if note.func is None]

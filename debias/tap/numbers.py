@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from debias.ops import arguments
 from debias.tap.moves import thinned
 
 __all__ = ["SampleNumbers"]
@@ -19,16 +20,21 @@ class SampleNumbers:
         n: number of samples.
         several: whether they are of several loaders.
         everything: whether numbers may be read beyond the CPU, too.
+
+    Attributes:
+        on_host: whether numbers are made on the CPU, whatever device the tensors are on.
     """
 
     def __init__(self, n: int, several: bool, everything: bool) -> None:
         self.n = n
         self.several = several
         self.everything = everything
+        self.on_host = False
         self._orders: dict[torch.device, Tensor] = {}
 
     def start(self, shape: torch.Size, device: torch.device, sample: int | None = None, first: int = 0) -> Tensor:
         """Sample numbers of a tensor with one row per sample from ``first`` on, or of one of a single sample."""
+        device = torch.device("cpu") if self.on_host else device
         if sample is not None:
             return torch.full((), sample, device=device).expand(shape)
         order = self._order(device)
@@ -67,29 +73,29 @@ class SampleNumbers:
         """The axes along which samples change; each is looked at when it is asked for."""
         return (axis for axis in range(index.ndim) if self.without(index, [axis]) is None)
 
-    def _axis(self, index: Tensor) -> int | None:
+    def in_order(self, index: Tensor) -> int | None:
         """The axis along which the samples lie in the order of the batch, each the same along all other axes."""
         if self.n == 1:
             return index.shape.index(1) if 1 in index.shape else None
         order = self._order(index.device)
         for axis, size in enumerate(index.shape):
             lines = order.view(-1, *[1] * (index.ndim - axis - 1))
-            if size == self.n and self._equal(index, lines.expand(index.shape), unread=False):
+            if size == self.n and self._equal(index, lines.expand(index.shape)):
                 return axis
         return None
 
-    def _equal(self, a: Tensor, b: Tensor, *, unread: bool = True) -> bool:
-        """Whether numbers are the same; ``unread`` where that takes reading them, and they may not be read."""
+    def _equal(self, a: Tensor, b: Tensor) -> bool:
+        """Whether numbers are the same, as far as they may be read."""
         if a is b or a.shape != b.shape:
             return a is b
         first, second = thinned([a, b])
         if first._base is second._base is not None and _layout(first) == _layout(second):
             return True  # views of the same numbers
-        return torch.equal(first, second) if self.reads(a) else unread
+        return not self.reads(a) or torch.equal(first, second)
 
     def reads(self, x: Tensor) -> bool:
         """Whether numbers may be read: that waits for the device, so beyond the CPU only in the first step."""
-        return x.device.type == "cpu" or self.everything
+        return self.on_host or arguments.on_host(x) or self.everything
 
     def _order(self, device: torch.device) -> Tensor:
         if device not in self._orders:

@@ -26,8 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from debias.tap.calls import shares_memory
 from debias.tap.counted import CountedElements
-from debias.tap.moves import CASTS, MOVES, functions, values_read
-from debias.tap.whole_batch import tensors_in
+from debias.tap.moves import CASTS, MOVES, functions, tensors_in, values_read
 
 __all__ = ["CLASSIFYING", "SOFTMAX", "Evaluated", "Predictions"]
 

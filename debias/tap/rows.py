@@ -29,6 +29,8 @@ from debias.tap.moves import (
     kind_of,
     looked_up,
     pools_rows,
+    read_arguments,
+    tensors_in,
     values_read,
 )
 from debias.tap.notes import CHANGED, LOST, Note, Notes, first_version, version
@@ -301,7 +303,7 @@ class RowTracker(Notes, SampleNumbers):
         if note.func is not None:
             return self._replayed(note, functools.partial(self.index, inputs=inputs, known=known))
         if note.index is not None:
-            return note.index()
+            return None if self.on_host else note.index()
         if note.known:
             return self.start(tensor.shape, tensor.device, note.sample, note.first)
         if inputs is None:
@@ -321,7 +323,8 @@ class RowTracker(Notes, SampleNumbers):
     def _replayed(self, note: Note, index: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """Numbers in the shape of what an operation made, from those of what it was made of."""
         kind, args, out = note.kind, note.args, note.out
-        if kind in LOST:
+        moved_by = tensors_in((read_arguments(note.func, args)[1:], note.kwargs)) if kind == "move" else []
+        if kind in LOST or (self.on_host and moved_by):  # which would have to be read
             return None
         if kind not in ("move", "lookup", "along", "reduction"):
             return self._in_places(note, index)
@@ -339,6 +342,17 @@ class RowTracker(Notes, SampleNumbers):
         if left is None:
             return None
         return numbers if kind == "along" else left.reshape(out.shape)
+
+    def _axis(self, tensor: Tensor) -> int | None:
+        """The axis along which the samples lie in the order of the batch, each the same along all other axes. Numbers
+        that may not be read are made again on the host.
+        """
+        index = self.index(tensor)
+        self.on_host = index is not None and not self.reads(index)
+        index = self.index(tensor) if self.on_host else index
+        axis = None if index is None else self.in_order(index)
+        self.on_host = False
+        return axis
 
     def _in_places(self, note: Note, index: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """Numbers of elements each of which was computed of those in its place."""
@@ -362,12 +376,6 @@ class RowTracker(Notes, SampleNumbers):
             return None
         return known[0] if known else None
 
-    def _spread(self, note: Note) -> list[Tensor]:
-        """What an operation on elements has spread over what it made, of what is followed."""
-        if note.kind != "elementwise":
-            return []
-        return [x for x in note.operands if x.shape != note.out.shape and self._tracked(x)]
-
     def reordered(self, *, read: bool = False) -> bool:
         """Whether the step has put samples of the batch in another order.
 
@@ -381,8 +389,7 @@ class RowTracker(Notes, SampleNumbers):
             out = note.out
             if note.kind != "move" or note.same_rows or self.n not in out.shape or not self.is_of_batch(out):
                 continue
-            index = self.index(out)
-            if index is None or (len(out) == self.n and self._axis(index) is None):
+            if self.index(out) is None or (len(out) == self.n and self._axis(out) is None):
                 return True
         return False
 
@@ -419,7 +426,7 @@ class RowTracker(Notes, SampleNumbers):
             return not self._ambiguous  # of unknown origin, with one row per sample
         if self._leaves_rows(note):
             return True  # no numbers are made for this
-        return (index := self.index(note.out)) is not None and self._axis(index) == 0
+        return self._axis(note.out) == 0
 
     def _leaves_rows(self, note: Note) -> bool:
         return note.same_rows and not self._spread(note)
@@ -428,15 +435,6 @@ class RowTracker(Notes, SampleNumbers):
         """Sample numbers along the first axis, or None where its origin is unknown or a row is of several samples."""
         index = self.index(tensor)
         return None if index is None else self.by_row(index)
-
-    def _joins_strangers(self, note: Note) -> bool:
-        """Whether rows of the batch are joined with rows of unknown origin, such as those of a replay memory."""
-        data, args, kwargs = note.args[0], note.args, note.kwargs
-        if not isinstance(data, tuple | list):
-            return False
-        dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
-        known = [self.is_of_batch(x) for x in data]
-        return dim in (0, -note.out.ndim) and any(known) and not all(known)
 
 
 # Constants in which values were looked up, known again in a batch of as many samples.

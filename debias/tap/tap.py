@@ -25,11 +25,10 @@ from debias.tap.following import FOLLOWED, Following
 from debias.tap.head import HeadFinder
 from debias.tap.losses import COMPARING, FORM, LOSSES, NAMES, NOT_PER_SAMPLE, SYMMETRIC, reduction_of, unreduced
 from debias.tap.mixing import Mixture, mix_parts
-from debias.tap.moves import MAY_CHANGE, RECORDED, named
+from debias.tap.moves import MAY_CHANGE, RECORDED, is_irregular, named
 from debias.tap.predictions import CLASSIFYING, Evaluated
 from debias.tap.rows import RowTracker
 from debias.tap.sharded import refuse_sharded_loss
-from debias.tap.whole_batch import is_irregular
 
 __all__ = ["LossTap", "no_loss_error"]
 
@@ -194,6 +193,7 @@ class LossTap(TorchFunctionMode):
         else:
             out = func(*args, **kwargs)
             call.record.compute = lambda: (out, out.new_ones(()))
+        batch.see(func, args, kwargs, out)
         self._following.add(replace(call.record, source=out, function=call, parts=parts, scale=None))
         if self.tracker is not None:
             index = functools.partial(self._of_elements, samples, out.shape, out.device)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from debias.ops import arguments
 from debias.tap.moves import CASTS, DIVISION, MEAN, MOVES, PRODUCT, SUM, among, named
 from debias.tap.notes import first_version, version
 
@@ -157,7 +158,7 @@ class Totals:
             self._note(changed, by, inverse=True)
         elif is_product and self._holds(others):
             return
-        for x in others if changed.device.type == "cpu" else ():  # elsewhere it is not read whether that began at 0
+        for x in others if arguments.on_host(changed) else ():  # elsewhere it is not read whether that began at 0
             if (added := self._total_in(x)) is not None and self._leaves(func, x, changed, added):  # `n += w.sum()`
                 self._note(changed, added)
         for note in made:
@@ -175,7 +176,7 @@ class Totals:
         first = args[0] if _divides(func) or _is_power(func) else next(filter(self._total_in, args[:3]), args[0])
         others = [x for x in args if x is not first]
         scales = (_multiplies(func) or _divides(func)) and not self._holds(others)
-        if _adds(func) and out.device.type != "cpu" and any(isinstance(x, Tensor) for x in others):
+        if _adds(func) and not arguments.on_host(out) and any(isinstance(x, Tensor) for x in others):
             return  # to a state perhaps, of which nothing is read there
         if (total := self._total_in(first)) is not None:
             if _is_inverse(func) or (_is_power(func) and [x for x in others if not isinstance(x, Tensor)] == [-1]):
@@ -200,7 +201,7 @@ class Totals:
 
     def _leaves(self, func: Any, before: Tensor, after: Tensor, total: Total) -> bool:
         """Whether a cast, or a guard against 0, has left a total as it is."""
-        reads = before.device.type == "cpu" or self._careful
+        reads = arguments.on_host(before) or self._careful
         if after.dtype == torch.bool or after.numel() != 1:
             return False
         if _casts(func):  # but to a whole number that it is not

@@ -31,10 +31,11 @@ from debias.tap.moves import (
     named,
     read_arguments,
     sorts_rows,
+    tensors_in,
 )
 from debias.tap.rows import RowTracker
 
-__all__ = ["STATISTICS", "WholeBatch", "is_irregular", "is_statistic", "tensors_in"]
+__all__ = ["STATISTICS", "WholeBatch", "is_statistic"]
 
 # Make numbers of the batch out of its values.
 STATISTICS = REDUCTIONS | named(
@@ -59,6 +60,7 @@ _FACTORIES = (_SHAPED - named("new_tensor")) | named("linspace full rand randn r
 _OF_ROWS = "rows"  # made of rows of the batch
 _OF_PAIRS = "pairs"  # made of numbers of which there is one for each two samples
 _RANKED = "ranked"  # made of rows in the order of a value
+_RANKS = "ranks"  # made of the places of rows in such an order
 _TRAINED = "trained"  # made of a number of the whole batch that may be trained
 _BY_NETWORK = "network"  # made by a network
 _MIXED = "mixed"  # made, by no network, of rows that an operation of no known kind has mixed or moved
@@ -130,8 +132,13 @@ class WholeBatch:
                 return self.holds(args[0])
             selects = not out.ndim or len(out) % max(self._n, 1) or out.numel() < args[0].numel()
             if selects and self.looks and self._is_made_of_rows(args[0]):
-                return self.holds(args, kwargs) or any(self._is(x, _RANKED) for x in tensors_in((args, kwargs)))
+                return self.holds(args, kwargs) or self._by_ranks(*tensors_in((args, kwargs)))
         return self.holds(args, kwargs)
+
+    def _by_ranks(self, *given: Tensor) -> bool:
+        """Whether rows are chosen by their places in an order of values, and not by a mask of their own."""
+        masked = len(given) > 1 and all(x.dtype == torch.bool and self._is(x, _OF_ROWS) for x in given[1:])
+        return any(self._is(x, _RANKS) or (not masked and self._is(x, _RANKED)) for x in given)
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Look at what an operation has made: is it a number of the whole batch, and which marks has it?"""
@@ -141,10 +148,11 @@ class WholeBatch:
         of_layer = looks and any(map(self._is_weight, given))
         marks = self._inherited(func, args, kwargs, given, of_layer=of_layer) if looks else set()
         rows, trained, of_pairs = _OF_ROWS in marks, _TRAINED in marks, _OF_PAIRS in marks
+        sorts = _RANKED in marks and func in SORTING and func.__name__ != "msort"
         mixes = rows and func not in RECORDED and any(x.shape[:1] == (self._n,) for x in given)
         marks.discard(_TRAINED)
         for x in tensors_in(args[:1] if func is Tensor.__setitem__ else out):
-            own: set[str] = set()
+            own = {_RANKS} if sorts and x is tensors_in(out)[-1] else set()
             if (trained or self._is_number(func, args, kwargs, given, x, rows)) and func not in _SHAPED:
                 if not x.requires_grad:
                     self._numbers.append(x)
@@ -172,6 +180,8 @@ class WholeBatch:
             marks.add(_OF_ROWS)
             if func in SORTING and sorts_rows(func, args, kwargs):
                 marks.add(_RANKED)
+            if func in MOVES and _RANKS in marks and not self._is(args[0], _RANKS):  # by them
+                marks = marks - {_RANKS} | {_RANKED}
         elif all(map(self._is_constant, given)) and (given or func in _FACTORIES):
             marks.add(_CONSTANT)
         if func is F.batch_norm or of_layer:  # the weights of the first may be plain tensors
@@ -262,7 +272,7 @@ class WholeBatch:
     def _mixes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
         """Whether rows of what an operation makes of rows are of several samples."""
         if func in SORTING and args[0] is not None:  # places of places are ranks
-            ranks = self._is(args[0], _RANKED) or out.shape[:1] != args[0].shape[:1]
+            ranks = self._is(args[0], _RANKS) or out.shape[:1] != args[0].shape[:1]
             return ranks and sorts_rows(func, args, kwargs)
         if func in PUTTING:  # counts of classes, say; along other axes than the first it is done to each row
             adds = kwargs.get("accumulate", args[-1]) is True
@@ -272,20 +282,6 @@ class WholeBatch:
         # Something else may have as many rows by chance, such as a window of `stft`.
         same = functools.partial(_does_the_same_to_parts, func, args, kwargs, out)
         return not (same(lambda x: True) or same(self._is_made_of_rows))
-
-
-def is_irregular(x: Any) -> bool:
-    """Whether it is a sparse, nested or quantised tensor, of which little can be asked."""
-    return isinstance(x, Tensor) and (x.layout is not torch.strided or x.is_nested or x.is_quantized)
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in lists, tuples and dictionaries, but for irregular ones."""
-    if isinstance(value, Tensor):
-        return [] if is_irregular(value) else [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [x for part in value for x in tensors_in(part)] if isinstance(value, tuple | list) else []
 
 
 def _meet(tracker: RowTracker, func: Any, rows: list[Tensor], out: Tensor) -> bool:

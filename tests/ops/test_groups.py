@@ -26,10 +26,7 @@ from debias.ops.groups import group_losses
 G = 3
 
 
-@pytest.fixture(params=["host reads along", "nothing is read"], autouse=True)
-def device(request, monkeypatch):
-    if request.param == "nothing is read":
-        monkeypatch.setattr(arguments, "on_host", lambda x: False)
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def example(n=40, seed=0):

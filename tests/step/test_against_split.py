@@ -427,6 +427,16 @@ RIGHT: dict[str, Step] = {
     "sorted by length": lambda net, x, y, yt, w, k, z: (
         lambda length, order: over_its_own_sum(tokens(net, x[order], yt[order]), padding(length[order]))
     )(k.long().sum(1), k.sum(1).argsort(descending=True)),
+    **{
+        f"sorted by weight, {name}": lambda net, x, y, yt, w, k, z, of=of: (
+            lambda weights, order: of(losses(net, x[order], y[order]), weights, w[order]).mean()
+        )(*w.sort(descending=True))
+        for name, of in {
+            "selected by a mask": lambda losses, weights, own: losses[own > 0.5],
+            "selected by name": lambda losses, weights, own: losses.masked_select(own > 0.5),
+            "selected by what was sorted": lambda losses, weights, own: losses[weights > 0.5],
+        }.items()
+    },
     "classes put into rows": lambda net, x, y, yt, w, k, z: (
         losses(net, x, y) * (torch.zeros(len(y), C, dtype=torch.float64).scatter_(1, y[:, None], 1.0) * ALPHA).sum(1)
     ).mean(),
@@ -470,6 +480,23 @@ RIGHT: dict[str, Step] = {
             "by the name of a state": lambda loss, total: of_states(loss, total),
             "of several": lambda loss, total: (torch.zeros(2).double().add_(total), loss / total)[1],
             "that are not 0": lambda loss, total: loss / torch.where(total == 0, torch.ones_like(total), total),
+        }.items()
+    },
+    **{
+        f"inputs {name}, beside targets of a list": lambda net, x, y, yt, w, k, z, of=of: F.cross_entropy(
+            net(of(x)).mean(1), torch.tensor(y.tolist())
+        )
+        for name, of in {
+            "that are flipped": lambda x: torch.where(torch.rand(len(x), 1, 1) < 0, x, x.flip(-1)),
+            "that are rolled": lambda x: x.roll(1, -1),
+            "that are turned": lambda x: x.rot90(2, (1, 2)),
+            "whose numbers are shuffled": lambda x: x[..., torch.arange(D).flip(0)],
+            "whose tokens are shuffled": lambda x: x[:, torch.arange(T).flip(0)],
+            "whose tokens are chosen": lambda x: x.index_select(1, torch.tensor([2, 0])),
+            "whose tokens are sorted": lambda x: x.gather(1, x[..., :1].argsort(1).expand_as(x)),
+            "repeated": lambda x: x.repeat(1, 2, 1),
+            "joined of halves": lambda x: torch.cat([x[:3], x[3:]]),
+            "taken one by one": lambda x: torch.stack(list(x)),
         }.items()
     },
     "operands by keyword": lambda net, x, y, yt, w, k, z: F.cross_entropy(
@@ -820,6 +847,9 @@ REFUSED: dict[str, tuple[str, Step]] = {
         OF_BATCH,
         lambda net, x, y, yt, w, k, z: (lambda ids: ce(net, x[ids], y[ids]))(losses(net, x, y).argsort()[:4]),
     ),
+    "the first ones of sorted samples": (
+        OF_BATCH, lambda net, x, y, yt, w, k, z: (lambda ids: losses(net, x[ids], y[ids])[:4].mean())(w.argsort())
+    ),
     "standardised targets": (
         OF_BATCH, lambda net, x, y, yt, w, k, z: F.mse_loss(net(x).mean(1)[:, 0], (w - w.mean()) / w.std())
     ),
@@ -1020,10 +1050,18 @@ REFUSED: dict[str, tuple[str, Step]] = {
 }  # fmt: skip
 
 
+ON_THE_CPU = {"sums added to 0", "sums added to 0 in place", "sums by the name of a state"}  # where the 0 is read
+
+
 @pytest.mark.parametrize("name", RIGHT)
 @pytest.mark.filterwarnings("ignore:The training step adds a term")
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks", "ignore:The PyTorch API of nested tensors")  # of torch
-def test_a_group_has_the_loss_that_the_step_returns_for_it(name):
+def test_a_group_has_the_loss_that_the_step_returns_for_it(name, device):
+    """Of two steps the first looks at everything; on a device the second one reads nothing."""
+    if name in ON_THE_CPU and device == "nothing is read":
+        with pytest.raises(UntappedLossError, match=UNDIVIDED):
+            fit(RIGHT[name])
+        return
     same(RIGHT[name])
 
 
@@ -1140,6 +1178,13 @@ class Samples(Dataset):
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         x, y, _, w, *_ = data()
         return {"x": x[i], "y": y[i], "w": w[i]}
+
+
+def test_lists_of_inputs_and_labels_are_stacked(device):
+    def step(net: Any, inputs: Any, classes: Any, *others: Any) -> Tensor:
+        return F.cross_entropy(net(torch.stack(inputs)).mean(1), torch.tensor([int(y) for y in classes]))
+
+    same(step, collate=lambda samples: [list(column) for column in zip(*samples, strict=True)])
 
 
 def test_a_batch_that_is_a_list_of_samples_may_be_sorted():

@@ -8,10 +8,12 @@ each the whole batch gives the group losses, group weights and gradients of the 
 
 from __future__ import annotations
 
+import functools
 import warnings
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from debias import GroupDRO, VREx
 from debias.errors import DebiasError
+from debias.ops import arguments
 from debias.step.context import Step
 from debias.step.settle import Learned, Settlement
 from debias.step.split import split_losses
@@ -203,29 +206,35 @@ class Logging(nn.Module):
         self.logged |= values
 
 
-def _settled(form: Form, method: Any) -> dict[str, Tensor]:
-    """What one step logs, and the gradients of the loss that it returns."""
+def _settled(
+    form: Form, method: Any, learned: Learned | None = None, data: tuple[Tensor, ...] = DATA
+) -> dict[str, Tensor]:
+    """What one step logs, and the gradients of the loss that it returns; ``learned`` is what steps before it showed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         net = nn.Sequential(nn.Linear(D, 5), RowNorm(5), nn.Tanh(), nn.Linear(5, C)).double()
     parameters = list(net.parameters())
     trainer = SimpleNamespace(callbacks=[method], optimizers=[torch.optim.SGD(parameters, 0.1)], is_global_zero=True)
     module = Logging(net)
-    step = Step(trainer, module, "train", DATA, {"place": GROUPS}, logging=True)
+    step = Step(trainer, module, "train", data, {"place": GROUPS}, logging=True)
+    learned = Learned() if learned is None else learned
     method.begin(step)
     if method.reweighs and method.losses == "split":
         loss = split_losses(lambda batch: form(net, batch), step, method)
     else:
-        tap = LossTap(tracker=RowTracker(step.batch, N))
+        settlement = Settlement(step, [method], learned)
+        tracker = RowTracker(step.batch, N, everything=learned.rows_needed.get(("train", 0), True))
+        tap = LossTap(tracker=tracker, careful=settlement.first, constants=net.buffers())
         with tap, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            loss = form(net, DATA)
-        loss = Settlement(step, [method], Learned()).settle(tap, loss, {})
+            loss = form(net, data)
+        loss = settlement.settle(tap, loss, {})
     found = {k: v for k, v in module.logged.items() if "by_group" in k or "weight" in k or "penalty" in k}
     names = [f"gradient {name}" for name, _ in net.named_parameters()]
     return found | dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
+BEFORE = tuple(x.roll(1, 0) for x in DATA)
 REFUSED: list[Form] = []
 quick = settings(
     max_examples=400, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
@@ -246,6 +255,21 @@ def test_whole_is_split_or_refused(form):
         # A term on parameters alone stays as it is; the loss of a group alone holds it too.
         if not (form.regulariser and "loss_by_group" in name):
             torch.testing.assert_close(whole[name], split[name], rtol=1e-6, atol=1e-8)
+
+
+@quick
+@given(form=forms)
+def test_later_steps_on_a_device_are_as_the_first_one_or_refused(form):
+    """Where nothing may be read any more, as reading waits for the device."""
+    method = functools.partial(GroupDRO, "place", 3, step_size=0.5, loss=None if form.second is None else "sum")
+    learned = Learned()
+    with mock.patch.object(arguments, "on_host", return_value=False):
+        try:
+            _settled(form, method(), learned, BEFORE)
+        except DebiasError:
+            return
+        later = _settled(form, method(), learned)
+    torch.testing.assert_close(later, _settled(form, method()), rtol=1e-9, atol=1e-9)
 
 
 @settings(quick, max_examples=150)
