@@ -278,7 +278,8 @@ class RowTracker(Notes, SampleNumbers):
         """The numbers of a network's input of so many rows, e.g. of two concatenated views: it keeps them."""
         outs = [note.out for note in self._records if note.out.shape[:1] == (rows,)]
         found = [index for x in outs if self.is_of_batch(x) and (index := self._of_rows(x)) is not None]
-        return found[0] if found and all(self._equal(found[0], other) for other in found[1:]) else None
+        alike = all(other is found[0] or (self.reads(other) and self._equal(found[0], other)) for other in found[1:])
+        return found[0] if found and alike else None
 
     def index(
         self, tensor: Tensor, inputs: Tensor | None = None, known: dict[Tensor, Tensor | None] | None = None

@@ -642,7 +642,7 @@ def test_parts_of_a_networks_output_are_followed_in_later_steps_too(name):
 
 
 @pytest.mark.parametrize("everything", [True, False])
-def test_outputs_for_parts_of_the_batch_that_are_joined_are_of_unknown_rows(everything):
+def test_outputs_for_parts_of_the_batch_that_are_joined_are_of_unknown_rows(everything, device):
     net, x, y = nn.Linear(3, 1), torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
     with LossTap(tracker=RowTracker((x, y), 4, everything=everything)) as tap:
         logits = torch.cat([net(x[y == 1]), net(x[y == 0])])
