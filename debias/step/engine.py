@@ -255,7 +255,7 @@ class StepEngine:
         debiasers = settlement.methods
         rows = next((w.loss_rows for w in debiasers if w.loss_rows is not None), None)  # of all, or refused before
         arranged = rows if isinstance(rows, str) else None
-        tracker = self._row_tracker(step, arranged)
+        tracker = self._row_tracker(step, arranged, looks=settlement.first)
         heads, finder = self._start_heads(step, debiasers, tracker)
         tap = LossTap(
             tracker=tracker,
@@ -275,7 +275,7 @@ class StepEngine:
         self._forget(tap, heads)
         return output if loss is None else with_loss(output, loss)
 
-    def _row_tracker(self, step: Step, arranged: str | None = None) -> RowTracker | None:
+    def _row_tracker(self, step: Step, arranged: str | None = None, *, looks: bool = True) -> RowTracker | None:
         """What follows rows of the numbered samples, if there are any."""
         if step.n is None:
             return None
@@ -286,6 +286,7 @@ class StepEngine:
             first.batch_in(step.batch),
             step.n - sum(size for _, size in joined),
             everything=self._learned.rows_needed.get((step.stage, step.dataloader_idx), True),
+            looks=looks,
             arranged=arranged,
             joined=joined,
             strangers=strangers,

@@ -122,6 +122,8 @@ _ROW_KEEPING = named(
     "reshape flatten squeeze unsqueeze unflatten view expand view_as reshape_as expand_as narrow chunk split"
     " tensor_split hsplit vsplit dsplit cat concat concatenate"
 )
+# Leave all elements in their order, or repeat them: the last axes stay, where they are as long as before.
+_IN_ORDER = named("reshape flatten unflatten view_as reshape_as ravel repeat_interleave repeat tile")
 # Take what lies at some places of an axis.
 _PICKING = named("select unbind index_select gather")
 # Unless they put axes in front of the rows.
@@ -242,7 +244,7 @@ def apply_move(
     """Run a recorded move on other data of the same shape."""
     if func is _T.view:  # of data that is expanded, where the original was not
         shape = (*args[1:], *kwargs.values())
-        return data if isinstance(shape[0], torch.dtype) else data.reshape(*shape)
+        return data if isinstance(shape[0], torch.dtype) else _still(data, data.reshape(*shape))
     given = data if isinstance(data, tuple | list) else [data]
     turns = func in _TURNING and (func.__name__ != "roll" or len(args) > 2 or "dims" in kwargs)
     if (turns or _takes_rows(func, args, kwargs)) and len({x.ndim for x in given}) == 1:
@@ -251,7 +253,16 @@ def apply_move(
         out = func(small if given is data else small[0], *args[1:], **kwargs)
         return out.expand(given[0].shape if turns else (len(out), *given[0].shape[1:]))
     out = func(data, *args[1:], **kwargs)
-    return out if part is None else out[part]
+    out = out if part is None else out[part]
+    return _still(data, out) if func in _IN_ORDER else out
+
+
+def _still(before: Tensor, after: Tensor) -> Tensor:
+    """What an operation that leaves the last axes as they are has made of data which do not change along them."""
+    sizes = zip(reversed(before.shape), reversed(before.stride()), reversed(after.shape), strict=False)
+    still = [stride == 0 and size == now for size, stride, now in sizes]
+    first: Any = (..., *[slice(0, 1)] * [*still, False].index(False))
+    return after[first].expand(after.shape)
 
 
 def keeps_rows(move: Callable[..., Any], args: tuple[Any, ...], out: Any) -> bool:

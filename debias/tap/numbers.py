@@ -19,16 +19,16 @@ class SampleNumbers:
     Args:
         n: number of samples.
         several: whether they are of several loaders.
-        everything: whether numbers may be read beyond the CPU, too.
+        looks: whether numbers may be read beyond the CPU, too.
 
     Attributes:
         on_host: whether numbers are made on the CPU, whatever device the tensors are on.
     """
 
-    def __init__(self, n: int, several: bool, everything: bool) -> None:
+    def __init__(self, n: int, several: bool, looks: bool) -> None:
         self.n = n
         self.several = several
-        self.everything = everything
+        self.looks = looks
         self.on_host = False
         self._orders: dict[torch.device, Tensor] = {}
 
@@ -49,7 +49,7 @@ class SampleNumbers:
         if not index.numel():
             return None
         rows = self.without(index, list(range(1, index.ndim)))
-        # Beyond the CPU the step that recorded everything has looked.
+        # Beyond the CPU the first step has looked.
         return index.flatten(1)[:, 0] if rows is None and not self.reads(index) else rows
 
     def without(self, index: Tensor, axes: list[int]) -> Tensor | None:
@@ -80,22 +80,22 @@ class SampleNumbers:
         order = self._order(index.device)
         for axis, size in enumerate(index.shape):
             lines = order.view(-1, *[1] * (index.ndim - axis - 1))
-            if size == self.n and self._equal(index, lines.expand(index.shape)):
+            if size == self.n and self._equal(index, lines.expand(index.shape), unread=False):
                 return axis
         return None
 
-    def _equal(self, a: Tensor, b: Tensor) -> bool:
-        """Whether numbers are the same, as far as they may be read."""
+    def _equal(self, a: Tensor, b: Tensor, *, unread: bool = True) -> bool:
+        """Whether numbers are the same; ``unread`` where that takes reading them, and they may not be read."""
         if a is b or a.shape != b.shape:
             return a is b
         first, second = thinned([a, b])
         if first._base is second._base is not None and _layout(first) == _layout(second):
             return True  # views of the same numbers
-        return not self.reads(a) or torch.equal(first, second)
+        return torch.equal(first, second) if self.reads(a) else unread
 
     def reads(self, x: Tensor) -> bool:
         """Whether numbers may be read: that waits for the device, so beyond the CPU only in the first step."""
-        return self.on_host or arguments.on_host(x) or self.everything
+        return self.on_host or arguments.on_host(x) or self.looks
 
     def _order(self, device: torch.device) -> Tensor:
         if device not in self._orders:

@@ -50,6 +50,7 @@ class RowTracker(Notes, SampleNumbers):
         n: number of samples.
         everything: record operations on all tensors, not only on those that come from the batch. The first step needs
             this; later ones would keep a network's intermediate results alive for nothing.
+        looks: sample numbers may be read beyond the CPU, too, which waits for the device.
         arranged: what the user says of rows that cannot be followed, ``"tiled"`` or ``"interleaved"``.
         joined: what other loaders gave, whose samples are numbered after those, each with its number of samples.
         strangers: parts of the batch that hold other samples, such as those of a loader without ids.
@@ -66,13 +67,15 @@ class RowTracker(Notes, SampleNumbers):
         n: int,
         *,
         everything: bool = True,
+        looks: bool = True,
         arranged: str | None = None,
         joined: Sequence[tuple[Any, int]] = (),
         strangers: Sequence[Any] = (),
     ) -> None:
         # Of several loaders, nothing is in "the order of the batch": what is unknown is of any of them.
         Notes.__init__(self)
-        SampleNumbers.__init__(self, n + sum(more for _, more in joined), bool(joined), everything)
+        SampleNumbers.__init__(self, n + sum(more for _, more in joined), bool(joined), looks)
+        self.everything = everything
         self.arranged = arranged
         self.needed = self.mixed = self._put = False  # the last: whether rows of the batch were put elsewhere
         self.guesses = True
@@ -345,14 +348,14 @@ class RowTracker(Notes, SampleNumbers):
         return numbers if kind == "along" else left.reshape(out.shape)
 
     def _axis(self, tensor: Tensor) -> int | None:
-        """The axis along which the samples lie in the order of the batch, each the same along all other axes. Numbers
-        that may not be read are made again on the host.
-        """
-        index = self.index(tensor)
-        self.on_host = index is not None and not self.reads(index)
-        index = self.index(tensor) if self.on_host else index
-        axis = None if index is None else self.in_order(index)
-        self.on_host = False
+        """The axis along which the samples lie in order. Numbers that may not be read are made again on the host."""
+        if (index := self.index(tensor)) is None:
+            return None
+        axis = self.in_order(index)
+        if axis is None and not self.reads(index):
+            self.on_host = True
+            axis = self._axis(tensor)
+            self.on_host = False
         return axis
 
     def _in_places(self, note: Note, index: Callable[[Tensor], Tensor | None]) -> Tensor | None:
@@ -383,7 +386,7 @@ class RowTracker(Notes, SampleNumbers):
         Args:
             read: from now on numbers may be read where operations alone do not tell, which waits for the device.
         """
-        self.everything = self.everything or read
+        self.looks = self.looks or read
         if self.several or self._put:
             return True
         for note in self._records:

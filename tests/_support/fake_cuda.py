@@ -17,11 +17,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from _support.fits import make_trainer, val_loader
 from debias.step.random import StepRandom
+from debias.tap.rows import RowTracker
 
 CUDA = torch.device("cuda", 0)
 
@@ -179,9 +180,21 @@ class _Around(Callback):
     on_train_batch_end = on_validation_batch_end = _end
 
 
+def _real_on_the_host(method: Any) -> Any:
+    """Sample numbers that are made on the host may be read there; under the mode they would be fake, too."""
+
+    def run(self: RowTracker, *args: Any, **options: Any) -> Any:
+        with unset_fake_temporarily() if self.on_host else contextlib.nullcontext():
+            return method(self, *args, **options)
+
+    return run
+
+
 @contextlib.contextmanager
 def _without_cuda() -> Iterator[None]:
     with (
+        mock.patch.object(RowTracker, "index", _real_on_the_host(RowTracker.index)),
+        mock.patch.object(RowTracker, "in_order", _real_on_the_host(RowTracker.in_order)),
         mock.patch.object(torch.Tensor, "backward", _backward),
         mock.patch.object(torch.autograd, "grad", _grad),
         mock.patch.object(StepRandom, "generator", _generator),

@@ -33,6 +33,7 @@ from debias import (
     JustTrainTwice,
     MixStyle,
     SampleRecorder,
+    VREx,
 )
 from debias.ops.shifts import FAMILIES, transforms_of
 from debias.ops.shifts.draws import Draws
@@ -118,6 +119,53 @@ def test_a_step_mixes_no_devices_and_waits_for_nothing(method):
 )  # fmt: skip
 def test_options_mix_no_devices_and_wait_for_nothing(callback, loss):
     assert waits_on_cuda(Model(loss), [callback()], loader()) == []
+
+
+class Moving(Model):
+    """Its loss is given the module and the inputs, too."""
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(self, *batch)
+
+
+def tokens(net, x):
+    return net(x.unsqueeze(1).repeat(1, 3, 1).flatten(0, 1)).view(len(x), 3, 2)
+
+
+def over_tokens(net, x, y):
+    losses = F.cross_entropy(tokens(net, x).view(-1, 2), y.repeat_interleave(3), reduction="none")
+    mask = (y > 0).to(losses.dtype).repeat_interleave(3)
+    return (losses * mask).sum() / mask.sum()
+
+
+def in_order_of(values, net, x, y):
+    return F.cross_entropy(net(x[values.argsort()]), y[values.argsort()])
+
+
+def consistent(net, x, y):
+    """Two losses, one on what the network predicts for the inputs before they are flipped."""
+    z = net(x).detach()
+    sure = z.softmax(1).amax(1) > 0.5
+    return F.cross_entropy(net(x), y) + (F.cross_entropy(net(x.flip(1)), z.argmax(1), reduction="none") * sure).mean()
+
+
+@pytest.mark.parametrize("method", [lambda: GroupDRO("place", 3, loss="sum"), lambda: VREx("place", 3, loss="sum")])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda net, x, y: F.cross_entropy(tokens(net, x).view(-1, 2), y.repeat_interleave(3)),
+        lambda net, x, y: F.cross_entropy(tokens(net, x).transpose(1, 2), y[:, None].expand(-1, 3)),
+        lambda net, x, y: F.cross_entropy(tokens(net, x).transpose(0, 1).flatten(0, 1), y.repeat(3)),
+        over_tokens,
+        lambda net, x, y: F.cross_entropy(net(torch.cat([x, x.flip(1)])), torch.cat([y, y])),
+        lambda net, x, y: F.cross_entropy(net(x.flip(0)), y.flip(0)),
+        lambda net, x, y: in_order_of(x[:, 0], net, x, y),
+        lambda net, x, y: in_order_of(torch.rand(len(x), device=x.device), net, x, y),
+        consistent,
+    ],
+)
+def test_rows_that_are_moved_wait_for_nothing(method, loss):
+    assert waits_on_cuda(Moving(loss), [method()], loader()) == []
 
 
 @pytest.mark.parametrize(
