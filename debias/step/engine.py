@@ -8,7 +8,7 @@ Lightning does so at one of five places: the step methods, the hook before batch
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -23,7 +23,7 @@ from debias.step.context import Step
 from debias.step.detection import DetectorStep, detectors
 from debias.step.guards import data_group, refuse_duplicating_sampler, takes_iterator, warn_padding
 from debias.step.loaders import Part, open_batch
-from debias.step.proxy import attach, detach, watch_outputs
+from debias.step.proxy import attach, detach, uncompiled, watch_outputs
 from debias.step.seen import Seen
 from debias.step.settle import Learned, Settlement, loss_of, with_loss
 from debias.step.split import split_losses
@@ -269,7 +269,8 @@ class StepEngine:
             # Under manual optimisation the loss is used up inside the step: nothing can be settled afterwards.
             at_once=None if self.module.automatic_optimization else settlement.at_once,
         )
-        output = self._watched(tap, heads, run, step)
+        with uncompiled(self.module) if settlement.first else nullcontext():
+            output = self._watched(tap, heads, run, step)
         self._end_forward(debiasers)
         loss = settlement.settle(tap, output, heads)
         self._forget(tap, heads)

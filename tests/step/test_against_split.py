@@ -1138,6 +1138,15 @@ def test_what_a_group_would_have_otherwise_is_refused(name):
         fit(step, **options)
 
 
+@pytest.mark.parametrize("of", [lambda step: Model(torch.compile(step)), lambda step: torch.compile(Model(step))])
+@pytest.mark.parametrize("name", ["over the largest loss", "by a number that is trained, their own sum"])
+def test_a_compiled_step_is_looked_at_as_it_is_written(name, of):
+    said, step = REFUSED[name]
+    batches = DataLoader(tag(TensorDataset(*data()), g=G), batch_size=N)
+    with pytest.raises(UntappedLossError, match=said):
+        trainer(GroupDRO("g", 2)).fit(of(step), batches)
+
+
 @pytest.mark.parametrize("least", [1, 1e-2])
 def test_a_batch_without_what_its_losses_are_divided_by_trains(least):
     """Such as one without positives: then the guard against 0 divides, for each group as for all."""
