@@ -642,15 +642,22 @@ REFUSED: dict[str, tuple[str, Step]] = {
             lambda ce: through_a_view(ce, lambda v: v.mul_(ce.detach().max())).mean()
         )(1 * losses(net, x, y)),
     ),
-    "nodes put into a sorted order": (
-        NOT_FOLLOWED,
-        lambda net, x, y, yt, w, k, z: F.cross_entropy(
-            torch.zeros(len(x), C)
-            .double()
-            .index_add(0, torch.tensor(x[..., 0].flatten().tolist()).argsort() % len(x), net(x).flatten(0, 1)),
-            torch.tensor(y.tolist()),
-        ),
-    ),
+    **{
+        f"nodes put into {what}": (
+            NOT_FOLLOWED,
+            lambda net, x, y, yt, w, k, z, place=place: F.cross_entropy(
+                torch.zeros(len(x), C).double().index_add(0, place(w).repeat_interleave(T), net(x).flatten(0, 1)),
+                torch.tensor([y.tolist()[i] for i in place(w).argsort().tolist()]),
+            ),
+        )
+        for what, place in {
+            "a sorted order": lambda w: w.argsort().argsort(),
+            "an order filled by hand": lambda w: filled(
+                torch.zeros(len(w)).long(), [(w.argsort(), torch.arange(len(w)))]
+            ),
+            "an order made in Python": lambda w: torch.tensor(w.argsort().tolist()),
+        }.items()
+    },
     "rows of others written into a view": (
         MIXED,
         lambda net, x, y, yt, w, k, z: (
