@@ -182,8 +182,9 @@ class _SampleMap:
                     raise RowsError(
                         f"Expected every tensor of the batch to have a row for each of its {self.n} samples, so that"
                         f" some of them can be taken, but got one of shape {tuple(value.shape)}: nodes of graphs, bags"
-                        " or tokens of all samples joined? Give the samples one by one (padded, or a list of"
-                        " tensors), or use `losses='whole'` with a loss that can be taken apart."
+                        " or tokens of all samples joined? Give the samples one by one: padded, or as a list (torch's"
+                        " `DataLoader(..., collate_fn=list)`) that the step joins, graphs by"
+                        " `Batch.from_data_list(batch)`. Or use `losses='whole'` with a loss that can be taken apart."
                     )
                 return value
             self.found = True

@@ -666,12 +666,24 @@ def collate_graphs(samples):
 class Graphs(Base):
     def training_step(self, batch, batch_idx):
         nodes = self.net(batch.x)
-        pooled = torch.zeros(N, C, dtype=nodes.dtype).index_add(0, batch.graph, nodes) / 3
+        pooled = torch.zeros(len(batch.y), C, dtype=nodes.dtype).index_add(0, batch.graph, nodes) / 3
         return F.cross_entropy(pooled, batch.y)
 
 
-def test_graphs_with_an_own_collate_function():
-    assert_exact(Graphs(), Samples(X, Y), lambda net: dro(ce(net), ONES, GROUPS), collate_fn=collate_graphs)
+class JoinedInTheStep(Graphs):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(collate_graphs(batch), batch_idx)
+
+
+@pytest.mark.parametrize("losses", ["whole", "split"])
+@pytest.mark.parametrize(("model", "collate"), [(Graphs, collate_graphs), (JoinedInTheStep, list)])
+def test_graphs_with_an_own_collate_function(model, collate, losses):
+    callback = GroupDRO("place", 3, step_size=STEP_SIZE, losses=losses)
+    if collate is not list and losses == "split":
+        with pytest.raises(RowsError, match=r"nodes of graphs.*`DataLoader\(.*collate_fn=list.*the step joins"):
+            fit_one_step(model(), Samples(X, Y), callback, collate_fn=collate)
+        return
+    assert_exact(model(), Samples(X, Y), lambda net: dro(ce(net), ONES, GROUPS), callback, collate_fn=collate)
 
 
 @pytest.mark.parametrize("pass_on", [False, True], ids=["nodes", "messages"])
