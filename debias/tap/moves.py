@@ -177,7 +177,7 @@ _CHOOSING = named(
     " vsplit"
 )
 # What steps and networks put rows in another order by, or choose some, and not merely axes.
-REORDERING = SORTING | PUTTING | _TURNING | _CHOOSING | JOINING
+REORDERING = SORTING | PUTTING | _TURNING | _CHOOSING | JOINING | named("rot90")
 
 _BY_KIND = {
     "move": MOVES,
