@@ -4,6 +4,7 @@ The oracle computes the Group DRO objective of the step by hand, from the formul
 SGD and learning rate 1 one step of the Trainer has to move the parameters by exactly its gradient.
 """
 
+import copy
 import dataclasses
 import math
 from collections import namedtuple
@@ -439,6 +440,40 @@ def test_own_maths_with_a_registered_adapter(monkeypatch):
     monkeypatch.setattr(adapters, "ADAPTERS", dict(adapters.ADAPTERS))
     register_loss(LogCosh, lambda loss, prediction, target: torch.log(torch.cosh(prediction - target)))
     assert_exact(OwnMaths(), Samples(X, MULTI), lambda net: dro(log_cosh(net), ONES, GROUPS))
+
+
+class Reduced(nn.Module):
+    """A loss with options, as those of MONAI."""
+
+    def __init__(self, scale, reduction="mean"):
+        super().__init__()
+        self.scale, self.reduction = scale, reduction
+
+    def forward(self, prediction, target):
+        losses = self.scale * log_cosh_of(prediction, target)
+        return losses if self.reduction == "none" else losses.mean()
+
+
+@pytest.mark.parametrize("way", ["copy of it", "copy"])
+def test_a_registered_loss_with_a_reduction_of_its_own(way, monkeypatch):
+    from debias.tap import adapters
+
+    def per_sample(loss, *args):
+        each = copy.copy(loss)
+        each.reduction = "none"
+        return type(loss).forward(each, *args) if way == "copy of it" else each(*args)
+
+    monkeypatch.setattr(adapters, "ADAPTERS", dict(adapters.ADAPTERS))
+    register_loss(Reduced, per_sample)
+    model = OwnMaths()
+    model.criterion = Reduced(3.0)
+    if way == "copy":  # which runs the watched loss itself
+        with pytest.raises(
+            LossNotFoundError, match=r"`each = copy.copy.*return `type\(loss\).forward\(each, \*args\)`"
+        ):
+            fit_one_step(model, Samples(X, MULTI))
+        return
+    assert_exact(model, Samples(X, MULTI), lambda net: dro(3 * log_cosh(net), ONES, GROUPS))
 
 
 WRONG_ADAPTERS = {
