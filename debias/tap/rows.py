@@ -161,7 +161,7 @@ class RowTracker(Notes, SampleNumbers):
         if not of_batch and (compiled or all(map(self._is_constant, given))):
             return
         pooled = None if of_batch else pooled_rows(func, args, kwargs, self.n)
-        if pooled and not self.is_lost(pooled[1]) and self.in_order(self.by_row(pooled[1]), self._of_rows(pooled[0])):
+        if pooled and self.in_order(self.by_row(pooled[1]), self._of_rows(pooled[0])):
             self._records.append(Note(made, version(made)))  # of unknown origin
             return
         self._put = self._put or (of_batch and self.n in args[0].shape)

@@ -723,16 +723,16 @@ def test_graphs_with_an_own_collate_function(model, collate, losses):
 
 @pytest.mark.parametrize("pass_on", [False, True], ids=["nodes", "messages"])
 def test_features_of_graphs_are_those_of_their_pooled_nodes(pass_on):
-    def trained(pool):
+    def trained(pool, last=None):
         class Pooled(Graphs):
             def training_step(self, batch, batch_idx):
                 nodes = self.net(batch.x)
                 if pass_on:
                     nodes = torch.zeros_like(nodes).index_add(0, torch.arange(len(nodes)).flip(0), nodes)
-                return F.cross_entropy(self.body(pool(nodes, batch.graph)), batch.y)
+                return F.cross_entropy(self.last(self.body(pool(nodes, batch.graph))), batch.y)
 
         model = Pooled()
-        model.body = nn.Identity()
+        model.body, model.last = nn.Identity(), copy.deepcopy(last or nn.Identity())
         loader = DataLoader(tag(Samples(X, Y), place=GROUPS), batch_size=N, collate_fn=collate_graphs)
         L.Trainer(max_steps=1, callbacks=[CORAL("place", 3, features="body")], **QUIET).fit(model, loader)
         return model.net.weight.detach()
@@ -742,6 +742,15 @@ def test_features_of_graphs_are_those_of_their_pooled_nodes(pass_on):
     torch.testing.assert_close(added, expected)
     named = trained(lambda nodes, graph: nodes.new_zeros(N, C).index_add_(dim=0, index=graph, source=nodes))
     torch.testing.assert_close(named, expected)
+
+    def ranked(nodes, graph):  # within each graph, as a pooling by scores does
+        order = nodes[:, 0].argsort()
+        index, together = graph[order].sort(stable=True)
+        return nodes.new_zeros(N, C).index_add(0, index, nodes[order[together]])
+
+    last = nn.Linear(C, C).double()
+    added = trained(lambda nodes, graph: nodes.new_zeros(N, C).index_add(0, graph, nodes), last)
+    torch.testing.assert_close(trained(ranked, last), added)
 
 
 class ImageLists(Base):
