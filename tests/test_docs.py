@@ -66,8 +66,8 @@ def test_code_blocks_run_in_order(page, tmp_path, monkeypatch):
     module = ModuleType(f"page_{page.stem.lower()}")  # registered, so that what a page defines can be pickled
     monkeypatch.setitem(sys.modules, module.__name__, module)
     for line, code in blocks(page, "python"):
-        if any(find_spec(name) is None for name in re.findall(r"^from (accelerate|transformers) ", code, re.M)):
-            continue  # only the examples of docs/loops.md need them
+        if any(find_spec(name) is None for name in re.findall(r"^from (accelerate|transformers|monai)\b", code, re.M)):
+            continue  # only single examples need them
         exec(compile("\n" * line + code, str(page), "exec"), vars(module))
 
 

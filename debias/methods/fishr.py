@@ -36,11 +36,14 @@ from torch import Tensor
 
 from debias.errors import DebiasError
 from debias.methods.base import HeadPenalty, calls, configures
+from debias.methods.base.head import features_of
 from debias.ops.arguments import checked
 from debias.ops.domains import domain_mean
 from debias.ops.fields import arguments
 from debias.ops.head_statistics import HeadStatistics
 from debias.ops.penalties import HeadPenaltyModule, PenaltyOptions
+from debias.step.context import Step
+from debias.tap.calls import LossCall
 
 __all__ = ["Fishr", "FishrMixin", "FishrPenalty", "fishr_penalty"]
 
@@ -165,6 +168,13 @@ class Fishr(FishrOptions, HeadPenalty):
                 "Expected `loss` of Fishr to choose one loss, but got 'sum': the running averages are those of one."
                 " Pass `loss=<index>`, in an instance with a `name` of its own for each loss, or `ema=0`."
             )
+
+    def head_statistics(self, call: LossCall, domains: Tensor, step: Step) -> HeadStatistics:
+        """Statistics of the head that made the logits of this loss."""
+        statistics = super().head_statistics(call, domains, step)
+        if statistics.loss.kind != "cross_entropy" and call.logits is not None and call.logits.ndim > 2:
+            features_of(call, len(statistics.loss.logits) // call.parts)  # which elements are of one position?
+        return statistics
 
 
 class FishrMixin:

@@ -38,7 +38,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from debias.errors import DebiasError
-from debias.methods.base.held_out import Evaluating, Keys, find_head, held_out, labels, moved, refuse_empty
+from debias.methods.base.held_out import Evaluating, Keys, find_head, held_out, labels, moved, refuse_empty, run_head
 from debias.ops.arguments import checked, shown
 from debias.ops.distributed import gather, is_distributed
 from debias.ops.fields import arguments, field_values
@@ -55,7 +55,7 @@ from debias.ops.last_layer import (
     fit_dfr,
     fit_logistic,
 )
-from debias.step.batch import BatchKey, read
+from debias.step.batch import BatchKey, input_of
 from debias.step.ids import check_keys
 from debias.step.random import undisturbed
 from debias.step.reference import second_network
@@ -122,7 +122,7 @@ def retrain_last_layer(
     """Fit the last layer of a trained network anew on held-out samples, in place.
 
     Args:
-        module: ``module(input)`` returns logits, ``(N, C)`` or of one binary output ``(N,)`` or ``(N, 1)``.
+        module: its ``forward`` returns logits, ``(N, C)`` or of one binary output ``(N,)`` or ``(N, 1)``.
         loader: yields batches of the held-out set, also tagged ones; with the transform of the test. Where ranks share
             it, samples that padding repeats count once if the set is tagged (``tag(dataset)`` numbers its samples).
         method: ``"dfr"``, ``"afr"``, ``"self"``, ``"balanced"`` or ``"plain"``.
@@ -130,7 +130,8 @@ def retrain_last_layer(
             negative ids are left out.
         n_groups: number of groups, one per key.
         head: dotted path of the linear layer; found automatically where its output is what the module returns.
-        input: where the network's input is in the batch.
+        input: where the network's input is in the batch; or a callable of the batch that returns it: a tuple of several
+            arguments, or a dictionary of them by name, ``lambda batch: {"ids": batch["ids"], "mask": batch["mask"]}``.
         target: where the targets are: class ids ``(N,)``, labels ``(N, K)`` in {0, 1}, negative = missing.
         strengths: inverse weights of the penalty, scikit-learn's ``C``: of ``"dfr"`` those to choose from, of
             ``"balanced"`` and ``"plain"`` one, 1 by default.
@@ -259,15 +260,15 @@ class LastLayerRetraining(RetrainingOptions, StepWatcher):
         with undisturbed():
             for raw in loader:
                 batch, tags = moved(raw, pl_module, trainer.strategy.batch_to_device)
-                given = read(batch, keys.input, {}, argument="input")
-                if not found:
+                if first := not found:
+                    given = input_of(pl_module, batch, keys.input)
                     with Evaluating(pl_module):
-                        head = find_head(pl_module, options["head"], given)
-                    n_classes = head.out_features
-                found.append(labels(batch, tags, keys, torch.empty(len(given), n_classes, device=pl_module.device)))
+                        head = find_head(pl_module, options["head"], *given)
+                        logits = run_head(pl_module, head, *given)[1]
+                found.append(labels(batch, tags, keys, logits, alike=first))
         if found:
             targets, groups = (gather(torch.cat(parts)).cpu() for parts in zip(*found, strict=True))
-            self._check_labels(targets, groups if keys.group is not None else None, n_classes)
+            self._check_labels(targets, groups if keys.group is not None else None, head.out_features)
 
     def _check_labels(self, targets: Tensor, groups: Tensor | None, n_classes: int) -> None:
         options = self.options

@@ -241,7 +241,7 @@ class GroupAccuracy(RankMetric):
                 "Expected argument `target` to be 0 or 1 beside one score for each, class ids below C beside logits"
                 f" (N, C, ...), or negative where it does not count, but got {int(self.bad_targets)} larger ones. If a"
                 " value marks missing targets, pass it as `ignore_index`; beside class ids pass logits of all classes,"
-                " to GroupMonitor by `logits=`."
+                " to a monitor by `logits=`."
             )
         overall = self.correct_all / self.total_all
         by_group = self.correct / self.total

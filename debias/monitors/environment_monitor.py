@@ -18,7 +18,7 @@ from debias.monitors.group_monitor import GroupMonitor
 from debias.monitors.scored import logits_of
 from debias.ops.arguments import check_count, checked
 from debias.ops.group_inference import eiil_groups, error_groups
-from debias.step.batch import BatchKey, describe
+from debias.step.batch import BatchKey, describe, input_of
 from debias.step.context import Step
 from debias.step.reference import second_network
 from debias.tap.calls import LossCall
@@ -40,7 +40,8 @@ class EnvironmentMonitor(GroupMonitor):
             leans on the shortcut than one that is too good.
         n_classes: number of classes; 2 for one binary output.
         method: ``"eiil"``, or ``"errors"``: right and wrong, also of more than two classes.
-        input: where the network's input is in the batch: ``module(input)`` returns the logits.
+        input: where the network's input is in the batch, of which its ``forward`` makes the logits; or a callable of
+            the batch that returns it: a tuple of several arguments, or a dictionary of them by name.
         target: where the target is, class ids ``(N,)``; negative ones belong to no part.
         loss, threshold, name, allow_untested_strategy: see :class:`GroupMonitor`.
 
@@ -98,7 +99,8 @@ class EnvironmentMonitor(GroupMonitor):
         """Ask the reference."""
         target = torch.as_tensor(step.read(self.target_key, argument="target")).to(step.module.device)
         with torch.no_grad(), step.trainer.precision_plugin.val_step_context():
-            output = type(self._network).forward(self._network, step.read(self.input, argument="input"))
+            args, kwargs = input_of(self._network, step.batch, self.input, step.tags)
+            output = type(self._network).forward(self._network, *args, **kwargs)
         logits = logits_of(output)
         if not isinstance(logits, Tensor):
             raise BatchKeyError(

@@ -63,6 +63,7 @@ class ShiftedValidation(EpochMonitor):
         std: its standard deviation; without both, images must lie in [0, 1].
         index: where the sample's index is, if the loader's order is not fixed: a tag, for instance.
         threshold: for binary and multi-label outputs: a logit above it is a positive.
+        ignore_index: a target that is not scored, beside negative ones.
         seed: another one gives other shifts.
         name: prefix of several monitors' logged names.
         allow_untested_strategy: run under a strategy that was not tested.
@@ -96,6 +97,7 @@ class ShiftedValidation(EpochMonitor):
         std: float | list[float] | None = None,
         index: BatchKey | None = None,
         threshold: float = 0.0,
+        ignore_index: int | None = None,
         seed: int = 0,
         name: str | None = None,
         allow_untested_strategy: bool = False,
@@ -107,6 +109,7 @@ class ShiftedValidation(EpochMonitor):
         self.logits = logits
         self.index = index
         self.threshold = threshold
+        self.ignore_index = ignore_index
         self.seed = seed
         self._unit = UnitImages(mean, std)
         self._metrics: list[GroupAccuracy] = []
@@ -200,9 +203,8 @@ class ShiftedValidation(EpochMonitor):
 
     def _start(self, trainer: Any, pl_module: Any, loaders: list[Any]) -> None:
         names = (ORIGINAL, *self.families)
-        self._metrics = [
-            GroupAccuracy(len(names), group_names=names, threshold=self.threshold).to(pl_module.device) for _ in loaders
-        ]
+        options: dict[str, Any] = {"threshold": self.threshold, "ignore_index": self.ignore_index}
+        self._metrics = [GroupAccuracy(len(names), group_names=names, **options).to(pl_module.device) for _ in loaders]
         self._orders = [None] * len(loaders)
         self._outside = None
 

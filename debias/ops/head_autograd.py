@@ -6,11 +6,12 @@ parameters squared, or take P products.
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, jacrev, vmap
 
 from debias.errors import DebiasError
 from debias.ops.head_losses import HeadLoss, filled, numerators
@@ -24,7 +25,7 @@ class AutogradHeadStatistics(HeadStatistics):
 
     Args:
         head: maps features ``(rows, ...)`` to logits ``(rows, C)``.
-        features: input of the head, ``(rows, ...)``.
+        features: input of the head, ``(rows, ...)``, or ``(N, T, ...)`` where it makes T rows of each.
         loss: the loss of the rows.
         members: which row is in which domain, boolean ``(rows, E)``.
     """
@@ -73,21 +74,22 @@ class AutogradHeadStatistics(HeadStatistics):
 
     @cached_property
     def _sample_flat(self) -> Tensor:
-        """Gradients of the samples, ``(rows, P)``."""
+        """Gradients of the rows, ``(rows, P)``."""
         loss, rows = self.loss, self.loss.target.shape
         weight, positive = (filled(x, self.features, (1, 1)).expand(rows) for x in (loss.weight, loss.positive))
+        # As few features as belong to as few rows: of tokens (N, T, d), a sample and its T rows.
+        units = math.gcd(len(self.features), rows[0])
 
-        def of_sample(parameters: dict[str, Tensor], feature: Tensor, *parts: Tensor) -> Tensor:
-            logits = functional_call(self.head, self._fixed | parameters, (feature.unsqueeze(0),))
-            return numerators(loss.kind, logits.reshape(-1), *parts) / loss.elements
+        def of_unit(parameters: dict[str, Tensor], features: Tensor, *parts: Tensor) -> Tensor:
+            logits = functional_call(self.head, self._fixed | parameters, (features,))
+            return numerators(loss.kind, logits.reshape(parts[0].shape), *parts) / loss.elements
 
-        if not len(self.features):  # which vmap does not take
+        if not units:  # which vmap does not take
             width = sum(p.numel() for p in self.parameters.values())
             return self.features.flatten(1).sum(1, keepdim=True).expand(0, width)
-        gradients = vmap(grad(of_sample), in_dims=(None, 0, 0, 0, 0))(
-            self.parameters, self.features, loss.target, weight, positive
-        )
-        return self._flat(gradients)[:, 0]
+        parts = [x.unflatten(0, (units, -1)) for x in (self.features, loss.target, weight, positive)]
+        gradients = vmap(jacrev(of_unit), in_dims=(None, 0, 0, 0, 0))(self.parameters, *parts)
+        return self._flat({name: x.flatten(0, 1) for name, x in gradients.items()})[:, 0]
 
     def _local_sample_gradients(self) -> Tensor:
         return (self.membership.T @ self._sample_flat).unsqueeze(1)

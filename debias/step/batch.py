@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
@@ -16,6 +17,7 @@ from debias.tap.batches import attributes, one_per_sample
 __all__ = [
     "LOADER",
     "BatchKey",
+    "input_of",
     "key_name",
     "key_parts",
     "map_samples",
@@ -83,6 +85,31 @@ def read(batch: Any, key: BatchKey, tags: Mapping[str, Any] | None = None, *, ar
             ) from None
         done.append(str(part))
     return here
+
+
+def input_of(
+    network: Any, batch: Any, key: BatchKey, tags: Mapping[str, Any] | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What ``input=`` says that a network is called with: what a key names, or what a callable of the batch returns,
+    where a tuple holds several arguments by position, and a dictionary by name.
+
+    Raises:
+        BatchKeyError: nothing is there, or the network's ``forward`` has other arguments.
+    """
+    given = read(batch, key, tags, argument="input")
+    several = callable(key) and isinstance(given, tuple | Mapping)
+    args: tuple[Any, ...] = (given,) if not several else given if isinstance(given, tuple) else ()
+    kwargs = dict(given) if several and isinstance(given, Mapping) else {}
+    signature = inspect.signature(network.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise BatchKeyError(
+            f"Expected `input` to name what `forward{signature}` of {type(network).__name__} takes, but got"
+            f" {describe(given)}: {error}. Pass a callable of the batch that returns its arguments: a tuple, or a"
+            " dictionary by name; of one argument that is itself a dictionary, `lambda batch: (batch,)`."
+        ) from None
+    return args, kwargs
 
 
 def replace(batch: Any, key: BatchKey, value: Any) -> Any:
@@ -155,8 +182,9 @@ class _SampleMap:
                     raise RowsError(
                         f"Expected every tensor of the batch to have a row for each of its {self.n} samples, so that"
                         f" some of them can be taken, but got one of shape {tuple(value.shape)}: nodes of graphs, bags"
-                        " or tokens of all samples joined? Give the samples one by one (padded, or a list of"
-                        " tensors), or use `losses='whole'` with a loss that can be taken apart."
+                        " or tokens of all samples joined? Give the samples one by one: padded, or as a list (torch's"
+                        " `DataLoader(..., collate_fn=list)`) that the step joins, graphs by"
+                        " `Batch.from_data_list(batch)`. Or use `losses='whole'` with a loss that can be taken apart."
                     )
                 return value
             self.found = True

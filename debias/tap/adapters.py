@@ -134,6 +134,6 @@ def _computed(name: str, per_sample: Callable[..., Any], n: int, *args: Any) -> 
             return found
     raise LossNotFoundError(
         f"Expected `per_sample` of the registered loss `{name}` to return losses of shape (N, ...), or these and their"
-        f" denominators, but got {shown(found)}. Return a value for each sample, without the mean; where that is what"
-        " the loss computes by an option, of a new instance: `type(loss)(reduction='none')(*args)`."
+        f" denominators, but got {shown(found)}. Return a value for each sample, without the mean; where the loss has a"
+        " `reduction`, set it to 'none' in `each = copy.copy(loss)`, and return `type(loss).forward(each, *args)`."
     )

@@ -113,7 +113,9 @@ class Divided:
         if of_tokens:
             weights = weights.flatten(ndim).sum(ndim)
         if weights.numel() != shape.numel():
-            return self._spread(weights, known=self.tracker is not None and self.tracker.is_of_batch(source))
+            known = self.tracker is not None and self.tracker.is_of_batch(source)
+            spread = self._spread(weights, known=known)
+            return self._by_sample(source) if spread is None and known else spread
         own = theirs = None
         if self.record.source is not None and self.tracker is not None:
             own, theirs = index_of(self.tracker, self.record), self.tracker.index(source)
@@ -136,6 +138,26 @@ class Divided:
         if not fits or any(weights.shape[axis] != shape[axis] for axis in (0, self._axis_of_samples())):
             return None
         return weights.expand(shape) * (weights.numel() / shape.numel())
+
+    def _by_sample(self, source: Tensor) -> Tensor | None:
+        """What each sample has of weights in another layout, such as lengths, spread over its elements; over those that
+        are 0, as padding is, only if all are. None if the loss has left out a sample that has some, or is a mean: that
+        depends on how many elements a sample has.
+        """
+        record, tracker, own = self.record, self.tracker, index_of(self.tracker, self.record)
+        theirs = None if tracker is None else tracker.index(source)
+        if tracker is None or own is None or theirs is None or own.shape != self._elements.shape:
+            return None
+        if not record.is_sum or record.targets is not None or record.parts:
+            return None
+        elements, own = self._elements.detach().flatten(), own.flatten()
+        weights, zeros = source.detach().to(elements.dtype), elements.new_zeros(tracker.n)
+        counts = (elements != 0).to(elements.dtype)
+        counts = counts + (zeros.index_add(0, own, counts) == 0)[own]
+        of_samples, numbers = zeros.index_add(0, theirs.flatten(), weights.flatten()), zeros.index_add(0, own, counts)
+        if tracker.reads(own) and bool(((numbers == 0) & (of_samples != 0)).any()):
+            return None
+        return (counts * (of_samples / numbers)[own]).view(self._elements.shape)
 
     def _are_same(self, source: Tensor, mask: Any) -> bool:
         """Whether weights are the mask that elements were selected by."""

@@ -30,19 +30,15 @@ from debias.tap.features import (
     rows_of_features,
 )
 from debias.tap.hooks import Hook
-from debias.tap.moves import among, kind_of, named
+from debias.tap.moves import CASTS, MOVES, REORDERING, among, kind_of
 from debias.tap.notes import Note, Notes
 from debias.tap.rows import RowTracker
 from debias.tap.sharded import has_shards, whole
 
 __all__ = ["FeatureTap", "HeadFinder", "HeadTap", "check_features", "rows_of_features", "submodule"]
 
-_T = torch.Tensor
-# Operations between head and loss that leave every logit what it is.
-_passes = among(
-    named("squeeze unsqueeze reshape flatten transpose permute clone")
-    | {_T.float, _T.double, _T.to, _T.contiguous, _T.view, _T.type_as}
-)
+# Operations between head and loss that leave every logit what it is, and the rows in their order.
+_passes = among(CASTS | (MOVES - REORDERING))
 
 
 class HeadFinder(Notes):
@@ -64,7 +60,7 @@ class HeadFinder(Notes):
             if isinstance(weight, Tensor) and (weight.ndim == 2 or weight.shape[2:] == (1, 1)):
                 layer = None if self._root is None else _holder(self._root, weight)
                 self._records.append(Note(out, 0, F.linear, (args[0] if args else kwargs["input"], weight, layer)))
-        elif args and out is not args[0] and (_passes(func) or (func is _T.__getitem__ and _keeps_all(args, out))):
+        elif args and out is not args[0] and _keeps_logits(func, args, out):
             self._records.append(Note(out, 0, func, args, kwargs, kind_of(func)))
 
     def runs_of(self, weight: Tensor) -> int:
@@ -97,8 +93,11 @@ def _holder(root: nn.Module, weight: Tensor) -> nn.Module | None:
     return next((m for m in root.modules() if own_weight(m) is weight), None)
 
 
-def _keeps_all(args: tuple[Any, ...], out: Tensor) -> bool:
-    """Whether an index takes all of a tensor, or columns only, as `logits[:, 0]` does."""
+def _keeps_logits(func: Any, args: tuple[Any, ...], out: Any) -> bool:
+    """Whether an operation keeps all of a tensor, or takes columns only, as ``logits[:, 0]`` does."""
+    if func is not Tensor.__getitem__:
+        whole = _passes(func) and isinstance(args[0], Tensor) and isinstance(out, Tensor)
+        return whole and out.is_floating_point() and out.numel() == args[0].numel()
     index = args[1]
     parts = index if isinstance(index, tuple) else (index,)
     if out.shape == args[0].shape and all(isinstance(i, slice) or i is Ellipsis for i in parts):

@@ -23,7 +23,7 @@ from debias.tap.batches import arranged_rows
 from debias.tap.calls import LossCall, means
 from debias.tap.losses import UNMIXABLE
 
-__all__ = ["Mixture", "Part", "mix_parts", "row_sources", "unmixable"]
+__all__ = ["Mixture", "Part", "mix_parts", "relabelled", "row_sources", "unmixable"]
 
 
 @dataclass(eq=False)
@@ -144,7 +144,7 @@ def mix_parts(
     def of_rows(per_sample: Tensor) -> Tensor:
         return per_sample if index is None else per_sample[index]
 
-    made = []
+    made, options = [], []
     for part in mixture.parts:
         rows = None if part.source is None else row_sources(part.source, index, mixture.n, check=check)
         labels = functools.partial(_labels, rows, elementwise)
@@ -155,15 +155,33 @@ def mix_parts(
         )
         source = torch.arange(mixture.n, device=mixture.device) if part.source is None else part.source
         den = den.to(losses.dtype) * den_share
-        made.append((losses, losses * num_share, den, num_share, labels(call.target), of_rows(source)))
+        target, moved = relabelled(call.target, call.arguments, labels)
+        made.append((losses, losses * num_share, den, num_share, target, of_rows(source)))
+        options.append(moved)
     losses_of, *others = zip(*made, strict=True)
     num, den, record.scale, record.targets, samples = map(torch.cat, others)
+    call.arguments |= {name: torch.cat([moved[name] for moved in options]) for name in options[0]}
     call.parts, record.own_rows = len(made), index
     record.compute = lambda: (num, den)
     for cached in ("computed", "elements"):
         vars(record).pop(cached, None)
     record.samples = lambda shape: samples.view(shape) if elementwise else samples
     return list(losses_of)
+
+
+def relabelled(
+    target: Tensor, options: dict[str, Any], moved: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The target with the labels of other samples, and of the options of a loss those that belong to these: weights of
+    elements, unlike those of classes.
+    """
+    of_elements = {
+        name: x.expand(target.shape)
+        for name, x in options.items()
+        if name in ("weight", "pos_weight") and isinstance(x, Tensor) and target.is_floating_point()
+        if x.ndim == target.ndim and x.shape[:1] == target.shape[:1]
+    }
+    return moved(target), {name: moved(x) for name, x in of_elements.items()}
 
 
 def _labels(rows: Tensor | None, elementwise: bool, target: Tensor) -> Tensor:

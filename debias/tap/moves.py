@@ -39,7 +39,7 @@ __all__ = [
     "kind_of",
     "looked_up",
     "named",
-    "pools_rows",
+    "pooled_rows",
     "read_arguments",
     "sorts_rows",
     "tensors_in",
@@ -195,7 +195,7 @@ _CHOOSING = named(
     " vsplit"
 )
 # What steps and networks put rows in another order by, or choose some, and not merely axes.
-REORDERING = SORTING | PUTTING | _TURNING | _CHOOSING | JOINING
+REORDERING = SORTING | PUTTING | _TURNING | _CHOOSING | JOINING | named("rot90")
 
 _BY_KIND = {
     "move": MOVES,
@@ -324,10 +324,15 @@ def _puts_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
     return not (_puts_along(func) and isinstance(dim, int) and dim % max(args[0].ndim, 1))
 
 
-def pools_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], n: int) -> bool:
-    """Whether rows that are not those of the ``n`` samples are added up for each of these, as the nodes of graphs."""
-    given = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, Tensor)]
-    return _pools(func) and len(args[0]) == n and all(x.shape[:1] != (n,) for x in given)
+def pooled_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], n: int) -> list[Tensor] | None:
+    """Rows, not those of the ``n`` samples, that are added up for each of these, as the nodes of graphs, and the index
+    that says for which; None where an operation does something else.
+    """
+    if not (_pools(func) and len(args[0]) == n):
+        return None
+    index = args[2] if len(args) > 2 else kwargs["index"]
+    rows = args[3] if len(args) > 3 else kwargs["source" if "source" in kwargs else "src"]
+    return None if (n,) in (rows.shape[:1], index.shape[:1]) else [rows, index]
 
 
 def sorts_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

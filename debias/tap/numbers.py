@@ -69,6 +69,16 @@ class SampleNumbers:
         one = [small.view(()) for x in found if x is not None and (small := thinned([x])[0]).numel() == 1]
         return one[0] if one and len(one) == len(found) and all(self._equal(x, one[0]) for x in one) else None
 
+    def pools_in_order(self, places: Tensor | None, samples: Tensor | None) -> bool:
+        """Whether rows are added up at the places of their samples. Where nobody knows these, places that rise say that
+        they lie in the order of the batch, as the nodes of joined graphs do.
+        """
+        if places is None:
+            return False
+        if samples is not None:
+            return self._equal(places.long(), samples)
+        return not self.reads(places) or bool((places.diff() >= 0).all())
+
     def moving(self, index: Tensor) -> Iterator[int]:
         """The axes along which samples change; each is looked at when it is asked for."""
         return (axis for axis in range(index.ndim) if self.without(index, [axis]) is None)

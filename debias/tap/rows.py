@@ -28,7 +28,7 @@ from debias.tap.moves import (
     effect_of,
     kind_of,
     looked_up,
-    pools_rows,
+    pooled_rows,
     read_arguments,
     tensors_in,
     values_read,
@@ -165,8 +165,8 @@ class RowTracker(Notes, SampleNumbers):
         of_batch = any(map(self._tracked if compiled else self.is_of_batch, given))
         if not of_batch and (compiled or all(map(self._is_constant, given))):
             return
-        index = [x for x in given if not x.is_floating_point()]
-        if not of_batch and pools_rows(func, args, kwargs, self.n) and not any(map(self.is_lost, index)):
+        pooled = None if of_batch else pooled_rows(func, args, kwargs, self.n)
+        if pooled and self.pools_in_order(self.by_row(pooled[1]), self._of_rows(pooled[0])):
             self._records.append(Note(made, version(made)))  # of unknown origin
             return
         self._put = self._put or (of_batch and self.n in args[0].shape)

@@ -24,7 +24,7 @@ from debias.tap.counted import counted_by
 from debias.tap.following import FOLLOWED, Following
 from debias.tap.head import HeadFinder
 from debias.tap.losses import COMPARING, FORM, LOSSES, NAMES, NOT_PER_SAMPLE, SYMMETRIC, reduction_of, unreduced
-from debias.tap.mixing import Mixture, mix_parts
+from debias.tap.mixing import Mixture, mix_parts, relabelled
 from debias.tap.moves import MAY_CHANGE, RECORDED, is_irregular, named
 from debias.tap.predictions import CLASSIFYING, Evaluated
 from debias.tap.rows import RowTracker
@@ -171,7 +171,10 @@ class LossTap(TorchFunctionMode):
 
         def compute(moved: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
             """Losses and denominators, perhaps with the labels of other samples."""
-            given = arguments if moved is None else _relabelled(arguments, labels, moved)
+            given = arguments
+            if moved is not None:
+                target, options = relabelled(arguments[labels], arguments, moved)
+                given = {**arguments, **options, labels: target}
             losses = unreduced(func, given)
             return losses, losses.new_ones(()) if reduction in ("none", "sum") else LOSSES[func](losses, given)
 
@@ -316,16 +319,6 @@ class LossTap(TorchFunctionMode):
         if (index := samples(shape)) is None:
             return self.tracker.start(shape, device, sample=None if shape else 0)
         return index if index.shape == shape else index.view(-1, *[1] * (len(shape) - 1)).expand(shape)
-
-
-def _relabelled(arguments: dict[str, Any], labels: str, moved: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """Arguments of a loss with the labels of other samples."""
-    target, weight = arguments[labels], arguments.get("weight")
-    changed = {labels: moved(target)}
-    # Weights of the elements, unlike those of the classes, belong to the labels.
-    if isinstance(weight, Tensor) and weight.ndim and weight.shape == target.shape and target.is_floating_point():
-        changed["weight"] = moved(weight)
-    return arguments | changed
 
 
 def _trusted(call: LossCall) -> list[Tensor]:

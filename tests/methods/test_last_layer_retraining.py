@@ -8,6 +8,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import nn
@@ -429,6 +430,41 @@ def test_what_would_fail_at_the_end_fails_at_the_start(options, fitted, match):
     with pytest.raises(DebiasError, match=match):
         make_trainer([LastLayerRetraining(**options)]).fit(model, loader(), val)
     assert same(before, model.state_dict())
+
+
+class Masked(Classifier):
+    """A network with two arguments."""
+
+    def forward(self, x, mask):
+        return super().forward(x * mask)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(Masked.forward(self, batch[0], batch[0] > 0), batch[1])
+
+    validation_step = None
+
+
+class OneArgument(Masked):
+    def forward(self, x):
+        return super().forward(x, x > 0)
+
+
+@pytest.mark.parametrize(
+    "input", [lambda batch: (batch[0], batch[0] > 0), lambda batch: {"x": batch[0], "mask": batch[0] > 0}]
+)
+def test_a_network_with_several_arguments(input):
+    ends = []
+    for model, key in ((Masked(), input), (OneArgument(), 0)):
+        callback = LastLayerRetraining(method="afr", steps=5, input=key, on="train")
+        make_trainer([callback]).fit(model, loader())
+        ends.append(callback.fit.weight)
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("input", [0, lambda batch: {"mask": batch[0]}, lambda batch: (*batch, 0)])
+def test_arguments_that_a_network_has_not(input):
+    with pytest.raises(BatchKeyError, match=r"what `forward\(x, mask\)` of Masked takes.*`lambda batch: \(batch,\)`"):
+        make_trainer([LastLayerRetraining(method="afr", input=input, on="train")]).fit(Masked(), loader())
 
 
 def test_the_held_out_set_may_be_a_stream():

@@ -662,6 +662,19 @@ def test_dense_logits_have_a_row_for_each_position(method: type, name: str) -> N
     assert all(torch.allclose(ends[0][key], ends[1][key], rtol=1e-9, atol=1e-11) for key in backbone)
 
 
+class Tokens(Classifier):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        z = self.head(torch.stack([self.backbone(x + 0.1 * i) for i in range(3)], 1))
+        return F.binary_cross_entropy_with_logits(z, F.one_hot(y, 2).unsqueeze(1).expand(z.shape).to(z.dtype))
+
+
+@pytest.mark.parametrize("derivatives", ["closed_form", "autograd"])
+def test_which_elements_are_of_one_position_is_asked(derivatives: str) -> None:
+    with pytest.raises(HeadNotFoundError, match=r"flatten the positions before the loss: `logits.flatten\(0, 1\)`"):
+        train(Tokens(), [Fishr("place", 3, derivatives=derivatives)])
+
+
 def test_a_convolution_is_no_head_of_rows() -> None:
     with pytest.raises(HeadNotFoundError, match=r"one row of features.*Conv2d.*`derivatives='closed_form'`"):
         train(Dense(DENSE["classes"], True), [Fishr("place", 3, derivatives="autograd")])

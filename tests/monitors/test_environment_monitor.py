@@ -45,9 +45,11 @@ def run(checkpoint, **options):
     return model, {k: v.item() for k, v in trainer.callback_metrics.items()}
 
 
-@pytest.mark.parametrize("method", ["eiil", "errors"])
-def test_parts_are_those_that_the_reference_gets_right_and_wrong(checkpoint, method):
-    model, metrics = run(checkpoint, method=method)
+@pytest.mark.parametrize(
+    "options", [{"method": "eiil"}, {"method": "errors"}, {"input": lambda batch: {"x": batch[0]}}]
+)
+def test_parts_are_those_that_the_reference_gets_right_and_wrong(checkpoint, options):
+    model, metrics = run(checkpoint, **options)
     expected = by_hand(model, checkpoint)
     assert len(expected) > 2  # the reference is wrong somewhere
     names = {(c, w): f"val/inferred/accuracy_by_group/class {c} {'hard' if w else 'easy'}" for c, w in expected}

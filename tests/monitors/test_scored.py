@@ -317,7 +317,7 @@ def test_a_loss_of_each_class():
     with pytest.raises(AmbiguousLossError, match=r"of one prediction, as of each class, `logits=` and `target=`"):
         validate(module, GroupMonitor("g", 3), X, CLASSES)
     with pytest.raises(
-        DebiasError, match=r"`target` to be 0 or 1.*pass logits of all classes, to GroupMonitor by `logits=`"
+        DebiasError, match=r"`target` to be 0 or 1.*pass logits of all classes, to a monitor by `logits=`"
     ):
         validate(module, GroupMonitor("g", 3, loss=0, target=1), X, CLASSES)
     found = validate(module, GroupMonitor("g", 3, logits="net", target=1), X, CLASSES)

@@ -437,10 +437,15 @@ def test_targets_of_pixels():
             pass
 
     x = images(8)
-    data = DataLoader(TensorDataset(x, module(x).argmax(1)), 4)
+    target = module(x).argmax(1)
+    target[:, :2] = 255  # counts nowhere
+    data = DataLoader(TensorDataset(x, target), 4)
+    blurred = ShiftedValidation(families=["blur"], ignore_index=255)
+    with pytest.raises(DebiasError, match="`ignore_index`"):
+        validate(Dense(), ShiftedValidation(families=["blur"]), data)
     with pytest.raises(DebiasError, match=r"\(4, 12, 12\), which would stay.*`families=\['blur'\]`"):
         validate(Dense(), ShiftedValidation(families=["blur", "geometric"]), data)
-    assert shifts_of(validate(Dense(), ShiftedValidation(families=["blur"]), data))["original"] == 1
+    assert shifts_of(validate(Dense(), blurred, data))["original"] == 1
 
 
 def test_a_target_that_is_no_tensor():

@@ -218,6 +218,20 @@ def test_a_head_of_two_layers() -> None:
     assert oracle.distance(left, right) < EXACT
 
 
+@KINDS
+@pytest.mark.parametrize("shape", [(2, -1), (-1, 2)], ids=str)
+def test_a_head_that_makes_several_rows_of_its_features(kind: str, shape: tuple[int, int]) -> None:
+    p = oracle.problem(kind)
+    rows = by_autograd(p)
+    even = len(p.features) // 2 * 2
+    loss, members = rows.loss.map(lambda x: x[:even]), rows.members[:even]
+    of_rows, of_tokens = (
+        AutogradHeadStatistics(rows.head, x, loss, members)
+        for x in (p.features[:even], p.features[:even].unflatten(0, shape))
+    )
+    agree(p, of_tokens.gradient_variances, of_rows.gradient_variances)
+
+
 @pytest.mark.parametrize("what", ["diagonal_distances", "hessian_distances"])
 def test_the_autograd_route_refuses_what_it_has_not(what: str) -> None:
     with pytest.raises(DebiasError, match="linear head"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -94,6 +95,9 @@ def losses(net: Any, x: Tensor, y: Tensor) -> Tensor:
 
 def tokens(net: Any, x: Tensor, yt: Tensor) -> Tensor:
     return F.cross_entropy(net(x).transpose(1, 2), yt, reduction="none")
+
+
+summed = functools.partial(F.cross_entropy, reduction="sum")
 
 
 def crops(net: Any, x: Tensor) -> Tensor:
@@ -226,6 +230,17 @@ def spread(rank: Tensor, x: Tensor) -> Tensor:
 
 
 RIGHT: dict[str, Step] = {
+    "over the lengths": lambda net, x, y, yt, w, k, z: summed(net(x).flatten(0, 1), yt.flatten()) / w.sum(),
+    "over the lengths, of samples with as many rows as they like": lambda net, x, y, yt, w, k, z: (
+        lambda rows: losses(net, x[rows], y[rows]).sum() / w.sum()
+    )(torch.arange(len(x)).repeat_interleave(1 + (k[:, 0] > 0) + 2 * (k[:, 1] > 0))),
+    "over the lengths, tokens first": lambda net, x, y, yt, w, k, z: (
+        summed(net(x.transpose(0, 1)).flatten(0, 1), yt.t().flatten()) / w.sum()
+    ),
+    "over the labels that count, padded by one": lambda net, x, y, yt, w, k, z: (
+        summed(net(x).flatten(0, 1), F.pad(yt.masked_fill(k == 0, -100), (0, 1), value=-100)[:, 1:].reshape(-1))
+        / (yt[:, 1:].masked_fill(k[:, 1:] == 0, -100) != -100).sum()
+    ),
     "in chunks": lambda net, x, y, yt, w, k, z: ce(lambda x: torch.cat([net(part) for part in x.chunk(3)]), x, y),
     "each class by itself, with its labels": lambda net, x, y, yt, w, k, z: F.cross_entropy(
         torch.cat([net(x[y == c]).mean(1) for c in range(C)]), torch.cat([y[y == c] for c in range(C)])
@@ -669,15 +684,22 @@ REFUSED: dict[str, tuple[str, Step]] = {
             lambda ce: through_a_view(ce, lambda v: v.mul_(ce.detach().max())).mean()
         )(1 * losses(net, x, y)),
     ),
-    "nodes put into a sorted order": (
-        NOT_FOLLOWED,
-        lambda net, x, y, yt, w, k, z: F.cross_entropy(
-            torch.zeros(len(x), C)
-            .double()
-            .index_add(0, torch.tensor(x[..., 0].flatten().tolist()).argsort() % len(x), net(x).flatten(0, 1)),
-            torch.tensor(y.tolist()),
-        ),
-    ),
+    **{
+        f"nodes put into {what}": (
+            NOT_FOLLOWED,
+            lambda net, x, y, yt, w, k, z, place=place: F.cross_entropy(
+                torch.zeros(len(x), C).double().index_add(0, place(w).repeat_interleave(T), net(x).flatten(0, 1)),
+                torch.tensor([y.tolist()[i] for i in place(w).argsort().tolist()]),
+            ),
+        )
+        for what, place in {
+            "a sorted order": lambda w: w.argsort().argsort(),
+            "an order filled by hand": lambda w: filled(
+                torch.zeros(len(w)).long(), [(w.argsort(), torch.arange(len(w)))]
+            ),
+            "an order made in Python": lambda w: torch.tensor(w.argsort().tolist()),
+        }.items()
+    },
     "rows of others written into a view": (
         MIXED,
         lambda net, x, y, yt, w, k, z: (
@@ -786,6 +808,15 @@ REFUSED: dict[str, tuple[str, Step]] = {
     ),
     "a mean of weights before the loss": (OF_BATCH, lambda net, x, y, yt, w, k, z: w.mean() * ce(net, x, y)),
     "a count before the loss": (OF_BATCH, lambda net, x, y, yt, w, k, z: torch.mul(k.sum(), ce(net, x, y))),
+    "a mean over samples with as many rows as they like, over a mean of theirs": (
+        "made of the whole batch|by what it runs over",
+        lambda net, x, y, yt, w, k, z: (
+            lambda rows: losses(net, x[rows], y[rows]).mean() / w.mean()
+        )(torch.arange(len(x)).repeat_interleave(1 + (k[:, 0] > 0) + 2 * (k[:, 1] > 0))),
+    ),
+    "over the lengths of all, of half of the samples": (
+        UNDIVIDED, lambda net, x, y, yt, w, k, z: summed(net(x[:4]).flatten(0, 1), yt[:4].flatten()) / w.sum()
+    ),
     "a changed sum": (UNDIVIDED, lambda net, x, y, yt, w, k, z: (tokens(net, x, yt) * k).sum() / k.sum().add_(1)),
     "a root of a sum": (UNDIVIDED, lambda net, x, y, yt, w, k, z: (tokens(net, x, yt) * k).sum() / k.sum().sqrt_()),
     "another mask": (

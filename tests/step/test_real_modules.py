@@ -4,6 +4,7 @@ The oracle computes the Group DRO objective of the step by hand, from the formul
 SGD and learning rate 1 one step of the Trainer has to move the parameters by exactly its gradient.
 """
 
+import copy
 import dataclasses
 import math
 from collections import namedtuple
@@ -441,6 +442,40 @@ def test_own_maths_with_a_registered_adapter(monkeypatch):
     assert_exact(OwnMaths(), Samples(X, MULTI), lambda net: dro(log_cosh(net), ONES, GROUPS))
 
 
+class Reduced(nn.Module):
+    """A loss with options, as those of MONAI."""
+
+    def __init__(self, scale, reduction="mean"):
+        super().__init__()
+        self.scale, self.reduction = scale, reduction
+
+    def forward(self, prediction, target):
+        losses = self.scale * log_cosh_of(prediction, target)
+        return losses if self.reduction == "none" else losses.mean()
+
+
+@pytest.mark.parametrize("way", ["copy of it", "copy"])
+def test_a_registered_loss_with_a_reduction_of_its_own(way, monkeypatch):
+    from debias.tap import adapters
+
+    def per_sample(loss, *args):
+        each = copy.copy(loss)
+        each.reduction = "none"
+        return type(loss).forward(each, *args) if way == "copy of it" else each(*args)
+
+    monkeypatch.setattr(adapters, "ADAPTERS", dict(adapters.ADAPTERS))
+    register_loss(Reduced, per_sample)
+    model = OwnMaths()
+    model.criterion = Reduced(3.0)
+    if way == "copy":  # which runs the watched loss itself
+        with pytest.raises(
+            LossNotFoundError, match=r"`each = copy.copy.*return `type\(loss\).forward\(each, \*args\)`"
+        ):
+            fit_one_step(model, Samples(X, MULTI))
+        return
+    assert_exact(model, Samples(X, MULTI), lambda net: dro(3 * log_cosh(net), ONES, GROUPS))
+
+
 WRONG_ADAPTERS = {
     "factor": (lambda p, t: 2 * log_cosh_of(p, t), LossNotFoundError, "return the mean of what its `per_sample`"),
     "some samples": (
@@ -666,26 +701,38 @@ def collate_graphs(samples):
 class Graphs(Base):
     def training_step(self, batch, batch_idx):
         nodes = self.net(batch.x)
-        pooled = torch.zeros(N, C, dtype=nodes.dtype).index_add(0, batch.graph, nodes) / 3
+        pooled = torch.zeros(len(batch.y), C, dtype=nodes.dtype).index_add(0, batch.graph, nodes) / 3
         return F.cross_entropy(pooled, batch.y)
 
 
-def test_graphs_with_an_own_collate_function():
-    assert_exact(Graphs(), Samples(X, Y), lambda net: dro(ce(net), ONES, GROUPS), collate_fn=collate_graphs)
+class JoinedInTheStep(Graphs):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(collate_graphs(batch), batch_idx)
+
+
+@pytest.mark.parametrize("losses", ["whole", "split"])
+@pytest.mark.parametrize(("model", "collate"), [(Graphs, collate_graphs), (JoinedInTheStep, list)])
+def test_graphs_with_an_own_collate_function(model, collate, losses):
+    callback = GroupDRO("place", 3, step_size=STEP_SIZE, losses=losses)
+    if collate is not list and losses == "split":
+        with pytest.raises(RowsError, match=r"nodes of graphs.*`DataLoader\(.*collate_fn=list.*the step joins"):
+            fit_one_step(model(), Samples(X, Y), callback, collate_fn=collate)
+        return
+    assert_exact(model(), Samples(X, Y), lambda net: dro(ce(net), ONES, GROUPS), callback, collate_fn=collate)
 
 
 @pytest.mark.parametrize("pass_on", [False, True], ids=["nodes", "messages"])
 def test_features_of_graphs_are_those_of_their_pooled_nodes(pass_on):
-    def trained(pool):
+    def trained(pool, last=None):
         class Pooled(Graphs):
             def training_step(self, batch, batch_idx):
                 nodes = self.net(batch.x)
                 if pass_on:
                     nodes = torch.zeros_like(nodes).index_add(0, torch.arange(len(nodes)).flip(0), nodes)
-                return F.cross_entropy(self.body(pool(nodes, batch.graph)), batch.y)
+                return F.cross_entropy(self.last(self.body(pool(nodes, batch.graph))), batch.y)
 
         model = Pooled()
-        model.body = nn.Identity()
+        model.body, model.last = nn.Identity(), copy.deepcopy(last or nn.Identity())
         loader = DataLoader(tag(Samples(X, Y), place=GROUPS), batch_size=N, collate_fn=collate_graphs)
         L.Trainer(max_steps=1, callbacks=[CORAL("place", 3, features="body")], **QUIET).fit(model, loader)
         return model.net.weight.detach()
@@ -695,6 +742,15 @@ def test_features_of_graphs_are_those_of_their_pooled_nodes(pass_on):
     torch.testing.assert_close(added, expected)
     named = trained(lambda nodes, graph: nodes.new_zeros(N, C).index_add_(dim=0, index=graph, source=nodes))
     torch.testing.assert_close(named, expected)
+
+    def ranked(nodes, graph):  # within each graph, as a pooling by scores does
+        order = nodes[:, 0].argsort()
+        index, together = graph[order].sort(stable=True)
+        return nodes.new_zeros(N, C).index_add(0, index, nodes[order[together]])
+
+    last = nn.Linear(C, C).double()
+    added = trained(lambda nodes, graph: nodes.new_zeros(N, C).index_add(0, graph, nodes), last)
+    torch.testing.assert_close(trained(ranked, last), added)
 
 
 class ImageLists(Base):

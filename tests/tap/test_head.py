@@ -87,6 +87,8 @@ X = torch.randn(2, 4)
         lambda z: torch.squeeze(input=z.unsqueeze(2), dim=2),
         lambda z: torch.reshape(input=torch.unsqueeze(input=z, dim=0), shape=(2, 3)),
         lambda z: z[:, None][:, 0],
+        lambda z: torch.movedim(z.unsqueeze(2), -1, 1).ravel().unflatten(0, (2, 3)),
+        lambda z: z.unsqueeze(2).mT.swapaxes(0, 1).moveaxis(1, 0).reshape_as(z),
     ],
 )
 def test_through_operations_that_change_no_logit(between):
@@ -120,7 +122,14 @@ def test_one_by_one_convolution():
 
 
 @pytest.mark.parametrize(
-    "between", [lambda z: z / 0.5, lambda z: (z + net[2](net[1](net[0](X)))) / 2, lambda z: F.normalize(z)]
+    "between",
+    [
+        lambda z: z / 0.5,
+        lambda z: (z + net[2](net[1](net[0](X)))) / 2,
+        lambda z: F.normalize(z),
+        lambda z: z.flip(0),
+        lambda z: z.flip(1).rot90(2),
+    ],
 )
 def test_logits_that_are_no_linear_output_are_refused(between):
     with pytest.raises(HeadNotFoundError, match=r"head='dotted\.path'"):

@@ -11,6 +11,7 @@ from _support.fits import make_trainer, parameters, same
 from _support.images import Pictures, batches, train
 from debias import Debiaser, GroupDRO, register_loss
 from debias.errors import AmbiguousLossError, DebiasError, LossNotFoundError, RowsError, UnsupportedStrategyError
+from debias.methods.base.head import head_loss
 from debias.ops.groups import group_losses
 from debias.tap import adapters
 from debias.tap.mixing import Mixture, row_sources
@@ -90,6 +91,14 @@ LOSSES = {
         F.mse_loss, lambda: (logits(2), classes(2).double()),
         {"row_weight": torch.rand(N, 2, generator=generator(), dtype=torch.float64)},
     ),
+    "weights of labels": (
+        F.binary_cross_entropy_with_logits, lambda: (logits(2), classes(2, high=2).double()),
+        {"row_weight": torch.rand(N, 2, generator=generator(), dtype=torch.float64)},
+    ),
+    "weights of samples": (
+        F.binary_cross_entropy_with_logits, lambda: (logits(2), classes(2, high=2).double()),
+        {"row_weight": torch.rand(N, 1, generator=generator(), dtype=torch.float64)},
+    ),
     "mse": (F.mse_loss, lambda: (logits(2), classes(2).double()), {}),
     "huber": (F.huber_loss, lambda: (logits(), classes().double()), {"delta": 0.7}),
 }  # fmt: skip
@@ -114,6 +123,19 @@ def test_loss_and_gradient_are_those_of_the_definition(kind, reduction):
     (call,) = tap.calls
     torch.testing.assert_close(call.num.sum() / call.den.sum(), num / den)
     assert call.parts == 2
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LOSSES if kind != "huber"])
+def test_penalties_read_the_losses_with_each_label(kind):
+    func, make, options = LOSSES[kind]
+    z, target = make()
+    passed = {"weight" if k == "row_weight" else k: v for k, v in options.items()}
+    with tap_of((z, target)) as tap:
+        func(z, target, **passed)
+    (call,) = tap.calls
+    loss = head_loss(call)
+    torch.testing.assert_close(loss.num(loss.logits).sum(), call.num.sum())
+    torch.testing.assert_close(loss.den.sum(), call.den.sum())
 
 
 def test_a_loss_that_is_divided_by_the_number_of_its_samples():

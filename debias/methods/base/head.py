@@ -176,8 +176,9 @@ def features_of(call: LossCall, rows: int) -> Tensor:
     if len(features) != rows:
         raise HeadNotFoundError(
             f"Expected the head to have one input row for each of the {rows} rows of the loss, but got features of"
-            f" shape {tuple(call.features.shape)}. Name the layer that makes the logits of the loss:"
-            " `head='dotted.path'`."
+            f" shape {tuple(call.features.shape)}. Name the layer that makes the logits of the loss,"
+            " `head='dotted.path'`; where that gives several numbers for each position (N, T, C), flatten the positions"
+            " before the loss: `logits.flatten(0, 1)`, and the targets likewise."
         )
     precise = torch.float32 if call.logits is None else torch.promote_types(torch.float32, call.logits.dtype)
     return features.to(torch.promote_types(features.dtype, precise))

@@ -13,14 +13,14 @@ from debias.data.counting import empty_groups
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, HeadNotFoundError
 from debias.ops.distributed import gather
 from debias.ops.groups import check_n_groups, name_groups
-from debias.step.batch import BatchKey, read
+from debias.step.batch import BatchKey, input_of, read
 from debias.step.context import Step
 from debias.step.ids import plain_n_groups
 from debias.step.samples import INDEX
 from debias.step.tagged import split_tags
 from debias.tap.head import HeadFinder, submodule
 
-__all__ = ["Evaluating", "HeldOut", "Keys", "find_head", "held_out", "labels", "moved", "refuse_empty"]
+__all__ = ["Evaluating", "HeldOut", "Keys", "find_head", "held_out", "labels", "moved", "refuse_empty", "run_head"]
 
 
 class Keys(NamedTuple):
@@ -62,7 +62,7 @@ def held_out(
     """The head, and what it reads and says of a set; of all ranks, in the order of the set where tags tell it.
 
     Args:
-        module: ``module(input)`` runs the head once.
+        module: a forward pass runs the head once.
         loader: of the set.
         path: of the head, None to find it.
         keys: where things are in a batch.
@@ -74,14 +74,14 @@ def held_out(
     with Evaluating(module), Evaluating(other or module):
         for raw in loader:
             batch, tags = moved(raw, module, transfer)
-            given = read(batch, keys.input, {}, argument="input")
+            given = input_of(module, batch, keys.input)
             if head is None:
-                head = find_head(module, path, given)
+                head = find_head(module, path, *given)
                 name = next(name for name, m in module.named_modules() if m is head)
                 second = None if other is None else other.get_submodule(name)
-            features, logits = _run(module, head, given)
+            features, logits = run_head(module, head, *given)
             n, device = len(features), features.device
-            others = logits if second is None else _run(other, second, given)[1]  # type: ignore[arg-type]
+            others = logits if second is None else run_head(other, second, *given)[1]  # type: ignore[arg-type]
             targets, groups = labels(batch, tags, keys, logits)
             numbers = torch.full((n,), -1, device=device)
             if isinstance(tags.get(INDEX), Tensor):
@@ -112,7 +112,9 @@ def held_out(
     )
 
 
-def labels(batch: Any, tags: dict[str, Any], keys: Keys, logits: Tensor) -> tuple[Tensor, Tensor]:
+def labels(
+    batch: Any, tags: dict[str, Any], keys: Keys, logits: Tensor, *, alike: bool = True
+) -> tuple[Tensor, Tensor]:
     """Targets of a batch, and groups ``(N,)``, -1 where nobody asked.
 
     Args:
@@ -120,9 +122,12 @@ def labels(batch: Any, tags: dict[str, Any], keys: Keys, logits: Tensor) -> tupl
         tags: its tags.
         keys: where things are in it.
         logits: of its samples, or anything of their shape and device.
+        alike: whether they are of these samples; else the number of targets is that of the samples.
     """
-    n, device = len(logits), logits.device
-    targets = _targets(torch.as_tensor(read(batch, keys.target, tags, argument="target"), device=device), logits)
+    device = logits.device
+    targets = torch.as_tensor(read(batch, keys.target, tags, argument="target"), device=device)
+    n = len(logits) if alike or not targets.ndim else len(targets)
+    targets = _targets(targets, n, logits.shape[1])
     if keys.group is None:
         return targets, torch.full((n,), -1, device=device)
     groups = Step(None, logits, "validate", batch, tags).ids(keys.group, plain_n_groups(keys.n_groups))
@@ -163,14 +168,14 @@ class _Recorder(TorchFunctionMode):
 
 
 @torch.no_grad()
-def find_head(module: nn.Module, path: str | None, given: Any) -> nn.Linear:
+def find_head(module: nn.Module, path: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Linear:
     """The linear layer that is named, or whose output the module returns."""
     if path is not None:
         found = submodule(module, path, argument="head")
     else:
         recorder = _Recorder()
         with recorder:
-            output = module(given)
+            output = module(*args, **kwargs)
         run = recorder.finder.match(output) if isinstance(output, Tensor) else None
         layers = [] if run is None else [m for m in module.modules() if getattr(m, "weight", None) is run.weight]
         if not layers:
@@ -214,12 +219,13 @@ def refuse_empty(groups: Tensor, n_groups: Any, *, twice: bool) -> None:
         )
 
 
-def _run(module: nn.Module, head: nn.Linear, given: Any) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def run_head(module: nn.Module, head: nn.Linear, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """What the head reads and says."""
     seen: list[tuple[Tensor, Tensor]] = []
-    handle = head.register_forward_hook(lambda m, args, output: seen.append((args[0].detach(), output.detach())))
+    handle = head.register_forward_hook(lambda m, given, output: seen.append((given[0].detach(), output.detach())))
     try:
-        module(given)
+        module(*args, **kwargs)
     finally:
         handle.remove()
     if len(seen) != 1 or seen[0][0].ndim != 2:
@@ -231,21 +237,20 @@ def _run(module: nn.Module, head: nn.Linear, given: Any) -> tuple[Tensor, Tensor
     return seen[0]
 
 
-def _targets(target: Tensor, logits: Tensor) -> Tensor:
-    """Class ids ``(N,)``, or labels ``(N, K)``."""
-    n, width = logits.shape
+def _targets(target: Tensor, n: int, width: int) -> Tensor:
+    """Class ids ``(N,)``, or labels ``(N, K)``, beside logits ``(N, K)``."""
     if width == 1:
         target = target.reshape(n, -1)
     elif target.ndim == 1 and not target.is_floating_point() and target.dtype != torch.bool and len(target) == n:
         return target.long()
     labels = target.nan_to_num(-1.0) if target.is_floating_point() else target.long()
-    fits = target.shape == logits.shape and bool(((labels == 0) | (labels == 1) | (labels < 0)).all())
+    fits = target.shape == (n, width) and bool(((labels == 0) | (labels == 1) | (labels < 0)).all())
     one_hot = fits and width > 1 and bool((labels.sum(1) == 1).all() & (labels >= 0).all())
     if not fits or one_hot:
         what = f"{tuple(target.shape)} of {target.dtype}{', one-hot classes' if one_hot else ''}"
         raise BatchKeyError(
             f"Expected `target` to hold class ids of shape ({n},), or labels 0 and 1 in the shape of the logits,"
-            f" {tuple(logits.shape)}, but got {what}. Pass `target=` a key, or a callable of the batch that makes them."
+            f" {(n, width)}, but got {what}. Pass `target=` a key, or a callable of the batch that makes them."
         )
     return labels.long()
 
