@@ -258,7 +258,7 @@ class LastLayerRetraining(RetrainingOptions, StepWatcher):
         found: list[tuple[Tensor, Tensor]] = []
         with undisturbed():
             for raw in loader:
-                batch, tags = moved(raw, pl_module, trainer.strategy.batch_to_device)
+                batch, tags = moved(raw, pl_module, self.engine.transferred)  # type: ignore[union-attr]
                 given = read(batch, keys.input, {}, argument="input")
                 if not found:
                     with Evaluating(pl_module):
@@ -279,7 +279,7 @@ class LastLayerRetraining(RetrainingOptions, StepWatcher):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Refit, on all ranks."""
-        transfer = trainer.strategy.batch_to_device
+        transfer = self.engine.transferred  # type: ignore[union-attr]
         self.fit = retrain_last_layer(pl_module, self._loader(trainer), transfer=transfer, **self.options)
         for callback in trainer.callbacks:  # what keeps checkpoints of `debias compare`
             if callable(changed := getattr(callback, "module_changed", None)):

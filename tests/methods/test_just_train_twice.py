@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from _support.fits import (
@@ -67,6 +67,22 @@ def test_against_the_algorithm_in_a_loop(observe):
     assert method.ids.tolist() == [int(wrong[i]) for i in range(39)]
     assert 0 < sum(wrong.values()) < 39
     assert deviation(expected, parameters(model)) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+def test_a_pass_sees_batches_as_steps_do():
+    class Changed(Classifier):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return [2 * batch[0] + 1, batch[1]]
+
+    x, y = problem()[:]
+    changed, model, methods = Changed(), Classifier(), [JustTrainTwice(1, 9.0, observe="pass") for _ in range(2)]
+    train(changed, methods[:1], max_epochs=3)
+    make_trainer(methods[1:], max_epochs=3).fit(model, DataLoader(tagged(TensorDataset(2 * x + 1, y)), 16))
+    assert methods[0].ids.tolist() == methods[1].ids.tolist()
+    assert same(parameters(changed), parameters(model))
+    single = DataLoader(tagged(problem(dtype=torch.float32)), 16)
+    make_trainer([JustTrainTwice(1, observe="pass")], max_epochs=2, precision="64-true").fit(Classifier(), single)
 
 
 def test_both_ways_of_observing_differ():

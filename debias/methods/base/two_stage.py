@@ -284,7 +284,7 @@ class TwoStage(NumberedMethod):
             watch_outputs(pl_module, lambda _, *seen: evaluated.predictions.saw(*seen), stack)
             for i, raw in enumerate(batches):
                 batch, tags = split_tags(raw)
-                batch = trainer.strategy.batch_to_device(batch)
+                batch = self.engine.transferred(batch)  # type: ignore[union-attr]
                 step = Step(trainer, pl_module, "train", batch, tags, i, epoch=trainer.current_epoch)
                 numbers = self.sample_ids(step)
                 finder = HeadFinder() if self.records_features else None
