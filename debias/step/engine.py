@@ -150,7 +150,7 @@ class StepEngine:
             loader.collate_fn = TagCollate(collate_fn.collate_fn if isinstance(collate_fn, TagCollate) else collate_fn)
             self._undo.callback(setattr, loader, "collate_fn", collate_fn)
         epoch = self.trainer.current_epoch
-        trains = self.trainer.training and not takes_iterator(self.module)
+        trains = self.trainer.training and not takes_iterator(self.module.training_step)
         self._collates.append((loader.collate_fn, epoch if trains else None))
         # Batches of several training loaders say how many samples each of them has; one loader needs no such.
         together = [ours for ours, of_epoch in self._collates if of_epoch == epoch]  # those of others were reloaded

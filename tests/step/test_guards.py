@@ -23,7 +23,7 @@ from _support.cases import build
 from _support.doubles import LogitVariance
 from _support.fits import Classifier, loader, make_trainer, parameters, problem, same, tagged, train, val_loader
 from _support.runs import Manual, Skipping, ddp, fit
-from debias import GroupDRO, GroupMonitor, GroupReweighting, VREx
+from debias import GroupDRO, GroupMonitor, GroupReweighting, VREx, untag
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, UnsupportedStrategyError
 from debias.ops import arguments
 from debias.step.proxy import StepProxy
@@ -86,14 +86,38 @@ class Evaluated(Classifier):
 
 class Iterates(Classifier):
     def training_step(self, dataloader_iter):
-        batch, _, _ = next(dataloader_iter)
-        return super().training_step(batch, 0)
+        (x, y), _, _ = next(dataloader_iter)
+        return F.cross_entropy(self(x), y)
 
 
 @pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor:UserWarning")  # Lightning's own
 def test_dataloader_iter():
     match = r"`training_step\(batch, ...\)` for GroupDRO, but got `training_step\(dataloader_iter\)`"
     refused(UnsupportedStrategyError, match, build("GroupDRO"), Iterates())
+
+
+class Fetches(Classifier):
+    def validation_step(self, dataloader_iter):
+        batch, _, _ = next(dataloader_iter)
+        super().validation_step(batch, 0)
+
+    test_step = validation_step
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor:UserWarning")
+@pytest.mark.filterwarnings("ignore:Found `dataloader_iter` argument:UserWarning")
+def test_dataloader_iter_in_evaluation():
+    """Nothing says of what batch the tags are: a monitor would read those of the last training batch."""
+    match = r"`{}\(batch, ...\)` for GroupMonitor, but got `{}\(dataloader_iter\)`"
+    for run, step in (("validate", "validation_step"), ("test", "test_step")):
+        with pytest.raises(UnsupportedStrategyError, match=match.format(step, step)):
+            getattr(make_trainer([GroupMonitor("place", 3)]), run)(Fetches(), val_loader(bare=True), verbose=False)
+    step = "validation_step"
+    refused(UnsupportedStrategyError, match.format(step, step), [GroupMonitor("place", 3)], Fetches())
+    make_trainer([GroupDRO("place", 3)]).fit(Fetches(), loader(), val_loader(bare=True))
+    with pytest.raises(BatchKeyError, match=r"dataloader_iter` pass `untag\(loader\)`"):
+        make_trainer([GroupMonitor("place", 3)]).fit(Iterates(), loader(), val_loader())
+    make_trainer([GroupMonitor("place", 3)]).fit(Iterates(), untag(loader()), val_loader())
 
 
 class LBFGS(Classifier):
