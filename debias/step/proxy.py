@@ -37,6 +37,12 @@ class StepProxy:
         """Run the step, watched."""
         return self.around(self.original, args, kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        # Exports read a method's code and names (`__code__`, `__globals__`), also while a run lasts.
+        if name == "original":  # not there yet
+            raise AttributeError(name)
+        return getattr(self.original, name)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if self.had_instance_attribute:
             return copy.deepcopy(self.original, memo)

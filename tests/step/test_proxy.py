@@ -50,6 +50,16 @@ def test_it_looks_like_the_original_to_lightning():
     assert proxy.__wrapped__.__func__ is Module.training_step
 
 
+def test_a_watched_module_is_exported_as_it_is():
+    net = nn.Sequential(nn.Linear(2, 1))
+    proxy = attach(net, "forward", lambda original, args, kwargs: original(*args, **kwargs))
+    exported = torch.export.export(net, (x := torch.ones(3, 2),)).module()
+    assert torch.equal(exported(x), net[0](x))
+    assert proxy.__code__ is nn.Sequential.forward.__code__
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = proxy.nothing
+
+
 def test_detaching_twice_leaves_nothing():
     module, proxy = wrapped()
     before = set(vars(Module()))
