@@ -19,12 +19,18 @@ __all__ = [
     "data_group",
     "refuse_duplicating_sampler",
     "refuse_unsupported",
+    "takes_index",
     "takes_iterator",
     "warn_padding",
 ]
 
 _EVALUATES = {"fit": "validation_step", "validate": "validation_step", "test": "test_step"}
 _DATA = "data_parallel"  # as Lightning calls that dimension of the mesh
+
+
+def takes_index(step: Any) -> bool:
+    """Whether Lightning gives a training step the number of its batch."""
+    return is_param_in_hook_signature(step, "batch_idx", min_args=2)
 
 
 def takes_iterator(step: Any) -> bool:
