@@ -63,6 +63,7 @@ def attach(owner: Any, name: str, around: Callable[..., Any]) -> StepProxy:
 def detach(proxy: StepProxy) -> None:
     """Take a proxy back, restoring an instance attribute that stood there before. Safe to call twice."""
     if vars(proxy.owner).get(proxy.name) is not proxy:
+        proxy.around = _plainly  # somebody else has wrapped it and may put it back: it holds on to no run
         return
     if proxy.had_instance_attribute:
         setattr(proxy.owner, proxy.name, proxy.original)
@@ -93,6 +94,10 @@ def watch_outputs(module: nn.Module, saw: Callable[[nn.Module, Any, Any, Any], N
         compiled = getattr(child, "_compiled_call_impl", None) is not None  # the hook would be compiled, too
         if not (compiled or isinstance(child, torch.jit.ScriptModule)):
             undo.callback(child.register_forward_hook(Hook(saw), with_kwargs=True).remove)
+
+
+def _plainly(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return original(*args, **kwargs)
 
 
 def _same(x: Any) -> Any:

@@ -81,6 +81,8 @@ def test_a_later_wrapper_of_someone_else_stays():
     module.training_step = other = lambda *args: None
     detach(proxy)
     assert module.training_step is other
+    module.training_step = proxy  # who wrapped it puts back what was there
+    assert torch.equal(module.training_step(1.0, 0), module.layer.weight.sum() + 1)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
