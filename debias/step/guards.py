@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -54,10 +55,10 @@ def refuse_unsupported(trainer: Any, module: Any, watcher: StepWatcher, stage: s
         return
     _check_rows(trainer.callbacks)
     if not module.automatic_optimization and watcher.adds_to_loss:
+        mixin = f", or `debias.{who}Mixin` in the step" if hasattr(import_module("debias"), f"{who}Mixin") else ""
         raise UnsupportedStrategyError(
             f"Expected automatic optimisation for {who}, but `automatic_optimization` is False: the loss is used up"
-            " inside the step, so nothing can be added to it. Use automatic optimisation, the mixin form, or a"
-            " reweighing method."
+            f" inside the step, so that nothing can be read of it or added to it. Use automatic optimisation{mixin}."
         )
     if not module.automatic_optimization and getattr(watcher, "loss", None) == "sum":
         raise UnsupportedStrategyError(

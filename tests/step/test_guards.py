@@ -24,7 +24,7 @@ from _support.cases import build
 from _support.doubles import LogitVariance
 from _support.fits import Classifier, loader, make_trainer, parameters, problem, same, tagged, train, val_loader
 from _support.runs import Manual, Skipping, ddp, fit
-from debias import ClassBalanced, GroupDRO, GroupMonitor, GroupReweighting, VREx, untag
+from debias import ClassBalanced, GroupDRO, GroupMonitor, GroupReweighting, SampleRecorder, VREx, untag
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, UnsupportedStrategyError
 from debias.ops import arguments
 from debias.step.proxy import StepProxy
@@ -161,6 +161,8 @@ def test_an_optimiser_that_runs_the_step_twice():
 def test_manual_optimisation_with_a_penalty():
     match = "automatic optimisation for LogitVariance, but `automatic_optimization` is False.*Use automatic"
     refused(UnsupportedStrategyError, match, build("LogitVariance"), Manual())
+    for callback, way in ((VREx("place", 3), ", or `debias.VRExMixin` in the step"), (SampleRecorder("x.npz"), "")):
+        refused(UnsupportedStrategyError, rf"Use automatic optimisation{way}\.$", [callback], Manual())
 
 
 # ------------------------------------------------------------ callbacks
