@@ -37,24 +37,30 @@ def count_groups(trainer: Any, key: Any, n_groups: int | Sequence[int], *, argum
     Raises:
         DebiasError: the training data has no length.
     """
-    counts = None
+    counts, counts_name = None, f"{'class' if argument == 'target' else argument}_counts"
     loaders = flat_loaders(trainer.train_dataloader)
     if len(loaders) > 1:  # samples of the others have no id
         loaders = [loader for loader in loaders if _tags(_drawn_from(loader), key) is not None]
         if not loaders:
             raise DebiasError(
-                f"Expected `{argument}_counts` to be given where no tag of several training loaders is called"
-                f" {key!r}, but got none. Pass `{argument}_counts=[...]`."
+                f"Expected `{counts_name}` to be given where no tag of several training loaders is called"
+                f" {key!r}, but got none. Pass `{counts_name}=[...]`."
             )
     for loader in loaders:
         dataset = getattr(loader, "dataset", None)
         if not _has_rows(dataset):
             raise DebiasError(
-                f"Expected `{argument}_counts` to be given where the training data cannot be counted, but got"
-                f" {type(dataset if dataset is not None else loader).__name__}. Pass `{argument}_counts=[...]`."
+                f"Expected `{counts_name}` to be given where the training data cannot be counted, but got"
+                f" {type(dataset if dataset is not None else loader).__name__}. Pass `{counts_name}=[...]`."
             )
-        _warn_of_sampler(loader, trainer, argument)
-        found = _count(loader, key, n_groups, argument)
+        _warn_of_sampler(loader, trainer, argument, counts_name)
+        try:
+            found = _count(loader, key, n_groups, argument)
+        except BatchKeyError as error:
+            raise BatchKeyError(
+                f"{error} Where a hook adds the ids to the batch, or the set yields whole batches, pass"
+                f" `{counts_name}=[...]`."
+            ) from None
         counts = found if counts is None else counts + found
     return counts  # type: ignore[return-value]
 
@@ -131,14 +137,14 @@ def _sampler(loader: Any) -> Any:
             return sampler
 
 
-def _warn_of_sampler(loader: Any, trainer: Any, argument: str) -> None:
+def _warn_of_sampler(loader: Any, trainer: Any, argument: str, counts_name: str) -> None:
     sampler = _sampler(loader)
     known = isinstance(sampler, SubsetRandomSampler | list | tuple | range | None)
     if known or _OF_WHOLE_DATASETS & {kind.__name__ for kind in type(sampler).__mro__} or not trainer.is_global_zero:
         return
     warnings.warn(
         f"The {argument}s of the whole training set were counted, since nothing tells whether {type(sampler).__name__}"
-        f" draws from all of it. If it leaves samples out, pass `{argument}_counts=[...]`, or a `Subset` as dataset.",
+        f" draws from all of it. If it leaves samples out, pass `{counts_name}=[...]`, or a `Subset` as dataset.",
         DebiasWarning,
         stacklevel=2,
     )

@@ -195,6 +195,8 @@ class _BareIterableDataset(IterableDataset):
 class _BareCollate:
     """A ``collate_fn`` that takes the tags off the samples first."""
 
+    bare = True
+
     def __init__(self, collate_fn: Callable[[Any], Any]) -> None:
         self.collate_fn = collate_fn.collate_fn if isinstance(collate_fn, TagCollate) else collate_fn
 

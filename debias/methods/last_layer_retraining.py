@@ -259,7 +259,7 @@ class LastLayerRetraining(RetrainingOptions, StepWatcher):
         found: list[tuple[Tensor, Tensor]] = []
         with undisturbed():
             for raw in loader:
-                batch, tags = moved(raw, pl_module, trainer.strategy.batch_to_device)
+                batch, tags = moved(raw, pl_module, self.engine.transferred)  # type: ignore[union-attr]
                 if first := not found:
                     given = input_of(pl_module, batch, keys.input)
                     with Evaluating(pl_module):
@@ -280,7 +280,7 @@ class LastLayerRetraining(RetrainingOptions, StepWatcher):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Refit, on all ranks."""
-        transfer = trainer.strategy.batch_to_device
+        transfer = self.engine.transferred  # type: ignore[union-attr]
         self.fit = retrain_last_layer(pl_module, self._loader(trainer), transfer=transfer, **self.options)
         for callback in trainer.callbacks:  # what keeps checkpoints of `debias compare`
             if callable(changed := getattr(callback, "module_changed", None)):

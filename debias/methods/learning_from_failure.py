@@ -36,6 +36,7 @@ from debias.ops.distributed import gather, weighted_mean
 from debias.ops.fields import arguments
 from debias.ops.samples import SampleTable
 from debias.step.context import Step
+from debias.step.guards import takes_index
 from debias.step.owned import OwnedModule
 from debias.step.samples import check_length, predictions, sample_losses, train_set
 from debias.tap.calls import LossCall
@@ -243,13 +244,16 @@ class LearningFromFailure(NumberedMethod):
         super().begin(step)
         twin, module = self._twin(step.module), step.module
         twin.train(module.training)
+        for own, users in zip(twin.parameters(), module.parameters(), strict=False):
+            own.requires_grad_(users.requires_grad)  # a callback may unfreeze layers while the run lasts
         device = module.device
         tap = self._tap = LossTap(tracker=RowTracker(step.batch, step.n or 0), rows=self.rows)
         # Dropout in the twin must not change what the network itself draws.
         with torch.random.fork_rng(devices=[device] if torch.cuda.is_initialized() else []):
             torch.manual_seed(self.random.generator(torch.device("cpu"), "twin").initial_seed())
             with tap:
-                output = twin.training_step(*_arguments(step))
+                given = (step.batch, step.batch_idx) if takes_index(twin.training_step) else (step.batch,)
+                output = twin.training_step(*given)
         loss = output.get("loss") if isinstance(output, Mapping) else output
         found = reaching(tap, loss) if isinstance(loss, Tensor) else None
         if found is None or not found.calls:
@@ -300,6 +304,8 @@ class LearningFromFailure(NumberedMethod):
         """Step the twin with the user's learning rates, weight decay and momentum of this moment."""
         owned = self.owned["twin"]
         if owned.optimizer is not None and self.optimizer is None:
+            for group in optimizer.param_groups[len(owned.optimizer.param_groups) :]:
+                owned.optimizer.add_param_group(self._twins_group(group))
             for own, users in zip(owned.optimizer.param_groups, optimizer.param_groups, strict=True):
                 own.update({key: value for key, value in users.items() if key != "params"})
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
@@ -345,11 +351,7 @@ class LearningFromFailure(NumberedMethod):
         twins = list(parameters)
         if self.optimizer is not None:
             return self.optimizer(twins, lr=users.param_groups[0]["lr"])  # type: ignore[call-arg]
-        place = {id(p): i for i, p in enumerate(self._source.parameters())}
-        groups = []
-        for group in users.param_groups:
-            options = {key: value for key, value in group.items() if key != "params"}
-            groups.append({**options, "params": [twins[place[id(p)]] for p in group["params"] if id(p) in place]})
+        groups = [self._twins_group(group, twins) for group in users.param_groups]
         try:
             return type(users)(groups)
         except (TypeError, ValueError) as error:
@@ -358,13 +360,12 @@ class LearningFromFailure(NumberedMethod):
                 " the twin's own: `optimizer=torch.optim.AdamW`."
             ) from error
 
+    def _twins_group(self, group: dict[str, Any], twins: Any = None) -> dict[str, Any]:
+        """A group of the user's optimiser, with the parameters of the twin."""
+        twins = self.owned["twin"].module.parameters() if twins is None else twins  # type: ignore[union-attr]
+        place = dict(zip(map(id, self._source.parameters()), twins, strict=True))
+        return {**group, "params": [place[id(p)] for p in group["params"] if id(p) in place]}
+
 
 def ignore(*args: Any, **kwargs: Any) -> None:
     """Log nothing."""
-
-
-def _arguments(step: Step) -> tuple[Any, ...]:
-    import inspect
-
-    takes = len(inspect.signature(type(step.module).training_step).parameters) - 1
-    return (step.batch, step.batch_idx)[:takes]

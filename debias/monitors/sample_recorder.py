@@ -124,6 +124,10 @@ class SampleRecorder(Debiaser):
         """As every monitor; in the training pass, where a column holds them."""
         return super().reads_predictions or bool(PREDICTED & set(self.columns))
 
+    def _start_afresh(self) -> None:
+        """The table is about one module: another one begins with an empty one."""
+        self.module = self._epoch = None
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Make the table of the training set."""
         if self.on == "train":

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from debias.errors import BatchKeyError, RowsError
@@ -25,6 +26,7 @@ __all__ = [
     "read",
     "repeated",
     "replace",
+    "take_rows",
 ]
 
 LOADER = "loader"
@@ -128,7 +130,15 @@ def replace(batch: Any, key: BatchKey, value: Any) -> Any:
 
 def repeated(batch: Any, index: Tensor, n: int) -> Any:
     """A batch with its n samples several times; ``index`` is int64 ``torch.arange(n)``, as often."""
-    return map_samples(batch, n, lambda x: x[index], lambda items: items * (len(index) // n))
+    return map_samples(batch, n, lambda x: take_rows(x, index), lambda items: items * (len(index) // n))
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of a tensor; also of a nested one, which knows no index."""
+    if not x.is_nested:
+        return x[index.to(x.device)]
+    parts = x.unbind()
+    return torch.nested.as_nested_tensor([parts[i] for i in index.tolist()], layout=x.layout)
 
 
 def map_samples(
@@ -177,7 +187,8 @@ class _SampleMap:
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, Tensor | np.ndarray):
-            if not value.ndim or len(value) != self.n:
+            # The length of a strided nested tensor is an error of torch, its size is not.
+            if not value.ndim or (value.size(0) if isinstance(value, Tensor) else len(value)) != self.n:
                 if value.ndim and not self.whole:
                     raise RowsError(
                         f"Expected every tensor of the batch to have a row for each of its {self.n} samples, so that"

@@ -131,6 +131,13 @@ class StepEngine:
         batch, self.parts = open_batch(args[0])
         return original(batch, *args[1:], **kwargs)
 
+    def transferred(self, batch: Any) -> Any:
+        """A bare batch as the Trainer would give it to a step: in its precision, and through all hooks of transfer."""
+        batch = self.trainer.precision_plugin.convert_input(batch)
+        # Of the class: what is wrapped here would take the tags of the step that is running for those of this batch.
+        batch = type(self.module)._on_before_batch_transfer(self.module, batch)
+        return self.trainer.strategy.batch_to_device(batch)
+
     def _process_dataloader(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         loader = original(*args, **kwargs)
         refuse_duplicating_sampler(loader, self.trainer)
@@ -143,7 +150,7 @@ class StepEngine:
             loader.collate_fn = TagCollate(collate_fn.collate_fn if isinstance(collate_fn, TagCollate) else collate_fn)
             self._undo.callback(setattr, loader, "collate_fn", collate_fn)
         epoch = self.trainer.current_epoch
-        trains = self.trainer.training and not takes_iterator(self.module)
+        trains = self.trainer.training and not takes_iterator(self.module.training_step)
         self._collates.append((loader.collate_fn, epoch if trains else None))
         # Batches of several training loaders say how many samples each of them has; one loader needs no such.
         together = [ours for ours, of_epoch in self._collates if of_epoch == epoch]  # those of others were reloaded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -19,36 +20,45 @@ __all__ = [
     "data_group",
     "refuse_duplicating_sampler",
     "refuse_unsupported",
+    "takes_index",
     "takes_iterator",
     "warn_padding",
 ]
 
+_EVALUATES = {"fit": "validation_step", "validate": "validation_step", "test": "test_step"}
 _DATA = "data_parallel"  # as Lightning calls that dimension of the mesh
 
 
-def takes_iterator(module: Any) -> bool:
-    """Whether the training step fetches its batches itself, so that nothing can be carried beside them."""
-    return is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True)
+def takes_index(step: Any) -> bool:
+    """Whether Lightning gives a training step the number of its batch."""
+    return is_param_in_hook_signature(step, "batch_idx", min_args=2)
+
+
+def takes_iterator(step: Any) -> bool:
+    """Whether a step fetches its batches itself, so that nothing can be carried beside them."""
+    return is_param_in_hook_signature(step, "dataloader_iter", explicit=True)
 
 
 def refuse_unsupported(trainer: Any, module: Any, watcher: StepWatcher, stage: str) -> None:
     """Refuse, before anything has run, what a method cannot do."""
     if stage == "fit" or watcher.monitors:  # else it does nothing in this stage
         _check_strategy(trainer.strategy, watcher)
+    who = type(watcher).__name__
+    watched = [_EVALUATES[stage]] if watcher.monitors and stage in _EVALUATES else []
+    for step in [*watched, "training_step"] if watcher.trains and stage == "fit" else watched:
+        if takes_iterator(getattr(module, step)):
+            raise UnsupportedStrategyError(
+                f"Expected `{step}(batch, ...)` for {who}, but got `{step}(dataloader_iter)`: the batch is fetched"
+                " inside the step, where it cannot be read. Take the batch as the first argument."
+            )
     if stage != "fit" or not watcher.trains:
         return
-    who = type(watcher).__name__
-    if takes_iterator(module):
-        raise UnsupportedStrategyError(
-            f"Expected `training_step(batch, ...)` for {who}, but got `training_step(dataloader_iter)`: the"
-            " batch is fetched inside the step, where it cannot be read. Take the batch as the first argument."
-        )
     _check_rows(trainer.callbacks)
     if not module.automatic_optimization and watcher.adds_to_loss:
+        mixin = f", or `debias.{who}Mixin` in the step" if hasattr(import_module("debias"), f"{who}Mixin") else ""
         raise UnsupportedStrategyError(
             f"Expected automatic optimisation for {who}, but `automatic_optimization` is False: the loss is used up"
-            " inside the step, so nothing can be added to it. Use automatic optimisation, the mixin form, or a"
-            " reweighing method."
+            f" inside the step, so that nothing can be read of it or added to it. Use automatic optimisation{mixin}."
         )
     if not module.automatic_optimization and getattr(watcher, "loss", None) == "sum":
         raise UnsupportedStrategyError(

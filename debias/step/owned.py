@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from debias.errors import DebiasError
+from debias.errors import DebiasError, UnsupportedStrategyError
 from debias.ops.distributed import in_place_sum, is_distributed, world_size
 
 __all__ = ["OwnedModule"]
@@ -113,7 +113,11 @@ class OwnedModule:
         return (per_sample * counts).sum() * (world_size() / global_count.clamp_min(1))
 
     def step(self, user_optimizer: torch.optim.Optimizer, scaler: Any = None) -> None:
-        """Average gradients over ranks and step, through the GradScaler if there is one; then clear gradients."""
+        """Average gradients over ranks and step, through the GradScaler if there is one; then clear gradients.
+
+        Raises:
+            UnsupportedStrategyError: the optimiser needs a closure, as one that runs the training step twice (SAM).
+        """
         if self.module is None or self.optimizer is None:
             return
         parameters = [p for p in self.module.parameters() if p.requires_grad]
@@ -135,7 +139,14 @@ class OwnedModule:
             for group in self.optimizer.param_groups:
                 group["lr"] = current * self.lr_ratio
         if scaler is None:
-            self.optimizer.step()
+            try:
+                self.optimizer.step()
+            except (TypeError, AssertionError) as error:
+                raise UnsupportedStrategyError(
+                    f"Expected an optimiser that takes a step without running the training step again, but got"
+                    f" {type(self.optimizer).__name__}, which says: {error or 'it needs a closure'}. Use another"
+                    " optimiser."
+                ) from error
         elif users := _found_inf(user_optimizer, scaler):
             scaler.unscale_(self.optimizer)
             # One backward pass, one decision: where the user's step is skipped, this one is too.

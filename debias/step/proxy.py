@@ -37,6 +37,12 @@ class StepProxy:
         """Run the step, watched."""
         return self.around(self.original, args, kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        # Exports read a method's code and names (`__code__`, `__globals__`), also while a run lasts.
+        if name == "original":  # not there yet
+            raise AttributeError(name)
+        return getattr(self.original, name)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if self.had_instance_attribute:
             return copy.deepcopy(self.original, memo)
@@ -57,6 +63,7 @@ def attach(owner: Any, name: str, around: Callable[..., Any]) -> StepProxy:
 def detach(proxy: StepProxy) -> None:
     """Take a proxy back, restoring an instance attribute that stood there before. Safe to call twice."""
     if vars(proxy.owner).get(proxy.name) is not proxy:
+        proxy.around = _plainly  # somebody else has wrapped it and may put it back: it holds on to no run
         return
     if proxy.had_instance_attribute:
         setattr(proxy.owner, proxy.name, proxy.original)
@@ -108,6 +115,10 @@ def uncompiled(module: nn.Module) -> Iterator[None]:
 def _compiled(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with torch.compiler.set_stance("default"):
         return original(*args, **kwargs)
+
+
+def _plainly(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return original(*args, **kwargs)
 
 
 def _same(x: Any) -> Any:

@@ -91,7 +91,8 @@ class TaggedBatch:
         raise BatchKeyError(
             f"Expected a loop that knows tags, but this one unpacks a tagged batch (tags {sorted(self.tags)})"
             " itself. Add a callback of debias to the Trainer, e.g. `GroupMonitor`, which hands out the bare batch;"
-            " in a loop of your own use `tagged.batch` and `tagged.tags`."
+            " in a loop of your own use `tagged.batch` and `tagged.tags`, and for a step that takes `dataloader_iter`"
+            " pass `untag(loader)`."
         )
 
     def __getitem__(self, key: Any) -> Any:
@@ -161,11 +162,12 @@ class TagCollate:
         Raises:
             BatchKeyError: samples with and without tags meet, or the order of the samples is not kept.
         """
-        if isinstance(items, TaggedSample):  # batch_size=None: the dataset yields whole batches
+        tagged = not getattr(self.collate_fn, "bare", False)  # `untag` has taken the tags off: nobody wants them
+        if tagged and isinstance(items, TaggedSample):  # batch_size=None: the dataset yields whole batches
             return TaggedBatch(self.collate_fn(items.sample), dict(items.tags))
         if not isinstance(items, list):
             return self.collate_fn(items)
-        if any(isinstance(item, TaggedSample) for item in items):
+        if tagged and any(isinstance(item, TaggedSample) for item in items):
             tags, samples = _tags_of(items), [item.sample for item in items]
             collate = self.collate_fn if self.checked or len(samples) < 2 else self._collate_and_check
             return TaggedBatch(collate(samples), tags, len(items))

@@ -317,6 +317,8 @@ class Debiaser(StepWatcher):
         if self.module is not None and _same(self.module.state_dict(), self._left):
             self._epoch = None
             self.module.load_state_dict(self._initial)
+            for owned in self.owned.values():
+                owned.load_state_dict({})
 
     def _remember(self) -> None:
         """Keep the state that a new run begins with."""

@@ -628,3 +628,11 @@ def test_the_order_is_checked_once_and_without_a_trace():
     for a, b in zip(ours, drawn(noisy), strict=True):
         assert torch.equal(a, b)
     TagCollate(fails_the_second_time)([TaggedSample(s, {"i": 0}) for s in SEQUENCES])
+
+
+def test_a_trainer_leaves_the_tags_off_a_loader_without_them():
+    loader = untag(DataLoader(tag(torch.arange(4), place=[0] * 4), batch_size=2))
+    items = [loader.dataset[0], loader.dataset[1]]
+    assert TagCollate(loader.collate_fn)(items).tolist() == [0, 1]
+    counted = TagCollate(loader.collate_fn, counts=True)(items)
+    assert (counted.batch.tolist(), counted.tags, counted.n) == ([0, 1], {}, 2)

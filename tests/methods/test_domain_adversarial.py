@@ -214,10 +214,13 @@ class FourClasses(Classifier):
 @pytest.mark.parametrize("when", ["before", "in the fit", "after another"])
 def test_the_number_of_classes_is_that_of_the_fit(when, tmp_path):
     callback = DomainAdversarial("place", 3, conditional=True)
-    fitted(callback)
+    model = Classifier()
+    fitted(callback, model)
+    model.head = FourClasses().head
     with pytest.raises(DebiasError, match=r"2 classes, which .* but got 4\. Make a new instance"):
-        fitted(callback, FourClasses())
-    fitted(callback)
+        fitted(callback, model)
+    fitted(callback, FourClasses())  # another module begins with an adversary of its own
+    assert callback.module.n_classes == 4
 
     four = DomainAdversarial("place", 3, conditional=True)
     trainer = fitted(four, FourClasses(), limit_val_batches=0)

@@ -5,8 +5,15 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
-from torch.utils.data import DataLoader
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    EarlyStopping,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from _support.fits import (
@@ -67,6 +74,34 @@ def test_against_the_algorithm_in_a_loop(observe):
     assert method.ids.tolist() == [int(wrong[i]) for i in range(39)]
     assert 0 < sum(wrong.values()) < 39
     assert deviation(expected, parameters(model)) < 1e-12
+
+
+def test_a_pass_gives_steps_what_lightning_gives_them():
+    class Loose(Classifier):
+        def training_step(self, *args):
+            assert len(args) == 2
+            return super().training_step(*args)
+
+    loose, model = Loose(), Classifier()
+    for each in (loose, model):
+        train(each, [JustTrainTwice(1, 9.0, observe="pass")], max_epochs=3)
+    assert same(parameters(loose), parameters(model))
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+def test_a_pass_sees_batches_as_steps_do():
+    class Changed(Classifier):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return [2 * batch[0] + 1, batch[1]]
+
+    x, y = problem()[:]
+    changed, model, methods = Changed(), Classifier(), [JustTrainTwice(1, 9.0, observe="pass") for _ in range(2)]
+    train(changed, methods[:1], max_epochs=3)
+    make_trainer(methods[1:], max_epochs=3).fit(model, DataLoader(tagged(TensorDataset(2 * x + 1, y)), 16))
+    assert methods[0].ids.tolist() == methods[1].ids.tolist()
+    assert same(parameters(changed), parameters(model))
+    single = DataLoader(tagged(problem(dtype=torch.float32)), 16)
+    make_trainer([JustTrainTwice(1, observe="pass")], max_epochs=2, precision="64-true").fit(Classifier(), single)
 
 
 def test_both_ways_of_observing_differ():
@@ -173,6 +208,8 @@ def test_manual_optimisation_works():
     train(a, [JustTrainTwice(1, 9.0)], max_epochs=3)
     train(b, [JustTrainTwice(1, 9.0)], max_epochs=3)
     assert same(parameters(a), parameters(b))
+    with pytest.raises(UnsupportedStrategyError, match=r"automatic.*`observe='pass'`.*pass `observe='training'`"):
+        train(Manual(), [JustTrainTwice(1, observe="pass")], max_epochs=3)
 
 
 def test_fitting_twice_goes_on_in_stage_two():
@@ -199,6 +236,8 @@ BAD = [
     ({}, [JustTrainTwice(1, name="b")], {}, "at most one method that reweighs|one method in two stages"),
     ({}, [StochasticWeightAveraging(0.1)], {}, "no StochasticWeightAveraging beside JustTrainTwice"),
     ({}, [WeightAveraging()], {}, "no WeightAveraging beside JustTrainTwice"),
+    ({}, [BackboneFinetuning()], {}, "no BaseFinetuning beside JustTrainTwice: it would unfreeze"),
+    ({}, [ModelPruning("l1_unstructured")], {}, "no ModelPruning beside JustTrainTwice: it would prune"),
 ]
 
 

@@ -399,6 +399,21 @@ def test_the_callback_refits_at_the_end(tmp_path):
     assert not set(vars(model)) & {"training_step", "validation_step"}
 
 
+def test_the_callback_sees_batches_as_steps_do():
+    class Changed(Classifier):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return [2 * batch[0] + 1, batch[1]]
+
+    def twice(dataset):
+        x, y = dataset[:]
+        return DataLoader(TensorDataset(2 * x + 1, y), 16)
+
+    changed, model = Changed(), Classifier()
+    make_trainer([LastLayerRetraining(method="plain")]).fit(changed, loader(bare=True), val_loader(bare=True))
+    make_trainer([LastLayerRetraining(method="plain")]).fit(model, twice(problem()), twice(problem(21, seed=1)))
+    assert all(torch.allclose(p, q, atol=1e-9) for p, q in zip(changed.parameters(), model.parameters(), strict=True))
+
+
 def test_the_callback_changes_nothing_in_training():
     plain, watched = Classifier(), Classifier()
     trainer = make_trainer([])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import BaseFinetuning
 
 from _support.fits import Classifier, deviation, loader, make_trainer, parameters, problem, same, train, val_loader
 from debias import LearningFromFailure
@@ -157,6 +158,45 @@ def test_scheduled_learning_rates_and_layers_with_their_own_reach_the_twin():
     method = LearningFromFailure()
     train(Scheduled(), [method], max_epochs=3)
     assert [g["lr"] for g in method.owned["twin"].optimizer.param_groups] == pytest.approx([0.075, 0.025])
+
+
+class Frozen(Classifier):
+    """Its backbone is unfrozen by a callback."""
+
+    def training_step(self, *args):
+        return super().training_step(*args)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+class Waiting(Classifier):
+    """Its backbone has no learning rate at first, which comes to the same."""
+
+    def configure_optimizers(self):
+        waiting = {"params": self.backbone.parameters(), "lr": 0.0}
+        return torch.optim.SGD([{"params": self.head.parameters()}, waiting], 0.1)
+
+    def on_train_epoch_start(self):
+        if self.current_epoch:
+            self.optimizers().param_groups[1]["lr"] = 0.05
+
+
+class Unfreeze(BaseFinetuning):
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.backbone)
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.backbone, optimizer, lr=0.05)
+
+
+def test_layers_that_are_unfrozen_train_in_the_twin_too():
+    models, methods = (Frozen(), Waiting()), (LearningFromFailure(), LearningFromFailure())
+    train(models[0], [methods[0], Unfreeze()], max_epochs=3)
+    train(models[1], methods[1:], max_epochs=3)
+    assert deviation(parameters(models[0]), parameters(models[1])) < 1e-12
+    assert deviation(*(parameters(method.owned["twin"].module) for method in methods)) < 1e-12
 
 
 def test_bad_input():

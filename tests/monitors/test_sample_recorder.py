@@ -90,6 +90,16 @@ def test_only_chosen_epochs_are_written_and_a_resumed_run_goes_on(tmp_path):
     assert all(np.array_equal(whole[c], part[c]) for c in ALL)
 
 
+@pytest.mark.parametrize("on", ["train", "val"])
+def test_another_module_begins_with_an_empty_table(tmp_path, on):
+    recorder = SampleRecorder(f"{tmp_path}/{{epoch}}.npz", ["running_loss"], on=on)
+    found = []
+    for model in (Classifier(), Classifier()):
+        make_trainer([recorder], max_epochs=2).fit(model, loader(), val_loader())
+        found.append(np.load(tmp_path / "1.npz")["running_loss"])
+    assert np.array_equal(*found)
+
+
 def test_validation_can_be_recorded(tmp_path):
     model, data = Classifier(), tag(problem(21, seed=1))
     recorder = SampleRecorder(str(tmp_path / "val.npz"), ["loss", "logits", "features"], on="val")

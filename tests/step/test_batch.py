@@ -178,3 +178,13 @@ def test_the_step_is_run_on_each_group_of_a_dataclass():
     assert seen == [8, 6, 2]  # the whole batch first
     first, second = method.module.by_group()["loss_by_group"]
     assert first != second
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_samples_of_nested_tensors_are_taken(layout):
+    samples = [torch.randn(length, 2) for length in (3, 1, 2)]
+    nested, labels = take_samples([torch.nested.as_nested_tensor(samples, layout=layout), torch.arange(3)], [2, 0], 3)
+    assert nested.layout == layout
+    assert labels.tolist() == [2, 0]
+    assert [x.tolist() for x in nested.unbind()] == [samples[2].tolist(), samples[0].tolist()]

@@ -13,6 +13,7 @@ from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
     DataLoader,
+    IterableDataset,
     RandomSampler,
     SequentialSampler,
     Subset,
@@ -23,7 +24,7 @@ from _support.cases import build
 from _support.doubles import LogitVariance
 from _support.fits import Classifier, loader, make_trainer, parameters, problem, same, tagged, train, val_loader
 from _support.runs import Manual, Skipping, ddp, fit
-from debias import GroupDRO, GroupMonitor, GroupReweighting, VREx
+from debias import ClassBalanced, GroupDRO, GroupMonitor, GroupReweighting, SampleRecorder, VREx, untag
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, UnsupportedStrategyError
 from debias.ops import arguments
 from debias.step.proxy import StepProxy
@@ -86,14 +87,38 @@ class Evaluated(Classifier):
 
 class Iterates(Classifier):
     def training_step(self, dataloader_iter):
-        batch, _, _ = next(dataloader_iter)
-        return super().training_step(batch, 0)
+        (x, y), _, _ = next(dataloader_iter)
+        return F.cross_entropy(self(x), y)
 
 
 @pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor:UserWarning")  # Lightning's own
 def test_dataloader_iter():
     match = r"`training_step\(batch, ...\)` for GroupDRO, but got `training_step\(dataloader_iter\)`"
     refused(UnsupportedStrategyError, match, build("GroupDRO"), Iterates())
+
+
+class Fetches(Classifier):
+    def validation_step(self, dataloader_iter):
+        batch, _, _ = next(dataloader_iter)
+        super().validation_step(batch, 0)
+
+    test_step = validation_step
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor:UserWarning")
+@pytest.mark.filterwarnings("ignore:Found `dataloader_iter` argument:UserWarning")
+def test_dataloader_iter_in_evaluation():
+    """Nothing says of what batch the tags are: a monitor would read those of the last training batch."""
+    match = r"`{}\(batch, ...\)` for GroupMonitor, but got `{}\(dataloader_iter\)`"
+    for run, step in (("validate", "validation_step"), ("test", "test_step")):
+        with pytest.raises(UnsupportedStrategyError, match=match.format(step, step)):
+            getattr(make_trainer([GroupMonitor("place", 3)]), run)(Fetches(), val_loader(bare=True), verbose=False)
+    step = "validation_step"
+    refused(UnsupportedStrategyError, match.format(step, step), [GroupMonitor("place", 3)], Fetches())
+    make_trainer([GroupDRO("place", 3)]).fit(Fetches(), loader(), val_loader(bare=True))
+    with pytest.raises(BatchKeyError, match=r"dataloader_iter` pass `untag\(loader\)`"):
+        make_trainer([GroupMonitor("place", 3)]).fit(Iterates(), loader(), val_loader())
+    make_trainer([GroupMonitor("place", 3)]).fit(Iterates(), untag(loader()), val_loader())
 
 
 class LBFGS(Classifier):
@@ -128,11 +153,16 @@ def test_an_optimiser_that_runs_the_step_twice():
     refused(UnsupportedStrategyError, "step once per batch for GroupDRO, but got Twice", [twice], Sharp())
     assert same(once.module.state_dict(), twice.module.state_dict())
     train(Sharp(), [VREx("place", 3)])
+    match = "without running the training step again, but got Twice"
+    for method in ("DomainAdversarial", "LearningFromFailure"):  # whose networks have one of the same class
+        refused(UnsupportedStrategyError, match, build(method), Sharp())
 
 
 def test_manual_optimisation_with_a_penalty():
     match = "automatic optimisation for LogitVariance, but `automatic_optimization` is False.*Use automatic"
     refused(UnsupportedStrategyError, match, build("LogitVariance"), Manual())
+    for callback, way in ((VREx("place", 3), ", or `debias.VRExMixin` in the step"), (SampleRecorder("x.npz"), "")):
+        refused(UnsupportedStrategyError, rf"Use automatic optimisation{way}\.$", [callback], Manual())
 
 
 # ------------------------------------------------------------ callbacks
@@ -188,6 +218,31 @@ def test_membership_of_another_width():
 def test_a_group_without_training_samples():
     match = r"every group to have training samples, but got none of 2"
     refused(DebiasError, match, build("GroupReweighting"), batches=loader(place=torch.arange(39) % 2))
+
+
+class Grouped(Classifier):
+    """A hook of its own adds the ids to the batch."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return [*batch, (batch[0][:, 0] > 0).long()]
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch[:2], batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch[:2], batch_idx)
+
+
+def test_ids_that_the_training_set_does_not_show_can_be_counted_by_the_user():
+    match = r"`group=2` to name a part of the batch.*pass `group_counts=\[...\]`"
+    refused(BatchKeyError, match, [GroupReweighting(2, 2)], Grouped(), batches=loader(bare=True))
+    make_trainer([GroupReweighting(2, 2, group_counts=[19, 20])]).fit(Grouped(), loader(bare=True), val_loader())
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(problem())
+
+    refused(DebiasError, r"Pass `class_counts=\[...\]`", [ClassBalanced(2)], batches=DataLoader(Stream(), 4))
 
 
 def fit_and_collect(callbacks, batches, **options):

@@ -360,6 +360,12 @@ def test_folds_begin_afresh_and_a_module_goes_on():
     assert not torch.equal(other.module.log_weights, once)  # what was loaded counts
 
 
+def test_an_adversary_is_that_of_one_module():
+    method = DomainAdversarial("g", 2)
+    first = weights(plain, method, max_epochs=4)
+    assert torch.equal(weights(plain, method, max_epochs=4), first)
+
+
 def test_passes_per_group_log_what_one_pass_logs():
     def step(model: Model, batch: Any) -> Tensor:
         loss = plain(model, batch)

@@ -299,24 +299,20 @@ def test_a_step_without_a_loss_moves_nothing(name, scaled, accumulated):
 
 
 def test_a_second_fit_with_another_optimiser():
-    class Adaptive(Classifier):
-        def configure_optimizers(self):
-            return torch.optim.AdamW(self.parameters(), lr=0.01)
-
-    method = IdentityAdversarial("person", 5)
-    train(Classifier(), [method])
+    model, method = Classifier(), IdentityAdversarial("person", 5)
+    train(model, [method])
     network = method.owned["adversary"].module
     before = parameters(network)
-    train(Adaptive(), [method], limit_train_batches=1)
+    model.configure_optimizers = lambda: torch.optim.AdamW(model.parameters(), lr=0.01)
+    train(model, [method], limit_train_batches=1)
     assert type(method.owned["adversary"].optimizer) is torch.optim.AdamW
     assert method.owned["adversary"].module is network
     moved = max(float((before[k] - v).abs().max()) for k, v in parameters(network).items())
     assert 0 < moved < 0.0101  # the first step of AdamW
 
-    wide = Classifier()
-    wide.backbone, wide.head = nn.Linear(4, 12).double(), nn.Linear(12, 2).double()
+    model.backbone, model.head = nn.Linear(4, 12).double(), nn.Linear(12, 2).double()
     with pytest.raises(DebiasError, match=r"width 6.*but got 12\. Make a new instance"):
-        train(wide, [method])
+        train(model, [method])
 
 
 SCHEDULERS = {

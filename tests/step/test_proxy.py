@@ -50,6 +50,16 @@ def test_it_looks_like_the_original_to_lightning():
     assert proxy.__wrapped__.__func__ is Module.training_step
 
 
+def test_a_watched_module_is_exported_as_it_is():
+    net = nn.Sequential(nn.Linear(2, 1))
+    proxy = attach(net, "forward", lambda original, args, kwargs: original(*args, **kwargs))
+    exported = torch.export.export(net, (x := torch.ones(3, 2),)).module()
+    assert torch.equal(exported(x), net[0](x))
+    assert proxy.__code__ is nn.Sequential.forward.__code__
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = proxy.nothing
+
+
 def test_detaching_twice_leaves_nothing():
     module, proxy = wrapped()
     before = set(vars(Module()))
@@ -71,6 +81,8 @@ def test_a_later_wrapper_of_someone_else_stays():
     module.training_step = other = lambda *args: None
     detach(proxy)
     assert module.training_step is other
+    module.training_step = proxy  # who wrapped it puts back what was there
+    assert torch.equal(module.training_step(1.0, 0), module.layer.weight.sum() + 1)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])

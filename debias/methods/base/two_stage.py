@@ -25,6 +25,7 @@ from debias.methods.base.method import NumberedMethod
 from debias.ops.distributed import global_rank, is_distributed, world_size
 from debias.ops.samples import SampleTable
 from debias.step.context import Step
+from debias.step.guards import takes_index
 from debias.step.proxy import attach, detach, watch_outputs
 from debias.step.random import undisturbed
 from debias.step.samples import check_length, predictions, refuse_regression, sample_losses, train_set
@@ -38,8 +39,13 @@ from debias.tap.tap import LossTap
 
 __all__ = ["TwoStage", "nothing"]
 
-# They keep weights of stage one, or change the schedule by the length of the whole run.
-_AVERAGING = {"StochasticWeightAveraging", "WeightAveraging"}
+# What they would do to stage two: they keep weights of stage one, or do in stage one what cannot go back to the start.
+_IN_THE_WAY = {
+    "StochasticWeightAveraging": "average weights of stage one into those of stage two",
+    "WeightAveraging": "average weights of stage one into those of stage two",
+    "BaseFinetuning": "unfreeze layers in stage one that stage two, which counts epochs on, begins with frozen",
+    "ModelPruning": "prune a network in stage one that stage two begins with whole",
+}
 # By name: Lightning's come from either of its packages.
 _RESET = {"StepWatcher", "ModelCheckpoint", "EarlyStopping"}
 
@@ -92,11 +98,18 @@ class TwoStage(NumberedMethod):
                     " would take the other's second stage for its first. Remove one of them."
                 )
             for callback in trainer.callbacks:
-                if found := _AVERAGING & {kind.__name__ for kind in type(callback).__mro__}:
+                if found := _IN_THE_WAY.keys() & {kind.__name__ for kind in type(callback).__mro__}:
                     raise UnsupportedStrategyError(
-                        f"Expected no {found.pop()} beside {self.state_key}: it would average weights of stage one"
-                        " into those of stage two. Remove it, or infer groups in a run of its own."
+                        f"Expected no {(kind := found.pop())} beside {self.state_key}: it would {_IN_THE_WAY[kind]}."
+                        " Remove it, or infer groups in a run of its own."
                     )
+            if self.observe_by == "pass" and not pl_module.automatic_optimization:
+                way = " or pass `observe='training'`" if self.reweighs else ""
+                raise UnsupportedStrategyError(
+                    f"Expected automatic optimisation for `observe='pass'` of {self.state_key}, but"
+                    " `automatic_optimization` is False: the training step, which is run to look at its losses, would"
+                    f" train. Use automatic optimisation{way}."
+                )
         super().setup(trainer, pl_module, stage)
 
     def _start_afresh(self) -> None:
@@ -274,7 +287,7 @@ class TwoStage(NumberedMethod):
         step_of = getattr(pl_module, name)
         step_of = getattr(step_of, "__wrapped__", step_of)
         given: list[Any] = []  # what a named head was given
-        takes = step_of.__code__.co_argcount - 1 if hasattr(step_of, "__code__") else 2
+        takes = 2 if takes_index(step_of) else 1
         with _evaluating(pl_module), undisturbed(), torch.no_grad(), ExitStack() as stack:
             if self.records_features and self.head is not None:
                 named = submodule(pl_module, self.head, argument="head")
@@ -284,7 +297,7 @@ class TwoStage(NumberedMethod):
             watch_outputs(pl_module, lambda _, *seen: evaluated.predictions.saw(*seen), stack)
             for i, raw in enumerate(batches):
                 batch, tags = split_tags(raw)
-                batch = trainer.strategy.batch_to_device(batch)
+                batch = self.engine.transferred(batch)  # type: ignore[union-attr]
                 step = Step(trainer, pl_module, "train", batch, tags, i, epoch=trainer.current_epoch)
                 numbers = self.sample_ids(step)
                 finder = HeadFinder() if self.records_features else None
