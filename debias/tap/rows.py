@@ -327,9 +327,10 @@ class RowTracker(Notes, SampleNumbers):
     def _replayed(self, note: Note, index: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """Numbers in the shape of what an operation made, from those of what it was made of."""
         kind, args, out = note.kind, note.args, note.out
-        moved_by = tensors_in((read_arguments(note.func, args)[1:], note.kwargs)) if kind == "move" else []
-        if kind in LOST or (self.on_host and moved_by):  # which would have to be read
+        if kind in LOST:
             return None
+        if self.on_host and kind == "move" and tensors_in((read_arguments(note.func, args)[1:], note.kwargs)):
+            return None  # what says where rows go is not read
         if kind not in ("move", "lookup", "along", "reduction"):
             return self._in_places(note, index)
         several = isinstance(args[0], tuple | list)
