@@ -200,8 +200,9 @@ class LossCall:
     def multiply(self, factor: Tensor | None) -> None:
         """Say what the returned loss multiplies the received one by; None for 1."""
         record = self.record
-        if factor is not None and record.kept is not None:
-            factor = factor.reshape(record.kept)
+        if factor is not None:
+            factor = factor.reshape(record.kept or ())  # the step may have kept the axes of a single number
+        if factor is not None and factor.ndim:
             vars(record).pop("rows", None)
         if record.is_sum or record.divisor is not None:
             total = record.elements[1].sum()

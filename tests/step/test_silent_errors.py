@@ -356,6 +356,16 @@ def test_an_unreduced_loss_that_is_averaged_in_two_stages(how):
     assert_step(step, lambda module: dro(losses_of(module), ONES, GROUPS)[0])
 
 
+def test_an_average_that_keeps_its_axis_has_its_factor_beside_another_loss():
+    def step(module, batch):
+        x, y, z = batch
+        out = module.net(x)
+        return 0.3 * F.cross_entropy(out, y, reduction="none").mean(0, keepdim=True).sum() + F.mse_loss(out, z)
+
+    both = GroupDRO("place", 2, step_size=STEP_SIZE, loss="sum")
+    assert_step(step, lambda m: dro(0.3 * losses_of(m) + errors_of(m).mean(1), ONES, GROUPS)[0], both)
+
+
 def test_averages_of_targets_that_are_weighed_differently():
     """Averaged over the samples first: what the step does next weighs the targets."""
     weights = torch.arange(1.0, C + 1).double()
