@@ -36,6 +36,12 @@ class SampleNumbers:
             order = order[first : first + shape[0]]
         return order.view(-1, *[1] * (len(shape) - 1)).expand(shape)
 
+    def of_elements(self, index: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor:
+        """Sample numbers in the shape of losses, from those of their rows; None where row i is sample i."""
+        if index is None:
+            return self.start(shape, device, sample=None if shape else 0)
+        return index if index.shape == shape else index.view(-1, *[1] * (len(shape) - 1)).expand(shape)
+
     def by_row(self, index: Tensor) -> Tensor | None:
         """Sample of each row of sample numbers ``(rows, ...)``; None where a row is of several samples."""
         if index.ndim < 2:

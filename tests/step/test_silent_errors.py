@@ -377,6 +377,41 @@ def test_averages_of_targets_that_are_weighed_differently():
     assert_step(step, lambda m: dro((weights * errors_of(m)).sum(1), ONES, GROUPS)[0])
 
 
+# Losses of the batch, and a sum of weights in another order, or of another shape.
+ELSEWHERE = {
+    "sorted": lambda m, x, y, z: F.cross_entropy(m.net(x[PERM]), y[PERM], reduction="sum") / z[:, 0].sum(),
+    "weights of the other order": lambda m, x, y, z: F.cross_entropy(m.net(x), y, reduction="sum") / z[PERM, 0].sum(),
+    "read": lambda m, x, y, z: F.cross_entropy(m.net(x[PERM]), y[PERM], reduction="none").sum() / z[:, 0].sum().item(),
+    "means": lambda m, x, y, z: F.cross_entropy(m.net(x[PERM]), y[PERM], reduction="none").mean() / z[:, 0].mean(),
+    "views": lambda m, x, y, z: (
+        F.cross_entropy(m.net(x).repeat(2, 1), y.repeat(2), reduction="sum") / z[:, 0].repeat_interleave(2).sum()
+    ),
+    "classes first": lambda m, x, y, z: F.mse_loss(m.net(x).T, z.T, reduction="sum") / z.sum(),
+    "of each sample": lambda m, x, y, z: (
+        F.mse_loss(m.net(x).T.flatten(), z.T.flatten(), reduction="sum") / z[:, 0].sum()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_weights_count_for_their_samples_wherever_these_lie(name):
+    def objective(m):
+        of_classes = name in ("classes first", "of each sample")
+        weights = Z.sum(1) if name == "classes first" else Z[:, 0]
+        return dro(errors_of(m).sum(1) if of_classes else losses_of(m), weights, GROUPS)[0]
+
+    assert_step(lambda m, batch: ELSEWHERE[name](m, *batch), objective)
+
+
+@pytest.mark.parametrize("step", [
+    lambda m, x, y, z: F.cross_entropy(m.net(x[:4]), y[:4], reduction="sum") / z[:, 0].sum(),
+    lambda m, x, y, z: F.cross_entropy(m.net(x[:4]), y[:4], reduction="none").mean() / z[:, 0].mean(),
+])  # fmt: skip
+def test_weights_of_samples_without_a_loss_are_refused(step):
+    with pytest.raises(UntappedLossError):
+        fit(lambda m, batch: step(m, *batch))
+
+
 @pytest.mark.parametrize(
     "edit",
     [
