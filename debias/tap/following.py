@@ -140,6 +140,8 @@ class Following:
         if not _is_known(func) or (_is_dot(func) and not (len(args) > 1 and args[0].ndim == args[1].ndim == 1)):
             return None
         data = (*args[0], *args[1:3]) if isinstance(args[0], tuple | list) else args[:3]
+        if func is _T.__setitem__:  # what is assigned is of other places than those that it is assigned to
+            data = args[:1]
         return next((losses for x in values_read(func, data, {}) if (losses := self._of(x)) is not None), None)
 
     def _of(self, x: Tensor) -> LossRecord | None:

@@ -429,6 +429,17 @@ def test_unreduced_losses_changed_in_place(edit):
     assert_step(lambda m, batch: edited(m).mean(), lambda m: dro(edited(m), ONES, GROUPS)[0])
 
 
+@pytest.mark.parametrize("key", [(slice(None), 1), (..., 1), 1])
+def test_unreduced_losses_that_are_written_elsewhere_are_refused(key):
+    def step(module, batch):
+        losses = torch.zeros(N, 2).double() if isinstance(key, tuple) else torch.zeros(2, N).double()
+        losses[key] = F.cross_entropy(module.net(batch[0]), batch[1], reduction="none")
+        return losses.mean()
+
+    with pytest.raises(LossNotFoundError, match="cannot be followed"):
+        fit(step)
+
+
 @pytest.mark.parametrize("made", [lambda losses: losses, torch.exp])
 def test_unreduced_losses_that_trade_places_in_place_are_refused(made):
     def step(module, batch):
