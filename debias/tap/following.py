@@ -170,6 +170,8 @@ class Following:
             if not isinstance(x, Tensor):
                 continue
             if not x.requires_grad and found.source.requires_grad and func not in CASTS:
+                if of_batch:  # that of a threshold for losses which were divided by a number of the whole batch
+                    self.batch.add(x)
                 continue  # a mask, such as that of the largest losses
             if func in MOVES and not x.ndim and found.source.numel() > 1:
                 continue  # one of several, which Python may choose by their values

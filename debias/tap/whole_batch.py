@@ -117,6 +117,10 @@ class WholeBatch:
         """Whether one of these is a number of the whole batch."""
         return bool(self._numbers) and any(x is number for x in tensors_in(values) for number in self._numbers)
 
+    def add(self, number: Tensor) -> None:
+        """Take something for a number of the whole batch."""
+        self._numbers.append(number)
+
     def scales(self, *values: Any) -> bool:
         """Whether one of these is a number of the whole batch, also one that may be trained."""
         return self.holds(*values) or (self.looks and any(self._is(x, _TRAINED) for x in tensors_in(values)))

@@ -587,6 +587,10 @@ def counted(w, z):
     return F.cross_entropy(z, Y, weights)
 
 
+def _below(ls):
+    return torch.where(ls < 1, ls, 0.0)
+
+
 OF_THE_BATCH = {
     "written into constants": lambda ls, w, z: written_by(ls, w),
     "of what was written": lambda ls, w, z: written_of(ls, w),
@@ -597,6 +601,10 @@ OF_THE_BATCH = {
     "sorted": lambda ls, w, z: (ls * w.sort().values).mean(),
     "sorted in a column": lambda ls, w, z: (F.mse_loss(z, Z, reduction="none") * w.sort().values[:, None]).mean(),
     "by keyword": lambda ls, w, z: torch.mul(ls, other=w / w.max()).mean(),
+    "a threshold for what was divided by its mean": lambda ls, w, z: (
+        (ls / ls.detach().mean()).masked_fill(ls / ls.detach().mean() > 1, 0).mean()
+    ),
+    "those below it": lambda ls, w, z: _below(ls * w / w.mean()).mean(),
     "a loss without a gradient": lambda ls, w, z: ls.mean() * F.mse_loss(z.detach(), Z),
 }
 
