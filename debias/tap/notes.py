@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from debias.tap.calls import shares_memory
-from debias.tap.moves import JOINING, apply_move, axes_of, keeps_rows, values_read
+from debias.tap.moves import BY_PLACE, JOINING, apply_move, axes_of, keeps_rows, values_read
 
 __all__ = ["CHANGED", "LOST", "Note", "Notes", "first_version", "version"]
 
@@ -145,6 +145,13 @@ class Notes:
     def is_joined(self, tensor: Tensor) -> bool:
         """Whether its rows were put together of parts; where nobody knows these, nobody knows its order."""
         return any(note.func in JOINING and not note.same_rows for note in self._history(tensor))
+
+    def is_part(self, tensor: Tensor, n: int) -> bool:
+        """Whether rows of ``n`` samples were taken by their places, one by one or in chunks, and not by a mask."""
+        taken = [note for note in self._history(tensor) if note.func in BY_PLACE and not note.same_rows]
+        keys = [x if isinstance(x := note.args[1] if len(note.args) > 1 else 0, tuple) else (x,) for note in taken]
+        by_place = [all(key is None or isinstance(key, int | slice | list) for key in each) for each in keys]
+        return any(by and not (x.out.ndim and len(x.out) % n == 0) for x, by in zip(taken, by_place, strict=True))
 
     def is_blank(self, tensor: Tensor) -> bool:
         """Whether nothing of the batch is in it, nor anything that is learned: it was made to be filled."""

@@ -708,6 +708,32 @@ def test_a_loss_of_some_samples_beside_one_of_all():
     fit(step, GroupDRO("place", 2, loss="sum"))
 
 
+@pytest.mark.parametrize("name", CHUNKS)
+def test_losses_of_chunks_beside_one_of_all(name):
+    def step(module, batch):
+        x, y, z = batch
+        return CHUNKS[name](module, x, y).mean() + F.mse_loss(module.net(x), z)
+
+    with pytest.raises(AmbiguousLossError, match="to be no chunks"):
+        fit(step, GroupDRO("place", 2, loss="sum"))
+
+
+def test_losses_of_what_masks_choose_beside_one_of_all():
+    odd = Y % 2 == 1
+
+    def step(module, batch):
+        x, y, z = batch
+        out = module.net(x)
+        return F.cross_entropy(out[odd], y[odd]) + F.mse_loss(out[~odd], z[~odd]) + F.mse_loss(out, z)
+
+    def objective(m):
+        ce, mse = losses_of(m), errors_of(m).mean(1)
+        parts = [[ce[odd & (k == GROUPS)], mse[~odd & (k == GROUPS)], mse[k == GROUPS]] for k in (0, 1)]
+        return dro(torch.stack([sum(x.mean() for x in each) for each in parts]), ONES[:2], torch.arange(2))[0]
+
+    assert_step(step, objective, GroupDRO("place", 2, step_size=STEP_SIZE, loss="sum"))
+
+
 def _is_cross_entropy(call):
     return call.name == "cross_entropy"
 
