@@ -259,7 +259,7 @@ class Settlement:
         self._check_meant(selected, method)
         if len(selected) > 1 and n is not None and self._are_parts(selected, tap):
             raise AmbiguousLossError(
-                f"Expected the losses that `loss={loss!r}` of {who} means to be no chunks, and one or more to be of all {n}"
+                f"Expected the losses that `loss={loss!r}` of {who} means to be no chunks, and one to be of all {n}"
                 f" samples of the batch, but got {len(selected)} of {', '.join(str(height(x)) for x in selected[:8])}"
                 f"{', ...' if len(selected) > 8 else ''} rows, each of some samples: means by group of parts of a batch"
                 " do not add up to those of the batch. Join the logits of the parts and compute one loss, or multiply"

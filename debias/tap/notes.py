@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from debias.tap.calls import shares_memory
-from debias.tap.moves import BY_PLACE, JOINING, apply_move, axes_of, keeps_rows, values_read
+from debias.tap.moves import BY_PLACE, JOINING, apply_move, axes_of, keeps_rows, named, values_read
 
 __all__ = ["CHANGED", "LOST", "Note", "Notes", "first_version", "version"]
 
+_CHOSEN = named("__getitem__ masked_select")
 LOST = ("sorting", "putting")  # kinds after which nobody knows where a row is
 CHANGED = -3  # no tensor has this version, nor the one after it
 
@@ -83,6 +84,12 @@ class Note:
     def operands(self) -> list[Tensor]:
         """The tensors whose values it was computed of."""
         return [x for x in values_read(self.func, self.args, self.kwargs) if x is not self.out]
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The mask that elements were chosen by; None where there is none."""
+        key = self.args[1] if self.func in _CHOSEN and len(self.args) > 1 else None
+        return key if isinstance(key, Tensor) and key.dtype == torch.bool else None
 
     @property
     def same_rows(self) -> bool:

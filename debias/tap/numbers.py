@@ -64,6 +64,13 @@ class SampleNumbers:
             index = first
         return index
 
+    def of_others(self, index: Tensor, mask: Tensor | None) -> bool:
+        """Whether what a mask chooses is of other samples than the mask, both by their numbers."""
+        if mask is None or not 0 < mask.ndim <= index.ndim:
+            return False
+        own = self.without(index, list(range(mask.ndim, index.ndim)))
+        return own is not None and own.shape == mask.shape and not self._equal(own, mask)
+
     def only(self, found: list[Tensor | None]) -> Tensor | None:
         """The number of the one sample that all of these numbers say, ``()``; None if they say several, or nothing."""
         one = [small.view(()) for x in found if x is not None and (small := thinned([x])[0]).numel() == 1]

@@ -330,6 +330,9 @@ class RowTracker(Notes, SampleNumbers):
         inner = [x for x in found if x is not None]
         if len(inner) < len(found) or self._joins_strangers(note):
             return None
+        if (mask := note.mask) is not None and self.is_of_batch(mask) and self.of_others(inner[0], index(mask)):
+            self.mixed = True
+            return None
         if kind == "move":
             return note.done_to(inner if several else inner[0])
         (numbers,) = inner

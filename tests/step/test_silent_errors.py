@@ -477,6 +477,19 @@ def test_derived_targets_keep_their_order(name):
     assert_step(step, objective)
 
 
+@pytest.mark.parametrize("of_losses", [True, False])
+def test_rows_that_a_mask_of_other_samples_chooses_are_refused(of_losses):
+    def step(module, batch):
+        x, y, _ = batch
+        others = (y > 0)[PERM]  # as that of the partner that a sample is mixed with
+        if of_losses:
+            return F.cross_entropy(module.net(x), y, reduction="none")[others].mean()
+        return F.cross_entropy(module.net(x)[others], y[others])
+
+    with pytest.raises(RowsError, match=r"mixes samples|cannot be followed"):
+        fit(step)
+
+
 def test_a_target_of_unknown_origin_in_a_reordered_batch_is_refused():
     def step(module, batch):
         x, y, _ = batch
