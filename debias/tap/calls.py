@@ -121,7 +121,7 @@ class LossRecord:
 
     def value(self) -> Tensor:
         """What the step received, of this rank's rows alone and but for rounding."""
-        return self.elements[0].sum() / self.over
+        return self.elements[0].sum_to_size(self.kept or ()) / self.over
 
 
 @dataclass(eq=False)

@@ -429,6 +429,20 @@ def test_unreduced_losses_changed_in_place(edit):
     assert_step(lambda m, batch: edited(m).mean(), lambda m: dro(edited(m), ONES, GROUPS)[0])
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_averages_changed_in_place(axis):
+    """Averages over the samples, of which there is one for each target; the step needs them no more as they were."""
+    weights = torch.arange(1.0, C + 1).double()
+
+    def step(module, batch):
+        x, _, z = batch
+        averages = F.mse_loss(module.net(x), z, reduction="none").movedim(0, axis).mean(axis)
+        averages *= weights
+        return averages.sum()
+
+    assert_step(step, lambda m: dro((weights * errors_of(m)).sum(1), ONES, GROUPS)[0])
+
+
 @pytest.mark.parametrize("key", [(slice(None), 1), (..., 1), 1])
 def test_unreduced_losses_that_are_written_elsewhere_are_refused(key):
     def step(module, batch):
