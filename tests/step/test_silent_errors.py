@@ -614,6 +614,24 @@ def counted(w, z):
     return F.cross_entropy(z, Y, weights)
 
 
+def through_a_view(ls, w):
+    seen = ls[:]
+    seen *= w / w.mean()
+    return ls.mean()
+
+
+def changed_afterwards(ls, w):
+    w = w.clone()
+    ls = ls / w.mean()
+    w[0] = 1
+    return ls.mean()
+
+
+def copied(ls, w):
+    ls.copy_(ls * w / w.mean())
+    return ls.mean()
+
+
 def _below(ls):
     return torch.where(ls < 1, ls, 0.0)
 
@@ -631,6 +649,9 @@ OF_THE_BATCH = {
     "a threshold for what was divided by its mean": lambda ls, w, z: (
         (ls / ls.detach().mean()).masked_fill(ls / ls.detach().mean() > 1, 0).mean()
     ),
+    "weights through a view": lambda ls, w, z: through_a_view(ls, w),
+    "weights that are changed afterwards": lambda ls, w, z: changed_afterwards(ls, w),
+    "weighed losses that are copied": lambda ls, w, z: copied(ls, w),
     "those below it": lambda ls, w, z: _below(ls * w / w.mean()).mean(),
     "a loss without a gradient": lambda ls, w, z: ls.mean() * F.mse_loss(z.detach(), Z),
 }
