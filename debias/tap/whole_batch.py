@@ -47,8 +47,10 @@ _PLACES = named("nonzero argwhere")
 _MATMUL = named("matmul mm bmm __matmul__")
 _BY_ROWS = named("cdist linear inner")
 _PAIRING = _MATMUL | _BY_ROWS | named("__rmatmul__ addmm einsum outer tensordot")
-# Add samples up, as mixup does: no comparison of samples, so that the result is not one of pairs.
-_ADDING = named("add add_ sub subtract sub_ rsub lerp lerp_ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__")
+# Add samples up, as mixup does, or put them below each other: no comparison, so that the result is not one of pairs.
+_ADDING = named("add add_ sub subtract sub_ rsub lerp lerp_ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__") | {
+    torch._C._nn.pad_sequence  # type: ignore[attr-defined]
+}
 # Of numbers of pairs, those of each sample with itself.
 _OF_ITSELF = named("diagonal diag trace")
 # Make constants; where they read a number, it is a size.

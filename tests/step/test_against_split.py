@@ -1141,6 +1141,16 @@ class Samples(Dataset):
         return {"x": x[i], "y": y[i], "w": w[i]}
 
 
+def test_a_batch_that_is_a_list_of_samples_may_be_padded():
+    """Some of them are of the same length."""
+
+    def step(net: Any, *batch: dict[str, Tensor]) -> Tensor:
+        padded = nn.utils.rnn.pad_sequence([s["x"][: 1 + int(s["w"] > 0.5)] for s in batch], batch_first=True)
+        return F.cross_entropy(net(padded)[:, 0], torch.stack([s["y"] for s in batch]))
+
+    same(step, Samples(), collate=list)
+
+
 def test_a_batch_that_is_a_list_of_samples_may_be_sorted():
     def step(net: Any, *batch: dict[str, Tensor]) -> Tensor:
         ordered = sorted(batch, key=lambda sample: -float(sample["w"]))
