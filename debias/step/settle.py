@@ -260,8 +260,8 @@ class Settlement:
         self._check_meant(selected, method)
         if len(selected) > 1 and n is not None and self._are_parts(selected, tap):
             raise AmbiguousLossError(
-                f"Expected at least one of the losses that `loss={loss!r}` of {who} means to be of all {n} samples"
-                f" of the batch, but got {len(selected)} of {', '.join(str(height(call)) for call in selected[:8])}"
+                f"Expected the losses that `loss={loss!r}` of {who} means to be no chunks, and one to be of all {n}"
+                f" samples of the batch, but got {len(selected)} of {', '.join(str(height(x)) for x in selected[:8])}"
                 f"{', ...' if len(selected) > 8 else ''} rows, each of some samples: means by group of parts of a batch"
                 " do not add up to those of the batch. Join the logits of the parts and compute one loss, or multiply"
                 f" the losses of all samples by masks. {SPLIT}"
@@ -269,22 +269,25 @@ class Settlement:
         return selected
 
     def _are_parts(self, calls: list[LossCall], tap: LossTap) -> bool:
-        """Whether losses are of parts of the batch: none of all samples of its loaders, nor all of the same samples.
+        """Whether losses are of parts of the batch: of different samples, and none of all those of its loaders, or by
+        their places, so that a group alone has other parts.
 
         Rows are read: beyond the CPU in an epoch's first step and on logging steps.
         """
         if not self.checks and not arguments.on_host(self.step.module):
             return False
-        samples: list[Tensor | None] = []
+        parts: dict[LossCall, Tensor | None] = {}
         for call in calls:
             loaders = tap.loaders_of(call) if self.step.of_several else None
             n = self.step.n or 0 if loaders is None else sum(self.step.followed[i].n or 0 for i in loaders)
             found = None
             with suppress(RowsError):  # said where a method reads them
                 found = None if call.rows is None else call.rows.unique()
-            if height(call) >= n and (found is None or len(found) == n):
-                return False
-            samples.append(found)
+            if height(call) < n or (found is not None and len(found) != n):
+                parts[call] = found
+        if len(parts) < len(calls):
+            parts = {call: found for call, found in parts.items() if _is_chunk(call, tap.tracker)}
+        samples = list(parts.values())
         return any(x is None or samples[0] is None or not torch.equal(x, samples[0]) for x in samples)
 
     def _check_meant(self, selected: list[LossCall], method: Any) -> None:
@@ -359,6 +362,12 @@ class Settlement:
             DebiasWarning,
             stacklevel=2,
         )
+
+
+def _is_chunk(call: LossCall, tracker: RowTracker | None) -> bool:
+    """Whether a loss is of rows that were taken by their places, as in a loop over samples."""
+    made_of = [x for x in (call.target, call.logits, call.record.source) if isinstance(x, Tensor)]
+    return tracker is not None and any(tracker.is_part(x, tracker.n) for x in made_of)
 
 
 def _followed(calls: list[LossCall], loss: Any) -> list[LossCall]:

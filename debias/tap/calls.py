@@ -122,7 +122,7 @@ class LossRecord:
 
     def value(self) -> Tensor:
         """What the step received, of this rank's rows alone and but for rounding."""
-        return self.elements[0].sum() / self.over
+        return self.elements[0].sum_to_size(self.kept or ()) / self.over
 
 
 @dataclass(eq=False)
@@ -201,8 +201,9 @@ class LossCall:
     def multiply(self, factor: Tensor | None) -> None:
         """Say what the returned loss multiplies the received one by; None for 1."""
         record = self.record
-        if factor is not None and record.kept is not None:
-            factor = factor.reshape(record.kept)
+        if factor is not None:
+            factor = factor.reshape(record.kept or ())  # the step may have kept the axes of a single number
+        if factor is not None and factor.ndim:
             vars(record).pop("rows", None)
         if record.is_sum or record.divisor is not None:
             total = record.elements[1].sum()

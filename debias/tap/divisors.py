@@ -19,11 +19,14 @@ __all__ = ["Divided", "index_of"]
 
 
 def index_of(tracker: RowTracker | None, record: LossRecord) -> Tensor | None:
-    """Sample of each element of a loss, or of each row; None where row i is sample i, or nobody knows."""
+    """Sample of each element of a loss; None where nobody knows."""
     if tracker is None or record.samples is None:
         return None
+    if record.source is not None:
+        return tracker.index(record.source)
+    num = record.computed[0]
     try:
-        return record.samples(record.computed[0].shape) if record.source is None else tracker.index(record.source)
+        return tracker.of_elements(record.samples(num.shape), num.shape, num.device)
     except RowsError:  # said where a method reads it; perhaps nobody means this loss
         return None
 
@@ -106,25 +109,43 @@ class Divided:
     def weights(self, source: Tensor) -> Tensor | None:
         """Weights in the shape of the elements, whose sum is that of ``source``; None if they do not fit."""
         shape, mask = self._elements.shape, self.record.mask
-        if mask is not None and source.shape != shape:
-            return source.new_ones((), dtype=torch.float32).expand(shape) if self._are_same(source, mask) else None
-        weights, ndim = source.detach(), len(shape)
-        of_tokens = 0 < ndim < source.ndim and source.shape[:ndim] == shape  # a mask of tokens, of losses per sample
-        if of_tokens:
+        if mask is not None and source.shape != shape and self._are_same(source, mask):
+            return source.new_ones((), dtype=torch.float32).expand(shape)
+        weights, ndim, tracker = source.detach(), len(shape), self.tracker
+        of_batch = tracker is not None and tracker.is_of_batch(source)
+        own, theirs = index_of(tracker, self.record), None if tracker is None else tracker.index(source)
+        known = False
+        if tracker is not None and own is not None and theirs is not None:
+            known = tracker._equal(own.flatten(), theirs.flatten(), unread=not of_batch)
+            if not known and of_batch:
+                return self._by_sample(tracker, weights, own, theirs)
+            if not known and own.numel() == theirs.numel():
+                return None
+        if mask is not None and not known:
+            return None
+        if 0 < ndim < source.ndim and source.shape[:ndim] == shape:  # a mask of tokens, of losses per sample
             weights = weights.flatten(ndim).sum(ndim)
         if weights.numel() != shape.numel():
-            known = self.tracker is not None and self.tracker.is_of_batch(source)
-            spread = self._spread(weights, known=known)
-            return self._by_sample(source) if spread is None and known else spread
-        own = theirs = None
-        if self.record.source is not None and self.tracker is not None:
-            own, theirs = index_of(self.tracker, self.record), self.tracker.index(source)
-        if of_tokens and theirs is not None:
-            theirs = theirs.flatten(ndim).select(ndim, 0)
-        fits = mask is None
-        if own is not None and theirs is not None and own.numel() == theirs.numel():
-            fits = self._equal(own.flatten(), theirs.flatten())
-        return weights.reshape(shape) if fits else None
+            return self._spread(weights, known=of_batch)
+        return weights.reshape(shape)
+
+    def _by_sample(self, tracker: RowTracker, weights: Tensor, own: Tensor, theirs: Tensor) -> Tensor | None:
+        """Weights of the samples, shared by the elements of each; None where a sample has weights and no element, or
+        where a mean is of other numbers of weights.
+        """
+        weights = weights.to(torch.promote_types(self._elements.dtype, torch.float32))
+
+        def by_sample(values: Tensor, index: Tensor) -> Tensor:
+            sums = values.new_zeros(tracker.n)
+            return sums.index_add_(0, index.flatten(), values.expand(index.shape).flatten())
+
+        one = weights.new_ones(())
+        total, elements = by_sample(weights, theirs), by_sample(one, own)
+        if tracker.reads(own):
+            of_mean = by_sample(one, theirs) * own.numel() == elements * theirs.numel()
+            if not bool((((total == 0) | (elements > 0)) if self.record.is_sum else of_mean).all()):
+                return None
+        return (total / elements.clamp(min=1))[own]
 
     def _spread(self, weights: Tensor, *, known: bool) -> Tensor | None:
         """Weights of samples or rows, spread over their elements; ``known`` if they are of the batch."""
@@ -138,26 +159,6 @@ class Divided:
         if not fits or any(weights.shape[axis] != shape[axis] for axis in (0, self._axis_of_samples())):
             return None
         return weights.expand(shape) * (weights.numel() / shape.numel())
-
-    def _by_sample(self, source: Tensor) -> Tensor | None:
-        """What each sample has of weights in another layout, such as lengths, spread over its elements; over those that
-        are 0, as padding is, only if all are. None if the loss has left out a sample that has some, or is a mean: that
-        depends on how many elements a sample has.
-        """
-        record, tracker, own = self.record, self.tracker, index_of(self.tracker, self.record)
-        theirs = None if tracker is None else tracker.index(source)
-        if tracker is None or own is None or theirs is None or own.shape != self._elements.shape:
-            return None
-        if not record.is_sum or record.targets is not None or record.parts:
-            return None
-        elements, own = self._elements.detach().flatten(), own.flatten()
-        weights, zeros = source.detach().to(elements.dtype), elements.new_zeros(tracker.n)
-        counts = (elements != 0).to(elements.dtype)
-        counts = counts + (zeros.index_add(0, own, counts) == 0)[own]
-        of_samples, numbers = zeros.index_add(0, theirs.flatten(), weights.flatten()), zeros.index_add(0, own, counts)
-        if tracker.reads(own) and bool(((numbers == 0) & (of_samples != 0)).any()):
-            return None
-        return (counts * (of_samples / numbers)[own]).view(self._elements.shape)
 
     def _are_same(self, source: Tensor, mask: Any) -> bool:
         """Whether weights are the mask that elements were selected by."""

@@ -51,9 +51,10 @@ _SELECTING = named(
 )
 _DOT = named("dot vdot inner matmul __matmul__ __rmatmul__")
 _is_dot = among(_DOT)
+_FILLING = frozenset({_T.__setitem__, _T.copy_})
 # The last four choose, along axes of the elements of a sample, or between two losses.
 _REDUCING = SUM | MEAN | named("max min amax amin")
-_KNOWN = MOVES | CASTS | ELEMENTWISE | INPLACE | READING | _DOT | _REDUCING
+_KNOWN = MOVES | CASTS | ELEMENTWISE | INPLACE | _FILLING | READING | _DOT | _REDUCING
 _is_known, _is_in_place = among(_KNOWN), among(INPLACE)
 FOLLOWED = _KNOWN | STATISTICS
 
@@ -141,6 +142,8 @@ class Following:
         if not _is_known(func) or (_is_dot(func) and not (len(args) > 1 and args[0].ndim == args[1].ndim == 1)):
             return None
         data = (*args[0], *args[1:3]) if isinstance(args[0], tuple | list) else args[:3]
+        if func in _FILLING:  # what is assigned is of other places than those that it is assigned to
+            data = args[:1]
         return next((losses for x in values_read(func, data, {}) if (losses := self._of(x)) is not None), None)
 
     def _of(self, x: Tensor) -> LossRecord | None:
@@ -161,7 +164,8 @@ class Following:
             found.scale, found.divided_by = _times(found.scale, factor), divided_by
             for other in self._unreduced:
                 if other is not found and shares_memory(other.source, found.source):  # other views of the elements
-                    other.of_batch, other.scale = other.of_batch or found.of_batch, False
+                    divided = isinstance(by, Total) and by.of_batch
+                    other.of_batch, other.scale = other.of_batch or found.of_batch or divided, False
             for part in found.parts:
                 func(*(part if x is found.source else x for x in args), **kwargs)
             return
@@ -169,6 +173,8 @@ class Following:
             if not isinstance(x, Tensor):
                 continue
             if not x.requires_grad and found.source.requires_grad and func not in CASTS:
+                if of_batch:  # that of a threshold for losses which were divided by a number of the whole batch
+                    self.batch.add(x)
                 continue  # a mask, such as that of the largest losses
             if func in MOVES and not x.ndim and found.source.numel() > 1:
                 continue  # one of several, which Python may choose by their values
@@ -267,7 +273,8 @@ class Following:
             record.divisor = num.new_ones(()).expand(num.shape)
         call = replace(found.function, record=record)
         for by in found.divided_by:
-            if not self._divide(call, by) and isinstance(by, Total) and by.of_batch:
+            changed = isinstance(by, Total) and not by.current  # since they were divided by it
+            if (changed or not self._divide(call, by)) and isinstance(by, Total) and by.of_batch:
                 record.of_batch = True
         return self._record(call, out)
 

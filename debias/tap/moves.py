@@ -12,6 +12,7 @@ from torch import Tensor
 
 __all__ = [
     "ALONG",
+    "BY_PLACE",
     "CASTS",
     "CHANGING",
     "DIVISION",
@@ -194,6 +195,8 @@ _CHOOSING = named(
     "__getitem__ index_select gather take take_along_dim masked_select narrow select unbind chunk split tensor_split"
     " vsplit"
 )
+# Take what lies at some places of an axis, unless they are told these by a mask or a tensor of places.
+BY_PLACE = named("__getitem__ narrow select unbind chunk split tensor_split vsplit")
 # What steps and networks put rows in another order by, or choose some, and not merely axes.
 REORDERING = SORTING | PUTTING | _TURNING | _CHOOSING | JOINING | named("rot90")
 

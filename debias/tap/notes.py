@@ -10,10 +10,21 @@ import torch
 from torch import Tensor
 
 from debias.tap.calls import shares_memory
-from debias.tap.moves import JOINING, apply_move, axes_of, keeps_rows, values_read
+from debias.tap.moves import (
+    BY_PLACE,
+    JOINING,
+    apply_move,
+    axes_of,
+    keeps_rows,
+    named,
+    read_arguments,
+    tensors_in,
+    values_read,
+)
 
 __all__ = ["CHANGED", "LOST", "Note", "Notes", "first_version", "version"]
 
+_CHOSEN = named("__getitem__ masked_select")
 LOST = ("sorting", "putting")  # kinds after which nobody knows where a row is
 CHANGED = -3  # no tensor has this version, nor the one after it
 
@@ -83,6 +94,17 @@ class Note:
     def operands(self) -> list[Tensor]:
         """The tensors whose values it was computed of."""
         return [x for x in values_read(self.func, self.args, self.kwargs) if x is not self.out]
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The mask that elements were chosen by; None where there is none."""
+        key = self.args[1] if self.func in _CHOSEN and len(self.args) > 1 else None
+        return key if isinstance(key, Tensor) and key.dtype == torch.bool else None
+
+    @property
+    def places(self) -> list[Tensor]:
+        """The tensors whose values say where a move puts elements."""
+        return tensors_in((read_arguments(self.func, self.args)[1:], self.kwargs)) if self.kind == "move" else []
 
     @property
     def same_rows(self) -> bool:
@@ -160,6 +182,13 @@ class Notes:
         if note.kind != "elementwise":
             return []
         return [x for x in note.operands if x.shape != note.out.shape and self._tracked(x)]
+
+    def is_part(self, tensor: Tensor, n: int) -> bool:
+        """Whether rows of ``n`` samples were taken by their places, one by one or in chunks, and not by a mask."""
+        taken = [note for note in self._history(tensor) if note.func in BY_PLACE and not note.same_rows]
+        keys = [x if isinstance(x := note.args[1] if len(note.args) > 1 else 0, tuple) else (x,) for note in taken]
+        by_place = [all(key is None or isinstance(key, int | slice | list) for key in each) for each in keys]
+        return any(by and not (x.out.ndim and len(x.out) % n == 0) for x, by in zip(taken, by_place, strict=True))
 
     def is_blank(self, tensor: Tensor) -> bool:
         """Whether nothing of the batch is in it, nor anything that is learned: it was made to be filled."""

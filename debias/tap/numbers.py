@@ -42,6 +42,12 @@ class SampleNumbers:
             order = order[first : first + shape[0]]
         return order.view(-1, *[1] * (len(shape) - 1)).expand(shape)
 
+    def of_elements(self, index: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor:
+        """Sample numbers in the shape of losses, from those of their rows; None where row i is sample i."""
+        if index is None:
+            return self.start(shape, device, sample=None if shape else 0)
+        return index if index.shape == shape else index.view(-1, *[1] * (len(shape) - 1)).expand(shape)
+
     def by_row(self, index: Tensor) -> Tensor | None:
         """Sample of each row of sample numbers ``(rows, ...)``; None where a row is of several samples."""
         if index.ndim < 2:
@@ -63,6 +69,13 @@ class SampleNumbers:
                 return None
             index = first
         return index
+
+    def of_others(self, index: Tensor, mask: Tensor | None) -> bool:
+        """Whether what a mask chooses is of other samples than the mask, both by their numbers."""
+        if mask is None or not 0 < mask.ndim <= index.ndim:
+            return False
+        own = self.without(index, list(range(mask.ndim, index.ndim)))
+        return own is not None and own.shape == mask.shape and not self._equal(own, mask)
 
     def only(self, found: list[Tensor | None]) -> Tensor | None:
         """The number of the one sample that all of these numbers say, ``()``; None if they say several, or nothing."""

@@ -29,8 +29,6 @@ from debias.tap.moves import (
     kind_of,
     looked_up,
     pooled_rows,
-    read_arguments,
-    tensors_in,
     values_read,
 )
 from debias.tap.notes import CHANGED, LOST, Note, Notes, first_version, version
@@ -327,16 +325,17 @@ class RowTracker(Notes, SampleNumbers):
     def _replayed(self, note: Note, index: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """Numbers in the shape of what an operation made, from those of what it was made of."""
         kind, args, out = note.kind, note.args, note.out
-        if kind in LOST:
+        if kind in LOST or (self.on_host and note.places):  # which would have to be read
             return None
-        if self.on_host and kind == "move" and tensors_in((read_arguments(note.func, args)[1:], note.kwargs)):
-            return None  # what says where rows go is not read
         if kind not in ("move", "lookup", "along", "reduction"):
             return self._in_places(note, index)
         several = isinstance(args[0], tuple | list)
         found = list(map(index, args[0] if several else args[:1]))
         inner = [x for x in found if x is not None]
         if len(inner) < len(found) or self._joins_strangers(note):
+            return None
+        if (mask := note.mask) is not None and self.is_of_batch(mask) and self.of_others(inner[0], index(mask)):
+            self.mixed = True
             return None
         if kind == "move":
             return note.done_to(inner if several else inner[0])

@@ -107,7 +107,7 @@ class Reaching:
         for call in calls:
             received, version = call.record.received  # type: ignore[misc]
             if received._version != version:  # changed in place since
-                received = call.record.value()
+                received = call.record.value().view_as(self._factors[call])
             value = value - (self._factors[call] * received).sum()
         return self.loss + value
 

@@ -314,11 +314,9 @@ class LossTap(TorchFunctionMode):
         return index
 
     def _of_elements(self, samples: Any, shape: torch.Size, device: torch.device) -> Tensor:
-        """Sample numbers in the shape of unreduced losses."""
+        """Sample numbers in the shape of unreduced losses; not the tracker's own, which would keep itself alive."""
         assert self.tracker is not None
-        if (index := samples(shape)) is None:
-            return self.tracker.start(shape, device, sample=None if shape else 0)
-        return index if index.shape == shape else index.view(-1, *[1] * (len(shape) - 1)).expand(shape)
+        return self.tracker.of_elements(samples(shape), shape, device)
 
 
 def _trusted(call: LossCall) -> list[Tensor]:

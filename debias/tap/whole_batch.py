@@ -48,8 +48,10 @@ _PLACES = named("nonzero argwhere")
 _MATMUL = named("matmul mm bmm __matmul__")
 _BY_ROWS = named("cdist linear inner")
 _PAIRING = _MATMUL | _BY_ROWS | named("__rmatmul__ addmm einsum outer tensordot")
-# Add samples up, as mixup does: no comparison of samples, so that the result is not one of pairs.
-_ADDING = named("add add_ sub subtract sub_ rsub lerp lerp_ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__")
+# Add samples up, as mixup does, or put them below each other: no comparison, so that the result is not one of pairs.
+_ADDING = named("add add_ sub subtract sub_ rsub lerp lerp_ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__") | {
+    torch._C._nn.pad_sequence  # type: ignore[attr-defined]
+}
 # Of numbers of pairs, those of each sample with itself.
 _OF_ITSELF = named("diagonal diag trace")
 # Make constants; where they read a number, it is a size.
@@ -118,6 +120,10 @@ class WholeBatch:
     def holds(self, *values: Any) -> bool:
         """Whether one of these is a number of the whole batch."""
         return bool(self._numbers) and any(x is number for x in tensors_in(values) for number in self._numbers)
+
+    def add(self, number: Tensor) -> None:
+        """Take something for a number of the whole batch."""
+        self._numbers.append(number)
 
     def scales(self, *values: Any) -> bool:
         """Whether one of these is a number of the whole batch, also one that may be trained."""

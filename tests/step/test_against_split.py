@@ -1207,8 +1207,7 @@ def test_as_many_tokens_as_samples():
         of_tokens = F.cross_entropy(net(x.transpose(0, 1)).transpose(1, 2), yt.t(), reduction="none")
         return (of_tokens * k.t()).sum() / k.sum()
 
-    with pytest.raises(UntappedLossError, match=UNDIVIDED):
-        fit(time_first, TensorDataset(*data(N)))
+    same(time_first, TensorDataset(*data(N)))
 
 
 class Samples(Dataset):
@@ -1225,6 +1224,16 @@ def test_lists_of_inputs_and_labels_are_stacked(device):
         return F.cross_entropy(net(torch.stack(inputs)).mean(1), torch.tensor([int(y) for y in classes]))
 
     same(step, collate=lambda samples: [list(column) for column in zip(*samples, strict=True)])
+
+
+def test_a_batch_that_is_a_list_of_samples_may_be_padded():
+    """Some of them are of the same length."""
+
+    def step(net: Any, *batch: dict[str, Tensor]) -> Tensor:
+        padded = nn.utils.rnn.pad_sequence([s["x"][: 1 + int(s["w"] > 0.5)] for s in batch], batch_first=True)
+        return F.cross_entropy(net(padded)[:, 0], torch.stack([s["y"] for s in batch]))
+
+    same(step, Samples(), collate=list)
 
 
 def test_a_batch_that_is_a_list_of_samples_may_be_sorted():

@@ -356,6 +356,16 @@ def test_an_unreduced_loss_that_is_averaged_in_two_stages(how):
     assert_step(step, lambda module: dro(losses_of(module), ONES, GROUPS)[0])
 
 
+def test_an_average_that_keeps_its_axis_has_its_factor_beside_another_loss():
+    def step(module, batch):
+        x, y, z = batch
+        out = module.net(x)
+        return 0.3 * F.cross_entropy(out, y, reduction="none").mean(0, keepdim=True).sum() + F.mse_loss(out, z)
+
+    both = GroupDRO("place", 2, step_size=STEP_SIZE, loss="sum")
+    assert_step(step, lambda m: dro(0.3 * losses_of(m) + errors_of(m).mean(1), ONES, GROUPS)[0], both)
+
+
 def test_averages_of_targets_that_are_weighed_differently():
     """Averaged over the samples first: what the step does next weighs the targets."""
     weights = torch.arange(1.0, C + 1).double()
@@ -365,6 +375,41 @@ def test_averages_of_targets_that_are_weighed_differently():
         return (weights * F.mse_loss(module.net(x), z, reduction="none").mean(0)).sum()
 
     assert_step(step, lambda m: dro((weights * errors_of(m)).sum(1), ONES, GROUPS)[0])
+
+
+# Losses of the batch, and a sum of weights in another order, or of another shape.
+ELSEWHERE = {
+    "sorted": lambda m, x, y, z: F.cross_entropy(m.net(x[PERM]), y[PERM], reduction="sum") / z[:, 0].sum(),
+    "weights of the other order": lambda m, x, y, z: F.cross_entropy(m.net(x), y, reduction="sum") / z[PERM, 0].sum(),
+    "read": lambda m, x, y, z: F.cross_entropy(m.net(x[PERM]), y[PERM], reduction="none").sum() / z[:, 0].sum().item(),
+    "means": lambda m, x, y, z: F.cross_entropy(m.net(x[PERM]), y[PERM], reduction="none").mean() / z[:, 0].mean(),
+    "views": lambda m, x, y, z: (
+        F.cross_entropy(m.net(x).repeat(2, 1), y.repeat(2), reduction="sum") / z[:, 0].repeat_interleave(2).sum()
+    ),
+    "classes first": lambda m, x, y, z: F.mse_loss(m.net(x).T, z.T, reduction="sum") / z.sum(),
+    "of each sample": lambda m, x, y, z: (
+        F.mse_loss(m.net(x).T.flatten(), z.T.flatten(), reduction="sum") / z[:, 0].sum()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_weights_count_for_their_samples_wherever_these_lie(name):
+    def objective(m):
+        of_classes = name in ("classes first", "of each sample")
+        weights = Z.sum(1) if name == "classes first" else Z[:, 0]
+        return dro(errors_of(m).sum(1) if of_classes else losses_of(m), weights, GROUPS)[0]
+
+    assert_step(lambda m, batch: ELSEWHERE[name](m, *batch), objective)
+
+
+@pytest.mark.parametrize("step", [
+    lambda m, x, y, z: F.cross_entropy(m.net(x[:4]), y[:4], reduction="sum") / z[:, 0].sum(),
+    lambda m, x, y, z: F.cross_entropy(m.net(x[:4]), y[:4], reduction="none").mean() / z[:, 0].mean(),
+])  # fmt: skip
+def test_weights_of_samples_without_a_loss_are_refused(step):
+    with pytest.raises(UntappedLossError):
+        fit(lambda m, batch: step(m, *batch))
 
 
 @pytest.mark.parametrize(
@@ -382,6 +427,31 @@ def test_unreduced_losses_changed_in_place(edit):
         return losses
 
     assert_step(lambda m, batch: edited(m).mean(), lambda m: dro(edited(m), ONES, GROUPS)[0])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_averages_changed_in_place(axis):
+    """Averages over the samples, of which there is one for each target; the step needs them no more as they were."""
+    weights = torch.arange(1.0, C + 1).double()
+
+    def step(module, batch):
+        x, _, z = batch
+        averages = F.mse_loss(module.net(x), z, reduction="none").movedim(0, axis).mean(axis)
+        averages *= weights
+        return averages.sum()
+
+    assert_step(step, lambda m: dro((weights * errors_of(m)).sum(1), ONES, GROUPS)[0])
+
+
+@pytest.mark.parametrize("key", [(slice(None), 1), (..., 1), 1])
+def test_unreduced_losses_that_are_written_elsewhere_are_refused(key):
+    def step(module, batch):
+        losses = torch.zeros(N, 2).double() if isinstance(key, tuple) else torch.zeros(2, N).double()
+        losses[key] = F.cross_entropy(module.net(batch[0]), batch[1], reduction="none")
+        return losses.mean()
+
+    with pytest.raises(LossNotFoundError, match="cannot be followed"):
+        fit(step)
 
 
 @pytest.mark.parametrize("made", [lambda losses: losses, torch.exp])
@@ -419,6 +489,19 @@ def test_derived_targets_keep_their_order(name):
         return dro(losses, ONES, GROUPS[PERM])[0]
 
     assert_step(step, objective)
+
+
+@pytest.mark.parametrize("of_losses", [True, False])
+def test_rows_that_a_mask_of_other_samples_chooses_are_refused(of_losses):
+    def step(module, batch):
+        x, y, _ = batch
+        others = (y > 0)[PERM]  # as that of the partner that a sample is mixed with
+        if of_losses:
+            return F.cross_entropy(module.net(x), y, reduction="none")[others].mean()
+        return F.cross_entropy(module.net(x)[others], y[others])
+
+    with pytest.raises(RowsError, match=r"mixes samples|cannot be followed"):
+        fit(step)
 
 
 def test_a_target_of_unknown_origin_in_a_reordered_batch_is_refused():
@@ -531,6 +614,28 @@ def counted(w, z):
     return F.cross_entropy(z, Y, weights)
 
 
+def through_a_view(ls, w):
+    seen = ls[:]
+    seen *= w / w.mean()
+    return ls.mean()
+
+
+def changed_afterwards(ls, w):
+    w = w.clone()
+    ls = ls / w.mean()
+    w[0] = 1
+    return ls.mean()
+
+
+def copied(ls, w):
+    ls.copy_(ls * w / w.mean())
+    return ls.mean()
+
+
+def _below(ls):
+    return torch.where(ls < 1, ls, 0.0)
+
+
 OF_THE_BATCH = {
     "written into constants": lambda ls, w, z: written_by(ls, w),
     "of what was written": lambda ls, w, z: written_of(ls, w),
@@ -541,6 +646,13 @@ OF_THE_BATCH = {
     "sorted": lambda ls, w, z: (ls * w.sort().values).mean(),
     "sorted in a column": lambda ls, w, z: (F.mse_loss(z, Z, reduction="none") * w.sort().values[:, None]).mean(),
     "by keyword": lambda ls, w, z: torch.mul(ls, other=w / w.max()).mean(),
+    "a threshold for what was divided by its mean": lambda ls, w, z: (
+        (ls / ls.detach().mean()).masked_fill(ls / ls.detach().mean() > 1, 0).mean()
+    ),
+    "weights through a view": lambda ls, w, z: through_a_view(ls, w),
+    "weights that are changed afterwards": lambda ls, w, z: changed_afterwards(ls, w),
+    "weighed losses that are copied": lambda ls, w, z: copied(ls, w),
+    "those below it": lambda ls, w, z: _below(ls * w / w.mean()).mean(),
     "a loss without a gradient": lambda ls, w, z: ls.mean() * F.mse_loss(z.detach(), Z),
 }
 
@@ -642,6 +754,32 @@ def test_a_loss_of_some_samples_beside_one_of_all():
         return F.cross_entropy(out, y) + F.mse_loss(out[:3], z[:3])
 
     fit(step, GroupDRO("place", 2, loss="sum"))
+
+
+@pytest.mark.parametrize("name", CHUNKS)
+def test_losses_of_chunks_beside_one_of_all(name):
+    def step(module, batch):
+        x, y, z = batch
+        return CHUNKS[name](module, x, y).mean() + F.mse_loss(module.net(x), z)
+
+    with pytest.raises(AmbiguousLossError, match="to be no chunks"):
+        fit(step, GroupDRO("place", 2, loss="sum"))
+
+
+def test_losses_of_what_masks_choose_beside_one_of_all():
+    odd = Y % 2 == 1
+
+    def step(module, batch):
+        x, y, z = batch
+        out = module.net(x)
+        return F.cross_entropy(out[odd], y[odd]) + F.mse_loss(out[~odd], z[~odd]) + F.mse_loss(out, z)
+
+    def objective(m):
+        ce, mse = losses_of(m), errors_of(m).mean(1)
+        parts = [[ce[odd & (k == GROUPS)], mse[~odd & (k == GROUPS)], mse[k == GROUPS]] for k in (0, 1)]
+        return dro(torch.stack([sum(x.mean() for x in each) for each in parts]), ONES[:2], torch.arange(2))[0]
+
+    assert_step(step, objective, GroupDRO("place", 2, step_size=STEP_SIZE, loss="sum"))
 
 
 def _is_cross_entropy(call):
