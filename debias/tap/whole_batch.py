@@ -186,7 +186,8 @@ class WholeBatch:
             marks.add(_OF_ROWS)
             if func in SORTING and sorts_rows(func, args, kwargs):
                 marks.add(_RANKED)
-            if func in MOVES and _RANKS in marks and not self._is(args[0], _RANKS):  # by them
+            moved = args[:1] if func in MOVES and isinstance(args[0], Tensor) else given
+            if _RANKS in marks and not any(self._is(x, _RANKS) for x in moved):  # by them
                 marks = marks - {_RANKS} | {_RANKED}
         elif all(map(self._is_constant, given)) and (given or func in _FACTORIES):
             marks.add(_CONSTANT)

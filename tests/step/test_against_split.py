@@ -452,6 +452,9 @@ RIGHT: dict[str, Step] = {
             "selected by what was sorted": lambda losses, weights, own: losses[weights > 0.5],
         }.items()
     },
+    "sorted by what stands beside something else": lambda net, x, y, yt, w, k, z: (
+        lambda order: ce(net, x[order], y[order])
+    )(torch.stack([w.argsort(), y], 1)[:, 0]),
     "classes put into rows": lambda net, x, y, yt, w, k, z: (
         losses(net, x, y) * (torch.zeros(len(y), C, dtype=torch.float64).scatter_(1, y[:, None], 1.0) * ALPHA).sum(1)
     ).mean(),
