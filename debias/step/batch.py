@@ -99,7 +99,9 @@ def input_of(
         BatchKeyError: nothing is there, or the network's ``forward`` has other arguments.
     """
     given = read(batch, key, tags, argument="input")
-    several = callable(key) and isinstance(given, tuple | Mapping)
+    several = callable(key) and (
+        type(given) is tuple or isinstance(given, Mapping)
+    )  # no tuple with names, as sequences
     args: tuple[Any, ...] = (given,) if not several else given if isinstance(given, tuple) else ()
     kwargs = dict(given) if several and isinstance(given, Mapping) else {}
     signature = inspect.signature(network.forward)

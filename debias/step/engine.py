@@ -8,7 +8,7 @@ Lightning does so at one of five places: the step methods, the hook before batch
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -23,7 +23,7 @@ from debias.step.context import Step
 from debias.step.detection import DetectorStep, detectors
 from debias.step.guards import data_group, refuse_duplicating_sampler, takes_iterator, warn_padding
 from debias.step.loaders import Part, open_batch
-from debias.step.proxy import attach, detach, uncompiled, watch_outputs
+from debias.step.proxy import as_written, attach, detach, watch_outputs
 from debias.step.seen import Seen
 from debias.step.settle import Learned, Settlement, loss_of, with_loss
 from debias.step.split import split_losses
@@ -122,7 +122,9 @@ class StepEngine:
             args = (kwargs.pop(next(iter(kwargs))),)
 
         def run(batch: Any) -> Any:
-            return original(batch, *args[1:], **kwargs)
+            # What is compiled cannot be looked at.
+            step = as_written(original) if self._tap is not None and self._tap.careful else original
+            return step(batch, *args[1:], **kwargs)
 
         given = dict(zip(("batch", "batch_idx", "dataloader_idx"), args, strict=False)) | kwargs
         return self._train(run, given) if stage == "train" else self._evaluate(stage, run, given)
@@ -262,7 +264,7 @@ class StepEngine:
         debiasers = settlement.methods
         rows = next((w.loss_rows for w in debiasers if w.loss_rows is not None), None)  # of all, or refused before
         arranged = rows if isinstance(rows, str) else None
-        tracker = self._row_tracker(step, arranged, looks=settlement.first)
+        tracker = self._row_tracker(step, arranged)
         heads, finder = self._start_heads(step, debiasers, tracker)
         tap = LossTap(
             tracker=tracker,
@@ -276,14 +278,13 @@ class StepEngine:
             # Under manual optimisation the loss is used up inside the step: nothing can be settled afterwards.
             at_once=None if self.module.automatic_optimization else settlement.at_once,
         )
-        with uncompiled(self.module) if settlement.first else nullcontext():
-            output = self._watched(tap, heads, run, step)
+        output = self._watched(tap, heads, run, step)
         self._end_forward(debiasers)
         loss = settlement.settle(tap, output, heads)
         self._forget(tap, heads)
         return output if loss is None else with_loss(output, loss)
 
-    def _row_tracker(self, step: Step, arranged: str | None = None, *, looks: bool = True) -> RowTracker | None:
+    def _row_tracker(self, step: Step, arranged: str | None = None) -> RowTracker | None:
         """What follows rows of the numbered samples, if there are any."""
         if step.n is None:
             return None
@@ -294,7 +295,6 @@ class StepEngine:
             first.batch_in(step.batch),
             step.n - sum(size for _, size in joined),
             everything=self._learned.rows_needed.get((step.stage, step.dataloader_idx), True),
-            looks=looks,
             arranged=arranged,
             joined=joined,
             strangers=strangers,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 
 from debias.tap.hooks import Hook
 
-__all__ = ["StepProxy", "attach", "detach", "uncompiled", "watch_outputs"]
+__all__ = ["StepProxy", "as_written", "attach", "detach", "watch_outputs"]
 
 
 class StepProxy:
@@ -96,25 +96,11 @@ def watch_outputs(module: nn.Module, saw: Callable[[nn.Module, Any, Any, Any], N
             undo.callback(child.register_forward_hook(Hook(saw), with_kwargs=True).remove)
 
 
-@contextmanager
-def uncompiled(module: nn.Module) -> Iterator[None]:
-    """Run code as it is written, so that the tap sees all operations of a step that is compiled, or of its losses.
-
-    Compiled networks stay so, as without that they may need more memory than there is.
-    """
-    with ExitStack() as undo:
-        for owner in module.modules():
-            name = "_compiled_call_impl" if getattr(owner, "_compiled_call_impl", None) is not None else "forward"
-            compiled = name != "forward" or type(owner).__name__ == "OptimizedModule"
-            if (compiled or getattr(owner, "_compiler_ctx", None)) and next(owner.parameters(), None) is not None:
-                undo.callback(detach, attach(owner, name, _compiled))
-        undo.enter_context(torch.compiler.set_stance("force_eager"))
-        yield
-
-
-def _compiled(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with torch.compiler.set_stance("default"):
-        return original(*args, **kwargs)
+def as_written(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step without its compilation, as of a module that is compiled; networks that it calls stay compiled."""
+    plain: Any = getattr(step, "_torchdynamo_orig_callable", step)
+    owner = getattr(step, "__self__", None)  # of a method that is decorated
+    return plain if owner is None or hasattr(plain, "__self__") else plain.__get__(owner)
 
 
 def _plainly(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -116,7 +116,7 @@ class Divided:
         own, theirs = index_of(tracker, self.record), None if tracker is None else tracker.index(source)
         known = False
         if tracker is not None and own is not None and theirs is not None:
-            known = tracker._equal(own.flatten(), theirs.flatten(), unread=not of_batch)
+            known = tracker._equal(own.flatten(), theirs.flatten())
             if not known and of_batch:
                 return self._by_sample(tracker, weights, own, theirs)
             if not known and own.numel() == theirs.numel():
@@ -141,9 +141,11 @@ class Divided:
 
         one = weights.new_ones(())
         total, elements = by_sample(weights, theirs), by_sample(one, own)
-        if tracker.reads(own):
+        alike = (own,) if self.record.is_sum else (own, theirs)
+        if any(tracker.in_order(index) is None for index in alike):  # else each sample has as many of them
             of_mean = by_sample(one, theirs) * own.numel() == elements * theirs.numel()
-            if not bool((((total == 0) | (elements > 0)) if self.record.is_sum else of_mean).all()):
+            fits = ((total == 0) | (elements > 0)) if self.record.is_sum else of_mean
+            if not (tracker.reads(own) and bool(fits.all())):
                 return None
         return (total / elements.clamp(min=1))[own]
 

@@ -137,7 +137,7 @@ def mix_parts(
     index = None if record.samples is None else record.samples(losses.shape)
     if index is not None and index.ndim > 1:  # one sample a row, unless the elements are those of the target
         index = index.flatten() if call.target.shape == losses.shape else index.flatten(1)[:, 0]
-    check = index is not None and (arguments.on_host(index) or tracker is None or tracker.looks)
+    check = index is not None and (arguments.on_host(index) or tracker is None or tracker.everything)
     elementwise = index is not None and len(index) != len(losses)
     shape = losses.shape if elementwise else (-1, *[1] * (losses.ndim - 1))
 

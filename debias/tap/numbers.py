@@ -19,16 +19,16 @@ class SampleNumbers:
     Args:
         n: number of samples.
         several: whether they are of several loaders.
-        looks: whether numbers may be read beyond the CPU, too.
+        everything: whether numbers may be read beyond the CPU, too.
 
     Attributes:
         on_host: whether numbers are made on the CPU, whatever device the tensors are on.
     """
 
-    def __init__(self, n: int, several: bool, looks: bool) -> None:
+    def __init__(self, n: int, several: bool, everything: bool) -> None:
         self.n = n
         self.several = several
-        self.looks = looks
+        self.everything = everything
         self.on_host = False
         self._orders: dict[torch.device, Tensor] = {}
 
@@ -55,7 +55,7 @@ class SampleNumbers:
         if not index.numel():
             return None
         rows = self.without(index, list(range(1, index.ndim)))
-        # Beyond the CPU the first step has looked.
+        # Beyond the CPU the step that recorded everything has looked.
         return index.flatten(1)[:, 0] if rows is None and not self.reads(index) else rows
 
     def without(self, index: Tensor, axes: list[int]) -> Tensor | None:
@@ -118,7 +118,7 @@ class SampleNumbers:
 
     def reads(self, x: Tensor) -> bool:
         """Whether numbers may be read: that waits for the device, so beyond the CPU only in the first step."""
-        return self.on_host or arguments.on_host(x) or self.looks
+        return self.on_host or arguments.on_host(x) or self.everything
 
     def _order(self, device: torch.device) -> Tensor:
         if device not in self._orders:

@@ -48,7 +48,6 @@ class RowTracker(Notes, SampleNumbers):
         n: number of samples.
         everything: record operations on all tensors, not only on those that come from the batch. The first step needs
             this; later ones would keep a network's intermediate results alive for nothing.
-        looks: sample numbers may be read beyond the CPU, too, which waits for the device.
         arranged: what the user says of rows that cannot be followed, ``"tiled"`` or ``"interleaved"``.
         joined: what other loaders gave, whose samples are numbered after those, each with its number of samples.
         strangers: parts of the batch that hold other samples, such as those of a loader without ids.
@@ -65,15 +64,13 @@ class RowTracker(Notes, SampleNumbers):
         n: int,
         *,
         everything: bool = True,
-        looks: bool = True,
         arranged: str | None = None,
         joined: Sequence[tuple[Any, int]] = (),
         strangers: Sequence[Any] = (),
     ) -> None:
         # Of several loaders, nothing is in "the order of the batch": what is unknown is of any of them.
         Notes.__init__(self)
-        SampleNumbers.__init__(self, n + sum(more for _, more in joined), bool(joined), looks)
-        self.everything = everything
+        SampleNumbers.__init__(self, n + sum(more for _, more in joined), bool(joined), everything)
         self.arranged = arranged
         self.needed = self.mixed = self._put = False  # the last: whether rows of the batch were put elsewhere
         self.guesses = True
@@ -386,7 +383,7 @@ class RowTracker(Notes, SampleNumbers):
         Args:
             read: from now on numbers may be read where operations alone do not tell, which waits for the device.
         """
-        self.looks = self.looks or read
+        self.everything = self.everything or read
         if self.several or self._put:
             return True
         for note in self._records:

@@ -142,9 +142,11 @@ class WholeBatch:
         return self.holds(args, kwargs)
 
     def _by_ranks(self, *given: Tensor) -> bool:
-        """Whether rows are chosen by their places in an order of values, and not by a mask of their own."""
-        masked = len(given) > 1 and all(x.dtype == torch.bool and self._is(x, _OF_ROWS) for x in given[1:])
-        return any(self._is(x, _RANKS) or (not masked and self._is(x, _RANKED)) for x in given)
+        """Whether rows are chosen by their places in an order of values, and not by a mask of the batch alone."""
+        tracker, masks = self.tracker, [x for x in given[1:] if x.dtype == torch.bool]
+        own = tracker is not None and len(masks) == len(given) - 1 > 0
+        own = own and all(tracker.is_of_batch(x) and not tracker.is_lost(x) for x in masks)  # type: ignore[union-attr]
+        return any(self._is(x, _RANKS) or (not own and self._is(x, _RANKED)) for x in given)
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Look at what an operation has made: is it a number of the whole batch, and which marks has it?"""
@@ -158,7 +160,9 @@ class WholeBatch:
         mixes = rows and func not in RECORDED and any(x.shape[:1] == (self._n,) for x in given)
         marks.discard(_TRAINED)
         for x in tensors_in(args[:1] if func is Tensor.__setitem__ else out):
-            own = {_RANKS} if sorts and x is tensors_in(out)[-1] else set()
+            # Also of what some rows of sorted ones are written to.
+            ranks = x is tensors_in(out)[-1] if sorts else _RANKED in marks and func is Tensor.__setitem__
+            own = {_RANKS} if ranks else set()
             if (trained or self._is_number(func, args, kwargs, given, x, rows)) and func not in _SHAPED:
                 if not x.requires_grad:
                     self._numbers.append(x)

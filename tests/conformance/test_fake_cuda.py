@@ -132,16 +132,6 @@ def tokens(net, x):
     return net(x.unsqueeze(1).repeat(1, 3, 1).flatten(0, 1)).view(len(x), 3, 2)
 
 
-def over_tokens(net, x, y):
-    losses = F.cross_entropy(tokens(net, x).view(-1, 2), y.repeat_interleave(3), reduction="none")
-    mask = (y > 0).to(losses.dtype).repeat_interleave(3)
-    return (losses * mask).sum() / mask.sum()
-
-
-def in_order_of(values, net, x, y):
-    return F.cross_entropy(net(x[values.argsort()]), y[values.argsort()])
-
-
 def consistent(net, x, y):
     """Two losses, one on what the network predicts for the inputs before they are flipped."""
     z = net(x).detach()
@@ -156,11 +146,7 @@ def consistent(net, x, y):
         lambda net, x, y: F.cross_entropy(tokens(net, x).view(-1, 2), y.repeat_interleave(3)),
         lambda net, x, y: F.cross_entropy(tokens(net, x).transpose(1, 2), y[:, None].expand(-1, 3)),
         lambda net, x, y: F.cross_entropy(tokens(net, x).transpose(0, 1).flatten(0, 1), y.repeat(3)),
-        over_tokens,
         lambda net, x, y: F.cross_entropy(net(torch.cat([x, x.flip(1)])), torch.cat([y, y])),
-        lambda net, x, y: F.cross_entropy(net(x.flip(0)), y.flip(0)),
-        lambda net, x, y: in_order_of(x[:, 0], net, x, y),
-        lambda net, x, y: in_order_of(torch.rand(len(x), device=x.device), net, x, y),
         consistent,
     ],
 )

@@ -444,14 +444,19 @@ RIGHT: dict[str, Step] = {
     )(k.long().sum(1), k.sum(1).argsort(descending=True)),
     **{
         f"sorted by weight, {name}": lambda net, x, y, yt, w, k, z, of=of: (
-            lambda weights, order: of(losses(net, x[order], y[order]), weights, w[order]).mean()
-        )(*w.sort(descending=True))
+            lambda order: of(losses(net, x[order], y[order]), w[order] > 0.5).mean()
+        )(w.argsort(descending=True))
         for name, of in {
-            "selected by a mask": lambda losses, weights, own: losses[own > 0.5],
-            "selected by name": lambda losses, weights, own: losses.masked_select(own > 0.5),
-            "selected by what was sorted": lambda losses, weights, own: losses[weights > 0.5],
+            "selected by a mask": lambda losses, mask: losses[mask],
+            "selected by name": lambda losses, mask: losses.masked_select(mask),
         }.items()
     },
+    "means of each sequence": lambda net, x, y, yt, w, k, z: (
+        F.cross_entropy(net(x).flatten(0, 1), yt.flatten(), reduction="none").view(len(x), T).mean(1).mean()
+    ),
+    "masked means of each sequence": lambda net, x, y, yt, w, k, z: (
+        lambda ls: ((ls * k).sum(1) / (k.sum(1) + 1)).mean()
+    )(F.cross_entropy(net(x).flatten(0, 1), yt.flatten(), reduction="none").view(len(x), T)),
     "sorted by what stands beside something else": lambda net, x, y, yt, w, k, z: (
         lambda order: ce(net, x[order], y[order])
     )(torch.stack([w.argsort(), y], 1)[:, 0]),
@@ -881,6 +886,20 @@ REFUSED: dict[str, tuple[str, Step]] = {
         OF_BATCH,
         lambda net, x, y, yt, w, k, z: (lambda ids: ce(net, x[ids], y[ids]))(losses(net, x, y).argsort()[:4]),
     ),
+    **{
+        f"sorted samples, {name}": (
+            OF_BATCH,
+            lambda net, x, y, yt, w, k, z, of=of: (
+                lambda order: (lambda ce: ce[of(w, w[order])].mean())(losses(net, x[order], y[order]))
+            )(w.argsort()),
+        )
+        for name, of in {
+            "the first of a mask": lambda w, own: (own > 0.3) & (torch.arange(len(w)) < 6),
+            "a mask by halves": lambda w, own: torch.where(torch.arange(len(w)) < 4, own > 0.3, own > 9),
+            "a mask that is cut": lambda w, own: (lambda m: (m.__setitem__(slice(4, None), False), m)[1])(own > 0),
+            "by what was sorted": lambda w, own: w.sort().values > 0.5,
+        }.items()
+    },
     "the first ones of sorted samples": (
         OF_BATCH, lambda net, x, y, yt, w, k, z: (lambda ids: losses(net, x[ids], y[ids])[:4].mean())(w.argsort())
     ),
@@ -1172,13 +1191,12 @@ def test_what_a_group_would_have_otherwise_is_refused(name):
         fit(step, **options)
 
 
-@pytest.mark.parametrize("of", [lambda step: Model(torch.compile(step)), lambda step: torch.compile(Model(step))])
 @pytest.mark.parametrize("name", ["over the largest loss", "by a number that is trained, their own sum"])
-def test_a_compiled_step_is_looked_at_as_it_is_written(name, of):
+def test_the_step_of_a_compiled_module_is_looked_at_as_it_is_written(name):
     said, step = REFUSED[name]
     batches = DataLoader(tag(TensorDataset(*data()), g=G), batch_size=N)
     with pytest.raises(UntappedLossError, match=said):
-        trainer(GroupDRO("g", 2)).fit(of(step), batches)
+        trainer(GroupDRO("g", 2)).fit(torch.compile(Model(step)), batches)
 
 
 @pytest.mark.parametrize("least", [1, 1e-2])

@@ -8,10 +8,11 @@ import pickle
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.utilities.compile import _maybe_unwrap_optimized
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from debias.step.proxy import StepProxy, attach, detach, uncompiled
+from debias.step.proxy import StepProxy, as_written, attach, detach
 from debias.tap.hooks import Hook
 
 
@@ -107,39 +108,15 @@ def test_copies_of_hooks_are_inert(duplicate):
     assert seen == [layer]
 
 
-class Compiled(nn.Module):
-    """Two networks, a criterion and a function that are compiled, and what has run compiled."""
-
-    def __init__(self):
-        super().__init__()
-        self.ran = []
-        self.by_method, self.wrapped = nn.Linear(2, 2), self._compiled("wrapped", nn.Linear(2, 2))
-        self.by_method.compile(backend=self._backend("by method"))
-        self.criterion = self._compiled("criterion", nn.MSELoss())
-        self.function = self._compiled("function", torch.sin)
-
-    def _backend(self, name):
-        def backend(graph, inputs):
-            return lambda *args: (self.ran.append(name), graph(*args))[1]
-
-        return backend
-
-    def _compiled(self, name, what):
-        return torch.compile(what, backend=self._backend(name))
-
-    def forward(self, x):
-        return self.function(self.criterion(self.wrapped(self.by_method(x)), x))
+class Decorated(Module):
+    training_step = torch.compile(Module.training_step, backend="eager")
 
 
-def test_networks_stay_compiled_where_all_else_runs_as_it_is_written():
+@pytest.mark.parametrize("made", [Module, Decorated, lambda: torch.compile(Module(), backend="eager")])
+def test_a_compiled_step_may_run_as_it_is_written(made):
     torch.compiler.reset()
-    module, x = Compiled(), torch.randn(3, 2)
-    before = dict(vars(module.by_method)), dict(vars(module.wrapped))
-    with torch.no_grad(), uncompiled(module):
-        first = module(x)
-    assert module.ran == ["by method", "wrapped"]
-    assert (vars(module.by_method), vars(module.wrapped)) == before
-    module.ran.clear()
-    with torch.no_grad():
-        assert torch.equal(module(x), first)
-    assert module.ran == ["by method", "wrapped", "criterion", "function"]
+    module = _maybe_unwrap_optimized(made())
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert torch.equal(as_written(module.training_step)(1.0, batch_idx=0), module.layer.weight.sum() + 1)
+    assert module.calls == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled

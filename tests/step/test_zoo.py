@@ -223,8 +223,7 @@ def _settled(
         loss = split_losses(lambda batch: form(net, batch), step, method)
     else:
         settlement = Settlement(step, [method], learned)
-        everything = learned.rows_needed.get(("train", 0), True)
-        tracker = RowTracker(step.batch, N, everything=everything, looks=settlement.first)
+        tracker = RowTracker(step.batch, N, everything=learned.rows_needed.get(("train", 0), True))
         tap = LossTap(tracker=tracker, careful=settlement.first, constants=net.buffers())
         with tap, warnings.catch_warnings():
             warnings.simplefilter("ignore")
