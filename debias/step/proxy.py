@@ -99,6 +99,8 @@ def watch_outputs(module: nn.Module, saw: Callable[[nn.Module, Any, Any, Any], N
 def as_written(step: Callable[..., Any]) -> Callable[..., Any]:
     """A step without its compilation, as of a module that is compiled; networks that it calls stay compiled."""
     plain: Any = getattr(step, "_torchdynamo_orig_callable", step)
+    if plain is not getattr(step, "__wrapped__", step):  # of a compiled step that something else is put around
+        return step
     owner = getattr(step, "__self__", None)  # of a method that is decorated
     return plain if owner is None or hasattr(plain, "__self__") else plain.__get__(owner)
 

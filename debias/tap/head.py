@@ -37,7 +37,7 @@ from debias.tap.sharded import has_shards, whole
 
 __all__ = ["FeatureTap", "HeadFinder", "HeadTap", "check_features", "rows_of_features", "submodule"]
 
-# Operations between head and loss that leave every logit what it is, and the rows in their order.
+# Operations between head and loss that leave every logit what it is.
 _passes = among(CASTS | (MOVES - REORDERING))
 
 

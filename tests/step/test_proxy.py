@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import lightning as L
@@ -120,3 +121,9 @@ def test_a_compiled_step_may_run_as_it_is_written(made):
     assert torch.equal(as_written(module.training_step)(1.0, batch_idx=0), module.layer.weight.sum() + 1)
     assert module.calls == 1
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+
+
+def test_what_is_put_around_a_compiled_step_runs_too():
+    compiled = torch.compile(Module().training_step, backend="eager")
+    around = functools.wraps(compiled)(lambda *args, **kwargs: compiled(*args, **kwargs))
+    assert as_written(around) is around
