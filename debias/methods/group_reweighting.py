@@ -139,6 +139,7 @@ class GroupReweighting(GroupReweightingOptions, GroupDebiaser):
         "A large network without regularisation fits all samples, and fixed weights then change little. A group "
         "of a few samples gets a large weight."
     )
+    updates = False
     module_class = GroupReweightingLoss
 
 

@@ -108,7 +108,7 @@ class StepEngine:
             UnsupportedStrategyError: the method has a state, which would be updated several times per batch.
         """
         found = [type(o).__name__ for o in self.trainer.optimizers if again or isinstance(o, torch.optim.LBFGS)]
-        if found and watcher.stateful:
+        if found and watcher.stateful and watcher.updates:
             raise UnsupportedStrategyError(
                 f"Expected an optimiser that runs the step once per batch for {type(watcher).__name__}, but got"
                 f" {' and '.join(found)}, which would update the method's state several times per batch. Use another"

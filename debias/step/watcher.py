@@ -50,6 +50,7 @@ class StepWatcher(Callback):
     trains: ClassVar[bool] = False
     monitors: ClassVar[bool] = False
     stateful: ClassVar[bool] = False
+    updates: ClassVar[bool] = True  # a state that every step changes; False of one that is counted once
     needs_features: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
     shardable: ClassVar[bool] = True  # whether the model may be sharded: False where it is copied or set back

@@ -22,7 +22,18 @@ from torch.utils.data import (
 
 from _support.cases import build
 from _support.doubles import LogitVariance
-from _support.fits import Classifier, loader, make_trainer, parameters, problem, same, tagged, train, val_loader
+from _support.fits import (
+    Classifier,
+    deviation,
+    loader,
+    make_trainer,
+    parameters,
+    problem,
+    same,
+    tagged,
+    train,
+    val_loader,
+)
 from _support.runs import Manual, Skipping, ddp, fit
 from debias import ClassBalanced, GroupDRO, GroupMonitor, GroupReweighting, SampleRecorder, VREx, untag
 from debias.errors import BadRowsError, BatchKeyError, DebiasError, UnsupportedStrategyError
@@ -156,6 +167,19 @@ def test_an_optimiser_that_runs_the_step_twice():
     match = "without running the training step again, but got Twice"
     for method in ("DomainAdversarial", "LearningFromFailure"):  # whose networks have one of the same class
         refused(UnsupportedStrategyError, match, build(method), Sharp())
+
+
+@pytest.mark.parametrize("base", [LBFGS, Sharp])
+def test_fixed_weights_do_not_mind_a_step_that_runs_several_times(base):
+    class Doubled(base):
+        def training_step(self, batch, batch_idx):
+            return 2 * super().training_step(batch, batch_idx)
+
+    watched, own = base(), Doubled()
+    weights = GroupReweighting("place", 3, group_weights=[2, 2, 2])
+    make_trainer([weights]).fit(watched, loader(place=torch.arange(39) % 3), val_loader())
+    train(own, bare=True)
+    assert deviation(parameters(watched), parameters(own)) < 1e-12
 
 
 def test_manual_optimisation_with_a_penalty():

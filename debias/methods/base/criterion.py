@@ -92,6 +92,7 @@ class ClassCriterion(ClassOptions, Criterion):
     """A criterion that depends on the training counts of the classes; its module holds them."""
 
     stateful = True
+    updates = False
     needs = ("target",)
 
     def make_module(self) -> ClassState:
