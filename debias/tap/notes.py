@@ -99,6 +99,7 @@ class Note:
     def mask(self) -> Tensor | None:
         """The mask that elements were chosen by; None where there is none."""
         key = self.args[1] if self.func in _CHOSEN and len(self.args) > 1 else None
+        key = key[0] if isinstance(key, tuple) and key else key  # `z[mask, :]`
         return key if isinstance(key, Tensor) and key.dtype == torch.bool else None
 
     @property

@@ -491,14 +491,14 @@ def test_derived_targets_keep_their_order(name):
     assert_step(step, objective)
 
 
-@pytest.mark.parametrize("of_losses", [True, False])
-def test_rows_that_a_mask_of_other_samples_chooses_are_refused(of_losses):
+@pytest.mark.parametrize("how", ["losses", "rows", "rows of matrices"])
+def test_rows_that_a_mask_of_other_samples_chooses_are_refused(how):
     def step(module, batch):
         x, y, _ = batch
         others = (y > 0)[PERM]  # as that of the partner that a sample is mixed with
-        if of_losses:
+        if how == "losses":
             return F.cross_entropy(module.net(x), y, reduction="none")[others].mean()
-        return F.cross_entropy(module.net(x)[others], y[others])
+        return F.cross_entropy(module.net(x)[others] if how == "rows" else module.net(x)[others, :], y[(others,)])
 
     with pytest.raises(RowsError, match=r"mixes samples|cannot be followed"):
         fit(step)
