@@ -26,7 +26,6 @@ __all__ = [
     "read",
     "repeated",
     "replace",
-    "take_rows",
 ]
 
 LOADER = "loader"
@@ -132,15 +131,7 @@ def replace(batch: Any, key: BatchKey, value: Any) -> Any:
 
 def repeated(batch: Any, index: Tensor, n: int) -> Any:
     """A batch with its n samples several times; ``index`` is int64 ``torch.arange(n)``, as often."""
-    return map_samples(batch, n, lambda x: take_rows(x, index), lambda items: items * (len(index) // n))
-
-
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of a tensor; also of a nested one, which knows no index."""
-    if not x.is_nested:
-        return x[index.to(x.device)]
-    parts = x.unbind()
-    return torch.nested.as_nested_tensor([parts[i] for i in index.tolist()], layout=x.layout)
+    return map_samples(batch, n, lambda x: x[index], lambda items: items * (len(index) // n))
 
 
 def map_samples(
@@ -201,7 +192,13 @@ class _SampleMap:
                     )
                 return value
             self.found = True
-            return self.of_tensor(value) if isinstance(value, Tensor) else value[self.of_list(list(range(self.n)))]
+            if isinstance(value, Tensor) and not value.is_nested:
+                return self.of_tensor(value)
+            places = self.of_list(list(range(self.n)))
+            if isinstance(value, np.ndarray):
+                return value[places]
+            rows = value.unbind()  # a nested tensor knows no index
+            return torch.nested.as_nested_tensor([rows[i] for i in places], layout=value.layout)
         if isinstance(value, tuple | list):
             samples = one_per_sample(list(value), self.n) and not hasattr(value, "_fields")
             if samples and not any(map(self._is_long, value)):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from debias.errors import LossNotFoundError, RowsError
-from debias.step.batch import map_samples, take_rows
+from debias.step.batch import map_samples
 from debias.step.context import Step
 from debias.step.kept import Kept
 from debias.step.proxy import attach, detach
@@ -114,7 +114,7 @@ def take_samples(batch: Any, members: list[int], n: int) -> Any:
     return map_samples(
         batch,
         n,
-        lambda x: take_rows(x, torch.tensor(members)),
+        lambda x: x[torch.tensor(members, device=x.device)],
         lambda items: copy.deepcopy([items[i] for i in members]),
         whole=False,
     )

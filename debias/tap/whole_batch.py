@@ -143,10 +143,12 @@ class WholeBatch:
 
     def _by_ranks(self, *given: Tensor) -> bool:
         """Whether rows are chosen by their places in an order of values, and not by a mask of the batch alone."""
-        tracker, masks = self.tracker, [x for x in given[1:] if x.dtype == torch.bool]
-        own = tracker is not None and len(masks) == len(given) - 1 > 0
-        own = own and all(tracker.is_of_batch(x) and not tracker.is_lost(x) for x in masks)  # type: ignore[union-attr]
+        own = len(given) > 1 and all(map(self._is_mask_of_batch, given[1:]))
         return any(self._is(x, _RANKS) or (not own and self._is(x, _RANKED)) for x in given)
+
+    def _is_mask_of_batch(self, x: Tensor) -> bool:
+        tracker = self.tracker
+        return tracker is not None and x.dtype == torch.bool and tracker.is_of_batch(x) and not tracker.is_lost(x)
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Look at what an operation has made: is it a number of the whole batch, and which marks has it?"""
