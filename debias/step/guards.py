@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -55,7 +55,8 @@ def refuse_unsupported(trainer: Any, module: Any, watcher: StepWatcher, stage: s
         return
     _check_rows(trainer.callbacks)
     if not module.automatic_optimization and watcher.adds_to_loss:
-        mixin = f", or `debias.{who}Mixin` in the step" if hasattr(import_module("debias"), f"{who}Mixin") else ""
+        has_mixin = hasattr(sys.modules[type(watcher).__module__], f"{who}Mixin")  # beside the method, in its file
+        mixin = f", or `debias.{who}Mixin` in the step" if has_mixin else ""
         raise UnsupportedStrategyError(
             f"Expected automatic optimisation for {who}, but `automatic_optimization` is False: the loss is used up"
             f" inside the step, so that nothing can be read of it or added to it. Use automatic optimisation{mixin}."
